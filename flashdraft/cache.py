@@ -1,0 +1,90 @@
+"""The slot cache: fixed slots for keys and values, and a length per row.
+
+Rollback is a smaller integer. Whatever lies beyond a row's length is garbage: nobody may read it, and the next pass
+overwrites it. A chain that was accepted in part only grows the length by the accepted tokens; a tree also moves the
+slots of the kept path into place. Knows nothing of tokens, models or who proposed what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["SLOT_STEP", "SlotCache"]
+
+SLOT_STEP = 64  # slots come, and are read, in multiples of this
+
+
+class SlotCache:
+    """Keys and values of `num_layers` layers for `rows` rows of at least `slots` slots each.
+
+    A layer's tensors are made at its first write, so that every layer may have its own number of heads and head size:
+    keys[layer], values[layer]: [rows, heads, slots, head_dim].
+    """
+
+    def __init__(self, num_layers: int, rows: int, slots: int) -> None:
+        self.num_layers = num_layers
+        self.rows = rows
+        self.slots = -(-slots // SLOT_STEP) * SLOT_STEP
+        self.lengths = [0] * rows
+        self.keys: list[Tensor | None] = [None] * num_layers
+        self.values: list[Tensor | None] = [None] * num_layers
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values) if t is not None)
+
+    def reserve(self, slots: int, rows: int = 0) -> None:
+        """Make room for at least `slots` slots a row, and for `rows` rows; what is stored stays."""
+        if slots <= self.slots and rows <= self.rows:
+            return
+        self.slots = self.slots if slots <= self.slots else -(-max(slots, 2 * self.slots) // SLOT_STEP) * SLOT_STEP
+        self.lengths += [0] * (rows - self.rows)
+        self.rows = max(rows, self.rows)
+        self.keys = [_grown(t, self.rows, self.slots) for t in self.keys]
+        self.values = [_grown(t, self.rows, self.slots) for t in self.values]
+
+    def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer; made to fit `like` [..., heads, n, head_dim] at the first call."""
+        keys, values = self.keys[index], self.values[index]
+        if keys is None or values is None:
+            shape = (self.rows, like.shape[-3], self.slots, like.shape[-1])
+            keys, values = like.new_zeros(shape), like.new_zeros(shape)
+            self.keys[index], self.values[index] = keys, values
+        return keys, values
+
+    def write(self, index: int, row: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store [heads, n, head_dim] behind the row's length, which stays; returns the row's whole [heads, slots, head_dim]."""
+        all_keys, all_values = self.layer(index, keys)
+        start, end = self.lengths[row], self.lengths[row] + keys.shape[1]
+        all_keys[row, :, start:end] = keys
+        all_values[row, :, start:end] = values
+        return all_keys[row], all_values[row]
+
+    def keep(self, row: int, path: Sequence[int]) -> None:
+        """Commit the nodes of `path` (indices into what was written last, in ascending order); the rest is forgotten."""
+        start = self.lengths[row]
+        if list(path) != list(range(len(path))):
+            source = torch.tensor([start + node for node in path])
+            for tensor in (*self.keys, *self.values):
+                if tensor is not None:
+                    tensor[row, :, start : start + len(path)] = tensor[row][:, source.to(tensor.device)]
+        self.lengths[row] = start + len(path)
+
+    def truncate(self, row: int, length: int) -> None:
+        """Cut a row back to its first `length` slots."""
+        assert 0 <= length <= self.lengths[row]
+        self.lengths[row] = length
+
+    def free(self, row: int) -> None:
+        self.lengths[row] = 0
+
+
+def _grown(tensor: Tensor | None, rows: int, slots: int) -> Tensor | None:
+    if tensor is None:
+        return None
+    grown = tensor.new_zeros((rows, tensor.shape[1], slots, tensor.shape[3]))
+    grown[: tensor.shape[0], :, : tensor.shape[2]] = tensor
+    return grown

@@ -1,0 +1,238 @@
+"""A DFlash drafter's files, in z-lab's own format: theirs are read here, ours are read by the big engines.
+
+A folder holds config.json (Qwen3's keys, `block_size`, `dflash_config`) and model.safetensors (11 tensors a layer and 3
+more). Native format is served format. Knows names, shapes and files; does not know how a drafter runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flashdraft.errors import CheckpointError, DraftMismatch
+from flashdraft.hub import read_config
+from flashdraft.target import Target
+
+__all__ = ["DraftConfig", "check_target", "read_draft", "spread_layers", "write_draft", "write_file"]
+
+_FOREIGN = ("dflash2", "dspark", "domino")
+_OPTIONAL = ("embed_tokens.weight", "lm_head.weight", "d2t", "t2d")
+
+
+@dataclass(frozen=True)
+class DraftConfig:
+    """The shape of a draft network and what it reads from its target."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    block_size: int  # anchor and masks
+    mask_token_id: int
+    target_layer_ids: tuple[int, ...]  # 0-based: the outputs of these target layers are the features
+    num_target_layers: int
+    rms_norm_eps: float = 1e-6
+    rope_parameters: Mapping[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
+    max_position_embeddings: int = 2048
+    layer_types: tuple[str, ...] = ()  # per layer; empty: full attention in all
+    sliding_window: int | None = None
+    attention_bias: bool = False
+    draft_vocab_size: int | None = None  # rows of the reduced vocabulary d2t, if there is one
+    dtype: str = "bfloat16"
+
+    @staticmethod
+    def from_json(config: Mapping[str, Any], where: str) -> DraftConfig:
+        """Read config.json. Raises CheckpointError naming the missing or foreign key."""
+        _refuse_foreign(config, where)
+        special = config.get("dflash_config") or {}
+        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+        rope.setdefault("rope_type", rope.pop("type", "default"))
+        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "num_target_layers")
+        try:
+            heads, hidden = config["num_attention_heads"], config["hidden_size"]
+            return DraftConfig(
+                **{name: int(config[name]) for name in names},
+                num_key_value_heads=int(config.get("num_key_value_heads") or heads),
+                head_dim=int(config.get("head_dim") or hidden // heads),
+                block_size=int(config["block_size"] if "block_size" in config else special["block_size"]),
+                mask_token_id=int(special["mask_token_id"]),
+                target_layer_ids=tuple(int(i) for i in special["target_layer_ids"]),
+                rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+                rope_parameters=rope,
+                max_position_embeddings=int(config.get("max_position_embeddings", 2048)),
+                layer_types=tuple(config.get("layer_types") or ()),
+                sliding_window=config.get("sliding_window") if config.get("use_sliding_window", True) else None,
+                attention_bias=bool(config.get("attention_bias", False)),
+                draft_vocab_size=config.get("draft_vocab_size"),
+                dtype=str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"`{where}` is not a DFlash drafter: config.json lacks or garbles {error}",
+                hint="a drafter's config.json has block_size and dflash_config with mask_token_id and target_layer_ids",
+            ) from None
+
+    def to_json(self) -> dict[str, Any]:
+        """config.json as z-lab writes it."""
+        rope = dict(self.rope_parameters)
+        scaling = None if rope.get("rope_type", "default") == "default" else {k: v for k, v in rope.items() if k != "rope_theta"}
+        config: dict[str, Any] = {
+            "architectures": ["DFlashDraftModel"],
+            "model_type": "qwen3",
+            "block_size": self.block_size,
+            "dflash_config": {"mask_token_id": self.mask_token_id, "target_layer_ids": list(self.target_layer_ids)},
+            "num_target_layers": self.num_target_layers,
+            "rope_theta": rope["rope_theta"],
+            "rope_scaling": scaling,
+            "layer_types": list(self.layer_types) or ["full_attention"] * self.num_hidden_layers,
+            "hidden_act": "silu",
+            "tie_word_embeddings": True,
+            "use_sliding_window": self.sliding_window is not None,
+        }
+        plain = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+        plain += ("vocab_size", "rms_norm_eps", "max_position_embeddings", "sliding_window", "attention_bias", "dtype")
+        config |= {name: getattr(self, name) for name in plain}
+        return config if self.draft_vocab_size is None else config | {"draft_vocab_size": self.draft_vocab_size}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor that the file must hold, with its shape."""
+        h, i, d = self.hidden_size, self.intermediate_size, self.head_dim
+        q, kv = self.num_attention_heads * d, self.num_key_value_heads * d
+        shapes: dict[str, tuple[int, ...]] = {
+            "fc.weight": (h, len(self.target_layer_ids) * h),
+            "hidden_norm.weight": (h,),
+            "norm.weight": (h,),
+        }
+        for n in range(self.num_hidden_layers):
+            layer: dict[str, tuple[int, ...]] = {
+                "input_layernorm.weight": (h,),
+                "post_attention_layernorm.weight": (h,),
+                "self_attn.q_proj.weight": (q, h),
+                "self_attn.k_proj.weight": (kv, h),
+                "self_attn.v_proj.weight": (kv, h),
+                "self_attn.o_proj.weight": (h, q),
+                "self_attn.q_norm.weight": (d,),
+                "self_attn.k_norm.weight": (d,),
+                "mlp.gate_proj.weight": (i, h),
+                "mlp.up_proj.weight": (i, h),
+                "mlp.down_proj.weight": (h, i),
+            }
+            if self.attention_bias:
+                biases = {"q": (q,), "k": (kv,), "v": (kv,), "o": (h,)}
+                layer |= {f"self_attn.{name}_proj.bias": shape for name, shape in biases.items()}
+            shapes |= {f"layers.{n}.{name}": shape for name, shape in layer.items()}
+        return shapes
+
+
+def spread_layers(num_target_layers: int, count: int) -> tuple[int, ...]:
+    """The target layers whose outputs are features: evenly from 1 to L - 3 (DFlash 2602.06036; z-lab's rounding)."""
+    if count == 1:
+        return (num_target_layers // 2,)
+    first, last = min(1, num_target_layers - 1), max(num_target_layers - 3, 0)
+    return tuple(round(first + (last - first) * i / (count - 1)) for i in range(count))
+
+
+def read_draft(folder: Path) -> tuple[DraftConfig, dict[str, Tensor]]:
+    """A drafter's config and tensors; every tensor is there with its shape, or CheckpointError says which is not."""
+    config = DraftConfig.from_json(read_config(folder), str(folder))
+    if config.block_size < 2 or len(config.layer_types or config.shapes()) < 1:
+        raise CheckpointError(f"`{folder}` has block_size {config.block_size}", hint="a block is the anchor and at least one mask")
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"`{folder}` holds no .safetensors file", hint="pickled weights are not read; convert them")
+    tensors: dict[str, Tensor] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors |= {name.removeprefix("model."): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"`{path}` is damaged: {error}", hint="it may be cut short; fetch or write it again") from None
+    wanted = config.shapes()
+    for name, shape in wanted.items():
+        if name not in tensors:
+            raise CheckpointError(f"`{folder}` lacks the tensor {name}", hint="the folder is incomplete, or of another method")
+        if tuple(tensors[name].shape) != shape:
+            got = list(tensors[name].shape)
+            raise CheckpointError(f"{name} has shape {got}, its config.json asks for {list(shape)}", hint="the two do not belong together")
+    unknown = sorted(set(tensors) - set(wanted) - set(_OPTIONAL))
+    if unknown:
+        raise CheckpointError(f"`{folder}` has a tensor {unknown[0]} that DFlash does not", hint="it is a drafter of another method")
+    return config, tensors
+
+
+def write_draft(folder: Path, config: DraftConfig, tensors: Mapping[str, Tensor], readme: str | None = None) -> None:
+    """Write a drafter's folder; each file appears whole or not at all, config.json last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = getattr(torch, config.dtype)
+    stored = {n: (t.to(dtype) if t.is_floating_point() else t).contiguous().cpu() for n, t in tensors.items()}
+    if readme is not None:
+        write_file(folder / "README.md", readme.encode())
+    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as scratch:
+        save_file(stored, Path(scratch) / "model.safetensors", metadata={"format": "pt"})
+        _sync(Path(scratch) / "model.safetensors")
+        os.replace(Path(scratch) / "model.safetensors", folder / "model.safetensors")
+    write_file(folder / "config.json", (json.dumps(config.to_json(), indent=2) + "\n").encode())
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file so that it appears whole or not at all."""
+    handle, name = tempfile.mkstemp(prefix=".tmp-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as out:
+            out.write(content)
+            out.flush()
+            os.fsync(out.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def check_target(config: DraftConfig, target: Target) -> None:
+    """Raises DraftMismatch where this drafter cannot have been made for this target."""
+    hint = f"it was trained for a target with {config.num_target_layers} layers of size {config.hidden_size}"
+    if config.hidden_size != target.hidden_size:
+        got = f"hidden size {config.hidden_size}, but `{target.name}` has {target.hidden_size}"
+        raise DraftMismatch(f"the draft has {got}", hint=hint)
+    beyond = [i for i in config.target_layer_ids if not 0 <= i < target.num_layers]
+    if beyond:
+        got = f"layer {beyond[0]}, but `{target.name}` has {target.num_layers} layers"
+        raise DraftMismatch(f"the draft wants hidden states of {got}", hint=hint)
+    if config.num_target_layers != target.num_layers:
+        got = f"{config.num_target_layers} layers, but `{target.name}` has {target.num_layers}"
+        raise DraftMismatch(f"the draft was made for a target with {got}", hint=hint)
+    if config.vocab_size > target.vocab_size or not 0 <= config.mask_token_id < target.vocab_size:
+        got = f"{config.vocab_size} tokens and the mask token {config.mask_token_id}, but `{target.name}` has {target.vocab_size} tokens"
+        raise DraftMismatch(f"the draft has a vocabulary of {got}", hint="the two must share their tokenizer")
+
+
+def _refuse_foreign(config: Mapping[str, Any], where: str) -> None:
+    named = " ".join(str(x) for x in (*(config.get("architectures") or ()), config.get("model_type", ""))).lower()
+    special = config.get("dflash_config") or {}
+    found = [name for name in _FOREIGN if name in named or f"{name}_config" in config]
+    found += ["sample_from_anchor"] if config.get("sample_from_anchor") or special.get("sample_from_anchor") else []
+    if found:
+        raise CheckpointError(f"`{where}` is a {found[0]} drafter, which is not supported", hint="DFlash v1 drafters are")
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,210 @@
+"""The loop: propose, read, verify, commit. It knows no method; plain decoding is the drafter that proposes nothing.
+
+The life of a request: (1) `admit` gives it a row and reads its prompt; (2) the drafter observes the prompt; (3) the
+target's first token becomes the anchor. Then every `step`: (4) the drafter proposes a tree behind each anchor; (5) the
+target reads all nodes in one pass; (6) `verify` says which path stands; (7) the cache keeps that path and the row commits
+its tokens, up to an end-of-text token, a stop string or the token limit, at any offset of a block; (8) the drafter
+observes what was committed, or forgets the row if it is finished.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from flashdraft.errors import ContextLengthError, InvalidPrompt
+from flashdraft.sampling import draw, target_probs, uniforms
+from flashdraft.target import Target
+from flashdraft.text import TextDecoder
+from flashdraft.types import Chunk, Drafter, FinishReason, Piece, Proposal, Result, Rows, SamplingParams, Stats, Verdict
+from flashdraft.verify import verify
+
+__all__ = ["Engine", "Request", "check"]
+
+
+@dataclass
+class Request:
+    """What a user sent, as tokens, and what it has become so far."""
+
+    prompt: list[int]
+    params: SamplingParams
+    decoder: TextDecoder
+    eos: frozenset[int] = frozenset()
+    index: int = 0  # the caller's number for it
+    history: list[int] = field(default_factory=list)  # prompt and committed tokens; the last one is the anchor
+    finish_reason: FinishReason | None = None
+    stats: Stats = field(default_factory=Stats)
+
+    @property
+    def num_left(self) -> int:
+        return self.params.max_new_tokens - (len(self.history) - len(self.prompt))
+
+    def commit(self, tokens: Sequence[int], num_drafted: int) -> Chunk:
+        """Take tokens until one of them ends the request; the first `num_drafted` were the drafter's."""
+        pieces = []
+        for i, token in enumerate(tokens):
+            self.history.append(token)
+            if token in self.eos and not self.params.ignore_eos:
+                self.finish_reason = "stop"
+                text = self.decoder.flush()
+            else:
+                text = self.decoder.push(token)
+                if self.decoder.stopped:
+                    self.finish_reason = "stop"
+                elif self.num_left == 0:
+                    self.finish_reason = "length"
+                    text += self.decoder.flush()
+            pieces.append(Piece(text, drafted=i < num_drafted))
+            if self.finish_reason is not None:
+                break
+        self.stats.num_tokens += len(pieces)
+        self.stats.num_accepted += sum(piece.drafted for piece in pieces)
+        return Chunk(self.index, tuple(pieces), tuple(tokens[: len(pieces)]), self._result())
+
+    def _result(self) -> Result | None:
+        if self.finish_reason is None:
+            return None
+        tokens = tuple(self.history[len(self.prompt) :])
+        return Result(self.decoder.text, tokens, self.finish_reason, self.stats)
+
+
+class Engine:
+    """Rows that are decoded together. `target` and `drafter` keep their own caches; a row has the same place in all of them."""
+
+    def __init__(self, target: Target, drafter: Drafter, *, max_rows: int = 1) -> None:
+        self.target = target
+        self.drafter = drafter
+        self.max_rows = max_rows
+        self.running: dict[int, Request] = {}  # by row
+        self._cache = target.new_cache(max_rows, 256)
+        self._part: dict[str, float] = {}
+
+    @property
+    def num_free(self) -> int:
+        return self.max_rows - len(self.running)
+
+    @property
+    def cache_nbytes(self) -> int:
+        """Bytes of keys and values: the target's and the drafter's."""
+        return self._cache.nbytes + sum(cache.nbytes for cache in self.drafter.caches)
+
+    def admit(self, request: Request) -> Chunk:
+        """Read the prompt and commit the first token. There must be a free row."""
+        check(self.target, request)
+        slot = next(i for i in range(self.max_rows) if i not in self.running)
+        request.history = list(request.prompt)
+        request.stats = Stats(num_prompt_tokens=len(request.prompt))
+        self._part = {}
+        self._cache.reserve(len(request.prompt) + request.params.max_new_tokens + 64)
+        rows = Rows([slot], [request.history], [request.params])
+        with self._timed("prefill"):
+            tokens = torch.tensor(request.prompt)
+            logits, features = self.target.prefill(self._cache, slot, tokens, self.drafter.layers)
+            self.drafter.observe(rows, [tokens], None if features is None else [features])
+            law = target_probs(logits[None, None], [request.params], torch.ones(1, dtype=torch.long))[:, 0]
+            first = draw(law, uniforms([request.params.seed], [len(request.prompt)], 1)[:, 0])
+        self.running[slot] = request
+        request.stats.seconds = dict(self._part)
+        chunk = request.commit(first.tolist(), 0)
+        if request.finish_reason is not None:
+            self._release([slot])
+        return chunk
+
+    def step(self) -> list[Chunk]:
+        """One target pass over every running row."""
+        self._part = {}
+        slots = list(self.running)
+        requests = [self.running[slot] for slot in slots]
+        rows = Rows(slots, [request.history for request in requests], [request.params for request in requests])
+        limits = torch.tensor([request.num_left for request in requests])
+        with self._timed("draft"):
+            proposal = _cut(self.drafter.propose(rows, int(limits.max())), limits)
+        with self._timed("target"):
+            shape = proposal.tokens, proposal.parents, proposal.sizes
+            logits, features = self.target.forward(self._cache, slots, *shape, self.drafter.layers)
+        with self._timed("host"):
+            verdict = self._judge(proposal, logits, rows)
+            paths = [[node for node in path if node >= 0] for path in verdict.path.tolist()]
+            for slot, path in zip(slots, paths, strict=True):
+                self._cache.keep(slot, path)
+            chunks = [
+                request.commit([*proposal.tokens[i, path[1:]].tolist(), int(verdict.bonus[i])], len(path) - 1)
+                for i, (request, path) in enumerate(zip(requests, paths, strict=True))
+            ]
+        with self._timed("draft"):
+            self._observe(slots, proposal, features, paths)
+        for i, request in enumerate(requests):
+            _account(request.stats, int(proposal.sizes[i]) - 1, len(chunks[i].tokens), self._part)
+        self._release([slot for slot in slots if self.running[slot].finish_reason is not None])
+        return chunks
+
+    def abort(self, index: int) -> None:
+        """Forget the running request with this number, if there is one."""
+        self._release([slot for slot, request in self.running.items() if request.index == index])
+
+    def _judge(self, proposal: Proposal, logits: Tensor, rows: Rows) -> Verdict:
+        seeds = [params.seed for params in rows.params]
+        law = target_probs(logits, rows.params, proposal.sizes)
+        draws = uniforms(seeds, [position + 1 for position in rows.positions], proposal.num_nodes)
+        coins = None
+        if proposal.drawn is not None and bool(proposal.drawn.any()):
+            lanes = [uniforms(seeds, rows.positions, 1, lane=1 + node) for node in range(proposal.num_nodes)]
+            coins = torch.cat(lanes, dim=1)
+        return verify(proposal, law, draws, coins)
+
+    def _observe(self, slots: list[int], proposal: Proposal, features: Tensor | None, paths: list[list[int]]) -> None:
+        live = [i for i, slot in enumerate(slots) if self.running[slot].finish_reason is None]
+        if not live:
+            return
+        requests = [self.running[slots[i]] for i in live]
+        rows = Rows([slots[i] for i in live], [r.history for r in requests], [r.params for r in requests])
+        tokens = [proposal.tokens[i, paths[i]] for i in live]
+        self.drafter.observe(rows, tokens, None if features is None else [features[i, paths[i]] for i in live])
+
+    def _release(self, slots: list[int]) -> None:
+        for slot in slots:
+            request = self.running.pop(slot)
+            self._cache.free(slot)
+            self.drafter.end(Rows([slot], [request.history], [request.params]))
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._part[part] = self._part.get(part, 0.0) + time.perf_counter() - started
+
+
+def check(target: Target, request: Request) -> None:
+    """Raises InvalidPrompt or ContextLengthError for a request that could never run."""
+    if not request.prompt:
+        raise InvalidPrompt("the prompt is empty", hint="give at least one token of text")
+    asked, limit = request.params.max_new_tokens, target.context_length
+    if len(request.prompt) + asked > limit:
+        raise ContextLengthError(
+            f"the prompt has {len(request.prompt)} tokens and {asked} new ones were asked for, "
+            f"but the context of `{target.name}` holds {limit}",
+            hint=f"shorten the prompt, or ask for at most {max(limit - len(request.prompt), 0)} new tokens",
+        )
+
+
+def _cut(proposal: Proposal, limits: Tensor) -> Proposal:
+    """No more nodes in a row than it has tokens left: what lies beyond could never be committed."""
+    sizes = torch.minimum(proposal.sizes, limits)
+    width = int(sizes.max())
+    if width == proposal.num_nodes:
+        return replace(proposal, sizes=sizes)
+    scores, probs, drawn = (None if t is None else t[:, :width] for t in (proposal.scores, proposal.probs, proposal.drawn))
+    return Proposal(proposal.tokens[:, :width], proposal.parents[:, :width], sizes, scores, probs, drawn)
+
+
+def _account(stats: Stats, num_drafted: int, num_committed: int, parts: dict[str, float]) -> None:
+    stats.target_passes += 1
+    stats.num_drafted += num_drafted
+    stats.accepted_lengths.append(num_committed)
+    for part, seconds in parts.items():
+        stats.seconds[part] = stats.seconds.get(part, 0.0) + seconds

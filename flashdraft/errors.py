@@ -1,0 +1,70 @@
+"""Every error that FlashDraft raises on purpose.
+
+FlashDraftError                 what is wrong, what was got; `hint` says what to do
+├── InvalidParameter            an option or argument outside its range            (also a ValueError)
+├── InvalidPrompt               an empty prompt, or one that cannot be read        (also a ValueError)
+│   └── ContextLengthError      prompt, or prompt + new tokens, beyond the context
+├── ModelNotFound               no such folder, file, hub id or built-in name
+├── UnsupportedTarget           a model whose state cannot be cut back to a prefix
+├── CheckpointError             a folder or file that is damaged or not a drafter
+│   └── DraftMismatch           a drafter made for another target
+└── DataError                   a line of a data file that cannot be used
+
+A user's slip becomes one of these, never a traceback; the command line prints `error:` and `hint:` lines.
+"""
+
+__all__ = [
+    "CheckpointError",
+    "ContextLengthError",
+    "DataError",
+    "DraftMismatch",
+    "FlashDraftError",
+    "InvalidParameter",
+    "InvalidPrompt",
+    "ModelNotFound",
+    "UnsupportedTarget",
+]
+
+
+class FlashDraftError(Exception):
+    """What is wrong and what was got; `hint` is what to do about it, or None."""
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+    def __str__(self) -> str:
+        message = str(self.args[0])
+        return f"{message}\nhint: {self.hint}" if self.hint else message
+
+
+class InvalidParameter(FlashDraftError, ValueError):
+    """An option or argument outside its range."""
+
+
+class InvalidPrompt(FlashDraftError, ValueError):
+    """An empty prompt, or one that cannot be read."""
+
+
+class ContextLengthError(InvalidPrompt):
+    """The prompt, or the prompt and the tokens asked for, do not fit into the target's context."""
+
+
+class ModelNotFound(FlashDraftError):
+    """No such folder, file, hub id or built-in model."""
+
+
+class UnsupportedTarget(FlashDraftError):
+    """A model whose state cannot be cut back to a prefix, so that rejected drafts would leave a trace."""
+
+
+class CheckpointError(FlashDraftError):
+    """A folder or file that is damaged, or that is not a drafter."""
+
+
+class DraftMismatch(CheckpointError):
+    """A drafter that was made for another target."""
+
+
+class DataError(FlashDraftError):
+    """A line of a data file that cannot be used."""

@@ -1,0 +1,184 @@
+"""The ten-line experience: `load` a target with its drafter, then `generate` or `stream`.
+
+The stream is the primitive: `generate` collects it, and the command line and the benchmark read the same records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from flashdraft import hub
+from flashdraft.engine import Engine, Request, check
+from flashdraft.errors import CheckpointError, InvalidParameter, InvalidPrompt, ModelNotFound
+from flashdraft.lean import LeanTarget
+from flashdraft.methods.autoregressive import Autoregressive
+from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDraft
+from flashdraft.methods.prompt_lookup import PromptLookup
+from flashdraft.target import HFTarget, Target
+from flashdraft.text import TextDecoder
+from flashdraft.types import Chunk, Drafter, Result, SamplingParams
+
+__all__ = ["Model", "Prompt", "drafters", "load", "load_target"]
+
+Prompt = str | Sequence[dict[str, str]] | Sequence[int]  # one user turn, a conversation, or token ids as they are
+
+
+class Model:
+    """A target, its tokenizer and a drafter, ready to generate."""
+
+    def __init__(
+        self, target: Target, tokenizer: Any, new_drafter: Callable[[], Drafter], *, eos: frozenset[int], max_rows: int
+    ) -> None:
+        self.target = target
+        self.tokenizer = tokenizer
+        self.new_drafter = new_drafter  # every stream has a drafter of its own; the weights are shared
+        self.eos = eos
+        self.max_rows = max_rows
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None, **options: Any
+    ) -> Any:
+        """The Result of one prompt, or a list of Results in the order of a list of prompts.
+
+        params: one for all, or one per prompt; `options` are the fields of SamplingParams, as a shorthand.
+        Raises InvalidParameter, InvalidPrompt or ContextLengthError before anything runs.
+        """
+        results = {c.index: c.result for c in self.stream(prompts, params, **options) if c.result is not None}
+        ordered = [results[index] for index in sorted(results)]
+        return ordered[0] if _is_one(prompts) else ordered
+
+    def stream(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None, **options: Any
+    ) -> Iterator[Chunk]:
+        """One Chunk per prompt and step, as they come; a prompt's last one carries its Result."""
+        batch = [prompts] if _is_one(prompts) else list(prompts)
+        engine = Engine(self.target, self.new_drafter(), max_rows=min(self.max_rows, max(len(batch), 1)))
+        requests = [
+            self.request(prompt, one, index=i)  # type: ignore[arg-type]
+            for i, (prompt, one) in enumerate(zip(batch, _params(params, options, len(batch)), strict=True))
+        ]
+        for request in requests:
+            check(self.target, request)
+        return _run(engine, requests)
+
+    def request(self, prompt: Prompt, params: SamplingParams, *, index: int = 0) -> Request:
+        """A prompt as the engine takes it."""
+        return Request(self.encode(prompt), params, TextDecoder(self.tokenizer, params.stop), self.eos, index)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt; a string becomes one user turn where the tokenizer has a chat template."""
+        if not prompt:
+            raise InvalidPrompt("the prompt is empty", hint="give at least one token of text")
+        if not isinstance(prompt, str) and isinstance(prompt[0], int):
+            return self._checked([int(token) for token in prompt])  # type: ignore[call-overload]
+        if getattr(self.tokenizer, "chat_template", None):
+            turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            return self._checked(self.tokenizer.encode(text, add_special_tokens=False))
+        if not isinstance(prompt, str):
+            raise InvalidPrompt(f"`{self.target.name}` has no chat template for a conversation", hint="give the prompt as text")
+        return self._checked(self.tokenizer.encode(prompt))
+
+    def _checked(self, tokens: list[int]) -> list[int]:
+        wrong = [token for token in tokens if not 0 <= token < self.target.vocab_size]
+        if wrong:
+            raise InvalidPrompt(f"token id {wrong[0]} is outside the vocabulary of {self.target.vocab_size}")
+        return tokens
+
+
+def _run(engine: Engine, requests: list[Request]) -> Iterator[Chunk]:
+    waiting = list(reversed(requests))
+    try:
+        while waiting or engine.running:
+            while waiting and engine.num_free:
+                yield engine.admit(waiting.pop())
+            if engine.running:
+                yield from engine.step()
+    finally:  # a caller that stops listening frees its rows
+        for request in requests:
+            engine.abort(request.index)
+
+
+def _is_one(prompts: object) -> bool:
+    return isinstance(prompts, str) or (isinstance(prompts, Sequence) and len(prompts) > 0 and isinstance(prompts[0], (int, dict)))
+
+
+def _params(
+    params: SamplingParams | Sequence[SamplingParams] | None, options: dict[str, Any], count: int
+) -> list[SamplingParams]:
+    known = {field.name for field in fields(SamplingParams)}
+    if unknown := sorted(set(options) - known):
+        raise InvalidParameter(f"unknown option `{unknown[0]}`", hint=f"options are {', '.join(sorted(known))}")
+    if params is not None and options:
+        raise InvalidParameter("got both `params` and separate options", hint="put them all into one SamplingParams")
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams(**options)] * count
+    if len(params) != count:
+        raise InvalidParameter(f"got {len(params)} SamplingParams for {count} prompts", hint="give one for all, or one per prompt")
+    return list(params)
+
+
+def load(
+    target: str | Path = "smollm2-135m",
+    *,
+    draft: str | Path = "auto",
+    block_size: int | None = None,
+    max_rows: int = 8,
+    device: str = "cpu",
+    dtype: str = "auto",
+) -> Model:
+    """A target by built-in name, hub id, folder or GGUF file, with a drafter, ready to generate.
+
+    draft: "auto" (the drafter shipped for this target, or none), "autoregressive", "prompt_lookup", or a drafter's folder
+    or hub id. block_size: nodes per proposal, the anchor included; by default what the drafter was trained for.
+    dtype: "auto" (as stored), "float32", "bfloat16" or "float16". Raises a FlashDraftError that says what to do.
+    """
+    if max_rows < 1:
+        raise InvalidParameter(f"max_rows is {max_rows}", hint="max_rows must be 1 or more")
+    loaded, tokenizer, eos = load_target(str(target), device=device, dtype=dtype)
+    return Model(loaded, tokenizer, drafters(draft, loaded, str(target), block_size), eos=eos, max_rows=max_rows)
+
+
+def load_target(name: str, *, device: str = "cpu", dtype: str = "auto", lean: bool = True) -> tuple[Target, Any, frozenset[int]]:
+    """The target, its tokenizer and its end-of-text ids; `lean=False` keeps transformers' own forward."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if dtype not in ("auto", "float32", "bfloat16", "float16", "float64"):
+        raise InvalidParameter(f"dtype is {dtype!r}", hint="dtype must be auto, float32, bfloat16, float16 or float64")
+    files = hub.resolve(name)
+    folder, extra = (files.folder, {"gguf_file": files.filename}) if isinstance(files, hub.GgufFile) else (files, {})
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **extra)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True if not extra else None, **extra)
+    except FileNotFoundError as error:
+        raise ModelNotFound(f"cannot load `{name}`: {_first_line(error)}", hint="the folder is incomplete") from None
+    except Exception as error:  # transformers raises whatever its readers do: a damaged file, an unknown architecture
+        raise CheckpointError(f"cannot load `{name}`: {_first_line(error)}", hint="fetch the model's files again") from None
+    model = model.to(device).eval()
+    eos = model.generation_config.eos_token_id
+    ids = [eos] if isinstance(eos, int) else list(eos or [])
+    made = LeanTarget(model, name) if lean and device == "cpu" and LeanTarget.fits(model.config) else HFTarget(model, name)
+    return made, tokenizer, frozenset(ids)
+
+
+def drafters(
+    draft: str | Path, target: Target, target_name: str, block_size: int | None = None
+) -> Callable[[], Drafter]:
+    """What makes new drafters of the kind called `draft` for this target; see `load`."""
+    if block_size is not None and block_size < 1:
+        raise InvalidParameter(f"block_size is {block_size}", hint="block_size must be 1 or more; 1 drafts nothing")
+    if draft == "auto":
+        draft = hub.builtin_draft(target_name) or "autoregressive"
+    if draft == "autoregressive":
+        return Autoregressive
+    if draft == "prompt_lookup":
+        return lambda: PromptLookup(block_size=block_size or 8)
+    network = PackedDraft(DFlashDraftModel.from_pretrained(draft), target)
+    return lambda: DFlashDrafter(network, block_size=block_size)
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

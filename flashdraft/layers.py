@@ -1,0 +1,152 @@
+"""What draft networks and the lean target are made of: packed linears, RMSNorm, rotary positions, attention to slots.
+
+Knows tensors and weights. Does not know models, caches' owners, or which tokens are drafts.
+
+Row-exact: a row's result does not depend on how many rows travel with it. That is what makes speculative text equal to
+plain text bit for bit, ties included. A linear finds out at load whether it is; attention gets it by always running the
+same small shapes: `CHUNK` queries against a number of slots that depends on the query's own position alone.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flashdraft.cache import SLOT_STEP
+
+__all__ = ["CHUNK", "PackedLinear", "RMSNorm", "SlotAttention", "apply_rotary", "rotary_table"]
+
+CHUNK = 4  # queries of one row that share an attention call
+_PACK_HINT = 16  # the batch size that oneDNN packs weights for; below 8 its rows are not exact
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, over the last dimension."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class PackedLinear:
+    """x -> x @ weight.T + bias with the weight packed once for few rows (oneDNN, float32 on a CPU; else F.linear).
+
+    `row_exact` is measured on this machine: with one row padded to `min_rows`, every row's bits are the same whatever
+    the number of rows.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.out_features, self.in_features = weight.shape
+        self.nbytes = weight.numel() * weight.element_size()
+        self.bias = bias
+        self.packed = _can_pack(weight)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACK_HINT) if self.packed else weight
+        self.min_rows, self.row_exact = self._measure(weight) if self.packed else (1, False)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [rows, in] -> [rows, out]"""
+        if x.shape[0] >= self.min_rows:
+            return self._run(x)
+        return self._run(F.pad(x, (0, 0, 0, self.min_rows - x.shape[0])))[: x.shape[0]]
+
+    def _run(self, x: Tensor) -> Tensor:
+        if self.packed:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")  # type: ignore[no-any-return]
+        return F.linear(x, self.weight, self.bias)
+
+    def _measure(self, weight: Tensor) -> tuple[int, bool]:
+        """The fewest rows from which on rows agree bit for bit, probed with real weights."""
+        x = torch.randn(33, self.in_features, generator=torch.Generator().manual_seed(0), dtype=weight.dtype)
+        whole = self._run(x)
+        exact = {n: torch.equal(self._run(x[:n].contiguous()), whole[:n]) for n in (1, 2, 3, 4, 5, 8, 12, 16, 24, 32)}
+        for least in (1, 2, 4):
+            if all(same for n, same in exact.items() if n >= least):
+                return least, True
+        return 1, False
+
+
+@functools.cache
+def _has_mkldnn_linear() -> bool:
+    return bool(torch.backends.mkldnn.is_available()) and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+
+
+def _can_pack(weight: Tensor) -> bool:
+    return weight.dtype == torch.float32 and weight.device.type == "cpu" and _has_mkldnn_linear()
+
+
+def rotary_table(inv_freq: Tensor, num_positions: int, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin for every position: [positions, head_dim] each, halves repeated as Hugging Face lays them out."""
+    angles = torch.outer(torch.arange(num_positions, device=inv_freq.device, dtype=torch.float32), inv_freq.float())
+    angles = torch.cat((angles, angles), dim=-1)
+    return (angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype)
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x: [..., heads, head_dim]; cos, sin: [..., 1, head_dim] (RoFormer 2104.09864, half-split layout)."""
+    half = x.shape[-1] // 2
+    rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return x * cos + rotated * sin
+
+
+class SlotAttention:
+    """Attention of one row's new nodes to its slots, planned once per step and run by every layer.
+
+    length: slots committed before this step; visible: bool [n, n], which new nodes each new node sees, or None for a
+    chain; window: how many slots back a node at its own slot sees, itself included, or None for all.
+    """
+
+    def __init__(
+        self, length: int, num_nodes: int, *, visible: Tensor | None, groups: int, like: Tensor, window: int | None = None
+    ) -> None:
+        self.num_nodes = num_nodes
+        self.window = window
+        self.groups = groups  # query heads per key head
+        self.calls: list[tuple[int, int, int, Tensor]] = []  # first node, last node, slots read, mask
+        first = 0
+        while first < num_nodes:
+            reads = _round_up(length + (first + 1 if visible is None else num_nodes))
+            last = min(first + CHUNK, num_nodes, reads - length if visible is None else num_nodes)
+            self.calls.append((first, last, reads, self._mask(length, first, last, reads, visible, like)))
+            first = last
+
+    def _mask(
+        self, length: int, first: int, last: int, reads: int, visible: Tensor | None, like: Tensor
+    ) -> Tensor:  # [1, 1, CHUNK * groups, reads]
+        nodes = torch.arange(first, first + CHUNK, device=like.device).clamp(max=last - 1)
+        slots = torch.arange(reads, device=like.device)
+        if visible is None:
+            seen = slots <= length + nodes[:, None]
+        else:
+            new = F.pad(visible[nodes], (length, max(reads - length - self.num_nodes, 0)))[:, :reads]
+            seen = (slots < length) | new
+        if self.window is not None:
+            seen &= slots > length + nodes[:, None] - self.window
+        bias = torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(~seen, float("-inf"))
+        return bias.repeat_interleave(self.groups, 0)[None, None]
+
+    def __call__(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        """query: [n, heads, head_dim]; keys, values: [kv_heads, slots, head_dim] -> [n, heads * head_dim]"""
+        outputs = []
+        kv_heads, head_dim = keys.shape[0], keys.shape[2]
+        for first, last, reads, mask in self.calls:
+            part = query[first:last]
+            if last - first < CHUNK:
+                part = F.pad(part, (0, 0, 0, 0, 0, CHUNK - (last - first)))
+            folded = part.view(CHUNK, kv_heads, self.groups, head_dim).transpose(0, 1).reshape(1, kv_heads, -1, head_dim)
+            out = F.scaled_dot_product_attention(
+                folded, keys[None, :, :reads], values[None, :, :reads], attn_mask=mask, scale=scale
+            )
+            out = out.view(kv_heads, CHUNK, self.groups * head_dim).transpose(0, 1).reshape(CHUNK, -1)
+            outputs.append(out[: last - first])
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _round_up(slots: int) -> int:
+    return -(-slots // SLOT_STEP) * SLOT_STEP

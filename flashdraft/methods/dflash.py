@@ -1,0 +1,304 @@
+"""DFlash (2602.06036): a small block-diffusion network fills a whole block of masked tokens in one forward pass.
+
+The network reads the target's hidden states (features). Fused once, C = RMSNorm(fc(features)), they bypass everything
+but the key and value projections of every layer ("KV injection"), so the context costs the draft two small matrices per
+token, cached in its own slots. The block is [anchor, MASK x (B - 1)]; each of its rows sees the whole context, which
+ends strictly before the anchor, and the whole block. Output row k predicts the token AT position anchor + k.
+Embedding and lm_head are the target's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from flashdraft import hub
+from flashdraft.cache import SlotCache
+from flashdraft.checkpoint import DraftConfig, check_target, read_draft, write_draft
+from flashdraft.errors import CheckpointError
+from flashdraft.layers import PackedLinear, RMSNorm, SlotAttention, apply_rotary, rotary_table
+from flashdraft.target import Target
+from flashdraft.types import Proposal, Rows
+
+__all__ = ["DFlashDraftModel", "DFlashDrafter"]
+
+
+class _Attention(nn.Module):
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        hidden, head_dim, bias = config.hidden_size, config.head_dim, config.attention_bias
+        self.q_proj = nn.Linear(hidden, config.num_attention_heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden, config.num_key_value_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden, config.num_key_value_heads * head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * head_dim, hidden, bias=bias)
+        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps)
+        self.head_dim = head_dim
+
+    def queries(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """[n, hidden] -> [n, heads, head_dim]"""
+        return apply_rotary(self.q_norm(self.q_proj(x).view(len(x), -1, self.head_dim)), *rotary)
+
+    def keys_values(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """[n, hidden] -> [n, kv_heads, head_dim] each; the same weights serve the context and the block."""
+        keys = self.k_norm(self.k_proj(x).view(len(x), -1, self.head_dim))
+        return apply_rotary(keys, *rotary), self.v_proj(x).view(len(x), -1, self.head_dim)
+
+
+class _MLP(nn.Module):
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+
+
+class _Layer(nn.Module):
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        self.self_attn = _Attention(config)
+        self.mlp = _MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class DFlashDraftModel(nn.Module):
+    """The draft network. Its modules carry z-lab's tensor names; `from_pretrained` and `save_pretrained` use their format."""
+
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.fc = nn.Linear(len(config.target_layer_ids) * config.hidden_size, config.hidden_size, bias=False)
+        self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.layers = nn.ModuleList(_Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.extras: dict[str, Tensor] = {}  # the format's optional tensors: lm_head.weight, embed_tokens.weight, d2t, t2d
+        cos, sin = _rotary(config)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path) -> DFlashDraftModel:
+        """A drafter's folder or hub id, in float32. Raises CheckpointError or ModelNotFound."""
+        files = hub.resolve(str(name))
+        if not isinstance(files, Path):
+            raise CheckpointError(f"`{name}` is a GGUF file, not a drafter's folder", hint="give the folder it was made from")
+        config, tensors = read_draft(files)
+        model = cls(config)
+        model.extras = {n: tensors.pop(n) for n in ("lm_head.weight", "embed_tokens.weight", "d2t", "t2d") if n in tensors}
+        model.load_state_dict({n: t.float() for n, t in tensors.items()})
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path, *, readme: str | None = None) -> None:
+        """Write config.json and model.safetensors, in config.dtype; `readme` is the model card."""
+        write_draft(Path(folder), self.config, {**self.state_dict(), **self.extras}, readme)
+
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return self.cos[positions][:, None], self.sin[positions][:, None]  # type: ignore[index]
+
+    def context(self, features: Tensor) -> Tensor:
+        """features [n, F * hidden] -> C [n, hidden], from which every layer makes its context keys and values."""
+        fused: Tensor = self.hidden_norm(self.fc(features))
+        return fused
+
+    def forward(self, context: Tensor, block: Tensor, positions: tuple[Tensor, Tensor], attend: Any) -> Tensor:
+        """The whole network on packed rows.
+
+        context: C [n, hidden]; block: embeddings [m, hidden]; positions: absolute ones of both, [n] and [m];
+        attend(layer, q, context_kv, block_kv) -> [m, heads * head_dim], where q is [m, heads, head_dim] and each kv is a
+        pair of [., kv_heads, head_dim]. Returns the normed states [m, hidden], for the target's lm_head.
+        """
+        context_rotary, block_rotary = self.rotary(positions[0]), self.rotary(positions[1])
+        x = block
+        for index, layer in enumerate(self.layers):
+            normed = layer.input_layernorm(x)
+            context_kv = layer.self_attn.keys_values(context, context_rotary)
+            block_kv = layer.self_attn.keys_values(normed, block_rotary)
+            out = attend(index, layer.self_attn.queries(normed, block_rotary), context_kv, block_kv)
+            x = x + layer.self_attn.o_proj(out)
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+        return self.norm(x)  # type: ignore[no-any-return]
+
+
+def _rotary(config: DraftConfig) -> tuple[Tensor, Tensor]:
+    rope = dict(config.rope_parameters)
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        steps = torch.arange(0, config.head_dim, 2).float() / config.head_dim
+        inv_freq, scaling = 1.0 / float(rope["rope_theta"]) ** steps, 1.0
+    elif kind in ("linear", "llama3", "yarn"):
+        from transformers import Qwen3Config
+
+        shape = {"head_dim": config.head_dim, "hidden_size": config.hidden_size}
+        shape |= {"num_attention_heads": config.num_attention_heads, "max_position_embeddings": config.max_position_embeddings}
+        inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](Qwen3Config(**shape, rope_parameters=rope), "cpu")
+    else:
+        raise CheckpointError(f"rotary scaling {kind!r} is not supported in a drafter", hint="known: default, linear, llama3, yarn")
+    return rotary_table(inv_freq, config.max_position_embeddings, float(scaling), torch.float32)
+
+
+class _PackedLayer:
+    """One layer's weights for decoding: k and v of the context in one linear; q, k and v of the block in another."""
+
+    def __init__(self, layer: Any, dtype: torch.dtype, device: torch.device) -> None:
+        attention = layer.self_attn
+
+        def pack(*linears: nn.Linear) -> PackedLinear:
+            weight = torch.cat([linear.weight.detach() for linear in linears]).to(device, dtype)
+            biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
+            return PackedLinear(weight, torch.cat(biases).to(device, dtype) if biases else None)
+
+        self.kv = pack(attention.k_proj, attention.v_proj)
+        self.q = pack(attention.q_proj)
+        self.out = pack(attention.o_proj)
+        self.gate_up = pack(layer.mlp.gate_proj, layer.mlp.up_proj)
+        self.down = pack(layer.mlp.down_proj)
+        norms = layer.input_layernorm, layer.post_attention_layernorm, attention.q_norm, attention.k_norm
+        self.input_norm, self.post_norm, self.q_norm, self.k_norm = (n.weight.detach().to(device, dtype) for n in norms)
+
+
+class PackedDraft:
+    """A draft network's weights, packed for decoding beside one target; shared by all drafters made from it."""
+
+    def __init__(self, model: DFlashDraftModel, target: Target) -> None:
+        check_target(model.config, target)
+        probe = target.embed(torch.zeros(1, dtype=torch.long))
+        dtype, device = probe.dtype, probe.device
+        self.config = model.config
+        self.target = target
+        self.fc = PackedLinear(model.fc.weight.detach().to(device, dtype))
+        self.blocks = [_PackedLayer(layer, dtype, device) for layer in model.layers]
+        self.hidden_norm, self.norm = (n.weight.detach().to(device, dtype) for n in (model.hidden_norm, model.norm))
+        self.cos, self.sin = model.cos.to(device, dtype), model.sin.to(device, dtype)  # type: ignore[operator]
+        self.mask_embedding = target.embed(torch.tensor([model.config.mask_token_id]))
+        self.vocabulary, self.head = _reduced_head(model, target, dtype, device)
+        linears = [self.fc, *(p for b in self.blocks for p in (b.kv, b.q, b.out, b.gate_up, b.down))]
+        self.nbytes = sum(linear.nbytes for linear in linears) + (self.head.nbytes if self.head else 0)
+
+    def norm_of(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x, weight.shape, weight, self.config.rms_norm_eps)
+
+    def predict(self, hidden: Tensor) -> Tensor:
+        """The likeliest token of every row: [n, hidden] -> [n], ids of the target's vocabulary."""
+        if self.head is None or self.vocabulary is None:
+            return self.target.lm_head(hidden).argmax(-1)
+        return self.vocabulary[self.head(hidden).argmax(-1)]
+
+
+def _reduced_head(
+    model: DFlashDraftModel, target: Target, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor | None, PackedLinear | None]:
+    """The ids of a reduced draft vocabulary and its lm_head rows; d2t holds target id - draft id. Never the target's own head."""
+    if "d2t" not in model.extras:
+        return None, None
+    offsets = model.extras["d2t"].long()
+    vocabulary = (offsets + torch.arange(len(offsets))).to(device)
+    own = model.extras.get("lm_head.weight")
+    weight = target.head_weight(vocabulary) if own is None else own
+    return vocabulary, PackedLinear(weight.to(device, dtype).contiguous())
+
+
+class DFlashDrafter:
+    """Drafts a chain per row: the argmax of every masked position, which verification treats as a point mass."""
+
+    name = "dflash"
+
+    def __init__(self, network: PackedDraft, *, block_size: int | None = None) -> None:
+        config = network.config
+        self.network = network
+        self.block_size = block_size or config.block_size
+        self.layers = config.target_layer_ids
+        self.cache = SlotCache(config.num_hidden_layers, 1, 256)
+        self.caches = (self.cache,)
+        self._kinds = config.layer_types or ("full_attention",) * config.num_hidden_layers
+
+    @torch.inference_mode()
+    def observe(self, rows: Rows, tokens: Sequence[Tensor], features: Sequence[Tensor] | None) -> None:
+        """Turn new features into context keys and values, once."""
+        assert features is not None
+        net, config = self.network, self.network.config
+        self.cache.reserve(0, rows=max(rows.slots) + 1)
+        limit = config.max_position_embeddings
+        starts = [self.cache.lengths[slot] for slot in rows.slots]
+        fits = [max(min(len(f), limit - start), 0) for f, start in zip(features, starts, strict=True)]
+        if not sum(fits):
+            return
+        positions = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, fits, strict=True)])
+        context = net.norm_of(net.fc(torch.cat([f[:n] for f, n in zip(features, fits, strict=True)])), net.hidden_norm)
+        cos, sin = net.cos[positions][:, None], net.sin[positions][:, None]
+        self.cache.reserve(max(start + n for start, n in zip(starts, fits, strict=True)))
+        for index, block in enumerate(net.blocks):
+            keys, values = block.kv(context).view(len(context), 2, -1, config.head_dim).unbind(1)
+            keys = apply_rotary(net.norm_of(keys, block.k_norm), cos, sin)
+            first = 0
+            for slot, n in zip(rows.slots, fits, strict=True):
+                new = slice(first, first + n)
+                self.cache.write(index, slot, keys[new].transpose(0, 1), values[new].transpose(0, 1))
+                first += n
+        for slot, n in zip(rows.slots, fits, strict=True):
+            self.cache.keep(slot, range(n))
+
+    @torch.inference_mode()
+    def propose(self, rows: Rows, max_nodes: int) -> Proposal:
+        """One forward of the network over every row's block. A row beyond the draft's positions gets its anchor alone."""
+        anchors, size = rows.anchors, self.block_size
+        limit = self.network.config.max_position_embeddings
+        live = [i for i, position in enumerate(rows.positions) if position + size <= limit]
+        width = min(size, max_nodes) if live else 1
+        tokens = torch.zeros(len(rows), width, dtype=torch.long)
+        tokens[:, 0] = torch.tensor(anchors)
+        sizes = torch.ones(len(rows), dtype=torch.long)
+        if live and width > 1:
+            drafts = self._fill([rows.slots[i] for i in live], [anchors[i] for i in live], width)
+            tokens[live, 1:] = drafts.cpu()
+            sizes[live] = width
+        return Proposal(tokens, torch.arange(-1, width - 1).expand(len(rows), width), sizes)
+
+    def end(self, rows: Rows) -> None:
+        for slot in rows.slots:
+            if slot < self.cache.rows:
+                self.cache.free(slot)
+
+    def _fill(self, slots: list[int], anchors: list[int], width: int) -> Tensor:
+        """Tokens [rows, width - 1] for the masked positions; the block is always fed whole, as in training."""
+        net, config, size = self.network, self.network.config, self.block_size
+        lengths = [self.cache.lengths[slot] for slot in slots]
+        self.cache.reserve(max(lengths) + size)
+        masks = net.mask_embedding.expand(len(slots), size - 1, -1)
+        x = torch.cat((net.target.embed(torch.tensor(anchors))[:, None], masks), dim=1).flatten(0, 1)
+        positions = torch.cat([torch.arange(length, length + size) for length in lengths])
+        cos, sin = net.cos[positions][:, None], net.sin[positions][:, None]
+        plans = {kind: [self._plan(kind, length, x) for length in lengths] for kind in set(self._kinds)}
+        for index, block in enumerate(net.blocks):
+            normed = net.norm_of(x, block.input_norm)
+            q = block.q(normed).view(len(x), -1, config.head_dim)
+            keys, values = block.kv(normed).view(len(x), 2, -1, config.head_dim).unbind(1)
+            q = apply_rotary(net.norm_of(q, block.q_norm), cos, sin)
+            keys = apply_rotary(net.norm_of(keys, block.k_norm), cos, sin)
+            outputs = []
+            for i, slot in enumerate(slots):
+                new = slice(i * size, (i + 1) * size)
+                kv = self.cache.write(index, slot, keys[new].transpose(0, 1), values[new].transpose(0, 1))
+                outputs.append(plans[self._kinds[index]][i](q[new], *kv, config.head_dim**-0.5))
+            x = x + block.out(torch.cat(outputs))
+            gate, up = block.gate_up(net.norm_of(x, block.post_norm)).chunk(2, dim=-1)
+            x = x + block.down(F.silu(gate) * up)
+        wanted = x.view(len(slots), size, -1)[:, 1:width].reshape(-1, config.hidden_size)
+        return net.predict(net.norm_of(wanted, net.norm)).view(len(slots), width - 1)
+
+    def _plan(self, kind: str, length: int, like: Tensor) -> SlotAttention:
+        config, size = self.network.config, self.block_size
+        groups = config.num_attention_heads // config.num_key_value_heads
+        if kind == "sliding_attention":  # public checkpoints with such layers are causal inside the block
+            return SlotAttention(length, size, visible=None, groups=groups, like=like, window=config.sliding_window)
+        everything = torch.ones(size, size, dtype=torch.bool, device=like.device)
+        return SlotAttention(length, size, visible=everything, groups=groups, like=like)

@@ -1,0 +1,146 @@
+"""Logits become laws, laws become tokens: the only place where either happens.
+
+Knows logits, sampling parameters and uniforms. Does not know models, trees or drafters.
+Randomness is explicit and counter-based: a uniform is a function of (seed, absolute position, lane), so a position's draw
+is the same whatever was drafted, however it was batched. Lane 0 draws the target's tokens, lane 1 + i is the acceptance
+coin of node i, negative lanes are for a drafter's own draws.
+Every result row depends on its own input row alone, bit for bit: sums are taken in integers, where order cannot matter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from flashdraft.types import SamplingParams
+
+__all__ = ["coins", "draw", "probabilities", "target_probs", "total", "uniform", "uniforms"]
+
+Word = TypeVar("Word", int, Tensor)  # 64 bits: the low ones of a Python int, or an int64 tensor that wraps around
+
+_ONE = 2.0**62  # probability 1 in fixed point: room for a sum of nearly 2 below 2**63
+_HEADS = (64, 1024)  # numbers of likeliest tokens among which a top-p set is looked for before all are sorted
+
+
+def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
+    """The law that `params` makes of `logits`, in float32 (float64 for float64 logits). logits: [..., vocab] -> same shape.
+
+    Temperature first, then top-k, top-p within what top-k left, and min-p, in the order of transformers (vLLM takes min-p
+    first, which changes only the mass that top-p sees). Cuts are by value: tokens tied with the last one kept are kept.
+    Temperature 0 is a point mass at the likeliest token, the lowest id among equals, whatever the cuts.
+    Logits may be -inf (a mask), not +inf or NaN: those make a row of NaN, which `draw` refuses.
+    """
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    if params.temperature == 0:
+        best = logits.max(-1, keepdim=True)
+        one = (best.values * 0 + 1).to(dtype)  # NaN where the best logit is not finite
+        return torch.zeros(logits.shape, dtype=dtype, device=logits.device).scatter_(-1, best.indices, one)
+    logits = logits.to(dtype)
+    # The maximum goes first and the divisor stays normal: no temperature, however small, makes 0 / 0 or inf - inf.
+    scaled = (logits - logits.amax(-1, keepdim=True)).div_(max(params.temperature, torch.finfo(torch.float32).tiny))
+    if 0 < params.top_k < scaled.shape[-1]:
+        scaled.masked_fill_(scaled < scaled.topk(params.top_k).values[..., -1:], -math.inf)
+    if params.top_p < 1:
+        law = scaled.softmax(-1)
+        scaled.masked_fill_(law < _nucleus_floor(law, params.top_p), -math.inf)
+    if params.min_p > 0:
+        scaled.masked_fill_(scaled < math.log(params.min_p), -math.inf)  # the likeliest token stands at 0
+    return scaled.softmax(-1)
+
+
+def target_probs(logits: Tensor, params: Sequence[SamplingParams], sizes: Tensor) -> Tensor:
+    """The target's law after every node, each row by its own parameters; zeros at padding.
+
+    logits: [rows, nodes, vocab]; params: one a row; sizes: [rows]. Returns [rows, nodes, vocab].
+    """
+    if len(params) == 1 and sizes.tolist() == [logits.shape[1]]:
+        return probabilities(logits, params[0])  # no second copy in the case where every millisecond is seen
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    laws = torch.zeros(logits.shape, dtype=dtype, device=logits.device)
+    for row, (own, size) in enumerate(zip(params, sizes.tolist(), strict=True)):
+        laws[row, :size] = probabilities(logits[row, :size], own)
+    return laws
+
+
+def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """Invert the law: the first token whose cumulative mass exceeds `uniform * total mass`; never one of zero mass.
+
+    probs: [rows, vocab], not negative, of any positive mass up to about 1; uniforms: [rows] float64 in [0, 1).
+    Returns [rows] int64. A mass below 2**-62 counts as zero. AssertionError for a row without mass (NaN logits end here).
+    """
+    cumulative = _fixed(probs).cumsum(-1)
+    mass = cumulative[:, -1:]
+    assert bool((mass > 0).all()), "a law without mass: the logits are NaN, +inf, or all -inf"
+    # Rounding may lift the product to the whole mass; the last token with any mass holds `mass - 1`.
+    level = (uniforms[:, None] * mass.double()).long().minimum(mass - 1)
+    return torch.searchsorted(cumulative, level, right=True)[:, 0]
+
+
+def total(weights: Tensor) -> Tensor:
+    """The mass of each row, the same whatever other rows are there. weights: [..., vocab] -> [..., 1], same dtype."""
+    return (_fixed(weights).sum(-1, keepdim=True).double() / _ONE).to(weights.dtype)
+
+
+def uniform(seed: int, position: int, lane: int = 0) -> float:
+    """A number in [0, 1) of 53 random bits, a function of its arguments only.
+
+    It is output `position` of the generator splitmix64 (Steele, Lea and Flood, OOPSLA 2014) whose state is a hash of seed
+    and lane by the same step.
+    """
+    return _hash(seed, lane, position) * 2.0**-53
+
+
+def uniforms(seeds: Sequence[int], starts: Sequence[int], count: int, lane: int = 0) -> Tensor:
+    """`uniform(seeds[r], starts[r] + i, lane)` at [r, i], i < count, bit for bit. Returns [rows, count] float64."""
+    return _hash(_column(seeds), torch.tensor(lane), _column(starts) + torch.arange(count)).double() * 2.0**-53
+
+
+def coins(seeds: Sequence[int], anchors: Sequence[int], num_nodes: int) -> Tensor:
+    """The acceptance coins of drawn nodes: `uniform(seeds[r], anchors[r], 1 + i)` at [r, i]. Returns [rows, nodes] float64.
+
+    anchors: the anchors' absolute positions. They only grow, so no coin is tossed twice; keyed by the position of the
+    anchor plus the node's index, a coin that rejected a sibling could come back in the next step.
+    """
+    return _hash(_column(seeds), torch.arange(1, num_nodes + 1), _column(anchors)).double() * 2.0**-53
+
+
+def _nucleus_floor(law: Tensor, top_p: float) -> Tensor:
+    """The smallest probability inside the top-p set of each row. law: [..., vocab] -> [..., 1]."""
+    flat = law.reshape(-1, law.shape[-1])
+    whole = _fixed(flat).sum(-1, keepdim=True)
+    wanted = (whole.double() * top_p).long().minimum(whole)
+    floor = torch.empty_like(flat[:, :1])
+    rows = torch.arange(len(flat), device=law.device)
+    for head in (*_HEADS, flat.shape[1]):
+        largest = flat[rows].topk(min(head, flat.shape[1])).values
+        last = (_fixed(largest).cumsum(-1) < wanted[rows]).sum(-1, keepdim=True)
+        found = last[:, 0] < largest.shape[1]
+        floor[rows[found]] = largest[found].gather(1, last[found])
+        rows = rows[~found]
+    return floor.reshape(*law.shape[:-1], 1)
+
+
+def _fixed(probs: Tensor) -> Tensor:
+    """Probabilities as integers: adding them is exact, so neither batch, thread nor device can change a sum."""
+    return (probs * _ONE).long()
+
+
+def _column(values: Sequence[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64).reshape(-1, 1)
+
+
+def _hash(seed: Word, lane: Word, position: Word) -> Word:
+    """53 bits of (seed, lane, position). Tensors broadcast."""
+    return (_step(_step(_step(seed * 0, seed), lane), position) >> 11) & (2**53 - 1)
+
+
+def _step(state: Word, word: Word) -> Word:
+    """Output number `word` of splitmix64 started at `state`. Only the low 64 bits mean anything, so masks replace wrap-around."""
+    z = state + (word + 1) * (0x9E3779B97F4A7C15 - 2**64)
+    z = (z ^ ((z >> 30) & (2**34 - 1))) * (0xBF58476D1CE4E5B9 - 2**64)
+    z = (z ^ ((z >> 27) & (2**37 - 1))) * (0x94D049BB133111EB - 2**64)
+    return z ^ ((z >> 31) & (2**33 - 1))

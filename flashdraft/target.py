@@ -1,0 +1,251 @@
+"""A Hugging Face causal LM as a target: logits and features for a whole proposal, through its stock forward.
+
+Knows caches, masks and positions. Does not know drafters, verification or text. The model's code is used as it is: it
+gets a 4-D mask, explicit positions and a cache view that writes into our slots. The one table below lists what is known
+of families; a model outside it must first show, by a measurement, that a rejected draft leaves no trace in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from flashdraft.cache import SlotCache
+from flashdraft.errors import UnsupportedTarget
+from flashdraft.tree import ancestors, depths
+
+__all__ = ["HFTarget", "Target"]
+
+# Families whose stock forward was checked against plain forwards after rejected drafts (tests/test_target.py).
+CHECKED = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma3_text", "phi3", "gpt_oss", "glm4")
+PREFILL_CHUNK = 512
+
+
+class Target(Protocol):
+    """A large model, seen as a function from proposals to logits and features."""
+
+    name: str
+    kernel: str  # what runs the weights, for reports
+    row_exact: bool  # a row's bits do not depend on how many rows travel with it
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    context_length: int
+    nbytes: int  # of the weights
+
+    def new_cache(self, rows: int, slots: int) -> SlotCache: ...
+
+    def prefill(
+        self, cache: SlotCache, slot: int, tokens: Tensor, layers: Sequence[int]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Read and commit tokens [n] of one row: the last token's logits [vocab] and the features [n, layers * hidden]."""
+        ...
+
+    def forward(
+        self, cache: SlotCache, slots: Sequence[int], tokens: Tensor, parents: Tensor, sizes: Tensor, layers: Sequence[int]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Read proposals [rows, nodes] behind each row's length, which stays: logits [rows, nodes, vocab], features likewise."""
+        ...
+
+    def embed(self, tokens: Tensor) -> Tensor: ...
+
+    def lm_head(self, hidden: Tensor) -> Tensor: ...
+
+    def head_weight(self, tokens: Tensor) -> Tensor:
+        """The lm_head's rows of these tokens: [n] -> [n, hidden]."""
+        ...
+
+
+class _CacheView:
+    """Our slots in the shape of a transformers cache, for one forward."""
+
+    is_compileable = False
+
+    def __init__(self, cache: SlotCache, slots: Sequence[int], num_slots: int) -> None:
+        self.cache, self.rows, self.num_slots = cache, list(slots), num_slots
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        for i, row in enumerate(self.rows):
+            self.cache.write(layer_idx, row, keys[i], values[i])
+        all_keys, all_values = self.cache.layer(layer_idx, keys)
+        return all_keys[self.rows, :, : self.num_slots], all_values[self.rows, :, : self.num_slots]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return max(self.cache.lengths[row] for row in self.rows)
+
+
+class HFTarget:
+    """Any transformers causal LM whose state is a cache of keys and values. Raises UnsupportedTarget for the others."""
+
+    def __init__(self, model: Any, name: str) -> None:
+        self.model = model.eval()
+        self.config = model.config.get_text_config()
+        self.name = name
+        self.kernel = f"transformers {str(model.dtype).removeprefix('torch.')}"
+        self.row_exact = False
+        self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
+        self.hidden_size = int(self.config.hidden_size)
+        self.num_layers = int(self.config.num_hidden_layers)
+        self.context_length = int(self.config.max_position_embeddings)
+        self.nbytes = sum(p.numel() * p.element_size() for p in model.parameters())
+        self._decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.model
+        check_family(self)
+
+    def new_cache(self, rows: int, slots: int) -> SlotCache:
+        return SlotCache(self.num_layers, rows, slots)
+
+    @torch.inference_mode()
+    def prefill(self, cache: SlotCache, slot: int, tokens: Tensor, layers: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        features = []
+        for chunk in tokens.split(PREFILL_CHUNK):
+            count = len(chunk)
+            parents = torch.arange(-1, count - 1)[None]
+            hidden, feature = self._hidden(cache, [slot], chunk[None], parents, torch.tensor([count]), layers)
+            cache.keep(slot, range(count))
+            if feature is not None:
+                features.append(feature[0])
+        return self.lm_head(hidden[0, -1]), torch.cat(features) if features else None
+
+    @torch.inference_mode()
+    def forward(
+        self, cache: SlotCache, slots: Sequence[int], tokens: Tensor, parents: Tensor, sizes: Tensor, layers: Sequence[int]
+    ) -> tuple[Tensor, Tensor | None]:
+        hidden, features = self._hidden(cache, slots, tokens, parents, sizes, layers)
+        return self.lm_head(hidden), features
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        embedded: Tensor = self.model.get_input_embeddings()(tokens.to(self.model.device))
+        return embedded
+
+    def lm_head(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.model.get_output_embeddings()(hidden)
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def head_weight(self, tokens: Tensor) -> Tensor:
+        rows: Tensor = self.model.get_output_embeddings().weight.detach()[tokens]
+        return rows
+
+    def _hidden(
+        self, cache: SlotCache, slots: Sequence[int], tokens: Tensor, parents: Tensor, sizes: Tensor, layers: Sequence[int]
+    ) -> tuple[Tensor, Tensor | None]:
+        device = self.model.device
+        lengths = torch.tensor([cache.lengths[slot] for slot in slots])
+        positions = lengths[:, None] + depths(parents)
+        num_slots = int(lengths.max()) + tokens.shape[1]
+        seen = _visible_slots(lengths, ancestors(parents), num_slots)
+        view = _CacheView(cache, slots, num_slots)
+        with self._capture(layers) as captured:
+            output = self._decoder(
+                input_ids=tokens.to(device),
+                attention_mask=self._masks(seen.to(device), lengths, positions),
+                position_ids=positions.to(device),
+                past_key_values=view,
+                use_cache=True,
+            )
+        hidden: Tensor = output.last_hidden_state
+        captured[self.num_layers] = hidden
+        features = torch.cat([captured[i] for i in layers], dim=-1) if layers else None
+        return hidden, features
+
+    def _masks(self, seen: Tensor, lengths: Tensor, positions: Tensor) -> Any:
+        """The 4-D additive mask, or one for each kind of attention layer where the family takes a dict of them."""
+        kinds = getattr(self.config, "layer_types", None)
+        window = getattr(self.config, "sliding_window", None)
+        full = _additive(seen, self.model.dtype)
+        if not window:
+            return full if kinds is None else dict.fromkeys(("full_attention", "sliding_attention"), full)
+        slot_positions = _slot_positions(lengths, positions, seen.shape[-1]).to(seen.device)
+        near = positions.to(seen.device)[:, :, None] - slot_positions[:, None, :] < window
+        sliding = _additive(seen & near, self.model.dtype)
+        return sliding if kinds is None else {"full_attention": full, "sliding_attention": sliding}
+
+    @contextmanager
+    def _capture(self, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+        captured: dict[int, Tensor] = {}
+
+        def hook(index: int) -> Any:
+            def store(_module: nn.Module, _inputs: Any, output: Any) -> None:
+                captured[index] = output[0] if isinstance(output, tuple) else output
+
+            return store
+
+        handles = [self._decoder.layers[i].register_forward_hook(hook(i)) for i in layers if i < self.num_layers]
+        try:
+            yield captured
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _visible_slots(lengths: Tensor, ancestor: Tensor, num_slots: int) -> Tensor:
+    """bool [rows, nodes, slots]: committed slots, and the node's own ancestors behind them."""
+    rows, nodes, _ = ancestor.shape
+    slot = torch.arange(num_slots)
+    seen = (slot < lengths[:, None])[:, None, :].expand(rows, nodes, num_slots).clone()
+    for row in range(rows):
+        start = int(lengths[row])
+        seen[row, :, start : start + nodes] |= ancestor[row][:, : num_slots - start]
+    return seen
+
+
+def _slot_positions(lengths: Tensor, positions: Tensor, num_slots: int) -> Tensor:
+    """[rows, slots] absolute position of what a slot holds: its index, or its node's depth behind the length."""
+    held = torch.arange(num_slots).expand(len(lengths), num_slots).clone()
+    for row in range(len(lengths)):
+        start = int(lengths[row])
+        held[row, start : start + positions.shape[1]] = positions[row, : num_slots - start]
+    return held
+
+
+def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+
+
+def check_family(target: HFTarget) -> None:
+    """Refuse a model whose state cannot be cut; an unlisted family must pass a measurement with a rejected draft."""
+    config = target.config
+    family = str(config.model_type)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    odd = kinds - {"full_attention", "sliding_attention"}
+    if getattr(target.model, "_is_stateful", False) or odd:
+        reason = f"its layers keep a running state ({', '.join(sorted(odd)) or 'recurrent'})"
+        raise UnsupportedTarget(
+            f"`{target.name}` is a `{family}` model: {reason}, which cannot be cut back after a rejected draft",
+            hint=f"choose a target whose only state is a key-value cache, such as {', '.join(CHECKED)}",
+        )
+    if family in CHECKED:
+        return
+    try:
+        difference = _trace_of_rejected_draft(target)
+    except (AttributeError, TypeError, KeyError, RuntimeError, ValueError) as error:
+        raise UnsupportedTarget(
+            f"`{target.name}` is a `{family}` model, whose forward does not take our cache: {type(error).__name__}: {error}",
+            hint=f"families known to work: {', '.join(CHECKED)}",
+        ) from error
+    if difference > 1e-2:
+        raise UnsupportedTarget(
+            f"`{target.name}` is a `{family}` model: a rejected draft left a trace in its state (logits off by {difference:.2g})",
+            hint=f"families known to work: {', '.join(CHECKED)}",
+        )
+
+
+def _trace_of_rejected_draft(target: HFTarget) -> float:
+    """The largest difference of normalised logits between a plain pass and one after a rejected draft."""
+    tokens = torch.arange(8) % target.vocab_size
+    chain = torch.arange(-1, 3)[None]
+    sizes, plain, cut = torch.tensor([4]), target.new_cache(1, 16), target.new_cache(1, 16)
+    for cache in (plain, cut):
+        target.prefill(cache, 0, tokens[:4], ())
+    target.forward(cut, [0], tokens[4:].flip(0)[None], chain, sizes, ())
+    expected, _ = target.forward(plain, [0], tokens[None, 4:], chain, sizes, ())
+    got, _ = target.forward(cut, [0], tokens[None, 4:], chain, sizes, ())
+    whole = target.new_cache(1, 16)
+    last, _ = target.prefill(whole, 0, tokens, ())
+    scale = float(expected.std()) or 1.0
+    return max(float((expected - got).abs().max()), float((last - got[0, -1]).abs().max())) / scale

@@ -1,0 +1,70 @@
+"""Stage 2: the target's own answers to the prompts. A drafter must learn what the target writes, not what others wrote."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.progress import track
+
+from flashdraft.engine import check
+from flashdraft.errors import ContextLengthError
+from flashdraft.generate import Model
+from flashdraft.train.prompts import read_jsonl
+from flashdraft.types import Chunk, SamplingParams
+
+__all__ = ["regenerate"]
+
+_WINDOW = 256  # prompts handed to the engine at a time
+
+
+def regenerate(
+    model: Model, prompts: Path, out: Path, *, params: SamplingParams, limit: int | None = None, quiet: bool = False
+) -> int:
+    """Append {source, row, prompt, response, finish, num_tokens, tokens} for prompts that `out` lacks; returns how many.
+
+    Every line is written as its answer ends; run it again to go on. A prompt beyond the context is left out. Sampled
+    answers are seeded by params.seed and the prompt's number.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _drop_torn_line(out)
+    done = {(row["source"], row["row"]) for row in read_jsonl(out)} if out.exists() else set()
+    numbered = [row | {"number": n} for n, row in enumerate(read_jsonl(prompts))][:limit]
+    missing = [row for row in numbered if (row["source"], row["row"]) not in done]
+    count = 0
+    with out.open("a", encoding="utf-8") as file:
+        windows = [missing[i : i + _WINDOW] for i in range(0, len(missing), _WINDOW)]
+        for window in track(windows, description="regenerate", disable=quiet):
+            rows = [row for row in window if _fits(model, row, params)]
+            each = [replace(params, seed=params.seed + row["number"]) for row in rows]
+            for chunk in model.stream([row["prompt"] for row in rows], each):
+                if chunk.result is not None:
+                    file.write(json.dumps(_line(rows[chunk.index], chunk), ensure_ascii=False) + "\n")
+                    file.flush()
+                    count += 1
+    return count
+
+
+def _line(row: dict[str, Any], chunk: Chunk) -> dict[str, Any]:
+    result = chunk.result
+    assert result is not None
+    answer = {"response": result.text, "finish": result.finish_reason, "num_tokens": len(result.tokens)}
+    return {"source": row["source"], "row": row["row"], "prompt": row["prompt"], **answer, "tokens": list(result.tokens)}
+
+
+def _fits(model: Model, row: dict[str, Any], params: SamplingParams) -> bool:
+    try:
+        check(model.target, model.request(row["prompt"], params))
+    except ContextLengthError:
+        return False
+    return True
+
+
+def _drop_torn_line(path: Path) -> None:
+    """A kill may leave half a line at the end; the answers before it are whole."""
+    if path.exists():
+        content = path.read_bytes()
+        if content and not content.endswith(b"\n"):
+            path.write_bytes(content[: content.rfind(b"\n") + 1])

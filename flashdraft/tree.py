@@ -1,0 +1,79 @@
+"""Shapes of proposals, as functions of `parents`.
+
+Knows node indices only. Does not know what their tokens mean, who proposed them, or what the target thinks of them.
+`parents` is [rows, nodes] int64: -1 at the anchor (node 0), otherwise a smaller index; a chain is -1, 0, 1, 2, ...
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flashdraft.types import Proposal
+
+__all__ = ["ancestors", "chain", "check", "depths", "is_chain"]
+
+
+def chain(num_nodes: int) -> Tensor:
+    """Parents of a chain of `num_nodes`, the anchor included: [nodes] int64."""
+    return torch.arange(-1, num_nodes - 1)
+
+
+def ancestors(parents: Tensor) -> Tensor:
+    """Which nodes a node may see: itself and its ancestors.
+
+    parents: [rows, nodes] -> [rows, nodes, nodes] bool; at [r, i, j]: node i sees node j.
+    """
+    nodes = torch.arange(parents.shape[1], device=parents.device)
+    visible = torch.zeros(*parents.shape, len(nodes), dtype=torch.bool, device=parents.device)
+    above = nodes.expand_as(parents)
+    for _ in nodes:  # never more climbs than nodes, even if `parents` were wrong
+        visible |= above[:, :, None] == nodes
+        above = torch.where(above < 0, above, parents.gather(1, above.clamp(min=0)))
+        if bool((above < 0).all()):
+            break
+    return visible
+
+
+def depths(parents: Tensor) -> Tensor:
+    """Edges between each node and the anchor: [rows, nodes] -> [rows, nodes] int64."""
+    return ancestors(parents).sum(-1) - 1
+
+
+def is_chain(parents: Tensor, sizes: Tensor) -> bool:
+    """Whether every row is a chain, its padding aside. parents: [rows, nodes]; sizes: [rows]."""
+    padding = torch.arange(parents.shape[1], device=parents.device) >= sizes[:, None]
+    return bool(((parents == chain(parents.shape[1]).to(parents.device)) | padding).all())
+
+
+def check(proposal: Proposal) -> None:
+    """AssertionError unless the proposal keeps the promises that `verify` and the engine rely on.
+
+    Shapes; sizes from 1 to nodes; parents before children, padding included; siblings with different tokens; drawn nodes
+    with the law they were drawn from, which must give their token some mass. What it can't see: that siblings were drawn
+    without replacement, and that none was dropped for its own token's sake.
+    """
+    tokens, parents, sizes = proposal.tokens, proposal.parents, proposal.sizes
+    num_rows, num_nodes = tokens.shape
+    nodes = torch.arange(num_nodes, device=tokens.device)
+    real = nodes < sizes[:, None]
+    assert parents.shape == tokens.shape, f"parents {tuple(parents.shape)} do not fit tokens {tuple(tokens.shape)}"
+    assert sizes.shape == (num_rows,), f"sizes {tuple(sizes.shape)} for {num_rows} rows"
+    assert bool(((sizes >= 1) & (sizes <= num_nodes)).all()), f"sizes {sizes.tolist()} outside 1..{num_nodes}"
+    assert bool((parents[:, 0] == -1).all()), "node 0 is not a root"
+    assert bool(((parents >= -1) & (parents < nodes)).all()), "a parent that does not precede its child"
+    assert bool(((parents >= 0) | (nodes == 0) | ~real).all()), "a second root"
+    twins = (parents[:, :, None] == parents[:, None]) & (tokens[:, :, None] == tokens[:, None]) & real[:, :, None] & real[:, None]
+    assert not bool(twins.triu(1).any()), "siblings with the same token"
+    for name, values in (("scores", proposal.scores), ("drawn", proposal.drawn)):
+        assert values is None or values.shape == tokens.shape, f"{name} do not fit tokens {tuple(tokens.shape)}"
+    if proposal.drawn is None or not bool((proposal.drawn & real).any()):
+        return
+    assert proposal.probs is not None, "drawn nodes without their law"
+    assert proposal.probs.shape[:2] == tokens.shape, (
+        f"probs {tuple(proposal.probs.shape)} do not fit tokens {tuple(tokens.shape)}"
+    )
+    assert not bool(proposal.drawn[:, 0].any()), "the anchor is not drawn"
+    row, node = (proposal.drawn & real).nonzero(as_tuple=True)
+    mass = proposal.probs[row, parents[row, node], tokens[row, node]]
+    assert bool((mass > 0).all()), "a drawn token to which its law gives no mass"

@@ -1,0 +1,189 @@
+"""The nouns. Read this first.
+
+A *target* is the large model whose distribution must be kept; a *drafter* proposes tokens. The *anchor* is the last
+committed token, which the target has not read yet: node 0 of every *proposal*. The target reads the whole proposal in
+one pass and the *verdict* says which path of it was accepted and which *bonus* token follows. A *row* is one sequence
+of a batch. *tau* is the number of committed tokens per target pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from flashdraft.errors import InvalidParameter
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flashdraft.cache import SlotCache
+
+__all__ = ["Chunk", "Drafter", "FinishReason", "Piece", "Proposal", "Result", "Rows", "SamplingParams", "Stats", "Verdict"]
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one request is sampled and when it ends. Raises InvalidParameter for a value outside its range."""
+
+    temperature: float = 0.0  # 0 is greedy
+    top_k: int = 0  # keep the k likeliest tokens; 0 keeps all
+    top_p: float = 1.0  # keep the smallest set of tokens with at least this mass
+    min_p: float = 0.0  # drop tokens below this fraction of the likeliest one's probability
+    seed: int = 0  # the same seed gives the same text, with any drafter
+    max_new_tokens: int = 256
+    stop: tuple[str, ...] = ()  # the text ends before the first of these
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(self.stop))
+        _check(self.temperature >= 0 and math.isfinite(self.temperature), "temperature", self.temperature, "0 or more")
+        _check(_is_int(self.top_k) and self.top_k >= 0, "top_k", self.top_k, "0 (off) or a positive integer")
+        _check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        _check(0 <= self.min_p < 1, "min_p", self.min_p, "at least 0 and below 1")
+        _check(_is_int(self.seed) and 0 <= self.seed < 2**63, "seed", self.seed, "an integer from 0 to 2**63 - 1")
+        _check(_is_int(self.max_new_tokens) and self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "1 or more")
+        _check(all(isinstance(s, str) and s for s in self.stop), "stop", self.stop, "non-empty strings")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check(ok: bool, name: str, value: object, allowed: str) -> None:
+    if not ok:
+        raise InvalidParameter(f"{name} is {value!r}", hint=f"{name} must be {allowed}")
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What a drafter sends to the target: for every row a tree of tokens whose root is the anchor.
+
+    Nodes are in topological order: a parent's index is smaller than its children's.
+    """
+
+    tokens: Tensor  # [rows, nodes] int64; node 0 is the anchor
+    parents: Tensor  # [rows, nodes] int64; -1 at the anchor; a chain is -1, 0, 1, 2, ...
+    sizes: Tensor  # [rows] int64, at least 1; nodes beyond a row's size are padding
+    scores: Tensor | None = None  # [rows, nodes] log-confidence, fixed before the node's own token was drawn
+    probs: Tensor | None = None  # [rows, nodes, vocab] law from which node i's CHILDREN were drawn; None: none was drawn
+    drawn: Tensor | None = None  # [rows, nodes] bool; False: chosen (argmax, top-k, n-gram), a point mass
+
+    @property
+    def num_nodes(self) -> int:
+        return int(self.tokens.shape[1])
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the target accepted: node indices from the anchor down, and the token that follows them."""
+
+    path: Tensor  # [rows, 1 + depth] int64 node indices, anchor (0) first, -1 beyond the row's end
+    num_accepted: Tensor  # [rows] drafted nodes on the path, the anchor not counted
+    bonus: Tensor  # [rows] int64: the token after the last node of the path
+
+
+@dataclass
+class Rows:
+    """The rows of one step, as a drafter may see them: their places in the caches and their histories."""
+
+    slots: list[int]  # row index in every cache
+    histories: list[list[int]]  # prompt and committed tokens; the last one is the anchor
+    params: list[SamplingParams]
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    @property
+    def anchors(self) -> list[int]:
+        return [history[-1] for history in self.histories]
+
+    @property
+    def positions(self) -> list[int]:
+        """Absolute position of each anchor: the number of tokens that the target has read."""
+        return [len(history) - 1 for history in self.histories]
+
+
+class Drafter(Protocol):
+    """What every decoding method is: it proposes, observes what was committed, and forgets a finished row."""
+
+    name: str
+    layers: tuple[int, ...]  # features it wants: id = output of block id; the number of layers = the final normed state
+    caches: tuple[SlotCache, ...]  # its own caches, counted in the memory report
+
+    def propose(self, rows: Rows, max_nodes: int) -> Proposal:
+        """At most `max_nodes` nodes a row, the anchor included; the anchor alone where it has nothing to say."""
+        ...
+
+    def observe(self, rows: Rows, tokens: Sequence[Tensor], features: Sequence[Tensor] | None) -> None:
+        """Tokens that the target has read for good (prompt chunks and accepted paths alike), oldest first.
+
+        tokens: per row [n] int64, at the positions that follow the last ones observed; features: per row [n, len(layers) * hidden].
+        """
+        ...
+
+    def end(self, rows: Rows) -> None:
+        """These rows are finished; their places will be used again."""
+        ...
+
+
+@dataclass
+class Stats:
+    """What one request cost. Times are seconds of the whole step, shared by every row of its batch."""
+
+    num_prompt_tokens: int = 0
+    num_tokens: int = 0  # committed new tokens: exactly those in the result
+    target_passes: int = 0  # after the prefill
+    num_drafted: int = 0
+    num_accepted: int = 0
+    accepted_lengths: list[int] = field(default_factory=list)  # committed tokens of every target pass
+    seconds: dict[str, float] = field(default_factory=dict)  # by part: prefill, draft, target, host
+
+    @property
+    def tau(self) -> float:
+        """Tokens committed after the first one per target pass after the prefill; 1 for plain decoding."""
+        return (self.num_tokens - 1) / self.target_passes if self.target_passes else 1.0
+
+    @property
+    def decode_seconds(self) -> float:
+        return sum(self.seconds.values()) - self.seconds.get("prefill", 0.0)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The text that one token completed; empty while a character or a possible stop string is unfinished."""
+
+    text: str
+    drafted: bool  # the drafter proposed the token; False: the target's own bonus token
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one step added to one request; `result` comes with the last one."""
+
+    index: int  # which prompt of the call
+    pieces: tuple[Piece, ...]
+    tokens: tuple[int, ...]
+    result: Result | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(piece.text for piece in self.pieces)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished request."""
+
+    text: str
+    tokens: tuple[int, ...]  # new tokens, an end-of-text token included
+    finish_reason: FinishReason
+    stats: Stats
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"text": self.text, "tokens": list(self.tokens), "finish_reason": self.finish_reason, "tau": self.stats.tau}

@@ -1,0 +1,132 @@
+"""The house rules, checked on the source: imports point down only; files, functions and the package stay small."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "flashdraft"
+MAX_PACKAGE_LINES, MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 6000, 400, 60, 7
+LEVELS = {  # a module imports only its own level and those below; `.*` stands for every file of a folder
+    name: level
+    for level, names in enumerate(
+        (
+            "types errors",
+            "text verify tree sampling control diffusion.coupling",
+            "target lean cache layers checkpoint hub",
+            "methods.*",
+            "engine scheduler",
+            "generate __init__",
+            "train.* bench.* export server.* diffusion.*",
+            "cli __main__",
+        )
+    )
+    for name in names.split()
+}
+ONLY_IN = {"accelerate": "train.", "fastapi": "server.", "matplotlib": "bench.plot", "diffusers": "diffusion."}
+
+
+def level_of(name: str) -> int:
+    """The level of a module or of a name in it; what no module carries is a name of the package itself."""
+    first, *rest = name.split(".")
+    keys = (".".join([first, *rest[:1]]), first, f"{first}.*")
+    return next((LEVELS[key] for key in keys if key in LEVELS), LEVELS["__init__"])
+
+
+def runtime_imports(tree: ast.Module) -> Iterator[str]:
+    """Dotted names of all imports, also inside functions; `if TYPE_CHECKING:` blocks do not run and do not count."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names)
+
+
+def check(name: str, source: str) -> Iterator[str]:
+    """What the module `name` (dotted, below flashdraft) breaks."""
+    tree = ast.parse(source)
+    folder = name.split(".")[0]
+    if not {name, f"{folder}.*"} & LEVELS.keys():
+        yield f"{name}: not in the table LEVELS of tests/test_layout.py; give it a level"
+    knows_no_method = name == "engine" or (folder == "methods" and name != "methods.__init__")
+    for imported in runtime_imports(tree):
+        top, _, below = imported.partition(".")
+        if not top:
+            yield f"{name}: relative import {imported}; write flashdraft.<module>"
+        if top == "flashdraft" and level_of(below) > level_of(name):
+            yield f"{name}: imports {imported} of level {level_of(below)} from level {level_of(name)}"
+        if f"{imported}.".startswith("flashdraft.methods.") and knows_no_method:
+            yield f"{name}: imports a method, {imported}"
+        if not name.startswith(ONLY_IN.get(top, "")) or (name == "scheduler" and top == "torch"):
+            yield f"{name}: may not import {top}"
+    if (lines := len(source.splitlines())) > MAX_FILE_LINES:
+        yield f"{name}: {lines} lines, the limit is {MAX_FILE_LINES}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            parameters = [a.arg for a in node.args.posonlyargs + node.args.args + node.args.kwonlyargs]
+            count = len(parameters) - (parameters[:1] in (["self"], ["cls"]))
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            if count > MAX_PARAMETERS or length > MAX_FUNCTION_LINES:
+                limits = f"{MAX_PARAMETERS} and {MAX_FUNCTION_LINES} are allowed"
+                yield f"{name}.{node.name}: {count} parameters and {length} lines; {limits}"
+
+
+def check_package(sources: dict[str, str]) -> list[str]:
+    """What the package as a whole breaks, and each of its modules."""
+    problems = [problem for name, source in sources.items() for problem in check(name, source)]
+    if (lines := sum(len(source.splitlines()) for source in sources.values())) > MAX_PACKAGE_LINES:
+        problems.append(f"the package has {lines} lines, the limit is {MAX_PACKAGE_LINES}")
+    users = [n for n, s in sources.items() if any(i.split(".")[0] == "accelerate" for i in runtime_imports(ast.parse(s)))]
+    return problems + ([f"accelerate is imported in {users}, one file is allowed"] if len(users) > 1 else [])
+
+
+def test_package_keeps_the_house_rules() -> None:
+    paths = sorted(PACKAGE.rglob("*.py"))
+    assert paths
+    names = [".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in paths]
+    assert check_package({n: p.read_text(encoding="utf-8") for n, p in zip(names, paths, strict=True)}) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "problem"),
+    [
+        ("verify", "from flashdraft.engine import Engine", "level 4 from level 1"),
+        ("cache", "def f():\n    import flashdraft.generate", "level 5 from level 2"),
+        ("target", "from flashdraft import engine", "level 4 from level 2"),
+        ("tree", "from flashdraft import load", "level 5 from level 1"),
+        ("tree", "from .types import Proposal", "relative import"),
+        ("methods.dflash", "from flashdraft.methods.eagle3 import Eagle3", "imports a method"),
+        ("methods.dflash", "from flashdraft.methods import eagle3", "imports a method"),
+        ("methods.dflash", "from flashdraft.engine import Engine", "level 4 from level 3"),
+        ("engine", "from flashdraft.methods.dflash import DFlash", "imports a method"),
+        ("scheduler", "import torch.nn", "may not import torch"),
+        ("train.trainer", "import fastapi", "may not import fastapi"),
+        ("bench.run", "from matplotlib import pyplot", "may not import matplotlib"),
+        ("surprise", "", "give it a level"),
+        ("tree", "\n" * 401, "401 lines"),
+        ("tree", "def f():\n" + "    x = 1\n" * 60, "61 lines"),
+        ("tree", "class A:\n    def f(self, a, b, c, d, *, e, f, g, h): ...", "8 parameters"),
+    ],
+)
+def test_planted_fault_is_reported(name: str, source: str, problem: str) -> None:
+    problems = list(check(name, source))
+    assert len(problems) == 1
+    assert problem in problems[0]
+
+
+def test_planted_faults_across_files_are_reported() -> None:
+    long = {f"train.file{i}": "x = 1\n" * 400 for i in range(16)}
+    assert check_package(long) == ["the package has 6400 lines, the limit is 6000"]
+    twice = check_package({"train.a": "import accelerate", "train.b": "from accelerate import Accelerator"})
+    assert twice == ["accelerate is imported in ['train.a', 'train.b'], one file is allowed"]
+
+
+def test_allowed_imports_pass() -> None:
+    type_only = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from flashdraft.engine import Engine\n"
+    assert list(check("types", type_only)) == []
+    assert list(check("methods.__init__", "from flashdraft.methods import dflash\nfrom flashdraft.types import Drafter")) == []
+    assert list(check("server.app", "import fastapi\nfrom flashdraft import load\nfrom flashdraft.server import worker")) == []
