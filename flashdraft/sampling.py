@@ -75,8 +75,7 @@ def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
     cumulative = _fixed(probs).cumsum(-1)
     mass = cumulative[:, -1:]
     assert bool((mass > 0).all()), "a law without mass: the logits are NaN, +inf, or all -inf"
-    # Rounding may lift the product to the whole mass; the last token with any mass holds `mass - 1`.
-    level = (uniforms[:, None] * mass.double()).long().minimum(mass - 1)
+    level = (uniforms[:, None] * mass.double()).long()  # below the mass: 1 - 2**-53 times a float is the next one down
     return torch.searchsorted(cumulative, level, right=True)[:, 0]
 
 

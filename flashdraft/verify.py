@@ -51,9 +51,8 @@ def verify(proposal: Proposal, target_probs: Tensor, draws: Tensor, coins: Tenso
         token = draw(law, draws[rows, len(path) - 1])
         carries = children & ~drawn[rows] & (proposal.tokens[rows] == token[:, None])
         child = torch.where((accepted < 0) & carries.any(1), carries.long().argmax(1), accepted)
-        ends = child < 0
-        bonus[rows[ends]] = token[ends]
-        rows, here = rows[~ends], child[~ends]
+        bonus[rows] = token  # a row that goes on will write a later one
+        rows, here = rows[child >= 0], child[child >= 0]
         path.append(torch.full_like(bonus, -1).index_put((rows,), here))
     full = torch.stack(path[:-1], 1)  # the last column is empty: every row ended there
     return Verdict(path=full, num_accepted=(full >= 0).sum(1) - 1, bonus=bonus)

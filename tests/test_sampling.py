@@ -101,6 +101,12 @@ def test_cuts_come_in_the_order_of_transformers() -> None:
     assert not torch.equal(law > 0, transformers_law(logits, params, "top_p temperature top_k min_p") > 0)
 
 
+def test_a_nucleus_of_exactly_the_wanted_mass_is_enough() -> None:
+    logits = torch.tensor([math.log(2), 0.0, 0.0], dtype=torch.float64)
+    assert logits.softmax(-1).tolist() == [0.5, 0.25, 0.25]
+    assert probabilities(logits, SamplingParams(temperature=1.0, top_p=0.5)).tolist() == [1.0, 0.0, 0.0]
+
+
 def test_a_long_nucleus_is_found_beyond_the_likeliest_tokens() -> None:
     """Nuclei of 1 to 2700 tokens in one batch: found among 64, among 1024, and among all."""
     scales = torch.tensor([30.0, 3.0, 1.5, 0.1])[:, None]

@@ -413,6 +413,15 @@ def test_a_rejection_that_leaves_no_mass_by_rounding_keeps_the_law() -> None:
         assert (verdict.num_accepted.tolist(), verdict.bonus.tolist()) == ([0], [token])
 
 
+def test_the_luckiest_coin_accepts_no_token_that_the_target_excludes() -> None:
+    laws = torch.tensor([[[0.0, 1.0], [0.0, 1.0]]], dtype=torch.float64)
+    drawn = torch.tensor([[False, True]])
+    proposal = Proposal(torch.tensor([[0, 0]]), chain(2)[None], torch.tensor([2]), probs=torch.full((1, 2, 2), 0.5), drawn=drawn)
+    zeros = torch.zeros(1, 2, dtype=torch.float64)
+    verdict = verify(proposal, laws, zeros, zeros)
+    assert (verdict.num_accepted.tolist(), verdict.bonus.tolist()) == ([0], [1])
+
+
 def test_drawn_nodes_without_coins_are_refused() -> None:
     some = case(CHAIN_DRAWN)
     with pytest.raises(AssertionError, match="without coins"):

@@ -1,0 +1,288 @@
+"""Stage 4: features -> a drafter. A visible loop; every few steps the real tau, by really decoding held-out prompts.
+
+Everything random is keyed by (seed, sample number), so that a resumed run sees what an undisturbed one would have seen.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.progress import Progress
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from flashdraft.checkpoint import DraftConfig, write_file
+from flashdraft.errors import DataError, FlashDraftError, InvalidParameter
+from flashdraft.generate import Model
+from flashdraft.methods.dflash import DFlashDraftModel, DFlashDrafter, PackedDraft
+from flashdraft.provenance import provenance
+from flashdraft.target import Target
+from flashdraft.train.features import FeatureSet, Sample
+from flashdraft.train.objectives import block_mask, block_positions, decayed_cross_entropy, draw_anchors
+from flashdraft.types import Result
+
+__all__ = ["TrainConfig", "Trainer"]
+
+
+def _help(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How one run trains. A default exists here once; the command line reads the help from here."""
+
+    steps: int = _help(2000, "optimizer steps")
+    sequences: int = _help(6, "sequences a step")
+    anchors: int = _help(64, "random anchors a sequence")
+    gamma: float = _help(4.0, "loss weight of position k is exp(-(k-1)/gamma)")
+    lr: float = _help(6e-4, "peak learning rate of AdamW")
+    warmup: float = _help(0.04, "share of the steps spent warming up")
+    weight_decay: float = _help(0.01, "AdamW's weight decay")
+    clip: float = _help(1.0, "largest norm of the gradient")
+    vocab: int = _help(8192, "commonest answer tokens in the training softmax; 0 takes the whole vocabulary")
+    negatives: int = _help(1024, "random other tokens added to that softmax at every step")
+    precision: str = _help("auto", "bf16, fp32, or auto: bf16 where the machine multiplies it natively")
+    eval_every: int = _help(250, "steps between measurements of tau")
+    save_every: int = _help(100, "steps between checkpoints")
+    seed: int = _help(0, "seed of the data order, the anchors and the initial weights")
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "sequences", "anchors", "eval_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise InvalidParameter(f"{name} is {getattr(self, name)}", hint=f"{name} must be 1 or more")
+        if self.precision not in ("auto", "bf16", "fp32"):
+            raise InvalidParameter(f"precision is {self.precision!r}", hint="precision must be auto, bf16 or fp32")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Several sequences' contexts and blocks, packed one behind the other."""
+
+    features: Tensor  # [context, F * hidden]
+    block_tokens: Tensor  # [rows]: anchor and masks of every block
+    positions: tuple[Tensor, Tensor]  # absolute, of context and block rows
+    labels: Tensor  # [rows]: the token at each row's position; -1 at anchors and past the end
+    offsets: Tensor  # [rows]: distance from the anchor
+    spans: list[tuple[int, int, int, int]]  # per sequence: its context and its block rows
+    masks: list[Tensor]  # per sequence: block_mask
+
+
+def make_batch(samples: Iterable[tuple[int, Sample]], config: DraftConfig, num_anchors: int, seed: int) -> Batch:
+    """Samples come with their global number, which keys their anchors."""
+    size, features, tokens, contexts, blocks, labels, offsets = config.block_size, [], [], [], [], [], []
+    spans, masks, at_context, at_row = [], [], 0, 0
+    for number, sample in samples:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        anchors = draw_anchors(sample.num_prompt, len(sample.tokens), num_anchors, generator)
+        if not len(anchors):
+            continue
+        num_context = int(anchors[-1])  # nothing sees further than the last anchor
+        positions = block_positions(anchors, size)
+        padded = F.pad(sample.tokens, (0, size), value=-1)
+        offset = torch.arange(size).repeat(len(anchors))
+        features.append(sample.features[:num_context])
+        tokens.append(torch.where(offset == 0, padded[positions], config.mask_token_id))
+        labels.append(torch.where(offset == 0, -1, padded[positions]))
+        contexts.append(torch.arange(num_context))
+        blocks.append(positions)
+        offsets.append(offset)
+        masks.append(block_mask(anchors, num_context, size))
+        spans.append((at_context, at_context + num_context, at_row, at_row + len(positions)))
+        at_context, at_row = spans[-1][1], spans[-1][3]
+    if not spans:
+        raise DataError("no answer in this batch has two tokens", hint="regenerate longer answers")
+    return Batch(
+        torch.cat(features), torch.cat(tokens), (torch.cat(contexts), torch.cat(blocks)), torch.cat(labels), torch.cat(offsets), spans, masks
+    )
+
+
+def forward(model: DFlashDraftModel, batch: Batch, embed: Any) -> Tensor:
+    """Normed states of every block row [rows, hidden]: all blocks of all sequences in one pass, isolated by their masks."""
+
+    def attend(_layer: int, q: Tensor, context_kv: tuple[Tensor, Tensor], block_kv: tuple[Tensor, Tensor]) -> Tensor:
+        outputs = []
+        for (c0, c1, r0, r1), mask in zip(batch.spans, batch.masks, strict=True):
+            keys, values = (torch.cat((c[c0:c1], b[r0:r1])).transpose(0, 1) for c, b in zip(context_kv, block_kv, strict=True))
+            out = F.scaled_dot_product_attention(
+                q[r0:r1].transpose(0, 1)[None], keys[None].to(q.dtype), values[None].to(q.dtype), attn_mask=mask, enable_gqa=True
+            )
+            outputs.append(out[0].transpose(0, 1).flatten(1))
+        return torch.cat(outputs)
+
+    context = model.context(batch.features.to(model.norm.weight.dtype))
+    states: Tensor = model(context, embed(batch.block_tokens), batch.positions, attend)
+    return states
+
+
+class Trainer:
+    """One run in one folder: `checkpoints/`, `best/` (a drafter's folder), metrics.jsonl, run.json."""
+
+    def __init__(self, model: DFlashDraftModel, lm: Model, data: FeatureSet, out: Path, config: TrainConfig) -> None:
+        self.model, self.lm, self.data, self.out, self.config = model, lm, data, out, config
+        if data.layers != model.config.target_layer_ids or data.hidden_size != model.config.hidden_size:
+            raise DataError(
+                f"`{data.folder}` holds layers {data.layers}, the drafter reads {model.config.target_layer_ids}",
+                hint="run `flashdraft features` for this drafter",
+            )
+        self.target: Target = lm.target
+        self.step, self.best = 0, 0.0
+        self.optimizer = torch.optim.AdamW(_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.95), fused=True)
+        self.bf16 = config.precision == "bf16" or (config.precision == "auto" and _native_bf16())
+        self.vocabulary = self._common_tokens()
+        self.head = self.target.head_weight(torch.arange(self.target.vocab_size))
+        out.mkdir(parents=True, exist_ok=True)
+        self._resume()
+
+    def run(self, prompts: Sequence[str], *, quiet: bool = False) -> float:
+        """Train to the last step; returns the best tau measured on `prompts`."""
+        write_file(self.out / "run.json", json.dumps(provenance() | {"config": asdict(self.config)}, indent=2).encode())
+        self.model.train()
+        with Progress(disable=quiet) as bar:
+            task = bar.add_task("train", total=self.config.steps, completed=self.step)
+            while self.step < self.config.steps:
+                started = time.perf_counter()
+                figures = self.train_step()
+                figures["positions_per_second"] = figures["positions"] / (time.perf_counter() - started)
+                if self.step % self.config.eval_every == 0 or self.step == self.config.steps:
+                    figures |= self.measure(prompts)
+                self._log(figures)
+                if self.step % self.config.save_every == 0 or self.step == self.config.steps:
+                    self._save()
+                bar.update(task, advance=1, description=f"loss {figures['loss']:.3f}  accuracy {figures['accuracy'][0]:.2f}")
+        return self.best
+
+    def train_step(self) -> dict[str, Any]:
+        """One optimizer step; raises FlashDraftError naming the step if the loss is not finite, with nothing saved."""
+        c = self.config
+        first = self.step * c.sequences
+        batch = make_batch([(n, self._sample(n)) for n in range(first, first + c.sequences)], self.model.config, c.anchors, c.seed)
+        for group in self.optimizer.param_groups:
+            group["lr"] = c.lr * _schedule(self.step, c.steps, c.warmup)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bf16):
+            wanted = batch.labels >= 0
+            states = forward(self.model, batch, self.target.embed)[wanted]
+            candidates, labels = self._candidates(batch.labels[wanted])
+            logits = F.linear(states, self.head[candidates]).float()
+        loss, _ = decayed_cross_entropy(logits, labels, batch.offsets[wanted], c.gamma)
+        if not torch.isfinite(loss):
+            raise FlashDraftError(f"the loss is {float(loss)} at step {self.step}", hint="lower --lr; the last checkpoint is whole")
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
+        self.optimizer.step()
+        self.step += 1
+        hits = (logits.detach().argmax(-1) == labels).float()
+        offsets = batch.offsets[wanted]
+        accuracy = [round(float(hits[offsets == k].mean()), 4) for k in range(1, self.model.config.block_size)]
+        figures = {"step": self.step, "loss": float(loss.detach()), "accuracy": accuracy, "norm": float(norm)}
+        return figures | {"positions": len(batch.offsets)}
+
+    def measure(self, prompts: Sequence[str]) -> dict[str, Any]:
+        """tau of the drafter as it is, on held-out prompts; the best one is kept as a drafter's folder."""
+        network = PackedDraft(self.model.eval(), self.target)
+        lm = Model(self.target, self.lm.tokenizer, lambda: DFlashDrafter(network), eos=self.lm.eos, max_rows=self.lm.max_rows)
+        results: list[Result] = lm.generate(list(prompts), max_new_tokens=128)
+        self.model.train()
+        tau = sum(result.stats.tau for result in results) / len(results)
+        if tau > self.best:
+            self.best = tau
+            self.model.save_pretrained(self.out / "best")
+        return {"tau": tau}
+
+    def _sample(self, number: int) -> Sample:
+        epoch, at = divmod(number, len(self.data))
+        order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(self.config.seed * 7919 + epoch))
+        return self.data[int(order[at])]
+
+    def _common_tokens(self) -> Tensor:
+        """The tokens of the training softmax: the commonest of all answers, in ascending order."""
+        if self.config.vocab == 0 or self.config.vocab >= self.target.vocab_size:
+            return torch.arange(self.target.vocab_size)
+        counts = Counter(t for i in range(len(self.data)) for t in self.data.answer_tokens(i))
+        common = [token for token, _ in counts.most_common(self.config.vocab)]
+        return torch.tensor(sorted(common))
+
+    def _candidates(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids in this step's softmax, and the labels as indices into them; a rare label is always among them."""
+        if len(self.vocabulary) == self.target.vocab_size:
+            return self.vocabulary, labels
+        generator = torch.Generator().manual_seed(self.config.seed * 104_729 + self.step)
+        others = torch.randint(self.target.vocab_size, (self.config.negatives,), generator=generator)
+        candidates = torch.cat((self.vocabulary, others, labels)).unique()
+        return candidates, torch.searchsorted(candidates, labels)
+
+    def _log(self, figures: dict[str, Any]) -> None:
+        with (self.out / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(figures) + "\n")
+
+    def _save(self) -> None:
+        """A whole checkpoint or none: filled beside, then renamed; the last two are kept."""
+        folder = self.out / "checkpoints"
+        folder.mkdir(exist_ok=True)
+        scratch = folder / ".tmp-save"
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        save_file(dict(self.model.state_dict()), scratch / "model.safetensors")
+        state = self.optimizer.state_dict()["state"]
+        flat = {f"{i}.{name}": value for i, entry in state.items() for name, value in entry.items()}
+        save_file(flat, scratch / "optimizer.safetensors")
+        write_file(scratch / "state.json", json.dumps({"step": self.step, "best": self.best, "config": asdict(self.config)}).encode())
+        os.replace(scratch, folder / f"step-{self.step:07d}")
+        for old in sorted(folder.glob("step-*"))[:-2]:
+            shutil.rmtree(old)
+
+    def _resume(self) -> None:
+        found = sorted((self.out / "checkpoints").glob("step-*"))
+        if not found:
+            return
+        state = json.loads((found[-1] / "state.json").read_text())
+        if replace(self.config, steps=1, eval_every=1, save_every=1) != replace(
+            TrainConfig(**state["config"]), steps=1, eval_every=1, save_every=1
+        ):
+            raise InvalidParameter(f"`{self.out}` was begun with other settings", hint="name another folder, or the settings of its run.json")
+        self.model.load_state_dict(load_file(found[-1] / "model.safetensors"))
+        entries: dict[int, dict[str, Tensor]] = {}
+        for name, value in load_file(found[-1] / "optimizer.safetensors").items():
+            index, key = name.split(".", 1)
+            entries.setdefault(int(index), {})[key] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": entries, "param_groups": groups})
+        self.step, self.best = state["step"], state["best"]
+
+
+def _groups(model: DFlashDraftModel, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay, norms do not."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    norms = [p for p in model.parameters() if p.ndim == 1]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": norms, "weight_decay": 0.0}]
+
+
+def _schedule(step: int, steps: int, warmup: float) -> float:
+    """Linear warm-up, then a cosine to zero."""
+    rising = max(1, round(steps * warmup))
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+
+def _native_bf16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and "avx512_bf16" in _cpu_flags()
+
+
+def _cpu_flags() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
