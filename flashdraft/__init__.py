@@ -5,10 +5,25 @@
 >>> print(model.generate("Why is the sky blue?", max_new_tokens=64).text)
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from flashdraft.errors import FlashDraftError
-from flashdraft.generate import Model, load
-from flashdraft.methods.dflash import DFlashDraftModel
 from flashdraft.types import Chunk, Result, SamplingParams, Stats
+
+if TYPE_CHECKING:
+    from flashdraft.generate import Model, load
+    from flashdraft.methods.dflash import DFlashDraftModel
 
 __all__ = ["Chunk", "DFlashDraftModel", "FlashDraftError", "Model", "Result", "SamplingParams", "Stats", "load"]
 __version__ = "0.1.0"
+
+_HEAVY = {"DFlashDraftModel": "flashdraft.methods.dflash", "Model": "flashdraft.generate", "load": "flashdraft.generate"}
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """What needs torch is imported at its first use, so that `flashdraft --help` answers at once."""
+        if name not in _HEAVY:
+            raise AttributeError(f"module `flashdraft` has no attribute {name!r}")
+        return getattr(import_module(_HEAVY[name]), name)

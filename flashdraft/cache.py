@@ -63,6 +63,7 @@ class SlotCache:
         all_values[row, :, start:end] = values
         return all_keys[row], all_values[row]
 
+    @torch.inference_mode()  # the tensors were made in it; elsewhere they may not be written
     def keep(self, row: int, path: Sequence[int]) -> None:
         """Commit the nodes of `path` (indices into what was written last, in ascending order); the rest is forgotten."""
         start = self.lengths[row]

@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ from flashdraft.target import Target
 __all__ = ["DraftConfig", "check_target", "read_draft", "spread_layers", "write_draft", "write_file"]
 
 _FOREIGN = ("dflash2", "dspark", "domino")
-_OPTIONAL = ("embed_tokens.weight", "lm_head.weight", "d2t", "t2d")
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,14 @@ class DraftConfig:
         rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
         rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
         rope.setdefault("rope_type", rope.pop("type", "default"))
-        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "num_target_layers")
+        names = (
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "vocab_size",
+            "num_target_layers",
+        )
         try:
             heads, hidden = config["num_attention_heads"], config["hidden_size"]
             return DraftConfig(
@@ -103,8 +109,8 @@ class DraftConfig:
             "tie_word_embeddings": True,
             "use_sliding_window": self.sliding_window is not None,
         }
-        plain = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
-        plain += ("vocab_size", "rms_norm_eps", "max_position_embeddings", "sliding_window", "attention_bias", "dtype")
+        unlisted = {"block_size", "mask_token_id", "target_layer_ids", "num_target_layers", "rope_parameters", "layer_types"}
+        plain = [f.name for f in fields(self) if f.name not in unlisted and f.name != "draft_vocab_size"]
         config |= {name: getattr(self, name) for name in plain}
         return config if self.draft_vocab_size is None else config | {"draft_vocab_size": self.draft_vocab_size}
 
@@ -137,6 +143,12 @@ class DraftConfig:
             shapes |= {f"layers.{n}.{name}": shape for name, shape in layer.items()}
         return shapes
 
+    def optional_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensors that the file may hold beside them: an embedding and lm_head of its own, a reduced vocabulary."""
+        v, rows = self.vocab_size, self.draft_vocab_size or self.vocab_size
+        h = self.hidden_size
+        return {"embed_tokens.weight": (v, h), "lm_head.weight": (rows, h), "d2t": (rows,), "t2d": (v,)}
+
 
 def spread_layers(num_target_layers: int, count: int) -> tuple[int, ...]:
     """The target layers whose outputs are features: evenly from 1 to L - 3 (DFlash 2602.06036; z-lab's rounding)."""
@@ -150,7 +162,9 @@ def read_draft(folder: Path) -> tuple[DraftConfig, dict[str, Tensor]]:
     """A drafter's config and tensors; every tensor is there with its shape, or CheckpointError says which is not."""
     config = DraftConfig.from_json(read_config(folder), str(folder))
     if config.block_size < 2 or len(config.layer_types or config.shapes()) < 1:
-        raise CheckpointError(f"`{folder}` has block_size {config.block_size}", hint="a block is the anchor and at least one mask")
+        raise CheckpointError(
+            f"`{folder}` has block_size {config.block_size}", hint="a block is the anchor and at least one mask"
+        )
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"`{folder}` holds no .safetensors file", hint="pickled weights are not read; convert them")
@@ -161,17 +175,38 @@ def read_draft(folder: Path) -> tuple[DraftConfig, dict[str, Tensor]]:
                 tensors |= {name.removeprefix("model."): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"`{path}` is damaged: {error}", hint="it may be cut short; fetch or write it again") from None
-    wanted = config.shapes()
-    for name, shape in wanted.items():
+    _check_layer_types(config, folder)
+    wanted, optional = config.shapes(), config.optional_shapes()
+    reduced = config.draft_vocab_size not in (None, config.vocab_size)
+    for name, shape in (wanted | {n: s for n, s in optional.items() if n in tensors or (n == "d2t" and reduced)}).items():
         if name not in tensors:
             raise CheckpointError(f"`{folder}` lacks the tensor {name}", hint="the folder is incomplete, or of another method")
         if tuple(tensors[name].shape) != shape:
             got = list(tensors[name].shape)
-            raise CheckpointError(f"{name} has shape {got}, its config.json asks for {list(shape)}", hint="the two do not belong together")
-    unknown = sorted(set(tensors) - set(wanted) - set(_OPTIONAL))
+            raise CheckpointError(
+                f"{name} has shape {got}, its config.json asks for {list(shape)}", hint="the two do not belong together"
+            )
+    unknown = sorted(set(tensors) - set(wanted) - set(optional))
     if unknown:
-        raise CheckpointError(f"`{folder}` has a tensor {unknown[0]} that DFlash does not", hint="it is a drafter of another method")
+        raise CheckpointError(
+            f"`{folder}` has a tensor {unknown[0]} that DFlash does not", hint="it is a drafter of another method"
+        )
+    if "d2t" in tensors:
+        leads = tensors["d2t"].long() + torch.arange(len(tensors["d2t"]))
+        if bad := [int(token) for token in leads if not 0 <= token < config.vocab_size]:
+            got = f"d2t leads to token {bad[0]} of a vocabulary of {config.vocab_size}"
+            raise CheckpointError(f"`{folder}` is damaged: {got}", hint="fetch or write it again")
     return config, tensors
+
+
+def _check_layer_types(config: DraftConfig, folder: Path) -> None:
+    kinds, count = config.layer_types, config.num_hidden_layers
+    if odd := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
+        raise CheckpointError(
+            f"`{folder}` has a layer of type {odd[0]}", hint="full_attention and sliding_attention are supported"
+        )
+    if kinds and len(kinds) != count:
+        raise CheckpointError(f"`{folder}` has {len(kinds)} layer_types for {count} layers", hint="its config.json is damaged")
 
 
 def write_draft(folder: Path, config: DraftConfig, tensors: Mapping[str, Tensor], readme: str | None = None) -> None:
@@ -183,6 +218,7 @@ def write_draft(folder: Path, config: DraftConfig, tensors: Mapping[str, Tensor]
         write_file(folder / "README.md", readme.encode())
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as scratch:
         save_file(stored, Path(scratch) / "model.safetensors", metadata={"format": "pt"})
+        os.chmod(Path(scratch) / "model.safetensors", 0o644)
         _sync(Path(scratch) / "model.safetensors")
         os.replace(Path(scratch) / "model.safetensors", folder / "model.safetensors")
     write_file(folder / "config.json", (json.dumps(config.to_json(), indent=2) + "\n").encode())
@@ -217,8 +253,8 @@ def check_target(config: DraftConfig, target: Target) -> None:
         got = f"{config.num_target_layers} layers, but `{target.name}` has {target.num_layers}"
         raise DraftMismatch(f"the draft was made for a target with {got}", hint=hint)
     if config.vocab_size > target.vocab_size or not 0 <= config.mask_token_id < target.vocab_size:
-        got = f"{config.vocab_size} tokens and the mask token {config.mask_token_id}, but `{target.name}` has {target.vocab_size} tokens"
-        raise DraftMismatch(f"the draft has a vocabulary of {got}", hint="the two must share their tokenizer")
+        got = f"{config.vocab_size} and the mask token {config.mask_token_id}, but `{target.name}` has {target.vocab_size}"
+        raise DraftMismatch(f"the draft has a vocabulary of {got} tokens", hint="the two must share their tokenizer")
 
 
 def _refuse_foreign(config: Mapping[str, Any], where: str) -> None:
@@ -226,6 +262,8 @@ def _refuse_foreign(config: Mapping[str, Any], where: str) -> None:
     special = config.get("dflash_config") or {}
     found = [name for name in _FOREIGN if name in named or f"{name}_config" in config]
     found += ["sample_from_anchor"] if config.get("sample_from_anchor") or special.get("sample_from_anchor") else []
+    if config.get("hidden_act", "silu") != "silu":
+        raise CheckpointError(f"`{where}`: hidden_act is {config['hidden_act']!r}", hint="DFlash drafters have silu")
     if found:
         raise CheckpointError(f"`{where}` is a {found[0]} drafter, which is not supported", hint="DFlash v1 drafters are")
 

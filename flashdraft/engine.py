@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from flashdraft.errors import ContextLengthError, InvalidPrompt
-from flashdraft.sampling import draw, target_probs, uniforms
+from flashdraft.sampling import coins, draw, target_probs, uniforms
 from flashdraft.target import Target
 from flashdraft.text import TextDecoder
+from flashdraft.tree import check as check_proposal
 from flashdraft.types import Chunk, Drafter, FinishReason, Piece, Proposal, Result, Rows, SamplingParams, Stats, Verdict
 from flashdraft.verify import verify
 
@@ -124,6 +125,7 @@ class Engine:
         limits = torch.tensor([request.num_left for request in requests])
         with self._timed("draft"):
             proposal = _cut(self.drafter.propose(rows, int(limits.max())), limits)
+            check_proposal(proposal)  # a faulty drafter would change the law in silence
         with self._timed("target"):
             shape = proposal.tokens, proposal.parents, proposal.sizes
             logits, features = self.target.forward(self._cache, slots, *shape, self.drafter.layers)
@@ -151,11 +153,10 @@ class Engine:
         seeds = [params.seed for params in rows.params]
         law = target_probs(logits, rows.params, proposal.sizes)
         draws = uniforms(seeds, [position + 1 for position in rows.positions], proposal.num_nodes)
-        coins = None
+        tossed = None
         if proposal.drawn is not None and bool(proposal.drawn.any()):
-            lanes = [uniforms(seeds, rows.positions, 1, lane=1 + node) for node in range(proposal.num_nodes)]
-            coins = torch.cat(lanes, dim=1)
-        return verify(proposal, law, draws, coins)
+            tossed = coins(seeds, rows.positions, proposal.num_nodes)
+        return verify(proposal, law, draws, tossed)
 
     def _observe(self, slots: list[int], proposal: Proposal, features: Tensor | None, paths: list[list[int]]) -> None:
         live = [i for i, slot in enumerate(slots) if self.running[slot].finish_reason is None]

@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import torch
 
 from flashdraft import hub
 from flashdraft.engine import Engine, Request, check
@@ -19,7 +21,7 @@ from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDra
 from flashdraft.methods.prompt_lookup import PromptLookup
 from flashdraft.target import HFTarget, Target
 from flashdraft.text import TextDecoder
-from flashdraft.types import Chunk, Drafter, Result, SamplingParams
+from flashdraft.types import Chunk, Drafter, SamplingParams
 
 __all__ = ["Model", "Prompt", "drafters", "load", "load_target"]
 
@@ -73,7 +75,7 @@ class Model:
         if not prompt:
             raise InvalidPrompt("the prompt is empty", hint="give at least one token of text")
         if not isinstance(prompt, str) and isinstance(prompt[0], int):
-            return self._checked([int(token) for token in prompt])  # type: ignore[call-overload]
+            return self._checked(list(cast("Sequence[int]", prompt)))
         if getattr(self.tokenizer, "chat_template", None):
             turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
             text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
@@ -103,7 +105,9 @@ def _run(engine: Engine, requests: list[Request]) -> Iterator[Chunk]:
 
 
 def _is_one(prompts: object) -> bool:
-    return isinstance(prompts, str) or (isinstance(prompts, Sequence) and len(prompts) > 0 and isinstance(prompts[0], (int, dict)))
+    return isinstance(prompts, str) or (
+        isinstance(prompts, Sequence) and len(prompts) > 0 and isinstance(prompts[0], (int, dict))
+    )
 
 
 def _params(
@@ -117,7 +121,9 @@ def _params(
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams(**options)] * count
     if len(params) != count:
-        raise InvalidParameter(f"got {len(params)} SamplingParams for {count} prompts", hint="give one for all, or one per prompt")
+        raise InvalidParameter(
+            f"got {len(params)} SamplingParams for {count} prompts", hint="give one for all, or one per prompt"
+        )
     return list(params)
 
 
@@ -157,16 +163,14 @@ def load_target(name: str, *, device: str = "cpu", dtype: str = "auto", lean: bo
         raise ModelNotFound(f"cannot load `{name}`: {_first_line(error)}", hint="the folder is incomplete") from None
     except Exception as error:  # transformers raises whatever its readers do: a damaged file, an unknown architecture
         raise CheckpointError(f"cannot load `{name}`: {_first_line(error)}", hint="fetch the model's files again") from None
-    model = model.to(device).eval()
+    model.to(torch.device(device))  # type: ignore[arg-type]
     eos = model.generation_config.eos_token_id
     ids = [eos] if isinstance(eos, int) else list(eos or [])
     made = LeanTarget(model, name) if lean and device == "cpu" and LeanTarget.fits(model.config) else HFTarget(model, name)
     return made, tokenizer, frozenset(ids)
 
 
-def drafters(
-    draft: str | Path, target: Target, target_name: str, block_size: int | None = None
-) -> Callable[[], Drafter]:
+def drafters(draft: str | Path, target: Target, target_name: str, block_size: int | None = None) -> Callable[[], Drafter]:
     """What makes new drafters of the kind called `draft` for this target; see `load`."""
     if block_size is not None and block_size < 1:
         raise InvalidParameter(f"block_size is {block_size}", hint="block_size must be 1 or more; 1 drafts nothing")

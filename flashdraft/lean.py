@@ -21,7 +21,9 @@ from flashdraft.tree import ancestors, depths, is_chain
 __all__ = ["LeanTarget"]
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q, k, v: [tokens, heads, head_dim] -> [tokens, heads * head_dim]
+Attend = Callable[
+    [int, Tensor, Tensor, Tensor], Tensor
+]  # layer, q, k, v: [tokens, heads, head_dim] -> [tokens, heads * head_dim]
 
 
 class _Layer:
@@ -148,11 +150,10 @@ class LeanTarget:
         return self.head(hidden.reshape(-1, self.hidden_size)).view(*hidden.shape[:-1], self.vocab_size)
 
     def head_weight(self, tokens: Tensor) -> Tensor:
-        return self._head_rows[tokens]
+        rows: Tensor = self._head_rows[tokens]
+        return rows
 
-    def _run(
-        self, tokens: Tensor, positions: Tensor, attend: Attend, layers: Sequence[int]
-    ) -> tuple[Tensor, Tensor | None]:
+    def _run(self, tokens: Tensor, positions: Tensor, attend: Attend, layers: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """tokens, positions: [n] -> the final normed state [n, hidden], and the wanted layers' outputs side by side."""
         x = self.embed(tokens)
         cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]

@@ -75,7 +75,7 @@ def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
     cumulative = _fixed(probs).cumsum(-1)
     mass = cumulative[:, -1:]
     assert bool((mass > 0).all()), "a law without mass: the logits are NaN, +inf, or all -inf"
-    level = (uniforms[:, None] * mass.double()).long()  # below the mass: 1 - 2**-53 times a float is the next one down
+    level = (uniforms[:, None] * mass.double()).long()  # below the mass: (1 - 2**-53) x rounds to less than x
     return torch.searchsorted(cumulative, level, right=True)[:, 0]
 
 

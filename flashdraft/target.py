@@ -39,9 +39,7 @@ class Target(Protocol):
 
     def new_cache(self, rows: int, slots: int) -> SlotCache: ...
 
-    def prefill(
-        self, cache: SlotCache, slot: int, tokens: Tensor, layers: Sequence[int]
-    ) -> tuple[Tensor, Tensor | None]:
+    def prefill(self, cache: SlotCache, slot: int, tokens: Tensor, layers: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """Read and commit tokens [n] of one row: the last token's logits [vocab] and the features [n, layers * hidden]."""
         ...
 
@@ -85,12 +83,13 @@ class HFTarget:
         self.model = model.eval()
         self.config = model.config.get_text_config()
         self.name = name
+        check_state(self)
         self.kernel = f"transformers {str(model.dtype).removeprefix('torch.')}"
         self.row_exact = False
         self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
         self.hidden_size = int(self.config.hidden_size)
         self.num_layers = int(self.config.num_hidden_layers)
-        self.context_length = int(self.config.max_position_embeddings)
+        self.context_length = _context_length(self)
         self.nbytes = sum(p.numel() * p.element_size() for p in model.parameters())
         self._decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.model
         check_family(self)
@@ -135,7 +134,8 @@ class HFTarget:
     ) -> tuple[Tensor, Tensor | None]:
         device = self.model.device
         lengths = torch.tensor([cache.lengths[slot] for slot in slots])
-        positions = lengths[:, None] + depths(parents)
+        real = torch.arange(tokens.shape[1]) < sizes[:, None]
+        positions = lengths[:, None] + depths(parents) * real  # padding may reach beyond the context, its position may not
         num_slots = int(lengths.max()) + tokens.shape[1]
         seen = _visible_slots(lengths, ancestors(parents), num_slots)
         view = _CacheView(cache, slots, num_slots)
@@ -174,7 +174,8 @@ class HFTarget:
 
             return store
 
-        handles = [self._decoder.layers[i].register_forward_hook(hook(i)) for i in layers if i < self.num_layers]
+        blocks = self._decoder.layers if hasattr(self._decoder, "layers") else self._decoder.h  # h in gpt2 and its like
+        handles = [blocks[i].register_forward_hook(hook(i)) for i in layers if i < self.num_layers]
         try:
             yield captured
         finally:
@@ -207,45 +208,57 @@ def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
 
 
-def check_family(target: HFTarget) -> None:
-    """Refuse a model whose state cannot be cut; an unlisted family must pass a measurement with a rejected draft."""
-    config = target.config
-    family = str(config.model_type)
-    kinds = set(getattr(config, "layer_types", None) or ())
-    odd = kinds - {"full_attention", "sliding_attention"}
+def check_state(target: HFTarget) -> None:
+    """Refuse a model whose state is more than keys and values."""
+    odd = set(getattr(target.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if getattr(target.model, "_is_stateful", False) or odd:
         reason = f"its layers keep a running state ({', '.join(sorted(odd)) or 'recurrent'})"
         raise UnsupportedTarget(
-            f"`{target.name}` is a `{family}` model: {reason}, which cannot be cut back after a rejected draft",
+            f"`{target.name}` is a `{target.config.model_type}` model: {reason}, which cannot be cut back after a rejected draft",
             hint=f"choose a target whose only state is a key-value cache, such as {', '.join(CHECKED)}",
         )
+
+
+def check_family(target: HFTarget) -> None:
+    """An unlisted family must pass a measurement: its own logits, and no trace of a rejected draft in them."""
+    family = str(target.config.model_type)
     if family in CHECKED:
         return
+    who, hint = f"`{target.name}` is a `{family}` model", f"families known to work: {', '.join(CHECKED)}"
     try:
-        difference = _trace_of_rejected_draft(target)
-    except (AttributeError, TypeError, KeyError, RuntimeError, ValueError) as error:
-        raise UnsupportedTarget(
-            f"`{target.name}` is a `{family}` model, whose forward does not take our cache: {type(error).__name__}: {error}",
-            hint=f"families known to work: {', '.join(CHECKED)}",
-        ) from error
-    if difference > 1e-2:
-        raise UnsupportedTarget(
-            f"`{target.name}` is a `{family}` model: a rejected draft left a trace in its state (logits off by {difference:.2g})",
-            hint=f"families known to work: {', '.join(CHECKED)}",
-        )
+        plain, rejected = _differences(target)
+    except (AttributeError, TypeError, KeyError, IndexError, RuntimeError, ValueError) as error:
+        reason = f"its forward does not take our cache: {type(error).__name__}: {error}"
+        raise UnsupportedTarget(f"{who}: {reason}", hint=hint) from error
+    if not plain < 1e-2:
+        raise UnsupportedTarget(f"{who}: our pass does not give its own logits (off by {plain:.2g})", hint=hint)
+    if not rejected < 1e-2:
+        raise UnsupportedTarget(f"{who}: a rejected draft left a trace in its state (logits off by {rejected:.2g})", hint=hint)
 
 
-def _trace_of_rejected_draft(target: HFTarget) -> float:
-    """The largest difference of normalised logits between a plain pass and one after a rejected draft."""
+@torch.inference_mode()
+def _differences(target: HFTarget) -> tuple[float, float]:
+    """The largest differences of normalised logits: between our pass and the model's own, and after a rejected draft."""
     tokens = torch.arange(8) % target.vocab_size
     chain = torch.arange(-1, 3)[None]
     sizes, plain, cut = torch.tensor([4]), target.new_cache(1, 16), target.new_cache(1, 16)
     for cache in (plain, cut):
-        target.prefill(cache, 0, tokens[:4], ())
+        target.prefill(cache, 0, tokens[:4], (0,))
     target.forward(cut, [0], tokens[4:].flip(0)[None], chain, sizes, ())
     expected, _ = target.forward(plain, [0], tokens[None, 4:], chain, sizes, ())
     got, _ = target.forward(cut, [0], tokens[None, 4:], chain, sizes, ())
-    whole = target.new_cache(1, 16)
-    last, _ = target.prefill(whole, 0, tokens, ())
-    scale = float(expected.std()) or 1.0
-    return max(float((expected - got).abs().max()), float((last - got[0, -1]).abs().max())) / scale
+    own = target.model(input_ids=tokens[None].to(target.model.device), use_cache=False).logits[:, 4:]
+    scale = float(own.std()) or 1.0
+    return float((own - expected).abs().max()) / scale, float((expected - got).abs().max()) / scale
+
+
+def _context_length(target: HFTarget) -> int:
+    """How many positions are sure; with longrope the frequencies of all positions change when one is beyond the first limit."""
+    limit = getattr(target.config, "max_position_embeddings", None)
+    if limit is None:
+        raise UnsupportedTarget(
+            f"`{target.name}` is a `{target.config.model_type}` model, whose config has no max_position_embeddings",
+            hint=f"families known to work: {', '.join(CHECKED)}",
+        )
+    rope = getattr(target.config, "rope_parameters", None) or {}
+    return int(min(limit, rope["original_max_position_embeddings"]) if rope.get("rope_type") == "longrope" else limit)

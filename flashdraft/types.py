@@ -20,23 +20,28 @@ if TYPE_CHECKING:
 
     from flashdraft.cache import SlotCache
 
-__all__ = ["Chunk", "Drafter", "FinishReason", "Piece", "Proposal", "Result", "Rows", "SamplingParams", "Stats", "Verdict"]
+__all__ = ["Chunk", "Drafter", "FinishReason", "Piece", "Proposal", "Result", "Rows", "SamplingParams", "Stats", "Verdict", "option"]
 
 FinishReason = Literal["stop", "length"]
+
+
+def option(default: Any, text: str) -> Any:
+    """A dataclass field that the command line shows as an option, with `text` as its help."""
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How one request is sampled and when it ends. Raises InvalidParameter for a value outside its range."""
 
-    temperature: float = 0.0  # 0 is greedy
-    top_k: int = 0  # keep the k likeliest tokens; 0 keeps all
-    top_p: float = 1.0  # keep the smallest set of tokens with at least this mass
-    min_p: float = 0.0  # drop tokens below this fraction of the likeliest one's probability
-    seed: int = 0  # the same seed gives the same text, with any drafter
-    max_new_tokens: int = 256
-    stop: tuple[str, ...] = ()  # the text ends before the first of these
-    ignore_eos: bool = False
+    temperature: float = option(0.0, "0 is greedy")
+    top_k: int = option(0, "keep the k likeliest tokens; 0 keeps all")
+    top_p: float = option(1.0, "keep the smallest set of tokens with at least this mass")
+    min_p: float = option(0.0, "drop tokens below this fraction of the likeliest one's probability")
+    seed: int = option(0, "the same seed gives the same text, with any drafter")
+    max_new_tokens: int = option(256, "the text ends after this many tokens")
+    stop: tuple[str, ...] = option((), "the text ends before this string; may be given several times")
+    ignore_eos: bool = option(False, "go on after an end-of-text token")
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -123,7 +128,8 @@ class Drafter(Protocol):
     def observe(self, rows: Rows, tokens: Sequence[Tensor], features: Sequence[Tensor] | None) -> None:
         """Tokens that the target has read for good (prompt chunks and accepted paths alike), oldest first.
 
-        tokens: per row [n] int64, at the positions that follow the last ones observed; features: per row [n, len(layers) * hidden].
+        tokens: per row [n] int64, at the positions that follow the last ones observed.
+        features: per row [n, len(layers) * hidden]; None if the drafter asked for no layers.
         """
         ...
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import string
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
+    Glm4Config,
     GptOssConfig,
     LlamaConfig,
     MistralConfig,
@@ -18,7 +22,12 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-VOCAB = 61
+from flashdraft.checkpoint import DraftConfig
+from flashdraft.lean import LeanTarget
+from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDraft
+from flashdraft.target import HFTarget, Target
+
+VOCAB, WINDOW, EOS, MASK = 61, 8, 2, 60
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
@@ -28,33 +37,77 @@ SHAPE: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
     "bos_token_id": 1,
-    "eos_token_id": 2,
+    "eos_token_id": EOS,
     "pad_token_id": 0,
     "tie_word_embeddings": False,
 }
+MIXED: dict[str, Any] = {"head_dim": 8, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 2}
+EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64, "truncate": False}
 FAMILIES = {
     "llama": lambda: LlamaConfig(**SHAPE),
     "mistral": lambda: MistralConfig(**SHAPE, sliding_window=None),
-    "mistral-sliding": lambda: MistralConfig(**SHAPE, sliding_window=8),
+    "mistral-sliding": lambda: MistralConfig(**SHAPE, sliding_window=WINDOW),
     "qwen2": lambda: Qwen2Config(**SHAPE),
     "qwen3": lambda: Qwen3Config(**SHAPE, head_dim=8),
-    "qwen3_moe": lambda: Qwen3MoeConfig(**SHAPE, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
-    "gemma3": lambda: Gemma3TextConfig(**SHAPE, head_dim=8, sliding_window=8, layer_types=["sliding_attention", "full_attention"] * 2),
+    "qwen3_moe": lambda: Qwen3MoeConfig(**SHAPE, **EXPERTS, head_dim=8, num_experts=4, moe_intermediate_size=32),
+    "gemma3": lambda: Gemma3TextConfig(**SHAPE, **MIXED),
     "phi3": lambda: Phi3Config(**SHAPE),
-    "gpt_oss": lambda: GptOssConfig(**SHAPE, head_dim=8, sliding_window=8, num_local_experts=4, num_experts_per_tok=2),
+    "gpt_oss": lambda: GptOssConfig(**SHAPE, **EXPERTS, **MIXED, num_local_experts=4, rope_parameters=YARN),
+    "glm4": lambda: Glm4Config(**SHAPE, head_dim=8),
 }
+SLIDING = ("mistral-sliding", "gemma3", "gpt_oss")
 LEAN = ("llama", "mistral", "qwen2", "qwen3")
 
 
-def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
+def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float64, config: Any = None) -> Any:
     """A random model whose logits are far from flat, so that greedy texts differ between prompts."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family]()).to(dtype).eval()
+    model = AutoModelForCausalLM.from_config(config or FAMILIES[family]())
+    model.set_experts_implementation("eager")  # the grouped one has no float64
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                parameter.mul_(4.0)
-    return model
+                parameter.mul_(20.0)
+    return model.to(dtype).eval()
+
+
+@functools.cache
+def tiny_target(family: str, *, lean: bool = False, dtype: torch.dtype = torch.float64) -> Target:
+    """The family's random model as a target; shared between tests, which may not change it."""
+    return (LeanTarget if lean else HFTarget)(tiny_model(family, dtype=dtype), family)
+
+
+def tiny_drafter(target: Target, *, block_size: int = 4, seed: int = 0, **changes: Any) -> DFlashDrafter:
+    """A random two-layer DFlash drafter for any tiny target; `changes` are fields of its DraftConfig."""
+    shape: dict[str, Any] = {
+        "hidden_size": target.hidden_size,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": target.vocab_size,
+        "block_size": block_size,
+        "mask_token_id": MASK,
+        "target_layer_ids": (0, target.num_layers - 1),
+        "num_target_layers": target.num_layers,
+        "max_position_embeddings": 256,
+    }
+    torch.manual_seed(seed)
+    network = DFlashDraftModel(DraftConfig(**{**shape, **changes})).eval()
+    return DFlashDrafter(PackedDraft(network, target))
+
+
+class LetterTokenizer:
+    """One letter or digit a token, so that a place in a text is a place in its tokens; ids 0 to 2 are special."""
+
+    LETTERS = string.ascii_letters + string.digits
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
+        assert skip_special_tokens
+        assert not clean_up_tokenization_spaces
+        return "".join(self.LETTERS[token] for token in ids if token > EOS)
 
 
 @pytest.fixture(params=list(FAMILIES))

@@ -18,8 +18,8 @@ LEVELS = {  # a module imports only its own level and those below; `.*` stands f
             "methods.*",
             "engine scheduler",
             "generate __init__",
-            "train.* bench.* export server.* diffusion.*",
-            "cli __main__",
+            "train.* bench.* provenance export server.* diffusion.*",
+            "cli commands __main__",
         )
     )
     for name in names.split()

@@ -10,6 +10,7 @@ Embedding and lm_head are the target's.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from flashdraft import hub
 from flashdraft.cache import SlotCache
 from flashdraft.checkpoint import DraftConfig, check_target, read_draft, write_draft
-from flashdraft.errors import CheckpointError
+from flashdraft.errors import CheckpointError, DraftMismatch
 from flashdraft.layers import PackedLinear, RMSNorm, SlotAttention, apply_rotary, rotary_table
 from flashdraft.target import Target
 from flashdraft.types import Proposal, Rows
@@ -82,9 +83,10 @@ class DFlashDraftModel(nn.Module):
         self.layers = nn.ModuleList(_Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.extras: dict[str, Tensor] = {}  # the format's optional tensors: lm_head.weight, embed_tokens.weight, d2t, t2d
-        cos, sin = _rotary(config)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        self.cos: Tensor
+        self.sin: Tensor
+        for name, table in zip(("cos", "sin"), _rotary(config), strict=True):
+            self.register_buffer(name, table, persistent=False)
 
     @classmethod
     def from_pretrained(cls, name: str | Path) -> DFlashDraftModel:
@@ -98,12 +100,23 @@ class DFlashDraftModel(nn.Module):
         model.load_state_dict({n: t.float() for n, t in tensors.items()})
         return model.eval()
 
-    def save_pretrained(self, folder: str | Path, *, readme: str | None = None) -> None:
-        """Write config.json and model.safetensors, in config.dtype; `readme` is the model card."""
-        write_draft(Path(folder), self.config, {**self.state_dict(), **self.extras}, readme)
+    def save_pretrained(self, folder: str | Path, *, readme: str | None = None, plain: bool = False) -> None:
+        """Write config.json and model.safetensors, in config.dtype; `readme` is the model card.
+
+        plain: without the optional tensors, for engines that know only the 11 tensors a layer and 3 more.
+        """
+        config = replace(self.config, draft_vocab_size=None) if plain else self.config
+        write_draft(Path(folder), config, {**self.state_dict(), **({} if plain else self.extras)}, readme)
+
+    def reduce_vocabulary(self, tokens: Tensor) -> None:
+        """Draft only these tokens [n] of the target's vocabulary (ascending): the lm_head's cost falls in proportion."""
+        known = torch.zeros(self.config.vocab_size, dtype=torch.bool)
+        known[tokens] = True
+        self.extras |= {"d2t": tokens - torch.arange(len(tokens)), "t2d": known}
+        self.config = replace(self.config, draft_vocab_size=len(tokens))
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        return self.cos[positions][:, None], self.sin[positions][:, None]  # type: ignore[index]
+        return self.cos[positions][:, None], self.sin[positions][:, None]
 
     def context(self, features: Tensor) -> Tensor:
         """features [n, F * hidden] -> C [n, hidden], from which every layer makes its context keys and values."""
@@ -120,6 +133,7 @@ class DFlashDraftModel(nn.Module):
         context_rotary, block_rotary = self.rotary(positions[0]), self.rotary(positions[1])
         x = block
         for index, layer in enumerate(self.layers):
+            assert isinstance(layer, _Layer)
             normed = layer.input_layernorm(x)
             context_kv = layer.self_attn.keys_values(context, context_rotary)
             block_kv = layer.self_attn.keys_values(normed, block_rotary)
@@ -138,11 +152,18 @@ def _rotary(config: DraftConfig) -> tuple[Tensor, Tensor]:
     elif kind in ("linear", "llama3", "yarn"):
         from transformers import Qwen3Config
 
-        shape = {"head_dim": config.head_dim, "hidden_size": config.hidden_size}
-        shape |= {"num_attention_heads": config.num_attention_heads, "max_position_embeddings": config.max_position_embeddings}
-        inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](Qwen3Config(**shape, rope_parameters=rope), "cpu")
+        qwen3 = Qwen3Config(
+            head_dim=config.head_dim,
+            hidden_size=config.hidden_size,
+            num_attention_heads=config.num_attention_heads,
+            max_position_embeddings=config.max_position_embeddings,
+            rope_parameters=rope,
+        )
+        inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](qwen3, "cpu")
     else:
-        raise CheckpointError(f"rotary scaling {kind!r} is not supported in a drafter", hint="known: default, linear, llama3, yarn")
+        raise CheckpointError(
+            f"rotary scaling {kind!r} is not supported in a drafter", hint="known: default, linear, llama3, yarn"
+        )
     return rotary_table(inv_freq, config.max_position_embeddings, float(scaling), torch.float32)
 
 
@@ -173,38 +194,51 @@ class PackedDraft:
         check_target(model.config, target)
         probe = target.embed(torch.zeros(1, dtype=torch.long))
         dtype, device = probe.dtype, probe.device
+        embedding = model.extras.get("embed_tokens.weight")
+        if embedding is not None and len(embedding) < target.vocab_size:
+            got = f"an embedding of {len(embedding)} tokens, but `{target.name}` has {target.vocab_size}"
+            raise DraftMismatch(f"the draft has {got}", hint="the two must share their tokenizer")
+        self.embedding = None if embedding is None else embedding.to(device, dtype)
         self.config = model.config
         self.target = target
         self.fc = PackedLinear(model.fc.weight.detach().to(device, dtype))
         self.blocks = [_PackedLayer(layer, dtype, device) for layer in model.layers]
         self.hidden_norm, self.norm = (n.weight.detach().to(device, dtype) for n in (model.hidden_norm, model.norm))
-        self.cos, self.sin = model.cos.to(device, dtype), model.sin.to(device, dtype)  # type: ignore[operator]
-        self.mask_embedding = target.embed(torch.tensor([model.config.mask_token_id]))
-        self.vocabulary, self.head = _reduced_head(model, target, dtype, device)
+        self.cos, self.sin = model.cos.to(device, dtype), model.sin.to(device, dtype)
+        self.mask_embedding = self.embed(torch.tensor([model.config.mask_token_id]))
+        self.vocabulary, self.head = _own_head(model, target, dtype, device)
         linears = [self.fc, *(p for b in self.blocks for p in (b.kv, b.q, b.out, b.gate_up, b.down))]
-        self.nbytes = sum(linear.nbytes for linear in linears) + (self.head.nbytes if self.head else 0)
+        linears += [self.head] if self.head else []
+        self.nbytes = sum(linear.nbytes for linear in linears) + (0 if self.embedding is None else self.embedding.nbytes)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The target's embedding, or the drafter's own if its file holds one."""
+        return (
+            self.target.embed(tokens) if self.embedding is None else F.embedding(tokens.to(self.embedding.device), self.embedding)
+        )
 
     def norm_of(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self.config.rms_norm_eps)
 
     def predict(self, hidden: Tensor) -> Tensor:
         """The likeliest token of every row: [n, hidden] -> [n], ids of the target's vocabulary."""
-        if self.head is None or self.vocabulary is None:
-            return self.target.lm_head(hidden).argmax(-1)
-        return self.vocabulary[self.head(hidden).argmax(-1)]
+        best = (self.target.lm_head if self.head is None else self.head)(hidden).argmax(-1)
+        return best if self.vocabulary is None else self.vocabulary[best]
 
 
-def _reduced_head(
+def _own_head(
     model: DFlashDraftModel, target: Target, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor | None, PackedLinear | None]:
-    """The ids of a reduced draft vocabulary and its lm_head rows; d2t holds target id - draft id. Never the target's own head."""
-    if "d2t" not in model.extras:
-        return None, None
-    offsets = model.extras["d2t"].long()
-    vocabulary = (offsets + torch.arange(len(offsets))).to(device)
-    own = model.extras.get("lm_head.weight")
-    weight = target.head_weight(vocabulary) if own is None else own
-    return vocabulary, PackedLinear(weight.to(device, dtype).contiguous())
+    """The ids of a reduced draft vocabulary and the lm_head's rows for them; d2t holds target id - draft id.
+
+    A vocabulary of None is the target's; so is a head of None, and it is never written to.
+    """
+    weight, vocabulary = model.extras.get("lm_head.weight"), None
+    if "d2t" in model.extras:
+        offsets = model.extras["d2t"].long()
+        vocabulary = (offsets + torch.arange(len(offsets))).to(device)
+        weight = target.head_weight(vocabulary) if weight is None else weight
+    return vocabulary, None if weight is None else PackedLinear(weight.to(device, dtype).contiguous())
 
 
 class DFlashDrafter:
@@ -218,7 +252,7 @@ class DFlashDrafter:
         self.block_size = block_size or config.block_size
         self.layers = config.target_layer_ids
         self.cache = SlotCache(config.num_hidden_layers, 1, 256)
-        self.caches = (self.cache,)
+        self.caches: tuple[SlotCache, ...] = (self.cache,)
         self._kinds = config.layer_types or ("full_attention",) * config.num_hidden_layers
 
     @torch.inference_mode()
@@ -274,7 +308,7 @@ class DFlashDrafter:
         lengths = [self.cache.lengths[slot] for slot in slots]
         self.cache.reserve(max(lengths) + size)
         masks = net.mask_embedding.expand(len(slots), size - 1, -1)
-        x = torch.cat((net.target.embed(torch.tensor(anchors))[:, None], masks), dim=1).flatten(0, 1)
+        x = torch.cat((net.embed(torch.tensor(anchors))[:, None], masks), dim=1).flatten(0, 1)
         positions = torch.cat([torch.arange(length, length + size) for length in lengths])
         cos, sin = net.cos[positions][:, None], net.sin[positions][:, None]
         plans = {kind: [self._plan(kind, length, x) for length in lengths] for kind in set(self._kinds)}

@@ -42,7 +42,10 @@ class Sample:
 def write_features(
     model: Model, answers: Sequence[Path], out: Path, *, layers: tuple[int, ...], max_length: int, quiet: bool = False
 ) -> int:
-    """Read every answer once with the target and store what the drafter will see; shards that exist are kept. Returns their number."""
+    """Read every answer once with the target and store what the drafter will see; shards that exist are kept.
+
+    Returns the number of shards.
+    """
     out.mkdir(parents=True, exist_ok=True)
     rows = [row for path in answers for row in read_jsonl(path)]
     manifest: dict[str, Any] = {"target": model.target.name, "layers": list(layers), "hidden_size": model.target.hidden_size}

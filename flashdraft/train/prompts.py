@@ -13,7 +13,7 @@ from flashdraft.errors import DataError, InvalidParameter
 
 __all__ = ["SOURCES", "read_jsonl", "write_prompts"]
 
-# source -> file below the data folder; the two halves of gpteacher and self_instruct are training sets, gsm8k only in its train split
+# source -> file below the data folder; of gsm8k only the train split
 SOURCES = {
     "gsm8k/train": "gsm8k/train.jsonl",
     "gpteacher/codegen": "gpteacher/codegen-instruct.json",
@@ -47,7 +47,9 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 def write_prompts(data: Path, out: Path, *, sources: Sequence[str] = tuple(SOURCES), seed: int = 0) -> int:
     """Write {source, row, prompt} lines of the named sources in a seeded order; returns how many."""
     if unknown := [source for source in sources if source not in SOURCES]:
-        raise InvalidParameter(f"no training set `{unknown[0]}`", hint=f"there are {', '.join(SOURCES)}; evaluation sets are not trained on")
+        raise InvalidParameter(
+            f"no training set `{unknown[0]}`", hint=f"there are {', '.join(SOURCES)}; evaluation sets are not trained on"
+        )
     rows, seen = [], set()
     for source in sources:
         for number, row in enumerate(_rows(data / SOURCES[source])):

@@ -25,7 +25,7 @@ from torch import Tensor
 from flashdraft.checkpoint import DraftConfig, write_file
 from flashdraft.errors import DataError, FlashDraftError, InvalidParameter
 from flashdraft.generate import Model
-from flashdraft.methods.dflash import DFlashDraftModel, DFlashDrafter, PackedDraft
+from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDraft
 from flashdraft.provenance import provenance
 from flashdraft.target import Target
 from flashdraft.train.features import FeatureSet, Sample
@@ -51,7 +51,7 @@ class TrainConfig:
     warmup: float = _help(0.04, "share of the steps spent warming up")
     weight_decay: float = _help(0.01, "AdamW's weight decay")
     clip: float = _help(1.0, "largest norm of the gradient")
-    vocab: int = _help(8192, "commonest answer tokens in the training softmax; 0 takes the whole vocabulary")
+    vocab: int = _help(8192, "the draft vocabulary: this many commonest answer tokens; 0 takes all")
     negatives: int = _help(1024, "random other tokens added to that softmax at every step")
     precision: str = _help("auto", "bf16, fp32, or auto: bf16 where the machine multiplies it natively")
     eval_every: int = _help(250, "steps between measurements of tau")
@@ -104,7 +104,13 @@ def make_batch(samples: Iterable[tuple[int, Sample]], config: DraftConfig, num_a
     if not spans:
         raise DataError("no answer in this batch has two tokens", hint="regenerate longer answers")
     return Batch(
-        torch.cat(features), torch.cat(tokens), (torch.cat(contexts), torch.cat(blocks)), torch.cat(labels), torch.cat(offsets), spans, masks
+        torch.cat(features),
+        torch.cat(tokens),
+        (torch.cat(contexts), torch.cat(blocks)),
+        torch.cat(labels),
+        torch.cat(offsets),
+        spans,
+        masks,
     )
 
 
@@ -141,6 +147,8 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.95), fused=True)
         self.bf16 = config.precision == "bf16" or (config.precision == "auto" and _native_bf16())
         self.vocabulary = self._common_tokens()
+        if len(self.vocabulary) < self.target.vocab_size:
+            model.reduce_vocabulary(self.vocabulary)
         self.head = self.target.head_weight(torch.arange(self.target.vocab_size))
         out.mkdir(parents=True, exist_ok=True)
         self._resume()
@@ -167,7 +175,9 @@ class Trainer:
         """One optimizer step; raises FlashDraftError naming the step if the loss is not finite, with nothing saved."""
         c = self.config
         first = self.step * c.sequences
-        batch = make_batch([(n, self._sample(n)) for n in range(first, first + c.sequences)], self.model.config, c.anchors, c.seed)
+        batch = make_batch(
+            [(n, self._sample(n)) for n in range(first, first + c.sequences)], self.model.config, c.anchors, c.seed
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = c.lr * _schedule(self.step, c.steps, c.warmup)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bf16):
@@ -177,9 +187,11 @@ class Trainer:
             logits = F.linear(states, self.head[candidates]).float()
         loss, _ = decayed_cross_entropy(logits, labels, batch.offsets[wanted], c.gamma)
         if not torch.isfinite(loss):
-            raise FlashDraftError(f"the loss is {float(loss)} at step {self.step}", hint="lower --lr; the last checkpoint is whole")
+            raise FlashDraftError(
+                f"the loss is {float(loss)} at step {self.step}", hint="lower --lr; the last checkpoint is whole"
+            )
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
         self.optimizer.step()
         self.step += 1
@@ -238,7 +250,9 @@ class Trainer:
         state = self.optimizer.state_dict()["state"]
         flat = {f"{i}.{name}": value for i, entry in state.items() for name, value in entry.items()}
         save_file(flat, scratch / "optimizer.safetensors")
-        write_file(scratch / "state.json", json.dumps({"step": self.step, "best": self.best, "config": asdict(self.config)}).encode())
+        write_file(
+            scratch / "state.json", json.dumps({"step": self.step, "best": self.best, "config": asdict(self.config)}).encode()
+        )
         os.replace(scratch, folder / f"step-{self.step:07d}")
         for old in sorted(folder.glob("step-*"))[:-2]:
             shutil.rmtree(old)
@@ -251,7 +265,9 @@ class Trainer:
         if replace(self.config, steps=1, eval_every=1, save_every=1) != replace(
             TrainConfig(**state["config"]), steps=1, eval_every=1, save_every=1
         ):
-            raise InvalidParameter(f"`{self.out}` was begun with other settings", hint="name another folder, or the settings of its run.json")
+            raise InvalidParameter(
+                f"`{self.out}` was begun with other settings", hint="name another folder, or the settings of its run.json"
+            )
         self.model.load_state_dict(load_file(found[-1] / "model.safetensors"))
         entries: dict[int, dict[str, Tensor]] = {}
         for name, value in load_file(found[-1] / "optimizer.safetensors").items():

@@ -1,0 +1,111 @@
+"""Where a decoding step's time goes: weights, attention, lm_head, drafting, and the host's rest; and what is in memory.
+
+Real steps of the engine, with clocks around the lean target's linears, its attention, its head and the drafter.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+
+from flashdraft import hub
+from flashdraft.engine import Engine
+from flashdraft.errors import InvalidParameter, UnsupportedTarget
+from flashdraft.generate import load
+from flashdraft.layers import SlotAttention
+from flashdraft.lean import LeanTarget
+from flashdraft.methods.autoregressive import Autoregressive
+from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDraft
+from flashdraft.train.initialise import draft_config, random_weights
+from flashdraft.types import Drafter, SamplingParams
+
+__all__ = ["PARTS", "Profile", "profile"]
+
+PARTS = ("weights", "attention", "lm_head", "drafting", "host")
+_WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One number of nodes: median milliseconds by part, and bytes by what holds them."""
+
+    nodes: int
+    milliseconds: dict[str, float]
+    nbytes: dict[str, int]
+
+
+def profile(target: str, *, draft: str = "auto", nodes: int = 8, context: int = 256, steps: int = 20) -> Profile:
+    """Measure `steps` steps of `nodes` nodes behind `context` tokens; one node is plain decoding.
+
+    Where no drafter is named or shipped, an untrained one of the default shape takes its place: it costs the same.
+    """
+    if min(nodes, context, steps) < 1:
+        raise InvalidParameter(f"nodes, context and steps are {nodes}, {context} and {steps}", hint="each must be 1 or more")
+    model = load(target, draft="autoregressive")
+    if not isinstance(model.target, LeanTarget):
+        raise UnsupportedTarget(f"`{target}` runs in transformers' forward, which has no parts to time", hint="profile a llama")
+    drafter: Drafter = Autoregressive()
+    network = None
+    if nodes > 1:
+        shipped = hub.builtin_draft(target) if draft == "auto" else draft
+        untrained = random_weights(draft_config(target, mask_token_id=0), 0) if shipped is None else None
+        network = PackedDraft(untrained or DFlashDraftModel.from_pretrained(shipped or ""), model.target)
+        drafter = DFlashDrafter(network, block_size=nodes)
+    engine = Engine(model.target, drafter)
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(model.target.vocab_size, (context,), generator=generator).tolist()
+    params = SamplingParams(max_new_tokens=(steps + _WARM_UP + 1) * nodes + nodes, ignore_eos=True)
+    engine.admit(model.request(prompt, params))
+    times = _times(engine, model.target, steps)
+    caches = sum(cache.nbytes for cache in drafter.caches)
+    nbytes = {"weights": model.target.nbytes, "cache": engine.cache_nbytes - caches}
+    nbytes |= {"drafter weights": network.nbytes if network else 0, "drafter cache": caches}
+    return Profile(nodes, {part: 1000 * median(step[part] for step in times) for part in PARTS}, nbytes)
+
+
+def _times(engine: Engine, target: LeanTarget, steps: int) -> list[dict[str, float]]:
+    """Seconds by part of every step after the warm-up. The engine and its target stay wrapped: they are not used again."""
+    clock, times = _Clock(), []
+    for block in target.blocks:
+        for name in ("qkv", "out", "gate_up", "down"):
+            setattr(block, name, clock.wrap("weights", getattr(block, name)))
+    target.head = clock.wrap("lm_head", target.head)
+    for name in ("propose", "observe"):
+        setattr(engine.drafter, name, clock.wrap("drafting", getattr(engine.drafter, name)))
+    attend = SlotAttention.__call__
+    SlotAttention.__call__ = clock.wrap("attention", attend)  # type: ignore[method-assign]
+    try:
+        for step in range(_WARM_UP + steps):
+            clock.seconds = dict.fromkeys(PARTS, 0.0)
+            started = time.perf_counter()
+            engine.step()
+            clock.seconds["host"] = time.perf_counter() - started - sum(clock.seconds.values())
+            times += [clock.seconds] if step >= _WARM_UP else []
+    finally:
+        SlotAttention.__call__ = attend  # type: ignore[method-assign]
+    return times
+
+
+class _Clock:
+    """Adds up the time inside wrapped calls; a wrapped call inside another one counts for the outer one."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.busy = False
+
+    def wrap(self, part: str, call: Any) -> Any:
+        def timed(*args: Any, **options: Any) -> Any:
+            if self.busy:
+                return call(*args, **options)
+            self.busy, started = True, time.perf_counter()
+            try:
+                return call(*args, **options)
+            finally:
+                self.busy = False
+                self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
+
+        return timed

@@ -1,0 +1,116 @@
+"""Tables from results files, and from nothing else, so that they can be made again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from flashdraft.errors import DataError
+from flashdraft.train.prompts import read_jsonl
+
+__all__ = ["Summary", "print_table", "read_results", "show", "summarise"]
+
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One method on one task. Ratios are to autoregressive: medians of pairs of the same prompt and repeat."""
+
+    task: str
+    method: str
+    answers: int
+    tokens_per_second: float | None  # medians, prefill included
+    ratio: float | None
+    decode_tokens_per_second: float | None  # medians, after the first token
+    decode_ratio: float | None
+    tau: float  # mean
+    identical: float | None  # share of the answers that equal plain decoding; None: not compared
+
+
+def summarise(path: Path) -> list[Summary]:
+    """Every task's methods in the order of the file; with several tasks, all of them together come last."""
+    _, lines = read_results(path)
+    tasks = list(dict.fromkeys(line["task"] for line in lines))
+    rows = [_summary(task, method, part) for task in tasks for method, part in _methods(lines, task)]
+    return rows + ([_summary("all", method, part) for method, part in _methods(lines)] if len(tasks) > 1 else [])
+
+
+def read_results(path: Path) -> tuple[dict[str, Any], list[Line]]:
+    """The header and the answers, each with its `pair`: the autoregressive answer to the same prompt, or None."""
+    rows = list(read_jsonl(path))
+    wanted = {"task", "prompt", "method", "repeat", "tokens_per_second", "decode_tokens_per_second", "tau", "identical"}
+    if not rows or "header" not in rows[0] or not all(wanted <= row.keys() for row in rows[1:]):
+        raise DataError(f"`{path}` is not a results file", hint="give a file that `flashdraft bench` wrote")
+    plain = {(line["prompt"], line["repeat"]): line for line in rows[1:] if line["method"] == "autoregressive"}
+    return rows[0]["header"], [line | {"pair": plain.get((line["prompt"], line["repeat"]))} for line in rows[1:]]
+
+
+def show(path: Path) -> None:
+    """Print the table of a results file, with what it was measured on."""
+    header, lines = read_results(path)
+    versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items())
+    threads = f"{header['threads']} threads" + (f", transformers {t}" if (t := header.get("transformers_threads")) else "")
+    print(f"{header['command']}\n{header['device']}; {threads}; {header['kernel']}; {versions}; commit {header['commit']}")
+    columns = ["task", "method", "answers", "tokens/s", "ratio", "decode tokens/s", "decode ratio", "tau", "identical"]
+    print_table(columns, [_cells(row) for row in summarise(path)])
+    ours = [line["pair"] | {"pair": line} for line in lines if line["method"] == "transformers" and line["pair"]]
+    if ours:
+        total, decode = (_ratio(ours, name) for name in ("tokens_per_second", "decode_tokens_per_second"))
+        print(f"autoregressive is {_number(total)} times transformers, {_number(decode)} times in decoding ({len(ours)} pairs)")
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A rich table on a terminal, plain columns elsewhere; all but the first two columns are numbers."""
+    console = Console()
+    plain = not console.is_terminal
+    table = Table(box=None if plain else box.SIMPLE_HEAD, pad_edge=not plain, header_style=None if plain else "bold")
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="left" if index < 2 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table, width=200 if plain else None, highlight=False)
+
+
+def _methods(lines: Sequence[Line], task: str | None = None) -> Iterable[tuple[str, list[Line]]]:
+    mine = [line for line in lines if task in (None, line["task"])]
+    names = sorted({line["method"] for line in mine}, key=lambda name: (name != "autoregressive", name))
+    return [(name, [line for line in mine if line["method"] == name]) for name in names]
+
+
+def _summary(task: str, method: str, lines: list[Line]) -> Summary:
+    compared = [line["identical"] for line in lines if line["identical"] is not None]
+    speeds = [
+        figure
+        for name in ("tokens_per_second", "decode_tokens_per_second")
+        for figure in (_median(line[name] for line in lines), _ratio(lines, name))
+    ]
+    return Summary(task, method, len(lines), *speeds, fmean(line["tau"] for line in lines), fmean(compared) if compared else None)
+
+
+def _ratio(lines: Iterable[Line], name: str) -> float | None:
+    pairs = [line for line in lines if line["pair"] is not None and line[name] and line["pair"][name]]
+    return _median(line[name] / line["pair"][name] for line in pairs)
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return median(known) if known else None
+
+
+def _cells(row: Summary) -> list[str]:
+    form: Callable[[float], str] = "{:.1f}".format
+    speeds = [_number(row.tokens_per_second, form), _number(row.ratio)]
+    speeds += [_number(row.decode_tokens_per_second, form), _number(row.decode_ratio)]
+    return [row.task, row.method, str(row.answers), *speeds, _number(row.tau), _number(row.identical, "{:.0%}".format)]
+
+
+def _number(value: float | None, form: Callable[[float], str] = "{:.2f}".format) -> str:
+    return "-" if value is None else form(value)

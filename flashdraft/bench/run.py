@@ -1,0 +1,218 @@
+"""Methods side by side: every prompt by every method in turn, in one process, one line of results for each answer.
+
+The wall clock runs from token ids to text, alike for all methods, at batch 1. The methods take turns at going first, and
+every ratio is made of two answers to the same prompt in the same repeat, so that a machine's drift hits both.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from flashdraft import hub
+from flashdraft.bench.tasks import BenchPrompt, read_prompts
+from flashdraft.engine import check
+from flashdraft.errors import InvalidParameter, ModelNotFound
+from flashdraft.generate import Model, drafters, load_target
+from flashdraft.provenance import provenance
+from flashdraft.target import HFTarget
+from flashdraft.types import Result, SamplingParams, option
+
+__all__ = ["METHODS", "Answer", "BenchConfig", "run_bench"]
+
+METHODS = ("autoregressive", "dflash", "prompt_lookup", "transformers")
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """One run. Raises InvalidParameter for a value outside its range."""
+
+    prompts: Path = field(metadata={"help": "JSON Lines with `prompt` or `turns`, and `task`"})
+    out: Path = field(metadata={"help": "results file to write; it must not exist"})
+    methods: str = option(",".join(METHODS), f"comma-separated, of {', '.join(METHODS)}")
+    target: str = option("smollm2-135m", "built-in name, hub id, folder or GGUF file")
+    draft: str = option("auto", "folder or hub id of dflash's drafter; auto is the one shipped for the target")
+    block_size: int | None = option(None, "nodes per proposal of dflash and prompt_lookup, the anchor included")
+    dtype: str = option("float32", "float32, bfloat16, float16 or auto (as stored), for all methods alike")
+    max_new_tokens: int = option(128, "tokens per answer, at most")
+    temperature: float = option(0.0, "0 is greedy")
+    seed: int = option(0, "seed of the first prompt; the others count on from it")
+    repeats: int = option(1, "times that every prompt is answered by every method")
+    transformers_prompts: int | None = option(None, "run transformers on each task's first prompts only")
+    threads: int | None = option(None, "threads of our methods; by default what torch takes")
+
+    def __post_init__(self) -> None:
+        for name in ("repeats", "threads", "transformers_prompts"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidParameter(f"{name} is {value}", hint=f"{name} must be 1 or more")
+        if unknown := [name for name in self.names if name not in METHODS]:
+            raise InvalidParameter(f"no method {unknown[0]!r}", hint=f"methods are {', '.join(METHODS)}")
+        self.params(0)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name.strip() for name in self.methods.split(",")))
+
+    def params(self, number: int) -> SamplingParams:
+        return SamplingParams(temperature=self.temperature, seed=self.seed + number, max_new_tokens=self.max_new_tokens)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One method's answer to one prompt."""
+
+    tokens: tuple[int, ...]
+    seconds: float  # from token ids to text
+    decode_seconds: float  # the part after the first token
+    tau: float = 1.0
+    figures: dict[str, Any] = field(default_factory=dict)  # what only our own methods can tell
+
+
+Method = Callable[[list[int], SamplingParams], Answer]
+
+
+def run_bench(config: BenchConfig, *, quiet: bool = False) -> int:
+    """Write the header and one line per prompt, method and repeat to config.out; returns the number of answers.
+
+    Everything that can be refused is refused before the file appears; it grows prompt by prompt.
+    """
+    prompts = read_prompts(config.prompts)
+    if config.out.exists():
+        raise InvalidParameter(f"`{config.out}` exists", hint="name another file; results are not overwritten")
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    methods, model, facts = _load(config)
+    encoded = [model.encode(prompt.text) for prompt in prompts]
+    for tokens in encoded:
+        check(model.target, model.request(tokens, config.params(0)))
+    for method in methods.values():  # first calls build kernels
+        method(encoded[0], replace(config.params(0), max_new_tokens=min(8, config.max_new_tokens)))
+    plan = [(repeat, *pair) for repeat in range(config.repeats) for pair in zip(prompts, encoded, strict=True)]
+    names = _names_by_prompt(config, prompts)
+    count = 0
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    with config.out.open("x", encoding="utf-8") as file:
+        file.write(json.dumps({"header": provenance() | {"config": asdict(config)} | facts}, default=str) + "\n")
+        for repeat, prompt, tokens in track(plan, "bench", console=Console(stderr=True), disable=quiet):
+            todo = names[prompt.number]
+            first = (prompt.number + repeat) % len(todo)
+            answers = {name: methods[name](tokens, config.params(prompt.number)) for name in todo[first:] + todo[:first]}
+            for name, answer in answers.items():
+                key = {"task": prompt.task, "prompt": prompt.number, "method": name, "repeat": repeat}
+                comparable = config.temperature == 0 or name != "transformers"  # its draws are of another generator
+                same = _compare(answer, answers.get("autoregressive") if comparable else None)
+                file.write(json.dumps(key | {"num_prompt_tokens": len(tokens)} | _figures(answer) | same) + "\n")
+                count += 1
+            file.flush()
+    return count
+
+
+def _names_by_prompt(config: BenchConfig, prompts: Sequence[BenchPrompt]) -> list[tuple[str, ...]]:
+    """The methods of every prompt: transformers sits out behind each task's first ones."""
+    seen: Counter[str] = Counter()
+    names = []
+    for prompt in prompts:
+        seen[prompt.task] += 1
+        skip = config.transformers_prompts is not None and seen[prompt.task] > config.transformers_prompts
+        names.append(tuple(name for name in config.names if not (skip and name == "transformers")))
+    return names
+
+
+def _figures(answer: Answer) -> dict[str, Any]:
+    count, decoded = len(answer.tokens), len(answer.tokens) - 1
+    speeds = {"seconds": answer.seconds, "tokens_per_second": count / answer.seconds, "decode_seconds": answer.decode_seconds}
+    speeds["decode_tokens_per_second"] = decoded / answer.decode_seconds if decoded and answer.decode_seconds else None
+    return {"num_tokens": count, **speeds, "tau": answer.tau, **answer.figures}
+
+
+def _compare(answer: Answer, plain: Answer | None) -> dict[str, Any]:
+    """Whether the tokens are those of plain decoding, and the first index at which they are not; null: nothing to compare."""
+    if plain is None:
+        return {"identical": None, "first_difference": None}
+    if answer.tokens == plain.tokens:
+        return {"identical": True, "first_difference": None}
+    pairs = enumerate(zip(answer.tokens, plain.tokens, strict=False))
+    shorter = min(len(answer.tokens), len(plain.tokens))
+    return {"identical": False, "first_difference": next((i for i, (a, b) in pairs if a != b), shorter)}
+
+
+def _load(config: BenchConfig) -> tuple[dict[str, Method], Model, dict[str, Any]]:
+    """The methods, a model that encodes prompts, and what the header tells about them."""
+    if "dflash" in config.names and config.draft == "auto" and hub.builtin_draft(config.target) is None:
+        raise ModelNotFound(
+            f"no drafter is shipped for `{config.target}`", hint="name a drafter's folder with --draft, or leave out dflash"
+        )
+    target, tokenizer, eos = load_target(config.target, dtype=config.dtype)
+    facts: dict[str, Any] = {"kernel": target.kernel, "row_exact": target.row_exact}
+    model = Model(target, tokenizer, drafters("autoregressive", target, config.target), eos=eos, max_rows=1)
+    methods: dict[str, Method] = {}
+    for name in config.names:
+        if name == "transformers":
+            methods[name] = plain = _Transformers(config)
+            facts["transformers_threads"] = plain.threads
+            continue
+        draft = config.draft if name == "dflash" else name
+        made = drafters(draft, target, config.target, config.block_size)
+        methods[name] = _timed(Model(target, tokenizer, made, eos=eos, max_rows=1))
+    return methods, model, facts
+
+
+def _timed(model: Model) -> Method:
+    """A method of ours."""
+
+    def answer(prompt: list[int], params: SamplingParams) -> Answer:
+        started, first, result = time.perf_counter(), 0.0, None
+        for chunk in model.stream(prompt, params):
+            first = first or time.perf_counter()
+            result = chunk.result
+        ended = time.perf_counter()
+        assert isinstance(result, Result)
+        stats = result.stats
+        figures = {"finish_reason": result.finish_reason, "parts": stats.seconds, "accepted_lengths": stats.accepted_lengths}
+        figures |= {"target_passes": stats.target_passes, "num_drafted": stats.num_drafted, "num_accepted": stats.num_accepted}
+        return Answer(result.tokens, ended - started, ended - first, stats.tau, figures)
+
+    return answer
+
+
+class _Transformers:
+    """transformers' own generate with its own cache on the same weights, at the better of 1 and 2 threads."""
+
+    def __init__(self, config: BenchConfig) -> None:
+        target, self.tokenizer, eos = load_target(config.target, dtype=config.dtype, lean=False)
+        assert isinstance(target, HFTarget)
+        self.model = target.model
+        self.ends = {"eos_token_id": sorted(eos), "pad_token_id": min(eos)} if eos else {}
+        seconds = {}
+        for self.threads in (1, 2)[: os.cpu_count()]:
+            seconds[self.threads] = min(self(list(range(8)), SamplingParams(max_new_tokens=16)).seconds for _ in range(2))
+        self.threads = min(seconds, key=lambda threads: seconds[threads])
+
+    def __call__(self, prompt: list[int], params: SamplingParams) -> Answer:
+        sampled = {"do_sample": True, "temperature": params.temperature, "top_k": 0, "top_p": 1.0}
+        options = (sampled if params.temperature > 0 else {"do_sample": False}) | self.ends
+        times: list[float] = []  # of the prompt and of every token
+        options["streamer"] = SimpleNamespace(put=lambda _: times.append(time.perf_counter()), end=lambda: None)
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        torch.manual_seed(params.seed)
+        started = time.perf_counter()
+        ids = torch.tensor([prompt])
+        output = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=params.max_new_tokens, **options)
+        tokens = tuple(output[0, len(prompt) :].tolist())
+        self.tokenizer.decode(tokens, skip_special_tokens=True)
+        ended = time.perf_counter()
+        torch.set_num_threads(before)
+        return Answer(tokens, ended - started, ended - times[1])

@@ -1,0 +1,188 @@
+"""The command line: names, help, options and errors. What a command does stands in commands.py.
+
+That file, and torch with it, is imported when one of its commands was asked for, so that `flashdraft --help` answers at
+once. A parameter that is a dataclass stands for its fields: every default and help text exists once, beside its field.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
+from typing import Annotated, Any, NamedTuple, get_type_hints
+
+import typer
+from typer.exceptions import TyperException
+
+from flashdraft import __version__
+from flashdraft.errors import FlashDraftError
+
+__all__ = ["COMMANDS", "flat", "main"]
+
+
+class Command(NamedTuple):
+    """A command's help; its name is that of its function in commands.py."""
+
+    help: str
+    examples: tuple[str, str]
+
+
+COMMANDS = {
+    "demo": Command(
+        "Answer a prompt with and without drafting, and compare.",
+        ("flashdraft demo", "flashdraft demo 'Write a haiku about rain.' --temperature 0.7 --seed 1"),
+    ),
+    "generate": Command(
+        "Print the answers to one or more prompts.",
+        ("flashdraft generate 'Why is the sky blue?'", "flashdraft generate - --json --temperature 0.8 < question.txt"),
+    ),
+    "chat": Command(
+        "Talk to a model; /reset forgets the talk, /exit ends it.",
+        ("flashdraft chat", "flashdraft chat --target Qwen/Qwen3-8B --draft z-lab/Qwen3-8B-DFlash-b16"),
+    ),
+    "bench": Command(
+        "Measure methods side by side; write results, show a table.",
+        (
+            "flashdraft bench --prompts speed.jsonl --out results.jsonl --repeats 3",
+            "flashdraft bench --prompts tau.jsonl --out tau-results.jsonl --methods autoregressive,dflash --max-new-tokens 256",
+        ),
+    ),
+    "report": Command(
+        "Print the tables of results files again.",
+        ("flashdraft report results.jsonl", "flashdraft report monday.jsonl tuesday.jsonl"),
+    ),
+    "tasks": Command(
+        "Write the benchmark's prompts: GSM8K, HumanEval, MT-Bench.",
+        ("flashdraft tasks --data data --out tau.jsonl", "flashdraft tasks --data data --out speed.jsonl --first 8"),
+    ),
+    "profile": Command(
+        "Show a decoding step's time by part, and the memory.",
+        ("flashdraft profile", "flashdraft profile --nodes 1 --nodes 4 --nodes 16 --context 1024"),
+    ),
+    "prompts": Command(
+        "Training 1: prompts of public training sets, shuffled once.",
+        ("flashdraft prompts --data data --out prompts.jsonl", "FLASHDRAFT_DATA=data flashdraft prompts --out p.jsonl --seed 1"),
+    ),
+    "regenerate": Command(
+        "Training 2: the target's own answers; run again to resume.",
+        (
+            "flashdraft regenerate prompts.jsonl --out answers.jsonl --max-rows 32",
+            "flashdraft regenerate prompts.jsonl --out answers.jsonl --limit 1000 --temperature 0.7",
+        ),
+    ),
+    "features": Command(
+        "Training 3: the target's hidden states; run again to resume.",
+        (
+            "flashdraft features answers.jsonl --out features",
+            "flashdraft features a.jsonl b.jsonl --out features --max-length 1024",
+        ),
+    ),
+    "train": Command(
+        "Training 4: a drafter; run again to resume.",
+        (
+            "flashdraft train features --out run --eval-prompts held_out.jsonl",
+            "flashdraft train features --out run2 --eval-prompts held_out.jsonl --init run/best --steps 500 --lr 1e-4",
+        ),
+    ),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 1 for an error, 2 for a slip of usage, 130 after Ctrl-C."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
+    try:
+        _app(given).main(given or ["--help"], prog_name="flashdraft", standalone_mode=False)
+        sys.stdout.flush()
+        return 0
+    except FlashDraftError as error:
+        return _complain(error.args[0], error.hint, status=1)
+    except TyperException as error:
+        command = next((word for word in given if word in COMMANDS), "")
+        asked = " ".join(filter(None, ("flashdraft", command, "--help")))
+        return _complain(error.format_message().rstrip("."), f"see {asked}", status=2)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more on its way out
+        return 1
+    except OSError as error:
+        where = f" `{error.filename}`" if error.filename else ""
+        return _complain(
+            f"cannot use{where}: {error.strerror or error}", "check the path, its permissions and the disk", status=1
+        )
+
+
+def _complain(message: str, hint: str | None, *, status: int) -> int:
+    for label, text in (("error", message), ("hint", hint)):
+        if text:
+            print(f"{label}: {' '.join(str(text).split())}", file=sys.stderr)
+    return status
+
+
+def _app(given: Sequence[str]) -> Any:
+    """All commands by name; only the one that was asked for has its options."""
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, help="DFlash speculative decoding: the same text, sooner.")
+    app.callback()(_options)
+    asked = next((word for word in given if not word.startswith("-")), None)
+    for name, command in COMMANDS.items():
+        function = flat(getattr(import_module("flashdraft.commands"), name)) if name == asked else _nothing
+        epilog = "\n".join(("\b", "Examples:", *(f"  {example}" for example in command.examples)))
+        app.command(name, help=command.help, epilog=epilog)(function)
+    return typer.main.get_command(app)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"flashdraft {__version__}")
+        raise typer.Exit
+
+
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    pass
+
+
+def flat(function: Callable[..., None]) -> Callable[..., None]:
+    """The function with the fields of its dataclass parameters in their place, as typer wants to see it.
+
+    A field's metadata has its `help`; a tuple of strings becomes an option that may be given several times.
+    """
+    groups: dict[str, Any] = {}
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(function, eval_str=True).parameters.values():
+        if dataclasses.is_dataclass(parameter.annotation):
+            groups[parameter.name] = parameter.annotation
+            parameters += _fields(parameter.annotation)
+        else:
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+
+    def call(**values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group)})
+        function(**values)
+
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return call
+
+
+def _fields(group: Any) -> Iterator[inspect.Parameter]:
+    hints = get_type_hints(group)
+    for field in dataclasses.fields(group):
+        hint = list[str] if hints[field.name] == tuple[str, ...] else hints[field.name]
+        option = typer.Option(f"--{field.name.replace('_', '-')}", help=field.metadata["help"])
+        default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+        default = list(default) if isinstance(default, tuple) else default
+        yield inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, option])

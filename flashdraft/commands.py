@@ -1,0 +1,295 @@
+"""What the commands do: thin functions over the library. cli.py holds their names and help, and prints their errors."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import transformers
+from typer import Argument, Option
+
+from flashdraft import hub
+from flashdraft.bench.profile import PARTS
+from flashdraft.bench.profile import profile as measure
+from flashdraft.bench.report import print_table, show
+from flashdraft.bench.run import BenchConfig, run_bench
+from flashdraft.bench.tasks import read_ids, read_prompts, write_tasks
+from flashdraft.checkpoint import check_target
+from flashdraft.errors import ContextLengthError, InvalidParameter, InvalidPrompt
+from flashdraft.generate import Model, load
+from flashdraft.methods.autoregressive import Autoregressive
+from flashdraft.methods.dflash import DFlashDraftModel
+from flashdraft.train.features import FeatureSet, write_features
+from flashdraft.train.initialise import copied_from_target, draft_config, feature_layers, random_weights
+from flashdraft.train.prompts import write_prompts
+from flashdraft.train.regenerate import regenerate as answer_prompts
+from flashdraft.train.trainer import TrainConfig, Trainer
+from flashdraft.types import Chunk, Result, SamplingParams, option
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+PROMPT = "A baker bakes 12 trays of 8 rolls and sells 71 of them. How many rolls are left? Explain step by step."
+TARGET_HELP = "built-in name, hub id, folder or GGUF file"
+TargetName = Annotated[str, Option(help=TARGET_HELP)]
+Data = Annotated[Path, Option(envvar="FLASHDRAFT_DATA", help="folder of the public data sets")]
+Out = Annotated[Path, Option(help="file to write")]
+Folder = Annotated[Path, Option(help="folder to write")]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What `load` takes from the command line."""
+
+    target: str = option("smollm2-135m", TARGET_HELP)
+    draft: str = option(
+        "auto", "drafter's folder or hub id, autoregressive, prompt_lookup, or auto: the one shipped for the target"
+    )
+    block_size: int | None = option(None, "nodes per proposal, the anchor included; by default what the drafter was trained for")
+    dtype: str = option("auto", "float32, bfloat16, float16, or auto: as stored")
+
+    def load(self, max_rows: int = 1) -> Model:
+        return load(self.target, draft=self.draft, block_size=self.block_size, dtype=self.dtype, max_rows=max_rows)
+
+
+@dataclass(frozen=True)
+class DraftOptions:
+    """The draft network to train; None: the default of `draft_config`, or what the folder of --init has."""
+
+    init: str = option("target", "first weights: target (copied from its last layers), random, or a drafter's folder")
+    num_layers: int | None = option(None, "draft layers; 3 if --init names no folder")
+    block_size: int | None = option(None, "anchor and masks; 4 if --init names no folder")
+    num_features: int | None = option(None, "target layers whose outputs the drafter reads; 5 if --init names no folder")
+    mask_token_id: int | None = option(None, "an id that the target never reads or writes; known for built-in targets")
+
+    def network(self, target: str, sample: Any, seed: int) -> DFlashDraftModel:
+        """sample: answers' features that calibrate a copy of the target's layers."""
+        names = ("num_layers", "block_size", "num_features", "mask_token_id")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.init in ("target", "random"):
+            config = draft_config(target, **given)
+            return random_weights(config, seed) if self.init == "random" else copied_from_target(config, target, sample, seed)
+        model = DFlashDraftModel.from_pretrained(self.init)
+        c = model.config
+        held = dict(zip(names, (c.num_hidden_layers, c.block_size, len(c.target_layer_ids), c.mask_token_id), strict=True))
+        for name, value in given.items():
+            if value != held[name]:
+                hint = f"leave out --{name.replace('_', '-')}, or start from another drafter"
+                raise InvalidParameter(f"{name} is {value}, but the drafter in `{self.init}` has {held[name]}", hint=hint)
+        return model
+
+
+def demo(
+    model: ModelOptions,
+    prompt: Annotated[str, Argument(help="what to ask")] = PROMPT,
+    max_new_tokens: Annotated[int, Option(help="tokens, at most")] = 128,
+    temperature: Annotated[float, Option(help="0 is greedy")] = 0.0,
+    seed: Annotated[int, Option(help="the same seed gives the same text")] = 0,
+) -> None:
+    params = SamplingParams(temperature=temperature, seed=seed, max_new_tokens=max_new_tokens)
+    if model.draft == "auto" and hub.builtin_draft(model.target) is None:
+        model = replace(model, draft="prompt_lookup")
+        print(f"no drafter is shipped for {model.target}: prompt lookup drafts instead\n")
+    drafting = model.load()
+    tokens = drafting.encode(prompt)
+    plain = Model(drafting.target, drafting.tokenizer, Autoregressive, eos=drafting.eos, max_rows=1)
+    chunks = drafting.stream(tokens, params)
+    for each in (plain, drafting):  # the first calls build kernels
+        each.generate(tokens, replace(params, max_new_tokens=min(8, max_new_tokens)))
+    with_drafts = _show_pieces(chunks, legend=True)
+    alone: Result = plain.generate(tokens, params)
+    name = drafting.new_drafter().name
+    for label, result in ((name, with_drafts), ("autoregressive", alone)):
+        print(f"{label:<15} {_decode_speed(result):6.1f} tokens/s")
+    ratio = _decode_speed(with_drafts) / (_decode_speed(alone) or 1.0)
+    print(f"{'ratio':<15} {ratio:6.2f}\n{'tau':<15} {with_drafts.stats.tau:6.2f} tokens per target pass")
+    print(f"texts identical: {'yes' if with_drafts.tokens == alone.tokens else 'no'}")
+
+
+def generate(
+    prompts: Annotated[list[str], Argument(help="what to ask; - reads standard input")],
+    model: ModelOptions,
+    params: SamplingParams,
+    max_rows: Annotated[int, Option(help="prompts decoded together, at most")] = 8,
+    json: Annotated[bool, Option("--json", help="one JSON object per answer")] = False,
+) -> None:
+    texts = [_standard_input() if prompt == "-" else prompt for prompt in prompts]
+    lm = model.load(max_rows)
+    if len(texts) == 1 and not json:
+        for chunk in lm.stream(texts[0], params):
+            _write(chunk.text)
+        print()
+        return
+    for number, result in enumerate(lm.generate(texts, params)):
+        if json:
+            print(jsonlib.dumps(result.to_dict() | {"tokens_per_second": _speed(result)}, ensure_ascii=False))
+        else:
+            print(("\n" if number else "") + result.text)
+
+
+def chat(model: ModelOptions, params: SamplingParams) -> None:
+    lm = model.load()
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    turns: list[dict[str, str]] = []
+    while True:
+        try:
+            line = input("> " if interactive else "").strip()
+        except EOFError:
+            return
+        except UnicodeDecodeError as error:
+            raise InvalidPrompt(f"standard input is not UTF-8 ({error.reason})", hint="send text in UTF-8") from None
+        if line == "/exit":
+            return
+        if line == "/reset":
+            turns = []
+        if line in ("", "/reset"):
+            continue
+        turns.append({"role": "user", "content": line})
+        try:
+            result = _show_pieces(lm.stream(turns, params), legend=False)
+        except ContextLengthError as error:
+            raise ContextLengthError(error.args[0], hint="ask for fewer new tokens, or begin again with /reset") from None
+        turns.append({"role": "assistant", "content": result.text})
+        _write(_dim(f"tau {result.stats.tau:.2f}, {_speed(result):.1f} tokens/s") + "\n")
+
+
+def bench(config: BenchConfig) -> None:
+    run_bench(config, quiet=not sys.stderr.isatty())
+    show(config.out)
+
+
+def report(results: Annotated[list[Path], Argument(help="files that `flashdraft bench` wrote")]) -> None:
+    for number, path in enumerate(results):
+        print("\n" * bool(number), end="")
+        show(path)
+
+
+def tasks(
+    data: Data,
+    out: Out,
+    ids: Annotated[Path, Option(help="entry numbers of every set")] = Path("recipes/bench_ids.json"),
+    first: Annotated[int | None, Option(help="only each set's first ones")] = None,
+) -> None:
+    print(f"{write_tasks(data, out, read_ids(ids), first=first)} prompts in {out}")
+
+
+def profile(
+    target: TargetName = "smollm2-135m",
+    draft: Annotated[
+        str, Option(help="drafter's folder or hub id; auto: the shipped one, or an untrained one of the same cost")
+    ] = "auto",
+    nodes: Annotated[list[int], Option(help="nodes per step; may be given several times")] = [1, 8],  # noqa: B006
+    context: Annotated[int, Option(help="tokens read before")] = 256,
+    steps: Annotated[int, Option(help="steps measured; medians are shown")] = 20,
+) -> None:
+    profiles = [measure(target, draft=draft, nodes=count, context=context, steps=steps) for count in nodes]
+    rows = []
+    for one in profiles:
+        total = sum(one.milliseconds.values())
+        rows += [[str(one.nodes), part, f"{(ms := one.milliseconds[part]):.2f}", f"{ms / total:.0%}"] for part in PARTS]
+        rows += [[str(one.nodes), "step", f"{total:.2f}", "100%"]]
+    print_table(["nodes", "part", "ms", "share"], rows)
+    held = [[str(one.nodes), name, f"{count / 1e6:.1f}"] for one in profiles for name, count in one.nbytes.items()]
+    print()
+    print_table(["nodes", "memory", "MB"], held)
+
+
+def prompts(data: Data, out: Out, seed: Annotated[int, Option(help="seed of the order")] = 0) -> None:
+    print(f"{write_prompts(data, out, seed=seed)} prompts in {out}")
+
+
+def regenerate(
+    file: Annotated[Path, Argument(metavar="PROMPTS", help="file that `flashdraft prompts` wrote")],
+    out: Out,
+    model: ModelOptions,
+    params: SamplingParams,
+    max_rows: Annotated[int, Option(help="prompts decoded together, at most")] = 8,
+    limit: Annotated[int | None, Option(help="only the file's first prompts")] = None,
+) -> None:
+    if limit is not None and limit < 1:
+        raise InvalidParameter(f"limit is {limit}", hint="limit must be 1 or more")
+    count = answer_prompts(model.load(max_rows), file, out, params=params, limit=limit, quiet=not sys.stdout.isatty())
+    print(f"{count} new answers in {out}")
+
+
+def features(
+    answers: Annotated[list[Path], Argument(help="files that `flashdraft regenerate` wrote")],
+    out: Folder,
+    target: TargetName = "smollm2-135m",
+    num_features: Annotated[int, Option(help="target layers whose outputs are stored")] = 5,
+    max_length: Annotated[int, Option(help="tokens of prompt and answer that are read, at most")] = 512,
+) -> None:
+    if max_length < 2:
+        raise InvalidParameter(f"max_length is {max_length}", hint="max_length must be 2 or more")
+    lm = load(target, draft="autoregressive")
+    layers = feature_layers(lm.target.num_layers, num_features)
+    count = write_features(lm, answers, out, layers=layers, max_length=max_length, quiet=not sys.stdout.isatty())
+    print(f"{count} shards in {out}")
+
+
+def train(
+    folder: Annotated[Path, Argument(metavar="FEATURES", help="folder that `flashdraft features` wrote")],
+    out: Folder,
+    eval_prompts: Annotated[Path, Option(help="held-out prompts, on which tau is measured")],
+    draft: DraftOptions,
+    config: TrainConfig,
+    target: TargetName = "smollm2-135m",
+) -> None:
+    held_out = [prompt.text for prompt in read_prompts(eval_prompts)]
+    data = FeatureSet(folder)
+    lm = load(target, draft="autoregressive")
+    network = draft.network(target, data[0], config.seed)
+    check_target(network.config, lm.target)
+    best = Trainer(network, lm, data, out, config).run(held_out, quiet=not sys.stdout.isatty())
+    print(f"best tau {best:.3f}; the drafter: {out / 'best'}")
+
+
+def _show_pieces(chunks: Iterable[Chunk], *, legend: bool) -> Result:
+    """Write an answer as it comes; what was drafted is underlined and green, or in brackets where colours are not wanted."""
+    styled = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    marks = ("\033[4;32m", "\033[0m") if styled else ("⟨", "⟩")
+    inside, result = False, None
+    if legend:
+        _write(f"{marks[0]}drafted and accepted{marks[1]}, the target's own\n\n")
+    try:
+        for chunk in chunks:
+            for piece in chunk.pieces:
+                if piece.text:
+                    _write(("" if piece.drafted == inside else marks[inside]) + piece.text)
+                    inside = piece.drafted
+            result = chunk.result
+    finally:
+        _write((marks[1] if inside else "") + "\n" + "\n" * legend)
+    assert result is not None
+    return result
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _dim(text: str) -> str:
+    return f"\033[2m{text}\033[0m" if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else f"({text})"
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise InvalidPrompt(f"standard input is not UTF-8 ({error.reason})", hint="send text in UTF-8") from None
+
+
+def _speed(result: Result) -> float:
+    return result.stats.num_tokens / sum(result.stats.seconds.values())
+
+
+def _decode_speed(result: Result) -> float:
+    """Tokens after the first one per second after the prefill; 0 where there were none."""
+    seconds = result.stats.decode_seconds
+    return (result.stats.num_tokens - 1) / seconds if seconds else 0.0

@@ -1,0 +1,461 @@
+"""A drafter's folder: z-lab's format in, the same format out; what does not fit is refused in one line with a hint."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import MASK, VOCAB, tiny_target
+from safetensors import safe_open
+from torch import Tensor
+from toy_folders import HIDDEN, ZLAB, save_target, save_zlab, zlab_tensors
+
+import flashdraft
+from flashdraft import DFlashDraftModel, checkpoint
+from flashdraft.checkpoint import DraftConfig, check_target, read_draft, spread_layers, write_draft, write_file
+from flashdraft.errors import CheckpointError, DraftMismatch, FlashDraftError
+from flashdraft.lean import LeanTarget
+from flashdraft.methods.dflash import DFlashDrafter, PackedDraft
+from flashdraft.types import Rows, SamplingParams
+
+# The keys of the public format that a reader may ask for.
+# fmt: off
+PUBLIC_KEYS = (
+    "architectures", "model_type", "block_size", "dflash_config", "num_target_layers", "num_hidden_layers", "hidden_size",
+    "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta",
+    "rope_scaling", "max_position_embeddings", "layer_types", "sliding_window", "attention_bias", "tie_word_embeddings",
+    "vocab_size", "dtype",
+)
+# fmt: on
+
+
+def config(**changes: Any) -> dict[str, Any]:
+    """The published config.json with changes; a value of `...` removes the key."""
+    return {name: value for name, value in {**ZLAB, **changes}.items() if value is not ...}
+
+
+def tensors_of(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(
+        first[n].dtype == second[n].dtype and torch.equal(first[n], second[n]) for n in first
+    )
+
+
+def one_line_and_hint(error: pytest.ExceptionInfo[FlashDraftError]) -> str:
+    """The message, after checking its form."""
+    message, *hint = str(error.value).split("\n")
+    assert len(hint) == 1
+    assert hint[0].startswith("hint: ")
+    assert len(hint[0]) > len("hint: ")
+    return message
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+@pytest.mark.parametrize("inside", [False, True], ids=["block_size-on-top", "block_size-in-dflash_config"])
+def test_published_folder_loads_with_its_own_bits(tmp_path: Path, prefix: str, inside: bool) -> None:
+    written = config()
+    if inside:
+        written = config(block_size=..., dflash_config={**ZLAB["dflash_config"], "block_size": 4})
+    tensors = zlab_tensors()
+    save_zlab(tmp_path, config=written, tensors={prefix + name: t for name, t in tensors.items()})
+    model = DFlashDraftModel.from_pretrained(tmp_path)
+    assert same_bits(model.state_dict(), {name: t.float() for name, t in tensors.items()})
+    assert not model.training
+    read = model.config
+    assert (read.block_size, read.mask_token_id, read.target_layer_ids, read.num_target_layers) == (4, MASK, (1, 2), 4)
+    assert read.rope_parameters["rope_theta"] == 1000000
+    assert read.rope_parameters["rope_type"] == "default"
+
+
+def test_published_folder_drafts_for_a_target_folder(tmp_path: Path) -> None:
+    target, draft = save_target(tmp_path / "target"), save_zlab(tmp_path / "draft")
+    plain = flashdraft.load(target, draft="autoregressive", dtype="float64").generate("hello", max_new_tokens=24)
+    drafted = flashdraft.load(target, draft=draft, dtype="float64").generate("hello", max_new_tokens=24)
+    assert drafted.tokens == plain.tokens
+    assert drafted.stats.num_drafted > 20
+    assert plain.stats.num_drafted == 0
+
+
+def test_falsy_ids_are_ids(tmp_path: Path) -> None:
+    special = {"mask_token_id": 0, "target_layer_ids": [0, 1]}
+    save_zlab(tmp_path, config=config(dflash_config=special))
+    read, _ = read_draft(tmp_path)
+    assert (read.mask_token_id, read.target_layer_ids) == (0, (0, 1))
+
+
+def test_saved_folder_is_the_public_format(tmp_path: Path) -> None:
+    save_zlab(tmp_path / "theirs")
+    DFlashDraftModel.from_pretrained(tmp_path / "theirs").save_pretrained(tmp_path / "ours", readme="# A drafter\n")
+    assert sorted(p.name for p in (tmp_path / "ours").iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    ours = tensors_of(tmp_path / "ours" / "model.safetensors")
+    assert len(ours) == 11 * 2 + 3
+    assert same_bits(ours, zlab_tensors())
+    written = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert {key: written.get(key, "absent") for key in PUBLIC_KEYS} == {key: ZLAB[key] for key in PUBLIC_KEYS}
+    assert written["hidden_act"] == "silu"
+    assert read_draft(tmp_path / "ours")[0] == read_draft(tmp_path / "theirs")[0]
+
+
+def test_round_trip_check_sees_one_changed_bit(tmp_path: Path) -> None:
+    tensors = zlab_tensors()
+    bits = tensors["layers.1.mlp.up_proj.weight"].view(torch.int16)
+    bits[0, 0] ^= 1
+    assert not same_bits(tensors, zlab_tensors())
+
+
+@pytest.mark.parametrize("num_layers", [1, 5])
+def test_saved_folder_holds_eleven_tensors_a_layer_and_three(tmp_path: Path, num_layers: int) -> None:
+    shape = config(num_hidden_layers=num_layers, layer_types=["full_attention"] * num_layers)
+    save_zlab(tmp_path / "theirs", config=shape, tensors=zlab_tensors(num_layers=num_layers))
+    DFlashDraftModel.from_pretrained(tmp_path / "theirs").save_pretrained(tmp_path / "ours")
+    assert len(tensors_of(tmp_path / "ours" / "model.safetensors")) == 11 * num_layers + 3
+
+
+def test_saved_files_can_be_read_by_others(tmp_path: Path) -> None:
+    write_draft(tmp_path, DraftConfig.from_json(ZLAB, "here"), zlab_tensors(), readme="")
+    assert {p.name: oct(p.stat().st_mode & 0o777) for p in tmp_path.iterdir()} == dict.fromkeys(
+        ("README.md", "config.json", "model.safetensors"), "0o644"
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
+        {"rope_theta": ..., "rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0}},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8, "use_sliding_window": True},
+        {"attention_bias": True},
+        {"draft_vocab_size": 5},
+        {"num_key_value_heads": ..., "head_dim": ...},
+    ],
+    ids=lambda changes: "-".join(changes),
+)
+def test_config_survives_a_round_trip(changes: dict[str, Any]) -> None:
+    first = DraftConfig.from_json(config(**changes), "here")
+    assert DraftConfig.from_json(json.loads(json.dumps(first.to_json())), "here") == first
+    assert first != DraftConfig.from_json(ZLAB, "here")
+
+
+def test_rotary_scaling_is_applied(tmp_path: Path) -> None:
+    save_zlab(tmp_path / "plain")
+    save_zlab(tmp_path / "scaled", config=config(rope_scaling={"rope_type": "linear", "factor": 2.0}))
+    plain, scaled = (DFlashDraftModel.from_pretrained(tmp_path / name) for name in ("plain", "scaled"))
+    torch.testing.assert_close(scaled.cos[2::2], plain.cos[1:128])
+    assert not torch.allclose(scaled.cos, plain.cos)
+
+
+@pytest.mark.parametrize(
+    ("num_target_layers", "count", "ids"),
+    [
+        (36, 5, (1, 9, 17, 25, 33)),
+        (32, 5, (1, 8, 15, 22, 29)),
+        (36, 1, (18,)),
+        (30, 3, (1, 14, 27)),
+        (4, 2, (1, 1)),
+        (2, 1, (1,)),
+    ],
+)
+def test_feature_layers_are_spread_as_in_the_paper(num_target_layers: int, count: int, ids: tuple[int, ...]) -> None:
+    assert spread_layers(num_target_layers, count) == ids
+
+
+def test_feature_layers_exist_for_every_depth() -> None:
+    for depth in range(1, 80):
+        for count in range(1, 9):
+            assert all(0 <= i < depth for i in spread_layers(depth, count)), (depth, count)
+
+
+def without(name: str) -> dict[str, Tensor]:
+    return {n: t for n, t in zlab_tensors().items() if n != name}
+
+
+DAMAGED: dict[str, tuple[dict[str, Any], dict[str, Tensor], str]] = {
+    "missing tensor": (config(), without("layers.1.mlp.up_proj.weight"), "lacks the tensor layers.1.mlp.up_proj.weight"),
+    "missing fc": (config(), without("fc.weight"), "lacks the tensor fc.weight"),
+    "wrong shape": (config(intermediate_size=40), zlab_tensors(), "layers.0.mlp.gate_proj.weight has shape [48, 32], "),
+    "features of another number": (config(), zlab_tensors(num_features=3), "fc.weight has shape [32, 96], "),
+    "unknown tensor": (config(), {**zlab_tensors(), "confidence.weight": torch.zeros(1)}, "has a tensor confidence.weight"),
+    "a layer too many": (config(), zlab_tensors(num_layers=3), "has a tensor layers.2.input_layernorm.weight"),
+    "lm_head of another shape": (
+        config(),
+        {**zlab_tensors(), "lm_head.weight": torch.zeros(7, HIDDEN)},
+        "lm_head.weight has shape [7, 32]",
+    ),
+    "no block_size": (
+        config(block_size=...),
+        zlab_tensors(),
+        "lacks or garbles 'block_size'",
+    ),
+    "no dflash_config": (config(dflash_config=...), zlab_tensors(), "lacks or garbles 'mask_token_id'"),
+    "a plain Qwen3": (config(dflash_config=..., block_size=..., num_target_layers=...), {}, "is not a DFlash drafter"),
+    "garbled size": (config(hidden_size="wide"), zlab_tensors(), "is not a DFlash drafter"),
+    "a block without masks": (config(block_size=1), zlab_tensors(), "has block_size 1"),
+    "too few layer types": (config(layer_types=["full_attention"]), zlab_tensors(), "layer_types"),
+    "unknown layer type": (config(layer_types=["full_attention", "linear_attention"]), zlab_tensors(), "linear_attention"),
+    "another activation": (config(hidden_act="gelu"), zlab_tensors(), "hidden_act is 'gelu'"),
+    "rotary unknown": (config(rope_scaling={"rope_type": "spiral"}), zlab_tensors(), "'spiral'"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_folder_is_refused(tmp_path: Path, case: str) -> None:
+    written, tensors, expected = DAMAGED[case]
+    save_zlab(tmp_path, config=written, tensors=tensors)
+    with pytest.raises(CheckpointError) as error:
+        DFlashDraftModel.from_pretrained(tmp_path)
+    assert expected in one_line_and_hint(error)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_truncated_file_is_refused_by_name(tmp_path: Path, name: str, share: float) -> None:
+    save_zlab(tmp_path)
+    path = tmp_path / name
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(CheckpointError) as error:
+        DFlashDraftModel.from_pretrained(tmp_path)
+    assert name in one_line_and_hint(error)
+
+
+def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
+    save_zlab(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError) as error:
+        DFlashDraftModel.from_pretrained(tmp_path)
+    assert "holds no .safetensors file" in one_line_and_hint(error)
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"architectures": ["DFlash2DraftModel"]}, "dflash2"),
+        ({"architectures": ["Qwen3DSparkModel"]}, "dspark"),
+        ({"dspark_config": {"markov_rank": 256}}, "dspark"),
+        ({"model_type": "domino"}, "domino"),
+        ({"sample_from_anchor": True}, "sample_from_anchor"),
+        ({"dflash_config": {**ZLAB["dflash_config"], "sample_from_anchor": True}}, "sample_from_anchor"),
+    ],
+)
+def test_foreign_drafter_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], name: str) -> None:
+    save_zlab(tmp_path, config=config(**changes))
+    with pytest.raises(CheckpointError) as error:
+        DFlashDraftModel.from_pretrained(tmp_path)
+    assert f"is a {name} drafter, which is not supported" in one_line_and_hint(error)
+
+
+def test_drafter_that_does_not_sample_from_the_anchor_is_no_foreigner(tmp_path: Path) -> None:
+    save_zlab(tmp_path, config=config(sample_from_anchor=False))
+    assert DFlashDraftModel.from_pretrained(tmp_path).config.block_size == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"hidden_size": 64}, "the draft has hidden size 64, but `llama` has 32"),
+        ({"target_layer_ids": (1, 4)}, "the draft wants hidden states of layer 4, but `llama` has 4 layers"),
+        ({"target_layer_ids": (-1, 2)}, "the draft wants hidden states of layer -1, but `llama` has 4 layers"),
+        ({"num_target_layers": 5}, "the draft was made for a target with 5 layers, but `llama` has 4"),
+        ({"vocab_size": 62}, "the draft has a vocabulary of 62 "),
+        ({"mask_token_id": VOCAB}, f"the mask token {VOCAB}, but `llama` has {VOCAB}"),
+        ({"mask_token_id": -1}, "the mask token -1"),
+    ],
+)
+def test_drafter_of_another_target_is_refused(changes: dict[str, Any], expected: str) -> None:
+    target, fitting = tiny_target("llama", lean=True), DraftConfig.from_json(ZLAB, "here")
+    check_target(fitting, target)
+    with pytest.raises(DraftMismatch) as error:
+        check_target(replace(fitting, **changes), target)
+    assert expected in one_line_and_hint(error)
+
+
+def test_mismatch_ends_load_before_anything_runs(tmp_path: Path) -> None:
+    save_zlab(tmp_path / "draft", config=config(num_target_layers=5))
+    with pytest.raises(DraftMismatch):
+        flashdraft.load(save_target(tmp_path / "target"), draft=tmp_path / "draft")
+
+
+# A reduced vocabulary: draft id i is the target's token i + d2t[i].
+KEPT = (3, 9, 20, 41, 59)
+
+
+def reduced(*, own_head: bool) -> dict[str, Tensor]:
+    kept = torch.tensor(KEPT)
+    extra = {"d2t": kept - torch.arange(len(KEPT)), "t2d": torch.zeros(VOCAB, dtype=torch.bool).index_fill(0, kept, True)}
+    if own_head:
+        extra["lm_head.weight"] = torch.randn(len(KEPT), HIDDEN, generator=torch.Generator().manual_seed(5)).bfloat16()
+    return {**zlab_tensors(), **extra}
+
+
+def target_of(folder: Path) -> LeanTarget:
+    target = flashdraft.load(folder, draft="autoregressive", dtype="float64").target
+    assert isinstance(target, LeanTarget)
+    return target
+
+
+def proposals(model: DFlashDraftModel, target: LeanTarget) -> list[int]:
+    """Everything drafted behind 40 anchors, one after the other, with random features."""
+    drafter = DFlashDrafter(PackedDraft(model, target))
+    generator = torch.Generator().manual_seed(2)
+    history, drafted = [1], []
+    for token in torch.randint(3, 60, (40,), generator=generator).tolist():
+        features = torch.randn(1, 2 * HIDDEN, generator=generator, dtype=torch.float64)
+        drafter.observe(Rows([0], [history], [SamplingParams()]), [torch.tensor(history[-1:])], [features])
+        history.append(token)
+        drafted += drafter.propose(Rows([0], [history], [SamplingParams()]), 8).tokens[0, 1:].tolist()
+    return drafted
+
+
+@pytest.mark.parametrize("own_head", [False, True], ids=["the-target's-rows", "own-lm_head"])
+def test_reduced_vocabulary_drafts_only_its_tokens_and_leaves_the_target_alone(tmp_path: Path, own_head: bool) -> None:
+    target = target_of(save_target(tmp_path / "target"))
+    save_zlab(tmp_path / "draft", config=config(draft_vocab_size=5), tensors=reduced(own_head=own_head))
+    save_zlab(tmp_path / "whole")
+    head, hidden = target.head_weight(torch.arange(VOCAB)).clone(), torch.randn(3, HIDDEN, dtype=torch.float64)
+    logits = target.lm_head(hidden)
+    drafted = set(proposals(DFlashDraftModel.from_pretrained(tmp_path / "draft"), target))
+    assert drafted <= set(KEPT)
+    assert len(drafted) > 1
+    assert torch.equal(target.head_weight(torch.arange(VOCAB)), head)
+    assert torch.equal(target.lm_head(hidden), logits)
+    whole = set(proposals(DFlashDraftModel.from_pretrained(tmp_path / "whole"), target))
+    assert not whole <= set(KEPT)
+
+
+def test_reduced_vocabulary_takes_the_best_of_its_tokens(tmp_path: Path) -> None:
+    target = target_of(save_target(tmp_path / "target"))
+    save_zlab(tmp_path / "draft", config=config(draft_vocab_size=5), tensors=reduced(own_head=False))
+    network = PackedDraft(DFlashDraftModel.from_pretrained(tmp_path / "draft"), target)
+    hidden = torch.randn(50, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    logits = target.lm_head(hidden)
+    expected = [max(KEPT, key=lambda token: float(row[token])) for row in logits]
+    assert network.predict(hidden).tolist() == expected
+    assert network.predict(hidden).tolist() != logits.argmax(-1).tolist()
+
+
+def test_reduced_vocabulary_survives_saving(tmp_path: Path) -> None:
+    save_zlab(tmp_path / "theirs", config=config(draft_vocab_size=5), tensors=reduced(own_head=True))
+    DFlashDraftModel.from_pretrained(tmp_path / "theirs").save_pretrained(tmp_path / "ours")
+    assert same_bits(tensors_of(tmp_path / "ours" / "model.safetensors"), reduced(own_head=True))
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        ({"d2t": torch.full((5,), VOCAB)}, "d2t leads to token"),
+        ({"d2t": torch.full((5,), -9)}, "d2t leads to token"),
+        ({"d2t": torch.zeros(4, dtype=torch.int64)}, "d2t has shape [4]"),
+        ({"lm_head.weight": torch.zeros(6, HIDDEN)}, "lm_head.weight has shape [6, 32]"),
+    ],
+)
+def test_damaged_reduced_vocabulary_is_refused(tmp_path: Path, extra: dict[str, Tensor], expected: str) -> None:
+    save_zlab(tmp_path, config=config(draft_vocab_size=5), tensors={**reduced(own_head=True), **extra})
+    with pytest.raises(CheckpointError) as error:
+        DFlashDraftModel.from_pretrained(tmp_path)
+    assert expected in one_line_and_hint(error)
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "embed_tokens.weight"])
+def test_own_embedding_or_head_is_used(tmp_path: Path, name: str) -> None:
+    target = target_of(save_target(tmp_path / "target"))
+    weight = target.head_weight(torch.arange(VOCAB)) if name == "lm_head.weight" else target.embed(torch.arange(VOCAB))
+    folders = {
+        "none": {},
+        "the target's": {name: weight.float()},
+        "another": {name: weight.flip(0).contiguous().float()},
+    }
+    drafted = {}
+    for number, (kind, extra) in enumerate(folders.items()):
+        folder = save_zlab(tmp_path / str(number), tensors={**zlab_tensors(), **extra})
+        drafted[kind] = proposals(DFlashDraftModel.from_pretrained(folder), target)
+    assert drafted["the target's"] == drafted["none"]
+    assert drafted["another"] != drafted["none"]
+
+
+# Writing: each file appears whole or not at all.
+
+
+class Unplugged(Exception):
+    """The machine stops here."""
+
+
+def unplug(*_: Any, **__: Any) -> None:
+    raise Unplugged
+
+
+def half_save(tensors: dict[str, Tensor], path: Any, metadata: Any = None) -> None:
+    Path(path).write_bytes(b"half a file")
+    raise Unplugged
+
+
+def naive_write_file(path: Path, content: bytes) -> None:
+    """The planted fault: write in place."""
+    with path.open("wb") as file:
+        file.write(content[: len(content) // 2])
+        file.flush()
+        os.fsync(file.fileno())
+        file.write(content[len(content) // 2 :])
+
+
+def survives_a_stop(write: Callable[[Path, bytes], None], path: Path, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether a file and its folder are as they were after a stop at any of a writer's system calls, and new without one."""
+    for call in ("replace", "fsync"):
+        path.write_bytes(b"the old content")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, unplug)
+            try:
+                write(path, b"the new content")
+            except Unplugged:
+                if path.read_bytes() != b"the old content" or list(path.parent.iterdir()) != [path]:
+                    return False
+    write(path, b"the new content")
+    return path.read_bytes() == b"the new content" and list(path.parent.iterdir()) == [path]
+
+
+def test_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert survives_a_stop(write_file, tmp_path / "file", monkeypatch)
+
+
+def test_writing_in_place_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not survives_a_stop(naive_write_file, tmp_path / "file", monkeypatch)
+
+
+@pytest.mark.parametrize("where", ["save_file", "fsync", "replace"])
+@pytest.mark.parametrize("existing", [False, True], ids=["new-folder", "folder-with-a-drafter"])
+def test_stopped_save_leaves_the_old_drafter_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, existing: bool
+) -> None:
+    shape, folder = DraftConfig.from_json(ZLAB, "here"), tmp_path / "draft"
+    if existing:
+        write_draft(folder, shape, zlab_tensors(seed=1))
+    before = {p.name: p.read_bytes() for p in folder.glob("*")}
+    with monkeypatch.context() as patch:
+        if where == "save_file":
+            patch.setattr(checkpoint, "save_file", half_save)
+        else:
+            patch.setattr(os, where, unplug)
+        with pytest.raises(Unplugged):
+            write_draft(folder, shape, zlab_tensors(seed=2))
+    assert {p.name: p.read_bytes() for p in folder.glob("*")} == before
+    write_draft(folder, shape, zlab_tensors(seed=2))
+    assert same_bits(read_draft(folder)[1], zlab_tensors(seed=2))
+
+
+def test_new_folder_without_its_last_file_is_no_drafter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_file", unplug)
+        with pytest.raises(Unplugged):
+            write_draft(tmp_path, DraftConfig.from_json(ZLAB, "here"), zlab_tensors())
+    with pytest.raises(CheckpointError) as error:
+        read_draft(tmp_path)
+    assert "no config.json" in one_line_and_hint(error)

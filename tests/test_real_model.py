@@ -1,0 +1,158 @@
+"""The real model, SmolLM2-135M-Instruct, with its shipped drafter: text equality, and the law of the verified tokens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from scipy.stats import chi2
+from torch import Tensor
+
+import flashdraft
+from flashdraft import SamplingParams
+from flashdraft.generate import Model, drafters, load_target
+from flashdraft.methods.dflash import DFlashDrafter
+from flashdraft.sampling import target_probs
+from flashdraft.types import Proposal, Rows
+from flashdraft.verify import verify
+
+pytestmark = pytest.mark.real_model
+
+PROMPTS = [
+    "Why is the sky blue?",
+    "Write a Python function that reverses a string.",
+    "A farmer has 12 cows and buys 7 more. He sells 5. How many cows does he have? Reason step by step.",
+    "List three uses of copper.",
+    "Translate to French: I would like a cup of coffee.",
+    "Write a haiku about the sea.",
+    "Explain recursion to a child.",
+    "What is the capital of Australia, and what is it known for?",
+    "Write a SQL query that counts the orders of every customer.",
+    "Summarise the story of Romeo and Juliet in two sentences.",
+    "You are a pirate. Describe your ship.",
+    "If a train travels 60 miles in 1.5 hours, what is its average speed?",
+    "Give me a recipe for pancakes.",
+    "Write a JavaScript function that checks whether a number is prime.",
+    "What are the differences between a list and a tuple in Python?",
+    "Write a short e-mail that thanks a colleague for her help.",
+]
+NUM_DRAWS = 200_000
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, Model]:
+    """One target, three drafters."""
+    target, tokenizer, eos = load_target("smollm2-135m")
+
+    def model(draft: str) -> Model:
+        return Model(target, tokenizer, drafters(draft, target, "smollm2-135m"), eos=eos, max_rows=4)
+
+    return {"dflash": model("auto"), "prompt_lookup": model("prompt_lookup"), "autoregressive": model("autoregressive")}
+
+
+def test_the_shipped_drafter_is_the_default(models: dict[str, Model]) -> None:
+    assert isinstance(models["dflash"].new_drafter(), DFlashDrafter)
+    assert flashdraft.DFlashDraftModel is not None
+
+
+def test_greedy_text_is_the_plain_text(models: dict[str, Model]) -> None:
+    plain = models["autoregressive"].generate(PROMPTS, max_new_tokens=40)
+    for method in ("dflash", "prompt_lookup"):
+        results = models[method].generate(PROMPTS, max_new_tokens=40)
+        assert [result.tokens for result in results] == [result.tokens for result in plain]
+    assert sum(result.stats.num_accepted for result in models["dflash"].generate(PROMPTS[:4], max_new_tokens=40)) > 0
+
+
+def test_seeded_sampled_text_is_the_plain_seeded_text(models: dict[str, Model]) -> None:
+    params = [SamplingParams(temperature=1.0, seed=seed, max_new_tokens=40) for seed in range(4)]
+    params = [params[0], replace(params[1], top_p=0.9), replace(params[2], top_k=40), replace(params[3], min_p=0.05)]
+    plain = models["autoregressive"].generate(PROMPTS[:4], params)
+    drafted = models["dflash"].generate(PROMPTS[:4], params)
+    assert [result.tokens for result in drafted] == [result.tokens for result in plain]
+    other = models["dflash"].generate(PROMPTS[:4], [replace(one, seed=one.seed + 100) for one in params])
+    assert [result.tokens for result in other] != [result.tokens for result in plain]
+
+
+def _real_proposal(model: Model, prompt: str) -> tuple[Proposal, Tensor, Tensor]:
+    """A DFlash proposal behind a prompt and the start of its answer, the target's laws at T = 1, and the draft's softmax."""
+    drafter = model.new_drafter()
+    assert isinstance(drafter, DFlashDrafter)
+    tokens = model.encode(prompt)
+    tokens = [*tokens, *model.generate(tokens, max_new_tokens=6).tokens]
+    cache = model.target.new_cache(1, 512)
+    _, features = model.target.prefill(cache, 0, torch.tensor(tokens[:-1]), drafter.layers)
+    assert features is not None
+    rows = Rows([0], [tokens], [SamplingParams(temperature=1.0)])
+    drafter.observe(rows, [torch.tensor(tokens[:-1])], [features])
+    proposal = drafter.propose(rows, 8)
+    logits, _ = model.target.forward(cache, [0], proposal.tokens, proposal.parents, proposal.sizes, ())
+    laws = target_probs(logits, rows.params, proposal.sizes)
+    return proposal, laws[0].double(), torch.softmax(3.0 * logits[0].double(), -1)
+
+
+def _pooled(proposal: Proposal, laws: Tensor, *others: Tensor) -> tuple[Proposal, list[Tensor]]:
+    """The same proposal over fewer tokens: those with 5 expected draws or more, the drafts', and one for all the rest.
+
+    Pooling commutes with the rule: a chosen node asks only whether the draw is its own token.
+    """
+    kept = ((laws * NUM_DRAWS) >= 5).any(0)
+    kept[proposal.tokens[0]] = True
+    ids = kept.nonzero()[:, 0]
+    small = [torch.cat((law[:, ids], law[:, ~kept].sum(1, keepdim=True)), 1) for law in (laws, *others)]
+    return replace(proposal, tokens=torch.searchsorted(ids, proposal.tokens)), small
+
+
+def _draws(proposal: Proposal, laws: Tensor, *, seed: int, fault: Tensor | None = None) -> Tensor:
+    """First and second emitted tokens of NUM_DRAWS verdicts: [draws, 2]; -1 where a verdict emitted one only."""
+    generator = torch.Generator().manual_seed(seed)
+    nodes, out = proposal.num_nodes, []
+    for _ in range(20):
+        count = NUM_DRAWS // 20
+
+        def wide(tensor: Tensor, count: int = count) -> Tensor:
+            return tensor.expand(count, *tensor.shape[1:])
+
+        shape = wide(proposal.tokens), wide(proposal.parents), wide(proposal.sizes)
+        many = Proposal(*shape)
+        if fault is not None:
+            drawn = torch.ones(1, nodes, dtype=torch.bool)
+            drawn[:, 0] = False
+            many = Proposal(*shape, probs=wide(fault[None]), drawn=wide(drawn))
+        draws = torch.rand(count, nodes, generator=generator, dtype=torch.float64)
+        coins = torch.rand(count, nodes, generator=generator, dtype=torch.float64)
+        verdict = verify(many, wide(laws[None]), draws, coins)
+        first_node = verdict.path[:, 1] if verdict.path.shape[1] > 1 else torch.full((count,), -1)
+        second_node = verdict.path[:, 2] if verdict.path.shape[1] > 2 else torch.full((count,), -1)
+        tokens = proposal.tokens[0]
+        first = torch.where(first_node >= 0, tokens[first_node.clamp(min=0)], verdict.bonus)
+        second = torch.where(second_node >= 0, tokens[second_node.clamp(min=0)], verdict.bonus)
+        out.append(torch.stack((first, torch.where(first_node >= 0, second, -1)), 1))
+    return torch.cat(out)
+
+
+def _p_value(counts: Tensor, law: Tensor) -> float:
+    """Chi-square against `law`; cells with an expectation under 5 are pooled."""
+    expected = law / law.sum() * counts.sum()
+    small = expected < 5
+    observed = torch.cat((counts[~small].double(), counts[small].sum()[None].double()))
+    wanted = torch.cat((expected[~small], expected[small].sum()[None]))
+    observed, wanted = observed[wanted > 0], wanted[wanted > 0]
+    statistic = float(((observed - wanted) ** 2 / wanted).sum())
+    return float(chi2.sf(statistic, max(len(wanted) - 1, 1)))
+
+
+@pytest.mark.parametrize("index", range(8))
+def test_verified_tokens_have_the_targets_law(models: dict[str, Model], index: int) -> None:
+    proposal, laws, softmax = _real_proposal(models["dflash"], PROMPTS[index])
+    proposal, (laws, softmax) = _pooled(proposal, laws, softmax)
+    vocab = laws.shape[1]
+    tokens = _draws(proposal, laws, seed=index)
+    counts = torch.bincount(tokens[:, 0], minlength=vocab)
+    assert _p_value(counts, laws[0]) > 1e-4
+    accepted = tokens[:, 1] >= 0
+    if int(accepted.sum()) > 1000:  # depth 2: the law after the first draft token
+        assert _p_value(torch.bincount(tokens[accepted, 1], minlength=vocab), laws[1]) > 1e-4
+    # The planted fault: an argmax draft judged by its softmax, as if it had been drawn from it.
+    faulty = _draws(proposal, laws, seed=index, fault=softmax)
+    assert _p_value(torch.bincount(faulty[:, 0], minlength=vocab), laws[0]) < 1e-12
