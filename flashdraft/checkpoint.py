@@ -23,7 +23,7 @@ from flashdraft.errors import CheckpointError, DraftMismatch
 from flashdraft.hub import read_config
 from flashdraft.target import Target
 
-__all__ = ["DraftConfig", "check_target", "read_draft", "spread_layers", "write_draft", "write_file"]
+__all__ = ["DraftConfig", "check_target", "read_draft", "spread_layers", "write_draft", "write_file", "write_tensors"]
 
 _FOREIGN = ("dflash2", "dspark", "domino")
 
@@ -194,8 +194,8 @@ def read_draft(folder: Path) -> tuple[DraftConfig, dict[str, Tensor]]:
     if "d2t" in tensors:
         leads = tensors["d2t"].long() + torch.arange(len(tensors["d2t"]))
         if bad := [int(token) for token in leads if not 0 <= token < config.vocab_size]:
-            got = f"d2t leads to token {bad[0]} of a vocabulary of {config.vocab_size}"
-            raise CheckpointError(f"`{folder}` is damaged: {got}", hint="fetch or write it again")
+            found = f"d2t leads to token {bad[0]} of a vocabulary of {config.vocab_size}"
+            raise CheckpointError(f"`{folder}` is damaged: {found}", hint="fetch or write it again")
     return config, tensors
 
 
@@ -216,12 +216,19 @@ def write_draft(folder: Path, config: DraftConfig, tensors: Mapping[str, Tensor]
     stored = {n: (t.to(dtype) if t.is_floating_point() else t).contiguous().cpu() for n, t in tensors.items()}
     if readme is not None:
         write_file(folder / "README.md", readme.encode())
-    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as scratch:
-        save_file(stored, Path(scratch) / "model.safetensors", metadata={"format": "pt"})
-        os.chmod(Path(scratch) / "model.safetensors", 0o644)
-        _sync(Path(scratch) / "model.safetensors")
-        os.replace(Path(scratch) / "model.safetensors", folder / "model.safetensors")
+    write_tensors(folder / "model.safetensors", stored)
     write_file(folder / "config.json", (json.dumps(config.to_json(), indent=2) + "\n").encode())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file so that it appears whole or not at all."""
+    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=path.parent) as scratch:
+        made = Path(scratch) / path.name
+        save_file(dict(tensors), made, metadata={"format": "pt"})
+        os.chmod(made, 0o644)  # save_file's are private
+        with made.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(made, path)
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -266,11 +273,3 @@ def _refuse_foreign(config: Mapping[str, Any], where: str) -> None:
         raise CheckpointError(f"`{where}`: hidden_act is {config['hidden_act']!r}", hint="DFlash drafters have silu")
     if found:
         raise CheckpointError(f"`{where}` is a {found[0]} drafter, which is not supported", hint="DFlash v1 drafters are")
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

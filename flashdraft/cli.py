@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
-from typing import Annotated, Any, NamedTuple, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import typer
 from typer.exceptions import TyperException
@@ -24,69 +24,61 @@ from flashdraft.errors import FlashDraftError
 __all__ = ["COMMANDS", "flat", "main"]
 
 
-class Command(NamedTuple):
-    """A command's help; its name is that of its function in commands.py."""
-
-    help: str
-    examples: tuple[str, str]
-
-
-COMMANDS = {
-    "demo": Command(
+COMMANDS = {  # name of a function in commands.py -> its help and two examples
+    "demo": (
         "Answer a prompt with and without drafting, and compare.",
-        ("flashdraft demo", "flashdraft demo 'Write a haiku about rain.' --temperature 0.7 --seed 1"),
+        "flashdraft demo",
+        "flashdraft demo 'Write a haiku about rain.' --temperature 0.7 --seed 1",
     ),
-    "generate": Command(
+    "generate": (
         "Print the answers to one or more prompts.",
-        ("flashdraft generate 'Why is the sky blue?'", "flashdraft generate - --json --temperature 0.8 < question.txt"),
+        "flashdraft generate 'Why is the sky blue?'",
+        "flashdraft generate - --json --temperature 0.8 < question.txt",
     ),
-    "chat": Command(
+    "chat": (
         "Talk to a model; /reset forgets the talk, /exit ends it.",
-        ("flashdraft chat", "flashdraft chat --target Qwen/Qwen3-8B --draft z-lab/Qwen3-8B-DFlash-b16"),
+        "flashdraft chat",
+        "flashdraft chat --target Qwen/Qwen3-8B --draft z-lab/Qwen3-8B-DFlash-b16",
     ),
-    "bench": Command(
+    "bench": (
         "Measure methods side by side; write results, show a table.",
-        (
-            "flashdraft bench --prompts speed.jsonl --out results.jsonl --repeats 3",
-            "flashdraft bench --prompts tau.jsonl --out tau-results.jsonl --methods autoregressive,dflash --max-new-tokens 256",
-        ),
+        "flashdraft bench --prompts speed.jsonl --out results.jsonl --repeats 3",
+        "flashdraft bench --prompts tau.jsonl --out tau-results.jsonl --methods autoregressive,dflash --max-new-tokens 256",
     ),
-    "report": Command(
+    "report": (
         "Print the tables of results files again.",
-        ("flashdraft report results.jsonl", "flashdraft report monday.jsonl tuesday.jsonl"),
+        "flashdraft report results.jsonl",
+        "flashdraft report monday.jsonl tuesday.jsonl",
     ),
-    "tasks": Command(
+    "tasks": (
         "Write the benchmark's prompts: GSM8K, HumanEval, MT-Bench.",
-        ("flashdraft tasks --data data --out tau.jsonl", "flashdraft tasks --data data --out speed.jsonl --first 8"),
+        "flashdraft tasks --data data --out tau.jsonl",
+        "flashdraft tasks --data data --out speed.jsonl --first 8",
     ),
-    "profile": Command(
+    "profile": (
         "Show a decoding step's time by part, and the memory.",
-        ("flashdraft profile", "flashdraft profile --nodes 1 --nodes 4 --nodes 16 --context 1024"),
+        "flashdraft profile",
+        "flashdraft profile --nodes 1 --nodes 4 --nodes 16 --context 1024",
     ),
-    "prompts": Command(
+    "prompts": (
         "Training 1: prompts of public training sets, shuffled once.",
-        ("flashdraft prompts --data data --out prompts.jsonl", "FLASHDRAFT_DATA=data flashdraft prompts --out p.jsonl --seed 1"),
+        "flashdraft prompts --data data --out prompts.jsonl",
+        "FLASHDRAFT_DATA=data flashdraft prompts --out p.jsonl --seed 1",
     ),
-    "regenerate": Command(
+    "regenerate": (
         "Training 2: the target's own answers; run again to resume.",
-        (
-            "flashdraft regenerate prompts.jsonl --out answers.jsonl --max-rows 32",
-            "flashdraft regenerate prompts.jsonl --out answers.jsonl --limit 1000 --temperature 0.7",
-        ),
+        "flashdraft regenerate prompts.jsonl --out answers.jsonl --max-rows 32",
+        "flashdraft regenerate prompts.jsonl --out answers.jsonl --limit 1000 --temperature 0.7",
     ),
-    "features": Command(
+    "features": (
         "Training 3: the target's hidden states; run again to resume.",
-        (
-            "flashdraft features answers.jsonl --out features",
-            "flashdraft features a.jsonl b.jsonl --out features --max-length 1024",
-        ),
+        "flashdraft features answers.jsonl --out features",
+        "flashdraft features a.jsonl b.jsonl --out features --max-length 1024",
     ),
-    "train": Command(
+    "train": (
         "Training 4: a drafter; run again to resume.",
-        (
-            "flashdraft train features --out run --eval-prompts held_out.jsonl",
-            "flashdraft train features --out run2 --eval-prompts held_out.jsonl --init run/best --steps 500 --lr 1e-4",
-        ),
+        "flashdraft train features --out run --eval-prompts held_out.jsonl",
+        "flashdraft train features --out run2 --eval-prompts held_out.jsonl --init run/best --steps 500 --lr 1e-4",
     ),
 }
 
@@ -94,13 +86,13 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 for an error, 2 for a slip of usage, 130 after Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
+    for stream, errors in ((sys.stdin, "strict"), (sys.stdout, "replace"), (sys.stderr, "replace")):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a character is no reason to stop
+            stream.reconfigure(encoding="utf-8" if stream is sys.stdin else None, errors=errors)
     try:
-        _app(given).main(given or ["--help"], prog_name="flashdraft", standalone_mode=False)
+        status = _app(given).main(given or ["--help"], prog_name="flashdraft", standalone_mode=False)
         sys.stdout.flush()
-        return 0
+        return int(status or 0)
     except FlashDraftError as error:
         return _complain(error.args[0], error.hint, status=1)
     except TyperException as error:
@@ -131,10 +123,10 @@ def _app(given: Sequence[str]) -> Any:
     app = typer.Typer(add_completion=False, rich_markup_mode=None, help="DFlash speculative decoding: the same text, sooner.")
     app.callback()(_options)
     asked = next((word for word in given if not word.startswith("-")), None)
-    for name, command in COMMANDS.items():
+    for name, (text, *examples) in COMMANDS.items():
         function = flat(getattr(import_module("flashdraft.commands"), name)) if name == asked else _nothing
-        epilog = "\n".join(("\b", "Examples:", *(f"  {example}" for example in command.examples)))
-        app.command(name, help=command.help, epilog=epilog)(function)
+        epilog = "\n".join(("\b", "Examples:", *(f"  {example}" for example in examples)))
+        app.command(name, help=text, epilog=epilog)(function)
     return typer.main.get_command(app)
 
 

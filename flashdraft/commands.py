@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as jsonlib
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -87,7 +87,7 @@ class DraftOptions:
 def demo(
     model: ModelOptions,
     prompt: Annotated[str, Argument(help="what to ask")] = PROMPT,
-    max_new_tokens: Annotated[int, Option(help="tokens, at most")] = 128,
+    max_new_tokens: Annotated[int, Option(help="tokens, at most")] = 96,
     temperature: Annotated[float, Option(help="0 is greedy")] = 0.0,
     seed: Annotated[int, Option(help="the same seed gives the same text")] = 0,
 ) -> None:
@@ -101,7 +101,7 @@ def demo(
     chunks = drafting.stream(tokens, params)
     for each in (plain, drafting):  # the first calls build kernels
         each.generate(tokens, replace(params, max_new_tokens=min(8, max_new_tokens)))
-    with_drafts = _show_pieces(chunks, legend=True)
+    with_drafts = _show_origin(chunks)
     alone: Result = plain.generate(tokens, params)
     name = drafting.new_drafter().name
     for label, result in ((name, with_drafts), ("autoregressive", alone)):
@@ -118,12 +118,10 @@ def generate(
     max_rows: Annotated[int, Option(help="prompts decoded together, at most")] = 8,
     json: Annotated[bool, Option("--json", help="one JSON object per answer")] = False,
 ) -> None:
-    texts = [_standard_input() if prompt == "-" else prompt for prompt in prompts]
+    texts = [_read(sys.stdin.read) if prompt == "-" else prompt for prompt in prompts]
     lm = model.load(max_rows)
     if len(texts) == 1 and not json:
-        for chunk in lm.stream(texts[0], params):
-            _write(chunk.text)
-        print()
+        _show(lm.stream(texts[0], params))
         return
     for number, result in enumerate(lm.generate(texts, params)):
         if json:
@@ -138,11 +136,9 @@ def chat(model: ModelOptions, params: SamplingParams) -> None:
     turns: list[dict[str, str]] = []
     while True:
         try:
-            line = input("> " if interactive else "").strip()
+            line = _read(lambda: input("> " if interactive else "")).strip()
         except EOFError:
             return
-        except UnicodeDecodeError as error:
-            raise InvalidPrompt(f"standard input is not UTF-8 ({error.reason})", hint="send text in UTF-8") from None
         if line == "/exit":
             return
         if line == "/reset":
@@ -151,11 +147,16 @@ def chat(model: ModelOptions, params: SamplingParams) -> None:
             continue
         turns.append({"role": "user", "content": line})
         try:
-            result = _show_pieces(lm.stream(turns, params), legend=False)
+            result = _show(lm.stream(turns, params))
         except ContextLengthError as error:
-            raise ContextLengthError(error.args[0], hint="ask for fewer new tokens, or begin again with /reset") from None
+            if not interactive:
+                raise
+            turns.pop()
+            print(f"error: {error.args[0]}\nhint: begin again with /reset, or ask for fewer new tokens", file=sys.stderr)
+            continue
         turns.append({"role": "assistant", "content": result.text})
-        _write(_dim(f"tau {result.stats.tau:.2f}, {_speed(result):.1f} tokens/s") + "\n")
+        figures = f"tau {result.stats.tau:.2f}, {_speed(result):.1f} tokens/s"
+        print(f"\033[2m{figures}\033[0m" if _styled() else f"({figures})")
 
 
 def bench(config: BenchConfig) -> None:
@@ -181,7 +182,7 @@ def tasks(
 def profile(
     target: TargetName = "smollm2-135m",
     draft: Annotated[
-        str, Option(help="drafter's folder or hub id; auto: the shipped one, or an untrained one of the same cost")
+        str, Option(help="drafter's folder or hub id; auto: the shipped one, or an untrained one of the default shape")
     ] = "auto",
     nodes: Annotated[list[int], Option(help="nodes per step; may be given several times")] = [1, 8],  # noqa: B006
     context: Annotated[int, Option(help="tokens read before")] = 256,
@@ -249,13 +250,22 @@ def train(
     print(f"best tau {best:.3f}; the drafter: {out / 'best'}")
 
 
-def _show_pieces(chunks: Iterable[Chunk], *, legend: bool) -> Result:
-    """Write an answer as it comes; what was drafted is underlined and green, or in brackets where colours are not wanted."""
-    styled = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    marks = ("\033[4;32m", "\033[0m") if styled else ("⟨", "⟩")
+def _show(chunks: Iterable[Chunk]) -> Result:
+    """Write an answer as it comes."""
+    result = None
+    for chunk in chunks:
+        _write(chunk.text)
+        result = chunk.result
+    assert result is not None
+    print()
+    return result
+
+
+def _show_origin(chunks: Iterable[Chunk]) -> Result:
+    """The same, with what was drafted underlined and green, or in brackets where colours are not wanted; a legend first."""
+    marks = ("\033[4;32m", "\033[0m") if _styled() else ("⟨", "⟩")
     inside, result = False, None
-    if legend:
-        _write(f"{marks[0]}drafted and accepted{marks[1]}, the target's own\n\n")
+    _write(f"{marks[0]}drafted and accepted{marks[1]}, the target's own\n\n")
     try:
         for chunk in chunks:
             for piece in chunk.pieces:
@@ -264,9 +274,13 @@ def _show_pieces(chunks: Iterable[Chunk], *, legend: bool) -> Result:
                     inside = piece.drafted
             result = chunk.result
     finally:
-        _write((marks[1] if inside else "") + "\n" + "\n" * legend)
+        _write((marks[1] if inside else "") + "\n\n")
     assert result is not None
     return result
+
+
+def _styled() -> bool:
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
 def _write(text: str) -> None:
@@ -274,13 +288,9 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-def _dim(text: str) -> str:
-    return f"\033[2m{text}\033[0m" if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else f"({text})"
-
-
-def _standard_input() -> str:
+def _read(read: Callable[[], str]) -> str:
     try:
-        return sys.stdin.read()
+        return read()
     except UnicodeDecodeError as error:
         raise InvalidPrompt(f"standard input is not UTF-8 ({error.reason})", hint="send text in UTF-8") from None
 

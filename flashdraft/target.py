@@ -116,6 +116,7 @@ class HFTarget:
         hidden, features = self._hidden(cache, slots, tokens, parents, sizes, layers)
         return self.lm_head(hidden), features
 
+    @torch.no_grad()  # the target is never trained
     def embed(self, tokens: Tensor) -> Tensor:
         embedded: Tensor = self.model.get_input_embeddings()(tokens.to(self.model.device))
         return embedded

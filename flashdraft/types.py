@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from flashdraft.cache import SlotCache
 
-__all__ = ["Chunk", "Drafter", "FinishReason", "Piece", "Proposal", "Result", "Rows", "SamplingParams", "Stats", "Verdict", "option"]
+__all__ = ["Chunk", "Drafter", "FinishReason", "Piece", "Proposal", "Result", "Rows", "SamplingParams", "Stats", "Verdict"]
+__all__ += ["option"]
 
 FinishReason = Literal["stop", "length"]
 

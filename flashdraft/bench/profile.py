@@ -41,7 +41,7 @@ class Profile:
 def profile(target: str, *, draft: str = "auto", nodes: int = 8, context: int = 256, steps: int = 20) -> Profile:
     """Measure `steps` steps of `nodes` nodes behind `context` tokens; one node is plain decoding.
 
-    Where no drafter is named or shipped, an untrained one of the default shape takes its place: it costs the same.
+    Where no drafter is named or shipped, an untrained one of the default shape takes its place.
     """
     if min(nodes, context, steps) < 1:
         raise InvalidParameter(f"nodes, context and steps are {nodes}, {context} and {steps}", hint="each must be 1 or more")
@@ -52,7 +52,9 @@ def profile(target: str, *, draft: str = "auto", nodes: int = 8, context: int = 
     network = None
     if nodes > 1:
         shipped = hub.builtin_draft(target) if draft == "auto" else draft
-        untrained = random_weights(draft_config(target, mask_token_id=0), 0) if shipped is None else None
+        most = max(model.target.num_layers - 3, 1)
+        shape = {"num_layers": min(3, most), "num_features": min(5, most), "mask_token_id": 0}
+        untrained = random_weights(draft_config(target, **shape), 0) if shipped is None else None
         network = PackedDraft(untrained or DFlashDraftModel.from_pretrained(shipped or ""), model.target)
         drafter = DFlashDrafter(network, block_size=nodes)
     engine = Engine(model.target, drafter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,14 +70,13 @@ def show(path: Path) -> None:
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A rich table on a terminal, plain columns elsewhere; all but the first two columns are numbers."""
-    console = Console()
-    plain = not console.is_terminal
-    table = Table(box=None if plain else box.SIMPLE_HEAD, pad_edge=not plain, header_style=None if plain else "bold")
+    plain = not sys.stdout.isatty()
+    table = Table(box=None if plain else box.SIMPLE_HEAD, pad_edge=not plain)
     for index, name in enumerate(columns):
         table.add_column(name, justify="left" if index < 2 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    console.print(table, width=200 if plain else None, highlight=False)
+    Console(width=200 if plain else None, highlight=False).print(table)
 
 
 def _methods(lines: Sequence[Line], task: str | None = None) -> Iterable[tuple[str, list[Line]]]:
@@ -87,12 +87,17 @@ def _methods(lines: Sequence[Line], task: str | None = None) -> Iterable[tuple[s
 
 def _summary(task: str, method: str, lines: list[Line]) -> Summary:
     compared = [line["identical"] for line in lines if line["identical"] is not None]
-    speeds = [
-        figure
-        for name in ("tokens_per_second", "decode_tokens_per_second")
-        for figure in (_median(line[name] for line in lines), _ratio(lines, name))
-    ]
-    return Summary(task, method, len(lines), *speeds, fmean(line["tau"] for line in lines), fmean(compared) if compared else None)
+    return Summary(
+        task=task,
+        method=method,
+        answers=len(lines),
+        tokens_per_second=_median(line["tokens_per_second"] for line in lines),
+        ratio=_ratio(lines, "tokens_per_second"),
+        decode_tokens_per_second=_median(line["decode_tokens_per_second"] for line in lines),
+        decode_ratio=_ratio(lines, "decode_tokens_per_second"),
+        tau=fmean(line["tau"] for line in lines),
+        identical=fmean(compared) if compared else None,
+    )
 
 
 def _ratio(lines: Iterable[Line], name: str) -> float | None:

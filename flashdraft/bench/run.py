@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 
 from flashdraft import hub
-from flashdraft.bench.tasks import BenchPrompt, read_prompts
+from flashdraft.bench.tasks import read_prompts
 from flashdraft.engine import check
 from flashdraft.errors import InvalidParameter, ModelNotFound
 from flashdraft.generate import Model, drafters, load_target
@@ -59,6 +58,12 @@ class BenchConfig:
                 raise InvalidParameter(f"{name} is {value}", hint=f"{name} must be 1 or more")
         if unknown := [name for name in self.names if name not in METHODS]:
             raise InvalidParameter(f"no method {unknown[0]!r}", hint=f"methods are {', '.join(METHODS)}")
+        if self.draft in METHODS:
+            raise InvalidParameter(f"draft is {self.draft!r}", hint="draft names dflash's drafter; other methods go into methods")
+        users = {"draft": "dflash", "block_size": "dflash prompt_lookup", "transformers_prompts": "transformers"}
+        for name, methods in users.items():
+            if getattr(self, name) not in (None, "auto") and not set(methods.split()) & set(self.names):
+                raise InvalidParameter(f"{name} is {getattr(self, name)}, but no method uses it", hint=f"it is for {methods}")
         self.params(0)
 
     @property
@@ -100,13 +105,13 @@ def run_bench(config: BenchConfig, *, quiet: bool = False) -> int:
     for method in methods.values():  # first calls build kernels
         method(encoded[0], replace(config.params(0), max_new_tokens=min(8, config.max_new_tokens)))
     plan = [(repeat, *pair) for repeat in range(config.repeats) for pair in zip(prompts, encoded, strict=True)]
-    names = _names_by_prompt(config, prompts)
     count = 0
     config.out.parent.mkdir(parents=True, exist_ok=True)
     with config.out.open("x", encoding="utf-8") as file:
         file.write(json.dumps({"header": provenance() | {"config": asdict(config)} | facts}, default=str) + "\n")
         for repeat, prompt, tokens in track(plan, "bench", console=Console(stderr=True), disable=quiet):
-            todo = names[prompt.number]
+            late = config.transformers_prompts is not None and prompt.rank >= config.transformers_prompts
+            todo = tuple(name for name in config.names if not (late and name == "transformers"))
             first = (prompt.number + repeat) % len(todo)
             answers = {name: methods[name](tokens, config.params(prompt.number)) for name in todo[first:] + todo[:first]}
             for name, answer in answers.items():
@@ -119,22 +124,12 @@ def run_bench(config: BenchConfig, *, quiet: bool = False) -> int:
     return count
 
 
-def _names_by_prompt(config: BenchConfig, prompts: Sequence[BenchPrompt]) -> list[tuple[str, ...]]:
-    """The methods of every prompt: transformers sits out behind each task's first ones."""
-    seen: Counter[str] = Counter()
-    names = []
-    for prompt in prompts:
-        seen[prompt.task] += 1
-        skip = config.transformers_prompts is not None and seen[prompt.task] > config.transformers_prompts
-        names.append(tuple(name for name in config.names if not (skip and name == "transformers")))
-    return names
-
-
 def _figures(answer: Answer) -> dict[str, Any]:
     count, decoded = len(answer.tokens), len(answer.tokens) - 1
-    speeds = {"seconds": answer.seconds, "tokens_per_second": count / answer.seconds, "decode_seconds": answer.decode_seconds}
-    speeds["decode_tokens_per_second"] = decoded / answer.decode_seconds if decoded and answer.decode_seconds else None
-    return {"num_tokens": count, **speeds, "tau": answer.tau, **answer.figures}
+    speed = decoded / answer.decode_seconds if decoded and answer.decode_seconds else None
+    seconds = {"seconds": answer.seconds, "decode_seconds": answer.decode_seconds}
+    speeds = {"tokens_per_second": count / answer.seconds, "decode_tokens_per_second": speed}
+    return {"num_tokens": count, **seconds, **speeds, "tau": answer.tau, **answer.figures}
 
 
 def _compare(answer: Answer, plain: Answer | None) -> dict[str, Any]:
@@ -180,7 +175,11 @@ def _timed(model: Model) -> Method:
         ended = time.perf_counter()
         assert isinstance(result, Result)
         stats = result.stats
-        figures = {"finish_reason": result.finish_reason, "parts": stats.seconds, "accepted_lengths": stats.accepted_lengths}
+        figures: dict[str, Any] = {
+            "finish_reason": result.finish_reason,
+            "parts": stats.seconds,
+            "accepted_lengths": stats.accepted_lengths,
+        }
         figures |= {"target_passes": stats.target_passes, "num_drafted": stats.num_drafted, "num_accepted": stats.num_accepted}
         return Answer(result.tokens, ended - started, ended - first, stats.tau, figures)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,11 @@ __all__ = ["TASKS", "BenchPrompt", "read_ids", "read_prompts", "write_tasks"]
 
 @dataclass(frozen=True)
 class BenchPrompt:
-    """One line of a prompts file; `number` counts the file's entries from 0."""
+    """One line of a prompts file."""
 
-    number: int
+    number: int  # among the file's entries, from 0
     task: str
+    rank: int  # among its task's entries, from 0
     text: str
 
 
@@ -67,12 +69,15 @@ def write_tasks(data: Path, out: Path, ids: Mapping[str, Sequence[int]], *, firs
 
 def read_prompts(path: Path) -> list[BenchPrompt]:
     """Lines with `prompt`, or with `turns`, of which the first is taken; `task` groups them, the file's name if it is missing."""
-    prompts = []
+    prompts: list[BenchPrompt] = []
+    seen: Counter[str] = Counter()
     for number, row in enumerate(read_jsonl(path)):
         text = row["prompt"] if "prompt" in row else next(iter(row.get("turns") or ()), None)
         if not isinstance(text, str) or not text.strip():
             raise DataError(f"{path}, entry {number + 1}: no text in `prompt` or `turns`", hint="mend or remove that line")
-        prompts.append(BenchPrompt(number, str(row.get("task", path.stem)), text))
+        task = str(row.get("task", path.stem))
+        prompts.append(BenchPrompt(number, task, seen[task], text))
+        seen[task] += 1
     if not prompts:
         raise DataError(f"`{path}` holds no prompts", hint='a line is {"task": "chat", "prompt": "Hello"}')
     return prompts

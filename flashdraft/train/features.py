@@ -1,14 +1,13 @@
 """Stage 3: the target's hidden states for every answer, in 16 bits, as safetensors shards with a manifest.
 
-A shard holds, for sample n: `n.tokens` [tokens] int32 and `n.features` [tokens, F * hidden] bfloat16; its metadata says
-where each answer begins. Features of the last token are stored too, although nothing is drafted behind it.
+A shard holds, for sample n: `n.tokens` [tokens] int32 and `n.features` [tokens, F * hidden] bfloat16; the
+manifest says where each answer begins. Features of the last token are stored too, although nothing is drafted behind it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,9 @@ from typing import Any
 import torch
 from rich.progress import track
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from flashdraft.checkpoint import write_file
+from flashdraft.checkpoint import write_file, write_tensors
 from flashdraft.errors import DataError
 from flashdraft.generate import Model
 from flashdraft.train.prompts import read_jsonl
@@ -42,29 +40,51 @@ class Sample:
 def write_features(
     model: Model, answers: Sequence[Path], out: Path, *, layers: tuple[int, ...], max_length: int, quiet: bool = False
 ) -> int:
-    """Read every answer once with the target and store what the drafter will see; shards that exist are kept.
+    """Read every answer once with the target and store what the drafter will see; shards that exist are not made again.
 
-    Returns the number of shards.
+    The set is then these answers, each once; shards of an earlier call that hold others, or the same ones cut in another
+    way, are kept as unused. Returns the number of shards.
     """
     out.mkdir(parents=True, exist_ok=True)
-    rows = [row for path in answers for row in read_jsonl(path)]
+    rows = [row for path in answers for row in read_jsonl(path, ("prompt", "response"))]
     manifest: dict[str, Any] = {"target": model.target.name, "layers": list(layers), "hidden_size": model.target.hidden_size}
-    manifest |= {"max_length": max_length, "shards": {}}
+    manifest |= {"max_length": max_length, "shards": {}, "unused": {}}
+    known: dict[str, list[int]] = {}
     path = out / "manifest.json"
     if path.exists():
-        old = json.loads(path.read_text())
-        if any(old[key] != manifest[key] for key in manifest if key != "shards"):
+        old = _read_manifest(out)
+        if any(old[key] != manifest[key] for key in manifest if key not in ("shards", "unused")):
             raise DataError(f"`{out}` holds features of another kind", hint="name another folder, or remove that one")
-        manifest = old
-    for start in track(range(0, len(rows), _SHARD), description="features", disable=quiet):
-        part = rows[start : start + _SHARD]
-        key = hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[:16]
-        if key in manifest["shards"] and (out / f"{key}.safetensors").exists():
-            continue
-        starts = _write_shard(model, part, out / f"{key}.safetensors", layers, max_length)
-        manifest["shards"][key] = starts
+        known = old.get("unused", {}) | old["shards"]
+        known = {key: starts for key, starts in known.items() if (out / f"{key}.safetensors").exists()}
+    parts = {_key(rows[start : start + _SHARD]): rows[start : start + _SHARD] for start in range(0, len(rows), _SHARD)}
+    manifest["shards"] = {key: known[key] for key in parts if key in known}
+    manifest["unused"] = {key: starts for key, starts in known.items() if key not in parts}
+    write_file(path, json.dumps(manifest).encode())
+    missing = [key for key in parts if key not in known]
+    for key in track(missing, description="features", disable=quiet):
+        manifest["shards"][key] = _write_shard(model, parts[key], out / f"{key}.safetensors", layers, max_length)
         write_file(path, json.dumps(manifest).encode())
     return len(manifest["shards"])
+
+
+def _key(rows: list[dict[str, Any]]) -> str:
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / "manifest.json"
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text())
+        if missing := {"target", "layers", "hidden_size", "max_length", "shards"} - set(manifest):
+            raise ValueError(f"it lacks {min(missing)}")
+    except FileNotFoundError:
+        raise DataError(f"`{folder}` holds no manifest.json", hint="run `flashdraft features` first") from None
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"`{path}` cannot be read: {error}", hint="remove the folder and run `flashdraft features` again"
+        ) from None
+    return manifest
 
 
 def encode(model: Model, row: dict[str, Any]) -> tuple[list[int], int]:
@@ -90,9 +110,7 @@ def _write_shard(model: Model, rows: list[dict[str, Any]], path: Path, layers: t
         tensors[f"{n}.tokens"] = torch.tensor(tokens, dtype=torch.int32)
         tensors[f"{n}.features"] = features.to(torch.bfloat16)
         starts.append(num_prompt)
-    scratch = path.with_name(f".tmp-{path.name}")
-    save_file(tensors, scratch)
-    os.replace(scratch, path)
+    write_tensors(path, tensors)
     return starts
 
 
@@ -100,10 +118,7 @@ class FeatureSet:
     """The samples of a features folder, in an order that a seed and an epoch fix."""
 
     def __init__(self, folder: Path) -> None:
-        try:
-            manifest = json.loads((folder / "manifest.json").read_text())
-        except FileNotFoundError:
-            raise DataError(f"`{folder}` holds no manifest.json", hint="run `flashdraft features` first") from None
+        manifest = _read_manifest(folder)
         self.folder = folder
         self.layers = tuple(manifest["layers"])
         self.hidden_size = int(manifest["hidden_size"])
@@ -116,16 +131,18 @@ class FeatureSet:
         return len(self.index)
 
     def answer_tokens(self, i: int) -> list[int]:
-        key, n, start = self.index[i]
-        with safe_open(self.folder / f"{key}.safetensors", framework="pt") as file:
-            tokens: list[int] = file.get_tensor(f"{n}.tokens")[start:].tolist()
+        tokens: list[int] = self._read(i, "tokens")[self.index[i][2] :].tolist()
         return tokens
 
     def __getitem__(self, i: int) -> Sample:
-        key, n, start = self.index[i]
+        return Sample(self._read(i, "tokens").long(), self._read(i, "features"), self.index[i][2])
+
+    def _read(self, i: int, name: str) -> Tensor:
+        key, n, _ = self.index[i]
         path = self.folder / f"{key}.safetensors"
         try:
             with safe_open(path, framework="pt") as file:
-                return Sample(file.get_tensor(f"{n}.tokens").long(), file.get_tensor(f"{n}.features"), start)
+                tensor: Tensor = file.get_tensor(f"{n}.{name}")
+                return tensor
         except (SafetensorError, OSError) as error:
             raise DataError(f"`{path}` cannot be read: {error}", hint="remove it and run `flashdraft features` again") from None

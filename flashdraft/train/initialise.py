@@ -51,7 +51,7 @@ def draft_config(
     if block_size < 2:
         raise InvalidParameter(f"block_size is {block_size}", hint="a block is the anchor and at least one mask: 2 or more")
     if not 1 <= num_layers <= total:
-        raise InvalidParameter(f"num_layers is {num_layers}", hint=f"num_layers must be from 1 to {total}, the layers of `{target}`")
+        raise InvalidParameter(f"num_layers is {num_layers}", hint=f"num_layers must be from 1 to {total}, as in `{target}`")
     optional = ("num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings")
     rotary = ("rope_parameters", "rope_scaling", "rope_theta")
     shape = {key: config[key] for key in (*keys, *optional, *rotary) if config.get(key) is not None}
@@ -117,9 +117,13 @@ def _layers(folder: Path, config: DraftConfig) -> dict[str, Tensor]:
                 parts = name.split(".")
                 if name == "model.norm.weight" or (parts[:2] == ["model", "layers"] and int(parts[2]) >= first):
                     tensors[name] = file.get_tensor(name).float()
-    wanted = f"model.layers.{first}.self_attn.q_proj.weight"
-    shape = (config.num_attention_heads * config.head_dim, config.hidden_size)
-    if wanted not in tensors or tuple(tensors[wanted].shape) != shape:
+    shapes = config.shapes()
+    layers = [
+        (f"layers.{n}.{name}.weight", f"model.layers.{first + n}.{name}.weight")
+        for n in range(config.num_hidden_layers)
+        for name in _PROJECTIONS
+    ]
+    if any(theirs not in tensors or tuple(tensors[theirs].shape) != shapes[ours] for ours, theirs in layers):
         raise CheckpointError(
             f"`{folder}` has no llama-shaped layers of the draft's size to copy", hint="start from --init random"
         )

@@ -17,7 +17,7 @@ def draw_anchors(num_prompt: int, num_tokens: int, count: int, generator: torch.
 
     The first response token may be an anchor: it is the first that decoding drafts from (2602.06036, section 4).
     """
-    candidates = torch.arange(num_prompt, num_tokens - 1)
+    candidates = torch.arange(num_prompt, max(num_prompt, num_tokens - 1))  # none where the answer was cut off
     chosen = torch.randperm(len(candidates), generator=generator)[:count]
     return candidates[chosen].sort().values
 

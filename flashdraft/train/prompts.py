@@ -24,8 +24,8 @@ SOURCES = {
 MATHS_SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 
-def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON Lines file. Raises DataError naming the line that is none."""
+def read_jsonl(path: Path, keys: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON Lines file. Raises DataError naming the line that is none, or that lacks one of `keys`."""
     try:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
@@ -37,6 +37,8 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
                     raise DataError(f"{path}, line {number}: not valid JSON ({error})", hint="mend or remove that line") from None
                 if not isinstance(row, dict):
                     raise DataError(f"{path}, line {number}: not a JSON object", hint="mend or remove that line")
+                if lacking := [key for key in keys if key not in row]:
+                    raise DataError(f"{path}, line {number}: no field `{lacking[0]}`", hint="mend or remove that line")
                 yield row
     except (FileNotFoundError, IsADirectoryError):
         raise DataError(f"no file `{path}`", hint="give the path of a .jsonl file") from None
@@ -53,7 +55,11 @@ def write_prompts(data: Path, out: Path, *, sources: Sequence[str] = tuple(SOURC
     rows, seen = [], set()
     for source in sources:
         for number, row in enumerate(_rows(data / SOURCES[source])):
-            prompt = _prompt(source, row)
+            try:
+                prompt = _prompt(source, row)
+            except (KeyError, TypeError, AttributeError, IndexError) as error:
+                place = f"{data / SOURCES[source]}, entry {number + 1}"
+                raise DataError(f"{place}: not of this set's form ({error!r})", hint="fetch the file again") from None
             if prompt and prompt not in seen:
                 seen.add(prompt)
                 rows.append({"source": source, "row": number, "prompt": prompt})
@@ -68,11 +74,14 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         yield from read_jsonl(path)
         return
     try:
-        yield from json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"no file `{path}`", hint="name the folder of the training sets with --data or FLASHDRAFT_DATA") from None
     except ValueError as error:
         raise DataError(f"{path}: not valid JSON ({error})", hint="fetch it again") from None
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: not a JSON list", hint="fetch it again")
+    yield from rows
 
 
 def _prompt(source: str, row: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,8 @@ def regenerate(
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     _drop_torn_line(out)
-    done = {(row["source"], row["row"]) for row in read_jsonl(out)} if out.exists() else set()
-    numbered = [row | {"number": n} for n, row in enumerate(read_jsonl(prompts))][:limit]
+    done = {(row["source"], row["row"]) for row in read_jsonl(out, ("source", "row"))} if out.exists() else set()
+    numbered = [row | {"number": n} for n, row in enumerate(read_jsonl(prompts, ("source", "row", "prompt")))][:limit]
     missing = [row for row in numbered if (row["source"], row["row"]) not in done]
     count = 0
     with out.open("a", encoding="utf-8") as file:
@@ -67,4 +68,4 @@ def _drop_torn_line(path: Path) -> None:
     if path.exists():
         content = path.read_bytes()
         if content and not content.endswith(b"\n"):
-            path.write_bytes(content[: content.rfind(b"\n") + 1])
+            os.truncate(path, content.rfind(b"\n") + 1)  # in place: a kill here loses no answer

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.progress import Progress
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from flashdraft.checkpoint import DraftConfig, write_file
+from flashdraft.checkpoint import DraftConfig, write_file, write_tensors
 from flashdraft.errors import DataError, FlashDraftError, InvalidParameter
 from flashdraft.generate import Model
 from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDraft
@@ -85,7 +85,8 @@ def make_batch(samples: Iterable[tuple[int, Sample]], config: DraftConfig, num_a
     spans, masks, at_context, at_row = [], [], 0, 0
     for number, sample in samples:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-        anchors = draw_anchors(sample.num_prompt, len(sample.tokens), num_anchors, generator)
+        room = config.max_position_embeddings - size + 2  # decoding drafts nothing where a block would not fit
+        anchors = draw_anchors(sample.num_prompt, min(len(sample.tokens), room), num_anchors, generator)
         if not len(anchors):
             continue
         num_context = int(anchors[-1])  # nothing sees further than the last anchor
@@ -142,6 +143,10 @@ class Trainer:
                 f"`{data.folder}` holds layers {data.layers}, the drafter reads {model.config.target_layer_ids}",
                 hint="run `flashdraft features` for this drafter",
             )
+        odd: list[str] = [name for name in ("embed_tokens.weight", "lm_head.weight") if name in model.extras]
+        odd += ["sliding_attention layers"] * ("sliding_attention" in model.config.layer_types)
+        if odd:
+            raise InvalidParameter(f"the drafter has {odd[0]}, which cannot be trained here", hint="start from random weights")
         self.target: Target = lm.target
         self.step, self.best = 0, 0.0
         self.optimizer = torch.optim.AdamW(_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.95), fused=True)
@@ -152,6 +157,7 @@ class Trainer:
         self.head = self.target.head_weight(torch.arange(self.target.vocab_size))
         out.mkdir(parents=True, exist_ok=True)
         self._resume()
+        self._cut_log()
 
     def run(self, prompts: Sequence[str], *, quiet: bool = False) -> float:
         """Train to the last step; returns the best tau measured on `prompts`."""
@@ -172,7 +178,7 @@ class Trainer:
         return self.best
 
     def train_step(self) -> dict[str, Any]:
-        """One optimizer step; raises FlashDraftError naming the step if the loss is not finite, with nothing saved."""
+        """One optimizer step; raises FlashDraftError naming the step if loss or gradient is not finite, with nothing saved."""
         c = self.config
         first = self.step * c.sequences
         batch = make_batch(
@@ -184,20 +190,21 @@ class Trainer:
             wanted = batch.labels >= 0
             states = forward(self.model, batch, self.target.embed)[wanted]
             candidates, labels = self._candidates(batch.labels[wanted])
-            logits = F.linear(states, self.head[candidates]).float()
+            logits = F.linear(states, self.head[candidates].to(states.dtype)).float()
         loss, _ = decayed_cross_entropy(logits, labels, batch.offsets[wanted], c.gamma)
-        if not torch.isfinite(loss):
-            raise FlashDraftError(
-                f"the loss is {float(loss)} at step {self.step}", hint="lower --lr; the last checkpoint is whole"
-            )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
+        for name, value in (("loss", loss.detach()), ("gradient's norm", norm)):
+            if not torch.isfinite(value):
+                hint = "lower --lr; the last checkpoint is whole"
+                raise FlashDraftError(f"the {name} is {float(value)} at step {self.step}", hint=hint)
         self.optimizer.step()
         self.step += 1
         hits = (logits.detach().argmax(-1) == labels).float()
         offsets = batch.offsets[wanted]
-        accuracy = [round(float(hits[offsets == k].mean()), 4) for k in range(1, self.model.config.block_size)]
+        here = [hits[offsets == k] for k in range(1, self.model.config.block_size)]
+        accuracy = [round(float(h.mean()), 4) if len(h) else None for h in here]  # JSON has no NaN
         figures = {"step": self.step, "loss": float(loss.detach()), "accuracy": accuracy, "norm": float(norm)}
         return figures | {"positions": len(batch.offsets)}
 
@@ -239,6 +246,13 @@ class Trainer:
         with (self.out / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(figures) + "\n")
 
+    def _cut_log(self) -> None:
+        """Steps behind the last checkpoint come again; a kill may have left half a line."""
+        path = self.out / "metrics.jsonl"
+        if path.exists():
+            whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            write_file(path, "".join(line for line in whole if json.loads(line)["step"] <= self.step).encode())
+
     def _save(self) -> None:
         """A whole checkpoint or none: filled beside, then renamed; the last two are kept."""
         folder = self.out / "checkpoints"
@@ -246,16 +260,17 @@ class Trainer:
         scratch = folder / ".tmp-save"
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
-        save_file(dict(self.model.state_dict()), scratch / "model.safetensors")
+        write_tensors(scratch / "model.safetensors", self.model.state_dict())
         state = self.optimizer.state_dict()["state"]
         flat = {f"{i}.{name}": value for i, entry in state.items() for name, value in entry.items()}
-        save_file(flat, scratch / "optimizer.safetensors")
-        write_file(
-            scratch / "state.json", json.dumps({"step": self.step, "best": self.best, "config": asdict(self.config)}).encode()
-        )
+        write_tensors(scratch / "optimizer.safetensors", flat)
+        write_file(scratch / "state.json", json.dumps(self._state()).encode())
         os.replace(scratch, folder / f"step-{self.step:07d}")
         for old in sorted(folder.glob("step-*"))[:-2]:
             shutil.rmtree(old)
+
+    def _state(self) -> dict[str, Any]:
+        return {"step": self.step, "best": self.best, "config": asdict(self.config), "draft": self.model.config.to_json()}
 
     def _resume(self) -> None:
         found = sorted((self.out / "checkpoints").glob("step-*"))
@@ -268,6 +283,8 @@ class Trainer:
             raise InvalidParameter(
                 f"`{self.out}` was begun with other settings", hint="name another folder, or the settings of its run.json"
             )
+        if state.get("draft", now := self.model.config.to_json()) != now:
+            raise InvalidParameter(f"`{self.out}` was begun with another draft network", hint="name another folder")
         self.model.load_state_dict(load_file(found[-1] / "model.safetensors"))
         entries: dict[int, dict[str, Tensor]] = {}
         for name, value in load_file(found[-1] / "optimizer.safetensors").items():

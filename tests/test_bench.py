@@ -1,0 +1,264 @@
+"""The benchmark: complete lines, methods in turn, honest comparisons, and tables that follow from the file alone."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from toy_folders import save_target, save_zlab
+
+from flashdraft.bench import run as bench_run
+from flashdraft.bench.profile import PARTS, profile
+from flashdraft.bench.report import show, summarise
+from flashdraft.bench.run import METHODS, BenchConfig, run_bench
+from flashdraft.bench.tasks import read_ids, read_prompts, write_tasks
+from flashdraft.cli import main
+from flashdraft.errors import DataError, InvalidParameter
+from flashdraft.layers import SlotAttention
+
+IDS = Path(__file__).parent.parent / "recipes" / "bench_ids.json"
+KEYS = {"task", "prompt", "method", "repeat", "num_prompt_tokens", "num_tokens", "seconds", "tokens_per_second", "tau"}
+KEYS |= {"decode_seconds", "decode_tokens_per_second", "identical", "first_difference"}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    save_target(folder / "target")
+    save_zlab(folder / "draft")
+    return folder
+
+
+@pytest.fixture
+def config(models: Path, tmp_path: Path) -> dict[str, Any]:
+    """What every run here shares; three prompts of two tasks."""
+    lines = [{"task": "a", "prompt": "abcabcabc"}, {"task": "a", "prompt": "why"}, {"task": "b", "turns": ["hi", "and you"]}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    paths = {"prompts": tmp_path / "prompts.jsonl", "out": tmp_path / "out.jsonl"}
+    return {**paths, "target": str(models / "target"), "draft": str(models / "draft"), "max_new_tokens": 24}
+
+
+def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    header, *lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return header["header"], lines
+
+
+def test_every_method_answers_every_prompt_in_every_repeat(config: dict[str, Any]) -> None:
+    assert run_bench(BenchConfig(**config, repeats=2, transformers_prompts=1), quiet=True) == 22
+    header, lines = read(config["out"])
+    assert header["config"]["max_new_tokens"] == 24
+    assert {"command", "commit", "versions", "device", "threads", "kernel", "row_exact", "transformers_threads"} <= set(header)
+    assert all(line.keys() >= KEYS for line in lines)
+    asked = Counter((line["prompt"], line["method"]) for line in lines)
+    everywhere = {(prompt, method): 2 for prompt in range(3) for method in METHODS if method != "transformers"}
+    assert asked == everywhere | {(0, "transformers"): 2, (2, "transformers"): 2}
+    assert {line["prompt"]: line["task"] for line in lines} == {0: "a", 1: "a", 2: "b"}
+    for line in lines:
+        assert line["identical"] is True
+        assert 0 < line["decode_seconds"] < line["seconds"]
+        assert line["tokens_per_second"] == pytest.approx(line["num_tokens"] / line["seconds"])
+        assert line["decode_tokens_per_second"] == pytest.approx((line["num_tokens"] - 1) / line["decode_seconds"])
+        if line["method"] != "transformers":
+            assert {"prefill", "draft", "target", "host"} == set(line["parts"])
+            assert sum(line["parts"].values()) <= line["seconds"]
+            assert sum(line["accepted_lengths"]) == line["num_tokens"] - 1
+
+
+def test_methods_take_turns_at_going_first(config: dict[str, Any]) -> None:
+    methods = "autoregressive,dflash,prompt_lookup"
+    run_bench(BenchConfig(**config, methods=methods, repeats=2), quiet=True)
+    _, lines = read(config["out"])
+    firsts = [line["method"] for line in lines[::3]]
+    assert firsts == ["autoregressive", "dflash", "prompt_lookup", "dflash", "prompt_lookup", "autoregressive"]
+
+
+def test_sampled_text_is_compared_except_with_transformers_own_draws(config: dict[str, Any]) -> None:
+    run_bench(BenchConfig(**config, temperature=0.8), quiet=True)
+    _, lines = read(config["out"])
+    assert {(line["method"], line["identical"]) for line in lines} == {
+        ("autoregressive", True), ("dflash", True), ("prompt_lookup", True), ("transformers", None)
+    }  # fmt: skip
+
+
+def test_without_plain_decoding_nothing_is_called_identical(config: dict[str, Any]) -> None:
+    run_bench(BenchConfig(**config, methods="dflash"), quiet=True)
+    assert {line["identical"] for line in read(config["out"])[1]} == {None}
+    assert [row.ratio for row in summarise(config["out"])] == [None] * 3
+
+
+@pytest.mark.parametrize("fault", ["other token", "cut short"])
+def test_planted_other_text_is_not_identical(fault: str, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = bench_run._timed
+
+    def faulty(model: Any) -> Any:
+        method = timed(model)
+
+        def answer(prompt: list[int], params: Any) -> Any:
+            true = method(prompt, params)
+            tokens = true.tokens[:5] + ((true.tokens[5] + 1, *true.tokens[6:]) if fault == "other token" else ())
+            return bench_run.replace(true, tokens=tokens)
+
+        return answer if model.new_drafter().name == "prompt_lookup" else method
+
+    monkeypatch.setattr(bench_run, "_timed", faulty)
+    run_bench(BenchConfig(**config, methods="autoregressive,dflash,prompt_lookup"), quiet=True)
+    found = {(line["method"], line["identical"], line["first_difference"]) for line in read(config["out"])[1]}
+    assert found == {("autoregressive", True, None), ("dflash", True, None), ("prompt_lookup", False, 5)}
+    assert {row.method: row.identical for row in summarise(config["out"])} == {
+        "autoregressive": 1.0,
+        "dflash": 1.0,
+        "prompt_lookup": 0.0,
+    }
+
+
+def test_results_are_not_overwritten(config: dict[str, Any]) -> None:
+    config["out"].write_text("mine")
+    with pytest.raises(InvalidParameter, match="exists"):
+        run_bench(BenchConfig(**config), quiet=True)
+    assert config["out"].read_text() == "mine"
+
+
+def write_results(path: Path, lines: list[tuple[str, int, str, int, float, float, bool | None]]) -> Path:
+    header = {"command": "by hand", "device": "none", "threads": 1, "kernel": "none", "versions": {"x": "1"}, "commit": None}
+    rows: list[dict[str, Any]] = [{"header": header}]
+    for task, prompt, method, repeat, speed, tau, identical in lines:
+        key = {"task": task, "prompt": prompt, "method": method, "repeat": repeat}
+        speeds = {"tokens_per_second": speed, "decode_tokens_per_second": 2 * speed}
+        rows.append(key | speeds | {"tau": tau, "identical": identical})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_ratio_is_the_median_of_pairs_not_the_ratio_of_medians(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_results(
+        tmp_path / "results.jsonl",
+        [
+            ("a", 0, "autoregressive", 0, 10.0, 1.0, True),
+            ("a", 0, "dflash", 0, 20.0, 2.0, True),  # 2.0
+            ("a", 0, "autoregressive", 1, 30.0, 1.0, True),
+            ("a", 0, "dflash", 1, 30.0, 3.0, True),  # 1.0
+            ("a", 1, "autoregressive", 0, 40.0, 1.0, True),
+            ("a", 1, "dflash", 0, 60.0, 4.0, False),  # 1.5
+            ("b", 2, "autoregressive", 0, 10.0, 1.0, True),
+            ("b", 2, "dflash", 0, 50.0, 1.0, True),  # 5.0
+            ("b", 2, "transformers", 0, 4.0, 1.0, None),
+            ("b", 3, "dflash", 0, 90.0, 2.0, None),  # no pair
+        ],
+    )
+    rows = {(row.task, row.method): row for row in summarise(path)}
+    assert list(rows)[:2] == [("a", "autoregressive"), ("a", "dflash")]
+    a, b, both = (rows[task, "dflash"] for task in ("a", "b", "all"))
+    assert (a.tokens_per_second, a.ratio, a.decode_tokens_per_second, a.decode_ratio) == (30.0, 1.5, 60.0, 1.5)
+    assert (a.answers, a.tau, a.identical) == (3, 3.0, pytest.approx(2 / 3))
+    assert (b.answers, b.tokens_per_second, b.ratio, b.identical) == (2, 70.0, 5.0, 1.0)
+    assert (both.answers, both.ratio, both.identical) == (5, 1.75, 0.75)
+    assert (rows["b", "transformers"].ratio, rows["b", "transformers"].identical) == (0.4, None)
+    assert rows["all", "autoregressive"].ratio == 1.0
+    show(path)
+    out = capsys.readouterr().out
+    assert "autoregressive is 2.50 times transformers, 2.50 times in decoding (1 pairs)" in out
+    table = [line.split() for line in out.splitlines()]
+    assert ["a", "dflash", "3", "30.0", "1.50", "60.0", "1.50", "3.00", "67%"] in table
+    assert ["b", "transformers", "1", "4.0", "0.40", "8.0", "0.40", "1.00", "-"] in table
+
+
+def test_command_writes_results_and_shows_their_table_again(config: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("prompts", "out", "target", "draft")
+    options = [word for name in names for word in (f"--{name}", str(config[name]))]
+    assert main(["bench", *options, "--methods", "autoregressive,dflash", "--max-new-tokens", "8"]) == 0
+    first = capsys.readouterr().out
+    assert main(["report", str(config["out"])]) == 0
+    assert capsys.readouterr().out == first
+    assert "100%" in first
+
+
+# --- tasks ---------------------------------------------------------------------------------------------------------------
+
+
+def test_committed_ids_are_the_drawn_ones() -> None:
+    sizes = {"gsm8k": 1319, "humaneval": 164, "mt_bench": 80}
+    assert read_ids(IDS) == {task: random.Random(0).sample(range(size), 40) for task, size in sizes.items()}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    for name in ("gsm8k", "humaneval", "mt_bench"):
+        (folder / name).mkdir(parents=True)
+    (folder / "gsm8k/test.jsonl").write_text('{"question": "1 + 1?"}\n{"question": "2 + 2?"}\n')
+    with gzip.open(folder / "humaneval/HumanEval.jsonl.gz", "wt") as file:
+        file.write('{"prompt": "def f():\\n"}\n{"prompt": "def g():\\n"}\n')
+    (folder / "mt_bench/question.jsonl").write_text('{"turns": ["Write.", "Again."]}\n{"turns": ["Say.", "Why?"]}\n')
+    return folder
+
+
+def test_tasks_are_written_in_the_order_of_their_ids(data: Path, tmp_path: Path) -> None:
+    ids = {"gsm8k": [1, 0], "humaneval": [0, 1], "mt_bench": [1, 0]}
+    assert write_tasks(data, tmp_path / "deep/all.jsonl", ids) == 6
+    prompts = read_prompts(tmp_path / "deep/all.jsonl")
+    assert [prompt.task for prompt in prompts] == ["gsm8k", "gsm8k", "humaneval", "humaneval", "mt_bench", "mt_bench"]
+    assert prompts[0].text.startswith("2 + 2?\nPlease reason step by step")
+    assert prompts[2].text == "Complete this Python function:\n```python\ndef f():\n```"
+    assert [prompt.text for prompt in prompts[4:]] == ["Say.", "Write."]
+    assert write_tasks(data, tmp_path / "first.jsonl", ids, first=1) == 3
+    assert [prompt.text for prompt in read_prompts(tmp_path / "first.jsonl")] == [prompt.text for prompt in prompts[::2]]
+
+
+@pytest.mark.parametrize(
+    ("ids", "first", "message"),
+    [
+        ({"gsm8k": [2], "humaneval": [0], "mt_bench": [0]}, None, "no entry 2"),
+        ({"gsm8k": [0], "humaneval": [-1], "mt_bench": [0]}, None, "no entry -1"),
+        ({"gsm8k": [0], "humaneval": [0], "mt_bench": [0]}, 0, "first is 0"),
+    ],
+)
+def test_wrong_ids_write_nothing(data: Path, tmp_path: Path, ids: dict[str, list[int]], first: int | None, message: str) -> None:
+    with pytest.raises((DataError, InvalidParameter), match=message):
+        write_tasks(data, tmp_path / "out.jsonl", ids, first=first)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+# --- profile -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("draft", ["auto", "draft"])
+def test_profile_accounts_for_the_whole_step(models: Path, draft: str) -> None:
+    attend = SlotAttention.__call__
+    draft = draft if draft == "auto" else str(models / draft)
+    plain, drafted = (profile(str(models / "target"), draft=draft, nodes=nodes, context=40) for nodes in (1, 4))
+    assert SlotAttention.__call__ is attend
+    for one in (plain, drafted):
+        assert set(one.milliseconds) == set(PARTS)
+        assert all(one.milliseconds[part] > 0 for part in PARTS)
+        assert one.nbytes["weights"] == plain.nbytes["weights"] > 0
+        assert one.nbytes["cache"] > 0
+    assert drafted.milliseconds["drafting"] > 5 * plain.milliseconds["drafting"]
+    assert plain.nbytes["drafter weights"] == plain.nbytes["drafter cache"] == 0
+    assert drafted.nbytes["drafter weights"] > 0
+    assert drafted.nbytes["drafter cache"] > 0
+
+
+def test_profile_prints_shares_that_add_up(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [
+        "--target",
+        str(models / "target"),
+        "--draft",
+        str(models / "draft"),
+        "--context",
+        "40",
+        "--nodes",
+        "1",
+        "--nodes",
+        "4",
+    ]
+    assert main(["profile", *options]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for nodes in ("1", "4"):
+        cells = {row[1]: float(row[2]) for row in rows if row[:1] == [nodes] and len(row) == 4 and row[3].endswith("%")}
+        assert set(cells) == {*PARTS, "step"}
+        assert cells.pop("step") == pytest.approx(sum(cells.values()), abs=0.05)

@@ -1,0 +1,572 @@
+"""The DFlash drafter: its packed, cached decoding path against the definition, written out slowly in float64.
+
+The definition (2602.06036): C = RMSNorm(fc(features)) of the tokens strictly before the anchor; the block is the anchor and
+masks; every layer's keys and values come from [C ; block] with the same weights and k_norm; positions are absolute; each
+block row sees the whole context and the whole block; row k predicts the token at anchor + k.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from conftest import EOS, LetterTokenizer, tiny_target
+from torch import Tensor
+from toy_folders import ZLAB, zlab_tensors
+
+from flashdraft.checkpoint import DraftConfig
+from flashdraft.engine import Engine, Request
+from flashdraft.methods.autoregressive import Autoregressive
+from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDraft
+from flashdraft.target import Target
+from flashdraft.text import TextDecoder
+from flashdraft.types import Proposal, Result, Rows, SamplingParams
+
+BLOCK = 4
+FEATURES = (1, 2)
+WINDOWED: dict[str, Any] = {"layer_types": ("sliding_attention", "full_attention"), "sliding_window": 8}
+PROMPTS = ([5, 9, 31], list(range(3, 40)), [7, 7, 12, 50, 3, 22, 17, 8, 40, 41, 9], [33])
+GREEDY = SamplingParams(max_new_tokens=30, ignore_eos=True)
+
+
+def the_target() -> Target:
+    return tiny_target("llama", lean=True)
+
+
+def the_model(seed: int = 0, **changes: Any) -> DFlashDraftModel:
+    """A random network whose drafts depend on everything it reads; `changes` are fields of its DraftConfig."""
+    config = replace(DraftConfig.from_json(ZLAB, "here"), rope_parameters={"rope_theta": 1000.0}, **changes)
+    model = DFlashDraftModel(config)
+    model.load_state_dict({name: t.float() for name, t in zlab_tensors(seed=seed).items()})
+    return model.eval()
+
+
+def new_drafter(*, block_size: int | None = None, **changes: Any) -> DFlashDrafter:
+    return DFlashDrafter(PackedDraft(the_model(**changes), the_target()), block_size=block_size)
+
+
+# The definition. `fault` plants one of the mistakes that implementations make.
+
+FAULTS = (
+    "the context holds the anchor's own features",
+    "the context lacks its last token",
+    "the block stands one position late",
+    "the block is causal",
+    "each row sees only itself in the block",
+    "the context's keys are not normed",
+    "the context goes through input_layernorm",
+    "the context is not normed",
+)
+
+
+def rms(x: Tensor, weight: Tensor) -> Tensor:
+    return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+
+
+def rotated(x: Tensor, positions: Sequence[int]) -> Tensor:
+    """Rotary positions one number at a time. x: [n, heads, head_dim]"""
+    half, out = x.shape[-1] // 2, x.clone()
+    for row, position in enumerate(positions):
+        for i in range(half):
+            angle = position / 1000.0 ** (i / half)
+            first, second = x[row, :, i], x[row, :, i + half]
+            out[row, :, i] = first * math.cos(angle) - second * math.sin(angle)
+            out[row, :, i + half] = second * math.cos(angle) + first * math.sin(angle)
+    return out
+
+
+def attended(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
+    """q: [m, heads, d]; keys, values: [n, kv_heads, d]; seen: [m, n] -> [m, heads * d], head by head."""
+    groups, outputs = q.shape[1] // keys.shape[1], []
+    for head in range(q.shape[1]):
+        scores = q[:, head] @ keys[:, head // groups].T / math.sqrt(q.shape[2])
+        outputs.append(scores.masked_fill(~seen, -math.inf).softmax(-1) @ values[:, head // groups])
+    return torch.cat(outputs, dim=1)
+
+
+def what_is_seen(config: DraftConfig, layer: int, num_context: int, size: int, fault: str) -> Tensor:
+    """[block rows, context and block], position by position."""
+    seen = torch.zeros(size, num_context + size, dtype=torch.bool)
+    sliding = bool(config.layer_types) and config.layer_types[layer] == "sliding_attention"
+    for row in range(size):
+        for key in range(num_context + size):
+            inside = key >= num_context
+            ok = True
+            if sliding:
+                assert config.sliding_window is not None
+                ok = num_context + row - config.sliding_window < key <= num_context + row
+            if fault == "the block is causal":
+                ok = ok and key <= num_context + row
+            if fault == "each row sees only itself in the block":
+                ok = ok and not (inside and key != num_context + row)
+            if fault == "sliding layers see everything":
+                ok = True
+            if fault == "the window is one wider" and sliding:
+                ok = num_context + row - config.sliding_window <= key <= num_context + row
+            if fault == "sliding layers see the whole block" and sliding:
+                ok = ok or inside
+            seen[row, key] = ok
+    return seen
+
+
+def reference(model: DFlashDraftModel, features: Tensor, anchor: int, size: int, fault: str = "") -> Tensor:
+    """Normed states [size - 1, hidden] of the masked rows. features: [n, F * hidden] of the tokens before the anchor, and of
+    the anchor in the last row, which only one of the faults reads."""
+    config, target = model.config, the_target()
+    w = {name: t.double() for name, t in model.state_dict().items()}
+    at = len(features) - 1  # the anchor's position
+    features = {FAULTS[0]: features, FAULTS[1]: features[: at - 1]}.get(fault, features[:at])
+    context = features @ w["fc.weight"].T
+    context = context if fault == FAULTS[7] else rms(context, w["hidden_norm.weight"])
+    block = list(range(at, at + size)) if fault != FAULTS[2] else list(range(at + 1, at + 1 + size))
+    x = target.embed(torch.tensor([anchor] + [config.mask_token_id] * (size - 1)))
+    for n in range(config.num_hidden_layers):
+        p = f"layers.{n}."
+
+        def heads(x: Tensor, name: str, p: str = p) -> Tensor:
+            return (x @ w[f"{p}self_attn.{name}_proj.weight"].T).view(len(x), -1, config.head_dim)
+
+        normed = rms(x, w[p + "input_layernorm.weight"])
+        source = rms(context, w[p + "input_layernorm.weight"]) if fault == FAULTS[6] else context
+        q = rotated(rms(heads(normed, "q"), w[p + "self_attn.q_norm.weight"]), block)
+        both = torch.cat((source, normed))
+        keys = rms(heads(both, "k"), w[p + "self_attn.k_norm.weight"])
+        if fault == FAULTS[5]:
+            keys[: len(source)] = heads(source, "k")
+        keys = rotated(keys, [*range(len(source)), *block])
+        seen = what_is_seen(config, n, len(source), size, fault)
+        x = x + attended(q, keys, heads(both, "v"), seen) @ w[p + "self_attn.o_proj.weight"].T
+        normed = rms(x, w[p + "post_attention_layernorm.weight"])
+        gate, up = normed @ w[p + "mlp.gate_proj.weight"].T, normed @ w[p + "mlp.up_proj.weight"].T
+        x = x + (gate * torch.sigmoid(gate) * up) @ w[p + "mlp.down_proj.weight"].T
+    return rms(x, w["norm.weight"])[1:]
+
+
+def features_of(history: Sequence[int], layers: Sequence[int] = FEATURES) -> Tensor:
+    """The target's features of every token, [n, F * hidden]."""
+    target = the_target()
+    _, features = target.prefill(target.new_cache(1, len(history)), 0, torch.tensor(history), layers)
+    assert features is not None
+    return features
+
+
+def rows_of(histories: Sequence[Sequence[int]], slots: Sequence[int] | None = None) -> Rows:
+    return Rows(list(slots or range(len(histories))), [list(h) for h in histories], [SamplingParams()] * len(histories))
+
+
+def observed(drafter: DFlashDrafter, histories: Sequence[Sequence[int]], *, pieces: int = 3) -> Rows:
+    """Let the drafter observe every token before the anchors, in pieces of different sizes; returns the rows."""
+    rows = rows_of(histories)
+    features = [features_of(history) for history in histories]
+    for piece in range(pieces):
+        ends = [(len(h) - 1) * piece // pieces for h in histories], [(len(h) - 1) * (piece + 1) // pieces for h in histories]
+        parts = [slice(first, last) for first, last in zip(*ends, strict=True)]
+        tokens = [torch.tensor(h, dtype=torch.long)[part] for h, part in zip(histories, parts, strict=True)]
+        drafter.observe(rows, tokens, [f[part] for f, part in zip(features, parts, strict=True)])
+    return rows
+
+
+def states_and_tokens(drafter: DFlashDrafter, rows: Rows, max_nodes: int = 99) -> tuple[Tensor, Proposal]:
+    """What the packed path hands to the lm_head, [rows, size - 1, hidden], and what it proposes."""
+    network, caught = drafter.network, []
+    predict = network.predict
+    network.predict = lambda hidden: (caught.append(hidden), predict(hidden))[1]  # type: ignore[method-assign]
+    proposal = drafter.propose(rows, max_nodes)
+    network.predict = predict  # type: ignore[method-assign]
+    return caught[0].view(len(rows), -1, caught[0].shape[-1]), proposal
+
+
+def argmax(states: Tensor) -> list[int]:
+    tokens: list[int] = the_target().lm_head(states).argmax(-1).tolist()
+    return tokens
+
+
+def far_from(got: Tensor, expected: Tensor) -> bool:
+    """Off by more than rounding could ever make it: the bound of the equality tests is 1e-3."""
+    return float((got - expected).abs().max()) > 0.1
+
+
+def assert_same_states(got: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-3)  # the network's rotary table is made in float32
+
+
+# (a) The definition.
+
+
+@pytest.mark.parametrize("block_size", [2, 3, BLOCK, 9])
+def test_packed_path_equals_the_definition_in_a_ragged_batch(block_size: int) -> None:
+    drafter, model = new_drafter(block_size=block_size), the_model()
+    states, proposal = states_and_tokens(drafter, observed(drafter, PROMPTS))
+    assert proposal.tokens.shape == (len(PROMPTS), block_size)
+    for row, history in enumerate(PROMPTS):
+        expected = reference(model, features_of(history), history[-1], block_size)
+        assert_same_states(states[row], expected)
+        assert proposal.tokens[row].tolist() == [history[-1], *argmax(expected)]
+    assert proposal.parents.tolist() == [list(range(-1, block_size - 1))] * len(PROMPTS)
+    assert proposal.sizes.tolist() == [block_size] * len(PROMPTS)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_fault_changes_states_and_drafts(fault: str) -> None:
+    drafter, model = new_drafter(), the_model()
+    histories = [history for history in PROMPTS if len(history) > 2]
+    states, proposal = states_and_tokens(drafter, observed(drafter, histories))
+    wrong = [reference(model, features_of(h), h[-1], BLOCK, fault) for h in histories]
+    assert all(far_from(states[row], expected) for row, expected in enumerate(wrong))
+    assert [argmax(expected) for expected in wrong] != proposal.tokens[:, 1:].tolist()
+
+
+@pytest.mark.parametrize("changes", [{}, WINDOWED], ids=["full", "windowed"])
+def test_plain_module_equals_the_definition(changes: dict[str, Any]) -> None:
+    """The module that is trained: the same network, without packing and cache."""
+    model = the_model(**changes)
+    for history in PROMPTS[:3]:
+        features, at = features_of(history), len(history) - 1
+        double = the_model(**changes).double()
+
+        def attend(layer: int, q: Tensor, context_kv: Any, block_kv: Any, num_context: int = at) -> Tensor:
+            keys, values = (torch.cat(pair) for pair in zip(context_kv, block_kv, strict=True))
+            return attended(q, keys, values, what_is_seen(model.config, layer, num_context, BLOCK, ""))
+
+        block = the_target().embed(torch.tensor([history[-1]] + [model.config.mask_token_id] * (BLOCK - 1)))
+        positions = torch.arange(at), torch.arange(at, at + BLOCK)
+        with torch.no_grad():
+            states = double(double.context(features[:at]), block, positions, attend)
+        assert_same_states(states[1:], reference(model, features, history[-1], BLOCK))
+
+
+def test_context_at_the_first_positions_counts() -> None:
+    """Absolute positions: the same tokens one place later give other features and other drafts."""
+    first, second = [5, 9, 31, 8], [4, 5, 9, 31, 8]
+    drafter = new_drafter()
+    states, _ = states_and_tokens(drafter, observed(drafter, [first, second]))
+    assert far_from(states[0], states[1])
+
+
+# (d) Sliding-window layers: causal inside the block, and windowed.
+
+WINDOW_FAULTS = ("sliding layers see everything", "the window is one wider", "sliding layers see the whole block")
+
+
+def test_sliding_layers_equal_the_definition() -> None:
+    drafter, model = new_drafter(**WINDOWED), the_model(**WINDOWED)
+    states, proposal = states_and_tokens(drafter, observed(drafter, PROMPTS))
+    for row, history in enumerate(PROMPTS):
+        expected = reference(model, features_of(history), history[-1], BLOCK)
+        assert_same_states(states[row], expected)
+        assert proposal.tokens[row, 1:].tolist() == argmax(expected)
+
+
+@pytest.mark.parametrize("fault", WINDOW_FAULTS)
+def test_planted_window_fault_changes_states(fault: str) -> None:
+    drafter, model, history = new_drafter(**WINDOWED), the_model(**WINDOWED), PROMPTS[1]
+    states, _ = states_and_tokens(drafter, observed(drafter, [history]))
+    wrong = reference(model, features_of(history), history[-1], BLOCK, fault)
+    assert float((states[0] - wrong).abs().max()) > 0.02
+
+
+def test_window_of_all_layers_forgets_what_is_older() -> None:
+    changes = {"layer_types": ("sliding_attention",) * 2, "sliding_window": 8}
+    history, proposals = PROMPTS[1], {}
+    for changed in (None, 0, len(history) - 3):  # nothing; a feature far outside the window; one inside it
+        drafter, features = new_drafter(**changes), features_of(history).clone()
+        if changed is not None:
+            features[changed] += 10.0
+        drafter.observe(rows_of([history]), [torch.tensor(history[:-1])], [features[:-1]])
+        proposals[changed], _ = states_and_tokens(drafter, rows_of([history]))
+    assert torch.equal(proposals[None], proposals[0])
+    assert far_from(proposals[None], proposals[len(history) - 3])
+
+
+# Running it: the engine, the true texts, and a drafter that is led to accept.
+
+
+def requests(prompts: Sequence[Sequence[int]], params: SamplingParams = GREEDY) -> list[Request]:
+    decoders = [TextDecoder(LetterTokenizer(), params.stop) for _ in prompts]
+    return [Request(list(p), params, d, frozenset({EOS}), i) for i, (p, d) in enumerate(zip(prompts, decoders, strict=True))]
+
+
+def run(engine: Engine, waiting: Sequence[Request]) -> list[Result]:
+    """Every result, in order; `engine` may have fewer rows than there are requests."""
+    left, results = list(waiting), {}
+    while left or engine.running:
+        chunks = [engine.admit(left.pop(0))] if left and engine.num_free else engine.step()
+        results |= {chunk.index: chunk.result for chunk in chunks if chunk.result is not None}
+    return [results[index] for index in sorted(results)]
+
+
+def plain_texts(prompts: Sequence[Sequence[int]], params: SamplingParams = GREEDY) -> list[tuple[int, ...]]:
+    return [result.tokens for result in run(Engine(the_target(), Autoregressive(), max_rows=1), requests(prompts, params))]
+
+
+class Led(DFlashDrafter):
+    """The real drafter, whose drafts are then replaced by 0, 1, 2, ... right ones and wrong ones behind them."""
+
+    texts: tuple[tuple[int, ...], ...] = ()  # whole rows, prompt included
+    only: int | None = None  # right drafts in every proposal; None: another number each time
+    calls = 0
+
+    def propose(self, rows: Rows, max_nodes: int) -> Proposal:
+        proposal = super().propose(rows, max_nodes)
+        tokens = proposal.tokens.clone()
+        for row, history in enumerate(rows.histories):
+            text = next(text for text in self.texts if list(text[: len(history)]) == history)
+            truth = list(text[len(history) : len(history) + proposal.num_nodes - 1])
+            right = (self.calls * 2 + row) % proposal.num_nodes if self.only is None else self.only
+            for k, token in enumerate(truth):
+                tokens[row, 1 + k] = token if k < right else (token + 1) % 61
+        self.calls += 1
+        return replace(proposal, tokens=tokens)
+
+
+class LedWithoutCutting(Led):
+    """The planted fault: block rows stay in the draft's cache."""
+
+    def propose(self, rows: Rows, max_nodes: int) -> Proposal:
+        proposal = super().propose(rows, max_nodes)
+        for slot in rows.slots:
+            self.cache.keep(slot, range(1))
+        return proposal
+
+
+def led(kind: type[Led] = Led, *, only: int | None = None, **changes: Any) -> Led:
+    drafter = kind(PackedDraft(the_model(**changes), the_target()))
+    drafter.texts = tuple((*p, *t) for p, t in zip(PROMPTS, plain_texts(PROMPTS), strict=True))
+    drafter.only = only
+    return drafter
+
+
+def test_led_drafts_are_accepted_in_part() -> None:
+    """What the tests below rest on: every number of accepted drafts occurs, and texts are the plain ones."""
+    engine = Engine(the_target(), led(), max_rows=4)
+    results = run(engine, requests(PROMPTS))
+    assert [result.tokens for result in results] == plain_texts(PROMPTS)
+    assert {n for result in results for n in result.stats.accepted_lengths} == {1, 2, 3, 4}
+
+
+# (b) What is in the draft's cache.
+
+
+def trace_of_rejected_drafts(engine: Engine, drafter: DFlashDrafter) -> float:
+    """The largest difference between the draft's cache and one that saw the committed tokens alone; inf for wrong lengths."""
+    worst = 0.0
+    for slot, request in engine.running.items():
+        fresh = new_drafter()
+        observed(fresh, [request.history], pieces=1)
+        n = len(request.history) - 1
+        if drafter.cache.lengths[slot] != n or fresh.cache.lengths[0] != n:
+            return math.inf
+        for got, expected in zip(
+            (*drafter.cache.keys, *drafter.cache.values), (*fresh.cache.keys, *fresh.cache.values), strict=True
+        ):
+            assert got is not None
+            assert expected is not None
+            worst = max(worst, float((got[slot, :, :n] - expected[0, :, :n]).abs().max()))
+    return worst
+
+
+def traces(kind: type[Led]) -> Iterator[float]:
+    drafter = led(kind)
+    engine = Engine(the_target(), drafter, max_rows=4)
+    for request in requests(PROMPTS):
+        engine.admit(request)
+    yield trace_of_rejected_drafts(engine, drafter)
+    for _ in range(6):
+        engine.step()
+        yield trace_of_rejected_drafts(engine, drafter)
+
+
+def test_rejected_drafts_leave_no_trace_in_the_draft_cache() -> None:
+    assert max(traces(Led)) < 1e-9
+
+
+def test_a_block_left_in_the_draft_cache_is_caught() -> None:
+    assert max(traces(LedWithoutCutting)) > 0.1
+
+
+def test_drafts_after_partial_acceptance_are_those_of_a_fresh_drafter() -> None:
+    drafter = led()
+    engine = Engine(the_target(), drafter, max_rows=4)
+    for request in requests(PROMPTS):
+        engine.admit(request)
+    for _ in range(5):
+        engine.step()
+        histories = [request.history for request in engine.running.values()]
+        rows = rows_of(histories, list(engine.running))
+        fresh = new_drafter()
+        again = observed(fresh, histories)
+        states, expected = states_and_tokens(drafter, rows)[0], states_and_tokens(fresh, again)[0]
+        torch.testing.assert_close(states, expected, rtol=0, atol=1e-9)
+
+
+# (c) The draft's own position limit.
+
+
+def test_row_beyond_the_draft_positions_gets_its_anchor_alone() -> None:
+    limit = 20
+    drafter = new_drafter(max_position_embeddings=limit)
+    histories = [list(range(3, 3 + n)) for n in (limit - BLOCK + 1, limit - BLOCK + 2, 60 - 3, 5)]
+    proposal = drafter.propose(observed(drafter, histories), 8)
+    assert proposal.sizes.tolist() == [BLOCK, 1, 1, BLOCK]
+    assert proposal.tokens[:, 0].tolist() == [h[-1] for h in histories]
+    for row in (0, 3):
+        alone = new_drafter()
+        assert alone.propose(observed(alone, [histories[row]]), 8).tokens[0].tolist() == proposal.tokens[row].tolist()
+    beyond = new_drafter(max_position_embeddings=limit)
+    assert beyond.propose(observed(beyond, histories[1:3]), 8).tokens.tolist() == [[h[-1]] for h in histories[1:3]]
+
+
+def test_without_the_limit_the_position_table_is_overrun() -> None:
+    drafter = new_drafter(max_position_embeddings=20)
+    drafter.network.config = replace(drafter.network.config, max_position_embeddings=999)
+    with pytest.raises(IndexError):
+        drafter.propose(observed(drafter, [list(range(3, 40))]), 8)
+
+
+@pytest.mark.parametrize("limit", [1, 8, 20, 21, 22, 23, 24, 40])
+def test_text_stays_equal_across_the_draft_positions(limit: int) -> None:
+    drafter = led(max_position_embeddings=limit)
+    results = run(Engine(the_target(), drafter, max_rows=4), requests(PROMPTS))
+    assert [result.tokens for result in results] == plain_texts(PROMPTS)
+    for prompt, result in zip(PROMPTS, results, strict=True):
+        assert (result.stats.num_drafted > 0) == (len(prompt) + BLOCK <= limit)
+        assert result.stats.num_tokens == 30
+
+
+def test_crossing_the_limit_ends_drafting_in_the_middle_of_a_text() -> None:
+    drafter = led(only=0, max_position_embeddings=16)
+    (result,) = run(Engine(the_target(), drafter, max_rows=1), requests([PROMPTS[0]]))
+    drafting = 16 - BLOCK - len(PROMPTS[0]) + 1  # anchors from the prompt's end to the last that has room for a block
+    assert result.stats.num_drafted == drafting * (BLOCK - 1)
+    assert result.stats.target_passes == 29
+    assert result.tokens == plain_texts(PROMPTS)[0]
+
+
+# (e) One request after another, and the smallest and largest blocks.
+
+
+def test_second_request_is_drafted_like_a_first() -> None:
+    engine = Engine(the_target(), new_drafter(), max_rows=1)
+    several = [run(engine, requests([prompt]))[0] for prompt in (PROMPTS[1], PROMPTS[0], PROMPTS[2], PROMPTS[0])]
+    fresh = run(Engine(the_target(), new_drafter(), max_rows=1), requests([PROMPTS[0]]))[0]
+    assert several[1].tokens == several[3].tokens == fresh.tokens
+    assert several[1].stats.accepted_lengths == several[3].stats.accepted_lengths == fresh.stats.accepted_lengths
+
+
+class Forgetful(Led):
+    """The planted fault: a finished row is not forgotten."""
+
+    def end(self, rows: Rows) -> None:
+        pass
+
+
+@pytest.mark.parametrize("kind", [Led, Forgetful])
+def test_finished_rows_are_forgotten(kind: type[Led]) -> None:
+    drafter = led(kind)
+    engine = Engine(the_target(), drafter, max_rows=2)
+    run(engine, requests(PROMPTS))
+    assert (drafter.cache.lengths == [0, 0]) == (kind is Led)
+
+
+@pytest.mark.parametrize("only", [0, BLOCK - 1], ids=["none-accepted", "all-accepted"])
+def test_nothing_and_everything_accepted_give_the_plain_text(only: int) -> None:
+    results = run(Engine(the_target(), led(only=only), max_rows=4), requests(PROMPTS))
+    assert [result.tokens for result in results] == plain_texts(PROMPTS)
+    for result in results:
+        full, last = divmod(GREEDY.max_new_tokens - 1, only + 1)
+        assert result.stats.accepted_lengths == [only + 1] * full + [last] * (last > 0)
+
+
+@pytest.mark.parametrize("max_nodes", [1, 2, 3, BLOCK, 7])
+def test_fewer_nodes_are_the_beginning_of_the_same_block(max_nodes: int) -> None:
+    drafter = new_drafter()
+    rows = observed(drafter, PROMPTS)
+    whole = drafter.propose(rows, BLOCK)
+    cut = drafter.propose(rows, max_nodes)
+    width = min(max_nodes, BLOCK)
+    assert cut.tokens.tolist() == whole.tokens[:, :width].tolist()
+    assert cut.sizes.tolist() == [width] * len(PROMPTS)
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3, 7, 16])
+@pytest.mark.parametrize("max_new_tokens", [1, 2, 30])
+def test_every_block_size_gives_the_plain_text(block_size: int, max_new_tokens: int) -> None:
+    params = replace(GREEDY, max_new_tokens=max_new_tokens)
+    drafter = new_drafter(block_size=block_size)
+    results = run(Engine(the_target(), drafter, max_rows=2), requests(PROMPTS, params))
+    assert [result.tokens for result in results] == plain_texts(PROMPTS, params)
+    drafted = max(result.stats.num_drafted for result in results)
+    assert (drafted > 0) == (block_size > 1 and max_new_tokens > 2)
+
+
+def test_sampled_text_equals_plain_sampled_text() -> None:
+    params = replace(GREEDY, temperature=1.5, seed=7)
+    results = run(Engine(the_target(), new_drafter(), max_rows=4), requests(PROMPTS, params))
+    assert [result.tokens for result in results] == plain_texts(PROMPTS, params)
+    assert plain_texts(PROMPTS, params) != plain_texts(PROMPTS)
+
+
+# (f) Ragged batches: a row's drafts do not depend on its neighbours.
+
+
+@dataclass
+class Padded:
+    """The planted fault: prompts are padded on the left to a common length, which shifts their positions."""
+
+    drafter: DFlashDrafter
+
+    def observe(self, rows: Rows, tokens: Sequence[Tensor], features: Sequence[Tensor]) -> None:
+        width = max(len(f) for f in features)
+        padded = [torch.cat((f.new_zeros(width - len(f), f.shape[1]), f)) for f in features]
+        self.drafter.observe(rows, tokens, padded)
+
+
+def drafts_of(histories: Sequence[Sequence[int]], wrap: Callable[[DFlashDrafter], Any]) -> list[list[int]]:
+    drafter, rows = new_drafter(block_size=9), rows_of(histories)
+    features = [features_of(history)[:-1] for history in histories]
+    wrap(drafter).observe(rows, [torch.tensor(h[:-1]) for h in histories], features)
+    proposed: list[list[int]] = drafter.propose(rows, 9).tokens.tolist()
+    return proposed
+
+
+def test_drafts_in_a_ragged_batch_are_those_of_each_row_alone() -> None:
+    alone = [drafts_of([history], lambda drafter: drafter)[0] for history in PROMPTS]
+    assert drafts_of(PROMPTS, lambda drafter: drafter) == alone
+
+
+def test_left_padding_is_caught() -> None:
+    alone = [drafts_of([history], Padded)[0] for history in PROMPTS]
+    assert drafts_of(PROMPTS, Padded) != alone
+
+
+def test_proposals_of_a_running_batch_are_those_of_each_request_alone() -> None:
+    together = run(Engine(the_target(), new_drafter(), max_rows=3), requests(PROMPTS))
+    for index, prompt in enumerate(PROMPTS):
+        (alone,) = run(Engine(the_target(), new_drafter(), max_rows=1), requests([prompt]))
+        assert alone.tokens == together[index].tokens
+        assert alone.stats.accepted_lengths == together[index].stats.accepted_lengths
+
+
+# (g) Memory.
+
+
+def test_cache_bytes_include_the_draft_cache() -> None:
+    target, drafter = the_target(), new_drafter()
+    engine = Engine(target, drafter, max_rows=3)
+    run(engine, requests(PROMPTS))
+    plain = Engine(target, Autoregressive(), max_rows=3)
+    run(plain, requests(PROMPTS))
+    layers, kv_heads, head_dim, size = 2, 2, 16, 8
+    own = 2 * layers * 3 * drafter.cache.slots * kv_heads * head_dim * size
+    assert drafter.cache.slots >= max(len(p) for p in PROMPTS) + 30
+    assert engine.cache_nbytes == plain.cache_nbytes + own
+
+
+def test_weight_bytes_are_counted() -> None:
+    network = new_drafter().network
+    matrices = [t for t in zlab_tensors().values() if t.ndim == 2]
+    assert network.nbytes == 8 * sum(t.numel() for t in matrices)
