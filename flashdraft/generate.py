@@ -6,6 +6,7 @@ The stream is the primitive: `generate` collects it, and the command line and th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
@@ -79,10 +80,18 @@ class Model:
         if getattr(self.tokenizer, "chat_template", None):
             turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
             text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-            return self._checked(self.tokenizer.encode(text, add_special_tokens=False))
+            return self._checked(self._tokens(text, add_special_tokens=False))
         if not isinstance(prompt, str):
             raise InvalidPrompt(f"`{self.target.name}` has no chat template for a conversation", hint="give the prompt as text")
-        return self._checked(self.tokenizer.encode(prompt))
+        return self._checked(self._tokens(prompt, add_special_tokens=True))
+
+    def _tokens(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InvalidPrompt("the prompt holds half a character (a lone surrogate)", hint="send text in UTF-8") from None
+        tokens: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return tokens
 
     def _checked(self, tokens: list[int]) -> list[int]:
         wrong = [token for token in tokens if not 0 <= token < self.target.vocab_size]
@@ -157,8 +166,10 @@ def load_target(name: str, *, device: str = "cpu", dtype: str = "auto", lean: bo
     files = hub.resolve(name)
     folder, extra = (files.folder, {"gguf_file": files.filename}) if isinstance(files, hub.GgufFile) else (files, {})
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **extra)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True if not extra else None, **extra)
+        with _no_progress_bar():
+            tokenizer = AutoTokenizer.from_pretrained(folder, **extra)
+            safe = None if extra else True
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=safe, **extra)
     except FileNotFoundError as error:
         raise ModelNotFound(f"cannot load `{name}`: {_first_line(error)}", hint="the folder is incomplete") from None
     except Exception as error:  # transformers raises whatever its readers do: a damaged file, an unknown architecture
@@ -170,6 +181,20 @@ def load_target(name: str, *, device: str = "cpu", dtype: str = "auto", lean: bo
     return made, tokenizer, frozenset(ids)
 
 
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """transformers draws a bar even for a load of half a second."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def drafters(draft: str | Path, target: Target, target_name: str, block_size: int | None = None) -> Callable[[], Drafter]:
     """What makes new drafters of the kind called `draft` for this target; see `load`."""
     if block_size is not None and block_size < 1:
@@ -177,6 +202,8 @@ def drafters(draft: str | Path, target: Target, target_name: str, block_size: in
     if draft == "auto":
         draft = hub.builtin_draft(target_name) or "autoregressive"
     if draft == "autoregressive":
+        if block_size is not None:
+            raise InvalidParameter(f"block_size is {block_size}, but plain decoding drafts nothing", hint="leave it out")
         return Autoregressive
     if draft == "prompt_lookup":
         return lambda: PromptLookup(block_size=block_size or 8)

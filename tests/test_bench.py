@@ -98,10 +98,12 @@ def test_planted_other_text_is_not_identical(fault: str, config: dict[str, Any],
     def faulty(model: Any) -> Any:
         method = timed(model)
 
-        def answer(prompt: list[int], params: Any) -> Any:
-            true = method(prompt, params)
+        def altered(true: Any) -> Any:
             tokens = true.tokens[:5] + ((true.tokens[5] + 1, *true.tokens[6:]) if fault == "other token" else ())
             return bench_run.replace(true, tokens=tokens)
+
+        def answer(prompts: list[list[int]], params: Any) -> Any:
+            return [altered(true) for true in method(prompts, params)]
 
         return answer if model.new_drafter().name == "prompt_lookup" else method
 
@@ -114,6 +116,18 @@ def test_planted_other_text_is_not_identical(fault: str, config: dict[str, Any],
         "dflash": 1.0,
         "prompt_lookup": 0.0,
     }
+
+
+def test_prompts_decoded_together_get_the_same_answers(config: dict[str, Any]) -> None:
+    methods = "autoregressive,dflash,prompt_lookup"
+    together = config["out"].with_name("together.jsonl")
+    run_bench(BenchConfig(**config, methods=methods), quiet=True)
+    run_bench(BenchConfig(**config | {"out": together}, methods=methods, max_rows=3), quiet=True)
+    found = [
+        {(line["prompt"], line["method"], line["num_tokens"], line["tau"], line["identical"]) for line in read(path)[1]}
+        for path in (config["out"], together)
+    ]
+    assert found[0] == found[1]
 
 
 def test_results_are_not_overwritten(config: dict[str, Any]) -> None:

@@ -711,6 +711,42 @@ def test_an_aborted_row_is_free_at_once_and_leaves_the_others_alone(method: str)
     engine.abort(stays.index)  # finished already
 
 
+@pytest.mark.parametrize("where", ["observe", "propose"])
+def test_a_failure_leaves_nothing_behind(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An admission that fails frees its row; a step that fails can be run again."""
+    drafter = tiny_drafter(made("llama"))
+    engine = Engine(made("llama"), drafter, max_rows=2)
+    first, second = requests_of(PROMPTS[:2], (GREEDY,) * 2)
+    engine.admit(first)
+
+    def fails(*_: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(drafter), where, fails)
+        with pytest.raises(MemoryError):
+            engine.admit(second) if where == "observe" else engine.step()
+    assert engine._cache.lengths == [len(PROMPTS[0]), 0]
+    assert drafter.cache.lengths[1:] in ([], [0])
+    engine.admit(requests_of(PROMPTS[1:2], [GREEDY], first=1)[0])
+    texts = dict(engine.running.items())
+    while engine.running:
+        engine.step()
+    assert [tuple(texts[row].history[len(PROMPTS[row]) :]) for row in (0, 1)] == [
+        plain("llama", prompt) for prompt in PROMPTS[:2]
+    ]
+
+
+@pytest.mark.parametrize("name", ["llama", "lean llama"])
+def test_a_wide_proposal_beside_a_long_row_finds_room(name: str) -> None:
+    long = tuple(3 + i * i % 50 for i in range(184))
+    params = [replace(GREEDY, max_new_tokens=5), replace(GREEDY, max_new_tokens=100)]
+    texts = [prompt + plain(name, prompt) for prompt in (long, PROMPTS[0])]
+    results = run(Engine(made(name), Tree(texts, block_size=99), max_rows=2), requests_of([long, PROMPTS[0]], params))
+    assert results[0].tokens == plain(name, long)[:5]
+    assert results[1].tokens[:NEW] == plain(name, PROMPTS[0])
+
+
 # ---------------------------------------------------------------- refusals and limits
 
 

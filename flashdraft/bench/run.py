@@ -7,6 +7,7 @@ every ratio is made of two answers to the same prompt in the same repeat, so tha
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -50,9 +51,10 @@ class BenchConfig:
     repeats: int = option(1, "times that every prompt is answered by every method")
     transformers_prompts: int | None = option(None, "run transformers on each task's first prompts only")
     threads: int | None = option(None, "threads of our methods; by default what torch takes")
+    max_rows: int = option(1, "prompts our methods decode together; above 1 compare tau and texts, not times")
 
     def __post_init__(self) -> None:
-        for name in ("repeats", "threads", "transformers_prompts"):
+        for name in ("repeats", "threads", "transformers_prompts", "max_rows"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidParameter(f"{name} is {value}", hint=f"{name} must be 1 or more")
@@ -85,7 +87,7 @@ class Answer:
     figures: dict[str, Any] = field(default_factory=dict)  # what only our own methods can tell
 
 
-Method = Callable[[list[int], SamplingParams], Answer]
+Method = Callable[[list[list[int]], list[SamplingParams]], list[Answer]]
 
 
 def run_bench(config: BenchConfig, *, quiet: bool = False) -> int:
@@ -103,22 +105,27 @@ def run_bench(config: BenchConfig, *, quiet: bool = False) -> int:
     for tokens in encoded:
         check(model.target, model.request(tokens, config.params(0)))
     for method in methods.values():  # first calls build kernels
-        method(encoded[0], replace(config.params(0), max_new_tokens=min(8, config.max_new_tokens)))
-    plan = [(repeat, *pair) for repeat in range(config.repeats) for pair in zip(prompts, encoded, strict=True)]
+        method(encoded[:1], [replace(config.params(0), max_new_tokens=min(8, config.max_new_tokens))])
+    groups = [range(i, min(i + config.max_rows, len(prompts))) for i in range(0, len(prompts), config.max_rows)]
+    plan = [(repeat, repeat + turn, group) for repeat in range(config.repeats) for turn, group in enumerate(groups)]
     count = 0
     config.out.parent.mkdir(parents=True, exist_ok=True)
     with config.out.open("x", encoding="utf-8") as file:
         file.write(json.dumps({"header": provenance() | {"config": asdict(config)} | facts}, default=str) + "\n")
-        for repeat, prompt, tokens in track(plan, "bench", console=Console(stderr=True), disable=quiet):
-            late = config.transformers_prompts is not None and prompt.rank >= config.transformers_prompts
-            todo = tuple(name for name in config.names if not (late and name == "transformers"))
-            first = (prompt.number + repeat) % len(todo)
-            answers = {name: methods[name](tokens, config.params(prompt.number)) for name in todo[first:] + todo[:first]}
-            for name, answer in answers.items():
-                key = {"task": prompt.task, "prompt": prompt.number, "method": name, "repeat": repeat}
+        for repeat, turn, group in track(plan, "bench", console=Console(stderr=True), disable=quiet):
+            first = turn % len(config.names)
+            answers: dict[tuple[int, str], Answer] = {}
+            for name in config.names[first:] + config.names[:first]:
+                todo = [i for i in group if name != "transformers" or prompts[i].rank < (config.transformers_prompts or math.inf)]
+                found = (
+                    methods[name]([encoded[i] for i in todo], [config.params(prompts[i].number) for i in todo]) if todo else []
+                )
+                answers |= {(i, name): answer for i, answer in zip(todo, found, strict=True)}
+            for (i, name), answer in answers.items():
+                key = {"task": prompts[i].task, "prompt": prompts[i].number, "method": name, "repeat": repeat}
                 comparable = config.temperature == 0 or name != "transformers"  # its draws are of another generator
-                same = _compare(answer, answers.get("autoregressive") if comparable else None)
-                file.write(json.dumps(key | {"num_prompt_tokens": len(tokens)} | _figures(answer) | same) + "\n")
+                same = _compare(answer, answers.get((i, "autoregressive")) if comparable else None)
+                file.write(json.dumps(key | {"num_prompt_tokens": len(encoded[i])} | _figures(answer) | same) + "\n")
                 count += 1
             file.flush()
     return count
@@ -159,31 +166,35 @@ def _load(config: BenchConfig) -> tuple[dict[str, Method], Model, dict[str, Any]
             facts["transformers_threads"] = plain.threads
             continue
         draft = config.draft if name == "dflash" else name
-        made = drafters(draft, target, config.target, config.block_size)
-        methods[name] = _timed(Model(target, tokenizer, made, eos=eos, max_rows=1))
+        made = drafters(draft, target, config.target, None if name == "autoregressive" else config.block_size)
+        methods[name] = _timed(Model(target, tokenizer, made, eos=eos, max_rows=config.max_rows))
     return methods, model, facts
 
 
 def _timed(model: Model) -> Method:
     """A method of ours."""
 
-    def answer(prompt: list[int], params: SamplingParams) -> Answer:
-        started, first, result = time.perf_counter(), 0.0, None
-        for chunk in model.stream(prompt, params):
-            first = first or time.perf_counter()
-            result = chunk.result
-        ended = time.perf_counter()
-        assert isinstance(result, Result)
-        stats = result.stats
-        figures: dict[str, Any] = {
-            "finish_reason": result.finish_reason,
-            "parts": stats.seconds,
-            "accepted_lengths": stats.accepted_lengths,
-        }
-        figures |= {"target_passes": stats.target_passes, "num_drafted": stats.num_drafted, "num_accepted": stats.num_accepted}
-        return Answer(result.tokens, ended - started, ended - first, stats.tau, figures)
+    def answer(prompts: list[list[int]], params: list[SamplingParams]) -> list[Answer]:
+        started, firsts, found = time.perf_counter(), dict[int, float](), dict[int, Answer]()
+        for chunk in model.stream(prompts, params):
+            first = firsts.setdefault(chunk.index, time.perf_counter())
+            if chunk.result is not None:
+                now = time.perf_counter()
+                found[chunk.index] = _answer(chunk.result, now - started, now - first)
+        return [found[index] for index in sorted(found)]
 
     return answer
+
+
+def _answer(result: Result, seconds: float, decode_seconds: float) -> Answer:
+    stats = result.stats
+    figures: dict[str, Any] = {
+        "finish_reason": result.finish_reason,
+        "parts": stats.seconds,
+        "accepted_lengths": stats.accepted_lengths,
+    }
+    figures |= {"target_passes": stats.target_passes, "num_drafted": stats.num_drafted, "num_accepted": stats.num_accepted}
+    return Answer(result.tokens, seconds, decode_seconds, stats.tau, figures)
 
 
 class _Transformers:
@@ -196,10 +207,13 @@ class _Transformers:
         self.ends = {"eos_token_id": sorted(eos), "pad_token_id": min(eos)} if eos else {}
         seconds = {}
         for self.threads in (1, 2)[: os.cpu_count()]:
-            seconds[self.threads] = min(self(list(range(8)), SamplingParams(max_new_tokens=16)).seconds for _ in range(2))
+            seconds[self.threads] = min(self._one(list(range(8)), SamplingParams(max_new_tokens=16)).seconds for _ in range(2))
         self.threads = min(seconds, key=lambda threads: seconds[threads])
 
-    def __call__(self, prompt: list[int], params: SamplingParams) -> Answer:
+    def __call__(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[Answer]:
+        return [self._one(prompt, one) for prompt, one in zip(prompts, params, strict=True)]
+
+    def _one(self, prompt: list[int], params: SamplingParams) -> Answer:
         sampled = {"do_sample": True, "temperature": params.temperature, "top_k": 0, "top_p": 1.0}
         options = (sampled if params.temperature > 0 else {"do_sample": False}) | self.ends
         times: list[float] = []  # of the prompt and of every token
