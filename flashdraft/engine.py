@@ -102,14 +102,12 @@ class Engine:
         request.stats = Stats(num_prompt_tokens=len(request.prompt))
         self._part = {}
         self._cache.reserve(len(request.prompt) + request.params.max_new_tokens + 64)
-        rows = Rows([slot], [request.history], [request.params])
-        with self._timed("prefill"):
-            tokens = torch.tensor(request.prompt)
-            logits, features = self.target.prefill(self._cache, slot, tokens, self.drafter.layers)
-            self.drafter.observe(rows, [tokens], None if features is None else [features])
-            law = target_probs(logits[None, None], [request.params], torch.ones(1, dtype=torch.long))[:, 0]
-            first = draw(law, uniforms([request.params.seed], [len(request.prompt)], 1)[:, 0])
         self.running[slot] = request
+        try:
+            first = self._prefill(slot, request)
+        except BaseException:
+            self._release([slot])  # what it has left in the caches would change the row's next text
+            raise
         request.stats.seconds = dict(self._part)
         chunk = request.commit(first.tolist(), 0)
         if request.finish_reason is not None:
@@ -125,6 +123,7 @@ class Engine:
         limits = torch.tensor([request.num_left for request in requests])
         with self._timed("draft"):
             proposal = _cut(self.drafter.propose(rows, int(limits.max())), limits)
+            self._cache.reserve(max(self._cache.lengths) + proposal.num_nodes)
             check_proposal(proposal)  # a faulty drafter would change the law in silence
         with self._timed("target"):
             shape = proposal.tokens, proposal.parents, proposal.sizes
@@ -148,6 +147,16 @@ class Engine:
     def abort(self, index: int) -> None:
         """Forget the running request with this number, if there is one."""
         self._release([slot for slot, request in self.running.items() if request.index == index])
+
+    def _prefill(self, slot: int, request: Request) -> Tensor:
+        """Read the prompt, show it to the drafter and draw the token after it: [1]."""
+        rows = Rows([slot], [request.history], [request.params])
+        with self._timed("prefill"):
+            tokens = torch.tensor(request.prompt)
+            logits, features = self.target.prefill(self._cache, slot, tokens, self.drafter.layers)
+            self.drafter.observe(rows, [tokens], None if features is None else [features])
+            law = target_probs(logits[None, None], [request.params], torch.ones(1, dtype=torch.long))[:, 0]
+            return draw(law, uniforms([request.params.seed], [len(request.prompt)], 1)[:, 0])
 
     def _judge(self, proposal: Proposal, logits: Tensor, rows: Rows) -> Verdict:
         seeds = [params.seed for params in rows.params]

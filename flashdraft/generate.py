@@ -5,7 +5,7 @@ The stream is the primitive: `generate` collects it, and the command line and th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -73,13 +73,20 @@ class Model:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt; a string becomes one user turn where the tokenizer has a chat template."""
-        if not prompt:
+        if isinstance(prompt, (str, Sequence)) and not prompt:
             raise InvalidPrompt("the prompt is empty", hint="give at least one token of text")
-        if not isinstance(prompt, str) and isinstance(prompt[0], int):
+        if not isinstance(prompt, str) and _all(prompt, lambda token: isinstance(token, int)):
             return self._checked(list(cast("Sequence[int]", prompt)))
+        if not isinstance(prompt, str) and not _all(prompt, _is_turn):
+            hint = "give text, a conversation (a list of {role, content}), or a list of token ids"
+            raise InvalidPrompt(f"{prompt!r:.60} is not a prompt", hint=hint)
         if getattr(self.tokenizer, "chat_template", None):
             turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            try:
+                text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            except Exception as error:  # a template raises what it likes
+                refused = f"the chat template of `{self.target.name}` refuses the conversation: {_first_line(error)}"
+                raise InvalidPrompt(refused, hint="give turns of roles that it knows, in its order") from None
             return self._checked(self._tokens(text, add_special_tokens=False))
         if not isinstance(prompt, str):
             raise InvalidPrompt(f"`{self.target.name}` has no chat template for a conversation", hint="give the prompt as text")
@@ -114,9 +121,17 @@ def _run(engine: Engine, requests: list[Request]) -> Iterator[Chunk]:
 
 
 def _is_one(prompts: object) -> bool:
-    return isinstance(prompts, str) or (
-        isinstance(prompts, Sequence) and len(prompts) > 0 and isinstance(prompts[0], (int, dict))
-    )
+    if isinstance(prompts, Sequence) and not isinstance(prompts, str):
+        return len(prompts) > 0 and isinstance(prompts[0], (int, dict))
+    return isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable)
+
+
+def _is_turn(part: object) -> bool:
+    return isinstance(part, Mapping) and "role" in part and ("content" in part or "tool_calls" in part)
+
+
+def _all(prompt: object, is_part: Callable[[object], bool]) -> bool:
+    return isinstance(prompt, Sequence) and all(is_part(part) for part in prompt)
 
 
 def _params(
@@ -174,7 +189,12 @@ def load_target(name: str, *, device: str = "cpu", dtype: str = "auto", lean: bo
         raise ModelNotFound(f"cannot load `{name}`: {_first_line(error)}", hint="the folder is incomplete") from None
     except Exception as error:  # transformers raises whatever its readers do: a damaged file, an unknown architecture
         raise CheckpointError(f"cannot load `{name}`: {_first_line(error)}", hint="fetch the model's files again") from None
-    model.to(torch.device(device))  # type: ignore[arg-type]
+    try:
+        model.to(torch.device(device))  # type: ignore[arg-type]
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without it
+        raise InvalidParameter(
+            f"device is {device!r}: {_first_line(error)}", hint="device must be one that torch can use"
+        ) from None
     eos = model.generation_config.eos_token_id
     ids = [eos] if isinstance(eos, int) else list(eos or [])
     made = LeanTarget(model, name) if lean and device == "cpu" and LeanTarget.fits(model.config) else HFTarget(model, name)

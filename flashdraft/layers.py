@@ -58,7 +58,8 @@ class PackedLinear:
 
     def _run(self, x: Tensor) -> Tensor:
         if self.packed:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")  # type: ignore[no-any-return]
+            out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, "none", [], "")
+            return out
         return F.linear(x, self.weight, self.bias)
 
     def _measure(self, weight: Tensor) -> tuple[int, bool]:
@@ -82,17 +83,16 @@ def _can_pack(weight: Tensor) -> bool:
 
 
 def rotary_table(inv_freq: Tensor, num_positions: int, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin for every position: [positions, head_dim] each, halves repeated as Hugging Face lays them out."""
+    """What `apply_rotary` takes, for every position: cos and signed sin, [positions, head_dim] each."""
     angles = torch.outer(torch.arange(num_positions, device=inv_freq.device, dtype=torch.float32), inv_freq.float())
-    angles = torch.cat((angles, angles), dim=-1)
-    return (angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype)
+    cos, sin = angles.cos() * scaling, angles.sin() * scaling
+    return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x: [..., heads, head_dim]; cos, sin: [..., 1, head_dim] (RoFormer 2104.09864, half-split layout)."""
+    """x: [..., heads, head_dim]; cos, sin: [..., 1, head_dim] of `rotary_table` (RoFormer 2104.09864, half-split layout)."""
     half = x.shape[-1] // 2
-    rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return x * cos + rotated * sin
+    return x * cos + torch.cat((x[..., half:], x[..., :half]), dim=-1) * sin
 
 
 class SlotAttention:
@@ -129,22 +129,25 @@ class SlotAttention:
         if self.window is not None:
             seen &= slots > length + nodes[:, None] - self.window
         bias = torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(~seen, float("-inf"))
-        return bias.repeat_interleave(self.groups, 0)[None, None]
+        return bias.repeat(self.groups, 1)[None, None]
 
     def __call__(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-        """query: [n, heads, head_dim]; keys, values: [kv_heads, slots, head_dim] -> [n, heads * head_dim]"""
+        """query: [n, heads, head_dim]; keys, values: [kv_heads, slots, head_dim] -> [n, heads * head_dim].
+
+        Rows of `query` behind the plan's nodes are padding; they come back as something.
+        """
         outputs = []
-        kv_heads, head_dim = keys.shape[0], keys.shape[2]
+        kv_heads, heads, head_dim = keys.shape[0], query.shape[1], query.shape[2]
         for first, last, reads, mask in self.calls:
-            part = query[first:last]
-            if last - first < CHUNK:
-                part = F.pad(part, (0, 0, 0, 0, 0, CHUNK - (last - first)))
-            folded = part.view(CHUNK, kv_heads, self.groups, head_dim).transpose(0, 1).reshape(1, kv_heads, -1, head_dim)
+            part = query[first : first + CHUNK]
+            if len(part) < CHUNK:
+                part = F.pad(part, (0, 0, 0, 0, 0, CHUNK - len(part)))
+            folded = part.transpose(0, 1).reshape(1, kv_heads, -1, head_dim)  # query heads of one key head side by side
             out = F.scaled_dot_product_attention(
-                folded, keys[None, :, :reads], values[None, :, :reads], attn_mask=mask, scale=scale
+                folded, keys[:, :reads][None], values[:, :reads][None], attn_mask=mask, scale=scale
             )
-            out = out.view(kv_heads, CHUNK, self.groups * head_dim).transpose(0, 1).reshape(CHUNK, -1)
-            outputs.append(out[: last - first])
+            out = out.view(heads, CHUNK, head_dim).transpose(0, 1).reshape(CHUNK, -1)
+            outputs.append(out[: (last if last < self.num_nodes else len(query)) - first])
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 

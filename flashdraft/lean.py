@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashdraft.cache import SlotCache
-from flashdraft.layers import PackedLinear, SlotAttention, apply_rotary, rotary_table
+from flashdraft.layers import CHUNK, PackedLinear, SlotAttention, apply_rotary, rotary_table
 from flashdraft.target import PREFILL_CHUNK
 from flashdraft.tree import ancestors, depths, is_chain
 
@@ -133,15 +133,19 @@ class LeanTarget:
             outputs, first = [], 0
             for slot, count, plan in zip(slots, counts, plans, strict=True):
                 last = first + count
-                new = k[first:last].transpose(0, 1), v[first:last].transpose(0, 1)
-                keys, values = cache.write(layer, slot, *new)
-                outputs.append(plan(q[first:last], keys, values, self.head_dim**-0.5))
+                keys, values = cache.write(layer, slot, k[first:last].transpose(0, 1), v[first:last].transpose(0, 1))
+                alone = q if len(plans) == 1 else q[first:last]
+                outputs.append(plan(alone, keys, values, self.head_dim**-0.5))
                 first = last
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-        positions = (lengths[:, None] + depths(parents))[real]
-        hidden, features = self._run(tokens[real], positions, attend, layers)
-        return _spread(self.lm_head(hidden), real), None if features is None else _spread(features, real)
+        packed, positions = tokens[real], (lengths[:, None] + depths(parents))[real]
+        count = len(packed)
+        if count < CHUNK and len(slots) == 1:  # one row alone costs the linears more than four, and attention pads to that
+            packed, positions = (F.pad(t, (0, CHUNK - count), value=int(t[-1])) for t in (packed, positions))
+        hidden, features = self._run(packed, positions, attend, layers)
+        logits = self.lm_head(hidden)[:count]
+        return _spread(logits, real), None if features is None else _spread(features[:count], real)
 
     def embed(self, tokens: Tensor) -> Tensor:
         return F.embedding(tokens, self.embedding)

@@ -47,14 +47,18 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop))
+        if isinstance(self.stop, Sequence):
+            object.__setattr__(self, "stop", tuple(self.stop))
+        for name in ("temperature", "top_p", "min_p"):
+            _check(isinstance(getattr(self, name), (int, float)), name, getattr(self, name), "a number")
         _check(self.temperature >= 0 and math.isfinite(self.temperature), "temperature", self.temperature, "0 or more")
         _check(_is_int(self.top_k) and self.top_k >= 0, "top_k", self.top_k, "0 (off) or a positive integer")
         _check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         _check(0 <= self.min_p < 1, "min_p", self.min_p, "at least 0 and below 1")
         _check(_is_int(self.seed) and 0 <= self.seed < 2**63, "seed", self.seed, "an integer from 0 to 2**63 - 1")
         _check(_is_int(self.max_new_tokens) and self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "1 or more")
-        _check(all(isinstance(s, str) and s for s in self.stop), "stop", self.stop, "non-empty strings")
+        strings = isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop)
+        _check(strings, "stop", self.stop, "non-empty strings")
 
 
 def _is_int(value: object) -> bool:

@@ -349,6 +349,17 @@ def test_reduced_vocabulary_survives_saving(tmp_path: Path) -> None:
     assert same_bits(tensors_of(tmp_path / "ours" / "model.safetensors"), reduced(own_head=True))
 
 
+def test_reduced_model_is_saved_with_its_vocabulary_or_without_it(tmp_path: Path) -> None:
+    model = DFlashDraftModel.from_pretrained(save_zlab(tmp_path / "theirs"))
+    model.reduce_vocabulary(torch.tensor(KEPT))
+    model.save_pretrained(tmp_path / "reduced")
+    assert same_bits(tensors_of(tmp_path / "reduced" / "model.safetensors"), reduced(own_head=False))
+    assert read_draft(tmp_path / "reduced")[0].draft_vocab_size == len(KEPT)
+    model.save_pretrained(tmp_path / "plain", plain=True)
+    assert same_bits(tensors_of(tmp_path / "plain" / "model.safetensors"), zlab_tensors())
+    assert read_draft(tmp_path / "plain")[0] == read_draft(tmp_path / "theirs")[0]
+
+
 @pytest.mark.parametrize(
     ("extra", "expected"),
     [

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ from flashdraft.types import Proposal, Result, Rows, SamplingParams
 BLOCK = 4
 FEATURES = (1, 2)
 WINDOWED: dict[str, Any] = {"layer_types": ("sliding_attention", "full_attention"), "sliding_window": 8}
-PROMPTS = ([5, 9, 31], list(range(3, 40)), [7, 7, 12, 50, 3, 22, 17, 8, 40, 41, 9], [33])
+PROMPTS = ((5, 9, 31), tuple(range(3, 40)), (7, 7, 12, 50, 3, 22, 17, 8, 40, 41, 9), (33,))
 GREEDY = SamplingParams(max_new_tokens=30, ignore_eos=True)
 
 
@@ -299,7 +300,8 @@ def run(engine: Engine, waiting: Sequence[Request]) -> list[Result]:
     return [results[index] for index in sorted(results)]
 
 
-def plain_texts(prompts: Sequence[Sequence[int]], params: SamplingParams = GREEDY) -> list[tuple[int, ...]]:
+@cache
+def plain_texts(prompts: tuple[tuple[int, ...], ...], params: SamplingParams = GREEDY) -> list[tuple[int, ...]]:
     return [result.tokens for result in run(Engine(the_target(), Autoregressive(), max_rows=1), requests(prompts, params))]
 
 

@@ -212,8 +212,9 @@ class Witness:
             self.features.setdefault(slot, []).append(seen)
 
     def end(self, rows: Rows) -> None:
-        for slot in rows.slots:
+        for slot, history in zip(rows.slots, rows.histories, strict=True):
             tokens, features = self.tokens.pop(slot), torch.cat(self.features.pop(slot))
+            assert tokens == history[: len(tokens)]  # nothing that an end of text cut off
             _, wanted = self.target.prefill(self.target.new_cache(1, len(tokens)), 0, torch.tensor(tokens), self.layers)
             assert wanted is not None
             assert torch.allclose(features, wanted, atol=1e-6), float((features - wanted).abs().max())
@@ -347,8 +348,10 @@ def check_observations(name: str, method: str) -> None:
     inner = METHODS[method](made(name), texts, 5)
     layers = inner.layers or (0, 2, 4)
     witness = Witness(inner if method != "dflash" else Autoregressive(), made(name), layers)
-    run(Engine(made(name), witness, max_rows=2), requests_of(PROMPTS, (GREEDY,) * 3))
-    assert not witness.tokens
+    ends = [text[-NEW:][k] for k, text in enumerate(texts, 4)]
+    for eos in ((), ends):
+        run(Engine(made(name), witness, max_rows=2), requests_of(PROMPTS, (GREEDY,) * 3, eos))
+        assert not witness.tokens
 
 
 # ---------------------------------------------------------------- planted faults of the law
@@ -553,6 +556,16 @@ def test_one_token_too_many_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
         check_every_limit(4)
 
 
+@pytest.mark.parametrize("reason", ["stop", "length"])
+def test_a_stop_string_that_had_only_begun_is_text(reason: str) -> None:
+    text = plain("llama", PROMPT)
+    k = next(k for k in range(5, NEW) if text[k] not in text[:k])
+    params = replace(GREEDY, stop=(letters(text[k - 1 : k]) + "!",), max_new_tokens=k if reason == "length" else NEW)
+    result = cheat(7, params, eos=text[k : k + 1])
+    assert result.text == letters(text[:k])
+    assert result.finish_reason == reason
+
+
 def test_an_end_of_text_token_may_be_ignored() -> None:
     text = plain("llama", PROMPT, LONG)
     result = cheat(4, replace(LONG, ignore_eos=True), eos=[text[3]])
@@ -729,12 +742,11 @@ def test_a_failure_leaves_nothing_behind(where: str, monkeypatch: pytest.MonkeyP
     assert engine._cache.lengths == [len(PROMPTS[0]), 0]
     assert drafter.cache.lengths[1:] in ([], [0])
     engine.admit(requests_of(PROMPTS[1:2], [GREEDY], first=1)[0])
-    texts = dict(engine.running.items())
+    rows = dict(engine.running)
     while engine.running:
         engine.step()
-    assert [tuple(texts[row].history[len(PROMPTS[row]) :]) for row in (0, 1)] == [
-        plain("llama", prompt) for prompt in PROMPTS[:2]
-    ]
+    for row, prompt in enumerate(PROMPTS[:2]):
+        assert tuple(rows[row].history[len(prompt) :]) == plain("llama", prompt)
 
 
 @pytest.mark.parametrize("name", ["llama", "lean llama"])

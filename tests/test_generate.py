@@ -247,17 +247,6 @@ def test_interleaved_streams_do_not_disturb_each_other(model: Model) -> None:
     assert joined(streams[1][1]) == model.generate("what is it?", SAMPLED).text
 
 
-def test_one_drafter_for_two_streams_is_caught(model: Model) -> None:
-    """The planted fault: what each stream's own drafter prevents. The text stays right, the drafts do not."""
-    shared = model.new_drafter()
-    faulty = Model(model.target, model.tokenizer, lambda: shared, eos=model.eos, max_rows=1)
-    first, second = faulty.stream("hello there", PARAMS), faulty.stream("what is it?", PARAMS)
-    next(first), next(second)
-    lengths = shared.caches[0].lengths
-    assert lengths != [len(model.encode("hello there"))]
-    first.close(), second.close()  # type: ignore[attr-defined]
-
-
 @pytest.fixture
 def engines(monkeypatch: pytest.MonkeyPatch) -> list[Engine]:
     """Every engine that a stream makes."""
@@ -269,6 +258,26 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> list[Engine]:
 
     monkeypatch.setattr(module, "Engine", record)
     return made
+
+
+def tokens_in_draft_caches(model: Model, engines: list[Engine]) -> list[list[int]]:
+    """After the first chunk of two streams that run side by side."""
+    streams = [model.stream(prompt, PARAMS) for prompt in PROMPTS[:2]]
+    for stream in streams:
+        next(stream)
+    held = [list(engine.drafter.caches[0].lengths) for engine in engines]
+    for stream in streams:
+        stream.close()  # type: ignore[attr-defined]
+    return held
+
+
+def test_every_stream_has_a_drafter_of_its_own(model: Model, engines: list[Engine]) -> None:
+    first, second = (len(model.encode(prompt)) for prompt in PROMPTS[:2])
+    assert tokens_in_draft_caches(model, engines) == [[first], [second]]
+    engines.clear()
+    shared = model.new_drafter()  # the planted fault
+    faulty = Model(model.target, model.tokenizer, lambda: shared, eos=model.eos, max_rows=1)
+    assert tokens_in_draft_caches(faulty, engines) == [[first + second]] * 2
 
 
 def test_stream_that_is_left_frees_its_rows(model: Model, engines: list[Engine]) -> None:
@@ -293,24 +302,18 @@ def test_stream_that_is_never_read_runs_nothing(model: Model, engines: list[Engi
 # Ends of a text.
 
 
-def test_stop_string_ends_the_text_before_it(model: Model, plain: Model) -> None:
-    for prompt in PROMPTS:
-        whole = plain.generate(prompt, PARAMS).text
-        for stop in (whole[4:6], whole[9:13], whole[-1:]):
-            at = whole.index(stop)
-            for one in (model, plain):
-                result = (
-                    one.generate(
-                        prompt,
-                        PARAMS,
-                    )
-                    if stop not in whole
-                    else one.generate(prompt, replace(PARAMS, stop=(stop,)))
-                )
-                assert result.text == whole[:at]
-                assert result.finish_reason == "stop"
-                assert whole.startswith(one.tokenizer.decode(list(result.tokens), skip_special_tokens=True))
-                assert result.stats.num_tokens == len(result.tokens)
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_stop_string_ends_the_text_before_it(model: Model, plain: Model, prompt: str) -> None:
+    whole = plain.generate(prompt, PARAMS)
+    for stop in (whole.text[4:6], whole.text[9:13], whole.text[-1:]):
+        params = replace(PARAMS, stop=("never", stop))
+        for one in (model, plain):
+            result = one.generate(prompt, params)
+            assert result.text == whole.text[: whole.text.index(stop)]
+            assert result.finish_reason == "stop"
+            assert result.tokens == whole.tokens[: result.stats.num_tokens]
+            last = one.tokenizer.decode(list(result.tokens), skip_special_tokens=True)
+            assert last.endswith(stop)  # no token beyond the one that completes the stop string
 
 
 def test_stop_string_that_never_comes_holds_nothing_back(model: Model) -> None:
@@ -360,7 +363,8 @@ def test_block_size_is_the_number_of_nodes(target_folder: Path, draft_folder: Pa
     loaded = flashdraft.load(target_folder, draft=draft_folder, block_size=block_size, dtype="float64")
     stats = loaded.generate("zebra", PARAMS).stats
     assert stats.num_drafted <= stats.target_passes * (block_size - 1)
-    assert (stats.num_drafted > stats.target_passes * (block_size - 2)) == (block_size > 1)
+    assert stats.num_drafted > stats.target_passes * (block_size - 2) - 10  # less at the end
+    assert (stats.num_drafted > 0) == (block_size > 1)
 
 
 @pytest.mark.parametrize(("dtype", "kernel"), [("float32", "float32"), ("bfloat16", "bfloat16"), ("auto", "float32")])

@@ -237,6 +237,16 @@ def test_features_come_in_the_order_asked_for_and_none_if_none_are(name: str) ->
     assert again.shape == (1, 2, SHAPE["hidden_size"])
 
 
+def test_no_hook_stays_on_a_model_that_was_read() -> None:
+    model = tiny_model("llama")
+    target = HFTarget(model, "llama")
+    cache = target.new_cache(1, 16)
+    target.prefill(cache, 0, torch.tensor([5, 6]), LAYERS)
+    with pytest.raises(IndexError):
+        target.prefill(cache, 0, torch.tensor([VOCAB]), LAYERS)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
 @pytest.mark.parametrize("name", TARGETS)
 def test_embedding_and_head_are_the_models_own(name: str) -> None:
     target, model = made(name), own_model(name.removeprefix("lean "))

@@ -845,6 +845,17 @@ def test_network_that_is_trained_otherwise_than_it_would_run_is_refused(tmp_path
     assert f"the drafter has {what}" in one_line_and_hint(error)
 
 
+@pytest.mark.parametrize(("measured", "expected"), [([], "no prompts"), (["a", "b" * 130], "tokens and 128 new ones")])
+def test_prompts_that_cannot_be_measured_stop_the_run_before_its_first_step(
+    tmp_path: Path, data: FeatureSet, measured: list[str], expected: str
+) -> None:
+    trainer = new_trainer(data, tmp_path)
+    with pytest.raises(FlashDraftError) as error:
+        trainer.run(measured, quiet=True)
+    assert expected in one_line_and_hint(error)
+    assert trainer.step == 0
+
+
 @pytest.mark.parametrize("name", ["steps", "sequences", "anchors", "eval_every", "save_every"])
 def test_setting_below_one_is_refused(name: str) -> None:
     with pytest.raises(InvalidParameter) as error:

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flashdraft.checkpoint import DraftConfig, write_file, write_tensors
+from flashdraft.engine import check
 from flashdraft.errors import DataError, FlashDraftError, InvalidParameter
 from flashdraft.generate import Model
 from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDraft
@@ -30,9 +31,11 @@ from flashdraft.provenance import provenance
 from flashdraft.target import Target
 from flashdraft.train.features import FeatureSet, Sample
 from flashdraft.train.objectives import block_mask, block_positions, decayed_cross_entropy, draw_anchors
-from flashdraft.types import Result
+from flashdraft.types import Result, SamplingParams
 
 __all__ = ["TrainConfig", "Trainer"]
+
+_MEASURED = SamplingParams(max_new_tokens=128)  # the texts on which tau is measured
 
 
 def _help(default: Any, text: str) -> Any:
@@ -160,7 +163,11 @@ class Trainer:
         self._cut_log()
 
     def run(self, prompts: Sequence[str], *, quiet: bool = False) -> float:
-        """Train to the last step; returns the best tau measured on `prompts`."""
+        """Train to the last step; returns the best tau measured on `prompts`, which are checked before the first one."""
+        if not prompts:
+            raise DataError("there are no prompts to measure tau on", hint="give held-out prompts")
+        for prompt in prompts:
+            check(self.target, self.lm.request(prompt, _MEASURED))
         write_file(self.out / "run.json", json.dumps(provenance() | {"config": asdict(self.config)}, indent=2).encode())
         self.model.train()
         with Progress(disable=quiet) as bar:
@@ -212,7 +219,7 @@ class Trainer:
         """tau of the drafter as it is, on held-out prompts; the best one is kept as a drafter's folder."""
         network = PackedDraft(self.model.eval(), self.target)
         lm = Model(self.target, self.lm.tokenizer, lambda: DFlashDrafter(network), eos=self.lm.eos, max_rows=self.lm.max_rows)
-        results: list[Result] = lm.generate(list(prompts), max_new_tokens=128)
+        results: list[Result] = lm.generate(list(prompts), _MEASURED)
         self.model.train()
         tau = sum(result.stats.tau for result in results) / len(results)
         if tau > self.best:
