@@ -35,7 +35,9 @@ class TextDecoder:
         whole = self._decode(self._start, len(self._tokens))
         if whole.endswith(_UNFINISHED):
             return ""
-        self._start, self._read = self._read, len(self._tokens)
+        if len(whole) > len(known):  # a window that began with a token without text would lose the next word's space
+            self._start = self._read
+        self._read = len(self._tokens)
         return self._give(whole[len(known) :], final=False)
 
     def flush(self) -> str:

@@ -633,6 +633,14 @@ def test_a_used_engine_writes_what_a_fresh_one_writes(method: str) -> None:
     check_crowd(method, rows=3, rounds=3)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_no_proposal_is_larger_than_what_may_still_be_written(method: str) -> None:
+    texts = [prompt + plain("llama", prompt) for prompt in PROMPTS]
+    drafter = Recording(METHODS[method](made("llama"), texts, 7))
+    run(Engine(made("llama"), drafter, max_rows=3), requests_of(PROMPTS, (GREEDY,) * 3))
+    assert drafter.proposals
+
+
 @dataclass
 class Recording:
     """A drafter whose proposals are kept."""
@@ -645,6 +653,7 @@ class Recording:
 
     def propose(self, rows: Rows, max_nodes: int) -> Proposal:
         proposal = self.inner.propose(rows, max_nodes)
+        assert proposal.num_nodes <= max_nodes
         self.proposals.append((rows.anchors, proposal.tokens.tolist()))
         return proposal
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -11,8 +12,6 @@ from typing import Any
 
 import pytest
 from conftest import EOS, VOCAB
-from hypothesis import given
-from hypothesis import strategies as st
 from toy_folders import letter_tokenizer, save_target, save_zlab
 
 import flashdraft
@@ -426,12 +425,20 @@ def slow_lookup(history: Sequence[int], max_ngram: int, count: int) -> list[int]
     return []
 
 
-histories = st.lists(st.integers(0, 3), min_size=1, max_size=24)
+def is_lookup(candidate: Lookup) -> bool:
+    """On a thousand random histories of few different tokens, so that endings come back often."""
+    for seed in range(1000):
+        dice = random.Random(seed)
+        history = [dice.randrange(3) for _ in range(dice.randrange(1, 30))]
+        max_ngram, count = dice.randrange(1, 5), dice.randrange(7)
+        if candidate(history, max_ngram, count) != slow_lookup(history, max_ngram, count):
+            return False
+    return True
 
 
-@given(histories, st.integers(1, 4), st.integers(0, 6))
-def test_lookup_equals_its_definition(history: list[int], max_ngram: int, count: int) -> None:
-    assert lookup(history, max_ngram, count) == slow_lookup(history, max_ngram, count)
+def test_lookup_equals_its_definition() -> None:
+    assert is_lookup(lookup)
+    assert lookup([1, 2, 3, 4, 2, 3, 5, 6, 3, 7, 2, 3], 3, 3) == [5, 6, 3]
 
 
 def earliest(history: Sequence[int], max_ngram: int, count: int) -> list[int]:
@@ -453,9 +460,7 @@ PLANTED: dict[str, Lookup] = {
 
 @pytest.mark.parametrize("wrong", PLANTED)
 def test_planted_wrong_lookup_is_caught(wrong: str) -> None:
-    history = [1, 2, 3, 4, 2, 3, 5, 6, 3, 7, 2, 3]
-    assert lookup(history, 3, 3) == slow_lookup(history, 3, 3) == [5, 6, 3]
-    assert PLANTED[wrong](history, 3, 3) != slow_lookup(history, 3, 3)
+    assert not is_lookup(PLANTED[wrong])
 
 
 def test_lookup_proposals_are_chains_of_their_own_lengths() -> None:

@@ -75,7 +75,7 @@ def test_seeded_sampled_text_is_the_plain_seeded_text(models: dict[str, Model]) 
 
 
 def _real_proposal(model: Model, prompt: str) -> tuple[Proposal, Tensor, Tensor]:
-    """A DFlash proposal behind a prompt and the start of its answer, the target's laws at T = 1, and the draft's softmax."""
+    """A DFlash proposal behind a prompt and the start of its answer, the target's laws at T = 1, and a half-sure softmax."""
     drafter = model.new_drafter()
     assert isinstance(drafter, DFlashDrafter)
     tokens = model.encode(prompt)
@@ -88,15 +88,17 @@ def _real_proposal(model: Model, prompt: str) -> tuple[Proposal, Tensor, Tensor]
     proposal = drafter.propose(rows, 8)
     logits, _ = model.target.forward(cache, [0], proposal.tokens, proposal.parents, proposal.sizes, ())
     laws = target_probs(logits, rows.params, proposal.sizes)
-    return proposal, laws[0].double(), torch.softmax(3.0 * logits[0].double(), -1)
+    own = torch.zeros_like(laws[0]).double()
+    own[torch.arange(proposal.num_nodes - 1), proposal.tokens[0, 1:]] = 1.0  # what node i's child proposes
+    return proposal, laws[0].double(), 0.5 * own + 0.5 * laws[0].double()
 
 
 def _pooled(proposal: Proposal, laws: Tensor, *others: Tensor) -> tuple[Proposal, list[Tensor]]:
-    """The same proposal over fewer tokens: those with 5 expected draws or more, the drafts', and one for all the rest.
+    """The same proposal over fewer tokens: those with 40 expected draws or more, the drafts', and one for all the rest.
 
     Pooling commutes with the rule: a chosen node asks only whether the draw is its own token.
     """
-    kept = ((laws * NUM_DRAWS) >= 5).any(0)
+    kept = ((laws * NUM_DRAWS) >= 40).any(0)
     kept[proposal.tokens[0]] = True
     ids = kept.nonzero()[:, 0]
     small = [torch.cat((law[:, ids], law[:, ~kept].sum(1, keepdim=True)), 1) for law in (laws, *others)]

@@ -221,3 +221,18 @@ def test_nothing_is_held_without_stop_strings() -> None:
 
 def test_a_partial_stop_is_given_out_at_the_end() -> None:
     assert pieces(Syllables(), [5, 0, 0], ["aab"]) == ["c", "", "", "aa"]
+
+
+class Metaspace:
+    """Words that bring their own space, which is dropped at the start of what is decoded (SentencePiece); 0 is special."""
+
+    WORDS = ("", " a", " b", "c", " d")
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
+        return "".join(self.WORDS[token] for token in ids).removeprefix(" ")
+
+
+@settings(derandomize=True, deadline=None)
+@given(tokens=st.lists(st.integers(0, 4), max_size=8))
+def test_a_space_that_a_word_brings_is_kept_inside_the_text(tokens: list[int]) -> None:
+    check_nothing_is_lost(Metaspace(), tokens)

@@ -726,6 +726,18 @@ def test_stopped_run_ends_with_the_same_bits(tmp_path: Path, data: FeatureSet, f
     assert equal(weights(resumed), weights(finished))
 
 
+def test_every_epoch_reads_every_sample_once_in_a_new_order(tmp_path: Path, data: FeatureSet) -> None:
+    trainer = new_trainer(data, tmp_path)
+    numbers: list[int] = []
+    sample = trainer._sample
+    trainer._sample = lambda number: (numbers.append(number), sample(number))[1]  # type: ignore[method-assign]
+    trainer.run(PROMPTS[:1], quiet=True)
+    assert numbers == list(range(12 * 4))
+    epochs = [[tuple(sample(n).tokens.tolist()) for n in range(first, first + len(data))] for first in (0, 8, 16)]
+    assert {len(set(epoch)) for epoch in epochs} == {len(data)}
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
 def test_run_resumed_without_its_optimizer_state_is_caught(tmp_path: Path, data: FeatureSet, finished: Trainer) -> None:
     stop_at(new_trainer(data, tmp_path), 7)
     resumed = new_trainer(data, tmp_path)
@@ -920,9 +932,20 @@ def test_reduced_vocabulary_is_what_the_drafter_drafts(tmp_path: Path, data: Fea
 # First weights.
 
 
+def normed_model() -> Any:
+    """A target whose norms have weights other than one."""
+    model = tiny_model("llama", dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.copy_(2 * torch.rand(parameter.shape, generator=generator) + 0.1)
+    return model
+
+
 @pytest.fixture(scope="module")
 def target_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_target(tmp_path_factory.mktemp("target"))
+    return save_target(tmp_path_factory.mktemp("target"), model=normed_model())
 
 
 def test_copy_of_the_target_holds_its_last_layers(data: FeatureSet, target_folder: Path) -> None:
@@ -941,7 +964,7 @@ def test_copy_draws_its_context_keys_like_the_target(data: FeatureSet, target_fo
     """The context's values are those that the copied layer would have made of the same states, up to fc's noise."""
     config = replace(CONFIG, num_hidden_layers=1)
     model = copied_from_target(config, str(target_folder), data[0], seed=0)
-    features, layer = data[0].features.float(), tiny_model("llama", dtype=torch.float32).model.layers[3]
+    features, layer = data[0].features.float(), normed_model().model.layers[3]
     with torch.no_grad():
         states = features[:, -HIDDEN:]
         expected = layer.self_attn.v_proj(layer.input_layernorm(states))

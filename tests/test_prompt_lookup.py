@@ -1,0 +1,60 @@
+"""Prompt lookup against a slow search that reads like its definition."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flashdraft.methods.prompt_lookup import PromptLookup, lookup
+from flashdraft.tree import check
+from flashdraft.types import Rows, SamplingParams
+
+
+def slow(history: Sequence[int], max_ngram: int, count: int) -> list[int]:
+    """What followed the latest earlier place where the longest known ending of the text stands."""
+    for size in range(max_ngram, 0, -1):
+        places = [i for i in range(len(history) - size) if history[i : i + size] == history[len(history) - size :]]
+        if places and size < len(history):
+            return list(history[places[-1] + size :][:count])
+    return []
+
+
+@settings(derandomize=True, deadline=None, max_examples=300)
+@given(history=st.lists(st.integers(0, 2), min_size=1, max_size=14), max_ngram=st.integers(1, 4), count=st.integers(0, 5))
+def test_the_draft_is_what_followed_the_longest_known_ending(history: list[int], max_ngram: int, count: int) -> None:
+    assert lookup(history, max_ngram, count) == slow(history, max_ngram, count)
+
+
+@pytest.mark.parametrize(
+    ("history", "draft"),
+    [
+        ([7], []),
+        ([7, 8], []),
+        ([5, 6, 7, 8, 9, 5, 6], [7, 8, 9]),
+        ([1, 6, 2, 5, 6, 3, 5, 6], [3, 5, 6]),  # the latest of two places
+        ([9, 5, 6, 1, 5, 6, 2, 9, 5, 6], [1, 5, 6]),  # three known tokens before two
+        ([4, 4, 4], [4]),  # the place may overlap the ending, and the text may end in the draft
+    ],
+)
+def test_drafts_of_known_texts(history: list[int], draft: list[int]) -> None:
+    assert lookup(history, 3, 3) == draft
+
+
+def test_rows_without_a_match_send_their_anchor_alone() -> None:
+    histories = [[5, 6, 7, 5], [1, 2, 3], [8, 8, 8, 8]]
+    rows = Rows([0, 1, 2], histories, [SamplingParams()] * 3)
+    proposal = PromptLookup(block_size=4).propose(rows, 99)
+    check(proposal)
+    assert proposal.sizes.tolist() == [4, 1, 2]
+    assert proposal.tokens[0].tolist() == [5, 6, 7, 5]
+    assert torch.equal(proposal.tokens[:, 0], torch.tensor([5, 3, 8]))
+
+
+@pytest.mark.parametrize(("block_size", "max_nodes", "width"), [(4, 99, 4), (4, 2, 2), (1, 99, 1), (9, 1, 1)])
+def test_a_proposal_fits_into_the_block_and_the_budget(block_size: int, max_nodes: int, width: int) -> None:
+    rows = Rows([0], [[5, 6, 7, 8, 5]], [SamplingParams()])
+    assert PromptLookup(block_size=block_size).propose(rows, max_nodes).num_nodes == width
