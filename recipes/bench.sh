@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# The README's tables: speed (8 prompts a task, 128 tokens, 3 repeats) and tau (40 prompts a task, 256 tokens).
+# The README's tables: speed (8 prompts a task, 128 tokens, 3 repeats), tau (40 prompts a task, 256 tokens), and T = 1.
 #   FLASHDRAFT_DATA=<folder with gsm8k/, humaneval/, mt_bench/>  recipes/bench.sh [RESULTS_FOLDER]
-# DRAFT=FOLDER measures another drafter than the shipped one, THREADS=N sets the threads of our methods.
-# Results that exist are shown, not measured again; remove speed.jsonl or tau.jsonl after a run that was cut off.
+# DRAFT=FOLDER measures another drafter than the shipped one, THREADS=N sets the threads of our methods,
+# METHODS=a,b,c those of the speed table. Results that exist are shown and not measured again.
 set -euo pipefail
 results=${1:-runs/bench}
 : "${FLASHDRAFT_DATA:?set FLASHDRAFT_DATA to the folder of the evaluation sets}"
 flashdraft=${FLASHDRAFT:-flashdraft}
+methods=${METHODS:-autoregressive,dflash,transformers}
 ids=$(dirname "$0")/bench_ids.json
 options=(${DRAFT:+--draft "$DRAFT"} ${THREADS:+--threads "$THREADS"})
 mkdir -p "$results"
@@ -15,11 +16,16 @@ $flashdraft tasks --data "$FLASHDRAFT_DATA" --ids "$ids" --first 8 --out "$resul
 $flashdraft tasks --data "$FLASHDRAFT_DATA" --ids "$ids" --out "$results/tau-prompts.jsonl"
 
 [ -e "$results/speed.jsonl" ] || $flashdraft bench --prompts "$results/speed-prompts.jsonl" --out "$results/speed.jsonl" \
-    --max-new-tokens 128 --repeats 3 --transformers-prompts 4 "${options[@]}" > "$results/speed.log"
+    --methods "$methods" --max-new-tokens 128 --repeats 3 --transformers-prompts 4 "${options[@]}" > "$results/speed.log"
 $flashdraft report "$results/speed.jsonl"
 
+# texts and tau only, so prompts are decoded eight together: times of this file mean nothing
 [ -e "$results/tau.jsonl" ] || $flashdraft bench --prompts "$results/tau-prompts.jsonl" --out "$results/tau.jsonl" \
-    --methods autoregressive,dflash --max-new-tokens 256 "${options[@]}" > "$results/tau.log"
+    --methods autoregressive,dflash --max-new-tokens 256 --max-rows 8 "${options[@]}" > "$results/tau.log"
 $flashdraft report "$results/tau.jsonl"
+
+[ -e "$results/sampled.jsonl" ] || $flashdraft bench --prompts "$results/speed-prompts.jsonl" --out "$results/sampled.jsonl" \
+    --methods autoregressive,dflash --max-new-tokens 128 --temperature 1 "${options[@]}" > "$results/sampled.log"
+$flashdraft report "$results/sampled.jsonl"
 
 $flashdraft profile

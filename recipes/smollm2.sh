@@ -13,9 +13,9 @@ mkdir -p "$run"
 [ -s "$run/held_out.jsonl" ] || tail -n 12 "$run/prompts.jsonl" > "$run/held_out.jsonl"
 
 $flashdraft regenerate "$run/prompts.jsonl" --target smollm2-135m --out "$run/answers.jsonl" \
-    --max-new-tokens 256 --max-rows 32 --limit "${NUM_ANSWERS:-3000}"
+    --max-new-tokens 256 --max-rows 32 --limit "${NUM_ANSWERS:-1600}"
 $flashdraft features ${SEED_ANSWERS:+"$SEED_ANSWERS"} "$run/answers.jsonl" --target smollm2-135m --out "$run/features"
 $flashdraft train "$run/features" --target smollm2-135m --out "$run/train" --init target \
     --num-layers 3 --block-size 4 --eval-prompts "$run/held_out.jsonl" \
-    --steps "${STEPS:-4000}" --lr 1e-3 --gamma 3
+    --steps "${STEPS:-1800}" --sequences 6 --anchors 64 --lr 1e-3 --gamma 3 --vocab 8192
 echo "the drafter: $run/train/best"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import string
 from collections.abc import Sequence
 from typing import Any
@@ -113,3 +114,9 @@ class LetterTokenizer:
 @pytest.fixture(params=list(FAMILIES))
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _threads(request: pytest.FixtureRequest) -> None:
+    """Tiny tensors gain nothing from threads; the real model does."""
+    torch.set_num_threads((os.cpu_count() or 1) if request.node.get_closest_marker("real_model") else 1)

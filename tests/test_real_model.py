@@ -94,11 +94,11 @@ def _real_proposal(model: Model, prompt: str) -> tuple[Proposal, Tensor, Tensor]
 
 
 def _pooled(proposal: Proposal, laws: Tensor, *others: Tensor) -> tuple[Proposal, list[Tensor]]:
-    """The same proposal over fewer tokens: those with 40 expected draws or more, the drafts', and one for all the rest.
+    """The same proposal over fewer tokens: those with 100 expected draws or more, the drafts', and one for all the rest.
 
     Pooling commutes with the rule: a chosen node asks only whether the draw is its own token.
     """
-    kept = ((laws * NUM_DRAWS) >= 40).any(0)
+    kept = ((laws * NUM_DRAWS) >= 100).any(0)
     kept[proposal.tokens[0]] = True
     ids = kept.nonzero()[:, 0]
     small = [torch.cat((law[:, ids], law[:, ~kept].sum(1, keepdim=True)), 1) for law in (laws, *others)]
