@@ -95,8 +95,9 @@ class Engine:
         return self._cache.nbytes + sum(cache.nbytes for cache in self.drafter.caches)
 
     def admit(self, request: Request) -> Chunk:
-        """Read the prompt and commit the first token. There must be a free row."""
+        """Read the prompt and commit the first token. There must be a free row; a Request runs once."""
         check(self.target, request)
+        assert self.num_free, "no free row"
         slot = next(i for i in range(self.max_rows) if i not in self.running)
         request.history = list(request.prompt)
         request.stats = Stats(num_prompt_tokens=len(request.prompt))

@@ -2,8 +2,8 @@
 
 Knows tensors and weights. Does not know models, caches' owners, or which tokens are drafts.
 
-Row-exact: a row's result does not depend on how many rows travel with it. That is what makes speculative text equal to
-plain text bit for bit, ties included. A linear finds out at load whether it is; attention gets it by always running the
+Row-exact: a row's result does not depend on how many rows travel with it. That is what makes the text of a chain
+equal to plain text bit for bit, ties included. A linear finds out at load whether it is; attention gets it by always running the
 same small shapes: `CHUNK` queries against a number of slots that depends on the query's own position alone.
 """
 

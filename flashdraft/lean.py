@@ -1,7 +1,7 @@
 """A decoder of our own for llama-shaped targets: fused and packed weights, rows packed for the linears, few operations.
 
 Built from a loaded Hugging Face model and equal to it to 1e-4. Row-exact where the linears are (layers.py), so that
-speculative and plain text agree bit for bit. Does not know drafters, verification or text.
+the text of a chain and plain text agree bit for bit. Does not know drafters, verification or text.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from flashdraft.cache import SlotCache
 
-__all__ = ["Chunk", "Drafter", "FinishReason", "Piece", "Proposal", "Result", "Rows", "SamplingParams", "Stats", "Verdict"]
-__all__ += ["option"]
+__all__ = ["Chunk", "Drafter", "FinishReason", "Piece", "Proposal", "Result", "Rows", "SamplingParams", "Stats"]
+__all__ += ["Verdict", "option"]
 
 FinishReason = Literal["stop", "length"]
 

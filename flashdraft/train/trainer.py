@@ -12,7 +12,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,35 +31,31 @@ from flashdraft.provenance import provenance
 from flashdraft.target import Target
 from flashdraft.train.features import FeatureSet, Sample
 from flashdraft.train.objectives import block_mask, block_positions, decayed_cross_entropy, draw_anchors
-from flashdraft.types import Result, SamplingParams
+from flashdraft.types import Result, SamplingParams, option
 
 __all__ = ["TrainConfig", "Trainer"]
 
 _MEASURED = SamplingParams(max_new_tokens=128)  # the texts on which tau is measured
 
 
-def _help(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True)
 class TrainConfig:
     """How one run trains. A default exists here once; the command line reads the help from here."""
 
-    steps: int = _help(2000, "optimizer steps")
-    sequences: int = _help(6, "sequences a step")
-    anchors: int = _help(64, "random anchors a sequence")
-    gamma: float = _help(4.0, "loss weight of position k is exp(-(k-1)/gamma)")
-    lr: float = _help(6e-4, "peak learning rate of AdamW")
-    warmup: float = _help(0.04, "share of the steps spent warming up")
-    weight_decay: float = _help(0.01, "AdamW's weight decay")
-    clip: float = _help(1.0, "largest norm of the gradient")
-    vocab: int = _help(8192, "the draft vocabulary: this many commonest answer tokens; 0 takes all")
-    negatives: int = _help(1024, "random other tokens added to that softmax at every step")
-    precision: str = _help("auto", "bf16, fp32, or auto: bf16 where the machine multiplies it natively")
-    eval_every: int = _help(250, "steps between measurements of tau")
-    save_every: int = _help(100, "steps between checkpoints")
-    seed: int = _help(0, "seed of the data order, the anchors and the initial weights")
+    steps: int = option(2000, "optimizer steps")
+    sequences: int = option(6, "sequences a step")
+    anchors: int = option(64, "random anchors a sequence")
+    gamma: float = option(4.0, "loss weight of position k is exp(-(k-1)/gamma)")
+    lr: float = option(6e-4, "peak learning rate of AdamW")
+    warmup: float = option(0.04, "share of the steps spent warming up")
+    weight_decay: float = option(0.01, "AdamW's weight decay")
+    clip: float = option(1.0, "largest norm of the gradient")
+    vocab: int = option(8192, "the draft vocabulary: this many commonest answer tokens; 0 takes all")
+    negatives: int = option(1024, "random other tokens added to that softmax at every step")
+    precision: str = option("auto", "bf16, fp32, or auto: bf16 where the machine multiplies it natively")
+    eval_every: int = option(250, "steps between measurements of tau")
+    save_every: int = option(100, "steps between checkpoints")
+    seed: int = option(0, "seed of the data order, the anchors and the initial weights")
 
     def __post_init__(self) -> None:
         for name in ("steps", "sequences", "anchors", "eval_every", "save_every"):
