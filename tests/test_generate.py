@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,7 @@ from flashdraft.errors import (
     ModelNotFound,
 )
 from flashdraft.generate import Model
-from flashdraft.methods.prompt_lookup import PromptLookup, lookup
-from flashdraft.types import Chunk, Result, Rows, SamplingParams
+from flashdraft.types import Chunk, Result, SamplingParams
 
 PROMPTS = ["hello there", "a", "what is it?", "zebra", "Quick brown fox"]
 PARAMS = SamplingParams(max_new_tokens=20, ignore_eos=True)
@@ -410,70 +408,6 @@ def test_unknown_target_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound) as error:
         flashdraft.load(tmp_path / "nothing")
     assert "nothing" in one_line(error)
-
-
-# Prompt lookup, against the slowest way to say it.
-
-Lookup = Callable[[Sequence[int], int, int], list[int]]
-
-
-def slow_lookup(history: Sequence[int], max_ngram: int, count: int) -> list[int]:
-    for size in range(max_ngram, 0, -1):
-        ends = [end for end in range(len(history)) if end >= size and list(history[end - size : end]) == list(history[-size:])]
-        if ends:
-            return list(history[max(ends) :])[:count]
-    return []
-
-
-def is_lookup(candidate: Lookup) -> bool:
-    """On a thousand random histories of few different tokens, so that endings come back often."""
-    for seed in range(1000):
-        dice = random.Random(seed)
-        history = [dice.randrange(3) for _ in range(dice.randrange(1, 30))]
-        max_ngram, count = dice.randrange(1, 5), dice.randrange(7)
-        if candidate(history, max_ngram, count) != slow_lookup(history, max_ngram, count):
-            return False
-    return True
-
-
-def test_lookup_equals_its_definition() -> None:
-    assert is_lookup(lookup)
-    assert lookup([1, 2, 3, 4, 2, 3, 5, 6, 3, 7, 2, 3], 3, 3) == [5, 6, 3]
-
-
-def earliest(history: Sequence[int], max_ngram: int, count: int) -> list[int]:
-    for size in range(max_ngram, 0, -1):
-        ends = [end for end in range(len(history)) if end >= size and list(history[end - size : end]) == list(history[-size:])]
-        if ends:
-            return list(history[min(ends) :])[:count]
-    return []
-
-
-PLANTED: dict[str, Lookup] = {
-    "the earliest occurrence": earliest,
-    "the shortest ending": lambda history, _, count: lookup(history, 1, count),
-    "the ending itself": lambda history, n, count: lookup([*history, 9], n, count),
-    "one token late": lambda history, n, count: lookup(history, n, count + 1)[1:],
-    "one token too many": lambda history, n, count: lookup(history, n, count + 1),
-}
-
-
-@pytest.mark.parametrize("wrong", PLANTED)
-def test_planted_wrong_lookup_is_caught(wrong: str) -> None:
-    assert not is_lookup(PLANTED[wrong])
-
-
-def test_lookup_proposals_are_chains_of_their_own_lengths() -> None:
-    histories = [[4, 5, 6, 7, 8, 4, 5], [9, 8, 7], [3, 3]]
-    rows = Rows([0, 1, 2], histories, [PARAMS] * 3)
-    proposal = PromptLookup(max_ngram=3, block_size=4).propose(rows, 9)
-    assert proposal.sizes.tolist() == [4, 1, 2]
-    assert proposal.tokens[0].tolist() == [5, 6, 7, 8]
-    assert proposal.tokens[2, :2].tolist() == [3, 3]
-    assert proposal.tokens[:, 0].tolist() == [5, 7, 3]
-    assert proposal.parents.tolist() == [[-1, 0, 1, 2]] * 3
-    assert PromptLookup(block_size=4).propose(rows, 2).sizes.tolist() == [2, 1, 2]
-    assert PromptLookup(block_size=4).propose(rows, 1).tokens.tolist() == [[5], [7], [3]]
 
 
 def test_tokenizer_of_these_tests_is_one_letter_a_token() -> None:

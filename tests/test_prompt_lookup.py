@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -23,10 +24,33 @@ def slow(history: Sequence[int], max_ngram: int, count: int) -> list[int]:
     return []
 
 
+def earliest(history: Sequence[int], max_ngram: int, count: int) -> list[int]:
+    for size in range(max_ngram, 0, -1):
+        places = [i for i in range(len(history) - size) if history[i : i + size] == history[len(history) - size :]]
+        if places:
+            return list(history[places[0] + size :][:count])
+    return []
+
+
+PLANTED: dict[str, Callable[[Sequence[int], int, int], list[int]]] = {
+    "the earliest place": earliest,
+    "the shortest ending": lambda history, _, count: lookup(history, 1, count),
+    "the ending itself": lambda history, n, count: lookup([*history, 9], n, count),
+    "one token late": lambda history, n, count: lookup(history, n, count + 1)[1:],
+    "one token too many": lambda history, n, count: lookup(history, n, count + 1),
+}
+
+
 @settings(derandomize=True, deadline=None, max_examples=300)
 @given(history=st.lists(st.integers(0, 2), min_size=1, max_size=14), max_ngram=st.integers(1, 4), count=st.integers(0, 5))
 def test_the_draft_is_what_followed_the_longest_known_ending(history: list[int], max_ngram: int, count: int) -> None:
     assert lookup(history, max_ngram, count) == slow(history, max_ngram, count)
+
+
+@pytest.mark.parametrize("wrong", PLANTED)
+def test_a_wrong_search_differs_somewhere(wrong: str) -> None:
+    texts = itertools.product(range(2), repeat=7)
+    assert any(PLANTED[wrong](text, 3, 2) != slow(text, 3, 2) for text in texts)
 
 
 @pytest.mark.parametrize(
