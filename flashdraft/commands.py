@@ -24,7 +24,7 @@ from flashdraft.errors import ContextLengthError, InvalidParameter, InvalidPromp
 from flashdraft.generate import Model, load
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.methods.dflash import DFlashDraftModel
-from flashdraft.train.features import FeatureSet, write_features
+from flashdraft.train.features import FeatureSet, ShardWriter, write_features
 from flashdraft.train.initialise import copied_from_target, draft_config, feature_layers, random_weights
 from flashdraft.train.prompts import write_prompts
 from flashdraft.train.regenerate import regenerate as answer_prompts
@@ -39,6 +39,7 @@ TARGET_HELP = "built-in name, hub id, folder or GGUF file"
 TargetName = Annotated[str, Option(help=TARGET_HELP)]
 Data = Annotated[Path, Option(envvar="FLASHDRAFT_DATA", help="folder of the public data sets")]
 Out = Annotated[Path, Option(help="file to write")]
+MaxLength = Annotated[int, Option(help="tokens of prompt and answer that are stored, at most")]
 Folder = Annotated[Path, Option(help="folder to write")]
 
 
@@ -211,10 +212,19 @@ def regenerate(
     params: SamplingParams,
     max_rows: Annotated[int, Option(help="prompts decoded together, at most")] = 8,
     limit: Annotated[int | None, Option(help="only the file's first prompts")] = None,
+    keep_features: Annotated[
+        Path | None, Option(help="keep what the target saw in this folder, for `flashdraft features`")
+    ] = None,
+    num_features: Annotated[int, Option(help="target layers whose outputs are kept")] = 5,
+    max_length: MaxLength = 512,
 ) -> None:
     if limit is not None and limit < 1:
         raise InvalidParameter(f"limit is {limit}", hint="limit must be 1 or more")
-    count = answer_prompts(model.load(max_rows), file, out, params=params, limit=limit, quiet=not sys.stdout.isatty())
+    lm, shards = model.load(max_rows), None
+    if keep_features is not None:
+        layers = feature_layers(lm.target.num_layers, num_features)
+        shards = ShardWriter(lm, keep_features, layers=layers, max_length=max_length)
+    count = answer_prompts(lm, file, out, params=params, limit=limit, shards=shards, quiet=not sys.stdout.isatty())
     print(f"{count} new answers in {out}")
 
 
@@ -223,7 +233,7 @@ def features(
     out: Folder,
     target: TargetName = "smollm2-135m",
     num_features: Annotated[int, Option(help="target layers whose outputs are stored")] = 5,
-    max_length: Annotated[int, Option(help="tokens of prompt and answer that are read, at most")] = 512,
+    max_length: MaxLength = 512,
 ) -> None:
     if max_length < 2:
         raise InvalidParameter(f"max_length is {max_length}", hint="max_length must be 2 or more")

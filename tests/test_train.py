@@ -574,7 +574,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_features_resume_and_make_nothing_twice(tmp_path: Path, answers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features_stage, "_SHARD", 3)
+    monkeypatch.setattr(features_stage, "SHARD", 3)
     lm, made = language_model(), []
 
     def write(folder: str, stop_at: int = 99) -> int:
@@ -602,7 +602,7 @@ def test_features_resume_and_make_nothing_twice(tmp_path: Path, answers: Path, m
 
 
 def test_more_answers_do_not_count_the_first_ones_twice(tmp_path: Path, answers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features_stage, "_SHARD", 3)
+    monkeypatch.setattr(features_stage, "SHARD", 3)
     lines, growing, lm = answers.read_text().splitlines(keepends=True), tmp_path / "growing.jsonl", language_model()
     for count in (4, 8, 8):
         growing.write_text("".join(lines[:count]))

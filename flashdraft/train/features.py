@@ -1,14 +1,14 @@
-"""Stage 3: the target's hidden states for every answer, in 16 bits, as safetensors shards with a manifest.
+"""Stage 3: what a drafter reads, the target's hidden states for every answer: stored in 16-bit shards, or computed on the fly.
 
-A shard holds, for sample n: `n.tokens` [tokens] int32 and `n.features` [tokens, F * hidden] bfloat16; the
-manifest says where each answer begins. Features of the last token are stored too, although nothing is drafted behind it.
+A shard holds, for sample n: `n.tokens` [tokens] int32 and `n.features` [tokens, F * hidden] bfloat16, of as many tokens as the
+target has read (it need not read the last one); the manifest says where each answer begins, and every shard's checksum.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,13 @@ from torch import Tensor
 from flashdraft.checkpoint import write_file, write_tensors
 from flashdraft.errors import DataError
 from flashdraft.generate import Model
+from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.train.prompts import read_jsonl
+from flashdraft.types import Rows
 
-__all__ = ["FeatureSet", "Sample", "write_features"]
+__all__ = ["SHARD", "FeatureSet", "OnlineFeatures", "Recorder", "Sample", "ShardWriter", "encode", "shard_key", "write_features"]
 
-_SHARD = 64  # answers a shard
+SHARD = 64  # answers a shard; every answer file is cut anew
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,47 @@ class Sample:
     """One answer with its prompt, as the target read it."""
 
     tokens: Tensor  # [n] int64
-    features: Tensor  # [n, F * hidden]
+    features: Tensor  # [n or n - 1, F * hidden]
     num_prompt: int  # tokens before the answer
+
+
+class ShardWriter:
+    """A features folder that is being filled: its manifest, and which shards are still to be made."""
+
+    def __init__(self, model: Model, out: Path, *, layers: tuple[int, ...], max_length: int) -> None:
+        self.model, self.out, self.layers, self.max_length = model, out, layers, max_length
+        out.mkdir(parents=True, exist_ok=True)
+        kind: dict[str, Any] = {"target": model.target.name, "layers": list(layers), "hidden_size": model.target.hidden_size}
+        kind |= {"max_length": max_length}
+        self.known: dict[str, dict[str, Any]] = {}
+        if (out / "manifest.json").exists():
+            old = _read_manifest(out)
+            if any(old[key] != kind[key] for key in kind):
+                raise DataError(f"`{out}` holds features of another kind", hint="name another folder, or remove that one")
+            found = old["unused"] | old["shards"]
+            self.known = {key: entry for key, entry in found.items() if (out / f"{key}.safetensors").exists()}
+        self.manifest = kind | {"shards": {}, "unused": self.known}
+
+    def use(self, keys: Sequence[str]) -> list[str]:
+        """Make the set these shards; returns those that are not there yet. The others stay in the folder, unused."""
+        self.manifest["shards"] = {key: self.known[key] for key in keys if key in self.known}
+        self.manifest["unused"] = {key: entry for key, entry in self.known.items() if key not in set(keys)}
+        self._write_manifest()
+        return [key for key in keys if key not in self.known]
+
+    def add(self, key: str, samples: Sequence[Sample], *, place: str = "shards") -> None:
+        """Write one shard, its manifest entry last."""
+        path, tensors = self.out / f"{key}.safetensors", {}
+        for n, sample in enumerate(samples):
+            tensors[f"{n}.tokens"] = sample.tokens[: self.max_length].to(torch.int32)
+            tensors[f"{n}.features"] = sample.features[: self.max_length].to(torch.bfloat16)
+        write_tensors(path, tensors)
+        entry = {"starts": [sample.num_prompt for sample in samples], "bytes": path.stat().st_size, "sha256": _sha256(path)}
+        self.manifest[place][key] = self.known[key] = entry
+        self._write_manifest()
+
+    def _write_manifest(self) -> None:
+        write_file(self.out / "manifest.json", json.dumps(self.manifest).encode())
 
 
 def write_features(
@@ -45,38 +86,51 @@ def write_features(
     The set is then these answers, each once; shards of an earlier call that hold others, or the same ones cut in another
     way, are kept as unused. Returns the number of shards.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    rows = [row for path in answers for row in read_jsonl(path, ("prompt", "response"))]
-    manifest: dict[str, Any] = {"target": model.target.name, "layers": list(layers), "hidden_size": model.target.hidden_size}
-    manifest |= {"max_length": max_length, "shards": {}, "unused": {}}
-    known: dict[str, list[int]] = {}
-    path = out / "manifest.json"
-    if path.exists():
-        old = _read_manifest(out)
-        if any(old[key] != manifest[key] for key in manifest if key not in ("shards", "unused")):
-            raise DataError(f"`{out}` holds features of another kind", hint="name another folder, or remove that one")
-        known = old.get("unused", {}) | old["shards"]
-        known = {key: starts for key, starts in known.items() if (out / f"{key}.safetensors").exists()}
-    parts = {_key(rows[start : start + _SHARD]): rows[start : start + _SHARD] for start in range(0, len(rows), _SHARD)}
-    manifest["shards"] = {key: known[key] for key in parts if key in known}
-    manifest["unused"] = {key: starts for key, starts in known.items() if key not in parts}
-    write_file(path, json.dumps(manifest).encode())
-    missing = [key for key in parts if key not in known]
-    for key in track(missing, description="features", disable=quiet):
-        manifest["shards"][key] = _write_shard(model, parts[key], out / f"{key}.safetensors", layers, max_length)
-        write_file(path, json.dumps(manifest).encode())
-    return len(manifest["shards"])
+    writer = ShardWriter(model, out, layers=layers, max_length=max_length)
+    parts = {shard_key(rows): rows for path in answers for rows in _shards(path)}
+    for key in track(writer.use(list(parts)), description="features", disable=quiet):
+        writer.add(key, [read_by(model, row, layers, max_length) for row in parts[key]])
+    return len(parts)
 
 
-def _key(rows: list[dict[str, Any]]) -> str:
+class Recorder(Autoregressive):
+    """Plain decoding that keeps what the target saw: the features of answers while they are written, at no second reading."""
+
+    def __init__(self, layers: tuple[int, ...]) -> None:
+        self.layers = layers
+        self.finished: dict[tuple[int, ...], Tensor] = {}  # prompt and answer -> features of all that was read
+        self._seen: dict[int, list[Tensor]] = {}
+
+    def observe(self, rows: Rows, tokens: Sequence[Tensor], features: Sequence[Tensor] | None) -> None:
+        assert features is not None
+        for slot, new in zip(rows.slots, features, strict=True):
+            self._seen.setdefault(slot, []).append(new.to(torch.bfloat16, copy=True))
+
+    def end(self, rows: Rows) -> None:
+        for slot, history in zip(rows.slots, rows.histories, strict=True):
+            self.finished[tuple(history)] = torch.cat(self._seen.pop(slot))
+
+
+def shard_key(rows: list[dict[str, Any]]) -> str:
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _shards(path: Path) -> Iterator[list[dict[str, Any]]]:
+    rows = list(read_jsonl(path, ("prompt", "response")))
+    for start in range(0, len(rows), SHARD):
+        yield rows[start : start + SHARD]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     try:
         manifest: dict[str, Any] = json.loads(path.read_text())
-        if missing := {"target", "layers", "hidden_size", "max_length", "shards"} - set(manifest):
+        if missing := {"target", "layers", "hidden_size", "max_length", "shards", "unused"} - set(manifest):
             raise ValueError(f"it lacks {min(missing)}")
     except FileNotFoundError:
         raise DataError(f"`{folder}` holds no manifest.json", hint="run `flashdraft features` first") from None
@@ -98,20 +152,14 @@ def encode(model: Model, row: dict[str, Any]) -> tuple[list[int], int]:
     return [*prompt, *answer], len(prompt)
 
 
-def _write_shard(model: Model, rows: list[dict[str, Any]], path: Path, layers: tuple[int, ...], max_length: int) -> list[int]:
-    tensors: dict[str, Tensor] = {}
-    starts = []
-    for n, row in enumerate(rows):
-        tokens, num_prompt = encode(model, row)
-        tokens = tokens[:max_length]
-        cache = model.target.new_cache(1, len(tokens))
-        _, features = model.target.prefill(cache, 0, torch.tensor(tokens), layers)
-        assert features is not None
-        tensors[f"{n}.tokens"] = torch.tensor(tokens, dtype=torch.int32)
-        tensors[f"{n}.features"] = features.to(torch.bfloat16)
-        starts.append(num_prompt)
-    write_tensors(path, tensors)
-    return starts
+def read_by(model: Model, row: dict[str, Any], layers: tuple[int, ...], max_length: int) -> Sample:
+    """One answer, read by the target; rounded like what is stored."""
+    tokens, num_prompt = encode(model, row)
+    tokens = tokens[:max_length]
+    cache = model.target.new_cache(1, len(tokens))
+    _, features = model.target.prefill(cache, 0, torch.tensor(tokens), layers)
+    assert features is not None
+    return Sample(torch.tensor(tokens), features.to(torch.bfloat16), num_prompt)
 
 
 class FeatureSet:
@@ -120,15 +168,28 @@ class FeatureSet:
     def __init__(self, folder: Path) -> None:
         manifest = _read_manifest(folder)
         self.folder = folder
+        self.name = str(folder)
         self.layers = tuple(manifest["layers"])
         self.hidden_size = int(manifest["hidden_size"])
         self.target = str(manifest["target"])
-        self.index = [(key, n, start) for key, starts in sorted(manifest["shards"].items()) for n, start in enumerate(starts)]
+        self.shards: dict[str, dict[str, Any]] = dict(sorted(manifest["shards"].items()))
+        self.index = [(key, n, start) for key, entry in self.shards.items() for n, start in enumerate(entry["starts"])]
         if not self.index:
             raise DataError(f"`{folder}` holds no samples", hint="run `flashdraft features` on a file with answers")
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def check(self, *, contents: bool = False) -> None:
+        """Raises DataError naming a shard that is gone or cut short; with `contents`, also one whose checksum differs."""
+        for key, entry in self.shards.items():
+            path = self.folder / f"{key}.safetensors"
+            size = path.stat().st_size if path.exists() else 0
+            wrong = "is gone" if not size else f"has {size} bytes of {entry['bytes']}" if size != entry["bytes"] else ""
+            if not wrong and contents and _sha256(path) != entry["sha256"]:
+                wrong = "is not what was written: its checksum differs"
+            if wrong:
+                raise DataError(f"`{path}` {wrong}", hint="remove it and run `flashdraft features` again")
 
     def answer_tokens(self, i: int) -> list[int]:
         tokens: list[int] = self._read(i, "tokens")[self.index[i][2] :].tolist()
@@ -146,3 +207,28 @@ class FeatureSet:
                 return tensor
         except (SafetensorError, OSError) as error:
             raise DataError(f"`{path}` cannot be read: {error}", hint="remove it and run `flashdraft features` again") from None
+
+
+class OnlineFeatures:
+    """The same samples without a folder: the target reads an answer again whenever it is asked for; nothing is stored."""
+
+    def __init__(self, model: Model, answers: Sequence[Path], *, layers: tuple[int, ...], max_length: int) -> None:
+        self.model, self.layers, self.max_length = model, layers, max_length
+        self.name, self.target, self.hidden_size = ", ".join(map(str, answers)), model.target.name, model.target.hidden_size
+        parts = {shard_key(rows): rows for path in answers for rows in _shards(path)}
+        self.rows = [row for _, rows in sorted(parts.items()) for row in rows]  # a FeatureSet's order
+        if not self.rows:
+            raise DataError(f"`{self.name}` holds no answers", hint="run `flashdraft regenerate` first")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def check(self) -> None:
+        pass
+
+    def answer_tokens(self, i: int) -> list[int]:
+        tokens, num_prompt = encode(self.model, self.rows[i])
+        return tokens[: self.max_length][num_prompt:]
+
+    def __getitem__(self, i: int) -> Sample:
+        return read_by(self.model, self.rows[i], self.layers, self.max_length)
