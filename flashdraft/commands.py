@@ -40,6 +40,7 @@ TargetName = Annotated[str, Option(help=TARGET_HELP)]
 Data = Annotated[Path, Option(envvar="FLASHDRAFT_DATA", help="folder of the public data sets")]
 Out = Annotated[Path, Option(help="file to write")]
 MaxLength = Annotated[int, Option(help="tokens of prompt and answer that are stored, at most")]
+SoftLabels = Annotated[bool, Option("--soft-labels", help="also the final state, of which soft labels are made")]
 Folder = Annotated[Path, Option(help="folder to write")]
 
 
@@ -217,13 +218,14 @@ def regenerate(
     ] = None,
     num_features: Annotated[int, Option(help="target layers whose outputs are kept")] = 5,
     max_length: MaxLength = 512,
+    soft_labels: SoftLabels = False,
 ) -> None:
     if limit is not None and limit < 1:
         raise InvalidParameter(f"limit is {limit}", hint="limit must be 1 or more")
     lm, shards = model.load(max_rows), None
     if keep_features is not None:
         layers = feature_layers(lm.target.num_layers, num_features)
-        shards = ShardWriter(lm, keep_features, layers=layers, max_length=max_length)
+        shards = ShardWriter(lm, keep_features, layers=layers, max_length=max_length, final=soft_labels)
     count = answer_prompts(lm, file, out, params=params, limit=limit, shards=shards, quiet=not sys.stdout.isatty())
     print(f"{count} new answers in {out}")
 
@@ -234,12 +236,14 @@ def features(
     target: TargetName = "smollm2-135m",
     num_features: Annotated[int, Option(help="target layers whose outputs are stored")] = 5,
     max_length: MaxLength = 512,
+    soft_labels: SoftLabels = False,
 ) -> None:
     if max_length < 2:
         raise InvalidParameter(f"max_length is {max_length}", hint="max_length must be 2 or more")
     lm = load(target, draft="autoregressive")
     layers = feature_layers(lm.target.num_layers, num_features)
-    count = write_features(lm, answers, out, layers=layers, max_length=max_length, quiet=not sys.stdout.isatty())
+    quiet = not sys.stdout.isatty()
+    count = write_features(lm, answers, out, layers=layers, max_length=max_length, final=soft_labels, quiet=quiet)
     print(f"{count} shards in {out}")
 
 

@@ -1,7 +1,8 @@
 """Stage 3: what a drafter reads, the target's hidden states for every answer: stored in 16-bit shards, or computed on the fly.
 
 A shard holds, for sample n: `n.tokens` [tokens] int32 and `n.features` [tokens, F * hidden] bfloat16, of as many tokens as the
-target has read (it need not read the last one); the manifest says where each answer begins, and every shard's checksum.
+target has read (it need not read the last one), and `n.final` [tokens, hidden], the final normed state, if soft labels are to be
+made of it; the manifest says where each answer begins, and every shard's checksum.
 """
 
 from __future__ import annotations
@@ -37,20 +38,21 @@ class Sample:
     tokens: Tensor  # [n] int64
     features: Tensor  # [n or n - 1, F * hidden]
     num_prompt: int  # tokens before the answer
+    final: Tensor | None = None  # [n or n - 1, hidden]: the state that the target's lm_head reads
 
 
 class ShardWriter:
     """A features folder that is being filled: its manifest, and which shards are still to be made."""
 
-    def __init__(self, model: Model, out: Path, *, layers: tuple[int, ...], max_length: int) -> None:
-        self.model, self.out, self.layers, self.max_length = model, out, layers, max_length
+    def __init__(self, model: Model, out: Path, *, layers: tuple[int, ...], max_length: int, final: bool = False) -> None:
+        self.out, self.layers, self.max_length, self.final = out, layers, max_length, final
         out.mkdir(parents=True, exist_ok=True)
         kind: dict[str, Any] = {"target": model.target.name, "layers": list(layers), "hidden_size": model.target.hidden_size}
-        kind |= {"max_length": max_length}
+        kind |= {"max_length": max_length, "final": final}
         self.known: dict[str, dict[str, Any]] = {}
         if (out / "manifest.json").exists():
             old = _read_manifest(out)
-            if any(old[key] != kind[key] for key in kind):
+            if any(old.get(key, False) != kind[key] for key in kind):
                 raise DataError(f"`{out}` holds features of another kind", hint="name another folder, or remove that one")
             found = old["unused"] | old["shards"]
             self.known = {key: entry for key, entry in found.items() if (out / f"{key}.safetensors").exists()}
@@ -68,7 +70,9 @@ class ShardWriter:
         path, tensors = self.out / f"{key}.safetensors", {}
         for n, sample in enumerate(samples):
             tensors[f"{n}.tokens"] = sample.tokens[: self.max_length].to(torch.int32)
-            tensors[f"{n}.features"] = sample.features[: self.max_length].to(torch.bfloat16)
+            tensors[f"{n}.features"] = sample.features[: self.max_length].contiguous()
+            if self.final and sample.final is not None:
+                tensors[f"{n}.final"] = sample.final[: self.max_length].contiguous()
         write_tensors(path, tensors)
         entry = {"starts": [sample.num_prompt for sample in samples], "bytes": path.stat().st_size, "sha256": _sha256(path)}
         self.manifest[place][key] = self.known[key] = entry
@@ -79,17 +83,24 @@ class ShardWriter:
 
 
 def write_features(
-    model: Model, answers: Sequence[Path], out: Path, *, layers: tuple[int, ...], max_length: int, quiet: bool = False
+    model: Model,
+    answers: Sequence[Path],
+    out: Path,
+    *,
+    layers: tuple[int, ...],
+    max_length: int,
+    final: bool = False,
+    quiet: bool = False,
 ) -> int:
     """Read every answer once with the target and store what the drafter will see; shards that exist are not made again.
 
     The set is then these answers, each once; shards of an earlier call that hold others, or the same ones cut in another
     way, are kept as unused. Returns the number of shards.
     """
-    writer = ShardWriter(model, out, layers=layers, max_length=max_length)
+    writer = ShardWriter(model, out, layers=layers, max_length=max_length, final=final)
     parts = {shard_key(rows): rows for path in answers for rows in _shards(path)}
     for key in track(writer.use(list(parts)), description="features", disable=quiet):
-        writer.add(key, [read_by(model, row, layers, max_length) for row in parts[key]])
+        writer.add(key, [read_by(model, row, layers, max_length, final=final) for row in parts[key]])
     return len(parts)
 
 
@@ -152,14 +163,25 @@ def encode(model: Model, row: dict[str, Any]) -> tuple[list[int], int]:
     return [*prompt, *answer], len(prompt)
 
 
-def read_by(model: Model, row: dict[str, Any], layers: tuple[int, ...], max_length: int) -> Sample:
+def read_by(model: Model, row: dict[str, Any], layers: tuple[int, ...], max_length: int, *, final: bool = False) -> Sample:
     """One answer, read by the target; rounded like what is stored."""
     tokens, num_prompt = encode(model, row)
     tokens = tokens[:max_length]
     cache = model.target.new_cache(1, len(tokens))
-    _, features = model.target.prefill(cache, 0, torch.tensor(tokens), layers)
+    _, features = model.target.prefill(cache, 0, torch.tensor(tokens), wanted_layers(model, layers, final))
     assert features is not None
-    return Sample(torch.tensor(tokens), features.to(torch.bfloat16), num_prompt)
+    return as_sample(tokens, features, num_prompt, model.target.hidden_size if final else 0)
+
+
+def wanted_layers(model: Model, layers: tuple[int, ...], final: bool) -> tuple[int, ...]:
+    return (*layers, model.target.num_layers) if final else layers
+
+
+def as_sample(tokens: list[int], features: Tensor, num_prompt: int, num_final: int) -> Sample:
+    """The last `num_final` of the features are the final state's."""
+    features = features.to(torch.bfloat16)
+    split = features.shape[1] - num_final
+    return Sample(torch.tensor(tokens), features[:, :split], num_prompt, features[:, split:] if num_final else None)
 
 
 class FeatureSet:
@@ -171,6 +193,7 @@ class FeatureSet:
         self.name = str(folder)
         self.layers = tuple(manifest["layers"])
         self.hidden_size = int(manifest["hidden_size"])
+        self.final = bool(manifest.get("final", False))
         self.target = str(manifest["target"])
         self.shards: dict[str, dict[str, Any]] = dict(sorted(manifest["shards"].items()))
         self.index = [(key, n, start) for key, entry in self.shards.items() for n, start in enumerate(entry["starts"])]
@@ -196,7 +219,8 @@ class FeatureSet:
         return tokens
 
     def __getitem__(self, i: int) -> Sample:
-        return Sample(self._read(i, "tokens").long(), self._read(i, "features"), self.index[i][2])
+        final = self._read(i, "final") if self.final else None
+        return Sample(self._read(i, "tokens").long(), self._read(i, "features"), self.index[i][2], final)
 
     def _read(self, i: int, name: str) -> Tensor:
         key, n, _ = self.index[i]
@@ -212,8 +236,10 @@ class FeatureSet:
 class OnlineFeatures:
     """The same samples without a folder: the target reads an answer again whenever it is asked for; nothing is stored."""
 
-    def __init__(self, model: Model, answers: Sequence[Path], *, layers: tuple[int, ...], max_length: int) -> None:
-        self.model, self.layers, self.max_length = model, layers, max_length
+    def __init__(
+        self, model: Model, answers: Sequence[Path], *, layers: tuple[int, ...], max_length: int, final: bool = False
+    ) -> None:
+        self.model, self.layers, self.max_length, self.final = model, layers, max_length, final
         self.name, self.target, self.hidden_size = ", ".join(map(str, answers)), model.target.name, model.target.hidden_size
         parts = {shard_key(rows): rows for path in answers for rows in _shards(path)}
         self.rows = [row for _, rows in sorted(parts.items()) for row in rows]  # a FeatureSet's order
@@ -231,4 +257,4 @@ class OnlineFeatures:
         return tokens[: self.max_length][num_prompt:]
 
     def __getitem__(self, i: int) -> Sample:
-        return read_by(self.model, self.rows[i], self.layers, self.max_length)
+        return read_by(self.model, self.rows[i], self.layers, self.max_length, final=self.final)

@@ -8,13 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.progress import track
 
 from flashdraft.engine import check
 from flashdraft.errors import ContextLengthError
 from flashdraft.generate import Model
-from flashdraft.train.features import SHARD, Recorder, Sample, ShardWriter, encode, shard_key
+from flashdraft.train.features import SHARD, Recorder, Sample, ShardWriter, as_sample, encode, shard_key, wanted_layers
 from flashdraft.train.prompts import read_jsonl
 from flashdraft.types import Chunk, SamplingParams
 
@@ -73,7 +72,7 @@ class _Keeper:
         self.samples: list[Sample] = []
 
     def new(self) -> Recorder:
-        self.recorder = Recorder(self.shards.layers)
+        self.recorder = Recorder(wanted_layers(self.model, self.shards.layers, self.shards.final))
         return self.recorder
 
     def take(self, line: dict[str, Any]) -> None:
@@ -83,7 +82,7 @@ class _Keeper:
             self.skip -= 1
             return
         self.lines.append(line)
-        self.samples.append(Sample(torch.tensor(tokens), features, num_prompt))
+        self.samples.append(as_sample(tokens, features, num_prompt, self.model.target.hidden_size * self.shards.final))
         if len(self.lines) == SHARD:
             self.shards.add(shard_key(self.lines), self.samples, place="unused")
             self.lines, self.samples = [], []
