@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flashdraft.errors import CheckpointError, DraftMismatch
+from flashdraft.heads import HEADS
 from flashdraft.hub import read_config
 from flashdraft.target import Target
 
@@ -51,12 +52,15 @@ class DraftConfig:
     attention_bias: bool = False
     draft_vocab_size: int | None = None  # rows of the reduced vocabulary d2t, if there is one
     dtype: str = "bfloat16"
+    sequential_head: str | None = None  # an addition of ours: `markov` or `swiglu` (heads.py); not in the plain format
+    head_rank: int = 64
 
     @staticmethod
     def from_json(config: Mapping[str, Any], where: str) -> DraftConfig:
         """Read config.json. Raises CheckpointError naming the missing or foreign key."""
         _refuse_foreign(config, where)
         special = config.get("dflash_config") or {}
+        own = config.get("flashdraft_config") or {}
         rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
         rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
         rope.setdefault("rope_type", rope.pop("type", "default"))
@@ -85,6 +89,8 @@ class DraftConfig:
                 attention_bias=bool(config.get("attention_bias", False)),
                 draft_vocab_size=config.get("draft_vocab_size"),
                 dtype=str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"),
+                sequential_head=own.get("sequential_head"),
+                head_rank=int(own.get("head_rank", 64)),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
@@ -110,8 +116,10 @@ class DraftConfig:
             "use_sliding_window": self.sliding_window is not None,
         }
         unlisted = {"block_size", "mask_token_id", "target_layer_ids", "num_target_layers", "rope_parameters", "layer_types"}
-        plain = [f.name for f in fields(self) if f.name not in unlisted and f.name != "draft_vocab_size"]
-        config |= {name: getattr(self, name) for name in plain}
+        own = {"draft_vocab_size", "sequential_head", "head_rank"}
+        config |= {f.name: getattr(self, f.name) for f in fields(self) if f.name not in unlisted | own}
+        if self.sequential_head is not None:
+            config["flashdraft_config"] = {"sequential_head": self.sequential_head, "head_rank": self.head_rank}
         return config if self.draft_vocab_size is None else config | {"draft_vocab_size": self.draft_vocab_size}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -141,7 +149,15 @@ class DraftConfig:
                 biases = {"q": (q,), "k": (kv,), "v": (kv,), "o": (h,)}
                 layer |= {f"self_attn.{name}_proj.bias": shape for name, shape in biases.items()}
             shapes |= {f"layers.{n}.{name}": shape for name, shape in layer.items()}
-        return shapes
+        return shapes | self._head_shapes()
+
+    def _head_shapes(self) -> dict[str, tuple[int, ...]]:
+        h, r = self.hidden_size, self.head_rank
+        shapes: dict[str, dict[str, tuple[int, ...]]] = {
+            "markov": {"previous": (self.vocab_size, r), "output": (self.draft_vocab_size or self.vocab_size, r)},
+            "swiglu": {"gate_up": (2 * r, 2 * h), "down": (h, r)},
+        }
+        return {f"sequential_head.{name}.weight": shape for name, shape in shapes.get(self.sequential_head or "", {}).items()}
 
     def optional_shapes(self) -> dict[str, tuple[int, ...]]:
         """Tensors that the file may hold beside them: an embedding and lm_head of its own, a reduced vocabulary."""
@@ -176,6 +192,9 @@ def read_draft(folder: Path) -> tuple[DraftConfig, dict[str, Tensor]]:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"`{path}` is damaged: {error}", hint="it may be cut short; fetch or write it again") from None
     _check_layer_types(config, folder)
+    if config.sequential_head not in (None, *HEADS):
+        named = f"a sequential head {config.sequential_head!r}"
+        raise CheckpointError(f"`{folder}` has {named}, which is not known", hint=f"known: {', '.join(HEADS)}")
     wanted, optional = config.shapes(), config.optional_shapes()
     reduced = config.draft_vocab_size not in (None, config.vocab_size)
     for name, shape in (wanted | {n: s for n, s in optional.items() if n in tensors or (n == "d2t" and reduced)}).items():

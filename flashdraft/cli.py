@@ -61,14 +61,14 @@ COMMANDS = {  # name of a function in commands.py -> its help and two examples
         "flashdraft profile --nodes 1 --nodes 4 --nodes 16 --context 1024",
     ),
     "prompts": (
-        "Training 1: prompts of public training sets, shuffled once.",
+        "Training 1: prompts of any data sets, shuffled once.",
         "flashdraft prompts --data data --out prompts.jsonl",
-        "FLASHDRAFT_DATA=data flashdraft prompts --out p.jsonl --seed 1",
+        "flashdraft prompts chats.jsonl tatsu-lab/alpaca:train --out prompts.jsonl --thinking 0.5",
     ),
     "regenerate": (
         "Training 2: the target's own answers; run again to resume.",
         "flashdraft regenerate prompts.jsonl --out answers.jsonl --max-rows 32",
-        "flashdraft regenerate prompts.jsonl --out answers.jsonl --limit 1000 --temperature 0.7",
+        "flashdraft regenerate prompts.jsonl --out answers.jsonl --url http://localhost:8000/v1 --model Qwen/Qwen3-8B",
     ),
     "features": (
         "Training 3: the target's hidden states; run again to resume.",
@@ -78,9 +78,25 @@ COMMANDS = {  # name of a function in commands.py -> its help and two examples
     "train": (
         "Training 4: a drafter; run again to resume.",
         "flashdraft train features --out run --eval-prompts held_out.jsonl",
-        "flashdraft train features --out run2 --eval-prompts held_out.jsonl --init run/best --steps 500 --lr 1e-4",
+        "flashdraft train features --out run2 --eval-prompts held_out.jsonl --init-from run/best --steps 500 --lr 1e-4",
+    ),
+    "eval": (
+        "Training 5: the real accepted length on held-out prompts.",
+        "flashdraft eval held_out.jsonl --draft run/best",
+        "flashdraft eval held_out.jsonl --target Qwen/Qwen3-8B --draft org/drafter --max-new-tokens 512",
+    ),
+    "doctor": (
+        "Find out why a drafter is accepted too little.",
+        "flashdraft doctor run/best smollm2-135m features",
+        "flashdraft doctor org/drafter Qwen/Qwen3-8B features --num-samples 32",
+    ),
+    "push": (
+        "Upload a drafter's folder to the hub.",
+        "flashdraft push run/best my-name/my-drafter",
+        "flashdraft push run/best my-name/my-drafter --private",
     ),
 }
+TRAINING = ("prompts", "regenerate", "features", "train", "eval", "doctor", "push")  # in train_commands.py
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -124,7 +140,8 @@ def _app(given: Sequence[str]) -> Any:
     app.callback()(_options)
     asked = next((word for word in given if not word.startswith("-")), None)
     for name, (text, *examples) in COMMANDS.items():
-        function = flat(getattr(import_module("flashdraft.commands"), name)) if name == asked else _nothing
+        module = "flashdraft.train_commands" if name in TRAINING else "flashdraft.commands"
+        function = flat(getattr(import_module(module), name)) if name == asked else _nothing
         epilog = "\n".join(("\b", "Examples:", *(f"  {example}" for example in examples)))
         app.command(name, help=text, epilog=epilog)(function)
     return typer.main.get_command(app)

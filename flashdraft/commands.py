@@ -18,17 +18,10 @@ from flashdraft.bench.profile import PARTS
 from flashdraft.bench.profile import profile as measure
 from flashdraft.bench.report import print_table, show
 from flashdraft.bench.run import BenchConfig, run_bench
-from flashdraft.bench.tasks import read_ids, read_prompts, write_tasks
-from flashdraft.checkpoint import check_target
-from flashdraft.errors import ContextLengthError, InvalidParameter, InvalidPrompt
+from flashdraft.bench.tasks import read_ids, write_tasks
+from flashdraft.errors import ContextLengthError, InvalidPrompt
 from flashdraft.generate import Model, load
 from flashdraft.methods.autoregressive import Autoregressive
-from flashdraft.methods.dflash import DFlashDraftModel
-from flashdraft.train.features import FeatureSet, ShardWriter, write_features
-from flashdraft.train.initialise import copied_from_target, draft_config, feature_layers, random_weights
-from flashdraft.train.prompts import write_prompts
-from flashdraft.train.regenerate import regenerate as answer_prompts
-from flashdraft.train.trainer import TrainConfig, Trainer
 from flashdraft.types import Chunk, Result, SamplingParams, option
 
 transformers.logging.set_verbosity_error()
@@ -36,6 +29,8 @@ transformers.logging.disable_progress_bar()
 
 PROMPT = "A baker bakes 12 trays of 8 rolls and sells 71 of them. How many rolls are left? Explain step by step."
 TARGET_HELP = "built-in name, hub id, folder or GGUF file"
+DTYPE_HELP = "float32, bfloat16, float16, or auto: as stored"
+DEVICE_HELP = "where the target runs: cpu, cuda, cuda:1, mps"
 TargetName = Annotated[str, Option(help=TARGET_HELP)]
 Data = Annotated[Path, Option(envvar="FLASHDRAFT_DATA", help="folder of the public data sets")]
 Out = Annotated[Path, Option(help="file to write")]
@@ -53,37 +48,12 @@ class ModelOptions:
         "auto", "drafter's folder or hub id, autoregressive, prompt_lookup, or auto: the one shipped for the target"
     )
     block_size: int | None = option(None, "nodes per proposal, the anchor included; by default what the drafter was trained for")
-    dtype: str = option("auto", "float32, bfloat16, float16, or auto: as stored")
+    dtype: str = option("auto", DTYPE_HELP)
+    device: str = option("cpu", DEVICE_HELP)
 
     def load(self, max_rows: int = 1) -> Model:
-        return load(self.target, draft=self.draft, block_size=self.block_size, dtype=self.dtype, max_rows=max_rows)
-
-
-@dataclass(frozen=True)
-class DraftOptions:
-    """The draft network to train; None: the default of `draft_config`, or what the folder of --init has."""
-
-    init: str = option("target", "first weights: target (copied from its last layers), random, or a drafter's folder")
-    num_layers: int | None = option(None, "draft layers; 3 if --init names no folder")
-    block_size: int | None = option(None, "anchor and masks; 4 if --init names no folder")
-    num_features: int | None = option(None, "target layers whose outputs the drafter reads; 5 if --init names no folder")
-    mask_token_id: int | None = option(None, "an id that the target never reads or writes; known for built-in targets")
-
-    def network(self, target: str, sample: Any, seed: int) -> DFlashDraftModel:
-        """sample: answers' features that calibrate a copy of the target's layers."""
-        names = ("num_layers", "block_size", "num_features", "mask_token_id")
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        if self.init in ("target", "random"):
-            config = draft_config(target, **given)
-            return random_weights(config, seed) if self.init == "random" else copied_from_target(config, target, sample, seed)
-        model = DFlashDraftModel.from_pretrained(self.init)
-        c = model.config
-        held = dict(zip(names, (c.num_hidden_layers, c.block_size, len(c.target_layer_ids), c.mask_token_id), strict=True))
-        for name, value in given.items():
-            if value != held[name]:
-                hint = f"leave out --{name.replace('_', '-')}, or start from another drafter"
-                raise InvalidParameter(f"{name} is {value}, but the drafter in `{self.init}` has {held[name]}", hint=hint)
-        return model
+        options: dict[str, Any] = {"block_size": self.block_size, "dtype": self.dtype, "device": self.device}
+        return load(self.target, draft=self.draft, max_rows=max_rows, **options)
 
 
 def demo(
@@ -200,68 +170,6 @@ def profile(
     held = [[str(one.nodes), name, f"{count / 1e6:.1f}"] for one in profiles for name, count in one.nbytes.items()]
     print()
     print_table(["nodes", "memory", "MB"], held)
-
-
-def prompts(data: Data, out: Out, seed: Annotated[int, Option(help="seed of the order")] = 0) -> None:
-    print(f"{write_prompts(data, out, seed=seed)} prompts in {out}")
-
-
-def regenerate(
-    file: Annotated[Path, Argument(metavar="PROMPTS", help="file that `flashdraft prompts` wrote")],
-    out: Out,
-    model: ModelOptions,
-    params: SamplingParams,
-    max_rows: Annotated[int, Option(help="prompts decoded together, at most")] = 8,
-    limit: Annotated[int | None, Option(help="only the file's first prompts")] = None,
-    keep_features: Annotated[
-        Path | None, Option(help="keep what the target saw in this folder, for `flashdraft features`")
-    ] = None,
-    num_features: Annotated[int, Option(help="target layers whose outputs are kept")] = 5,
-    max_length: MaxLength = 512,
-    soft_labels: SoftLabels = False,
-) -> None:
-    if limit is not None and limit < 1:
-        raise InvalidParameter(f"limit is {limit}", hint="limit must be 1 or more")
-    lm, shards = model.load(max_rows), None
-    if keep_features is not None:
-        layers = feature_layers(lm.target.num_layers, num_features)
-        shards = ShardWriter(lm, keep_features, layers=layers, max_length=max_length, final=soft_labels)
-    count = answer_prompts(lm, file, out, params=params, limit=limit, shards=shards, quiet=not sys.stdout.isatty())
-    print(f"{count} new answers in {out}")
-
-
-def features(
-    answers: Annotated[list[Path], Argument(help="files that `flashdraft regenerate` wrote")],
-    out: Folder,
-    target: TargetName = "smollm2-135m",
-    num_features: Annotated[int, Option(help="target layers whose outputs are stored")] = 5,
-    max_length: MaxLength = 512,
-    soft_labels: SoftLabels = False,
-) -> None:
-    if max_length < 2:
-        raise InvalidParameter(f"max_length is {max_length}", hint="max_length must be 2 or more")
-    lm = load(target, draft="autoregressive")
-    layers = feature_layers(lm.target.num_layers, num_features)
-    quiet = not sys.stdout.isatty()
-    count = write_features(lm, answers, out, layers=layers, max_length=max_length, final=soft_labels, quiet=quiet)
-    print(f"{count} shards in {out}")
-
-
-def train(
-    folder: Annotated[Path, Argument(metavar="FEATURES", help="folder that `flashdraft features` wrote")],
-    out: Folder,
-    eval_prompts: Annotated[Path, Option(help="held-out prompts, on which tau is measured")],
-    draft: DraftOptions,
-    config: TrainConfig,
-    target: TargetName = "smollm2-135m",
-) -> None:
-    held_out = [prompt.text for prompt in read_prompts(eval_prompts)]
-    data = FeatureSet(folder)
-    lm = load(target, draft="autoregressive")
-    network = draft.network(target, data[0], config.seed)
-    check_target(network.config, lm.target)
-    best = Trainer(network, lm, data, out, config).run(held_out, quiet=not sys.stdout.isatty())
-    print(f"best tau {best:.3f}; the drafter: {out / 'best'}")
 
 
 def _show(chunks: Iterable[Chunk]) -> Result:

@@ -71,8 +71,11 @@ class Model:
         """A prompt as the engine takes it."""
         return Request(self.encode(prompt), params, TextDecoder(self.tokenizer, params.stop), self.eos, index)
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt; a string becomes one user turn where the tokenizer has a chat template."""
+    def encode(self, prompt: Prompt, *, thinking: bool | None = None) -> list[int]:
+        """Token ids of a prompt; a string becomes one user turn where the tokenizer has a chat template.
+
+        thinking: the template's `enable_thinking`; None leaves it as the template has it. A template without it is refused.
+        """
         if isinstance(prompt, (str, Sequence)) and not prompt:
             raise InvalidPrompt("the prompt is empty", hint="give at least one token of text")
         if not isinstance(prompt, str) and _all(prompt, lambda token: isinstance(token, int)):
@@ -80,10 +83,15 @@ class Model:
         if not isinstance(prompt, str) and not _all(prompt, _is_turn):
             hint = "give text, a conversation (a list of {role, content}), or a list of token ids"
             raise InvalidPrompt(f"{prompt!r:.60} is not a prompt", hint=hint)
-        if getattr(self.tokenizer, "chat_template", None):
+        template = getattr(self.tokenizer, "chat_template", None)
+        if thinking is not None and "enable_thinking" not in str(template):
+            refused = f"the chat template of `{self.target.name}` has no `enable_thinking`"
+            raise InvalidPrompt(refused, hint="leave `thinking` out of the prompts")
+        if template:
+            switch = {} if thinking is None else {"enable_thinking": thinking}
             turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
             try:
-                text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+                text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **switch)
             except Exception as error:  # a template raises what it likes
                 refused = f"the chat template of `{self.target.name}` refuses the conversation: {_first_line(error)}"
                 raise InvalidPrompt(refused, hint="give turns of roles that it knows, in its order") from None

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from gguf import ReaderTensor
     from tokenizers import Tokenizer
 
-__all__ = ["BUILTIN", "GgufFile", "builtin", "builtin_draft", "cache_dir", "read_config", "resolve"]
+__all__ = ["BUILTIN", "GgufFile", "builtin", "builtin_draft", "cache_dir", "push", "read_config", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,20 @@ _ORIGINAL = "use the model's original Hugging Face folder"
 _HUB_ID = re.compile(r"(?!.*(\.\.|--))[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]  # never pickles
 _UNWANTED = ["*/*", "consolidated*"]  # the same weights again in other formats
+
+
+def push(folder: Path, repo: str, *, private: bool = False, token: str | None = None) -> str:
+    """Upload a folder to a model repository of the hub, made if need be; returns the commit's address. Raises ModelNotFound."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    api = HfApi(token=token)
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload a DFlash drafter"))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelNotFound(f"cannot push to `{repo}`: {cause}", hint="check the name, the network and `hf auth login`") from None
 
 
 def cache_dir() -> Path:

@@ -51,7 +51,7 @@ class LeanTarget:
     def __init__(self, model: Any, name: str) -> None:
         config = model.config
         decoder = model.model
-        self.name = name
+        self.name, self.config = name, config
         self.vocab_size = int(config.vocab_size)
         self.hidden_size = int(config.hidden_size)
         self.num_layers = int(config.num_hidden_layers)

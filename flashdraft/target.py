@@ -29,6 +29,7 @@ class Target(Protocol):
     """A large model, seen as a function from proposals to logits and features."""
 
     name: str
+    config: Any  # the Hugging Face text model's
     kernel: str  # what runs the weights, for reports
     row_exact: bool  # a row's bits do not depend on how many rows travel with it
     vocab_size: int

@@ -14,12 +14,12 @@ LEVELS = {  # a module imports only its own level and those below; `.*` stands f
         (
             "types errors",
             "text verify tree sampling control diffusion.coupling",
-            "target lean cache layers checkpoint hub",
+            "target lean cache layers heads checkpoint hub",
             "methods.*",
             "engine scheduler",
             "generate __init__",
             "train.* bench.* provenance export server.* diffusion.*",
-            "cli commands __main__",
+            "cli commands train_commands __main__",
         )
     )
     for name in names.split()

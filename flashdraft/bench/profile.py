@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from flashdraft import hub
 from flashdraft.engine import Engine
@@ -23,7 +24,7 @@ from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDra
 from flashdraft.train.initialise import draft_config, random_weights
 from flashdraft.types import Drafter, SamplingParams
 
-__all__ = ["PARTS", "Profile", "profile"]
+__all__ = ["PARTS", "Profile", "profile", "profile_training"]
 
 PARTS = ("weights", "attention", "lm_head", "drafting", "host")
 _WARM_UP = 3
@@ -54,7 +55,7 @@ def profile(target: str, *, draft: str = "auto", nodes: int = 8, context: int = 
         shipped = hub.builtin_draft(target) if draft == "auto" else draft
         most = max(model.target.num_layers - 3, 1)
         shape = {"num_layers": min(3, most), "num_features": min(5, most), "mask_token_id": 0}
-        untrained = random_weights(draft_config(target, **shape), 0) if shipped is None else None
+        untrained = random_weights(draft_config(model.target, **shape), 0) if shipped is None else None
         network = PackedDraft(untrained or DFlashDraftModel.from_pretrained(shipped or ""), model.target)
         drafter = DFlashDrafter(network, block_size=nodes)
     engine = Engine(model.target, drafter)
@@ -67,6 +68,33 @@ def profile(target: str, *, draft: str = "auto", nodes: int = 8, context: int = 
     nbytes = {"weights": model.target.nbytes, "cache": engine.cache_nbytes - caches}
     nbytes |= {"drafter weights": network.nbytes if network else 0, "drafter cache": caches}
     return Profile(nodes, {part: 1000 * median(step[part] for step in times) for part in PARTS}, nbytes)
+
+
+def profile_training(trainer: Any, steps: int) -> list[list[str]]:
+    """Rows (part, milliseconds a step, share): where `steps` of a Trainer go, its rate, and the share of the matmul rate.
+
+    The rate is block positions a second; the machine's is a float32 product of 1024 x 1024 matrices, at its best of five.
+    """
+    with FlopCounterMode(display=False) as flops:  # the first step builds kernels: it is counted, not timed
+        trainer.train_step()
+    trainer.seconds.clear()
+    started = time.perf_counter()
+    positions = sum(trainer.train_step()["positions"] for _ in range(steps))
+    seconds = time.perf_counter() - started
+    parts = {**trainer.seconds, "other": seconds - sum(trainer.seconds.values())}
+    rows = [[part, f"{1000 * spent / steps:.1f}", f"{spent / seconds:.0%}"] for part, spent in parts.items()]
+    rows.append(["step", f"{1000 * seconds / steps:.1f}", "100%"])
+    rows.append([f"{positions / seconds:.0f} positions/s", "", ""])
+    x = torch.randn(1024, 1024)
+    best = min(_seconds(lambda: x @ x) for _ in range(5))
+    rate = flops.get_total_flops() * steps / seconds / (2 * 1024**3 / best)
+    return [*rows, [f"{rate:.0%} of the float32 matmul rate", "", ""]]
+
+
+def _seconds(call: Any) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
 
 
 def _times(engine: Engine, target: LeanTarget, steps: int) -> list[dict[str, float]]:

@@ -9,7 +9,9 @@ Embedding and lm_head are the target's.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +25,15 @@ from flashdraft import hub
 from flashdraft.cache import SlotCache
 from flashdraft.checkpoint import DraftConfig, check_target, read_draft, write_draft
 from flashdraft.errors import CheckpointError, DraftMismatch
+from flashdraft.heads import MarkovHead, SequentialHead, SwigluHead
 from flashdraft.layers import PackedLinear, RMSNorm, SlotAttention, apply_rotary, rotary_table
 from flashdraft.target import Target
 from flashdraft.types import Proposal, Rows
 
 __all__ = ["DFlashDraftModel", "DFlashDrafter"]
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_LIKELY = 64  # tokens among which a corrected state chooses
 
 
 class _Attention(nn.Module):
@@ -87,6 +93,9 @@ class DFlashDraftModel(nn.Module):
         self.sin: Tensor
         for name, table in zip(("cos", "sin"), _rotary(config), strict=True):
             self.register_buffer(name, table, persistent=False)
+        self.sequential_head: SequentialHead | None = None
+        if config.sequential_head is not None:
+            self.add_head(config.sequential_head, config.head_rank)
 
     @classmethod
     def from_pretrained(cls, name: str | Path) -> DFlashDraftModel:
@@ -105,8 +114,22 @@ class DFlashDraftModel(nn.Module):
 
         plain: without the optional tensors, for engines that know only the 11 tensors a layer and 3 more.
         """
-        config = replace(self.config, draft_vocab_size=None) if plain else self.config
-        write_draft(Path(folder), config, {**self.state_dict(), **({} if plain else self.extras)}, readme)
+        config = replace(self.config, draft_vocab_size=None, sequential_head=None) if plain else self.config
+        tensors = {n: t for n, t in self.state_dict().items() if n in config.shapes()}
+        write_draft(Path(folder), config, tensors | ({} if plain else self.extras), readme)
+
+    def push_to_hub(self, repo: str, *, readme: str | None = None, plain: bool = False, **options: Any) -> str:
+        """Save into a model repository of the hub; `options` and errors are those of hub.push."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, readme=readme, plain=plain)
+            return hub.push(Path(folder), repo, **options)
+
+    def add_head(self, kind: str, rank: int) -> None:
+        """A sequential head that changes nothing yet. A `markov` one belongs to the draft vocabulary of the moment."""
+        self.config = c = replace(self.config, sequential_head=kind, head_rank=rank)
+        outputs = c.draft_vocab_size or c.vocab_size
+        markov = kind == "markov"
+        self.sequential_head = MarkovHead(c.vocab_size, outputs, rank) if markov else SwigluHead(c.hidden_size, rank)
 
     def reduce_vocabulary(self, tokens: Tensor) -> None:
         """Draft only these tokens [n] of the target's vocabulary (ascending): the lm_head's cost falls in proportion."""
@@ -149,7 +172,7 @@ def _rotary(config: DraftConfig) -> tuple[Tensor, Tensor]:
     if kind == "default":
         steps = torch.arange(0, config.head_dim, 2).float() / config.head_dim
         inv_freq, scaling = 1.0 / float(rope["rope_theta"]) ** steps, 1.0
-    elif kind in ("linear", "llama3", "yarn"):
+    elif kind in ROPE_TYPES:
         from transformers import Qwen3Config
 
         qwen3 = Qwen3Config(
@@ -161,9 +184,7 @@ def _rotary(config: DraftConfig) -> tuple[Tensor, Tensor]:
         )
         inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](qwen3, "cpu")
     else:
-        raise CheckpointError(
-            f"rotary scaling {kind!r} is not supported in a drafter", hint="known: default, linear, llama3, yarn"
-        )
+        raise CheckpointError(f"rotary scaling {kind!r} is not supported in a drafter", hint=f"known: {', '.join(ROPE_TYPES)}")
     return rotary_table(inv_freq, config.max_position_embeddings, float(scaling), torch.float32)
 
 
@@ -207,9 +228,14 @@ class PackedDraft:
         self.cos, self.sin = model.cos.to(device, dtype), model.sin.to(device, dtype)
         self.mask_embedding = self.embed(torch.tensor([model.config.mask_token_id]))
         self.vocabulary, self.head = _own_head(model, target, dtype, device)
+        own = model.extras.get("lm_head.weight")
+        self.own_head = None if own is None or model.sequential_head is None else own.to(device, dtype)
+        self.sequential = None if model.sequential_head is None else deepcopy(model.sequential_head).to(device, dtype).eval()
         linears = [self.fc, *(p for b in self.blocks for p in (b.kv, b.q, b.out, b.gate_up, b.down))]
         linears += [self.head] if self.head else []
-        self.nbytes = sum(linear.nbytes for linear in linears) + (0 if self.embedding is None else self.embedding.nbytes)
+        tensors = [t for t in (self.embedding, self.own_head) if t is not None]
+        tensors += list(self.sequential.parameters()) if self.sequential else []
+        self.nbytes = sum(linear.nbytes for linear in linears) + sum(tensor.nbytes for tensor in tensors)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The target's embedding, or the drafter's own if its file holds one."""
@@ -220,10 +246,33 @@ class PackedDraft:
     def norm_of(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self.config.rms_norm_eps)
 
-    def predict(self, hidden: Tensor) -> Tensor:
-        """The likeliest token of every row: [n, hidden] -> [n], ids of the target's vocabulary."""
-        best = (self.target.lm_head if self.head is None else self.head)(hidden).argmax(-1)
+    def predict(self, hidden: Tensor, anchors: Tensor) -> Tensor:
+        """The likeliest tokens behind the anchors [rows]: hidden [rows, n, hidden] -> [rows, n], ids of the target's vocabulary.
+
+        With a sequential head from left to right, each one seeing the token before.
+        """
+        logits = (self.target.lm_head if self.head is None else self.head)(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
+        if self.sequential is None:
+            return self._ids(logits.argmax(-1))
+        chosen, previous = [], anchors.to(hidden.device)
+        for k in range(hidden.shape[1]):
+            scores, bias = logits[:, k], self.sequential.bias(previous)
+            if bias is None:  # the corrected state is asked about the likeliest tokens only: a second lm_head would cost more
+                scores, likely = scores.topk(min(_LIKELY, scores.shape[-1]), dim=-1)
+                state = self.sequential.correct(hidden[:, k], self.embed(previous))
+                previous = self._ids(likely.gather(1, (self._rows(likely) @ state[..., None]).argmax(1))[:, 0])
+            else:
+                previous = self._ids((scores + bias).argmax(-1))
+            chosen.append(previous)
+        return torch.stack(chosen, dim=1)
+
+    def _ids(self, best: Tensor) -> Tensor:
         return best if self.vocabulary is None else self.vocabulary[best]
+
+    def _rows(self, drafts: Tensor) -> Tensor:
+        """The lm_head's rows of draft ids: [n, m] -> [n, m, hidden]."""
+        own = self.own_head
+        return self.target.head_weight(self._ids(drafts)) if own is None else own[drafts]
 
 
 def _own_head(
@@ -326,8 +375,8 @@ class DFlashDrafter:
             x = x + block.out(torch.cat(outputs))
             gate, up = block.gate_up(net.norm_of(x, block.post_norm)).chunk(2, dim=-1)
             x = x + block.down(F.silu(gate) * up)
-        wanted = x.view(len(slots), size, -1)[:, 1:width].reshape(-1, config.hidden_size)
-        return net.predict(net.norm_of(wanted, net.norm)).view(len(slots), width - 1)
+        wanted = x.view(len(slots), size, -1)[:, 1:width]
+        return net.predict(net.norm_of(wanted, net.norm), torch.tensor(anchors))
 
     def _plan(self, kind: str, length: int, like: Tensor) -> SlotAttention:
         config, size = self.network.config, self.block_size

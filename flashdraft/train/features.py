@@ -154,7 +154,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 def encode(model: Model, row: dict[str, Any]) -> tuple[list[int], int]:
     """Tokens of prompt and answer, and how many are the prompt's. An answer without token ids is encoded again."""
-    prompt = model.encode(row["prompt"])
+    prompt = model.encode(row["prompt"], thinking=row.get("thinking"))
     answer = row.get("tokens")
     if answer is None:
         answer = model.tokenizer.encode(row["response"], add_special_tokens=False)
@@ -214,6 +214,10 @@ class FeatureSet:
             if wrong:
                 raise DataError(f"`{path}` {wrong}", hint="remove it and run `flashdraft features` again")
 
+    def describe(self, i: int) -> str:
+        key, n, _ = self.index[i]
+        return f"sample {n} of `{self.folder / key}.safetensors`"
+
     def answer_tokens(self, i: int) -> list[int]:
         tokens: list[int] = self._read(i, "tokens")[self.index[i][2] :].tolist()
         return tokens
@@ -251,6 +255,9 @@ class OnlineFeatures:
 
     def check(self) -> None:
         pass
+
+    def describe(self, i: int) -> str:
+        return f"the answer to {self.rows[i]['prompt']!r:.60}"
 
     def answer_tokens(self, i: int) -> list[int]:
         tokens, num_prompt = encode(self.model, self.rows[i])

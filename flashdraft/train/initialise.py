@@ -7,6 +7,7 @@ values are those of the copied layer, and the draft's norms take over the scale 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -15,10 +16,11 @@ from torch import Tensor
 from flashdraft import hub
 from flashdraft.checkpoint import DraftConfig, spread_layers
 from flashdraft.errors import CheckpointError, InvalidParameter
-from flashdraft.methods.dflash import DFlashDraftModel
+from flashdraft.methods.dflash import ROPE_TYPES, DFlashDraftModel
+from flashdraft.target import Target
 from flashdraft.train.features import Sample
 
-__all__ = ["copied_from_target", "draft_config", "feature_layers", "random_weights"]
+__all__ = ["copied_from_target", "draft_config", "feature_layers", "random_weights", "taken_from"]
 
 MASK_TOKENS = {"smollm2-135m": 16}  # unused ids of the built-in targets' vocabularies
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -26,38 +28,33 @@ _PROJECTIONS = (*_ATTENTION, "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
 
 
 def draft_config(
-    target: str, *, num_layers: int = 3, block_size: int = 4, num_features: int = 5, mask_token_id: int | None = None
+    target: Target, *, num_layers: int = 3, block_size: int = 4, num_features: int = 5, mask_token_id: int | None = None
 ) -> DraftConfig:
-    """A draft network of the target's own width, heads and rotary positions that reads `num_features` of its layers.
+    """A draft network of the target's own width and heads that reads `num_features` of its layers, for any family.
 
     mask_token_id: an id that the target never reads or writes; known for the built-in targets, else it must be given.
-    Raises InvalidParameter for a shape that cannot be, and CheckpointError for a target that is not llama-shaped.
+    Raises InvalidParameter for a shape that cannot be.
     """
-    files = hub.resolve(target)
-    if not isinstance(files, Path):
-        raise CheckpointError(f"`{target}` is a GGUF file without a Hugging Face config", hint="give the model's original folder")
-    config = hub.read_config(files)
-    config = config.get("text_config") or config
-    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    if lacking := [key for key in keys if key not in config]:
-        raise CheckpointError(
-            f"the config.json of `{target}` lacks {lacking[0]}", hint="a draft takes the shape of a llama-like target"
-        )
-    total = int(config["num_hidden_layers"])
-    mask = MASK_TOKENS.get(target) if mask_token_id is None else mask_token_id
-    if mask is None or not 0 <= mask < config["vocab_size"]:
-        hint = f"give --mask-token-id: an id below {config['vocab_size']} that `{target}` never reads or writes"
+    config: dict[str, Any] = target.config.to_dict()
+    total, vocab = target.num_layers, target.vocab_size
+    mask = MASK_TOKENS.get(target.name) if mask_token_id is None else mask_token_id
+    if mask is None or not 0 <= mask < vocab:
+        hint = f"give --mask-token-id: an id below {vocab} that `{target.name}` never reads or writes"
         raise InvalidParameter(f"mask_token_id is {mask}", hint=hint)
     if block_size < 2:
         raise InvalidParameter(f"block_size is {block_size}", hint="a block is the anchor and at least one mask: 2 or more")
     if not 1 <= num_layers <= total:
-        raise InvalidParameter(f"num_layers is {num_layers}", hint=f"num_layers must be from 1 to {total}, as in `{target}`")
-    optional = ("num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings")
-    rotary = ("rope_parameters", "rope_scaling", "rope_theta")
-    shape = {key: config[key] for key in (*keys, *optional, *rotary) if config.get(key) is not None}
+        raise InvalidParameter(f"num_layers is {num_layers}", hint=f"num_layers must be from 1 to {total}, as in `{target.name}`")
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps")
+    shape = {name: config[name] for name in names if config.get(name) is not None}
+    rope = config.get("rope_parameters") or {}
+    rope = rope.get("full_attention") or rope  # gemma3 has one set for each kind of layer
+    if rope.get("rope_type", "default") not in ROPE_TYPES:  # the draft's positions need not be the target's
+        rope = {"rope_theta": rope.get("rope_theta", 10000.0)}
     special = {"mask_token_id": mask, "target_layer_ids": feature_layers(total, num_features)}
     shape |= {"num_hidden_layers": num_layers, "num_target_layers": total, "block_size": block_size, "dflash_config": special}
-    return DraftConfig.from_json(shape, target)
+    shape |= {"vocab_size": vocab, "max_position_embeddings": target.context_length, "rope_parameters": rope}
+    return DraftConfig.from_json(shape, target.name)
 
 
 def feature_layers(num_target_layers: int, num_features: int) -> tuple[int, ...]:
@@ -77,6 +74,22 @@ def random_weights(config: DraftConfig, seed: int) -> DFlashDraftModel:
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0.0, 0.02, generator=generator)
+    return model
+
+
+def taken_from(config: DraftConfig, donor: DFlashDraftModel, seed: int) -> DFlashDraftModel:
+    """A network for one target that starts from another one's drafter: every tensor of the same shape, the others random.
+
+    Raises InvalidParameter where no layer fits.
+    """
+    model = random_weights(config, seed)
+    theirs, state = donor.state_dict(), model.state_dict()
+    fits = {name for name in state if name in theirs and theirs[name].shape == state[name].shape}
+    if not any(name.endswith("proj.weight") for name in fits):
+        got = f"that drafter's layers are {donor.config.hidden_size} wide, these {config.hidden_size}"
+        raise InvalidParameter(got, hint="start from a drafter of the same hidden size, or with --init target or random")
+    for name in fits:
+        state[name].copy_(theirs[name])
     return model
 
 

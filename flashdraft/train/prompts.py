@@ -1,17 +1,23 @@
-"""Stage 1: public training sets -> one file of prompts, shuffled once. Evaluation sets are refused by name."""
+"""Stage 1: training sets, files and hub data sets -> one file of prompts, shuffled once.
+
+A row is a conversation (`messages`, or ShareGPT's `conversations`), a `question`, an `instruction` with its `input`, or a
+`prompt`. Evaluation sets are refused by name; it cannot be seen whether a set of another name holds entries of one.
+"""
 
 from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from flashdraft.checkpoint import write_file
 from flashdraft.errors import DataError, InvalidParameter
 
-__all__ = ["SOURCES", "read_jsonl", "write_prompts"]
+__all__ = ["SOURCES", "as_prompt", "numbered_lines", "read_jsonl", "write_prompts"]
 
 # source -> file below the data folder; of gsm8k only the train split
 SOURCES = {
@@ -22,10 +28,20 @@ SOURCES = {
     "self_instruct/user": "self_instruct/user_oriented_instructions.jsonl",
 }
 MATHS_SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+FORMS = ("messages", "conversations", "question", "instruction", "prompt")  # a row's field; the first one that it has counts
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+EVALUATION = re.compile(  # searched in a file's folder and name, or in a hub data set's name with its split
+    r"gsm8k.*(?<![a-z])test|human.?eval|mbpp|math.?500(?!\d)|(mt|spec|live.?code).?bench|alpaca.?eval|aime.?2", re.IGNORECASE
+)
 
 
 def read_jsonl(path: Path, keys: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     """The objects of a JSON Lines file. Raises DataError naming the line that is none, or that lacks one of `keys`."""
+    return (row for _, row in numbered_lines(path, keys))
+
+
+def numbered_lines(path: Path, keys: Sequence[str] = ()) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The same, each with the number of its line, from 1."""
     try:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
@@ -39,53 +55,148 @@ def read_jsonl(path: Path, keys: Sequence[str] = ()) -> Iterator[dict[str, Any]]
                     raise DataError(f"{path}, line {number}: not a JSON object", hint="mend or remove that line")
                 if lacking := [key for key in keys if key not in row]:
                     raise DataError(f"{path}, line {number}: no field `{lacking[0]}`", hint="mend or remove that line")
-                yield row
+                yield number, row
     except (FileNotFoundError, IsADirectoryError):
         raise DataError(f"no file `{path}`", hint="give the path of a .jsonl file") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 ({error.reason})", hint="save it as UTF-8") from None
 
 
-def write_prompts(data: Path, out: Path, *, sources: Sequence[str] = tuple(SOURCES), seed: int = 0) -> int:
-    """Write {source, row, prompt} lines of the named sources in a seeded order; returns how many."""
+def write_prompts(
+    data: Path | None,
+    out: Path,
+    *,
+    sources: Sequence[str] = tuple(SOURCES),
+    files: Sequence[str] = (),
+    thinking: float | None = None,
+    seed: int = 0,
+) -> int:
+    """Write {source, row, prompt} lines in a seeded order, every prompt once; returns how many.
+
+    The prompts are those of the named sources below `data`, if that is given, and of `files`: .jsonl and .json files, or hub
+    data sets as name, name:split or name:config:split. With `thinking`, this share of the lines has `thinking` true, the rest
+    false. Raises InvalidParameter or DataError, with nothing written, for a set that cannot be used and for a bad row.
+    """
     if unknown := [source for source in sources if source not in SOURCES]:
         raise InvalidParameter(
             f"no training set `{unknown[0]}`", hint=f"there are {', '.join(SOURCES)}; evaluation sets are not trained on"
         )
+    if data is None and not files:
+        raise InvalidParameter("no source of prompts", hint="name files or hub data sets, or the known sets' folder with --data")
+    if thinking is not None and not 0 <= thinking <= 1:
+        raise InvalidParameter(f"thinking is {thinking}", hint="thinking must be a share from 0 to 1")
+    for name in files:
+        path = Path(name)
+        if EVALUATION.search("/".join((path.resolve() if path.is_file() else path).parts[-2:])):
+            raise InvalidParameter(f"`{name}` is an evaluation set by its name", hint="evaluation sets are not trained on")
+    asked = [] if data is None else [(source, _known_prompts(source, data / SOURCES[source])) for source in sources]
     rows, seen = [], set()
-    for source in sources:
-        for number, row in enumerate(_rows(data / SOURCES[source])):
-            try:
-                prompt = _prompt(source, row)
-            except (KeyError, TypeError, AttributeError, IndexError) as error:
-                place = f"{data / SOURCES[source]}, entry {number + 1}"
-                raise DataError(f"{place}: not of this set's form ({error!r})", hint="fetch the file again") from None
-            if prompt and prompt not in seen:
-                seen.add(prompt)
+    for source, prompts in asked + [(name, _prompts(name)) for name in files]:
+        number = None
+        for number, prompt in enumerate(prompts):
+            if prompt and (key := json.dumps(prompt)) not in seen:
+                seen.add(key)
                 rows.append({"source": source, "row": number, "prompt": prompt})
-    random.Random(seed).shuffle(rows)
+        if number is None:
+            raise DataError(f"`{source}` holds no prompts", hint="leave it out, or fetch it again")
+    draw = random.Random(seed)
+    draw.shuffle(rows)
+    if thinking is not None:
+        chosen = set(draw.sample(range(len(rows)), round(thinking * len(rows))))
+        rows = [row | {"thinking": number in chosen} for number, row in enumerate(rows)]
     out.parent.mkdir(parents=True, exist_ok=True)
     write_file(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
     return len(rows)
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    if path.suffix == ".jsonl":
-        yield from read_jsonl(path)
-        return
+def as_prompt(row: Any) -> str | list[dict[str, str]]:
+    """What a row asks: text, or a conversation of several turns. Raises ValueError saying why it asks nothing.
+
+    A conversation ends with its last user turn: what an assistant said before is context, and its last word is the target's.
+    """
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    form = next((form for form in FORMS if row.get(form) is not None), None)
+    if form is None:
+        raise ValueError(f"none of the fields {', '.join(FORMS)}")
+    value: str | list[dict[str, str]] = row[form]
+    if form in ("messages", "conversations") or isinstance(value, list):
+        value = _conversation(value)
+    elif not isinstance(value, str):
+        raise ValueError(f"`{form}` is no text")
+    elif form == "instruction":
+        value = _instruction(row)
+    if not (value if isinstance(value, str) else value[-1]["content"]).strip():
+        raise ValueError("the prompt is empty")
+    json.dumps(value, ensure_ascii=False).encode()  # half a character is a ValueError too
+    return value
+
+
+def _conversation(turns: Any) -> str | list[dict[str, str]]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"no file `{path}`", hint="name the folder of the training sets with --data or FLASHDRAFT_DATA") from None
-    except ValueError as error:
-        raise DataError(f"{path}: not valid JSON ({error})", hint="fetch it again") from None
-    if not isinstance(rows, list):
-        raise DataError(f"{path}: not a JSON list", hint="fetch it again")
-    yield from rows
+        told = [(ROLES[turn.get("role", turn.get("from"))], turn.get("content", turn.get("value"))) for turn in turns]
+    except (AttributeError, KeyError, TypeError):
+        raise ValueError(f"not a list of turns, each from one of {', '.join(ROLES)}") from None
+    while told and told[-1][0] != "user":
+        told.pop()
+    if not told:
+        raise ValueError("the conversation has no user turn")
+    if not all(isinstance(content, str) for _, content in told):
+        raise ValueError("a turn's content is no text")
+    return told[0][1] if len(told) == 1 else [{"role": role, "content": content} for role, content in told]
 
 
-def _prompt(source: str, row: dict[str, Any]) -> str:
-    if source == "gsm8k/train":
-        return str(row["question"]) + MATHS_SUFFIX
+def _instruction(row: dict[str, Any]) -> str:
     extra = row.get("input") or (row["instances"][0]["input"] if row.get("instances") else "")
     return "\n".join(part for part in (str(row["instruction"]).strip(), str(extra).strip()) if part)
+
+
+def _known_prompts(source: str, path: Path) -> Iterator[str]:
+    """Those of one of SOURCES; a few of its rows ask nothing."""
+    for number, row in enumerate(read_jsonl(path) if path.suffix == ".jsonl" else _json_list(path), 1):
+        try:
+            yield str(row["question"]) + MATHS_SUFFIX if source == "gsm8k/train" else _instruction(row)
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            place = f"{path}, entry {number}"
+            raise DataError(f"{place}: not of this set's form ({error!r})", hint="fetch the file again") from None
+
+
+def _prompts(name: str) -> Iterator[str | list[dict[str, str]]]:
+    """Those of a file or hub data set, row by row."""
+    path, unit = Path(name), "entry"
+    if path.suffix == ".jsonl":
+        rows, unit = numbered_lines(path), "line"
+    else:
+        rows = enumerate(_json_list(path) if path.suffix == ".json" else _hub_rows(name), 1)
+    for number, row in rows:
+        try:
+            yield as_prompt(row)
+        except ValueError as error:
+            raise DataError(f"{name}, {unit} {number}: {error}", hint=f"mend or remove that {unit}") from None
+
+
+def _json_list(path: Path) -> list[Any]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError):
+        hint = "name a .jsonl or .json file, or the folder of the training sets with --data or FLASHDRAFT_DATA"
+        raise DataError(f"no file `{path}`", hint=hint) from None
+    except ValueError as error:
+        raise DataError(f"{path}: not valid JSON ({error})", hint="mend it, or fetch it again") from None
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: not a JSON list", hint="save one row a line as .jsonl, or fetch it again")
+    return rows
+
+
+def _hub_rows(name: str) -> Any:
+    parts = re.split(r":(?![^\[]*\])", name)  # a slice, train[:1000], has a colon of its own
+    repo, *config, split = parts if len(parts) > 1 else (name, "train")
+    try:
+        return import_module("datasets").load_dataset(repo, *config, split=split)
+    except ImportError:
+        message = f"`{name}` is no .jsonl or .json file, and hub data sets need the package `datasets`"
+        raise DataError(message, hint="pip install datasets, or name such a file") from None
+    except Exception as error:  # the package raises what its readers do
+        cause = " ".join(str(error).split())[:200] or type(error).__name__
+        hint = "name a .jsonl or .json file, or a hub data set as name, name:split or name:config:split"
+        raise DataError(f"no hub data set `{name}`: {cause}", hint=hint) from None

@@ -4,30 +4,42 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import replace
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 from rich.progress import track
 
 from flashdraft.engine import check
-from flashdraft.errors import ContextLengthError
+from flashdraft.errors import ContextLengthError, DataError, FlashDraftError, InvalidParameter, InvalidPrompt
 from flashdraft.generate import Model
-from flashdraft.train.features import SHARD, Recorder, Sample, ShardWriter, as_sample, encode, shard_key, wanted_layers
-from flashdraft.train.prompts import read_jsonl
-from flashdraft.types import Chunk, SamplingParams
+from flashdraft.train.features import SHARD, Recorder, Sample, ShardWriter, as_sample, encode, read_by, shard_key, wanted_layers
+from flashdraft.train.prompts import as_prompt, numbered_lines, read_jsonl
+from flashdraft.types import SamplingParams
 
-__all__ = ["regenerate"]
+__all__ = ["Server", "mixed", "regenerate"]
 
 _WINDOW = 1024  # prompts handed to the engine at a time
+_PAUSES = (0.5, 2.0, 8.0)  # seconds before a request is sent again
+_TIMEOUT = 1800.0  # seconds for one answer of a server
+
+Row = dict[str, Any]
+Law = Callable[[int], SamplingParams]  # how prompt number n is answered
 
 
 def regenerate(
-    model: Model,
+    model: Model | Server,
     prompts: Path,
     out: Path,
     *,
-    params: SamplingParams,
+    params: SamplingParams | Law,
     limit: int | None = None,
     shards: ShardWriter | None = None,
     quiet: bool = False,
@@ -35,31 +47,151 @@ def regenerate(
     """Append {source, row, prompt, response, finish, num_tokens, tokens} for prompts that `out` lacks; returns how many.
 
     Every line is written as its answer ends; run it again to go on. A prompt beyond the context is left out. Sampled
-    answers are seeded by params.seed and the prompt's number. With `shards`, what the target saw while it wrote is kept
-    there, under the names that `flashdraft features` gives, which then makes only what is missing.
+    answers are seeded by params.seed and the prompt's number, or `params` says how prompt number n is answered. A prompt's
+    `thinking` is passed to the chat template and kept. With `shards`, what the target saw while it wrote is kept there,
+    under the names that `flashdraft features` gives, which then makes only what is missing. A Server gives no tokens.
     """
+    if shards and isinstance(model, Server):
+        raise InvalidParameter("a server shows no features to keep", hint="leave out `shards`")
+    law = params if callable(params) else mixed(params)
+    numbered = _read(prompts)[:limit]
     out.parent.mkdir(parents=True, exist_ok=True)
     _drop_torn_line(out)
     done = {(row["source"], row["row"]) for row in read_jsonl(out, ("source", "row"))} if out.exists() else set()
-    numbered = [row | {"number": n} for n, row in enumerate(read_jsonl(prompts, ("source", "row", "prompt")))][:limit]
     missing = [row for row in numbered if (row["source"], row["row"]) not in done]
-    keep = _Keeper(model, shards, len(done)) if shards else None
-    lm = Model(model.target, model.tokenizer, keep.new, eos=model.eos, max_rows=model.max_rows) if keep else model
+    keep = _Keeper(model, shards, len(done)) if shards and isinstance(model, Model) else None
     count = 0
     with out.open("a", encoding="utf-8") as file:
         windows = [missing[i : i + _WINDOW] for i in range(0, len(missing), _WINDOW)]
         for window in track(windows, description="regenerate", disable=quiet):
-            rows = [row for row in window if _fits(model, row, params)]
-            each = [replace(params, seed=params.seed + row["number"]) for row in rows]
-            for chunk in lm.stream([row["prompt"] for row in rows], each):
-                if chunk.result is not None:
-                    line = _line(rows[chunk.index], chunk)
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                    file.flush()
-                    count += 1
-                    if keep:
-                        keep.take(line)
+            for row, answer in model.answers(window, law) if isinstance(model, Server) else _decoded(model, window, law, keep):
+                line = {key: row[key] for key in ("source", "row", "prompt", "thinking") if key in row} | answer
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.flush()
+                count += 1
+                if keep:
+                    keep.take(line)
     return count
+
+
+def mixed(params: SamplingParams, greedy_share: float = 0.0) -> Law:
+    """Seeded by params.seed and the prompt's number; this share of the prompts is answered greedily."""
+    if not 0 <= greedy_share <= 1:
+        raise InvalidParameter(f"greedy_share is {greedy_share}", hint="greedy_share must be from 0 to 1")
+    if greedy_share and not params.temperature:
+        raise InvalidParameter(f"greedy_share is {greedy_share}, but all is greedy at temperature 0", hint="set temperature")
+
+    def law(number: int) -> SamplingParams:
+        greedy = random.Random(f"{params.seed} {number}").random() < greedy_share
+        return replace(params, seed=params.seed + number, temperature=0.0 if greedy else params.temperature)
+
+    return law
+
+
+@dataclass(frozen=True)
+class Server:
+    """A target behind an OpenAI-compatible API; the key, if it wants one, is in the environment's OPENAI_API_KEY."""
+
+    url: str  # up to /v1
+    model: str
+    max_rows: int  # requests at a time
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            raise InvalidParameter(f"url is {self.url!r}", hint="url must be like http://host:port/v1")
+        if self.max_rows < 1:
+            raise InvalidParameter(f"max_rows is {self.max_rows}", hint="max_rows must be 1 or more")
+
+    def answers(self, rows: Sequence[Row], law: Law) -> Iterator[tuple[Row, Row]]:
+        """Rows and the fields of their answers as they end. After an error nothing new is sent, and it is raised last."""
+        errors: list[BaseException] = []
+
+        def ask(row: Row) -> Row | None:
+            try:
+                return None if errors else self._ask(row, law(row["number"]))
+            except FlashDraftError as error:
+                errors.append(error)
+                return None
+
+        with ThreadPoolExecutor(self.max_rows) as pool:
+            asked = {pool.submit(ask, row): row for row in rows}
+            try:
+                for future in as_completed(asked):
+                    if answer := future.result():
+                        yield asked[future], answer
+            except BaseException as error:  # Ctrl-C, or nobody reads on
+                errors.append(error)
+                raise
+        if errors:
+            raise errors[0]
+
+    def _ask(self, row: Row, params: SamplingParams) -> Row | None:
+        """The answer's fields; None for a prompt beyond the server's context."""
+        if unknown := [name for name in ("top_k", "min_p", "ignore_eos") if getattr(params, name)]:
+            raise InvalidParameter(f"{unknown[0]} is set, but the API of a server has none", hint="leave it out")
+        prompt = row["prompt"]
+        body: Row = {"model": self.model, "temperature": params.temperature, "top_p": params.top_p, "seed": params.seed}
+        body |= {"max_tokens": params.max_new_tokens} | ({"stop": params.stop} if params.stop else {})
+        body |= {"chat_template_kwargs": {"enable_thinking": row["thinking"]}} if "thinking" in row else {}
+        body |= {"messages": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt}
+        content = self._post(json.dumps(body).encode(), row["place"])
+        if content is None:
+            return None
+        try:
+            reply = json.loads(content)
+            message, finish = reply["choices"][0]["message"], reply["choices"][0]["finish_reason"]
+            if message.get("reasoning_content") or message.get("reasoning"):
+                raise ValueError("thoughts stand apart from the answer; start the server without a reasoning parser")
+            message["content"].encode()  # text, and whole characters
+            num_tokens = (reply.get("usage") or {}).get("completion_tokens")
+            return {"response": message["content"], "finish": finish, "num_tokens": num_tokens}
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise self._error(row["place"], f"not a chat completion ({error!r})") from None
+
+    def _post(self, body: bytes, place: str) -> bytes | None:
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("OPENAI_API_KEY", "").strip():
+            headers["Authorization"] = f"Bearer {key}"
+        for pause in (*_PAUSES, 0.0):
+            try:
+                request = Request(f"{self.url.rstrip('/')}/chat/completions", body, headers)
+                try:
+                    reply = urlopen(request, timeout=_TIMEOUT)
+                except HTTPError as error:  # a reply of another status
+                    reply = error
+                with reply:
+                    content, status = bytes(reply.read()), reply.status
+                if status == 200:
+                    return content
+                cause = f"{status} {content.decode(errors='replace')}"
+                if status == 400 and "context" in cause.lower():
+                    return None
+            except (OSError, HTTPException) as error:
+                cause, status = str(getattr(error, "reason", error)) or type(error).__name__, 503
+            if status != 429 and status < 500:
+                break
+            time.sleep(pause)
+        raise self._error(place, cause)
+
+    def _error(self, place: str, cause: str) -> FlashDraftError:
+        message = f"`{self.url}` gave no answer to {place}: {' '.join(cause.split()):.300}"
+        return FlashDraftError(message, hint=f"see that it serves `{self.model}`, set OPENAI_API_KEY if it wants one, run again")
+
+
+def _read(prompts: Path) -> list[Row]:
+    """The prompts with their numbers and places. Raises DataError for a line that asks nothing."""
+    rows: list[Row] = []
+    for line, row in numbered_lines(prompts, ("source", "row", "prompt")):
+        place = f"{prompts}, line {line}"
+        try:
+            if not isinstance(row.get("thinking", False), bool):
+                raise ValueError(f"`thinking` is {row['thinking']!r}, not true or false")
+            rows.append(row | {"prompt": as_prompt({"prompt": row["prompt"]}), "number": len(rows), "place": place})
+        except ValueError as error:
+            raise DataError(f"{place}: {error}", hint="mend or remove that line") from None
+    if not rows:
+        raise DataError(f"`{prompts}` holds no prompts", hint="run `flashdraft prompts` first")
+    return rows
 
 
 class _Keeper:
@@ -77,30 +209,39 @@ class _Keeper:
 
     def take(self, line: dict[str, Any]) -> None:
         tokens, num_prompt = encode(self.model, line)
-        features = self.recorder.finished.pop(tuple(tokens))
+        features = self.recorder.finished.pop(tuple(tokens), None)
         if self.skip:
             self.skip -= 1
             return
         self.lines.append(line)
-        self.samples.append(as_sample(tokens, features, num_prompt, self.model.target.hidden_size * self.shards.final))
+        layers, final = self.shards.layers, self.shards.final
+        if features is None:  # the same prompt and answer ended in the same step
+            self.samples.append(read_by(self.model, line, layers, self.shards.max_length, final=final))
+        else:
+            self.samples.append(as_sample(tokens, features, num_prompt, self.model.target.hidden_size * final))
         if len(self.lines) == SHARD:
             self.shards.add(shard_key(self.lines), self.samples, place="unused")
             self.lines, self.samples = [], []
 
 
-def _line(row: dict[str, Any], chunk: Chunk) -> dict[str, Any]:
-    result = chunk.result
-    assert result is not None
-    answer = {"response": result.text, "finish": result.finish_reason, "num_tokens": len(result.tokens)}
-    return {"source": row["source"], "row": row["row"], "prompt": row["prompt"], **answer, "tokens": list(result.tokens)}
-
-
-def _fits(model: Model, row: dict[str, Any], params: SamplingParams) -> bool:
-    try:
-        check(model.target, model.request(row["prompt"], params))
-    except ContextLengthError:
-        return False
-    return True
+def _decoded(model: Model, rows: Sequence[Row], law: Law, keep: _Keeper | None) -> Iterator[tuple[Row, Row]]:
+    """Rows that fit into the context and the fields of their answers, as they end."""
+    lm = Model(model.target, model.tokenizer, keep.new, eos=model.eos, max_rows=model.max_rows) if keep else model
+    fitting, each = [], []
+    for row in rows:
+        try:
+            tokens, params = model.encode(row["prompt"], thinking=row.get("thinking")), law(row["number"])
+            check(model.target, model.request(tokens, params))
+        except ContextLengthError:
+            continue
+        except InvalidPrompt as error:
+            raise DataError(f"{row['place']}: {error.args[0]}", hint=error.hint) from None
+        fitting.append((row, tokens))
+        each.append(params)
+    for chunk in lm.stream([tokens for _, tokens in fitting], each):
+        if (result := chunk.result) is not None:
+            answer: Row = {"response": result.text, "finish": result.finish_reason, "num_tokens": len(result.tokens)}
+            yield fitting[chunk.index][0], answer | {"tokens": list(result.tokens)}
 
 
 def _drop_torn_line(path: Path) -> None:

@@ -1,253 +1,299 @@
-"""Stage 4: features -> a drafter. A visible loop; every few steps the real tau, by really decoding held-out prompts.
+"""Stage 4: features -> a drafter. A visible loop on accelerate; every few steps the real tau, by really decoding.
 
-Everything random is keyed by (seed, sample number), so that a resumed run sees what an undisturbed one would have seen.
+Everything random is keyed by (seed, sample number), so that a resumed run sees what an undisturbed one would have seen, and
+so that P processes with A micro-batches each see what one process with P * A sees.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
+import signal
 import time
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from accelerate import Accelerator, PartialState
 from rich.progress import Progress
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.checkpoint import state_dict as dcp
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from flashdraft.checkpoint import DraftConfig, write_file, write_tensors
+from flashdraft.checkpoint import write_file, write_tensors
 from flashdraft.engine import check
 from flashdraft.errors import DataError, FlashDraftError, InvalidParameter
 from flashdraft.generate import Model
 from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDraft
 from flashdraft.provenance import provenance
 from flashdraft.target import Target
-from flashdraft.train.features import FeatureSet, Sample
-from flashdraft.train.objectives import block_mask, block_positions, decayed_cross_entropy, draw_anchors
-from flashdraft.types import Result, SamplingParams, option
+from flashdraft.train.batch import Batch, Blocks, make_batch
+from flashdraft.train.card import model_card
+from flashdraft.train.config import TrainConfig
+from flashdraft.train.features import FeatureSet, OnlineFeatures, Sample
+from flashdraft.train.loss import Loss, accuracy, common_tokens
+from flashdraft.train.state import last_checkpoint, load_checkpoint, save_checkpoint
+from flashdraft.types import Result, SamplingParams
 
-__all__ = ["TrainConfig", "Trainer"]
+__all__ = ["Trainer", "process_device"]
 
 _MEASURED = SamplingParams(max_new_tokens=128)  # the texts on which tau is measured
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How one run trains. A default exists here once; the command line reads the help from here."""
-
-    steps: int = option(2000, "optimizer steps")
-    sequences: int = option(6, "sequences a step")
-    anchors: int = option(64, "random anchors a sequence")
-    gamma: float = option(4.0, "loss weight of position k is exp(-(k-1)/gamma)")
-    lr: float = option(6e-4, "peak learning rate of AdamW")
-    warmup: float = option(0.04, "share of the steps spent warming up")
-    weight_decay: float = option(0.01, "AdamW's weight decay")
-    clip: float = option(1.0, "largest norm of the gradient")
-    vocab: int = option(8192, "the draft vocabulary: this many commonest answer tokens; 0 takes all")
-    negatives: int = option(1024, "random other tokens added to that softmax at every step")
-    precision: str = option("auto", "bf16, fp32, or auto: bf16 where the machine multiplies it natively")
-    eval_every: int = option(250, "steps between measurements of tau")
-    save_every: int = option(100, "steps between checkpoints")
-    seed: int = option(0, "seed of the data order, the anchors and the initial weights")
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "sequences", "anchors", "eval_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise InvalidParameter(f"{name} is {getattr(self, name)}", hint=f"{name} must be 1 or more")
-        if self.precision not in ("auto", "bf16", "fp32"):
-            raise InvalidParameter(f"precision is {self.precision!r}", hint="precision must be auto, bf16 or fp32")
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Several sequences' contexts and blocks, packed one behind the other."""
-
-    features: Tensor  # [context, F * hidden]
-    block_tokens: Tensor  # [rows]: anchor and masks of every block
-    positions: tuple[Tensor, Tensor]  # absolute, of context and block rows
-    labels: Tensor  # [rows]: the token at each row's position; -1 at anchors and past the end
-    offsets: Tensor  # [rows]: distance from the anchor
-    spans: list[tuple[int, int, int, int]]  # per sequence: its context and its block rows
-    masks: list[Tensor]  # per sequence: block_mask
-
-
-def make_batch(samples: Iterable[tuple[int, Sample]], config: DraftConfig, num_anchors: int, seed: int) -> Batch:
-    """Samples come with their global number, which keys their anchors."""
-    size, features, tokens, contexts, blocks, labels, offsets = config.block_size, [], [], [], [], [], []
-    spans, masks, at_context, at_row = [], [], 0, 0
-    for number, sample in samples:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-        room = config.max_position_embeddings - size + 2  # decoding drafts nothing where a block would not fit
-        anchors = draw_anchors(sample.num_prompt, min(len(sample.tokens), room), num_anchors, generator)
-        if not len(anchors):
-            continue
-        num_context = int(anchors[-1])  # nothing sees further than the last anchor
-        positions = block_positions(anchors, size)
-        padded = F.pad(sample.tokens, (0, size), value=-1)
-        offset = torch.arange(size).repeat(len(anchors))
-        features.append(sample.features[:num_context])
-        tokens.append(torch.where(offset == 0, padded[positions], config.mask_token_id))
-        labels.append(torch.where(offset == 0, -1, padded[positions]))
-        contexts.append(torch.arange(num_context))
-        blocks.append(positions)
-        offsets.append(offset)
-        masks.append(block_mask(anchors, num_context, size))
-        spans.append((at_context, at_context + num_context, at_row, at_row + len(positions)))
-        at_context, at_row = spans[-1][1], spans[-1][3]
-    if not spans:
-        raise DataError("no answer in this batch has two tokens", hint="regenerate longer answers")
-    return Batch(
-        torch.cat(features),
-        torch.cat(tokens),
-        (torch.cat(contexts), torch.cat(blocks)),
-        torch.cat(labels),
-        torch.cat(offsets),
-        spans,
-        masks,
-    )
-
-
-def forward(model: DFlashDraftModel, batch: Batch, embed: Any) -> Tensor:
-    """Normed states of every block row [rows, hidden]: all blocks of all sequences in one pass, isolated by their masks."""
-
-    def attend(_layer: int, q: Tensor, context_kv: tuple[Tensor, Tensor], block_kv: tuple[Tensor, Tensor]) -> Tensor:
-        outputs = []
-        for (c0, c1, r0, r1), mask in zip(batch.spans, batch.masks, strict=True):
-            keys, values = (torch.cat((c[c0:c1], b[r0:r1])).transpose(0, 1) for c, b in zip(context_kv, block_kv, strict=True))
-            out = F.scaled_dot_product_attention(
-                q[r0:r1].transpose(0, 1)[None], keys[None].to(q.dtype), values[None].to(q.dtype), attn_mask=mask, enable_gqa=True
-            )
-            outputs.append(out[0].transpose(0, 1).flatten(1))
-        return torch.cat(outputs)
-
-    context = model.context(batch.features.to(model.norm.weight.dtype))
-    states: Tensor = model(context, embed(batch.block_tokens), batch.positions, attend)
-    return states
+_WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+_FREE = ("steps", "eval_every", "save_every", "tracker")  # what may change when a run goes on
 
 
 class Trainer:
-    """One run in one folder: `checkpoints/`, `best/` (a drafter's folder), metrics.jsonl, run.json."""
+    """One run in one folder: `checkpoints/`, `best/` (a drafter's folder), metrics.jsonl, tensorboard/, run.json."""
 
-    def __init__(self, model: DFlashDraftModel, lm: Model, data: FeatureSet, out: Path, config: TrainConfig) -> None:
+    def __init__(
+        self,
+        model: DFlashDraftModel,
+        lm: Model,
+        data: FeatureSet | OnlineFeatures,
+        out: Path,
+        config: TrainConfig,
+        *,
+        head: tuple[str, int] | None = None,
+    ) -> None:
+        """head: kind and rank of a sequential head to add."""
         self.model, self.lm, self.data, self.out, self.config = model, lm, data, out, config
-        if data.layers != model.config.target_layer_ids or data.hidden_size != model.config.hidden_size:
-            raise DataError(
-                f"`{data.folder}` holds layers {data.layers}, the drafter reads {model.config.target_layer_ids}",
-                hint="run `flashdraft features` for this drafter",
-            )
-        odd: list[str] = [name for name in ("embed_tokens.weight", "lm_head.weight") if name in model.extras]
-        odd += ["sliding_attention layers"] * ("sliding_attention" in model.config.layer_types)
-        if odd:
-            raise InvalidParameter(f"the drafter has {odd[0]}, which cannot be trained here", hint="start from random weights")
         self.target: Target = lm.target
-        self.step, self.best = 0, 0.0
-        self.optimizer = torch.optim.AdamW(_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.95), fused=True)
-        self.bf16 = config.precision == "bf16" or (config.precision == "auto" and _native_bf16())
-        self.vocabulary = self._common_tokens()
-        if len(self.vocabulary) < self.target.vocab_size:
-            model.reduce_vocabulary(self.vocabulary)
-        self.head = self.target.head_weight(torch.arange(self.target.vocab_size))
+        self._check(model, data)
         out.mkdir(parents=True, exist_ok=True)
+        self.step, self.positions, self.best, self.stopped = 0, 0, 0.0, 0
+        self.taus: list[tuple[int, float]] = []  # step and tau of every measurement
+        self.bf16 = config.precision == "bf16" or (config.precision == "auto" and _native_bf16())
+        loggers = ["tensorboard", *([config.tracker] if config.tracker != "tensorboard" else [])]
+        self.acc = Accelerator(log_with=loggers, project_dir=out)
+        self.coverage: float | None = None  # share of the answers' tokens that the draft vocabulary has
+        vocabulary = self._draft_vocabulary(keep=model.sequential_head is not None)
+        if head is not None and model.sequential_head is None:
+            model.add_head(*head)
+        self.net: Any = Blocks(model, self.target.embed)
+        self.optimizer: Any = torch.optim.AdamW(_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.95), fused=True)
+        self.net, self.optimizer = self.acc.prepare(self.net, self.optimizer)
+        self.loss = Loss(model, self.target, vocabulary, config, self.acc.device)
+        self.average = {n: p.detach().clone() for n, p in model.named_parameters()} if config.ema else {}
+        self.seconds: dict[str, float] = {}  # by part of a step, of all steps of this process
         self._resume()
-        self._cut_log()
+        if self.acc.is_main_process:
+            self._cut_log()
 
     def run(self, prompts: Sequence[str], *, quiet: bool = False) -> float:
-        """Train to the last step; returns the best tau measured on `prompts`, which are checked before the first one."""
+        """Train to the last step; returns the best tau measured on `prompts`, which are checked before the first one.
+
+        SIGTERM and SIGINT write a checkpoint and leave with exit code 128 + signal; run it again to go on.
+        """
         if not prompts:
             raise DataError("there are no prompts to measure tau on", hint="give held-out prompts")
         for prompt in prompts:
             check(self.target, self.lm.request(prompt, _MEASURED))
-        write_file(self.out / "run.json", json.dumps(provenance() | {"config": asdict(self.config)}, indent=2).encode())
-        self.model.train()
-        with Progress(disable=quiet) as bar:
-            task = bar.add_task("train", total=self.config.steps, completed=self.step)
-            while self.step < self.config.steps:
+        self.data.check()
+        main, config = self.acc.is_main_process, self.config
+        if main:
+            write_file(self.out / "run.json", json.dumps(self._origin(), indent=2).encode())
+        self.acc.init_trackers("tensorboard", config=asdict(config))
+        self.net.train()
+        with Progress(disable=quiet or not main) as bar, self._stoppable():
+            task = bar.add_task("train", total=config.steps, completed=self.step)
+            while self.step < config.steps:
                 started = time.perf_counter()
                 figures = self.train_step()
                 figures["positions_per_second"] = figures["positions"] / (time.perf_counter() - started)
-                if self.step % self.config.eval_every == 0 or self.step == self.config.steps:
-                    figures |= self.measure(prompts)
+                ended = self.step == config.steps
+                if self.step % config.eval_every == 0 or ended:
+                    weights = self._weights()  # of all processes
+                    figures |= self.measure(weights, prompts) if main else {}
                 self._log(figures)
-                if self.step % self.config.save_every == 0 or self.step == self.config.steps:
+                if self.step % config.save_every == 0 or ended or self.stopped:
                     self._save()
-                bar.update(task, advance=1, description=f"loss {figures['loss']:.3f}  accuracy {figures['accuracy'][0]:.2f}")
+                bar.update(task, advance=1, description=_describe(figures))
+                if self.stopped:
+                    raise SystemExit(128 + self.stopped)
+        self.acc.end_training()
         return self.best
 
     def train_step(self) -> dict[str, Any]:
-        """One optimizer step; raises FlashDraftError naming the step if loss or gradient is not finite, with nothing saved."""
+        """One optimizer step. Raises FlashDraftError naming step and samples where loss or gradient is not finite."""
         c = self.config
-        first = self.step * c.sequences
-        batch = make_batch(
-            [(n, self._sample(n)) for n in range(first, first + c.sequences)], self.model.config, c.anchors, c.seed
-        )
+        with self._timed("data"):
+            batches = self._batches()
+            share = torch.tensor([float(sum(map(self.loss.weight, batches))), sum(len(b.offsets) for b in batches)])
+            total, positions = self.acc.reduce(share.to(self.acc.device), "sum").tolist()
         for group in self.optimizer.param_groups:
             group["lr"] = c.lr * _schedule(self.step, c.steps, c.warmup)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bf16):
-            wanted = batch.labels >= 0
-            states = forward(self.model, batch, self.target.embed)[wanted]
-            candidates, labels = self._candidates(batch.labels[wanted])
-            logits = F.linear(states, self.head[candidates].to(states.dtype)).float()
-        loss, _ = decayed_cross_entropy(logits, labels, batch.offsets[wanted], c.gamma)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
-        for name, value in (("loss", loss.detach()), ("gradient's norm", norm)):
-            if not torch.isfinite(value):
-                hint = "lower --lr; the last checkpoint is whole"
-                raise FlashDraftError(f"the {name} is {float(value)} at step {self.step}", hint=hint)
-        self.optimizer.step()
-        self.step += 1
-        hits = (logits.detach().argmax(-1) == labels).float()
-        offsets = batch.offsets[wanted]
-        here = [hits[offsets == k] for k in range(1, self.model.config.block_size)]
-        accuracy = [round(float(h.mean()), 4) if len(h) else None for h in here]  # JSON has no NaN
-        figures = {"step": self.step, "loss": float(loss.detach()), "accuracy": accuracy, "norm": float(norm)}
-        return figures | {"positions": len(batch.offsets)}
+        loss, rows = 0.0, []
+        for i, batch in enumerate(batches):
+            with self.acc.no_sync(self.net) if i + 1 < len(batches) else nullcontext():
+                with self._timed("forward"), self._autocast():
+                    states = self.net(batch)
+                with self._timed("loss"), self._autocast():
+                    surrogate, part, figures = self.loss(states, batch, self.step)
+                self._refuse_nan(batch, figures)
+                with self._timed("backward"):
+                    self.acc.backward(surrogate * (self.acc.num_processes / total))
+            loss += part / total
+            rows.append(torch.stack([figures["hit"], batch.offsets[batch.labels >= 0].float()]))
+        with self._timed("optimizer"):
+            norm = self.acc.clip_grad_norm_(self.net.parameters(), c.clip)
+            if not torch.isfinite(norm):
+                raise self._not_finite("gradient's norm", float(norm), [n for b in batches for n in b.numbers])
+            self.optimizer.step()
+            self._follow()
+        self.step, self.positions = self.step + 1, self.positions + int(positions)
+        hits = self.acc.gather_for_metrics(torch.cat(rows, 1).T.contiguous())
+        loss = float(self.acc.reduce(torch.tensor(loss, device=self.acc.device), "sum"))
+        whole = {"step": self.step, "loss": loss, "norm": float(norm), "positions": int(positions)}
+        return whole | accuracy(hits, self.model.config.block_size)
 
-    def measure(self, prompts: Sequence[str]) -> dict[str, Any]:
-        """tau of the drafter as it is, on held-out prompts; the best one is kept as a drafter's folder."""
-        network = PackedDraft(self.model.eval(), self.target)
-        lm = Model(self.target, self.lm.tokenizer, lambda: DFlashDrafter(network), eos=self.lm.eos, max_rows=self.lm.max_rows)
+    def measure(self, weights: dict[str, Tensor], prompts: Sequence[str]) -> dict[str, Any]:
+        """tau of the drafter with these weights, on held-out prompts; the best one is kept as a drafter's folder."""
+        model = DFlashDraftModel(self.model.config)
+        model.load_state_dict(weights)
+        model.extras = self.model.extras
+        network = PackedDraft(model.eval(), self.target)
+        rows = self.lm.max_rows
+        lm = Model(self.target, self.lm.tokenizer, lambda: DFlashDrafter(network), eos=self.lm.eos, max_rows=rows)
         results: list[Result] = lm.generate(list(prompts), _MEASURED)
-        self.model.train()
         tau = sum(result.stats.tau for result in results) / len(results)
+        self.taus.append((self.step, tau))
         if tau > self.best:
             self.best = tau
-            self.model.save_pretrained(self.out / "best")
+            facts = {"step": self.step, "positions_seen": self.positions, "taus": self.taus, "num_prompts": len(prompts)}
+            card = model_card(model.config, self.target.name, self._origin(), facts, num_samples=len(self.data))
+            model.save_pretrained(self.out / "best", readme=card)
         return {"tau": tau}
 
+    def _origin(self) -> dict[str, Any]:
+        return provenance() | {"config": asdict(self.config)}
+
+    def _batches(self) -> list[Batch]:
+        """This process's micro-batches of the step: number m of all processes' holds samples m * sequences and on."""
+        c, device = self.config, self.acc.device
+        numbers = [(self.step * c.accumulate + a) * self.acc.num_processes + self.acc.process_index for a in range(c.accumulate)]
+        samples = [[(n, self._sample(n)) for n in range(m * c.sequences, (m + 1) * c.sequences)] for m in numbers]
+        flex = device if device.type == "cuda" else None
+        config = self.model.config
+        each = [make_batch(s, config, c.anchors, c.seed, min_context=c.min_context, flex=flex) for s in samples]
+        return [batch.to(device) for batch in each]
+
+    def _check(self, model: DFlashDraftModel, data: FeatureSet | OnlineFeatures) -> None:
+        if data.layers != model.config.target_layer_ids or data.hidden_size != model.config.hidden_size:
+            raise DataError(
+                f"`{data.name}` holds layers {data.layers}, the drafter reads {model.config.target_layer_ids}",
+                hint="run `flashdraft features` for this drafter",
+            )
+        if self.config.kl + self.config.tv and not data.final:
+            raise DataError(f"`{data.name}` holds no final states", hint="run `flashdraft features` with --soft-labels")
+        odd: list[str] = [name for name in ("embed_tokens.weight", "lm_head.weight") if name in model.extras]
+        odd += ["sliding_attention layers"] * ("sliding_attention" in model.config.layer_types)
+        if odd:
+            raise InvalidParameter(f"the drafter has {odd[0]}, which cannot be trained here", hint="start from random weights")
+
     def _sample(self, number: int) -> Sample:
+        return self.data[self._place(number)]
+
+    def _place(self, number: int) -> int:
+        """Which sample of the set has this global number."""
         epoch, at = divmod(number, len(self.data))
         order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(self.config.seed * 7919 + epoch))
-        return self.data[int(order[at])]
+        return int(order[at])
 
-    def _common_tokens(self) -> Tensor:
-        """The tokens of the training softmax: the commonest of all answers, in ascending order."""
-        if self.config.vocab == 0 or self.config.vocab >= self.target.vocab_size:
-            return torch.arange(self.target.vocab_size)
-        counts = Counter(t for i in range(len(self.data)) for t in self.data.answer_tokens(i))
-        common = [token for token, _ in counts.most_common(self.config.vocab)]
-        return torch.tensor(sorted(common))
+    def _draft_vocabulary(self, keep: bool) -> Tensor:
+        """The tokens that are drafted: those that a head belongs to, or the answers' commonest ones when the run began."""
+        held, size, path = self.model.extras.get("d2t"), self.target.vocab_size, self.out / "vocabulary.safetensors"
+        if keep and held is not None:
+            return held.long() + torch.arange(len(held))
+        if self.config.vocab == 0 or self.config.vocab >= size:
+            return torch.arange(size)
+        if not path.exists():
+            tokens, self.coverage = common_tokens(self.data, self.config.vocab)
+            self.acc.wait_for_everyone()
+            if self.acc.is_main_process:
+                write_tensors(path, {"tokens": tokens})
+            self.acc.wait_for_everyone()
+        tokens = load_file(path)["tokens"]
+        self.model.reduce_vocabulary(tokens)
+        return tokens
 
-    def _candidates(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids in this step's softmax, and the labels as indices into them; a rare label is always among them."""
-        if len(self.vocabulary) == self.target.vocab_size:
-            return self.vocabulary, labels
-        generator = torch.Generator().manual_seed(self.config.seed * 104_729 + self.step)
-        others = torch.randint(self.target.vocab_size, (self.config.negatives,), generator=generator)
-        candidates = torch.cat((self.vocabulary, others, labels)).unique()
-        return candidates, torch.searchsorted(candidates, labels)
+    def _refuse_nan(self, batch: Batch, figures: dict[str, Tensor]) -> None:
+        bad = figures["row"][~figures["loss"].isfinite()]
+        if len(bad):
+            rows = int(bad[0])
+            first = next(n for n, span in zip(batch.numbers, batch.spans, strict=True) if span[2] <= rows < span[3])
+            raise self._not_finite("loss", float("nan"), [first])
+
+    def _not_finite(self, what: str, value: float, numbers: list[int]) -> FlashDraftError:
+        places = ", ".join(self.data.describe(self._place(n)) for n in numbers[:3])
+        hint = "look at that data, or lower --lr; the last checkpoint is whole"
+        return FlashDraftError(f"the {what} is {value} at step {self.step}, in {places}", hint=hint)
+
+    def _follow(self) -> None:
+        if self.average:
+            current = [p.detach() for _, p in self.model.named_parameters()]
+            get_ema_multi_avg_fn(self.config.ema)(list(self.average.values()), current, self.step)
+
+    def _weights(self) -> dict[str, Tensor]:
+        """What is measured and kept: the weights or their moving average, whole, on every process."""
+        if self.average:
+            return {n: getattr(t, "full_tensor", lambda t=t: t)().cpu() for n, t in self.average.items()}
+        whole: Any = dcp.get_model_state_dict(self.net, options=_WHOLE)
+        return {name.removeprefix("model."): tensor for name, tensor in whole.items()}
+
+    def _save(self) -> None:
+        both: Any = dcp.get_state_dict(self.net, self.optimizer.optimizer, options=_WHOLE)
+        model, optimizer = both
+        flat = {f"{name}.{key}": value for name, entry in optimizer["state"].items() for key, value in entry.items()}
+        groups: dict[str, dict[str, Tensor]] = {"model": model, "optimizer": flat} | (
+            {"average": self._weights()} if self.average else {}
+        )
+        if self.acc.is_main_process:
+            save_checkpoint(self.out / "checkpoints", self.step, groups, self._state())
+        self.acc.wait_for_everyone()
+
+    def _state(self) -> dict[str, Any]:
+        held = {"best": self.best, "positions": self.positions, "taus": self.taus}
+        return held | {"config": asdict(self.config), "draft": self.model.config.to_json()}
+
+    def _resume(self) -> None:
+        path = last_checkpoint(self.out / "checkpoints")
+        if path is None:
+            return
+        groups, state = load_checkpoint(path)
+        held = {name: value for name, value in state["config"].items() if name not in _FREE}
+        if differing := [name for name, value in asdict(self.config).items() if name not in _FREE and held.get(name) != value]:
+            found = f"{differing[0]} {held.get(differing[0])}"
+            raise InvalidParameter(
+                f"`{self.out}` was begun with {found}", hint="name another folder, or the settings of its run.json"
+            )
+        if state["draft"] != self.model.config.to_json():
+            raise InvalidParameter(f"`{self.out}` was begun with another draft network", hint="name another folder")
+        entries: dict[str, dict[str, Tensor]] = {}
+        for name, value in groups["optimizer"].items():
+            parameter, _, key = name.rpartition(".")
+            entries.setdefault(parameter, {})[key] = value
+        model: Any = groups["model"]
+        optimizer: Any = {"state": entries}
+        optimizer["param_groups"] = dcp.get_optimizer_state_dict(self.net, self.optimizer.optimizer)["param_groups"]
+        ours = self.net, self.optimizer.optimizer
+        dcp.set_state_dict(*ours, model_state_dict=model, optim_state_dict=optimizer, options=_WHOLE)
+        for name, tensor in groups.get("average", {}).items():
+            self.average[name].copy_(tensor)
+        self.step, self.positions, self.best = state["step"], state["positions"], state["best"]
+        self.taus = [(step, tau) for step, tau in state["taus"]]
 
     def _log(self, figures: dict[str, Any]) -> None:
-        with (self.out / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(figures) + "\n")
+        if self.acc.is_main_process:
+            with (self.out / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(figures) + "\n")
+        scalars = {name: value for name, value in figures.items() if isinstance(value, float)}
+        scalars |= {f"accuracy/{k}": value for k, value in enumerate(figures["accuracy"], 1) if value is not None}
+        self.acc.log(scalars, step=figures["step"])
 
     def _cut_log(self) -> None:
         """Steps behind the last checkpoint come again; a kill may have left half a line."""
@@ -256,46 +302,38 @@ class Trainer:
             whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
             write_file(path, "".join(line for line in whole if json.loads(line)["step"] <= self.step).encode())
 
-    def _save(self) -> None:
-        """A whole checkpoint or none: filled beside, then renamed; the last two are kept."""
-        folder = self.out / "checkpoints"
-        folder.mkdir(exist_ok=True)
-        scratch = folder / ".tmp-save"
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir()
-        write_tensors(scratch / "model.safetensors", self.model.state_dict())
-        state = self.optimizer.state_dict()["state"]
-        flat = {f"{i}.{name}": value for i, entry in state.items() for name, value in entry.items()}
-        write_tensors(scratch / "optimizer.safetensors", flat)
-        write_file(scratch / "state.json", json.dumps(self._state()).encode())
-        os.replace(scratch, folder / f"step-{self.step:07d}")
-        for old in sorted(folder.glob("step-*"))[:-2]:
-            shutil.rmtree(old)
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.acc.device.type, dtype=torch.bfloat16, enabled=self.bf16)
 
-    def _state(self) -> dict[str, Any]:
-        return {"step": self.step, "best": self.best, "config": asdict(self.config), "draft": self.model.config.to_json()}
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
 
-    def _resume(self) -> None:
-        found = sorted((self.out / "checkpoints").glob("step-*"))
-        if not found:
-            return
-        state = json.loads((found[-1] / "state.json").read_text())
-        if replace(self.config, steps=1, eval_every=1, save_every=1) != replace(
-            TrainConfig(**state["config"]), steps=1, eval_every=1, save_every=1
-        ):
-            raise InvalidParameter(
-                f"`{self.out}` was begun with other settings", hint="name another folder, or the settings of its run.json"
-            )
-        if state.get("draft", now := self.model.config.to_json()) != now:
-            raise InvalidParameter(f"`{self.out}` was begun with another draft network", hint="name another folder")
-        self.model.load_state_dict(load_file(found[-1] / "model.safetensors"))
-        entries: dict[int, dict[str, Tensor]] = {}
-        for name, value in load_file(found[-1] / "optimizer.safetensors").items():
-            index, key = name.split(".", 1)
-            entries.setdefault(int(index), {})[key] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": entries, "param_groups": groups})
-        self.step, self.best = state["step"], state["best"]
+    @contextmanager
+    def _stoppable(self) -> Iterator[None]:
+        """SIGTERM and SIGINT let the step end."""
+
+        def stop(number: int, _frame: Any) -> None:
+            self.stopped = number
+
+        old = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+
+def process_device() -> torch.device:
+    """This process's, where accelerate has launched several."""
+    return PartialState().device  # type: ignore[no-any-return]
+
+
+def _describe(figures: dict[str, Any]) -> str:
+    shares = " ".join(f"{a:.2f}" for a in figures["accuracy"] if a is not None)
+    return f"loss {figures['loss']:.3f}  accuracy {shares}  accepted {figures['accepted']:.2f}"
 
 
 def _groups(model: DFlashDraftModel, weight_decay: float) -> list[dict[str, Any]]:
@@ -314,6 +352,8 @@ def _schedule(step: int, steps: int, warmup: float) -> float:
 
 
 def _native_bf16() -> bool:
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported())
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and "avx512_bf16" in _cpu_flags()
 
 

@@ -1,0 +1,161 @@
+"""Several sequences' contexts and blocks, packed one behind the other, and the network's pass over all of them.
+
+Every sequence is isolated: by a dense mask of its own with SDPA, or by one sparse mask of all with FlexAttention.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flashdraft.checkpoint import DraftConfig
+from flashdraft.errors import DataError
+from flashdraft.methods.dflash import DFlashDraftModel
+from flashdraft.train.features import Sample
+from flashdraft.train.objectives import block_mask, block_positions, draw_anchors, flex_mask
+
+__all__ = ["Batch", "Blocks", "make_batch"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Block rows are [anchor, mask, mask, ...] per block; a row's label is the token at its own position."""
+
+    features: Tensor  # [context, F * hidden]
+    block_tokens: Tensor  # [rows]: anchor and masks of every block
+    positions: tuple[Tensor, Tensor]  # absolute, of context and block rows
+    labels: Tensor  # [rows]; -1 at anchors and past the end
+    previous: Tensor  # [rows]: the token one position before
+    offsets: Tensor  # [rows]: distance from the anchor
+    spans: list[tuple[int, int, int, int]]  # per sequence: its context and its block rows
+    masks: list[Tensor]  # per sequence: block_mask; empty where `flex` is there
+    numbers: list[int]  # per sequence: its sample's global number
+    final: Tensor | None = None  # [rows, hidden]: the target's state before each row's position, of which its law is made
+    flex: Any = None
+
+    def to(self, device: torch.device) -> Batch:
+        if device.type == "cpu":
+            return self
+        moved: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                moved[field.name] = value.to(device, non_blocking=True)
+            elif field.name in ("positions", "masks"):
+                moved[field.name] = type(value)(t.to(device, non_blocking=True) for t in value)
+        return replace(self, **moved)
+
+
+def make_batch(
+    samples: Iterable[tuple[int, Sample]],
+    config: DraftConfig,
+    num_anchors: int,
+    seed: int,
+    *,
+    min_context: int = 0,
+    flex: torch.device | None = None,
+) -> Batch:
+    """Samples come with their global number, which keys their anchors; answers without two tokens are left out.
+
+    min_context: no anchor has fewer tokens before it. flex: make one sparse mask there instead of a dense one a sequence.
+    """
+    size, parts = config.block_size, _Parts()
+    chosen, contexts = [], []
+    for number, sample in samples:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        room = config.max_position_embeddings - size + 2  # decoding drafts nothing where a block would not fit
+        first = max(sample.num_prompt, min_context)
+        anchors = draw_anchors(first, min(len(sample.tokens), room), num_anchors, generator)
+        if len(anchors):
+            parts.add(number, sample, anchors, size, config.mask_token_id)
+            chosen.append(anchors)
+            contexts.append(int(anchors[-1]))  # nothing sees further than the last anchor
+    if not chosen:
+        raise DataError("no answer in this batch has two tokens", hint="regenerate longer answers")
+    masks, sparse = [], None
+    if flex is None:
+        masks = [block_mask(anchors, context, size) for anchors, context in zip(chosen, contexts, strict=True)]
+    else:
+        sparse = flex_mask(chosen, contexts, size, flex)
+    return parts.join(masks, sparse)
+
+
+class _Parts:
+    """What a batch is joined of."""
+
+    def __init__(self) -> None:
+        self.lists: dict[str, list[Tensor]] = {}
+        self.spans: list[tuple[int, int, int, int]] = []
+        self.numbers: list[int] = []
+
+    def add(self, number: int, sample: Sample, anchors: Tensor, size: int, mask_token_id: int) -> None:
+        num_context = int(anchors[-1])
+        positions = block_positions(anchors, size)
+        padded = F.pad(sample.tokens, (0, size), value=-1)
+        offsets = torch.arange(size).repeat(len(anchors))
+        new = {
+            "features": sample.features[:num_context],
+            "block_tokens": torch.where(offsets == 0, padded[positions], mask_token_id),
+            "labels": torch.where(offsets == 0, -1, padded[positions]),
+            "previous": padded[positions - 1].clamp(min=0),
+            "contexts": torch.arange(num_context),
+            "blocks": positions,
+            "offsets": offsets,
+        }
+        if sample.final is not None:
+            new["final"] = sample.final[(positions - 1).clamp(max=len(sample.final) - 1)]
+        for name, tensor in new.items():
+            self.lists.setdefault(name, []).append(tensor)
+        c0, r0 = (self.spans[-1][1], self.spans[-1][3]) if self.spans else (0, 0)
+        self.spans.append((c0, c0 + num_context, r0, r0 + len(positions)))
+        self.numbers.append(number)
+
+    def join(self, masks: list[Tensor], flex: Any) -> Batch:
+        joined = {name: torch.cat(tensors) for name, tensors in self.lists.items()}
+        positions = joined.pop("contexts"), joined.pop("blocks")
+        return Batch(**joined, positions=positions, spans=self.spans, masks=masks, numbers=self.numbers, flex=flex)
+
+
+class Blocks(nn.Module):
+    """A draft network's pass over a batch: all blocks of all sequences at once."""
+
+    def __init__(self, model: DFlashDraftModel, embed: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.model, self.embed = model, embed
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Normed states of every block row [rows, hidden]."""
+        context = self.model.context(batch.features.to(self.model.norm.weight.dtype))
+        attend = functools.partial(_flex_attend if batch.flex is not None else _dense_attend, batch)
+        states: Tensor = self.model(context, self.embed(batch.block_tokens), batch.positions, attend)
+        return states
+
+
+def _dense_attend(batch: Batch, _layer: int, q: Tensor, context_kv: tuple[Tensor, ...], block_kv: tuple[Tensor, ...]) -> Tensor:
+    outputs = []
+    for (c0, c1, r0, r1), mask in zip(batch.spans, batch.masks, strict=True):
+        keys, values = (torch.cat((c[c0:c1], b[r0:r1])).transpose(0, 1) for c, b in zip(context_kv, block_kv, strict=True))
+        out = F.scaled_dot_product_attention(
+            q[r0:r1].transpose(0, 1)[None], keys[None].to(q.dtype), values[None].to(q.dtype), attn_mask=mask, enable_gqa=True
+        )
+        outputs.append(out[0].transpose(0, 1).flatten(1))
+    return torch.cat(outputs)
+
+
+def _flex_attend(batch: Batch, _layer: int, q: Tensor, context_kv: tuple[Tensor, ...], block_kv: tuple[Tensor, ...]) -> Tensor:
+    keys, values = (torch.cat(both).transpose(0, 1)[None].to(q.dtype) for both in zip(context_kv, block_kv, strict=True))
+    out: Tensor = _flex(q.is_cuda)(q.transpose(0, 1)[None], keys, values, block_mask=batch.flex, enable_gqa=True)
+    return out[0].transpose(0, 1).flatten(1)
+
+
+@functools.cache
+def _flex(compiled: bool) -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention

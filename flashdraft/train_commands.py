@@ -1,0 +1,256 @@
+"""The training commands, from `prompts` to `push`: thin functions over flashdraft.train."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Argument, Exit, Option
+
+from flashdraft import hub
+from flashdraft.bench.profile import profile_training
+from flashdraft.bench.report import print_table
+from flashdraft.bench.tasks import read_prompts
+from flashdraft.checkpoint import check_target
+from flashdraft.commands import DEVICE_HELP, DTYPE_HELP, TARGET_HELP, Folder, ModelOptions, Out
+from flashdraft.errors import FlashDraftError, InvalidParameter
+from flashdraft.generate import Model, load
+from flashdraft.heads import HEADS
+from flashdraft.methods.dflash import DFlashDraftModel
+from flashdraft.target import Target
+from flashdraft.train.config import TrainConfig
+from flashdraft.train.doctor import diagnose
+from flashdraft.train.features import FeatureSet, OnlineFeatures, ShardWriter, write_features
+from flashdraft.train.initialise import copied_from_target, draft_config, feature_layers, random_weights, taken_from
+from flashdraft.train.prompts import write_prompts
+from flashdraft.train.regenerate import Server, mixed
+from flashdraft.train.regenerate import regenerate as answer_prompts
+from flashdraft.types import Result, SamplingParams, option
+
+MaxLength = Annotated[int, Option(help="tokens of prompt and answer that are stored, at most")]
+SoftLabels = Annotated[bool, Option("--soft-labels", help="also the final state, of which soft labels are made")]
+
+
+@dataclass(frozen=True)
+class DraftOptions:
+    """The draft network to train; None: the default of `draft_config`, or what the drafter of --init-from has."""
+
+    init: str = option("target", "first weights: target (copied from its last layers) or random")
+    init_from: str | None = option(None, "first weights from this drafter, of the same target or of another of its width")
+    num_layers: int | None = option(None, "draft layers; 3 without --init-from")
+    block_size: int | None = option(None, "anchor and masks; 4 without --init-from")
+    num_features: int | None = option(None, "target layers whose outputs the drafter reads; 5 without --init-from")
+    mask_token_id: int | None = option(None, "an id that the target never reads or writes; known for built-in targets")
+    head: str | None = option(None, "add a sequential head, markov or swiglu (not in the plain format)")
+    head_rank: int = option(64, "its inner size")
+
+    def network(self, target: Target, data: FeatureSet | OnlineFeatures | None, seed: int) -> DFlashDraftModel:
+        """data: of the layers that the network will read; its first sample calibrates a copy of the target's layers."""
+        if self.head not in (None, *HEADS):
+            raise InvalidParameter(f"head is {self.head!r}", hint=f"head must be one of {', '.join(HEADS)}")
+        if self.init not in ("target", "random"):
+            raise InvalidParameter(f"init is {self.init!r}", hint="init must be target or random; a drafter is --init-from's")
+        names = ("num_layers", "block_size", "num_features", "mask_token_id")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.init_from is not None:
+            donor = DFlashDraftModel.from_pretrained(self.init_from)
+            c = donor.config
+            held = dict(zip(names, (c.num_hidden_layers, c.block_size, len(c.target_layer_ids), c.mask_token_id), strict=True))
+            return taken_from(draft_config(target, **(held | given)), donor, seed)
+        config = draft_config(target, **given)
+        if self.init == "random" or data is None:
+            return random_weights(config, seed)
+        return copied_from_target(config, target.name, data[0], seed)
+
+
+@dataclass(frozen=True)
+class TargetOptions:
+    """A target without a drafter."""
+
+    target: str = option("smollm2-135m", TARGET_HELP)
+    dtype: str = option("auto", DTYPE_HELP)
+    device: str = option("cpu", DEVICE_HELP)
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """Where training samples come from."""
+
+    target: str = option("smollm2-135m", TARGET_HELP)
+    dtype: str = option("auto", DTYPE_HELP)
+    online: bool = option(False, "FEATURES are answers: the target reads them at every use, and nothing is stored")
+    max_length: int = option(512, "with --online: tokens of prompt and answer that are read, at most")
+
+    def open(self, paths: list[Path], lm: Model, num_features: int, *, final: bool) -> FeatureSet | OnlineFeatures:
+        if self.online:
+            layers = feature_layers(lm.target.num_layers, num_features)
+            return OnlineFeatures(lm, paths, layers=layers, max_length=self.max_length, final=final)
+        if len(paths) > 1:
+            raise InvalidParameter(f"got {len(paths)} folders of features", hint="give all answers to one `flashdraft features`")
+        return FeatureSet(paths[0])
+
+
+def prompts(
+    out: Out,
+    files: Annotated[
+        list[str] | None,
+        Argument(metavar="SETS", help=".jsonl and .json files, or hub data sets as name:split or name:config:split"),
+    ] = None,
+    data: Annotated[Path | None, Option(help="folder of the known sets; if nothing is named, FLASHDRAFT_DATA")] = None,
+    thinking: Annotated[float | None, Option(help="share of the prompts that ask the target to think, from 0 to 1")] = None,
+    seed: Annotated[int, Option(help="seed of the order")] = 0,
+) -> None:
+    if data is None and not files and "FLASHDRAFT_DATA" in os.environ:
+        data = Path(os.environ["FLASHDRAFT_DATA"])
+    print(f"{write_prompts(data, out, files=files or (), thinking=thinking, seed=seed)} prompts in {out}")
+
+
+@dataclass(frozen=True)
+class KeepOptions:
+    """Which features are kept while the target answers."""
+
+    keep_features: str | None = option(None, "keep what the target saw in this folder, for `flashdraft features`")
+    num_features: int = option(5, "target layers whose outputs are kept")
+    max_length: int = option(512, "tokens of prompt and answer that are stored, at most")
+    soft_labels: bool = option(False, "also the final state, of which soft labels are made")
+
+    def shards(self, lm: Model) -> ShardWriter | None:
+        if self.keep_features is None:
+            return None
+        layers = feature_layers(lm.target.num_layers, self.num_features)
+        return ShardWriter(lm, Path(self.keep_features), layers=layers, max_length=self.max_length, final=self.soft_labels)
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """Who answers how many prompts, and how."""
+
+    max_rows: int = option(8, "prompts answered together, at most")
+    limit: int | None = option(None, "only the file's first prompts")
+    greedy_share: float = option(0.0, "share of the prompts that are answered greedily at a temperature above 0")
+    url: str | None = option(None, "an OpenAI-compatible server that answers instead, http://host:port/v1")
+    model: str | None = option(None, "the target's name on that server")
+
+    def server(self, *unused: Any) -> Server | None:
+        """None without --url; the options of `unused` mean nothing to a server."""
+        if (self.url is None) != (self.model is None):
+            raise InvalidParameter("--url and --model go together", hint="give both, or neither")
+        if self.url is None or self.model is None:
+            return None
+        for group in unused:
+            for field in fields(group):
+                if (value := getattr(group, field.name)) != field.default:
+                    raise InvalidParameter(f"{field.name} is {value}, but --url answers", hint="leave out one of the two")
+        return Server(self.url, self.model, self.max_rows)
+
+
+def regenerate(
+    file: Annotated[Path, Argument(metavar="PROMPTS", help="file that `flashdraft prompts` wrote")],
+    out: Out,
+    options: ModelOptions,
+    params: SamplingParams,
+    answer: AnswerOptions,
+    keep: KeepOptions,
+) -> None:
+    if answer.limit is not None and answer.limit < 1:
+        raise InvalidParameter(f"limit is {answer.limit}", hint="limit must be 1 or more")
+    law = mixed(params, answer.greedy_share)
+    lm = answer.server(options, keep) or options.load(answer.max_rows)
+    shards = keep.shards(lm) if isinstance(lm, Model) else None
+    count = answer_prompts(lm, file, out, params=law, limit=answer.limit, shards=shards, quiet=not sys.stdout.isatty())
+    print(f"{count} new answers in {out}")
+
+
+def features(
+    answers: Annotated[list[Path], Argument(help="files that `flashdraft regenerate` wrote")],
+    out: Folder,
+    model: TargetOptions,
+    num_features: Annotated[int, Option(help="target layers whose outputs are stored")] = 5,
+    max_length: MaxLength = 512,
+    soft_labels: SoftLabels = False,
+) -> None:
+    if max_length < 2:
+        raise InvalidParameter(f"max_length is {max_length}", hint="max_length must be 2 or more")
+    lm = load(model.target, draft="autoregressive", dtype=model.dtype, device=model.device)
+    layers = feature_layers(lm.target.num_layers, num_features)
+    quiet = not sys.stdout.isatty()
+    count = write_features(lm, answers, out, layers=layers, max_length=max_length, final=soft_labels, quiet=quiet)
+    print(f"{count} shards in {out}")
+
+
+def train(
+    source: Annotated[
+        list[Path], Argument(metavar="FEATURES", help="folder that `flashdraft features` wrote; with --online, answers")
+    ],
+    out: Folder,
+    eval_prompts: Annotated[Path, Option(help="held-out prompts, on which tau is measured")],
+    draft: DraftOptions,
+    config: TrainConfig,
+    where: SourceOptions,
+    profile: Annotated[int, Option(help="only measure this many steps, and show where their time goes")] = 0,
+) -> None:
+    held_out = [prompt.text for prompt in read_prompts(eval_prompts)]
+    try:
+        from flashdraft.train.trainer import Trainer, process_device
+    except ModuleNotFoundError as error:
+        raise FlashDraftError(f"training needs the package {error.name}", hint='pip install "flashdraft[train]"') from None
+
+    lm = load(where.target, draft="autoregressive", dtype=where.dtype, device=str(process_device()))
+    data = where.open(source, lm, draft.num_features or 5, final=bool(config.kl + config.tv))
+    network = draft.network(lm.target, data, config.seed)
+    check_target(network.config, lm.target)
+    head = None if draft.head is None else (draft.head, draft.head_rank)
+    trainer = Trainer(network, lm, data, out, config, head=head)
+    if profile:
+        print_table(["part", "ms a step", "share"], profile_training(trainer, profile))
+        return
+    if trainer.coverage is not None:
+        print(f"the draft vocabulary covers {trainer.coverage:.2%} of the answers' tokens")
+    best = trainer.run(held_out, quiet=not sys.stdout.isatty())
+    print(f"best tau {best:.3f}; the drafter: {out / 'best'}")
+
+
+def eval(
+    file: Annotated[Path, Argument(metavar="PROMPTS", help="held-out prompts: objects with a `prompt`, one a line")],
+    model: ModelOptions,
+    max_new_tokens: Annotated[int, Option(help="tokens an answer, at most")] = 256,
+    max_rows: Annotated[int, Option(help="prompts decoded together, at most")] = 8,
+) -> None:
+    lm = model.load(max_rows)
+    texts = [prompt.text for prompt in read_prompts(file)]
+    results: list[Result] = lm.generate(texts, SamplingParams(max_new_tokens=max_new_tokens))
+    lengths = [length for result in results for length in result.stats.accepted_lengths]
+    tau = sum(result.stats.tau for result in results) / len(results)
+    print(f"tau {tau:.3f} on {len(results)} prompts, {len(lengths)} target passes")
+    shares = [(k, sum(length > k for length in lengths) / len(lengths)) for k in range(1, max(lengths, default=1))]
+    if shares:
+        print_table(["draft position", "accepted"], [[str(k), f"{share:.1%}"] for k, share in shares])
+
+
+def doctor(
+    draft: Annotated[str, Argument(help="the drafter's folder or hub id")],
+    target: Annotated[str, Argument(help=TARGET_HELP)],
+    data: Annotated[Path, Argument(help="folder that `flashdraft features` wrote")],
+    num_samples: Annotated[int, Option(help="samples that are looked at")] = 8,
+) -> None:
+    lm = load(target, draft="autoregressive")
+    failed = 0
+    for finding in diagnose(DFlashDraftModel.from_pretrained(draft), lm, FeatureSet(data), num_samples=num_samples):
+        failed += not finding.passed
+        print(f"{'ok  ' if finding.passed else 'FAIL'} {finding.test}: {finding.text}")
+        if not finding.passed:
+            print(f"     hint: {finding.hint}")
+    if failed:
+        raise Exit(1)
+
+
+def push(
+    folder: Annotated[Path, Argument(help="a drafter's folder")],
+    repo: Annotated[str, Argument(help="the model repository on the hub, owner/name")],
+    private: Annotated[bool, Option("--private", help="make a private one")] = False,
+) -> None:
+    DFlashDraftModel.from_pretrained(folder)  # whole, or it says what is wrong
+    print(hub.push(folder, repo, private=private))
