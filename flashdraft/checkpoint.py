@@ -92,7 +92,7 @@ class DraftConfig:
                 sequential_head=own.get("sequential_head"),
                 head_rank=int(own.get("head_rank", 64)),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"`{where}` is not a DFlash drafter: config.json lacks or garbles {error}",
                 hint="a drafter's config.json has block_size and dflash_config with mask_token_id and target_layer_ids",
@@ -157,7 +157,7 @@ class DraftConfig:
             "markov": {"previous": (self.vocab_size, r), "output": (self.draft_vocab_size or self.vocab_size, r)},
             "swiglu": {"gate_up": (2 * r, 2 * h), "down": (h, r)},
         }
-        return {f"sequential_head.{name}.weight": shape for name, shape in shapes.get(self.sequential_head or "", {}).items()}
+        return {f"sequential_head.{name}.weight": shape for name, shape in shapes.get(str(self.sequential_head), {}).items()}
 
     def optional_shapes(self) -> dict[str, tuple[int, ...]]:
         """Tensors that the file may hold beside them: an embedding and lm_head of its own, a reduced vocabulary."""

@@ -68,15 +68,14 @@ _UNWANTED = ["*/*", "consolidated*"]  # the same weights again in other formats
 def push(folder: Path, repo: str, *, private: bool = False, token: str | None = None) -> str:
     """Upload a folder to a model repository of the hub, made if need be; returns the commit's address. Raises ModelNotFound."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     api = HfApi(token=token)
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload a DFlash drafter"))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelNotFound(f"cannot push to `{repo}`: {cause}", hint="check the name, the network and `hf auth login`") from None
+    except Exception as error:  # the HTTP library's errors pass through here, too
+        cause, hint = _line(error), "check the name, the network and `hf auth login`"
+        raise ModelNotFound(f"cannot push to `{repo}`: {cause}", hint=hint) from None
 
 
 def cache_dir() -> Path:

@@ -273,7 +273,7 @@ def test_neighbours_are_told_apart_where_one_token_outweighs_all(world: World, t
         assert features is not None
         return logits, torch.cat((torch.full_like(features[:1], 1e4), features[1:]))
 
-    lm.target.prefill = sink  # type: ignore[method-assign]
+    lm.target.prefill = sink  # type: ignore[method-assign,assignment]
     assert "one layer lower" in findings(world.model, lm, stored(tmp_path, lm, samples))["layers"].text
 
 

@@ -34,6 +34,7 @@ CONFIG = DraftConfig(
     target_layer_ids=LAYERS,
     num_target_layers=4,
     max_position_embeddings=256,
+    layer_types=("full_attention",) * 2,
     dtype="float32",
 )
 

@@ -108,8 +108,9 @@ class _Parts:
             "blocks": positions,
             "offsets": offsets,
         }
-        if sample.final is not None:
+        if sample.final is not None:  # what was recorded while decoding lacks the last tokens' states: no label without a law
             new["final"] = sample.final[(positions - 1).clamp(max=len(sample.final) - 1)]
+            new["labels"] = new["labels"].masked_fill(positions > len(sample.final), -1)
         for name, tensor in new.items():
             self.lists.setdefault(name, []).append(tensor)
         c0, r0 = (self.spans[-1][1], self.spans[-1][3]) if self.spans else (0, 0)

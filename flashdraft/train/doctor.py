@@ -1,8 +1,4 @@
-"""Why a drafter is accepted less than it should be: each known cause has a test of its own, made on a few samples.
-
-The causes: the target did not write the data, it was read at other layers, its prompts were rendered otherwise than those that
-are served, the mask token means something, labels or features are shifted. Nothing here changes anything.
-"""
+"""Why a drafter is accepted less than it should be: each known cause has a test of its own. Nothing here changes anything."""
 
 from __future__ import annotations
 
@@ -16,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashdraft.checkpoint import check_target
 from flashdraft.errors import DataError, FlashDraftError
 from flashdraft.generate import Model
 from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDraft
@@ -27,7 +22,6 @@ from flashdraft.types import SamplingParams
 __all__ = ["Finding", "diagnose"]
 
 _DRAFTED = 64  # tokens of every answer that are drafted and decoded
-_SCANNED = 512  # answers in which the mask token is looked for
 _SAID = "FlashDraftAsks"  # what the user says where the chat template is looked at
 _DATE = re.compile(r"\d{1,2} [A-Z][a-z]+ \d{4}|\d{4}-\d\d-\d\d")  # some templates tell today's
 _SHIFTS = {(0, 0): "", (-1, 0): "layer lower", (1, 0): "layer higher", (0, -1): "token earlier", (0, 1): "token later"}
@@ -35,18 +29,15 @@ _SHIFTS = {(0, 0): "", (-1, 0): "layer lower", (1, 0): "layer higher", (0, -1): 
 
 @dataclass(frozen=True)
 class Finding:
-    """One test's outcome; `hint` says what to do where it failed."""
-
     test: str
     passed: bool
     text: str
-    hint: str = ""
+    hint: str = ""  # what to do where it failed
 
 
 def diagnose(model: DFlashDraftModel, lm: Model, data: FeatureSet, *, num_samples: int = 8, seed: int = 0) -> Iterator[Finding]:
     """The findings in order, each as it is made; after a drafter that does not belong to the target there are no others."""
     try:
-        check_target(model.config, lm.target)
         network = PackedDraft(model, lm.target)
         data.check(contents=True)
         if (width := data[0].features.shape[1]) != len(data.layers) * lm.target.hidden_size:
@@ -63,7 +54,7 @@ def diagnose(model: DFlashDraftModel, lm: Model, data: FeatureSet, *, num_sample
     if not samples:
         yield Finding("answers", False, "no answer has two tokens that could be drafted", "regenerate longer answers")
         return
-    yield _mask_token(model, lm, [*(torch.tensor(data.answer_tokens(i)) for i in order[:_SCANNED]), *(s.tokens for s in samples)])
+    yield _mask_token(model, lm, [*(torch.tensor(data.answer_tokens(i)) for i in order[:512]), *(s.tokens for s in samples)])
     fits = data.layers == model.config.target_layer_ids
     text = f"the data holds layers {data.layers}, the drafter reads {model.config.target_layer_ids}"
     yield _layers(lm, data, samples) if fits else Finding("layers", False, text, "run `flashdraft features` for this drafter")
@@ -76,26 +67,28 @@ def diagnose(model: DFlashDraftModel, lm: Model, data: FeatureSet, *, num_sample
         yield _served(lm, network, samples, drafts)
 
 
+def _finding(test: str, passed: bool, text: str, cause: str, hint: str) -> Finding:
+    return Finding(test, True, text) if passed else Finding(test, False, f"{text}{cause}", hint)
+
+
 def _cut(sample: Sample, end: int) -> Sample:
     return replace(sample, tokens=sample.tokens[:end], features=sample.features[:end], final=None)
 
 
 def _mask_token(model: DFlashDraftModel, lm: Model, texts: list[Tensor]) -> Finding:
-    mask, hint = model.config.mask_token_id, "train with --mask-token-id of an id that the target never reads or writes"
+    mask, seen = model.config.mask_token_id, sum(bool((tokens == model.config.mask_token_id).any()) for tokens in texts)
     special = {getattr(lm.tokenizer, f"{name}_token_id", None): name for name in ("unk", "pad", "bos", "eos")}
     special |= dict.fromkeys(lm.eos, "eos")
-    seen = sum(bool((tokens == mask).any()) for tokens in texts)
     what = f"is the {special[mask]} token" if mask in special else f"occurs in {seen} of {len(texts)} texts of the data"
-    passed = mask not in special and not seen
-    return Finding("mask token", passed, f"the mask token {mask} {what}", "" if passed else hint)
+    hint = "train with --mask-token-id of an id that the target never reads or writes"
+    return _finding("mask token", mask not in special and not seen, f"the mask token {mask} {what}", "", hint)
 
 
 @torch.inference_mode()
 def _read(lm: Model, sample: Sample, layers: Sequence[int]) -> Tensor:
-    """[tokens, layers, hidden]"""
     _, features = lm.target.prefill(lm.target.new_cache(1, len(sample.tokens)), 0, sample.tokens, layers)
     assert features is not None
-    return features.view(len(features), len(layers), -1)
+    return features.view(len(features), len(layers), -1)  # [tokens, layers, hidden]
 
 
 def _layers(lm: Model, data: FeatureSet, samples: list[Sample]) -> Finding:
@@ -103,8 +96,7 @@ def _layers(lm: Model, data: FeatureSet, samples: list[Sample]) -> Finding:
     wanted = sorted({i + step for i in data.layers for step in (-1, 0, 1) if 0 <= i + step <= lm.target.num_layers})
     errors: dict[tuple[int, int], list[Tensor]] = {shift: [] for shift in _SHIFTS}
     for sample in samples:
-        ours = sample.features.float().cpu().unflatten(1, (len(data.layers), -1))
-        read = _read(lm, sample, wanted).float().cpu()
+        ours, read = sample.features.float().cpu().unflatten(1, (len(data.layers), -1)), _read(lm, sample, wanted).float().cpu()
         for step, late in _SHIFTS:
             pairs = [(k, wanted.index(i + step)) for k, i in enumerate(data.layers) if i + step in wanted]
             mine, theirs = ours[:, [k for k, _ in pairs]], read[:, [k for _, k in pairs]].roll(-late, 0)[: len(ours)]
@@ -114,16 +106,14 @@ def _layers(lm: Model, data: FeatureSet, samples: list[Sample]) -> Finding:
     own, best = worst[0, 0], min(worst, key=worst.__getitem__)
     text, hint = f"the features differ from the target's own by {own:.2%}", "make the features again with this target"
     if worst[best] < min(0.5 * own, 0.2):
-        text = f"the features are those of one {_SHIFTS[best]} than the manifest says (hidden_states[i + 1] is layer i's)"
-        return Finding("layers", False, text, hint)
-    text += "" if own < 0.1 else ": they were made with other weights or tokens"
-    return Finding("layers", own < 0.1, text, "" if own < 0.1 else hint)
+        return Finding("layers", False, f"the features are those of one {_SHIFTS[best]} than the manifest says: off by one", hint)
+    return _finding("layers", own < 0.1, text, ": they were made with other weights or tokens", hint)
 
 
 @torch.inference_mode()
 def _answers(lm: Model, samples: list[Sample]) -> Finding:
-    """Under the target's own law surprise less entropy is a martingale, of the summed varentropies' variance."""
-    sums, count = torch.zeros(3, dtype=torch.double), 0
+    """Under the target's own law surprise less entropy is a martingale of that variance; a greedy text has far less."""
+    sums, count = torch.zeros(3, dtype=torch.double), sum(len(sample.tokens) - sample.num_prompt for sample in samples)
     for sample in samples:
         states = _read(lm, sample, (lm.target.num_layers,))[sample.num_prompt - 1 : -1, 0]
         for rows, tokens in zip(states.split(128), sample.tokens[sample.num_prompt :].split(128), strict=True):
@@ -132,12 +122,10 @@ def _answers(lm: Model, samples: list[Sample]) -> Finding:
             entropy = -(law * log_law).sum(-1)
             varentropy = (law * log_law.square()).sum(-1) - entropy.square()
             sums += torch.stack([t.double().sum().cpu() for t in (surprise, entropy, varentropy)])
-            count += len(tokens)
     (got, own), deviation = (sums[:2] / count).tolist(), float(sums[2].clamp(min=0).sqrt()) / count
     text = f"the target's surprise at the answers is {got:.2f} nats a token, at texts of its own {own:.2f}"
-    if got > max(own + 4 * deviation, 1.05 * own + 0.05):  # it is less where the target was greedy
-        return Finding("answers", False, f"{text}: it did not write them", "run `flashdraft regenerate` on the prompts")
-    return Finding("answers", True, text)
+    hint, most = "run `flashdraft regenerate` on the prompts", max(own + 4 * deviation, 1.05 * own + 0.05)
+    return _finding("answers", got <= most, text, ": it did not write them", hint)
 
 
 def _frames(lm: Model, **options: Any) -> list[tuple[str, str]]:
@@ -167,17 +155,15 @@ def _prompts(lm: Model, samples: list[Sample]) -> Iterator[Finding]:
     texts = [_text(lm, sample.tokens[: sample.num_prompt].tolist()) for sample in samples]
     fits = [[max((len(h + t) for h, t in m if x.startswith(h) and x.endswith(t)), default=-1) for m in modes] for x in texts]
     known, odd = [f for f in fits if max(f) >= 0], [x for x, f in zip(texts, fits, strict=True) if max(f) < 0]
-    text, hint = f"{len(known)} of {len(texts)} prompts begin and end as the chat template frames them", ""
-    if odd:
-        own = " to ".join(repr(end) for frame in default[:1] for end in frame)
-        text += f"; one is {odd[0][:30]!r} to {odd[0][-30:]!r}, the template gives {own}"
-        hint = "make the data again with this tokenizer, or serve with the template that it was made with"
-    yield Finding("template", not odd, text, hint)
+    text = f"{len(known)} of {len(texts)} prompts begin and end as the chat template frames them"
+    own = " to ".join(repr(end) for frame in default[:1] for end in frame)
+    example = f"; one is {odd[0][:30]!r} to {odd[0][-30:]!r}, the template gives {own}" if odd else ""
+    hint = "make the data again with this tokenizer, or serve with the template that it was made with"
+    yield _finding("template", not odd, text, example, hint)
     if on != off and known:
         served, mode = sum(f[0] == max(f) for f in known), "on" if default == on else "off"
         text = f"{served} of {len(known)} prompts have the thinking mode that is served by default ({mode})"
-        hint = "" if served else "mix both modes with `flashdraft prompts --thinking`, or serve in the data's mode"
-        yield Finding("thinking", served > 0, text, hint)
+        yield _finding("thinking", served > 0, text, "", "mix both: `flashdraft prompts --thinking`; or serve in the data's mode")
 
 
 @torch.inference_mode()
@@ -212,10 +198,8 @@ def _labels(model: DFlashDraftModel, network: PackedDraft, samples: list[Sample]
         tried[f"so if the features are those of one token {feature}: they were shifted"] = _drafts(model, network, rolled), 0
     shares = {text: float(_hits(samples, *each).nanmean().nan_to_num()) for text, each in tried.items()}
     text, best = f"{shares['']:.0%} of the drafts are the tokens at their own positions", max(shares, key=shares.__getitem__)
-    if shares[best] <= 1.5 * shares[""] + 0.1:  # texts repeat themselves
-        return Finding("labels", True, text)
     hint = "row k of a block predicts the token AT anchor + k, of the features before the anchor; train again without a shift"
-    return Finding("labels", False, f"{text}, {shares[best]:.0%} {best}", hint)
+    return _finding("labels", shares[best] <= 1.5 * shares[""] + 0.1, text, f", {shares[best]:.0%} {best}", hint)
 
 
 def _served(lm: Model, network: PackedDraft, samples: list[Sample], drafts: list[Tensor]) -> Finding:
@@ -228,10 +212,8 @@ def _served(lm: Model, network: PackedDraft, samples: list[Sample], drafts: list
         forced += len(accepted) / passes / len(samples)
     drafting = Model(lm.target, lm.tokenizer, lambda: DFlashDrafter(network), eos=lm.eos, max_rows=lm.max_rows)
     prompts: list[Any] = [sample.tokens[: sample.num_prompt].tolist() for sample in samples]
-    results = drafting.generate(prompts, [SamplingParams(max_new_tokens=len(drafted) + 1) for drafted in drafts])
-    tau = sum(result.stats.tau for result in results) / len(results)
+    params = [SamplingParams(max_new_tokens=len(drafted) + 1) for drafted in drafts]
+    tau = sum(result.stats.tau for result in drafting.generate(prompts, params)) / len(samples)
     text = f"tau is {forced:.2f} on the stored answers, {tau:.2f} when the engine decodes the same prompts"
-    if tau >= 1.1 and tau - 1 >= 0.6 * (forced - 1):
-        return Finding("served", True, text)
     hint = "look at the failed tests above; if none failed, it was hardly trained, or knows these answers by heart: train on more"
-    return Finding("served", False, text, hint)
+    return _finding("served", tau >= 1.1 and tau - 1 >= 0.6 * (forced - 1), text, "", hint)

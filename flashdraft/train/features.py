@@ -36,9 +36,9 @@ class Sample:
     """One answer with its prompt, as the target read it."""
 
     tokens: Tensor  # [n] int64
-    features: Tensor  # [n or n - 1, F * hidden]
+    features: Tensor  # [n, or n - 2 recorded while decoding, F * hidden]
     num_prompt: int  # tokens before the answer
-    final: Tensor | None = None  # [n or n - 1, hidden]: the state that the target's lm_head reads
+    final: Tensor | None = None  # [as many, hidden]: the state that the target's lm_head reads
 
 
 class ShardWriter:

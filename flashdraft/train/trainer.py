@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import parse_flag_from_env
 from rich.progress import Progress
 from safetensors.torch import load_file
 from torch import Tensor
@@ -36,7 +37,7 @@ from flashdraft.train.card import model_card
 from flashdraft.train.config import TrainConfig
 from flashdraft.train.features import FeatureSet, OnlineFeatures, Sample
 from flashdraft.train.loss import Loss, accuracy, common_tokens
-from flashdraft.train.state import last_checkpoint, load_checkpoint, save_checkpoint
+from flashdraft.train.state import full_disk_named, last_checkpoint, load_checkpoint, save_checkpoint
 from flashdraft.types import Result, SamplingParams
 
 __all__ = ["Trainer", "process_device"]
@@ -72,7 +73,9 @@ class Trainer:
         self.coverage: float | None = None  # share of the answers' tokens that the draft vocabulary has
         vocabulary = self._draft_vocabulary(keep=model.sequential_head is not None)
         if head is not None and model.sequential_head is None:
-            model.add_head(*head)
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(config.seed)
+                model.add_head(*head)
         self.net: Any = Blocks(model, self.target.embed)
         self.optimizer: Any = torch.optim.AdamW(_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.95), fused=True)
         self.net, self.optimizer = self.acc.prepare(self.net, self.optimizer)
@@ -98,7 +101,8 @@ class Trainer:
             write_file(self.out / "run.json", json.dumps(self._origin(), indent=2).encode())
         self.acc.init_trackers("tensorboard", config=asdict(config))
         self.net.train()
-        with Progress(disable=quiet or not main) as bar, self._stoppable():
+        full = full_disk_named(self.out / "checkpoints", f"a file of `{self.out}`")
+        with Progress(disable=quiet or not main) as bar, self._stoppable(), full:
             task = bar.add_task("train", total=config.steps, completed=self.step)
             while self.step < config.steps:
                 started = time.perf_counter()
@@ -109,11 +113,12 @@ class Trainer:
                     weights = self._weights()  # of all processes
                     figures |= self.measure(weights, prompts) if main else {}
                 self._log(figures)
-                if self.step % config.save_every == 0 or ended or self.stopped:
+                stopped = max(self.acc.gather(torch.tensor([self.stopped], device=self.acc.device)).tolist())  # any process
+                if self.step % config.save_every == 0 or ended or stopped:
                     self._save()
                 bar.update(task, advance=1, description=_describe(figures))
-                if self.stopped:
-                    raise SystemExit(128 + self.stopped)
+                if stopped:
+                    raise SystemExit(128 + stopped)
         self.acc.end_training()
         return self.best
 
@@ -146,10 +151,10 @@ class Trainer:
             self.optimizer.step()
             self._follow()
         self.step, self.positions = self.step + 1, self.positions + int(positions)
-        hits = self.acc.gather_for_metrics(torch.cat(rows, 1).T.contiguous())
+        hits = self.acc.gather(self.acc.pad_across_processes(torch.cat(rows, 1).T.contiguous()))  # a pad's offset is 0
         loss = float(self.acc.reduce(torch.tensor(loss, device=self.acc.device), "sum"))
         whole = {"step": self.step, "loss": loss, "norm": float(norm), "positions": int(positions)}
-        return whole | accuracy(hits, self.model.config.block_size)
+        return whole | accuracy(hits[hits[:, 1] > 0], self.model.config.block_size)
 
     def measure(self, weights: dict[str, Tensor], prompts: Sequence[str]) -> dict[str, Any]:
         """tau of the drafter with these weights, on held-out prompts; the best one is kept as a drafter's folder."""
@@ -209,7 +214,7 @@ class Trainer:
         held, size, path = self.model.extras.get("d2t"), self.target.vocab_size, self.out / "vocabulary.safetensors"
         if keep and held is not None:
             return held.long() + torch.arange(len(held))
-        if self.config.vocab == 0 or self.config.vocab >= size:
+        if keep or self.config.vocab == 0 or self.config.vocab >= size:
             return torch.arange(size)
         if not path.exists():
             tokens, self.coverage = common_tokens(self.data, self.config.vocab)
@@ -248,7 +253,7 @@ class Trainer:
     def _save(self) -> None:
         both: Any = dcp.get_state_dict(self.net, self.optimizer.optimizer, options=_WHOLE)
         model, optimizer = both
-        flat = {f"{name}.{key}": value for name, entry in optimizer["state"].items() for key, value in entry.items()}
+        flat = {f"{name}.{key}": value for name, entry in optimizer.get("state", {}).items() for key, value in entry.items()}
         groups: dict[str, dict[str, Tensor]] = {"model": model, "optimizer": flat} | (
             {"average": self._weights()} if self.average else {}
         )
@@ -328,7 +333,7 @@ class Trainer:
 
 def process_device() -> torch.device:
     """This process's, where accelerate has launched several."""
-    return PartialState().device  # type: ignore[no-any-return]
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device  # type: ignore[no-any-return]
 
 
 def _describe(figures: dict[str, Any]) -> str:
