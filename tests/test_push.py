@@ -164,21 +164,21 @@ class ConnectError(Exception):
     """As the HTTP library's, which is not an OSError."""
 
 
-REFUSALS = {
-    "the hub says no": HfHubHTTPError("403 Forbidden\n\nYou may not.", response=SimpleNamespace(headers={}, request=None)),  # type: ignore[arg-type]
-    "no network": ConnectError("[Errno 111] Connection refused"),
-    "no token": LocalTokenNotFoundError("Token is required"),
-    "the disk": OSError(5, "Input/output error"),
-    "nothing said": ConnectError(),
-}
-SAID = ("403 Forbidden", "[Errno 111] Connection refused", "Token is required", "[Errno 5] Input/output error", "ConnectError")
+FORBIDDEN: Any = SimpleNamespace(headers={}, request=None)
+REFUSALS: list[tuple[Exception, str]] = [
+    (HfHubHTTPError("403 Forbidden\n\nYou may not.", response=FORBIDDEN), "403 Forbidden"),
+    (ConnectError("[Errno 111] Connection refused"), "[Errno 111] Connection refused"),
+    (LocalTokenNotFoundError("Token is required"), "Token is required"),
+    (OSError(5, "Input/output error"), "[Errno 5] Input/output error"),
+    (ConnectError(), "ConnectError"),
+]
 
 
-@pytest.mark.parametrize(("refusal", "said"), zip(REFUSALS, SAID, strict=True))
+@pytest.mark.parametrize(("refusal", "said"), REFUSALS, ids=[said for _, said in REFUSALS])
 def test_refusal_is_one_line_and_a_hint(
-    fake: Hub, drafter: Path, capsys: pytest.CaptureFixture[str], refusal: str, said: str
+    fake: Hub, drafter: Path, capsys: pytest.CaptureFixture[str], refusal: Exception, said: str
 ) -> None:
-    fake.error = REFUSALS[refusal]
+    fake.error = refusal
     with pytest.raises(ModelNotFound) as error:
         network().push_to_hub(REPO)
     assert one_line_and_hint(error) == f"cannot push to `{REPO}`: {said}"
