@@ -21,7 +21,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -309,7 +309,8 @@ def test_damaged_newer_checkpoints_do_not_push_the_whole_one_out(tmp_path: Path)
     write(save_checkpoint, tmp_path, 14)
     assert not whole.exists()
     write(save_checkpoint, tmp_path, 30)
-    assert all(holds(path, step) for path, step in zip(sorted(tmp_path.iterdir()), (14, 30), strict=False))
+    assert holds(tmp_path / "step-0000014", 14)
+    assert last_checkpoint(tmp_path) == tmp_path / "step-0000030"
     write(save_checkpoint, tmp_path, 34)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-0000030", "step-0000034"]
 
@@ -346,9 +347,7 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer_module, "_MEASURED", SamplingParams(max_new_tokens=8))
 
 
-def new_trainer(
-    data: FeatureSet, out: Path, *, seed: int = 0, head: tuple[str, int] | None = None, **changes: Any
-) -> Trainer:
+def new_trainer(data: FeatureSet, out: Path, *, seed: int = 0, head: tuple[str, int] | None = None, **changes: Any) -> Trainer:
     lm = language_model()
     config = draft_config(lm.target, num_layers=1, block_size=4, num_features=1, mask_token_id=MASK)
     return Trainer(random_weights(config, seed), lm, data, out, replace(SETTINGS, **changes), head=head)
@@ -474,9 +473,9 @@ def test_run_resumed_without_its_average_is_caught(tmp_path: Path, data: Feature
 
 
 def pickles(out: Path) -> list[str]:
-    """Files that are neither tensors nor text nor tensorboard's, by name or by their first bytes."""
+    """Files that are neither tensors nor text nor tensorboard's, by their names, and pickles by their first bytes."""
     known = (".safetensors", ".json", ".jsonl", ".md")
-    odd = [n for n in files_of(out) if not n.endswith(known) and not Path(n).name.startswith("events.out.tfevents")]
+    odd = [n for n in files_of(out) if not n.endswith(known) and not n.startswith("tensorboard/")]
     return odd + [n for n, content in files_of(out).items() if content[:2] == b"PK" or re.match(rb"\x80[\x00-\x05]", content)]
 
 
@@ -641,7 +640,9 @@ def test_micro_batches_join_to_the_whole_batch(tmp_path: Path, data: FeatureSet,
     for two, one in zip(*runs, strict=True):
         assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
         assert two["norm"] == pytest.approx(one["norm"], rel=1e-4)
-        assert [two[name] for name in ("step", "positions", "accuracy")] == [one[name] for name in ("step", "positions", "accuracy")]
+        assert [two[name] for name in ("step", "positions", "accuracy")] == [
+            one[name] for name in ("step", "positions", "accuracy")
+        ]
 
 
 def test_kept_weights_are_the_moving_average(tmp_path: Path, data: FeatureSet) -> None:
@@ -663,5 +664,319 @@ def test_kept_weights_are_the_moving_average(tmp_path: Path, data: FeatureSet) -
     for name, tensor in average.items():
         torch.testing.assert_close(groups["average"][name].double(), tensor, atol=1e-6, rtol=1e-5)
         assert torch.equal(best[name], groups["average"][name].bfloat16().float())
-    assert not equal(groups["average"], groups["model"])
-    assert equal(groups["model"], weights(trainer))
+    assert not equal(groups["average"], weights(trainer))
+    assert equal(groups["model"], {f"model.{name}": tensor for name, tensor in weights(trainer).items()})
+
+
+# The command line: full disks and bad data.
+
+Run = Callable[[str], tuple[int, str, str]]
+NETWORK = "--target T --num-features 1 --num-layers 1 --init random --mask-token-id 60"
+TRAIN = f"--eval-prompts held.jsonl {NETWORK} --anchors 6 --vocab 0 --precision fp32 --lr 3e-3"
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory, answers: Path) -> Path:
+    """A target, its answers, their features, and held-out prompts."""
+    folder = tmp_path_factory.mktemp("shop")
+    save_target(folder / "target")
+    shutil.copy(answers, folder / "answers.jsonl")
+    (folder / "held.jsonl").write_text('{"prompt": "hello there"}\n')
+    command = f"features {folder}/answers.jsonl --out {folder}/feats --target {folder}/target --num-features 1"
+    assert main(command.split()) == 0
+    return folder
+
+
+@pytest.fixture
+def run(shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command line in a folder of its own that holds the shop's files; `T` is the target."""
+    monkeypatch.setenv("NO_COLOR", "1")
+    for path in shop.iterdir():
+        if path.name != "target":
+            (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
+    monkeypatch.chdir(tmp_path)
+
+    def run(line: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = main([str(shop / "target") if word == "T" else word for word in shlex.split(line)])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+def said(got: tuple[int, str, str]) -> tuple[str, str]:
+    """The error and the hint of a command that failed."""
+    status, _, err = got
+    assert status == 1, got
+    assert [line.split(":")[0] for line in err.splitlines()] == ["error", "hint"], err
+    error, hint = err.splitlines()
+    return error, hint
+
+
+FULL: dict[str, Callable[[], Exception]] = {
+    "oserror": lambda: OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+    "safetensors": lambda: SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+}
+
+
+def fill_disk(patch: pytest.MonkeyPatch, name: str, error: Callable[[], Exception]) -> None:
+    """No space is left when the file of that name is written behind the first checkpoint."""
+    place, _, name = name.rpartition("/")
+    real, log = {"checkpoint": checkpoint.save_file, "state": state_module.write_file}, Trainer._log
+
+    def full(path: Any) -> bool:
+        here = (".tmp-save" if place == "" else f"/{place}/") in str(Path(path).absolute())
+        return here and Path(path).name == name and last_checkpoint(Path("run/checkpoints")) is not None
+
+    def save_file(tensors: Any, path: Any, metadata: Any = None) -> None:
+        real["checkpoint"](tensors, path, metadata=metadata)
+        if full(path):
+            cut_short(Path(path))
+            raise error()
+
+    def write_file(path: Path, content: bytes) -> None:
+        if full(path):
+            raise error()
+        real["state"](path, content)
+
+    def logged(self: Trainer, figures: dict[str, Any]) -> None:
+        log(self, figures)
+        if name == "metrics.jsonl" and self.step == 3:
+            path = self.out / "metrics.jsonl"
+            path.write_bytes(path.read_bytes()[:-20])
+            raise error()
+
+    patch.setattr(checkpoint, "save_file", save_file)
+    patch.setattr(state_module, "write_file", write_file)
+    patch.setattr(Trainer, "_log", logged)
+
+
+PLACES = [*((f"{name}.safetensors", kind) for name in SIZES for kind in FULL), ("state.json", "oserror")]
+PLACES += [("best/model.safetensors", kind) for kind in FULL] + [("metrics.jsonl", "oserror")]
+
+
+@pytest.mark.parametrize(("name", "kind"), PLACES)
+def test_full_disk_is_one_line_and_the_last_checkpoint_is_kept_and_named(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: str
+) -> None:
+    line = f"train feats --out run {TRAIN} --steps 4 --save-every 2 --eval-every 100 --sequences 2 --ema 0.9"
+    with monkeypatch.context() as patch:
+        fill_disk(patch, name, FULL[kind])
+        error, hint = said(run(line))
+    assert "the disk is full: " in error
+    assert ("run/checkpoints/step-0000004" if "/" not in name and name != "metrics.jsonl" else "run`") in error
+    assert "make room" in hint
+    assert "step-0000002" in hint
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-0000002"]
+    assert not [path for path in (tmp_path / "run").rglob(".tmp*")]
+    if name in ("optimizer.safetensors", "metrics.jsonl"):  # there is room again
+        assert run(line)[0] == 0
+        assert run(line.replace("--out run", "--out whole"))[0] == 0
+        assert same_end(tmp_path / "run", tmp_path / "whole")
+
+
+def test_another_trouble_of_the_disk_is_not_called_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    write(save_checkpoint, tmp_path, 1)
+    monkeypatch.setattr(state_module, "write_file", refused)
+    with pytest.raises(PermissionError):
+        write(save_checkpoint, tmp_path, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-0000001"]
+
+
+def test_file_without_answers_is_named(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    error, hint = said(run(f"train empty.jsonl --online --out run {TRAIN}"))
+    assert "`empty.jsonl` holds no answers" in error
+    assert "flashdraft regenerate" in hint
+    assert run("features empty.jsonl --out none --target T --num-features 1")[0] == 0
+    error, hint = said(run(f"train none --out run {TRAIN}"))
+    assert "`none` holds no samples" in error
+    assert "flashdraft features" in hint
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("wrong", ['{"prompt": "a", ', "[]", '{"prompt": "a"}'], ids=["cut", "no-object", "no-response"])
+def test_bad_line_of_a_file_with_answers_is_named(run: Run, tmp_path: Path, answers: Path, wrong: str) -> None:
+    lines = (answers.read_text().splitlines() * 3)[:20]
+    lines[16] = wrong
+    (tmp_path / "bad.jsonl").write_text("".join(line + "\n" for line in lines))
+    finished = files_of(tmp_path / "feats")
+    for command in ("features bad.jsonl --out feats --target T --num-features 1", f"train bad.jsonl --online --out run {TRAIN}"):
+        error, hint = said(run(command))
+        assert "bad.jsonl" in error
+        assert "line 17" in error
+        assert hint
+    now = files_of(tmp_path / "feats")
+    assert {name: now[name] for name in finished} == finished
+    assert not (tmp_path / "run").exists()
+    assert run("features answers.jsonl --out feats --target T --num-features 1")[:2] == (0, "1 shards in feats\n")
+
+
+def test_bad_line_of_a_prompt_file_costs_no_answer(run: Run, tmp_path: Path) -> None:
+    rows = [json.dumps({"source": "toy", "row": n, "prompt": "hi"}) for n in range(20)]
+    (tmp_path / "prompts.jsonl").write_text("".join(row + "\n" for row in rows))
+    line = "regenerate prompts.jsonl --out out.jsonl --target T --max-new-tokens 4"
+    assert run(f"{line} --limit 6")[1] == "6 new answers in out.jsonl\n"
+    finished = (tmp_path / "out.jsonl").read_bytes()
+    (tmp_path / "prompts.jsonl").write_text("".join(row + "\n" for row in [*rows[:16], rows[16][:-9], *rows[17:]]))
+    error, _ = said(run(line))
+    assert "prompts.jsonl" in error
+    assert "line 17" in error
+    assert (tmp_path / "out.jsonl").read_bytes() == finished
+
+
+@pytest.mark.parametrize("damage", ["is gone", "has "])
+def test_vanished_shard_is_found_before_the_first_step(run: Run, tmp_path: Path, damage: str) -> None:
+    line = f"train feats --out run {TRAIN} --save-every 1 --eval-every 100 --sequences 2 --steps"
+    assert run(f"{line} 2")[0] == 0
+    finished = files_of(tmp_path / "run")
+    (shard,) = (tmp_path / "feats").glob("*.safetensors")
+    shard.unlink() if damage == "is gone" else cut_short(shard)
+    error, hint = said(run(f"{line} 4"))
+    assert f"feats/{shard.name}` {damage}" in error
+    assert "flashdraft features" in hint
+    assert files_of(tmp_path / "run") == finished
+    shard.unlink(missing_ok=True)
+    assert run("features answers.jsonl --out feats --target T --num-features 1")[0] == 0
+    assert run(f"{line} 4")[0] == 0
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_network_or_features_of_another_target_are_named(run: Run, tmp_path: Path) -> None:
+    lm = language_model()
+    config = draft_config(lm.target, num_layers=1, block_size=4, num_features=1, mask_token_id=MASK)
+    random_weights(replace(config, hidden_size=64, head_dim=16), 0).save_pretrained(tmp_path / "wide")
+    error, hint = said(run(f"train feats --out run {TRAIN.replace('--init random', '--init-from wide')}"))
+    assert "64 wide, these 32" in error
+    assert "--init target" in hint
+    write_features(lm, [tmp_path / "answers.jsonl"], tmp_path / "other", layers=(1,), max_length=64, quiet=True)
+    error, hint = said(run(f"train other --out run {TRAIN}"))
+    assert "`other` holds layers (1,), the drafter reads (2,)" in error
+    assert "flashdraft features" in hint
+    error, _ = said(run(f"train feats --out run {TRAIN} --mask-token-id {VOCAB}"))
+    assert f"mask token {VOCAB}" in error or f"mask_token_id is {VOCAB}" in error
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_command_that_is_told_to_stop_leaves_with_the_signals_code(run: Run, tmp_path: Path, number: int) -> None:
+    line = f"train feats --out run {TRAIN} --steps 4 --save-every 100 --eval-every 100 --sequences 2"
+    train_step = Trainer.train_step
+
+    def interrupted(self: Trainer) -> dict[str, Any]:
+        if self.step == 1:
+            os.kill(os.getpid(), number)
+        return train_step(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "train_step", interrupted)
+        with pytest.raises(SystemExit) as left_with:
+            run(line)
+    assert left_with.value.code == 128 + number
+    assert last_checkpoint(tmp_path / "run/checkpoints") == tmp_path / "run/checkpoints/step-0000002"
+    assert run(line)[0] == 0
+    assert run(line.replace("--out run", "--out whole"))[0] == 0
+    assert same_end(tmp_path / "run", tmp_path / "whole")
+
+
+# Several processes, by gloo on the CPU.
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "NO_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "ACCELERATE_TORCH_DEVICE": "cpu",
+}
+
+
+def together(job: Callable[[int], Any], *, fsdp: bool = False) -> list[int]:
+    """Run `job(rank)` in two processes as `accelerate launch` would start them; returns their exit codes.
+
+    accelerate shards (FSDP2) on accelerators only: there the CPU is passed off as one, by recipes/accelerate/fsdp2.yaml's
+    settings.
+    """
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared |= {"OMP_NUM_THREADS": "1"} | (FSDP2 if fsdp else {"ACCELERATE_USE_CPU": "true"})
+
+    def member(rank: int) -> None:
+        from accelerate import state
+        from accelerate.utils import DistributedType
+
+        warnings.simplefilter("ignore")
+        os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(rank))
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        if fsdp:
+            state.PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+        assert trainer_module.process_device().type == "cpu"
+        job(rank)
+
+    return [ended(child) for child in [forked(lambda rank=rank: member(rank)) for rank in range(2)]]
+
+
+def near(first: Path, second: Path) -> None:
+    """Two runs' losses and weights agree to 1e-5, and their figures that are counted are the same."""
+    (groups, _, rows), (others, _, other_rows) = left(first), left(second)
+    for row, other in zip(rows, other_rows, strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], abs=1e-5)
+        assert row["norm"] == pytest.approx(other["norm"], rel=1e-4)
+        assert [row[name] for name in ("step", "positions", "accuracy")] == [other[n] for n in ("step", "positions", "accuracy")]
+    assert groups.keys() == others.keys()
+    for name in groups.keys() - {"optimizer"}:
+        for key, tensor in groups[name].items():
+            torch.testing.assert_close(tensor, others[name][key], atol=1e-5, rtol=0)
+    assert groups["optimizer"].keys() == others["optimizer"].keys()
+
+
+SPREAD: dict[str, dict[str, Any]] = {"ddp": {"weights": "dpace", "head": ("markov", 4)}, "fsdp2": {"ema": 0.9}}
+
+
+@pytest.mark.parametrize("kind", SPREAD)
+def test_two_processes_are_one_with_two_micro_batches(tmp_path: Path, data: FeatureSet, kind: str) -> None:
+    """One of the two is told to stop, both do, and the run goes on in two processes."""
+    settings: dict[str, Any] = {"steps": 12, "sequences": 3, **SPREAD[kind]}
+
+    def job(rank: int, name: str, stop: int | None) -> None:
+        seed = rank if kind == "ddp" else 0  # the first one's weights are everybody's; FSDP2 has every one bring its part
+        trainer = new_trainer(data, tmp_path / name, seed=seed, **settings)
+        kinds = {type(parameter).__name__ for parameter in trainer.model.parameters()}
+        assert (trainer.acc.num_processes, kinds) == (2, {"DTensor" if kind == "fsdp2" else "Parameter"})
+        if rank == 1 and stop is not None:
+            in_step(trainer, stop, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        trainer.run(HELD_OUT, quiet=True)
+
+    fsdp = kind == "fsdp2"
+    assert together(lambda rank: job(rank, "two", 6), fsdp=fsdp) == [128 + signal.SIGTERM] * 2
+    assert left(tmp_path / "two")[1]["step"] == 7
+    assert together(lambda rank: job(rank, "two", None), fsdp=fsdp) == [0, 0]
+    new_trainer(data, tmp_path / "one", accumulate=2, **settings).run(HELD_OUT, quiet=True)
+    near(tmp_path / "two", tmp_path / "one")
+
+
+def test_accelerate_launch_of_two_processes_is_one_with_accumulate_2(run: Run, shop: Path, tmp_path: Path) -> None:
+    line = f"train feats --out {{}} {TRAIN} --steps 6 --save-every 3 --eval-every 100 --sequences 2"
+    words = [str(shop / "target") if word == "T" else word for word in shlex.split(line.format("two"))]
+    launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch += ["--main_process_port", str(free_port()), "-m", "flashdraft", *words]
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *launch],
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert run(f"{line.format('one')} --accumulate 2")[0] == 0
+    near(tmp_path / "two", tmp_path / "one")

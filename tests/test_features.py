@@ -15,12 +15,13 @@ import pytest
 import torch
 from conftest import tiny_model
 from torch import Tensor
-from toy_training import CONFIG, HIDDEN, LAYERS, language_model, one_line_and_hint, write_lines
+from toy_training import CONFIG, HIDDEN, LAYERS, language_model, one_line_and_hint, toy_sample, write_lines
 
 from flashdraft.errors import DataError, InvalidParameter
 from flashdraft.generate import Model
 from flashdraft.train import features as features_stage
 from flashdraft.train import regenerate as regenerate_stage
+from flashdraft.train.batch import make_batch
 from flashdraft.train.config import TrainConfig
 from flashdraft.train.features import FeatureSet, OnlineFeatures, Sample, ShardWriter, write_features
 from flashdraft.train.initialise import random_weights
@@ -78,7 +79,7 @@ def test_online_features_are_the_stored_ones_in_their_order(tmp_path: Path, fina
     files = [random_answers(tmp_path / f"{n}.jsonl", 3 + n, 20, seed=n) for n in range(3)]
     stored, online = both_kinds(tmp_path / "features", [*files, files[0]], max_length=max_length, final=final)
     assert len(stored) == len(online) == sum(3 + n + 1 for n in range(3))
-    assert len(list((tmp_path / "features").glob("*.safetensors"))) == 5
+    assert len(list((tmp_path / "features").glob("*.safetensors"))) == 6
     assert (stored.layers, stored.hidden_size, stored.target, stored.final) == (LAYERS, HIDDEN, "llama", final)
     assert (online.layers, online.hidden_size, online.target, online.final) == (LAYERS, HIDDEN, "llama", final)
     for i, (first, second) in enumerate(zip(samples_of(stored), samples_of(online), strict=True)):
@@ -86,10 +87,6 @@ def test_online_features_are_the_stored_ones_in_their_order(tmp_path: Path, fina
         assert stored.answer_tokens(i) == online.answer_tokens(i) == first.tokens[first.num_prompt :].tolist()
         assert len(first.tokens) <= max_length
     assert not same(stored[0], online[1])
-    files_order = [
-        tuple(s.tokens.tolist()) for s in samples_of(OnlineFeatures(online.model, files, layers=LAYERS, max_length=99))
-    ]
-    assert files_order != [tuple(row.get("tokens", ())) for path in files for row in read_jsonl(path)]
 
 
 def test_shards_are_rounded_to_bfloat16_and_online_features_likewise(tmp_path: Path) -> None:
@@ -165,9 +162,7 @@ def test_final_states_give_the_targets_own_logits(tmp_path: Path) -> None:
 
 # Kept while the target answers.
 
-PROMPTS = tuple(
-    f"{word} {n}"[:-2] + "?" * (n % 3) for n, word in enumerate("one two three four five six seven eight nine ten no".split())
-)
+PROMPTS = ("one", "two?", "three??", "four", "five?", "six??", "seven", "eight?", "nine??", "ten", "no")
 
 
 @pytest.fixture
@@ -232,7 +227,7 @@ def is_prefills(folder: Path, scratch: Path, answers: Path, *, final: bool = Fal
         n = len(got.features)
         if not torch.equal(got.tokens, expected.tokens) or got.num_prompt != expected.num_prompt:
             return False
-        if n not in (len(got.tokens), len(got.tokens) - 1):  # nobody needs what the last token alone gives
+        if not len(got.tokens) - 2 <= n <= len(got.tokens):  # a row that ends shows the drafter no more
             return False
         for ours, theirs in ((got.features, expected.features), (got.final, expected.final)):
             if (ours is None) != (theirs is None):
@@ -263,18 +258,15 @@ def test_features_that_were_kept_are_not_made_again(
 def test_features_of_other_positions_or_answers_are_caught(
     tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The planted faults of keeping: one position late, and another row's."""
+    """The planted faults of keeping: one position late, and the layers in another order."""
 
     def late(tokens: list[int], features: Tensor, *rest: Any) -> Sample:
         return features_stage.as_sample(tokens, features.roll(1, 0), *rest)
 
-    seen: list[Tensor] = []
+    def swapped(tokens: list[int], features: Tensor, *rest: Any) -> Sample:
+        return features_stage.as_sample(tokens, features.roll(HIDDEN, 1), *rest)
 
-    def another(tokens: list[int], features: Tensor, *rest: Any) -> Sample:
-        seen.append(features)
-        return features_stage.as_sample(tokens, seen[max(0, len(seen) - 2)][: len(features)], *rest)
-
-    for wrong in (late, another):
+    for wrong in (late, swapped):
         out, folder = tmp_path / f"{wrong.__name__}.jsonl", tmp_path / wrong.__name__
         with monkeypatch.context() as patch:
             patch.setattr(regenerate_stage, "as_sample", wrong)
@@ -329,6 +321,37 @@ def test_misaligned_groups_are_caught(
     starts = lines_kept(folder, out)
     assert not all(start % 3 == 0 for start in starts)
     assert number_made(counting, out, folder) > 4 - len(starts)
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_every_label_of_kept_features_has_its_own_law(tmp_path: Path, prompts: Path) -> None:
+    """Decoding does not show the drafter the last tokens' states: what has no law is no label, and every block has a label."""
+    out, folder = tmp_path / "answers.jsonl", tmp_path / "features"
+    answer(prompts, out, kept(folder, final=True))
+    write_features(language_model(), [out], folder, layers=LAYERS, max_length=LONG, final=True, quiet=True)
+    data, missing = FeatureSet(folder), 0
+    for i, sample in enumerate(samples_of(data)):
+        assert sample.final is not None
+        batch = make_batch([(i, sample)], CONFIG, 99, 0)
+        assert batch.final is not None
+        labelled = batch.labels >= 0
+        before = batch.positions[1][labelled] - 1
+        assert int(before.max()) < len(sample.final)
+        assert torch.equal(batch.final[labelled], sample.final[before])
+        assert labelled.view(-1, CONFIG.block_size)[:, 1].all()
+        missing += int(batch.positions[1][labelled].max()) < len(sample.tokens) - 1
+    assert missing > 0
+
+
+def test_answer_of_two_tokens_whose_last_state_was_not_kept_is_left_out() -> None:
+    short, whole = toy_sample(8, 6, 1, final=True), toy_sample(20, 6, 2, final=True)
+    assert short.final is not None
+    make_batch([(0, short)], CONFIG, 4, 0)
+    short = replace(short, features=short.features[:-2], final=short.final[:-2])
+    assert make_batch([(0, short), (1, whole)], CONFIG, 4, 0).numbers == [1]
+    with pytest.raises(DataError) as error:
+        make_batch([(0, short)], CONFIG, 4, 0)
+    assert "no answer in this batch has two tokens" in one_line_and_hint(error)
 
 
 @pytest.mark.usefixtures("small_shards")

@@ -71,7 +71,8 @@ def make_batch(
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
         room = config.max_position_embeddings - size + 2  # decoding drafts nothing where a block would not fit
         first = max(sample.num_prompt, min_context)
-        anchors = draw_anchors(first, min(len(sample.tokens), room), num_anchors, generator)
+        known = len(sample.tokens) if sample.final is None else len(sample.final) + 1  # an anchor has a label behind it
+        anchors = draw_anchors(first, min(len(sample.tokens), known, room), num_anchors, generator)
         if len(anchors):
             parts.add(number, sample, anchors, size, config.mask_token_id)
             chosen.append(anchors)

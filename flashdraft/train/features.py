@@ -49,14 +49,13 @@ class ShardWriter:
         out.mkdir(parents=True, exist_ok=True)
         kind: dict[str, Any] = {"target": model.target.name, "layers": list(layers), "hidden_size": model.target.hidden_size}
         kind |= {"max_length": max_length, "final": final}
-        self.known: dict[str, dict[str, Any]] = {}
+        self.manifest = kind | {"shards": {}, "unused": {}}
         if (out / "manifest.json").exists():
-            old = _read_manifest(out)
-            if any(old.get(key, False) != kind[key] for key in kind):
+            self.manifest = _read_manifest(out)
+            if any(self.manifest.get(key, False) != kind[key] for key in kind):
                 raise DataError(f"`{out}` holds features of another kind", hint="name another folder, or remove that one")
-            found = old["unused"] | old["shards"]
-            self.known = {key: entry for key, entry in found.items() if (out / f"{key}.safetensors").exists()}
-        self.manifest = kind | {"shards": {}, "unused": self.known}
+        found: dict[str, dict[str, Any]] = self.manifest["unused"] | self.manifest["shards"]
+        self.known = {key: entry for key, entry in found.items() if (out / f"{key}.safetensors").exists()}
 
     def use(self, keys: Sequence[str]) -> list[str]:
         """Make the set these shards; returns those that are not there yet. The others stay in the folder, unused."""

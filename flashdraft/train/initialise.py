@@ -6,6 +6,7 @@ values are those of the copied layer, and the draft's norms take over the scale 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +81,19 @@ def random_weights(config: DraftConfig, seed: int) -> DFlashDraftModel:
 def taken_from(config: DraftConfig, donor: DFlashDraftModel, seed: int) -> DFlashDraftModel:
     """A network for one target that starts from another one's drafter: every tensor of the same shape, the others random.
 
-    Raises InvalidParameter where no layer fits.
+    A sequential head comes along where the vocabulary is the same. Raises InvalidParameter where no layer fits.
     """
+    theirs, c = donor.state_dict(), donor.config
+    if c.sequential_head is not None and c.vocab_size == config.vocab_size:
+        head: dict[str, Any] = {"sequential_head": c.sequential_head, "head_rank": c.head_rank}
+        config = replace(config, draft_vocab_size=c.draft_vocab_size, **head)
     model = random_weights(config, seed)
-    theirs, state = donor.state_dict(), model.state_dict()
+    if config.draft_vocab_size is not None:
+        model.extras = {name: donor.extras[name] for name in ("d2t", "t2d")}
+    state = model.state_dict()
     fits = {name for name in state if name in theirs and theirs[name].shape == state[name].shape}
     if not any(name.endswith("proj.weight") for name in fits):
-        got = f"that drafter's layers are {donor.config.hidden_size} wide, these {config.hidden_size}"
+        got = f"that drafter's layers are {c.hidden_size} wide, these {config.hidden_size}"
         raise InvalidParameter(got, hint="start from a drafter of the same hidden size, or with --init target or random")
     for name in fits:
         state[name].copy_(theirs[name])

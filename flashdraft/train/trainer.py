@@ -285,10 +285,12 @@ class Trainer:
         model: Any = groups["model"]
         optimizer: Any = {"state": entries}
         optimizer["param_groups"] = dcp.get_optimizer_state_dict(self.net, self.optimizer.optimizer)["param_groups"]
+        if self.average:  # by way of the network, which knows how it is sharded
+            average: Any = {f"model.{name}": tensor for name, tensor in groups["average"].items()}
+            dcp.set_model_state_dict(self.net, average, options=_WHOLE)
+            self.average = {n: p.detach().clone() for n, p in self.model.named_parameters()}
         ours = self.net, self.optimizer.optimizer
         dcp.set_state_dict(*ours, model_state_dict=model, optim_state_dict=optimizer, options=_WHOLE)
-        for name, tensor in groups.get("average", {}).items():
-            self.average[name].copy_(tensor)
         self.step, self.positions, self.best = state["step"], state["positions"], state["best"]
         self.taus = [(step, tau) for step, tau in state["taus"]]
 
