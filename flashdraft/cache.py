@@ -5,16 +5,18 @@ overwrites it. A chain that was accepted in part only grows the length by the ac
 slots of the kept path into place. Knows nothing of tokens, models or who proposed what.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["SLOT_STEP", "SlotCache"]
+__all__ = ["SLOT_STEP", "SlotCache", "round_up"]
 
 SLOT_STEP = 64  # slots come, and are read, in multiples of this
+
+
+def round_up(slots: int) -> int:
+    return -(-slots // SLOT_STEP) * SLOT_STEP
 
 
 class SlotCache:
@@ -27,7 +29,7 @@ class SlotCache:
     def __init__(self, num_layers: int, rows: int, slots: int) -> None:
         self.num_layers = num_layers
         self.rows = rows
-        self.slots = -(-slots // SLOT_STEP) * SLOT_STEP
+        self.slots = round_up(slots)
         self.lengths = [0] * rows
         self.keys: list[Tensor | None] = [None] * num_layers
         self.values: list[Tensor | None] = [None] * num_layers
@@ -40,7 +42,7 @@ class SlotCache:
         """Make room for at least `slots` slots a row, and for `rows` rows; what is stored stays."""
         if slots <= self.slots and rows <= self.rows:
             return
-        self.slots = self.slots if slots <= self.slots else -(-max(slots, 2 * self.slots) // SLOT_STEP) * SLOT_STEP
+        self.slots = self.slots if slots <= self.slots else round_up(max(slots, 2 * self.slots))
         self.lengths += [0] * (rows - self.rows)
         self.rows = max(rows, self.rows)
         self.keys = [_grown(t, self.rows, self.slots) for t in self.keys]

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -64,14 +65,14 @@ class DraftConfig:
         rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
         rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
         rope.setdefault("rope_type", rope.pop("type", "default"))
-        names = (
+        names = [
             "hidden_size",
             "intermediate_size",
             "num_hidden_layers",
             "num_attention_heads",
             "vocab_size",
             "num_target_layers",
-        )
+        ]
         try:
             heads, hidden = config["num_attention_heads"], config["hidden_size"]
             return DraftConfig(
@@ -93,10 +94,8 @@ class DraftConfig:
                 head_rank=int(own.get("head_rank", 64)),
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"`{where}` is not a DFlash drafter: config.json lacks or garbles {error}",
-                hint="a drafter's config.json has block_size and dflash_config with mask_token_id and target_layer_ids",
-            ) from None
+            hint = "a drafter's config.json has block_size and dflash_config with mask_token_id and target_layer_ids"
+            raise CheckpointError(f"`{where}` is not a DFlash drafter: its config lacks or garbles {error}", hint=hint) from None
 
     def to_json(self) -> dict[str, Any]:
         """config.json as z-lab writes it."""
@@ -126,43 +125,25 @@ class DraftConfig:
         """Every tensor that the file must hold, with its shape."""
         h, i, d = self.hidden_size, self.intermediate_size, self.head_dim
         q, kv = self.num_attention_heads * d, self.num_key_value_heads * d
-        shapes: dict[str, tuple[int, ...]] = {
-            "fc.weight": (h, len(self.target_layer_ids) * h),
-            "hidden_norm.weight": (h,),
-            "norm.weight": (h,),
-        }
-        for n in range(self.num_hidden_layers):
-            layer: dict[str, tuple[int, ...]] = {
-                "input_layernorm.weight": (h,),
-                "post_attention_layernorm.weight": (h,),
-                "self_attn.q_proj.weight": (q, h),
-                "self_attn.k_proj.weight": (kv, h),
-                "self_attn.v_proj.weight": (kv, h),
-                "self_attn.o_proj.weight": (h, q),
-                "self_attn.q_norm.weight": (d,),
-                "self_attn.k_norm.weight": (d,),
-                "mlp.gate_proj.weight": (i, h),
-                "mlp.up_proj.weight": (i, h),
-                "mlp.down_proj.weight": (h, i),
-            }
-            if self.attention_bias:
-                biases = {"q": (q,), "k": (kv,), "v": (kv,), "o": (h,)}
-                layer |= {f"self_attn.{name}_proj.bias": shape for name, shape in biases.items()}
-            shapes |= {f"layers.{n}.{name}": shape for name, shape in layer.items()}
-        return shapes | self._head_shapes()
-
-    def _head_shapes(self) -> dict[str, tuple[int, ...]]:
-        h, r = self.hidden_size, self.head_rank
-        shapes: dict[str, dict[str, tuple[int, ...]]] = {
-            "markov": {"previous": (self.vocab_size, r), "output": (self.draft_vocab_size or self.vocab_size, r)},
-            "swiglu": {"gate_up": (2 * r, 2 * h), "down": (h, r)},
-        }
-        return {f"sequential_head.{name}.weight": shape for name, shape in shapes.get(str(self.sequential_head), {}).items()}
+        norms = {"input_layernorm": (h,), "post_attention_layernorm": (h,), "self_attn.q_norm": (d,), "self_attn.k_norm": (d,)}
+        linears = {"q_proj": (q, h), "k_proj": (kv, h), "v_proj": (kv, h), "o_proj": (h, q)}
+        layer: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in norms.items()}
+        layer |= {f"self_attn.{name}.weight": shape for name, shape in linears.items()}
+        layer |= {"mlp.gate_proj.weight": (i, h), "mlp.up_proj.weight": (i, h), "mlp.down_proj.weight": (h, i)}
+        if self.attention_bias:
+            layer |= {f"self_attn.{name}.bias": shape[:1] for name, shape in linears.items()}
+        shapes = {f"layers.{n}.{name}": shape for n in range(self.num_hidden_layers) for name, shape in layer.items()}
+        shapes |= {"fc.weight": (h, len(self.target_layer_ids) * h), "hidden_norm.weight": (h,), "norm.weight": (h,)}
+        r, rows = self.head_rank, self.draft_vocab_size or self.vocab_size
+        if self.sequential_head == "markov":
+            shapes |= {"sequential_head.previous.weight": (self.vocab_size, r), "sequential_head.output.weight": (rows, r)}
+        if self.sequential_head == "swiglu":
+            shapes |= {"sequential_head.gate_up.weight": (2 * r, 2 * h), "sequential_head.down.weight": (h, r)}
+        return shapes
 
     def optional_shapes(self) -> dict[str, tuple[int, ...]]:
         """Tensors that the file may hold beside them: an embedding and lm_head of its own, a reduced vocabulary."""
-        v, rows = self.vocab_size, self.draft_vocab_size or self.vocab_size
-        h = self.hidden_size
+        v, rows, h = self.vocab_size, self.draft_vocab_size or self.vocab_size, self.hidden_size
         return {"embed_tokens.weight": (v, h), "lm_head.weight": (rows, h), "d2t": (rows,), "t2d": (v,)}
 
 
@@ -177,10 +158,9 @@ def spread_layers(num_target_layers: int, count: int) -> tuple[int, ...]:
 def read_draft(folder: Path) -> tuple[DraftConfig, dict[str, Tensor]]:
     """A drafter's config and tensors; every tensor is there with its shape, or CheckpointError says which is not."""
     config = DraftConfig.from_json(read_config(folder), str(folder))
-    if config.block_size < 2 or len(config.layer_types or config.shapes()) < 1:
-        raise CheckpointError(
-            f"`{folder}` has block_size {config.block_size}", hint="a block is the anchor and at least one mask"
-        )
+    if config.block_size < 2:
+        named = f"`{folder}` has block_size {config.block_size}"
+        raise CheckpointError(named, hint="a block is the anchor and at least one mask")
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"`{folder}` holds no .safetensors file", hint="pickled weights are not read; convert them")
@@ -201,15 +181,11 @@ def read_draft(folder: Path) -> tuple[DraftConfig, dict[str, Tensor]]:
         if name not in tensors:
             raise CheckpointError(f"`{folder}` lacks the tensor {name}", hint="the folder is incomplete, or of another method")
         if tuple(tensors[name].shape) != shape:
-            got = list(tensors[name].shape)
-            raise CheckpointError(
-                f"{name} has shape {got}, its config.json asks for {list(shape)}", hint="the two do not belong together"
-            )
-    unknown = sorted(set(tensors) - set(wanted) - set(optional))
-    if unknown:
-        raise CheckpointError(
-            f"`{folder}` has a tensor {unknown[0]} that DFlash does not", hint="it is a drafter of another method"
-        )
+            got = f"shape {list(tensors[name].shape)}, its config.json asks for {list(shape)}"
+            raise CheckpointError(f"{name} has {got}", hint="the two do not belong together")
+    if unknown := sorted(set(tensors) - set(wanted) - set(optional)):
+        named = f"a tensor {unknown[0]} that DFlash does not"
+        raise CheckpointError(f"`{folder}` has {named}", hint="it is a drafter of another method")
     if "d2t" in tensors:
         leads = tensors["d2t"].long() + torch.arange(len(tensors["d2t"]))
         if bad := [int(token) for token in leads if not 0 <= token < config.vocab_size]:
@@ -221,9 +197,8 @@ def read_draft(folder: Path) -> tuple[DraftConfig, dict[str, Tensor]]:
 def _check_layer_types(config: DraftConfig, folder: Path) -> None:
     kinds, count = config.layer_types, config.num_hidden_layers
     if odd := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
-        raise CheckpointError(
-            f"`{folder}` has a layer of type {odd[0]}", hint="full_attention and sliding_attention are supported"
-        )
+        hint = "full_attention and sliding_attention are supported"
+        raise CheckpointError(f"`{folder}` has a layer of type {odd[0]}", hint=hint)
     if kinds and len(kinds) != count:
         raise CheckpointError(f"`{folder}` has {len(kinds)} layer_types for {count} layers", hint="its config.json is damaged")
 
@@ -241,28 +216,26 @@ def write_draft(folder: Path, config: DraftConfig, tensors: Mapping[str, Tensor]
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file so that it appears whole or not at all."""
-    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=path.parent) as scratch:
-        made = Path(scratch) / path.name
+    with _appears_whole(path) as made:
         save_file(dict(tensors), made, metadata={"format": "pt"})
-        os.chmod(made, 0o644)  # save_file's are private
-        with made.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(made, path)
 
 
 def write_file(path: Path, content: bytes) -> None:
     """Write a file so that it appears whole or not at all."""
-    handle, name = tempfile.mkstemp(prefix=".tmp-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as out:
-            out.write(content)
-            out.flush()
-            os.fsync(out.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with _appears_whole(path) as made:
+        made.write_bytes(content)
+
+
+@contextmanager
+def _appears_whole(path: Path) -> Iterator[Path]:
+    """Where to write what shall appear at `path`."""
+    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=path.parent) as scratch:
+        made = Path(scratch) / path.name
+        yield made
+        os.chmod(made, 0o644)  # save_file's are private
+        with made.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(made, path)
 
 
 def check_target(config: DraftConfig, target: Target) -> None:
@@ -271,8 +244,7 @@ def check_target(config: DraftConfig, target: Target) -> None:
     if config.hidden_size != target.hidden_size:
         got = f"hidden size {config.hidden_size}, but `{target.name}` has {target.hidden_size}"
         raise DraftMismatch(f"the draft has {got}", hint=hint)
-    beyond = [i for i in config.target_layer_ids if not 0 <= i < target.num_layers]
-    if beyond:
+    if beyond := [i for i in config.target_layer_ids if not 0 <= i < target.num_layers]:
         got = f"layer {beyond[0]}, but `{target.name}` has {target.num_layers} layers"
         raise DraftMismatch(f"the draft wants hidden states of {got}", hint=hint)
     if config.num_target_layers != target.num_layers:

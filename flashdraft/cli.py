@@ -4,8 +4,6 @@ That file, and torch with it, is imported when one of its commands was asked for
 once. A parameter that is a dataclass stands for its fields: every default and help text exists once, beside its field.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import io
@@ -20,81 +18,57 @@ from typer.exceptions import TyperException
 
 from flashdraft import __version__
 from flashdraft.errors import FlashDraftError
+from flashdraft.types import check_options
 
 __all__ = ["COMMANDS", "flat", "main"]
 
-
-COMMANDS = {  # name of a function in commands.py -> its help and two examples
-    "demo": (
-        "Answer a prompt with and without drafting, and compare.",
-        "flashdraft demo",
-        "flashdraft demo 'Write a haiku about rain.' --temperature 0.7 --seed 1",
-    ),
-    "generate": (
-        "Print the answers to one or more prompts.",
-        "flashdraft generate 'Why is the sky blue?'",
-        "flashdraft generate - --json --temperature 0.8 < question.txt",
-    ),
-    "chat": (
-        "Talk to a model; /reset forgets the talk, /exit ends it.",
-        "flashdraft chat",
-        "flashdraft chat --target Qwen/Qwen3-8B --draft z-lab/Qwen3-8B-DFlash-b16",
-    ),
-    "bench": (
-        "Measure methods side by side; write results, show a table.",
-        "flashdraft bench --prompts speed.jsonl --out results.jsonl --repeats 3",
-        "flashdraft bench --prompts tau.jsonl --out tau-results.jsonl --methods autoregressive,dflash --max-new-tokens 256",
-    ),
-    "report": (
-        "Print the tables of results files again.",
-        "flashdraft report results.jsonl",
-        "flashdraft report monday.jsonl tuesday.jsonl",
-    ),
-    "tasks": (
-        "Write the benchmark's prompts: GSM8K, HumanEval, MT-Bench.",
-        "flashdraft tasks --data data --out tau.jsonl",
-        "flashdraft tasks --data data --out speed.jsonl --first 8",
-    ),
-    "profile": (
-        "Show a decoding step's time by part, and the memory.",
-        "flashdraft profile",
-        "flashdraft profile --nodes 1 --nodes 4 --nodes 16 --context 1024",
-    ),
-    "prompts": (
-        "Training 1: prompts of any data sets, shuffled once.",
-        "flashdraft prompts --data data --out prompts.jsonl",
-        "flashdraft prompts chats.jsonl tatsu-lab/alpaca:train --out prompts.jsonl --thinking 0.5",
-    ),
-    "regenerate": (
-        "Training 2: the target's own answers; run again to resume.",
-        "flashdraft regenerate prompts.jsonl --out answers.jsonl --max-rows 32",
-        "flashdraft regenerate prompts.jsonl --out answers.jsonl --url http://localhost:8000/v1 --model Qwen/Qwen3-8B",
-    ),
-    "features": (
-        "Training 3: the target's hidden states; run again to resume.",
-        "flashdraft features answers.jsonl --out features",
-        "flashdraft features a.jsonl b.jsonl --out features --max-length 1024",
-    ),
-    "train": (
-        "Training 4: a drafter; run again to resume.",
-        "flashdraft train features --out run --eval-prompts held_out.jsonl",
-        "flashdraft train features --out run2 --eval-prompts held_out.jsonl --init-from run/best --steps 500 --lr 1e-4",
-    ),
-    "eval": (
-        "Training 5: the real accepted length on held-out prompts.",
-        "flashdraft eval held_out.jsonl --draft run/best",
-        "flashdraft eval held_out.jsonl --target Qwen/Qwen3-8B --draft org/drafter --max-new-tokens 512",
-    ),
-    "doctor": (
-        "Find out why a drafter is accepted too little.",
-        "flashdraft doctor run/best smollm2-135m features",
-        "flashdraft doctor org/drafter Qwen/Qwen3-8B features --num-samples 32",
-    ),
-    "push": (
-        "Upload a drafter's folder to the hub.",
-        "flashdraft push run/best my-name/my-drafter",
-        "flashdraft push run/best my-name/my-drafter --private",
-    ),
+_LINES = """\
+demo: Answer a prompt with and without drafting, and compare.
+    flashdraft demo
+    flashdraft demo 'Write a haiku about rain.' --temperature 0.7 --seed 1
+generate: Print the answers to one or more prompts.
+    flashdraft generate 'Why is the sky blue?'
+    flashdraft generate - --json --temperature 0.8 < question.txt
+chat: Talk to a model; /reset forgets the talk, /exit ends it.
+    flashdraft chat
+    flashdraft chat --target Qwen/Qwen3-8B --draft z-lab/Qwen3-8B-DFlash-b16
+bench: Measure methods side by side; write results, show a table.
+    flashdraft bench --prompts speed.jsonl --out results.jsonl --repeats 3
+    flashdraft bench --prompts tau.jsonl --out tau-results.jsonl --methods autoregressive,dflash --max-new-tokens 256
+report: Print the tables of results files again.
+    flashdraft report results.jsonl
+    flashdraft report monday.jsonl tuesday.jsonl
+tasks: Write the benchmark's prompts: GSM8K, HumanEval, MT-Bench.
+    flashdraft tasks --data data --out tau.jsonl
+    flashdraft tasks --data data --out speed.jsonl --first 8
+profile: Show a decoding step's time by part, and the memory.
+    flashdraft profile
+    flashdraft profile --nodes 1 --nodes 4 --nodes 16 --context 1024
+prompts: Training 1: prompts of any data sets, shuffled once.
+    flashdraft prompts --data data --out prompts.jsonl
+    flashdraft prompts chats.jsonl tatsu-lab/alpaca:train --out prompts.jsonl --thinking 0.5
+regenerate: Training 2: the target's own answers; run again to resume.
+    flashdraft regenerate prompts.jsonl --out answers.jsonl --max-rows 32
+    flashdraft regenerate prompts.jsonl --out answers.jsonl --url http://localhost:8000/v1 --model Qwen/Qwen3-8B
+features: Training 3: the target's hidden states; run again to resume.
+    flashdraft features answers.jsonl --out features
+    flashdraft features a.jsonl b.jsonl --out features --max-length 1024
+train: Training 4: a drafter; run again to resume.
+    flashdraft train features --out run --eval-prompts held_out.jsonl
+    flashdraft train features --out run2 --eval-prompts held_out.jsonl --init-from run/best --steps 500 --lr 1e-4
+eval: Training 5: the real accepted length on held-out prompts.
+    flashdraft eval held_out.jsonl --draft run/best
+    flashdraft eval held_out.jsonl --target Qwen/Qwen3-8B --draft org/drafter --max-new-tokens 512
+doctor: Find out why a drafter is accepted too little.
+    flashdraft doctor run/best smollm2-135m features
+    flashdraft doctor org/drafter Qwen/Qwen3-8B features --num-samples 32
+push: Upload a drafter's folder to the hub.
+    flashdraft push run/best my-name/my-drafter
+    flashdraft push run/best my-name/my-drafter --private
+""".splitlines()
+COMMANDS = {  # name of a function in commands.py or train_commands.py -> its help and two examples
+    head.partition(": ")[0]: (head.partition(": ")[2], first.strip(), second.strip())
+    for head, first, second in zip(_LINES[::3], _LINES[1::3], _LINES[2::3], strict=True)
 }
 TRAINING = ("prompts", "regenerate", "features", "train", "eval", "doctor", "push")  # in train_commands.py
 
@@ -121,10 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more on its way out
         return 1
     except OSError as error:
-        where = f" `{error.filename}`" if error.filename else ""
-        return _complain(
-            f"cannot use{where}: {error.strerror or error}", "check the path, its permissions and the disk", status=1
-        )
+        message = f"cannot use{f' `{error.filename}`' if error.filename else ''}: {error.strerror or error}"
+        return _complain(message, "check the path, its permissions and the disk", status=1)
 
 
 def _complain(message: str, hint: str | None, *, status: int) -> int:
@@ -141,14 +113,10 @@ def _app(given: Sequence[str]) -> Any:
     asked = next((word for word in given if not word.startswith("-")), None)
     for name, (text, *examples) in COMMANDS.items():
         module = "flashdraft.train_commands" if name in TRAINING else "flashdraft.commands"
-        function = flat(getattr(import_module(module), name)) if name == asked else _nothing
+        function = flat(getattr(import_module(module), name)) if name == asked else lambda: None
         epilog = "\n".join(("\b", "Examples:", *(f"  {example}" for example in examples)))
         app.command(name, help=text, epilog=epilog)(function)
     return typer.main.get_command(app)
-
-
-def _nothing() -> None:
-    pass
 
 
 def _version(wanted: bool) -> None:
@@ -166,7 +134,7 @@ def _options(
 def flat(function: Callable[..., None]) -> Callable[..., None]:
     """The function with the fields of its dataclass parameters in their place, as typer wants to see it.
 
-    A field's metadata has its `help`; a tuple of strings becomes an option that may be given several times.
+    A field's metadata has its `help` and range; a tuple of strings becomes an option that may be given several times.
     """
     groups: dict[str, Any] = {}
     parameters: list[inspect.Parameter] = []
@@ -180,6 +148,7 @@ def flat(function: Callable[..., None]) -> Callable[..., None]:
     def call(**values: Any) -> None:
         for name, group in groups.items():
             values[name] = group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group)})
+            check_options(values[name])
         function(**values)
 
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

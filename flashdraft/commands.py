@@ -1,7 +1,5 @@
 """What the commands do: thin functions over the library. cli.py holds their names and help, and prints their errors."""
 
-from __future__ import annotations
-
 import json as jsonlib
 import os
 import sys
@@ -14,7 +12,6 @@ import transformers
 from typer import Argument, Option
 
 from flashdraft import hub
-from flashdraft.bench.profile import PARTS
 from flashdraft.bench.profile import profile as measure
 from flashdraft.bench.report import print_table, show
 from flashdraft.bench.run import BenchConfig, run_bench
@@ -30,30 +27,27 @@ transformers.logging.disable_progress_bar()
 PROMPT = "A baker bakes 12 trays of 8 rolls and sells 71 of them. How many rolls are left? Explain step by step."
 TARGET_HELP = "built-in name, hub id, folder or GGUF file"
 DTYPE_HELP = "float32, bfloat16, float16, or auto: as stored"
-DEVICE_HELP = "where the target runs: cpu, cuda, cuda:1, mps"
-TargetName = Annotated[str, Option(help=TARGET_HELP)]
-Data = Annotated[Path, Option(envvar="FLASHDRAFT_DATA", help="folder of the public data sets")]
 Out = Annotated[Path, Option(help="file to write")]
-MaxLength = Annotated[int, Option(help="tokens of prompt and answer that are stored, at most")]
-SoftLabels = Annotated[bool, Option("--soft-labels", help="also the final state, of which soft labels are made")]
-Folder = Annotated[Path, Option(help="folder to write")]
 
 
 @dataclass(frozen=True)
-class ModelOptions:
-    """What `load` takes from the command line."""
+class TargetOptions:
+    """What `load` takes from the command line; without a drafter."""
 
     target: str = option("smollm2-135m", TARGET_HELP)
-    draft: str = option(
-        "auto", "drafter's folder or hub id, autoregressive, prompt_lookup, or auto: the one shipped for the target"
-    )
-    block_size: int | None = option(None, "nodes per proposal, the anchor included; by default what the drafter was trained for")
     dtype: str = option("auto", DTYPE_HELP)
-    device: str = option("cpu", DEVICE_HELP)
+    device: str = option("cpu", "where the target runs: cpu, cuda, cuda:1, mps")
 
-    def load(self, max_rows: int = 1) -> Model:
-        options: dict[str, Any] = {"block_size": self.block_size, "dtype": self.dtype, "device": self.device}
-        return load(self.target, draft=self.draft, max_rows=max_rows, **options)
+    def load(self, **options: Any) -> Model:
+        return load(**{"draft": "autoregressive", **vars(self), **options})
+
+
+@dataclass(frozen=True)
+class ModelOptions(TargetOptions):
+    """The same with a drafter."""
+
+    draft: str = option("auto", "drafter's folder or hub id, autoregressive, prompt_lookup, or auto: shipped for the target")
+    block_size: int | None = option(None, "nodes per proposal, the anchor included; by default what the drafter was trained for")
 
 
 def demo(
@@ -67,9 +61,9 @@ def demo(
     if model.draft == "auto" and hub.builtin_draft(model.target) is None:
         model = replace(model, draft="prompt_lookup")
         print(f"no drafter is shipped for {model.target}: prompt lookup drafts instead\n")
-    drafting = model.load()
+    drafting = model.load(max_rows=1)
     tokens = drafting.encode(prompt)
-    plain = Model(drafting.target, drafting.tokenizer, Autoregressive, eos=drafting.eos, max_rows=1)
+    plain = replace(drafting, new_drafter=Autoregressive)
     chunks = drafting.stream(tokens, params)
     for each in (plain, drafting):  # the first calls build kernels
         each.generate(tokens, replace(params, max_new_tokens=min(8, max_new_tokens)))
@@ -91,19 +85,17 @@ def generate(
     json: Annotated[bool, Option("--json", help="one JSON object per answer")] = False,
 ) -> None:
     texts = [_read(sys.stdin.read) if prompt == "-" else prompt for prompt in prompts]
-    lm = model.load(max_rows)
+    lm = model.load(max_rows=max_rows)
     if len(texts) == 1 and not json:
         _show(lm.stream(texts[0], params))
         return
     for number, result in enumerate(lm.generate(texts, params)):
-        if json:
-            print(jsonlib.dumps(result.to_dict() | {"tokens_per_second": _speed(result)}, ensure_ascii=False))
-        else:
-            print(("\n" if number else "") + result.text)
+        record = result.to_dict() | {"tokens_per_second": _speed(result)}
+        print(jsonlib.dumps(record, ensure_ascii=False) if json else ("\n" if number else "") + result.text)
 
 
 def chat(model: ModelOptions, params: SamplingParams) -> None:
-    lm = model.load()
+    lm = model.load(max_rows=1)
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     turns: list[dict[str, str]] = []
     while True:
@@ -143,7 +135,7 @@ def report(results: Annotated[list[Path], Argument(help="files that `flashdraft 
 
 
 def tasks(
-    data: Data,
+    data: Annotated[Path, Option(envvar="FLASHDRAFT_DATA", help="folder of the public data sets")],
     out: Out,
     ids: Annotated[Path, Option(help="entry numbers of every set")] = Path("recipes/bench_ids.json"),
     first: Annotated[int | None, Option(help="only each set's first ones")] = None,
@@ -152,10 +144,8 @@ def tasks(
 
 
 def profile(
-    target: TargetName = "smollm2-135m",
-    draft: Annotated[
-        str, Option(help="drafter's folder or hub id; auto: the shipped one, or an untrained one of the default shape")
-    ] = "auto",
+    target: Annotated[str, Option(help=TARGET_HELP)] = "smollm2-135m",
+    draft: Annotated[str, Option(help="drafter's folder or hub id; auto: the shipped one, or an untrained one")] = "auto",
     nodes: Annotated[list[int], Option(help="nodes per step; may be given several times")] = [1, 8],  # noqa: B006
     context: Annotated[int, Option(help="tokens read before")] = 256,
     steps: Annotated[int, Option(help="steps measured; medians are shown")] = 20,
@@ -164,8 +154,8 @@ def profile(
     rows = []
     for one in profiles:
         total = sum(one.milliseconds.values())
-        rows += [[str(one.nodes), part, f"{(ms := one.milliseconds[part]):.2f}", f"{ms / total:.0%}"] for part in PARTS]
-        rows += [[str(one.nodes), "step", f"{total:.2f}", "100%"]]
+        parts = one.milliseconds | {"step": total}
+        rows += [[str(one.nodes), part, f"{ms:.2f}", f"{ms / total:.0%}"] for part, ms in parts.items()]
     print_table(["nodes", "part", "ms", "share"], rows)
     held = [[str(one.nodes), name, f"{count / 1e6:.1f}"] for one in profiles for name, count in one.nbytes.items()]
     print()
@@ -176,7 +166,7 @@ def _show(chunks: Iterable[Chunk]) -> Result:
     """Write an answer as it comes."""
     result = None
     for chunk in chunks:
-        _write(chunk.text)
+        print(chunk.text, end="", flush=True)
         result = chunk.result
     assert result is not None
     print()
@@ -187,27 +177,22 @@ def _show_origin(chunks: Iterable[Chunk]) -> Result:
     """The same, with what was drafted underlined and green, or in brackets where colours are not wanted; a legend first."""
     marks = ("\033[4;32m", "\033[0m") if _styled() else ("⟨", "⟩")
     inside, result = False, None
-    _write(f"{marks[0]}drafted and accepted{marks[1]}, the target's own\n\n")
+    print(f"{marks[0]}drafted and accepted{marks[1]}, the target's own\n")
     try:
         for chunk in chunks:
             for piece in chunk.pieces:
                 if piece.text:
-                    _write(("" if piece.drafted == inside else marks[inside]) + piece.text)
+                    print(("" if piece.drafted == inside else marks[inside]) + piece.text, end="", flush=True)
                     inside = piece.drafted
             result = chunk.result
     finally:
-        _write((marks[1] if inside else "") + "\n\n")
+        print((marks[1] if inside else "") + "\n")
     assert result is not None
     return result
 
 
 def _styled() -> bool:
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 def _read(read: Callable[[], str]) -> str:

@@ -7,8 +7,6 @@ its tokens, up to an end-of-text token, a stop string or the token limit, at any
 observes what was committed, or forgets the row if it is finished.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -65,13 +63,10 @@ class Request:
                 break
         self.stats.num_tokens += len(pieces)
         self.stats.num_accepted += sum(piece.drafted for piece in pieces)
-        return Chunk(self.index, tuple(pieces), tuple(tokens[: len(pieces)]), self._result())
-
-    def _result(self) -> Result | None:
-        if self.finish_reason is None:
-            return None
-        tokens = tuple(self.history[len(self.prompt) :])
-        return Result(self.decoder.text, tokens, self.finish_reason, self.stats)
+        result = None
+        if self.finish_reason is not None:
+            result = Result(self.decoder.text, tuple(self.history[len(self.prompt) :]), self.finish_reason, self.stats)
+        return Chunk(self.index, tuple(pieces), tuple(tokens[: len(pieces)]), result)
 
 
 class Engine:
@@ -134,10 +129,8 @@ class Engine:
             paths = [[node for node in path if node >= 0] for path in verdict.path.tolist()]
             for slot, path in zip(slots, paths, strict=True):
                 self._cache.keep(slot, path)
-            chunks = [
-                request.commit([*proposal.tokens[i, path[1:]].tolist(), int(verdict.bonus[i])], len(path) - 1)
-                for i, (request, path) in enumerate(zip(requests, paths, strict=True))
-            ]
+            texts = [[*proposal.tokens[i, path[1:]].tolist(), int(verdict.bonus[i])] for i, path in enumerate(paths)]
+            chunks = [request.commit(text, len(text) - 1) for request, text in zip(requests, texts, strict=True)]
         with self._timed("draft"):
             self._observe(slots, proposal, features, paths)
         for i, request in enumerate(requests):
@@ -163,10 +156,8 @@ class Engine:
         seeds = [params.seed for params in rows.params]
         law = target_probs(logits, rows.params, proposal.sizes)
         draws = uniforms(seeds, [position + 1 for position in rows.positions], proposal.num_nodes)
-        tossed = None
-        if proposal.drawn is not None and bool(proposal.drawn.any()):
-            tossed = coins(seeds, rows.positions, proposal.num_nodes)
-        return verify(proposal, law, draws, tossed)
+        any_drawn = proposal.drawn is not None and bool(proposal.drawn.any())
+        return verify(proposal, law, draws, coins(seeds, rows.positions, proposal.num_nodes) if any_drawn else None)
 
     def _observe(self, slots: list[int], proposal: Proposal, features: Tensor | None, paths: list[list[int]]) -> None:
         live = [i for i, slot in enumerate(slots) if self.running[slot].finish_reason is None]
@@ -196,11 +187,9 @@ def check(target: Target, request: Request) -> None:
         raise InvalidPrompt("the prompt is empty", hint="give at least one token of text")
     asked, limit = request.params.max_new_tokens, target.context_length
     if len(request.prompt) + asked > limit:
-        raise ContextLengthError(
-            f"the prompt has {len(request.prompt)} tokens and {asked} new ones were asked for, "
-            f"but the context of `{target.name}` holds {limit}",
-            hint=f"shorten the prompt, or ask for at most {max(limit - len(request.prompt), 0)} new tokens",
-        )
+        wanted = f"the prompt has {len(request.prompt)} tokens and {asked} new ones were asked for"
+        hint = f"shorten the prompt, or ask for at most {max(limit - len(request.prompt), 0)} new tokens"
+        raise ContextLengthError(f"{wanted}, but the context of `{target.name}` holds {limit}", hint=hint)
 
 
 def _cut(proposal: Proposal, limits: Tensor) -> Proposal:

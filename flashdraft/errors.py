@@ -13,17 +13,8 @@ FlashDraftError                 what is wrong, what was got; `hint` says what to
 A user's slip becomes one of these, never a traceback; the command line prints `error:` and `hint:` lines.
 """
 
-__all__ = [
-    "CheckpointError",
-    "ContextLengthError",
-    "DataError",
-    "DraftMismatch",
-    "FlashDraftError",
-    "InvalidParameter",
-    "InvalidPrompt",
-    "ModelNotFound",
-    "UnsupportedTarget",
-]
+__all__ = ["CheckpointError", "ContextLengthError", "DataError", "DraftMismatch", "FlashDraftError", "InvalidParameter"]
+__all__ += ["InvalidPrompt", "ModelNotFound", "UnsupportedTarget", "first_line"]
 
 
 class FlashDraftError(Exception):
@@ -36,6 +27,11 @@ class FlashDraftError(Exception):
     def __str__(self) -> str:
         message = str(self.args[0])
         return f"{message}\nhint: {self.hint}" if self.hint else message
+
+
+def first_line(error: object) -> str:
+    """The first line of an error's text that is not empty, or the error's name."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 class InvalidParameter(FlashDraftError, ValueError):

@@ -3,47 +3,46 @@
 The stream is the primitive: `generate` collects it, and the command line and the benchmark read the same records.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from flashdraft import hub
 from flashdraft.engine import Engine, Request, check
-from flashdraft.errors import CheckpointError, InvalidParameter, InvalidPrompt, ModelNotFound
+from flashdraft.errors import CheckpointError, InvalidParameter, InvalidPrompt, ModelNotFound, first_line
 from flashdraft.lean import LeanTarget
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDraft
 from flashdraft.methods.prompt_lookup import PromptLookup
 from flashdraft.target import HFTarget, Target
 from flashdraft.text import TextDecoder
-from flashdraft.types import Chunk, Drafter, SamplingParams
+from flashdraft.types import Chunk, Drafter, SamplingParams, require
 
 __all__ = ["Model", "Prompt", "drafters", "load", "load_target"]
 
 Prompt = str | Sequence[dict[str, str]] | Sequence[int]  # one user turn, a conversation, or token ids as they are
+Prompts = Prompt | Sequence[Prompt]
+Params = SamplingParams | Sequence[SamplingParams] | None
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
+@dataclass(eq=False, repr=False)
 class Model:
     """A target, its tokenizer and a drafter, ready to generate."""
 
-    def __init__(
-        self, target: Target, tokenizer: Any, new_drafter: Callable[[], Drafter], *, eos: frozenset[int], max_rows: int
-    ) -> None:
-        self.target = target
-        self.tokenizer = tokenizer
-        self.new_drafter = new_drafter  # every stream has a drafter of its own; the weights are shared
-        self.eos = eos
-        self.max_rows = max_rows
+    target: Target
+    tokenizer: Any
+    new_drafter: Callable[[], Drafter]  # every stream has a drafter of its own; the weights are shared
+    eos: frozenset[int] = field(kw_only=True)
+    max_rows: int = field(kw_only=True)
 
-    def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None, **options: Any
-    ) -> Any:
+    def generate(self, prompts: Prompts, params: Params = None, **options: Any) -> Any:
         """The Result of one prompt, or a list of Results in the order of a list of prompts.
 
         params: one for all, or one per prompt; `options` are the fields of SamplingParams, as a shorthand.
@@ -53,16 +52,12 @@ class Model:
         ordered = [results[index] for index in sorted(results)]
         return ordered[0] if _is_one(prompts) else ordered
 
-    def stream(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None, **options: Any
-    ) -> Iterator[Chunk]:
+    def stream(self, prompts: Prompts, params: Params = None, **options: Any) -> Iterator[Chunk]:
         """One Chunk per prompt and step, as they come; a prompt's last one carries its Result."""
         batch = [prompts] if _is_one(prompts) else list(prompts)
         engine = Engine(self.target, self.new_drafter(), max_rows=min(self.max_rows, max(len(batch), 1)))
-        requests = [
-            self.request(prompt, one, index=i)  # type: ignore[arg-type]
-            for i, (prompt, one) in enumerate(zip(batch, _params(params, options, len(batch)), strict=True))
-        ]
+        pairs: Any = zip(batch, _params(params, options, len(batch)), strict=True)
+        requests = [self.request(prompt, one, index=i) for i, (prompt, one) in enumerate(pairs)]
         for request in requests:
             check(self.target, request)
         return _run(engine, requests)
@@ -93,7 +88,7 @@ class Model:
             try:
                 text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **switch)
             except Exception as error:  # a template raises what it likes
-                refused = f"the chat template of `{self.target.name}` refuses the conversation: {_first_line(error)}"
+                refused = f"the chat template of `{self.target.name}` refuses the conversation: {first_line(error)}"
                 raise InvalidPrompt(refused, hint="give turns of roles that it knows, in its order") from None
             return self._checked(self._tokens(text, add_special_tokens=False))
         if not isinstance(prompt, str):
@@ -109,8 +104,7 @@ class Model:
         return tokens
 
     def _checked(self, tokens: list[int]) -> list[int]:
-        wrong = [token for token in tokens if not 0 <= token < self.target.vocab_size]
-        if wrong:
+        if wrong := [token for token in tokens if not 0 <= token < self.target.vocab_size]:
             raise InvalidPrompt(f"token id {wrong[0]} is outside the vocabulary of {self.target.vocab_size}")
         return tokens
 
@@ -142,9 +136,7 @@ def _all(prompt: object, is_part: Callable[[object], bool]) -> bool:
     return isinstance(prompt, Sequence) and all(is_part(part) for part in prompt)
 
 
-def _params(
-    params: SamplingParams | Sequence[SamplingParams] | None, options: dict[str, Any], count: int
-) -> list[SamplingParams]:
+def _params(params: Params, options: dict[str, Any], count: int) -> list[SamplingParams]:
     known = {field.name for field in fields(SamplingParams)}
     if unknown := sorted(set(options) - known):
         raise InvalidParameter(f"unknown option `{unknown[0]}`", hint=f"options are {', '.join(sorted(known))}")
@@ -153,9 +145,8 @@ def _params(
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams(**options)] * count
     if len(params) != count:
-        raise InvalidParameter(
-            f"got {len(params)} SamplingParams for {count} prompts", hint="give one for all, or one per prompt"
-        )
+        got = f"got {len(params)} SamplingParams for {count} prompts"
+        raise InvalidParameter(got, hint="give one for all, or one per prompt")
     return list(params)
 
 
@@ -174,18 +165,14 @@ def load(
     or hub id. block_size: nodes per proposal, the anchor included; by default what the drafter was trained for.
     dtype: "auto" (as stored), "float32", "bfloat16" or "float16". Raises a FlashDraftError that says what to do.
     """
-    if max_rows < 1:
-        raise InvalidParameter(f"max_rows is {max_rows}", hint="max_rows must be 1 or more")
+    require(max_rows >= 1, "max_rows", max_rows, "1 or more")
     loaded, tokenizer, eos = load_target(str(target), device=device, dtype=dtype)
     return Model(loaded, tokenizer, drafters(draft, loaded, str(target), block_size), eos=eos, max_rows=max_rows)
 
 
 def load_target(name: str, *, device: str = "cpu", dtype: str = "auto", lean: bool = True) -> tuple[Target, Any, frozenset[int]]:
     """The target, its tokenizer and its end-of-text ids; `lean=False` keeps transformers' own forward."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    if dtype not in ("auto", "float32", "bfloat16", "float16", "float64"):
-        raise InvalidParameter(f"dtype is {dtype!r}", hint="dtype must be auto, float32, bfloat16, float16 or float64")
+    require(dtype in DTYPES, "dtype", dtype, f"one of {', '.join(DTYPES)}")
     files = hub.resolve(name)
     folder, extra = (files.folder, {"gguf_file": files.filename}) if isinstance(files, hub.GgufFile) else (files, {})
     try:
@@ -194,15 +181,14 @@ def load_target(name: str, *, device: str = "cpu", dtype: str = "auto", lean: bo
             safe = None if extra else True
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=safe, **extra)
     except FileNotFoundError as error:
-        raise ModelNotFound(f"cannot load `{name}`: {_first_line(error)}", hint="the folder is incomplete") from None
+        raise ModelNotFound(f"cannot load `{name}`: {first_line(error)}", hint="the folder is incomplete") from None
     except Exception as error:  # transformers raises whatever its readers do: a damaged file, an unknown architecture
-        raise CheckpointError(f"cannot load `{name}`: {_first_line(error)}", hint="fetch the model's files again") from None
+        raise CheckpointError(f"cannot load `{name}`: {first_line(error)}", hint="fetch the model's files again") from None
     try:
         model.to(torch.device(device))  # type: ignore[arg-type]
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without it
-        raise InvalidParameter(
-            f"device is {device!r}: {_first_line(error)}", hint="device must be one that torch can use"
-        ) from None
+        got = f"device is {device!r}: {first_line(error)}"
+        raise InvalidParameter(got, hint="device must be one that torch can use") from None
     eos = model.generation_config.eos_token_id
     ids = [eos] if isinstance(eos, int) else list(eos or [])
     made = LeanTarget(model, name) if lean and device == "cpu" and LeanTarget.fits(model.config) else HFTarget(model, name)
@@ -212,8 +198,6 @@ def load_target(name: str, *, device: str = "cpu", dtype: str = "auto", lean: bo
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
     """transformers draws a bar even for a load of half a second."""
-    from transformers.utils import logging
-
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -225,8 +209,7 @@ def _no_progress_bar() -> Iterator[None]:
 
 def drafters(draft: str | Path, target: Target, target_name: str, block_size: int | None = None) -> Callable[[], Drafter]:
     """What makes new drafters of the kind called `draft` for this target; see `load`."""
-    if block_size is not None and block_size < 1:
-        raise InvalidParameter(f"block_size is {block_size}", hint="block_size must be 1 or more; 1 drafts nothing")
+    require(block_size is None or block_size >= 1, "block_size", block_size, "1 or more; 1 drafts nothing")
     if draft == "auto":
         draft = hub.builtin_draft(target_name) or "autoregressive"
     if draft == "autoregressive":
@@ -237,7 +220,3 @@ def drafters(draft: str | Path, target: Target, target_name: str, block_size: in
         return lambda: PromptLookup(block_size=block_size or 8)
     network = PackedDraft(DFlashDraftModel.from_pretrained(draft), target)
     return lambda: DFlashDrafter(network, block_size=block_size)
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

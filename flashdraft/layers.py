@@ -7,15 +7,11 @@ equal to plain text bit for bit, ties included. A linear finds out at load wheth
 same small shapes: `CHUNK` queries against a number of slots that depends on the query's own position alone.
 """
 
-from __future__ import annotations
-
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashdraft.cache import SLOT_STEP
+from flashdraft.cache import round_up
 
 __all__ = ["CHUNK", "PackedLinear", "RMSNorm", "SlotAttention", "apply_rotary", "rotary_table"]
 
@@ -73,13 +69,9 @@ class PackedLinear:
         return 1, False
 
 
-@functools.cache
-def _has_mkldnn_linear() -> bool:
-    return bool(torch.backends.mkldnn.is_available()) and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-
-
 def _can_pack(weight: Tensor) -> bool:
-    return weight.dtype == torch.float32 and weight.device.type == "cpu" and _has_mkldnn_linear()
+    has_linear = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    return weight.dtype == torch.float32 and weight.device.type == "cpu" and bool(has_linear)
 
 
 def rotary_table(inv_freq: Tensor, num_positions: int, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -105,20 +97,18 @@ class SlotAttention:
     def __init__(
         self, length: int, num_nodes: int, *, visible: Tensor | None, groups: int, like: Tensor, window: int | None = None
     ) -> None:
-        self.num_nodes = num_nodes
-        self.window = window
+        self.num_nodes, self.window = num_nodes, window
         self.groups = groups  # query heads per key head
         self.calls: list[tuple[int, int, int, Tensor]] = []  # first node, last node, slots read, mask
         first = 0
         while first < num_nodes:
-            reads = _round_up(length + (first + 1 if visible is None else num_nodes))
+            reads = round_up(length + (first + 1 if visible is None else num_nodes))
             last = min(first + CHUNK, num_nodes, reads - length if visible is None else num_nodes)
             self.calls.append((first, last, reads, self._mask(length, first, last, reads, visible, like)))
             first = last
 
-    def _mask(
-        self, length: int, first: int, last: int, reads: int, visible: Tensor | None, like: Tensor
-    ) -> Tensor:  # [1, 1, CHUNK * groups, reads]
+    def _mask(self, length: int, first: int, last: int, reads: int, visible: Tensor | None, like: Tensor) -> Tensor:
+        """[1, 1, CHUNK * groups, reads]"""
         nodes = torch.arange(first, first + CHUNK, device=like.device).clamp(max=last - 1)
         slots = torch.arange(reads, device=like.device)
         if visible is None:
@@ -143,13 +133,8 @@ class SlotAttention:
             if len(part) < CHUNK:
                 part = F.pad(part, (0, 0, 0, 0, 0, CHUNK - len(part)))
             folded = part.transpose(0, 1).reshape(1, kv_heads, -1, head_dim)  # query heads of one key head side by side
-            out = F.scaled_dot_product_attention(
-                folded, keys[:, :reads][None], values[:, :reads][None], attn_mask=mask, scale=scale
-            )
+            kv = keys[:, :reads][None], values[:, :reads][None]
+            out = F.scaled_dot_product_attention(folded, *kv, attn_mask=mask, scale=scale)
             out = out.view(heads, CHUNK, head_dim).transpose(0, 1).reshape(CHUNK, -1)
             outputs.append(out[: (last if last < self.num_nodes else len(query)) - first])
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-
-def _round_up(slots: int) -> int:
-    return -(-slots // SLOT_STEP) * SLOT_STEP

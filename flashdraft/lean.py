@@ -4,8 +4,6 @@ Built from a loaded Hugging Face model and equal to it to 1e-4. Row-exact where 
 the text of a chain and plain text agree bit for bit. Does not know drafters, verification or text.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,14 +14,12 @@ from torch import Tensor
 from flashdraft.cache import SlotCache
 from flashdraft.layers import CHUNK, PackedLinear, SlotAttention, apply_rotary, rotary_table
 from flashdraft.target import PREFILL_CHUNK
-from flashdraft.tree import ancestors, depths, is_chain
+from flashdraft.tree import ancestors, is_chain
 
 __all__ = ["LeanTarget"]
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-Attend = Callable[
-    [int, Tensor, Tensor, Tensor], Tensor
-]  # layer, q, k, v: [tokens, heads, head_dim] -> [tokens, heads * head_dim]
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer; q, k, v [tokens, heads, head_dim] -> [tokens, heads * head_dim]
 
 
 class _Layer:
@@ -31,8 +27,8 @@ class _Layer:
 
     def __init__(self, block: Any) -> None:
         attention, mlp = block.self_attn, block.mlp
-        self.input_norm = block.input_layernorm.weight.detach()
-        self.post_norm = block.post_attention_layernorm.weight.detach()
+        norms = block.input_layernorm, block.post_attention_layernorm
+        self.input_norm, self.post_norm = (norm.weight.detach() for norm in norms)
         self.qkv = _fuse(attention.q_proj, attention.k_proj, attention.v_proj)
         self.out = _fuse(attention.o_proj)
         self.gate_up = _fuse(mlp.gate_proj, mlp.up_proj)
@@ -106,27 +102,19 @@ class LeanTarget:
 
             hidden, feature = self._run(chunk, torch.arange(start, start + count), attend, layers)
             cache.keep(slot, range(count))
-            if feature is not None:
-                features.append(feature)
+            features += [] if feature is None else [feature]
         return self.lm_head(hidden[-1:])[0], torch.cat(features) if features else None
 
     @torch.inference_mode()
     def forward(
         self, cache: SlotCache, slots: Sequence[int], tokens: Tensor, parents: Tensor, sizes: Tensor, layers: Sequence[int]
     ) -> tuple[Tensor, Tensor | None]:
-        counts = sizes.tolist()
-        visible = None if is_chain(parents, sizes) else ancestors(parents)
-        lengths = torch.tensor([cache.lengths[slot] for slot in slots])
+        counts, starts = sizes.tolist(), [cache.lengths[slot] for slot in slots]
+        chain, tree, groups = is_chain(parents, sizes), ancestors(parents), self.heads // self.kv_heads
         real = torch.arange(tokens.shape[1]) < sizes[:, None]  # the linears see no padding
         plans = [
-            SlotAttention(
-                cache.lengths[slot],
-                counts[i],
-                visible=None if visible is None else visible[i, : counts[i], : counts[i]],
-                groups=self.heads // self.kv_heads,
-                like=self.cos,
-            )
-            for i, slot in enumerate(slots)
+            SlotAttention(start, n, visible=None if chain else seen[:n, :n], groups=groups, like=self.cos)
+            for start, n, seen in zip(starts, counts, tree, strict=True)
         ]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -139,7 +127,8 @@ class LeanTarget:
                 first = last
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-        packed, positions = tokens[real], (lengths[:, None] + depths(parents))[real]
+        depths = tree.sum(-1) - 1
+        packed, positions = tokens[real], (torch.tensor(starts)[:, None] + depths)[real]
         count = len(packed)
         if count < CHUNK and len(slots) == 1:  # one row alone costs the linears more than four, and attention pads to that
             packed, positions = (F.pad(t, (0, CHUNK - count), value=int(t[-1])) for t in (packed, positions))

@@ -1,7 +1,5 @@
 """What a run's figures depend on: command, commit, versions, device, threads."""
 
-from __future__ import annotations
-
 import platform
 import subprocess
 import sys
@@ -45,7 +43,6 @@ def _commit() -> str | None:
     """The commit of the source tree that this package runs from, or None outside one."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
     except OSError:
         return None
-    return done.stdout.strip() or None

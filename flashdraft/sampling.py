@@ -7,8 +7,6 @@ coin of node i, negative lanes are for a drafter's own draws.
 Every result row depends on its own input row alone, bit for bit: sums are taken in integers, where order cannot matter.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import TypeVar

@@ -5,10 +5,9 @@ gets a 4-D mask, explicit positions and a cache view that writes into our slots.
 of families; a model outside it must first show, by a measurement, that a rejected draft leaves no trace in it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from flashdraft.cache import SlotCache
 from flashdraft.errors import UnsupportedTarget
-from flashdraft.tree import ancestors, depths
+from flashdraft.tree import ancestors, chain, depths
 
 __all__ = ["HFTarget", "Target"]
 
@@ -42,7 +41,6 @@ class Target(Protocol):
 
     def prefill(self, cache: SlotCache, slot: int, tokens: Tensor, layers: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """Read and commit tokens [n] of one row: the last token's logits [vocab] and the features [n, layers * hidden]."""
-        ...
 
     def forward(
         self, cache: SlotCache, slots: Sequence[int], tokens: Tensor, parents: Tensor, sizes: Tensor, layers: Sequence[int]
@@ -102,12 +100,11 @@ class HFTarget:
     def prefill(self, cache: SlotCache, slot: int, tokens: Tensor, layers: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         features = []
         for chunk in tokens.split(PREFILL_CHUNK):
-            count = len(chunk)
-            parents = torch.arange(-1, count - 1)[None]
-            hidden, feature = self._hidden(cache, [slot], chunk[None], parents, torch.tensor([count]), layers)
-            cache.keep(slot, range(count))
-            if feature is not None:
-                features.append(feature[0])
+            hidden, feature = self._hidden(
+                cache, [slot], chunk[None], chain(len(chunk))[None], torch.tensor([len(chunk)]), layers
+            )
+            cache.keep(slot, range(len(chunk)))
+            features += [] if feature is None else [feature[0]]
         return self.lm_head(hidden[0, -1]), torch.cat(features) if features else None
 
     @torch.inference_mode()
@@ -134,25 +131,18 @@ class HFTarget:
     def _hidden(
         self, cache: SlotCache, slots: Sequence[int], tokens: Tensor, parents: Tensor, sizes: Tensor, layers: Sequence[int]
     ) -> tuple[Tensor, Tensor | None]:
-        device = self.model.device
-        lengths = torch.tensor([cache.lengths[slot] for slot in slots])
+        device, lengths = self.model.device, torch.tensor([cache.lengths[slot] for slot in slots])
         real = torch.arange(tokens.shape[1]) < sizes[:, None]
         positions = lengths[:, None] + depths(parents) * real  # padding may reach beyond the context, its position may not
         num_slots = int(lengths.max()) + tokens.shape[1]
         seen = _visible_slots(lengths, ancestors(parents), num_slots)
-        view = _CacheView(cache, slots, num_slots)
+        inputs = {"input_ids": tokens.to(device), "position_ids": positions.to(device)}
+        inputs |= {"attention_mask": self._masks(seen.to(device), lengths, positions)}
         with self._capture(layers) as captured:
-            output = self._decoder(
-                input_ids=tokens.to(device),
-                attention_mask=self._masks(seen.to(device), lengths, positions),
-                position_ids=positions.to(device),
-                past_key_values=view,
-                use_cache=True,
-            )
-        hidden: Tensor = output.last_hidden_state
-        captured[self.num_layers] = hidden
+            output = self._decoder(**inputs, past_key_values=_CacheView(cache, slots, num_slots), use_cache=True)
+        captured[self.num_layers] = output.last_hidden_state
         features = torch.cat([captured[i] for i in layers], dim=-1) if layers else None
-        return hidden, features
+        return output.last_hidden_state, features
 
     def _masks(self, seen: Tensor, lengths: Tensor, positions: Tensor) -> Any:
         """The 4-D additive mask, or one for each kind of attention layer where the family takes a dict of them."""
@@ -170,14 +160,11 @@ class HFTarget:
     def _capture(self, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
         captured: dict[int, Tensor] = {}
 
-        def hook(index: int) -> Any:
-            def store(_module: nn.Module, _inputs: Any, output: Any) -> None:
-                captured[index] = output[0] if isinstance(output, tuple) else output
-
-            return store
+        def store(index: int, _module: nn.Module, _inputs: Any, output: Any) -> None:
+            captured[index] = output[0] if isinstance(output, tuple) else output
 
         blocks = self._decoder.layers if hasattr(self._decoder, "layers") else self._decoder.h  # h in gpt2 and its like
-        handles = [blocks[i].register_forward_hook(hook(i)) for i in layers if i < self.num_layers]
+        handles = [blocks[i].register_forward_hook(partial(store, i)) for i in layers if i < self.num_layers]
         try:
             yield captured
         finally:
@@ -214,11 +201,10 @@ def check_state(target: HFTarget) -> None:
     """Refuse a model whose state is more than keys and values."""
     odd = set(getattr(target.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if getattr(target.model, "_is_stateful", False) or odd:
-        reason = f"its layers keep a running state ({', '.join(sorted(odd)) or 'recurrent'})"
-        raise UnsupportedTarget(
-            f"`{target.name}` is a `{target.config.model_type}` model: {reason}, which cannot be cut back after a rejected draft",
-            hint=f"choose a target whose only state is a key-value cache, such as {', '.join(CHECKED)}",
-        )
+        state = f"its layers keep a running state ({', '.join(sorted(odd)) or 'recurrent'})"
+        reason = f"{state}, which cannot be cut back after a rejected draft"
+        hint = f"choose a target whose only state is a key-value cache, such as {', '.join(CHECKED)}"
+        raise UnsupportedTarget(f"`{target.name}` is a `{target.config.model_type}` model: {reason}", hint=hint)
 
 
 def check_family(target: HFTarget) -> None:
@@ -241,14 +227,13 @@ def check_family(target: HFTarget) -> None:
 @torch.inference_mode()
 def _differences(target: HFTarget) -> tuple[float, float]:
     """The largest differences of normalised logits: between our pass and the model's own, and after a rejected draft."""
-    tokens = torch.arange(8) % target.vocab_size
-    chain = torch.arange(-1, 3)[None]
-    sizes, plain, cut = torch.tensor([4]), target.new_cache(1, 16), target.new_cache(1, 16)
+    tokens, shape = torch.arange(8) % target.vocab_size, (chain(4)[None], torch.tensor([4]))
+    plain, cut = target.new_cache(1, 16), target.new_cache(1, 16)
     for cache in (plain, cut):
         target.prefill(cache, 0, tokens[:4], (0,))
-    target.forward(cut, [0], tokens[4:].flip(0)[None], chain, sizes, ())
-    expected, _ = target.forward(plain, [0], tokens[None, 4:], chain, sizes, ())
-    got, _ = target.forward(cut, [0], tokens[None, 4:], chain, sizes, ())
+    target.forward(cut, [0], tokens[4:].flip(0)[None], *shape, ())
+    expected, _ = target.forward(plain, [0], tokens[None, 4:], *shape, ())
+    got, _ = target.forward(cut, [0], tokens[None, 4:], *shape, ())
     own = target.model(input_ids=tokens[None].to(target.model.device), use_cache=False).logits[:, 4:]
     scale = float(own.std()) or 1.0
     return float((own - expected).abs().max()) / scale, float((expected - got).abs().max()) / scale
@@ -258,9 +243,7 @@ def _context_length(target: HFTarget) -> int:
     """How many positions are sure; with longrope the frequencies of all positions change when one is beyond the first limit."""
     limit = getattr(target.config, "max_position_embeddings", None)
     if limit is None:
-        raise UnsupportedTarget(
-            f"`{target.name}` is a `{target.config.model_type}` model, whose config has no max_position_embeddings",
-            hint=f"families known to work: {', '.join(CHECKED)}",
-        )
+        reason = f"a `{target.config.model_type}` model, whose config has no max_position_embeddings"
+        raise UnsupportedTarget(f"`{target.name}` is {reason}", hint=f"families known to work: {', '.join(CHECKED)}")
     rope = getattr(target.config, "rope_parameters", None) or {}
     return int(min(limit, rope["original_max_position_embeddings"]) if rope.get("rope_type") == "longrope" else limit)

@@ -3,8 +3,6 @@
 Knows a tokenizer's `decode`. Does not know models, batches or why a token was chosen.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,11 +1,10 @@
 """The training commands, from `prompts` to `push`: thin functions over flashdraft.train."""
 
-from __future__ import annotations
-
 import os
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 from typer import Argument, Exit, Option
@@ -15,7 +14,7 @@ from flashdraft.bench.profile import profile_training
 from flashdraft.bench.report import print_table
 from flashdraft.bench.tasks import read_prompts
 from flashdraft.checkpoint import check_target
-from flashdraft.commands import DEVICE_HELP, DTYPE_HELP, TARGET_HELP, Folder, ModelOptions, Out
+from flashdraft.commands import DTYPE_HELP, TARGET_HELP, ModelOptions, Out, TargetOptions
 from flashdraft.errors import FlashDraftError, InvalidParameter
 from flashdraft.generate import Model, load
 from flashdraft.heads import HEADS
@@ -28,31 +27,27 @@ from flashdraft.train.initialise import copied_from_target, draft_config, featur
 from flashdraft.train.prompts import write_prompts
 from flashdraft.train.regenerate import Server, mixed
 from flashdraft.train.regenerate import regenerate as answer_prompts
-from flashdraft.types import Result, SamplingParams, option
+from flashdraft.types import SamplingParams, Stats, option
 
-MaxLength = Annotated[int, Option(help="tokens of prompt and answer that are stored, at most")]
-SoftLabels = Annotated[bool, Option("--soft-labels", help="also the final state, of which soft labels are made")]
+SETS_HELP = ".jsonl and .json files, or hub data sets as name:split or name:config:split"
+Folder = Annotated[Path, Option(help="folder to write")]
 
 
 @dataclass(frozen=True)
 class DraftOptions:
     """The draft network to train; None: the default of `draft_config`, or what the drafter of --init-from has."""
 
-    init: str = option("target", "first weights: target (copied from its last layers) or random")
+    init: str = option("target", "first weights: target (copied from its last layers) or random", choices=("target", "random"))
     init_from: str | None = option(None, "first weights from this drafter, of the same target or of another of its width")
     num_layers: int | None = option(None, "draft layers; 3 without --init-from")
     block_size: int | None = option(None, "anchor and masks; 4 without --init-from")
     num_features: int | None = option(None, "target layers whose outputs the drafter reads; 5 without --init-from")
     mask_token_id: int | None = option(None, "an id that the target never reads or writes; known for built-in targets")
-    head: str | None = option(None, "add a sequential head, markov or swiglu (not in the plain format)")
+    head: str | None = option(None, "add a sequential head, markov or swiglu (not in the plain format)", choices=HEADS)
     head_rank: int = option(64, "its inner size")
 
-    def network(self, target: Target, data: FeatureSet | OnlineFeatures | None, seed: int) -> DFlashDraftModel:
+    def network(self, target: Target, data: FeatureSet | OnlineFeatures, seed: int) -> DFlashDraftModel:
         """data: of the layers that the network will read; its first sample calibrates a copy of the target's layers."""
-        if self.head not in (None, *HEADS):
-            raise InvalidParameter(f"head is {self.head!r}", hint=f"head must be one of {', '.join(HEADS)}")
-        if self.init not in ("target", "random"):
-            raise InvalidParameter(f"init is {self.init!r}", hint="init must be target or random; a drafter is --init-from's")
         names = ("num_layers", "block_size", "num_features", "mask_token_id")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.init_from is not None:
@@ -61,18 +56,9 @@ class DraftOptions:
             held = dict(zip(names, (c.num_hidden_layers, c.block_size, len(c.target_layer_ids), c.mask_token_id), strict=True))
             return taken_from(draft_config(target, **(held | given)), donor, seed)
         config = draft_config(target, **given)
-        if self.init == "random" or data is None:
+        if self.init == "random":
             return random_weights(config, seed)
         return copied_from_target(config, target.name, data[0], seed)
-
-
-@dataclass(frozen=True)
-class TargetOptions:
-    """A target without a drafter."""
-
-    target: str = option("smollm2-135m", TARGET_HELP)
-    dtype: str = option("auto", DTYPE_HELP)
-    device: str = option("cpu", DEVICE_HELP)
 
 
 @dataclass(frozen=True)
@@ -95,10 +81,7 @@ class SourceOptions:
 
 def prompts(
     out: Out,
-    files: Annotated[
-        list[str] | None,
-        Argument(metavar="SETS", help=".jsonl and .json files, or hub data sets as name:split or name:config:split"),
-    ] = None,
+    files: Annotated[list[str] | None, Argument(metavar="SETS", help=SETS_HELP)] = None,
     data: Annotated[Path | None, Option(help="folder of the known sets; if nothing is named, FLASHDRAFT_DATA")] = None,
     thinking: Annotated[float | None, Option(help="share of the prompts that ask the target to think, from 0 to 1")] = None,
     seed: Annotated[int, Option(help="seed of the order")] = 0,
@@ -109,19 +92,24 @@ def prompts(
 
 
 @dataclass(frozen=True)
-class KeepOptions:
-    """Which features are kept while the target answers."""
+class FeatureOptions:
+    """What is stored of every answer."""
 
-    keep_features: str | None = option(None, "keep what the target saw in this folder, for `flashdraft features`")
-    num_features: int = option(5, "target layers whose outputs are kept")
-    max_length: int = option(512, "tokens of prompt and answer that are stored, at most")
+    num_features: int = option(5, "target layers whose outputs are stored")
+    max_length: int = option(512, "tokens of prompt and answer that are stored, at most", least=2)
     soft_labels: bool = option(False, "also the final state, of which soft labels are made")
 
-    def shards(self, lm: Model) -> ShardWriter | None:
-        if self.keep_features is None:
-            return None
+    def kind(self, lm: Model) -> dict[str, Any]:
+        """As flashdraft.train.features takes it."""
         layers = feature_layers(lm.target.num_layers, self.num_features)
-        return ShardWriter(lm, Path(self.keep_features), layers=layers, max_length=self.max_length, final=self.soft_labels)
+        return {"layers": layers, "max_length": self.max_length, "final": self.soft_labels}
+
+
+@dataclass(frozen=True)
+class KeepOptions(FeatureOptions):
+    """The same, while the target answers."""
+
+    keep_features: str | None = option(None, "keep what the target saw in this folder, for `flashdraft features`")
 
 
 @dataclass(frozen=True)
@@ -129,7 +117,7 @@ class AnswerOptions:
     """Who answers how many prompts, and how."""
 
     max_rows: int = option(8, "prompts answered together, at most")
-    limit: int | None = option(None, "only the file's first prompts")
+    limit: int | None = option(None, "only the file's first prompts", least=1)
     greedy_share: float = option(0.0, "share of the prompts that are answered greedily at a temperature above 0")
     url: str | None = option(None, "an OpenAI-compatible server that answers instead, http://host:port/v1")
     model: str | None = option(None, "the target's name on that server")
@@ -140,10 +128,9 @@ class AnswerOptions:
             raise InvalidParameter("--url and --model go together", hint="give both, or neither")
         if self.url is None or self.model is None:
             return None
-        for group in unused:
-            for field in fields(group):
-                if (value := getattr(group, field.name)) != field.default:
-                    raise InvalidParameter(f"{field.name} is {value}, but --url answers", hint="leave out one of the two")
+        for field, value in ((field, getattr(group, field.name)) for group in unused for field in fields(group)):
+            if value != field.default:
+                raise InvalidParameter(f"{field.name} is {value}, but --url answers", hint="leave out one of the two")
         return Server(self.url, self.model, self.max_rows)
 
 
@@ -155,11 +142,10 @@ def regenerate(
     answer: AnswerOptions,
     keep: KeepOptions,
 ) -> None:
-    if answer.limit is not None and answer.limit < 1:
-        raise InvalidParameter(f"limit is {answer.limit}", hint="limit must be 1 or more")
     law = mixed(params, answer.greedy_share)
-    lm = answer.server(options, keep) or options.load(answer.max_rows)
-    shards = keep.shards(lm) if isinstance(lm, Model) else None
+    lm = answer.server(options, keep) or options.load(max_rows=answer.max_rows)
+    folder = keep.keep_features
+    shards = ShardWriter(lm, Path(folder), **keep.kind(lm)) if folder is not None and isinstance(lm, Model) else None
     count = answer_prompts(lm, file, out, params=law, limit=answer.limit, shards=shards, quiet=not sys.stdout.isatty())
     print(f"{count} new answers in {out}")
 
@@ -168,23 +154,14 @@ def features(
     answers: Annotated[list[Path], Argument(help="files that `flashdraft regenerate` wrote")],
     out: Folder,
     model: TargetOptions,
-    num_features: Annotated[int, Option(help="target layers whose outputs are stored")] = 5,
-    max_length: MaxLength = 512,
-    soft_labels: SoftLabels = False,
+    stored: FeatureOptions,
 ) -> None:
-    if max_length < 2:
-        raise InvalidParameter(f"max_length is {max_length}", hint="max_length must be 2 or more")
-    lm = load(model.target, draft="autoregressive", dtype=model.dtype, device=model.device)
-    layers = feature_layers(lm.target.num_layers, num_features)
-    quiet = not sys.stdout.isatty()
-    count = write_features(lm, answers, out, layers=layers, max_length=max_length, final=soft_labels, quiet=quiet)
-    print(f"{count} shards in {out}")
+    lm = model.load()
+    print(f"{write_features(lm, answers, out, **stored.kind(lm), quiet=not sys.stdout.isatty())} shards in {out}")
 
 
 def train(
-    source: Annotated[
-        list[Path], Argument(metavar="FEATURES", help="folder that `flashdraft features` wrote; with --online, answers")
-    ],
+    source: Annotated[list[Path], Argument(metavar="FEATURES", help="what `flashdraft features` wrote; with --online, answers")],
     out: Folder,
     eval_prompts: Annotated[Path, Option(help="held-out prompts, on which tau is measured")],
     draft: DraftOptions,
@@ -207,10 +184,11 @@ def train(
     if profile:
         print_table(["part", "ms a step", "share"], profile_training(trainer, profile))
         return
-    if trainer.coverage is not None:
+    if trainer.coverage is not None and trainer.acc.is_main_process:
         print(f"the draft vocabulary covers {trainer.coverage:.2%} of the answers' tokens")
     best = trainer.run(held_out, quiet=not sys.stdout.isatty())
-    print(f"best tau {best:.3f}; the drafter: {out / 'best'}")
+    if trainer.acc.is_main_process:
+        print(f"best tau {best:.3f}; the drafter: {out / 'best'}")
 
 
 def eval(
@@ -219,15 +197,14 @@ def eval(
     max_new_tokens: Annotated[int, Option(help="tokens an answer, at most")] = 256,
     max_rows: Annotated[int, Option(help="prompts decoded together, at most")] = 8,
 ) -> None:
-    lm = model.load(max_rows)
+    lm = model.load(max_rows=max_rows)
     texts = [prompt.text for prompt in read_prompts(file)]
-    results: list[Result] = lm.generate(texts, SamplingParams(max_new_tokens=max_new_tokens))
-    lengths = [length for result in results for length in result.stats.accepted_lengths]
-    tau = sum(result.stats.tau for result in results) / len(results)
-    print(f"tau {tau:.3f} on {len(results)} prompts, {len(lengths)} target passes")
-    shares = [(k, sum(length > k for length in lengths) / len(lengths)) for k in range(1, max(lengths, default=1))]
+    stats: list[Stats] = [result.stats for result in lm.generate(texts, SamplingParams(max_new_tokens=max_new_tokens))]
+    lengths = [length for one in stats for length in one.accepted_lengths]
+    print(f"tau {fmean(one.tau for one in stats):.3f} on {len(stats)} prompts, {len(lengths)} target passes")
+    shares = [fmean(length > k for length in lengths) for k in range(1, max(lengths, default=1))]
     if shares:
-        print_table(["draft position", "accepted"], [[str(k), f"{share:.1%}"] for k, share in shares])
+        print_table(["draft position", "accepted"], [[str(k), f"{share:.1%}"] for k, share in enumerate(shares, 1)])
 
 
 def doctor(

@@ -4,8 +4,6 @@ Knows node indices only. Does not know what their tokens mean, who proposed them
 `parents` is [rows, nodes] int64: -1 at the anchor (node 0), otherwise a smaller index; a chain is -1, 0, 1, 2, ...
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -70,9 +68,7 @@ def check(proposal: Proposal) -> None:
     if proposal.drawn is None or not bool((proposal.drawn & real).any()):
         return
     assert proposal.probs is not None, "drawn nodes without their law"
-    assert proposal.probs.shape[:2] == tokens.shape, (
-        f"probs {tuple(proposal.probs.shape)} do not fit tokens {tuple(tokens.shape)}"
-    )
+    assert proposal.probs.shape[:2] == tokens.shape, f"probs do not fit tokens {tuple(tokens.shape)}"
     assert not bool(proposal.drawn[:, 0].any()), "the anchor is not drawn"
     row, node = (proposal.drawn & real).nonzero(as_tuple=True)
     mass = proposal.probs[row, parents[row, node], tokens[row, node]]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from flashdraft.errors import InvalidParameter
@@ -21,14 +21,33 @@ if TYPE_CHECKING:
     from flashdraft.cache import SlotCache
 
 __all__ = ["Chunk", "Drafter", "FinishReason", "Piece", "Proposal", "Result", "Rows", "SamplingParams", "Stats"]
-__all__ += ["Verdict", "option"]
+__all__ += ["Verdict", "check_options", "option", "require"]
 
 FinishReason = Literal["stop", "length"]
 
 
-def option(default: Any, text: str) -> Any:
-    """A dataclass field that the command line shows as an option, with `text` as its help."""
-    return field(default=default, metadata={"help": text})
+def option(default: Any, text: str, *, least: int | None = None, choices: Sequence[str] = ()) -> Any:
+    """A dataclass field that the command line shows as an option, with `text` as its help; `check_options` reads the rest."""
+    return field(default=default, metadata={"help": text, "least": least, "choices": choices})
+
+
+def check_options(options: Any) -> None:
+    """Raises InvalidParameter for a field that is no integer from its `least` up, or none of its `choices`."""
+    for f in fields(options):
+        value, least, choices = getattr(options, f.name), f.metadata.get("least"), f.metadata.get("choices")
+        if value is not None or f.default is not None:
+            require(least is None or (_is_int(value) and value >= least), f.name, value, f"{least} or more")
+            require(not choices or value in choices, f.name, value, f"one of {', '.join(choices or ())}")
+
+
+def require(ok: bool, name: str, value: object, allowed: str) -> None:
+    """Raises InvalidParameter where a value is not `ok`."""
+    if not ok:
+        raise InvalidParameter(f"{name} is {value!r}", hint=f"{name} must be {allowed}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -36,38 +55,26 @@ class SamplingParams:
     """How one request is sampled and when it ends. Raises InvalidParameter for a value outside its range."""
 
     temperature: float = option(0.0, "0 is greedy")
-    top_k: int = option(0, "keep the k likeliest tokens; 0 keeps all")
+    top_k: int = option(0, "keep the k likeliest tokens; 0 keeps all", least=0)
     top_p: float = option(1.0, "keep the smallest set of tokens with at least this mass")
     min_p: float = option(0.0, "drop tokens below this fraction of the likeliest one's probability")
     seed: int = option(0, "the same seed gives the same text, with any drafter")
-    max_new_tokens: int = option(256, "the text ends after this many tokens")
+    max_new_tokens: int = option(256, "the text ends after this many tokens", least=1)
     stop: tuple[str, ...] = option((), "the text ends before this string; may be given several times")
     ignore_eos: bool = option(False, "go on after an end-of-text token")
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
         if isinstance(self.stop, Sequence):
-            object.__setattr__(self, "stop", tuple(self.stop))
+            object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        check_options(self)
         for name in ("temperature", "top_p", "min_p"):
-            _check(isinstance(getattr(self, name), (int, float)), name, getattr(self, name), "a number")
-        _check(self.temperature >= 0 and math.isfinite(self.temperature), "temperature", self.temperature, "0 or more")
-        _check(_is_int(self.top_k) and self.top_k >= 0, "top_k", self.top_k, "0 (off) or a positive integer")
-        _check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
-        _check(0 <= self.min_p < 1, "min_p", self.min_p, "at least 0 and below 1")
-        _check(_is_int(self.seed) and 0 <= self.seed < 2**63, "seed", self.seed, "an integer from 0 to 2**63 - 1")
-        _check(_is_int(self.max_new_tokens) and self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "1 or more")
+            require(isinstance(getattr(self, name), (int, float)), name, getattr(self, name), "a number")
+        require(self.temperature >= 0 and math.isfinite(self.temperature), "temperature", self.temperature, "0 or more")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        require(0 <= self.min_p < 1, "min_p", self.min_p, "at least 0 and below 1")
+        require(_is_int(self.seed) and 0 <= self.seed < 2**63, "seed", self.seed, "an integer from 0 to 2**63 - 1")
         strings = isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop)
-        _check(strings, "stop", self.stop, "non-empty strings")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _check(ok: bool, name: str, value: object, allowed: str) -> None:
-    if not ok:
-        raise InvalidParameter(f"{name} is {value!r}", hint=f"{name} must be {allowed}")
+        require(strings, "stop", self.stop, "non-empty strings")
 
 
 @dataclass(frozen=True)
@@ -120,15 +127,17 @@ class Rows:
 
 
 class Drafter(Protocol):
-    """What every decoding method is: it proposes, observes what was committed, and forgets a finished row."""
+    """What every decoding method is: it proposes, observes what was committed, and forgets a finished row.
+
+    A method that says nothing else asks for no features, has no caches and remembers nothing.
+    """
 
     name: str
-    layers: tuple[int, ...]  # features it wants: id = output of block id; the number of layers = the final normed state
-    caches: tuple[SlotCache, ...]  # its own caches, counted in the memory report
+    layers: tuple[int, ...] = ()  # features it wants: id = output of block id; the number of layers = the final normed state
+    caches: tuple[SlotCache, ...] = ()  # its own caches, counted in the memory report
 
     def propose(self, rows: Rows, max_nodes: int) -> Proposal:
         """At most `max_nodes` nodes a row, the anchor included; the anchor alone where it has nothing to say."""
-        ...
 
     def observe(self, rows: Rows, tokens: Sequence[Tensor], features: Sequence[Tensor] | None) -> None:
         """Tokens that the target has read for good (prompt chunks and accepted paths alike), oldest first.
@@ -136,11 +145,11 @@ class Drafter(Protocol):
         tokens: per row [n] int64, at the positions that follow the last ones observed.
         features: per row [n, len(layers) * hidden]; None if the drafter asked for no layers.
         """
-        ...
+        return
 
     def end(self, rows: Rows) -> None:
         """These rows are finished; their places will be used again."""
-        ...
+        return
 
 
 @dataclass

@@ -5,8 +5,6 @@ Speculative sampling over a tree (Leviathan 2211.17192, section 2.3; Miao 2305.0
 one child per node, greedy is temperature 0, a deterministic draft is a point mass.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -20,7 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from flashdraft import hub
+from flashdraft.cli import main
 from flashdraft.errors import CheckpointError, FlashDraftError, ModelNotFound
+from flashdraft.generate import load
+from flashdraft.types import SamplingParams
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TOKENS = [*SPECIAL, *bytes_to_unicode().values(), "he", "ll", "hell", "hello", "12"]
@@ -564,3 +567,22 @@ def test_a_shipped_drafter_is_found_by_its_target(tmp_path: Path, monkeypatch: p
     assert hub.builtin_draft("smollm2-135m") == folder
     assert hub.builtin_draft("../assets/smollm2-135m") is None
     assert hub.builtin_draft("org/name") is None
+
+
+def test_a_quantised_target_trains_like_any_other(tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("flashdraft.train.trainer._MEASURED", SamplingParams(max_new_tokens=16))
+    rows = [{"source": "toy", "row": n, "prompt": prompt} for n, prompt in enumerate(("a", "b", "c"))]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    target, train = (
+        ["--target", str(tiny_gguf)],
+        ["--eval-prompts", "prompts.jsonl", "--steps", "2", "--anchors", "4", "--vocab", "0"],
+    )
+    answers = ["--out", "answers.jsonl", "--max-new-tokens", "12", "--ignore-eos"]
+    assert main(["regenerate", "prompts.jsonl", *answers, *target]) == 0
+    assert main(["features", "answers.jsonl", "--out", "features", "--num-features", "1", *target]) == 0
+    shape = ["--num-features", "1", "--num-layers", "1", "--mask-token-id", "1"]
+    for init in ("target", "random"):
+        assert main(["train", "features", "--out", init, "--init", init, *train, *shape, *target]) == 0
+        model = load(tiny_gguf, draft=tmp_path / init / "best")
+        assert model.new_drafter().name == "dflash"

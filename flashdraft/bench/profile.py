@@ -3,9 +3,8 @@
 Real steps of the engine, with clocks around the lean target's linears, its attention, its head and the drafter.
 """
 
-from __future__ import annotations
-
 import time
+import timeit
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -15,14 +14,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flashdraft import hub
 from flashdraft.engine import Engine
-from flashdraft.errors import InvalidParameter, UnsupportedTarget
+from flashdraft.errors import UnsupportedTarget
 from flashdraft.generate import load
 from flashdraft.layers import SlotAttention
 from flashdraft.lean import LeanTarget
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDraft
 from flashdraft.train.initialise import draft_config, random_weights
-from flashdraft.types import Drafter, SamplingParams
+from flashdraft.types import Drafter, SamplingParams, require
 
 __all__ = ["PARTS", "Profile", "profile", "profile_training"]
 
@@ -44,8 +43,7 @@ def profile(target: str, *, draft: str = "auto", nodes: int = 8, context: int = 
 
     Where no drafter is named or shipped, an untrained one of the default shape takes its place.
     """
-    if min(nodes, context, steps) < 1:
-        raise InvalidParameter(f"nodes, context and steps are {nodes}, {context} and {steps}", hint="each must be 1 or more")
+    require(min(nodes, context, steps) >= 1, "one of nodes, context and steps", min(nodes, context, steps), "1 or more")
     model = load(target, draft="autoregressive")
     if not isinstance(model.target, LeanTarget):
         raise UnsupportedTarget(f"`{target}` runs in transformers' forward, which has no parts to time", hint="profile a llama")
@@ -59,8 +57,7 @@ def profile(target: str, *, draft: str = "auto", nodes: int = 8, context: int = 
         network = PackedDraft(untrained or DFlashDraftModel.from_pretrained(shipped or ""), model.target)
         drafter = DFlashDrafter(network, block_size=nodes)
     engine = Engine(model.target, drafter)
-    generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(model.target.vocab_size, (context,), generator=generator).tolist()
+    prompt = torch.randint(model.target.vocab_size, (context,), generator=torch.Generator().manual_seed(0)).tolist()
     params = SamplingParams(max_new_tokens=(steps + _WARM_UP + 1) * nodes + nodes, ignore_eos=True)
     engine.admit(model.request(prompt, params))
     times = _times(engine, model.target, steps)
@@ -83,18 +80,11 @@ def profile_training(trainer: Any, steps: int) -> list[list[str]]:
     seconds = time.perf_counter() - started
     parts = {**trainer.seconds, "other": seconds - sum(trainer.seconds.values())}
     rows = [[part, f"{1000 * spent / steps:.1f}", f"{spent / seconds:.0%}"] for part, spent in parts.items()]
-    rows.append(["step", f"{1000 * seconds / steps:.1f}", "100%"])
-    rows.append([f"{positions / seconds:.0f} positions/s", "", ""])
+    rows += [["step", f"{1000 * seconds / steps:.1f}", "100%"], [f"{positions / seconds:.0f} positions/s", "", ""]]
     x = torch.randn(1024, 1024)
-    best = min(_seconds(lambda: x @ x) for _ in range(5))
+    best = min(timeit.repeat(lambda: x @ x, number=1))
     rate = flops.get_total_flops() * steps / seconds / (2 * 1024**3 / best)
     return [*rows, [f"{rate:.0%} of the float32 matmul rate", "", ""]]
-
-
-def _seconds(call: Any) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
 
 
 def _times(engine: Engine, target: LeanTarget, steps: int) -> list[dict[str, float]]:

@@ -1,9 +1,7 @@
 """Tables from results files, and from nothing else, so that they can be made again."""
 
-from __future__ import annotations
-
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
@@ -86,18 +84,11 @@ def _methods(lines: Sequence[Line], task: str | None = None) -> Iterable[tuple[s
 
 
 def _summary(task: str, method: str, lines: list[Line]) -> Summary:
+    speeds = {name: _median(line[name] for line in lines) for name in ("tokens_per_second", "decode_tokens_per_second")}
+    ratios = {"ratio": _ratio(lines, "tokens_per_second"), "decode_ratio": _ratio(lines, "decode_tokens_per_second")}
     compared = [line["identical"] for line in lines if line["identical"] is not None]
-    return Summary(
-        task=task,
-        method=method,
-        answers=len(lines),
-        tokens_per_second=_median(line["tokens_per_second"] for line in lines),
-        ratio=_ratio(lines, "tokens_per_second"),
-        decode_tokens_per_second=_median(line["decode_tokens_per_second"] for line in lines),
-        decode_ratio=_ratio(lines, "decode_tokens_per_second"),
-        tau=fmean(line["tau"] for line in lines),
-        identical=fmean(compared) if compared else None,
-    )
+    identical, tau = fmean(compared) if compared else None, fmean(line["tau"] for line in lines)
+    return Summary(task, method, len(lines), **speeds, **ratios, tau=tau, identical=identical)
 
 
 def _ratio(lines: Iterable[Line], name: str) -> float | None:
@@ -111,11 +102,10 @@ def _median(values: Iterable[float | None]) -> float | None:
 
 
 def _cells(row: Summary) -> list[str]:
-    form: Callable[[float], str] = "{:.1f}".format
-    speeds = [_number(row.tokens_per_second, form), _number(row.ratio)]
-    speeds += [_number(row.decode_tokens_per_second, form), _number(row.decode_ratio)]
-    return [row.task, row.method, str(row.answers), *speeds, _number(row.tau), _number(row.identical, "{:.0%}".format)]
+    speeds = [_number(row.tokens_per_second, ".1f"), _number(row.ratio)]
+    speeds += [_number(row.decode_tokens_per_second, ".1f"), _number(row.decode_ratio)]
+    return [row.task, row.method, str(row.answers), *speeds, _number(row.tau), _number(row.identical, ".0%")]
 
 
-def _number(value: float | None, form: Callable[[float], str] = "{:.2f}".format) -> str:
-    return "-" if value is None else form(value)
+def _number(value: float | None, form: str = ".2f") -> str:
+    return "-" if value is None else format(value, form)

@@ -4,14 +4,12 @@ The wall clock runs from token ids to text, alike for all methods, at batch 1. T
 every ratio is made of two answers to the same prompt in the same repeat, so that a machine's drift hits both.
 """
 
-from __future__ import annotations
-
 import json
-import math
 import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,11 +25,12 @@ from flashdraft.errors import InvalidParameter, ModelNotFound
 from flashdraft.generate import Model, drafters, load_target
 from flashdraft.provenance import provenance
 from flashdraft.target import HFTarget
-from flashdraft.types import Result, SamplingParams, option
+from flashdraft.types import SamplingParams, check_options, option
 
 __all__ = ["METHODS", "Answer", "BenchConfig", "run_bench"]
 
 METHODS = ("autoregressive", "dflash", "prompt_lookup", "transformers")
+_COUNTED = ("accepted_lengths", "target_passes", "num_drafted", "num_accepted")  # of a request's Stats
 
 
 @dataclass(frozen=True)
@@ -43,21 +42,18 @@ class BenchConfig:
     methods: str = option(",".join(METHODS), f"comma-separated, of {', '.join(METHODS)}")
     target: str = option("smollm2-135m", "built-in name, hub id, folder or GGUF file")
     draft: str = option("auto", "folder or hub id of dflash's drafter; auto is the one shipped for the target")
-    block_size: int | None = option(None, "nodes per proposal of dflash and prompt_lookup, the anchor included")
+    block_size: int | None = option(None, "nodes per proposal of dflash and prompt_lookup, the anchor included", least=1)
     dtype: str = option("float32", "float32, bfloat16, float16 or auto (as stored), for all methods alike")
     max_new_tokens: int = option(128, "tokens per answer, at most")
     temperature: float = option(0.0, "0 is greedy")
     seed: int = option(0, "seed of the first prompt; the others count on from it")
-    repeats: int = option(1, "times that every prompt is answered by every method")
-    transformers_prompts: int | None = option(None, "run transformers on each task's first prompts only")
-    threads: int | None = option(None, "threads of our methods; by default what torch takes")
-    max_rows: int = option(1, "prompts our methods decode together; above 1 compare tau and texts, not times")
+    repeats: int = option(1, "times that every prompt is answered by every method", least=1)
+    transformers_prompts: int | None = option(None, "run transformers on each task's first prompts only", least=1)
+    threads: int | None = option(None, "threads of our methods; by default what torch takes", least=1)
+    max_rows: int = option(1, "prompts our methods decode together; above 1 compare tau and texts, not times", least=1)
 
     def __post_init__(self) -> None:
-        for name in ("repeats", "threads", "transformers_prompts", "max_rows"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InvalidParameter(f"{name} is {value}", hint=f"{name} must be 1 or more")
+        check_options(self)
         if unknown := [name for name in self.names if name not in METHODS]:
             raise InvalidParameter(f"no method {unknown[0]!r}", hint=f"methods are {', '.join(METHODS)}")
         if self.draft in METHODS:
@@ -116,11 +112,11 @@ def run_bench(config: BenchConfig, *, quiet: bool = False) -> int:
             first = turn % len(config.names)
             answers: dict[tuple[int, str], Answer] = {}
             for name in config.names[first:] + config.names[:first]:
-                todo = [i for i in group if name != "transformers" or prompts[i].rank < (config.transformers_prompts or math.inf)]
-                found = (
-                    methods[name]([encoded[i] for i in todo], [config.params(prompts[i].number) for i in todo]) if todo else []
-                )
-                answers |= {(i, name): answer for i, answer in zip(todo, found, strict=True)}
+                most = config.transformers_prompts if name == "transformers" else None
+                todo = [i for i in group if most is None or prompts[i].rank < most]
+                if todo:
+                    found = methods[name]([encoded[i] for i in todo], [config.params(prompts[i].number) for i in todo])
+                    answers |= {(i, name): answer for i, answer in zip(todo, found, strict=True)}
             for (i, name), answer in answers.items():
                 key = {"task": prompts[i].task, "prompt": prompts[i].number, "method": name, "repeat": repeat}
                 comparable = config.temperature == 0 or name != "transformers"  # its draws are of another generator
@@ -134,28 +130,24 @@ def run_bench(config: BenchConfig, *, quiet: bool = False) -> int:
 def _figures(answer: Answer) -> dict[str, Any]:
     count, decoded = len(answer.tokens), len(answer.tokens) - 1
     speed = decoded / answer.decode_seconds if decoded and answer.decode_seconds else None
-    seconds = {"seconds": answer.seconds, "decode_seconds": answer.decode_seconds}
     speeds = {"tokens_per_second": count / answer.seconds, "decode_tokens_per_second": speed}
-    return {"num_tokens": count, **seconds, **speeds, "tau": answer.tau, **answer.figures}
+    times = {"seconds": answer.seconds, "decode_seconds": answer.decode_seconds}
+    return {"num_tokens": count, **times, **speeds, "tau": answer.tau, **answer.figures}
 
 
 def _compare(answer: Answer, plain: Answer | None) -> dict[str, Any]:
     """Whether the tokens are those of plain decoding, and the first index at which they are not; null: nothing to compare."""
-    if plain is None:
-        return {"identical": None, "first_difference": None}
-    if answer.tokens == plain.tokens:
-        return {"identical": True, "first_difference": None}
-    pairs = enumerate(zip(answer.tokens, plain.tokens, strict=False))
-    shorter = min(len(answer.tokens), len(plain.tokens))
-    return {"identical": False, "first_difference": next((i for i, (a, b) in pairs if a != b), shorter)}
+    if plain is None or answer.tokens == plain.tokens:
+        return {"identical": None if plain is None else True, "first_difference": None}
+    pairs = enumerate(zip_longest(answer.tokens, plain.tokens))
+    return {"identical": False, "first_difference": next(i for i, (a, b) in pairs if a != b)}
 
 
 def _load(config: BenchConfig) -> tuple[dict[str, Method], Model, dict[str, Any]]:
     """The methods, a model that encodes prompts, and what the header tells about them."""
     if "dflash" in config.names and config.draft == "auto" and hub.builtin_draft(config.target) is None:
-        raise ModelNotFound(
-            f"no drafter is shipped for `{config.target}`", hint="name a drafter's folder with --draft, or leave out dflash"
-        )
+        hint = "name a drafter's folder with --draft, or leave out dflash"
+        raise ModelNotFound(f"no drafter is shipped for `{config.target}`", hint=hint)
     target, tokenizer, eos = load_target(config.target, dtype=config.dtype)
     facts: dict[str, Any] = {"kernel": target.kernel, "row_exact": target.row_exact}
     model = Model(target, tokenizer, drafters("autoregressive", target, config.target), eos=eos, max_rows=1)
@@ -164,10 +156,10 @@ def _load(config: BenchConfig) -> tuple[dict[str, Method], Model, dict[str, Any]
         if name == "transformers":
             methods[name] = plain = _Transformers(config)
             facts["transformers_threads"] = plain.threads
-            continue
-        draft = config.draft if name == "dflash" else name
-        made = drafters(draft, target, config.target, None if name == "autoregressive" else config.block_size)
-        methods[name] = _timed(Model(target, tokenizer, made, eos=eos, max_rows=config.max_rows))
+        else:
+            block_size = None if name == "autoregressive" else config.block_size
+            made = drafters(config.draft if name == "dflash" else name, target, config.target, block_size)
+            methods[name] = _timed(replace(model, new_drafter=made, max_rows=config.max_rows))
     return methods, model, facts
 
 
@@ -178,23 +170,14 @@ def _timed(model: Model) -> Method:
         started, firsts, found = time.perf_counter(), dict[int, float](), dict[int, Answer]()
         for chunk in model.stream(prompts, params):
             first = firsts.setdefault(chunk.index, time.perf_counter())
-            if chunk.result is not None:
-                now = time.perf_counter()
-                found[chunk.index] = _answer(chunk.result, now - started, now - first)
+            if (result := chunk.result) is not None:
+                now, stats = time.perf_counter(), result.stats
+                figures = {"finish_reason": result.finish_reason, "parts": stats.seconds}
+                figures |= {name: getattr(stats, name) for name in _COUNTED}
+                found[chunk.index] = Answer(result.tokens, now - started, now - first, stats.tau, figures)
         return [found[index] for index in sorted(found)]
 
     return answer
-
-
-def _answer(result: Result, seconds: float, decode_seconds: float) -> Answer:
-    stats = result.stats
-    figures: dict[str, Any] = {
-        "finish_reason": result.finish_reason,
-        "parts": stats.seconds,
-        "accepted_lengths": stats.accepted_lengths,
-    }
-    figures |= {"target_passes": stats.target_passes, "num_drafted": stats.num_drafted, "num_accepted": stats.num_accepted}
-    return Answer(result.tokens, seconds, decode_seconds, stats.tau, figures)
 
 
 class _Transformers:

@@ -1,7 +1,5 @@
 """The benchmark's prompts: fixed entries of three public evaluation sets, as one JSON Lines file of {task, row, prompt}."""
 
-from __future__ import annotations
-
 import gzip
 import json
 from collections import Counter
@@ -11,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from flashdraft.checkpoint import write_file
-from flashdraft.errors import DataError, InvalidParameter
+from flashdraft.errors import DataError
 from flashdraft.train.prompts import MATHS_SUFFIX, read_jsonl
+from flashdraft.types import require
 
 __all__ = ["TASKS", "BenchPrompt", "read_ids", "read_prompts", "write_tasks"]
 
@@ -30,12 +29,10 @@ class BenchPrompt:
 # task -> file below the data folder, and an entry's prompt; an MT-Bench entry is its first turn
 TASKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "gsm8k": ("gsm8k/test.jsonl", lambda row: row["question"] + MATHS_SUFFIX),
-    "humaneval": (
-        "humaneval/HumanEval.jsonl.gz",
-        lambda row: f"Complete this Python function:\n```python\n{row['prompt'].rstrip()}\n```",
-    ),
+    "humaneval": ("humaneval/HumanEval.jsonl.gz", lambda row: _COMPLETE.format(row["prompt"].rstrip())),
     "mt_bench": ("mt_bench/question.jsonl", lambda row: row["turns"][0]),
 }
+_COMPLETE = "Complete this Python function:\n```python\n{}\n```"
 
 
 def read_ids(path: Path) -> dict[str, list[int]]:
@@ -51,15 +48,13 @@ def read_ids(path: Path) -> dict[str, list[int]]:
 
 def write_tasks(data: Path, out: Path, ids: Mapping[str, Sequence[int]], *, first: int | None = None) -> int:
     """Write the prompts of `ids`, or only each task's first ones; returns how many."""
-    if first is not None and first < 1:
-        raise InvalidParameter(f"first is {first}", hint="first must be 1 or more")
+    require(first is None or first >= 1, "first", first, "1 or more")
     lines = []
     for task, (file, prompt) in TASKS.items():
         entries = _entries(data / file)
         if beyond := [i for i in ids[task] if not 0 <= i < len(entries)]:
-            raise DataError(
-                f"{task} has no entry {beyond[0]}, only {len(entries)}", hint="the ids are of another version of the set"
-            )
+            got = f"{task} has no entry {beyond[0]}, only {len(entries)}"
+            raise DataError(got, hint="the ids are of another version of the set")
         rows = [{"task": task, "row": i, "prompt": prompt(entries[i])} for i in ids[task][:first]]
         lines += [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -69,8 +64,7 @@ def write_tasks(data: Path, out: Path, ids: Mapping[str, Sequence[int]], *, firs
 
 def read_prompts(path: Path) -> list[BenchPrompt]:
     """Lines with `prompt`, or with `turns`, of which the first is taken; `task` groups them, the file's name if it is missing."""
-    prompts: list[BenchPrompt] = []
-    seen: Counter[str] = Counter()
+    prompts, seen = list[BenchPrompt](), Counter[str]()
     for number, row in enumerate(read_jsonl(path)):
         text = row["prompt"] if "prompt" in row else next(iter(row.get("turns") or ()), None)
         if not isinstance(text, str) or not text.strip():

@@ -4,43 +4,29 @@ The last n tokens (n from `max_ngram` down to 1) are looked up in the row's own 
 recent earlier occurrence are the draft (Saxena 2023, https://github.com/apoorvumang/prompt-lookup-decoding).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
-from flashdraft.cache import SlotCache
-from flashdraft.types import Proposal, Rows
+from flashdraft.types import Drafter, Proposal, Rows
 
 __all__ = ["PromptLookup", "lookup"]
 
 
-class PromptLookup:
+class PromptLookup(Drafter):
     name = "prompt_lookup"
-    layers: tuple[int, ...] = ()
-    caches: tuple[SlotCache, ...] = ()
 
     def __init__(self, *, max_ngram: int = 3, block_size: int = 8) -> None:
-        self.max_ngram = max_ngram
-        self.block_size = block_size
+        self.max_ngram, self.block_size = max_ngram, block_size
 
     def propose(self, rows: Rows, max_nodes: int) -> Proposal:
         count = min(self.block_size, max_nodes)
         drafts = [lookup(history, self.max_ngram, count - 1) for history in rows.histories]
         width = 1 + max(len(draft) for draft in drafts)
-        tokens = torch.tensor(
-            [[anchor, *draft, *[0] * (width - 1 - len(draft))] for anchor, draft in zip(rows.anchors, drafts, strict=True)]
-        )
+        padded = [draft + [0] * (width - 1 - len(draft)) for draft in drafts]
+        tokens = torch.tensor([[anchor, *draft] for anchor, draft in zip(rows.anchors, padded, strict=True)])
         sizes = torch.tensor([1 + len(draft) for draft in drafts])
         return Proposal(tokens, torch.arange(-1, width - 1).expand(len(rows), width), sizes)
-
-    def observe(self, rows: Rows, tokens: Sequence[Tensor], features: Sequence[Tensor] | None) -> None:
-        pass
-
-    def end(self, rows: Rows) -> None:
-        pass
 
 
 def lookup(history: Sequence[int], max_ngram: int, count: int) -> list[int]:

@@ -1,7 +1,5 @@
 """A drafter's model card: what it was made for, of what, how, and what was measured; written beside its weights."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from flashdraft.checkpoint import DraftConfig
@@ -13,19 +11,8 @@ def model_card(config: DraftConfig, target: str, run: dict[str, Any], figures: d
     """run: what run.json holds; figures: `step`, `positions_seen`, `num_prompts` and `taus`, (step, tau) of every measurement."""
     made, size = run["versions"], config.block_size
     head = "none" if config.sequential_head is None else f"{config.sequential_head}, inner size {config.head_rank}"
-    rows = {
-        "target": f"`{target}`",
-        "draft layers": config.num_hidden_layers,
-        "block": f"{size}: the anchor and {size - 1} masked positions; mask token {config.mask_token_id}",
-        "features": f"outputs of target layers {', '.join(map(str, config.target_layer_ids))}",
-        "draft vocabulary": f"{config.draft_vocab_size or config.vocab_size} of {config.vocab_size} tokens",
-        "sequential head": head,
-        "training data": f"{num_samples} answers of the target itself",
-        "steps, block positions": f"{figures['step']}, {figures['positions_seen']}",
-    }
     settings = ", ".join(f"{name} {value}" for name, value in run["config"].items())
     measured = "\n".join(f"| {step} | {tau:.2f} |" for step, tau in figures["taus"])
-    facts = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"""---
 library_name: flashdraft
 tags: [speculative-decoding, dflash]
@@ -37,7 +24,14 @@ A block-diffusion draft network (DFlash, arXiv 2602.06036). It proposes, the tar
 
 | | |
 |---|---|
-{facts}
+| target | `{target}` |
+| draft layers | {config.num_hidden_layers} |
+| block | {size}: the anchor and {size - 1} masked positions; mask token {config.mask_token_id} |
+| features | outputs of target layers {", ".join(map(str, config.target_layer_ids))} |
+| draft vocabulary | {config.draft_vocab_size or config.vocab_size} of {config.vocab_size} tokens |
+| sequential head | {head} |
+| training data | {num_samples} answers of the target itself |
+| steps, block positions | {figures["step"]}, {figures["positions_seen"]} |
 
 Settings: {settings}.
 

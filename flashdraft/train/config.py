@@ -1,11 +1,9 @@
 """The settings of a training run."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from flashdraft.errors import InvalidParameter
-from flashdraft.types import option
+from flashdraft.types import check_options, option
 
 __all__ = ["TrainConfig"]
 
@@ -14,12 +12,12 @@ __all__ = ["TrainConfig"]
 class TrainConfig:
     """How one run trains. A default exists here once; the command line reads the help from here."""
 
-    steps: int = option(2000, "optimizer steps")
-    sequences: int = option(6, "sequences a micro-batch")
-    accumulate: int = option(1, "micro-batches a step, on every process")
-    anchors: int = option(64, "random anchors a sequence")
+    steps: int = option(2000, "optimizer steps", least=1)
+    sequences: int = option(6, "sequences a micro-batch", least=1)
+    accumulate: int = option(1, "micro-batches a step, on every process", least=1)
+    anchors: int = option(64, "random anchors a sequence", least=1)
     min_context: int = option(0, "no anchor has fewer tokens before it: for a fine-tune on long contexts")
-    weights: str = option("decay", "weight of a block's positions: decay (the paper's) or dpace")
+    weights: str = option("decay", "weight of a block's positions: decay (the paper's) or dpace", choices=("decay", "dpace"))
     gamma: float = option(4.0, "with decay, the weight of position k is exp(-(k-1)/gamma)")
     kl: float = option(0.0, "share of the loss that is KL to the target's own law; needs features with --soft-labels")
     tv: float = option(0.0, "share of the loss that is total variation to it; cross-entropy has the rest")
@@ -30,22 +28,16 @@ class TrainConfig:
     ema: float = option(0.0, "decay of the weights' moving average that is measured and kept; 0: none")
     vocab: int = option(8192, "the draft vocabulary: this many commonest answer tokens; 0 takes all")
     negatives: int = option(1024, "random other tokens added to that softmax at every step")
-    precision: str = option("auto", "bf16, fp32, or auto: bf16 where the machine multiplies it natively")
-    eval_every: int = option(250, "steps between measurements of tau")
-    save_every: int = option(100, "steps between checkpoints")
-    tracker: str = option("tensorboard", "tensorboard, or with it: wandb, trackio")
+    precision: str = option(
+        "auto", "bf16, fp32, or auto: bf16 where the machine has it natively", choices=("auto", "bf16", "fp32")
+    )
+    eval_every: int = option(250, "steps between measurements of tau", least=1)
+    save_every: int = option(100, "steps between checkpoints", least=1)
+    tracker: str = option("tensorboard", "tensorboard, or with it: wandb, trackio", choices=("tensorboard", "wandb", "trackio"))
     seed: int = option(0, "seed of the data order, the anchors and the initial weights")
 
     def __post_init__(self) -> None:
-        for name in ("steps", "sequences", "accumulate", "anchors", "eval_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise InvalidParameter(f"{name} is {getattr(self, name)}", hint=f"{name} must be 1 or more")
-        choices = {"precision": ("auto", "bf16", "fp32"), "weights": ("decay", "dpace")}
-        choices |= {"tracker": ("tensorboard", "wandb", "trackio")}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise InvalidParameter(f"{name} is {getattr(self, name)!r}", hint=f"{name} must be one of {', '.join(allowed)}")
+        check_options(self)
         if not (0 <= self.ema < 1 and self.kl >= 0 and self.tv >= 0 and self.kl + self.tv <= 1):
-            raise InvalidParameter(
-                f"ema, kl, tv are {self.ema}, {self.kl}, {self.tv}", hint="ema is below 1; kl and tv are shares of 1"
-            )
+            got = f"ema, kl, tv are {self.ema}, {self.kl}, {self.tv}"
+            raise InvalidParameter(got, hint="ema is below 1; kl and tv are shares of 1")

@@ -1,7 +1,5 @@
 """Why a drafter is accepted less than it should be: each known cause has a test of its own. Nothing here changes anything."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -210,7 +208,7 @@ def _served(lm: Model, network: PackedDraft, samples: list[Sample], drafts: list
         while at < len(accepted):
             at, passes = at + accepted[at] + 1, passes + 1
         forced += len(accepted) / passes / len(samples)
-    drafting = Model(lm.target, lm.tokenizer, lambda: DFlashDrafter(network), eos=lm.eos, max_rows=lm.max_rows)
+    drafting = replace(lm, new_drafter=lambda: DFlashDrafter(network))
     prompts: list[Any] = [sample.tokens[: sample.num_prompt].tolist() for sample in samples]
     params = [SamplingParams(max_new_tokens=len(drafted) + 1) for drafted in drafts]
     tau = sum(result.stats.tau for result in drafting.generate(prompts, params)) / len(samples)

@@ -5,11 +5,9 @@ target has read (it need not read the last one), and `n.final` [tokens, hidden],
 made of it; the manifest says where each answer begins, and every shard's checksum.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,7 +95,7 @@ def write_features(
     way, are kept as unused. Returns the number of shards.
     """
     writer = ShardWriter(model, out, layers=layers, max_length=max_length, final=final)
-    parts = {shard_key(rows): rows for path in answers for rows in _shards(path)}
+    parts = _shards(answers)
     for key in track(writer.use(list(parts)), description="features", disable=quiet):
         writer.add(key, [read_by(model, row, layers, max_length, final=final) for row in parts[key]])
     return len(parts)
@@ -125,10 +123,10 @@ def shard_key(rows: list[dict[str, Any]]) -> str:
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _shards(path: Path) -> Iterator[list[dict[str, Any]]]:
-    rows = list(read_jsonl(path, ("prompt", "response")))
-    for start in range(0, len(rows), SHARD):
-        yield rows[start : start + SHARD]
+def _shards(answers: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
+    files = [list(read_jsonl(path, ("prompt", "response"))) for path in answers]
+    parts = [rows[start : start + SHARD] for rows in files for start in range(0, len(rows), SHARD)]
+    return {shard_key(part): part for part in parts}
 
 
 def _sha256(path: Path) -> str:
@@ -142,34 +140,31 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(path.read_text())
         if missing := {"target", "layers", "hidden_size", "max_length", "shards", "unused"} - set(manifest):
             raise ValueError(f"it lacks {min(missing)}")
+        return manifest
     except FileNotFoundError:
         raise DataError(f"`{folder}` holds no manifest.json", hint="run `flashdraft features` first") from None
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"`{path}` cannot be read: {error}", hint="remove the folder and run `flashdraft features` again"
-        ) from None
-    return manifest
+        hint = "remove the folder and run `flashdraft features` again"
+        raise DataError(f"`{path}` cannot be read: {error}", hint=hint) from None
 
 
 def encode(model: Model, row: dict[str, Any]) -> tuple[list[int], int]:
     """Tokens of prompt and answer, and how many are the prompt's. An answer without token ids is encoded again."""
-    prompt = model.encode(row["prompt"], thinking=row.get("thinking"))
-    answer = row.get("tokens")
+    prompt, answer = model.encode(row["prompt"], thinking=row.get("thinking")), row.get("tokens")
     if answer is None:
-        answer = model.tokenizer.encode(row["response"], add_special_tokens=False)
-        if row.get("finish") == "stop":
-            answer = [*answer, min(model.eos)]
+        ending = [min(model.eos)] if row.get("finish") == "stop" else []
+        answer = [*model.tokenizer.encode(row["response"], add_special_tokens=False), *ending]
     return [*prompt, *answer], len(prompt)
 
 
 def read_by(model: Model, row: dict[str, Any], layers: tuple[int, ...], max_length: int, *, final: bool = False) -> Sample:
     """One answer, read by the target; rounded like what is stored."""
     tokens, num_prompt = encode(model, row)
-    tokens = tokens[:max_length]
-    cache = model.target.new_cache(1, len(tokens))
-    _, features = model.target.prefill(cache, 0, torch.tensor(tokens), wanted_layers(model, layers, final))
+    tokens, target = tokens[:max_length], model.target
+    wanted = wanted_layers(model, layers, final)
+    _, features = target.prefill(target.new_cache(1, len(tokens)), 0, torch.tensor(tokens), wanted)
     assert features is not None
-    return as_sample(tokens, features, num_prompt, model.target.hidden_size if final else 0)
+    return as_sample(tokens, features, num_prompt, target.hidden_size * final)
 
 
 def wanted_layers(model: Model, layers: tuple[int, ...], final: bool) -> tuple[int, ...]:
@@ -188,12 +183,9 @@ class FeatureSet:
 
     def __init__(self, folder: Path) -> None:
         manifest = _read_manifest(folder)
-        self.folder = folder
-        self.name = str(folder)
-        self.layers = tuple(manifest["layers"])
-        self.hidden_size = int(manifest["hidden_size"])
+        self.folder, self.name, self.target = folder, str(folder), str(manifest["target"])
+        self.layers, self.hidden_size = tuple(manifest["layers"]), int(manifest["hidden_size"])
         self.final = bool(manifest.get("final", False))
-        self.target = str(manifest["target"])
         self.shards: dict[str, dict[str, Any]] = dict(sorted(manifest["shards"].items()))
         self.index = [(key, n, start) for key, entry in self.shards.items() for n, start in enumerate(entry["starts"])]
         if not self.index:
@@ -230,8 +222,7 @@ class FeatureSet:
         path = self.folder / f"{key}.safetensors"
         try:
             with safe_open(path, framework="pt") as file:
-                tensor: Tensor = file.get_tensor(f"{n}.{name}")
-                return tensor
+                return file.get_tensor(f"{n}.{name}")  # type: ignore[no-any-return]
         except (SafetensorError, OSError) as error:
             raise DataError(f"`{path}` cannot be read: {error}", hint="remove it and run `flashdraft features` again") from None
 
@@ -244,8 +235,7 @@ class OnlineFeatures:
     ) -> None:
         self.model, self.layers, self.max_length, self.final = model, layers, max_length, final
         self.name, self.target, self.hidden_size = ", ".join(map(str, answers)), model.target.name, model.target.hidden_size
-        parts = {shard_key(rows): rows for path in answers for rows in _shards(path)}
-        self.rows = [row for _, rows in sorted(parts.items()) for row in rows]  # a FeatureSet's order
+        self.rows = [row for _, rows in sorted(_shards(answers).items()) for row in rows]  # a FeatureSet's order
         if not self.rows:
             raise DataError(f"`{self.name}` holds no answers", hint="run `flashdraft regenerate` first")
 

@@ -4,8 +4,7 @@ A copy starts with the target's own attention keys: fc passes the last feature t
 values are those of the copied layer, and the draft's norms take over the scale that the target's heads had.
 """
 
-from __future__ import annotations
-
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from flashdraft.errors import CheckpointError, InvalidParameter
 from flashdraft.methods.dflash import ROPE_TYPES, DFlashDraftModel
 from flashdraft.target import Target
 from flashdraft.train.features import Sample
+from flashdraft.types import require
 
 __all__ = ["copied_from_target", "draft_config", "feature_layers", "random_weights", "taken_from"]
 
@@ -42,10 +42,8 @@ def draft_config(
     if mask is None or not 0 <= mask < vocab:
         hint = f"give --mask-token-id: an id below {vocab} that `{target.name}` never reads or writes"
         raise InvalidParameter(f"mask_token_id is {mask}", hint=hint)
-    if block_size < 2:
-        raise InvalidParameter(f"block_size is {block_size}", hint="a block is the anchor and at least one mask: 2 or more")
-    if not 1 <= num_layers <= total:
-        raise InvalidParameter(f"num_layers is {num_layers}", hint=f"num_layers must be from 1 to {total}, as in `{target.name}`")
+    require(block_size >= 2, "block_size", block_size, "2 or more: the anchor and at least one mask")
+    require(1 <= num_layers <= total, "num_layers", num_layers, f"from 1 to {total}, as in `{target.name}`")
     names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps")
     shape = {name: config[name] for name in names if config.get(name) is not None}
     rope = config.get("rope_parameters") or {}
@@ -61,9 +59,8 @@ def draft_config(
 def feature_layers(num_target_layers: int, num_features: int) -> tuple[int, ...]:
     """`spread_layers`, all different. Raises InvalidParameter where the target has not as many to spread over."""
     layers = spread_layers(num_target_layers, num_features) if num_features >= 1 else ()
-    if len(set(layers)) != num_features or not layers:
-        most = max(num_target_layers - 3, 1)
-        raise InvalidParameter(f"num_features is {num_features}", hint=f"num_features must be from 1 to {most} for this target")
+    fits, most = layers and len(set(layers)) == num_features, max(num_target_layers - 3, 1)
+    require(bool(fits), "num_features", num_features, f"from 1 to {most} for this target")
     return layers
 
 
@@ -119,8 +116,7 @@ def copied_from_target(config: DraftConfig, target: str, sample: Sample, seed: i
                 weight *= norms["input_layernorm"]
             state[f"layers.{n}.{name}.weight"].copy_(weight)
             if name in _ATTENTION[:2]:
-                heads = (unit @ weight.T).view(len(unit), -1, config.head_dim)
-                scale = heads.pow(2).mean().sqrt()
+                scale = (unit @ weight.T).pow(2).mean().sqrt()
                 state[f"layers.{n}.{name.replace('proj', 'norm')}.weight"].fill_(float(scale))
         state[f"layers.{n}.post_attention_layernorm.weight"].copy_(norms["post_attention_layernorm"])
     state["norm.weight"].copy_(tensors["model.norm.weight"])
@@ -138,13 +134,9 @@ def _layers(folder: Path, config: DraftConfig) -> dict[str, Tensor]:
                 if name == "model.norm.weight" or (parts[:2] == ["model", "layers"] and int(parts[2]) >= first):
                     tensors[name] = file.get_tensor(name).float()
     shapes = config.shapes()
-    layers = [
-        (f"layers.{n}.{name}.weight", f"model.layers.{first + n}.{name}.weight")
-        for n in range(config.num_hidden_layers)
-        for name in _PROJECTIONS
-    ]
-    if any(theirs not in tensors or tuple(tensors[theirs].shape) != shapes[ours] for ours, theirs in layers):
-        raise CheckpointError(
-            f"`{folder}` has no llama-shaped layers of the draft's size to copy", hint="start from --init random"
-        )
+    for n, name in itertools.product(range(config.num_hidden_layers), _PROJECTIONS):
+        theirs = tensors.get(f"model.layers.{first + n}.{name}.weight")
+        if theirs is None or tuple(theirs.shape) != shapes[f"layers.{n}.{name}.weight"]:
+            lacking = f"`{folder}` has no llama-shaped layers of the draft's size to copy"
+            raise CheckpointError(lacking, hint="start from --init random")
     return tensors

@@ -4,8 +4,6 @@ A row is a conversation (`messages`, or ShareGPT's `conversations`), a `question
 `prompt`. Evaluation sets are refused by name; it cannot be seen whether a set of another name holds entries of one.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import re
@@ -16,6 +14,7 @@ from typing import Any
 
 from flashdraft.checkpoint import write_file
 from flashdraft.errors import DataError, InvalidParameter
+from flashdraft.types import require
 
 __all__ = ["SOURCES", "as_prompt", "numbered_lines", "read_jsonl", "write_prompts"]
 
@@ -78,13 +77,11 @@ def write_prompts(
     false. Raises InvalidParameter or DataError, with nothing written, for a set that cannot be used and for a bad row.
     """
     if unknown := [source for source in sources if source not in SOURCES]:
-        raise InvalidParameter(
-            f"no training set `{unknown[0]}`", hint=f"there are {', '.join(SOURCES)}; evaluation sets are not trained on"
-        )
+        hint = f"there are {', '.join(SOURCES)}; evaluation sets are not trained on"
+        raise InvalidParameter(f"no training set `{unknown[0]}`", hint=hint)
     if data is None and not files:
         raise InvalidParameter("no source of prompts", hint="name files or hub data sets, or the known sets' folder with --data")
-    if thinking is not None and not 0 <= thinking <= 1:
-        raise InvalidParameter(f"thinking is {thinking}", hint="thinking must be a share from 0 to 1")
+    require(thinking is None or 0 <= thinking <= 1, "thinking", thinking, "a share from 0 to 1")
     for name in files:
         path = Path(name)
         if EVALUATION.search("/".join((path.resolve() if path.is_file() else path).parts[-2:])):

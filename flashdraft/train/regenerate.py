@@ -22,7 +22,7 @@ from flashdraft.errors import ContextLengthError, DataError, FlashDraftError, In
 from flashdraft.generate import Model
 from flashdraft.train.features import SHARD, Recorder, Sample, ShardWriter, as_sample, encode, read_by, shard_key, wanted_layers
 from flashdraft.train.prompts import as_prompt, numbered_lines, read_jsonl
-from flashdraft.types import SamplingParams
+from flashdraft.types import SamplingParams, require
 
 __all__ = ["Server", "mixed", "regenerate"]
 
@@ -76,8 +76,7 @@ def regenerate(
 
 def mixed(params: SamplingParams, greedy_share: float = 0.0) -> Law:
     """Seeded by params.seed and the prompt's number; this share of the prompts is answered greedily."""
-    if not 0 <= greedy_share <= 1:
-        raise InvalidParameter(f"greedy_share is {greedy_share}", hint="greedy_share must be from 0 to 1")
+    require(0 <= greedy_share <= 1, "greedy_share", greedy_share, "from 0 to 1")
     if greedy_share and not params.temperature:
         raise InvalidParameter(f"greedy_share is {greedy_share}, but all is greedy at temperature 0", hint="set temperature")
 
@@ -97,10 +96,8 @@ class Server:
     max_rows: int  # requests at a time
 
     def __post_init__(self) -> None:
-        if not self.url.startswith(("http://", "https://")):
-            raise InvalidParameter(f"url is {self.url!r}", hint="url must be like http://host:port/v1")
-        if self.max_rows < 1:
-            raise InvalidParameter(f"max_rows is {self.max_rows}", hint="max_rows must be 1 or more")
+        require(self.url.startswith(("http://", "https://")), "url", self.url, "like http://host:port/v1")
+        require(self.max_rows >= 1, "max_rows", self.max_rows, "1 or more")
 
     def answers(self, rows: Sequence[Row], law: Law) -> Iterator[tuple[Row, Row]]:
         """Rows and the fields of their answers as they end. After an error nothing new is sent, and it is raised last."""
@@ -149,9 +146,8 @@ class Server:
             raise self._error(row["place"], f"not a chat completion ({error!r})") from None
 
     def _post(self, body: bytes, place: str) -> bytes | None:
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("OPENAI_API_KEY", "").strip():
-            headers["Authorization"] = f"Bearer {key}"
+        key = os.environ.get("OPENAI_API_KEY", "").strip()
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         for pause in (*_PAUSES, 0.0):
             try:
                 request = Request(f"{self.url.rstrip('/')}/chat/completions", body, headers)
@@ -226,7 +222,7 @@ class _Keeper:
 
 def _decoded(model: Model, rows: Sequence[Row], law: Law, keep: _Keeper | None) -> Iterator[tuple[Row, Row]]:
     """Rows that fit into the context and the fields of their answers, as they end."""
-    lm = Model(model.target, model.tokenizer, keep.new, eos=model.eos, max_rows=model.max_rows) if keep else model
+    lm = replace(model, new_drafter=keep.new) if keep else model
     fitting, each = [], []
     for row in rows:
         try:
@@ -246,7 +242,5 @@ def _decoded(model: Model, rows: Sequence[Row], law: Law, keep: _Keeper | None) 
 
 def _drop_torn_line(path: Path) -> None:
     """A kill may leave half a line at the end; the answers before it are whole."""
-    if path.exists():
-        content = path.read_bytes()
-        if content and not content.endswith(b"\n"):
-            os.truncate(path, content.rfind(b"\n") + 1)  # in place: a kill here loses no answer
+    if path.exists() and (content := path.read_bytes()) and not content.endswith(b"\n"):
+        os.truncate(path, content.rfind(b"\n") + 1)  # in place: a kill here loses no answer

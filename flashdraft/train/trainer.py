@@ -72,10 +72,14 @@ class Trainer:
         self.acc = Accelerator(log_with=loggers, project_dir=out)
         self.coverage: float | None = None  # share of the answers' tokens that the draft vocabulary has
         vocabulary = self._draft_vocabulary(keep=model.sequential_head is not None)
-        if head is not None and model.sequential_head is None:
+        if head is not None:
+            if (held := model.config.sequential_head) is not None:
+                raise InvalidParameter(f"the drafter has a {held} head already", hint="leave out --head")
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(config.seed)
                 model.add_head(*head)
+        if model.sequential_head is not None and self.acc.distributed_type == "FSDP":
+            raise InvalidParameter("a sequential head cannot be trained under FSDP", hint="use recipes/accelerate/ddp.yaml")
         self.net: Any = Blocks(model, self.target.embed)
         self.optimizer: Any = torch.optim.AdamW(_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.95), fused=True)
         self.net, self.optimizer = self.acc.prepare(self.net, self.optimizer)
