@@ -4,8 +4,6 @@ A folder holds config.json (Qwen3's keys, `block_size`, `dflash_config`) and mod
 more). Native format is served format. Knows names, shapes and files; does not know how a drafter runs.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import tempfile
@@ -13,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,6 +26,14 @@ from flashdraft.target import Target
 __all__ = ["DraftConfig", "check_target", "read_draft", "spread_layers", "write_draft", "write_file", "write_tensors"]
 
 _FOREIGN = ("dflash2", "dspark", "domino")
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "num_target_layers")
+_FIXED = {"architectures": ["DFlashDraftModel"], "model_type": "qwen3", "hidden_act": "silu", "tie_word_embeddings": True}
+_OPTIONAL: dict[str, Any] = {
+    "rms_norm_eps": float,
+    "max_position_embeddings": int,
+    "attention_bias": bool,
+    "draft_vocab_size": int,
+}
 
 
 @dataclass(frozen=True)
@@ -56,39 +62,33 @@ class DraftConfig:
     sequential_head: str | None = None  # an addition of ours: `markov` or `swiglu` (heads.py); not in the plain format
     head_rank: int = 64
 
-    @staticmethod
-    def from_json(config: Mapping[str, Any], where: str) -> DraftConfig:
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any], where: str) -> Self:
         """Read config.json. Raises CheckpointError naming the missing or foreign key."""
-        _refuse_foreign(config, where)
+        named = " ".join(str(x) for x in (*(config.get("architectures") or ()), config.get("model_type", ""))).lower()
         special = config.get("dflash_config") or {}
+        found = [name for name in _FOREIGN if name in named or f"{name}_config" in config]
+        found += ["sample_from_anchor"] if config.get("sample_from_anchor") or special.get("sample_from_anchor") else []
+        if config.get("hidden_act", "silu") != "silu":
+            raise CheckpointError(f"`{where}`: hidden_act is {config['hidden_act']!r}", hint="DFlash drafters have silu")
+        if found:
+            raise CheckpointError(f"`{where}` is a {found[0]} drafter, which is not supported", hint="DFlash v1 drafters are")
         own = config.get("flashdraft_config") or {}
         rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
         rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
         rope.setdefault("rope_type", rope.pop("type", "default"))
-        names = [
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "vocab_size",
-            "num_target_layers",
-        ]
         try:
             heads, hidden = config["num_attention_heads"], config["hidden_size"]
-            return DraftConfig(
-                **{name: int(config[name]) for name in names},
-                num_key_value_heads=int(config.get("num_key_value_heads") or heads),
-                head_dim=int(config.get("head_dim") or hidden // heads),
+            given: dict[str, Any] = {name: int(config[name]) for name in _SIZES}
+            given |= {name: kind(config[name]) for name, kind in _OPTIONAL.items() if config.get(name) is not None}
+            given |= {"num_key_value_heads": int(config.get("num_key_value_heads") or heads), "rope_parameters": rope}
+            given |= {"head_dim": int(config.get("head_dim") or hidden // heads), "mask_token_id": int(special["mask_token_id"])}
+            return cls(
+                **given,
                 block_size=int(config["block_size"] if "block_size" in config else special["block_size"]),
-                mask_token_id=int(special["mask_token_id"]),
                 target_layer_ids=tuple(int(i) for i in special["target_layer_ids"]),
-                rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-                rope_parameters=rope,
-                max_position_embeddings=int(config.get("max_position_embeddings", 2048)),
                 layer_types=tuple(config.get("layer_types") or ()),
                 sliding_window=config.get("sliding_window") if config.get("use_sliding_window", True) else None,
-                attention_bias=bool(config.get("attention_bias", False)),
-                draft_vocab_size=config.get("draft_vocab_size"),
                 dtype=str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"),
                 sequential_head=own.get("sequential_head"),
                 head_rank=int(own.get("head_rank", 64)),
@@ -101,17 +101,13 @@ class DraftConfig:
         """config.json as z-lab writes it."""
         rope = dict(self.rope_parameters)
         scaling = None if rope.get("rope_type", "default") == "default" else {k: v for k, v in rope.items() if k != "rope_theta"}
-        config: dict[str, Any] = {
-            "architectures": ["DFlashDraftModel"],
-            "model_type": "qwen3",
+        config: dict[str, Any] = _FIXED | {
             "block_size": self.block_size,
             "dflash_config": {"mask_token_id": self.mask_token_id, "target_layer_ids": list(self.target_layer_ids)},
             "num_target_layers": self.num_target_layers,
             "rope_theta": rope["rope_theta"],
             "rope_scaling": scaling,
             "layer_types": list(self.layer_types) or ["full_attention"] * self.num_hidden_layers,
-            "hidden_act": "silu",
-            "tie_word_embeddings": True,
             "use_sliding_window": self.sliding_window is not None,
         }
         unlisted = {"block_size", "mask_token_id", "target_layer_ids", "num_target_layers", "rope_parameters", "layer_types"}
@@ -161,8 +157,7 @@ def read_draft(folder: Path) -> tuple[DraftConfig, dict[str, Tensor]]:
     if config.block_size < 2:
         named = f"`{folder}` has block_size {config.block_size}"
         raise CheckpointError(named, hint="a block is the anchor and at least one mask")
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
+    if not (files := sorted(folder.glob("*.safetensors"))):
         raise CheckpointError(f"`{folder}` holds no .safetensors file", hint="pickled weights are not read; convert them")
     tensors: dict[str, Tensor] = {}
     for path in files:
@@ -171,7 +166,12 @@ def read_draft(folder: Path) -> tuple[DraftConfig, dict[str, Tensor]]:
                 tensors |= {name.removeprefix("model."): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"`{path}` is damaged: {error}", hint="it may be cut short; fetch or write it again") from None
-    _check_layer_types(config, folder)
+    kinds, count = config.layer_types, config.num_hidden_layers
+    if odd := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
+        hint = "full_attention and sliding_attention are supported"
+        raise CheckpointError(f"`{folder}` has a layer of type {odd[0]}", hint=hint)
+    if kinds and len(kinds) != count:
+        raise CheckpointError(f"`{folder}` has {len(kinds)} layer_types for {count} layers", hint="its config.json is damaged")
     if config.sequential_head not in (None, *HEADS):
         named = f"a sequential head {config.sequential_head!r}"
         raise CheckpointError(f"`{folder}` has {named}, which is not known", hint=f"known: {', '.join(HEADS)}")
@@ -192,15 +192,6 @@ def read_draft(folder: Path) -> tuple[DraftConfig, dict[str, Tensor]]:
             found = f"d2t leads to token {bad[0]} of a vocabulary of {config.vocab_size}"
             raise CheckpointError(f"`{folder}` is damaged: {found}", hint="fetch or write it again")
     return config, tensors
-
-
-def _check_layer_types(config: DraftConfig, folder: Path) -> None:
-    kinds, count = config.layer_types, config.num_hidden_layers
-    if odd := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
-        hint = "full_attention and sliding_attention are supported"
-        raise CheckpointError(f"`{folder}` has a layer of type {odd[0]}", hint=hint)
-    if kinds and len(kinds) != count:
-        raise CheckpointError(f"`{folder}` has {len(kinds)} layer_types for {count} layers", hint="its config.json is damaged")
 
 
 def write_draft(folder: Path, config: DraftConfig, tensors: Mapping[str, Tensor], readme: str | None = None) -> None:
@@ -253,14 +244,3 @@ def check_target(config: DraftConfig, target: Target) -> None:
     if config.vocab_size > target.vocab_size or not 0 <= config.mask_token_id < target.vocab_size:
         got = f"{config.vocab_size} and the mask token {config.mask_token_id}, but `{target.name}` has {target.vocab_size}"
         raise DraftMismatch(f"the draft has a vocabulary of {got} tokens", hint="the two must share their tokenizer")
-
-
-def _refuse_foreign(config: Mapping[str, Any], where: str) -> None:
-    named = " ".join(str(x) for x in (*(config.get("architectures") or ()), config.get("model_type", ""))).lower()
-    special = config.get("dflash_config") or {}
-    found = [name for name in _FOREIGN if name in named or f"{name}_config" in config]
-    found += ["sample_from_anchor"] if config.get("sample_from_anchor") or special.get("sample_from_anchor") else []
-    if config.get("hidden_act", "silu") != "silu":
-        raise CheckpointError(f"`{where}`: hidden_act is {config['hidden_act']!r}", hint="DFlash drafters have silu")
-    if found:
-        raise CheckpointError(f"`{where}` is a {found[0]} drafter, which is not supported", hint="DFlash v1 drafters are")

@@ -69,8 +69,7 @@ def demo(
         each.generate(tokens, replace(params, max_new_tokens=min(8, max_new_tokens)))
     with_drafts = _show_origin(chunks)
     alone: Result = plain.generate(tokens, params)
-    name = drafting.new_drafter().name
-    for label, result in ((name, with_drafts), ("autoregressive", alone)):
+    for label, result in ((drafting.new_drafter().name, with_drafts), ("autoregressive", alone)):
         print(f"{label:<15} {_decode_speed(result):6.1f} tokens/s")
     ratio = _decode_speed(with_drafts) / (_decode_speed(alone) or 1.0)
     print(f"{'ratio':<15} {ratio:6.2f}\n{'tau':<15} {with_drafts.stats.tau:6.2f} tokens per target pass")
@@ -162,32 +161,27 @@ def profile(
     print_table(["nodes", "memory", "MB"], held)
 
 
-def _show(chunks: Iterable[Chunk]) -> Result:
-    """Write an answer as it comes."""
-    result = None
-    for chunk in chunks:
-        print(chunk.text, end="", flush=True)
-        result = chunk.result
-    assert result is not None
-    print()
-    return result
-
-
-def _show_origin(chunks: Iterable[Chunk]) -> Result:
-    """The same, with what was drafted underlined and green, or in brackets where colours are not wanted; a legend first."""
-    marks = ("\033[4;32m", "\033[0m") if _styled() else ("⟨", "⟩")
-    inside, result = False, None
-    print(f"{marks[0]}drafted and accepted{marks[1]}, the target's own\n")
+def _show(chunks: Iterable[Chunk], marks: tuple[str, str] = ("", "")) -> Result:
+    """Write an answer as it comes, what was drafted between `marks`."""
+    inside = False
     try:
         for chunk in chunks:
             for piece in chunk.pieces:
                 if piece.text:
                     print(("" if piece.drafted == inside else marks[inside]) + piece.text, end="", flush=True)
                     inside = piece.drafted
-            result = chunk.result
     finally:
-        print((marks[1] if inside else "") + "\n")
-    assert result is not None
+        print(marks[1] if inside else "")
+    assert chunk.result is not None
+    return chunk.result
+
+
+def _show_origin(chunks: Iterable[Chunk]) -> Result:
+    """The same, with what was drafted underlined and green, or in brackets where colours are not wanted; a legend first."""
+    marks = ("\033[4;32m", "\033[0m") if _styled() else ("⟨", "⟩")
+    print(f"{marks[0]}drafted and accepted{marks[1]}, the target's own\n")
+    result = _show(chunks, marks)
+    print()
     return result
 
 

@@ -73,9 +73,7 @@ class Engine:
     """Rows that are decoded together. `target` and `drafter` keep their own caches; a row has the same place in all of them."""
 
     def __init__(self, target: Target, drafter: Drafter, *, max_rows: int = 1) -> None:
-        self.target = target
-        self.drafter = drafter
-        self.max_rows = max_rows
+        self.target, self.drafter, self.max_rows = target, drafter, max_rows
         self.running: dict[int, Request] = {}  # by row
         self._cache = target.new_cache(max_rows, 256)
         self._part: dict[str, float] = {}

@@ -71,11 +71,13 @@ class Model:
 
         thinking: the template's `enable_thinking`; None leaves it as the template has it. A template without it is refused.
         """
-        if isinstance(prompt, (str, Sequence)) and not prompt:
+        if isinstance(prompt, Sequence) and not prompt:
             raise InvalidPrompt("the prompt is empty", hint="give at least one token of text")
-        if not isinstance(prompt, str) and _all(prompt, lambda token: isinstance(token, int)):
+        parts = prompt if isinstance(prompt, Sequence) else (None,)
+        if all(isinstance(part, int) for part in parts):
             return self._checked(list(cast("Sequence[int]", prompt)))
-        if not isinstance(prompt, str) and not _all(prompt, _is_turn):
+        turns: list[Any] = [p for p in parts if isinstance(p, Mapping) and "role" in p and ("content" in p or "tool_calls" in p)]
+        if not isinstance(prompt, str) and len(turns) != len(parts):
             hint = "give text, a conversation (a list of {role, content}), or a list of token ids"
             raise InvalidPrompt(f"{prompt!r:.60} is not a prompt", hint=hint)
         template = getattr(self.tokenizer, "chat_template", None)
@@ -84,24 +86,23 @@ class Model:
             raise InvalidPrompt(refused, hint="leave `thinking` out of the prompts")
         if template:
             switch = {} if thinking is None else {"enable_thinking": thinking}
-            turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+            turns = turns or [{"role": "user", "content": prompt}]
             try:
                 text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **switch)
             except Exception as error:  # a template raises what it likes
                 refused = f"the chat template of `{self.target.name}` refuses the conversation: {first_line(error)}"
                 raise InvalidPrompt(refused, hint="give turns of roles that it knows, in its order") from None
-            return self._checked(self._tokens(text, add_special_tokens=False))
+            return self._tokens(text, add_special_tokens=False)
         if not isinstance(prompt, str):
             raise InvalidPrompt(f"`{self.target.name}` has no chat template for a conversation", hint="give the prompt as text")
-        return self._checked(self._tokens(prompt, add_special_tokens=True))
+        return self._tokens(prompt, add_special_tokens=True)
 
     def _tokens(self, text: str, *, add_special_tokens: bool) -> list[int]:
         try:
             text.encode()
         except UnicodeEncodeError:
             raise InvalidPrompt("the prompt holds half a character (a lone surrogate)", hint="send text in UTF-8") from None
-        tokens: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        return tokens
+        return self._checked(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
     def _checked(self, tokens: list[int]) -> list[int]:
         if wrong := [token for token in tokens if not 0 <= token < self.target.vocab_size]:
@@ -126,14 +127,6 @@ def _is_one(prompts: object) -> bool:
     if isinstance(prompts, Sequence) and not isinstance(prompts, str):
         return len(prompts) > 0 and isinstance(prompts[0], (int, dict))
     return isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable)
-
-
-def _is_turn(part: object) -> bool:
-    return isinstance(part, Mapping) and "role" in part and ("content" in part or "tool_calls" in part)
-
-
-def _all(prompt: object, is_part: Callable[[object], bool]) -> bool:
-    return isinstance(prompt, Sequence) and all(is_part(part) for part in prompt)
 
 
 def _params(params: Params, options: dict[str, Any], count: int) -> list[SamplingParams]:
@@ -178,8 +171,7 @@ def load_target(name: str, *, device: str = "cpu", dtype: str = "auto", lean: bo
     try:
         with _no_progress_bar():
             tokenizer = AutoTokenizer.from_pretrained(folder, **extra)
-            safe = None if extra else True
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=safe, **extra)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=None if extra else True, **extra)
     except FileNotFoundError as error:
         raise ModelNotFound(f"cannot load `{name}`: {first_line(error)}", hint="the folder is incomplete") from None
     except Exception as error:  # transformers raises whatever its readers do: a damaged file, an unknown architecture

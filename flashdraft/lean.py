@@ -4,7 +4,7 @@ Built from a loaded Hugging Face model and equal to it to 1e-4. Row-exact where 
 the text of a chain and plain text agree bit for bit. Does not know drafters, verification or text.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,12 +13,13 @@ from torch import Tensor
 
 from flashdraft.cache import SlotCache
 from flashdraft.layers import CHUNK, PackedLinear, SlotAttention, apply_rotary, rotary_table
-from flashdraft.target import PREFILL_CHUNK
+from flashdraft.target import PREFILL_CHUNK, Indices, Output, Target
 from flashdraft.tree import ancestors, is_chain
 
 __all__ = ["LeanTarget"]
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer; q, k, v [tokens, heads, head_dim] -> [tokens, heads * head_dim]
 
 
@@ -36,34 +37,26 @@ class _Layer:
         self.q_norm = attention.q_norm.weight.detach() if hasattr(attention, "q_norm") else None
         self.k_norm = attention.k_norm.weight.detach() if hasattr(attention, "k_norm") else None
 
-    @property
-    def linears(self) -> tuple[PackedLinear, ...]:
-        return self.qkv, self.out, self.gate_up, self.down
 
-
-class LeanTarget:
+class LeanTarget(Target):
     """llama, mistral, qwen2 or qwen3 behind the Target contract (target.py)."""
 
     def __init__(self, model: Any, name: str) -> None:
-        config = model.config
-        decoder = model.model
+        config, decoder = model.config, model.model
         self.name, self.config = name, config
-        self.vocab_size = int(config.vocab_size)
-        self.hidden_size = int(config.hidden_size)
-        self.num_layers = int(config.num_hidden_layers)
-        self.context_length = int(config.max_position_embeddings)
-        self.heads = int(config.num_attention_heads)
-        self.kv_heads = int(config.num_key_value_heads)
+        self.vocab_size, self.hidden_size = int(config.vocab_size), int(config.hidden_size)
+        self.num_layers, self.context_length = int(config.num_hidden_layers), int(config.max_position_embeddings)
+        self.heads, self.kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
         self.head_dim = int(getattr(config, "head_dim", None) or self.hidden_size // self.heads)
         self.eps = float(config.rms_norm_eps)
         self.blocks = [_Layer(block) for block in decoder.layers]
         self.norm = decoder.norm.weight.detach()
         self.embedding = decoder.embed_tokens.weight.detach()
         self.head = _fuse(model.lm_head)
-        self._head_rows = model.lm_head.weight.detach()  # the embedding itself where the two are tied
+        self._head_rows: Tensor = model.lm_head.weight.detach()  # the embedding itself where the two are tied
         rotary = decoder.rotary_emb
         self.cos, self.sin = rotary_table(rotary.inv_freq, self.context_length, rotary.attention_scaling, self.embedding.dtype)
-        linears = [linear for block in self.blocks for linear in block.linears] + [self.head]
+        linears = [self.head, *(linear for b in self.blocks for linear in (b.qkv, b.out, b.gate_up, b.down))]
         self.row_exact = all(linear.row_exact for linear in linears)
         dtype = str(self.embedding.dtype).removeprefix("torch.")
         self.kernel = f"{'oneDNN prepacked' if self.head.packed else 'torch'} {dtype}"
@@ -73,21 +66,15 @@ class LeanTarget:
     def fits(config: Any) -> bool:
         """Whether this decoder computes what the Hugging Face model does: plain SiLU blocks, full attention, static rotary."""
         rope = getattr(config, "rope_parameters", None) or {}
-        kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
-        return (
-            config.model_type in FAMILIES
-            and config.hidden_act == "silu"
-            and kinds == {"full_attention"}
-            and not (config.model_type == "mistral" and getattr(config, "sliding_window", None))
-            and rope.get("rope_type", "default") in ("default", "linear", "llama3", "yarn")
-            and float(rope.get("partial_rotary_factor", 1.0)) == 1.0
-        )
-
-    def new_cache(self, rows: int, slots: int) -> SlotCache:
-        return SlotCache(self.num_layers, rows, slots)
+        plain = getattr(config, "hidden_act", None) == "silu" and not set(getattr(config, "layer_types", None) or ()) - {
+            "full_attention"
+        }
+        static = rope.get("rope_type", "default") in ROPE_TYPES and float(rope.get("partial_rotary_factor", 1.0)) == 1.0
+        windowed = config.model_type == "mistral" and getattr(config, "sliding_window", None)
+        return config.model_type in FAMILIES and plain and static and not windowed
 
     @torch.inference_mode()
-    def prefill(self, cache: SlotCache, slot: int, tokens: Tensor, layers: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    def prefill(self, cache: SlotCache, slot: int, tokens: Tensor, layers: Indices) -> Output:
         features = []
         for chunk in tokens.split(PREFILL_CHUNK):
             start, count = cache.lengths[slot], len(chunk)
@@ -107,8 +94,8 @@ class LeanTarget:
 
     @torch.inference_mode()
     def forward(
-        self, cache: SlotCache, slots: Sequence[int], tokens: Tensor, parents: Tensor, sizes: Tensor, layers: Sequence[int]
-    ) -> tuple[Tensor, Tensor | None]:
+        self, cache: SlotCache, slots: Indices, tokens: Tensor, parents: Tensor, sizes: Tensor, layers: Indices
+    ) -> Output:
         counts, starts = sizes.tolist(), [cache.lengths[slot] for slot in slots]
         chain, tree, groups = is_chain(parents, sizes), ancestors(parents), self.heads // self.kv_heads
         real = torch.arange(tokens.shape[1]) < sizes[:, None]  # the linears see no padding
@@ -143,10 +130,9 @@ class LeanTarget:
         return self.head(hidden.reshape(-1, self.hidden_size)).view(*hidden.shape[:-1], self.vocab_size)
 
     def head_weight(self, tokens: Tensor) -> Tensor:
-        rows: Tensor = self._head_rows[tokens]
-        return rows
+        return self._head_rows[tokens]
 
-    def _run(self, tokens: Tensor, positions: Tensor, attend: Attend, layers: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    def _run(self, tokens: Tensor, positions: Tensor, attend: Attend, layers: Indices) -> Output:
         """tokens, positions: [n] -> the final normed state [n, hidden], and the wanted layers' outputs side by side."""
         x = self.embed(tokens)
         cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]

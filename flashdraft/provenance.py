@@ -10,13 +10,13 @@ from typing import Any
 import torch
 import transformers
 
+from flashdraft import __version__
+
 __all__ = ["provenance"]
 
 
 def provenance() -> dict[str, Any]:
     """A JSON object for run.json and the header of results."""
-    from flashdraft import __version__
-
     versions = {"flashdraft": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),

@@ -51,10 +51,7 @@ def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
 
 
 def target_probs(logits: Tensor, params: Sequence[SamplingParams], sizes: Tensor) -> Tensor:
-    """The target's law after every node, each row by its own parameters; zeros at padding.
-
-    logits: [rows, nodes, vocab]; params: one a row; sizes: [rows]. Returns [rows, nodes, vocab].
-    """
+    """The law after every node [rows, nodes, vocab], each row by its own `params`; zeros at padding, beyond `sizes` [rows]."""
     if len(params) == 1 and sizes.tolist() == [logits.shape[1]]:
         return probabilities(logits, params[0])  # no second copy in the case where every millisecond is seen
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32

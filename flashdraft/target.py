@@ -22,6 +22,8 @@ __all__ = ["HFTarget", "Target"]
 # Families whose stock forward was checked against plain forwards after rejected drafts (tests/test_target.py).
 CHECKED = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma3_text", "phi3", "gpt_oss", "glm4")
 PREFILL_CHUNK = 512
+Indices = Sequence[int]  # of layers, or of a cache's rows
+Output = tuple[Tensor, Tensor | None]  # logits or states, and the features if there are any
 
 
 class Target(Protocol):
@@ -37,16 +39,16 @@ class Target(Protocol):
     context_length: int
     nbytes: int  # of the weights
 
-    def new_cache(self, rows: int, slots: int) -> SlotCache: ...
+    def new_cache(self, rows: int, slots: int) -> SlotCache:
+        return SlotCache(self.num_layers, rows, slots)
 
-    def prefill(self, cache: SlotCache, slot: int, tokens: Tensor, layers: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    def prefill(self, cache: SlotCache, slot: int, tokens: Tensor, layers: Indices) -> Output:
         """Read and commit tokens [n] of one row: the last token's logits [vocab] and the features [n, layers * hidden]."""
 
     def forward(
-        self, cache: SlotCache, slots: Sequence[int], tokens: Tensor, parents: Tensor, sizes: Tensor, layers: Sequence[int]
-    ) -> tuple[Tensor, Tensor | None]:
+        self, cache: SlotCache, slots: Indices, tokens: Tensor, parents: Tensor, sizes: Tensor, layers: Indices
+    ) -> Output:
         """Read proposals [rows, nodes] behind each row's length, which stays: logits [rows, nodes, vocab], features likewise."""
-        ...
 
     def embed(self, tokens: Tensor) -> Tensor: ...
 
@@ -54,7 +56,6 @@ class Target(Protocol):
 
     def head_weight(self, tokens: Tensor) -> Tensor:
         """The lm_head's rows of these tokens: [n] -> [n, hidden]."""
-        ...
 
 
 class _CacheView:
@@ -75,42 +76,35 @@ class _CacheView:
         return max(self.cache.lengths[row] for row in self.rows)
 
 
-class HFTarget:
+class HFTarget(Target):
     """Any transformers causal LM whose state is a cache of keys and values. Raises UnsupportedTarget for the others."""
 
     def __init__(self, model: Any, name: str) -> None:
-        self.model = model.eval()
-        self.config = model.config.get_text_config()
-        self.name = name
+        self.model, self.config, self.name = model.eval(), model.config.get_text_config(), name
         check_state(self)
         self.kernel = f"transformers {str(model.dtype).removeprefix('torch.')}"
         self.row_exact = False
         self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
-        self.hidden_size = int(self.config.hidden_size)
-        self.num_layers = int(self.config.num_hidden_layers)
+        self.hidden_size, self.num_layers = int(self.config.hidden_size), int(self.config.num_hidden_layers)
         self.context_length = _context_length(self)
         self.nbytes = sum(p.numel() * p.element_size() for p in model.parameters())
         self._decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.model
         check_family(self)
 
-    def new_cache(self, rows: int, slots: int) -> SlotCache:
-        return SlotCache(self.num_layers, rows, slots)
-
     @torch.inference_mode()
-    def prefill(self, cache: SlotCache, slot: int, tokens: Tensor, layers: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    def prefill(self, cache: SlotCache, slot: int, tokens: Tensor, layers: Indices) -> Output:
         features = []
         for chunk in tokens.split(PREFILL_CHUNK):
-            hidden, feature = self._hidden(
-                cache, [slot], chunk[None], chain(len(chunk))[None], torch.tensor([len(chunk)]), layers
-            )
-            cache.keep(slot, range(len(chunk)))
+            n = len(chunk)
+            hidden, feature = self._hidden(cache, [slot], chunk[None], chain(n)[None], torch.tensor([n]), layers)
+            cache.keep(slot, range(n))
             features += [] if feature is None else [feature[0]]
         return self.lm_head(hidden[0, -1]), torch.cat(features) if features else None
 
     @torch.inference_mode()
     def forward(
-        self, cache: SlotCache, slots: Sequence[int], tokens: Tensor, parents: Tensor, sizes: Tensor, layers: Sequence[int]
-    ) -> tuple[Tensor, Tensor | None]:
+        self, cache: SlotCache, slots: Indices, tokens: Tensor, parents: Tensor, sizes: Tensor, layers: Indices
+    ) -> Output:
         hidden, features = self._hidden(cache, slots, tokens, parents, sizes, layers)
         return self.lm_head(hidden), features
 
@@ -129,8 +123,8 @@ class HFTarget:
         return rows
 
     def _hidden(
-        self, cache: SlotCache, slots: Sequence[int], tokens: Tensor, parents: Tensor, sizes: Tensor, layers: Sequence[int]
-    ) -> tuple[Tensor, Tensor | None]:
+        self, cache: SlotCache, slots: Indices, tokens: Tensor, parents: Tensor, sizes: Tensor, layers: Indices
+    ) -> Output:
         device, lengths = self.model.device, torch.tensor([cache.lengths[slot] for slot in slots])
         real = torch.arange(tokens.shape[1]) < sizes[:, None]
         positions = lengths[:, None] + depths(parents) * real  # padding may reach beyond the context, its position may not
@@ -174,20 +168,17 @@ class HFTarget:
 
 def _visible_slots(lengths: Tensor, ancestor: Tensor, num_slots: int) -> Tensor:
     """bool [rows, nodes, slots]: committed slots, and the node's own ancestors behind them."""
-    rows, nodes, _ = ancestor.shape
-    slot = torch.arange(num_slots)
-    seen = (slot < lengths[:, None])[:, None, :].expand(rows, nodes, num_slots).clone()
-    for row in range(rows):
-        start = int(lengths[row])
+    nodes = ancestor.shape[1]
+    seen = (torch.arange(num_slots) < lengths[:, None])[:, None].repeat(1, nodes, 1)
+    for row, start in enumerate(lengths.tolist()):
         seen[row, :, start : start + nodes] |= ancestor[row][:, : num_slots - start]
     return seen
 
 
 def _slot_positions(lengths: Tensor, positions: Tensor, num_slots: int) -> Tensor:
     """[rows, slots] absolute position of what a slot holds: its index, or its node's depth behind the length."""
-    held = torch.arange(num_slots).expand(len(lengths), num_slots).clone()
-    for row in range(len(lengths)):
-        start = int(lengths[row])
+    held = torch.arange(num_slots).repeat(len(lengths), 1)
+    for row, start in enumerate(lengths.tolist()):
         held[row, start : start + positions.shape[1]] = positions[row, : num_slots - start]
     return held
 

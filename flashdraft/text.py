@@ -15,9 +15,7 @@ class TextDecoder:
     """`push` every token in order, then `flush`; the pieces joined are the text. `stopped` tells that a stop string ended it."""
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
-        self.tokenizer = tokenizer
-        self.stop = tuple(stop)
-        self.stopped = False
+        self.tokenizer, self.stop, self.stopped = tokenizer, tuple(stop), False
         self.text = ""  # given out so far
         self._tokens: list[int] = []
         self._start = 0  # tokens before this are left out of the decode window
@@ -46,11 +44,8 @@ class TextDecoder:
         return self._give(self._decode(self._start, len(self._tokens))[len(known) :], final=True)
 
     def _decode(self, first: int, last: int) -> str:
-        if first == last:
-            return ""
         window = self._tokens[first:last]
-        text: str = self.tokenizer.decode(window, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text
+        return str(self.tokenizer.decode(window, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _give(self, new: str, *, final: bool) -> str:
         pending = self._held + new

@@ -31,6 +31,8 @@ from flashdraft.types import SamplingParams, Stats, option
 
 SETS_HELP = ".jsonl and .json files, or hub data sets as name:split or name:config:split"
 Folder = Annotated[Path, Option(help="folder to write")]
+Prompts = Annotated[Path, Argument(metavar="PROMPTS", help="file that `flashdraft prompts` wrote")]
+Answers = Annotated[list[Path], Argument(help="files that `flashdraft regenerate` wrote")]
 
 
 @dataclass(frozen=True)
@@ -135,12 +137,7 @@ class AnswerOptions:
 
 
 def regenerate(
-    file: Annotated[Path, Argument(metavar="PROMPTS", help="file that `flashdraft prompts` wrote")],
-    out: Out,
-    options: ModelOptions,
-    params: SamplingParams,
-    answer: AnswerOptions,
-    keep: KeepOptions,
+    file: Prompts, out: Out, options: ModelOptions, params: SamplingParams, answer: AnswerOptions, keep: KeepOptions
 ) -> None:
     law = mixed(params, answer.greedy_share)
     lm = answer.server(options, keep) or options.load(max_rows=answer.max_rows)
@@ -150,12 +147,7 @@ def regenerate(
     print(f"{count} new answers in {out}")
 
 
-def features(
-    answers: Annotated[list[Path], Argument(help="files that `flashdraft regenerate` wrote")],
-    out: Folder,
-    model: TargetOptions,
-    stored: FeatureOptions,
-) -> None:
+def features(answers: Answers, out: Folder, model: TargetOptions, stored: FeatureOptions) -> None:
     lm = model.load()
     print(f"{write_features(lm, answers, out, **stored.kind(lm), quiet=not sys.stdout.isatty())} shards in {out}")
 
@@ -174,7 +166,6 @@ def train(
         from flashdraft.train.trainer import Trainer, process_device
     except ModuleNotFoundError as error:
         raise FlashDraftError(f"training needs the package {error.name}", hint='pip install "flashdraft[train]"') from None
-
     lm = load(where.target, draft="autoregressive", dtype=where.dtype, device=str(process_device()))
     data = where.open(source, lm, draft.num_features or 5, final=bool(config.kl + config.tv))
     network = draft.network(lm.target, data, config.seed)

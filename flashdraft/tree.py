@@ -18,10 +18,7 @@ def chain(num_nodes: int) -> Tensor:
 
 
 def ancestors(parents: Tensor) -> Tensor:
-    """Which nodes a node may see: itself and its ancestors.
-
-    parents: [rows, nodes] -> [rows, nodes, nodes] bool; at [r, i, j]: node i sees node j.
-    """
+    """What a node sees, itself and its ancestors: [rows, nodes] -> bool [rows, nodes, nodes]; at [r, i, j]: i sees j."""
     nodes = torch.arange(parents.shape[1], device=parents.device)
     visible = torch.zeros(*parents.shape, len(nodes), dtype=torch.bool, device=parents.device)
     above = nodes.expand_as(parents)

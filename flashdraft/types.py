@@ -36,7 +36,7 @@ def check_options(options: Any) -> None:
     for f in fields(options):
         value, least, choices = getattr(options, f.name), f.metadata.get("least"), f.metadata.get("choices")
         if value is not None or f.default is not None:
-            require(least is None or (_is_int(value) and value >= least), f.name, value, f"{least} or more")
+            require(least is None or (type(value) is int and value >= least), f.name, value, f"{least} or more")
             require(not choices or value in choices, f.name, value, f"one of {', '.join(choices or ())}")
 
 
@@ -44,10 +44,6 @@ def require(ok: bool, name: str, value: object, allowed: str) -> None:
     """Raises InvalidParameter where a value is not `ok`."""
     if not ok:
         raise InvalidParameter(f"{name} is {value!r}", hint=f"{name} must be {allowed}")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -72,20 +68,17 @@ class SamplingParams:
         require(self.temperature >= 0 and math.isfinite(self.temperature), "temperature", self.temperature, "0 or more")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         require(0 <= self.min_p < 1, "min_p", self.min_p, "at least 0 and below 1")
-        require(_is_int(self.seed) and 0 <= self.seed < 2**63, "seed", self.seed, "an integer from 0 to 2**63 - 1")
+        require(type(self.seed) is int and 0 <= self.seed < 2**63, "seed", self.seed, "an integer from 0 to 2**63 - 1")
         strings = isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop)
         require(strings, "stop", self.stop, "non-empty strings")
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """What a drafter sends to the target: for every row a tree of tokens whose root is the anchor.
-
-    Nodes are in topological order: a parent's index is smaller than its children's.
-    """
+    """What a drafter sends to the target: for every row a tree of tokens whose root is the anchor, parents before children."""
 
     tokens: Tensor  # [rows, nodes] int64; node 0 is the anchor
-    parents: Tensor  # [rows, nodes] int64; -1 at the anchor; a chain is -1, 0, 1, 2, ...
+    parents: Tensor  # [rows, nodes] int64; -1 at the anchor, elsewhere a smaller index; a chain is -1, 0, 1, 2, ...
     sizes: Tensor  # [rows] int64, at least 1; nodes beyond a row's size are padding
     scores: Tensor | None = None  # [rows, nodes] log-confidence, fixed before the node's own token was drawn
     probs: Tensor | None = None  # [rows, nodes, vocab] law from which node i's CHILDREN were drawn; None: none was drawn
@@ -127,10 +120,7 @@ class Rows:
 
 
 class Drafter(Protocol):
-    """What every decoding method is: it proposes, observes what was committed, and forgets a finished row.
-
-    A method that says nothing else asks for no features, has no caches and remembers nothing.
-    """
+    """Every decoding method: it proposes, observes what was committed, forgets a finished row; by default it keeps nothing."""
 
     name: str
     layers: tuple[int, ...] = ()  # features it wants: id = output of block id; the number of layers = the final normed state

@@ -39,10 +39,7 @@ class Profile:
 
 
 def profile(target: str, *, draft: str = "auto", nodes: int = 8, context: int = 256, steps: int = 20) -> Profile:
-    """Measure `steps` steps of `nodes` nodes behind `context` tokens; one node is plain decoding.
-
-    Where no drafter is named or shipped, an untrained one of the default shape takes its place.
-    """
+    """Measure steps behind `context` tokens; one node is plain decoding. An untrained drafter stands in where none is shipped."""
     require(min(nodes, context, steps) >= 1, "one of nodes, context and steps", min(nodes, context, steps), "1 or more")
     model = load(target, draft="autoregressive")
     if not isinstance(model.target, LeanTarget):
@@ -114,8 +111,7 @@ class _Clock:
     """Adds up the time inside wrapped calls; a wrapped call inside another one counts for the outer one."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.busy = False
+        self.seconds, self.busy = dict[str, float](), False
 
     def wrap(self, part: str, call: Any) -> Any:
         def timed(*args: Any, **options: Any) -> Any:

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -59,7 +59,10 @@ def show(path: Path) -> None:
     threads = f"{header['threads']} threads" + (f", transformers {t}" if (t := header.get("transformers_threads")) else "")
     print(f"{header['command']}\n{header['device']}; {threads}; {header['kernel']}; {versions}; commit {header['commit']}")
     columns = ["task", "method", "answers", "tokens/s", "ratio", "decode tokens/s", "decode ratio", "tau", "identical"]
-    print_table(columns, [_cells(row) for row in summarise(path)])
+    forms, rows = (".1f", ".2f", ".1f", ".2f", ".2f", ".0%"), []
+    for task, method, answers, *figures in map(astuple, summarise(path)):
+        rows.append([task, method, str(answers), *map(_number, figures, forms)])
+    print_table(columns, rows)
     ours = [line["pair"] | {"pair": line} for line in lines if line["method"] == "transformers" and line["pair"]]
     if ours:
         total, decode = (_ratio(ours, name) for name in ("tokens_per_second", "decode_tokens_per_second"))
@@ -99,12 +102,6 @@ def _ratio(lines: Iterable[Line], name: str) -> float | None:
 def _median(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return median(known) if known else None
-
-
-def _cells(row: Summary) -> list[str]:
-    speeds = [_number(row.tokens_per_second, ".1f"), _number(row.ratio)]
-    speeds += [_number(row.decode_tokens_per_second, ".1f"), _number(row.decode_ratio)]
-    return [row.task, row.method, str(row.answers), *speeds, _number(row.tau), _number(row.identical, ".0%")]
 
 
 def _number(value: float | None, form: str = ".2f") -> str:

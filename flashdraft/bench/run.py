@@ -120,27 +120,23 @@ def run_bench(config: BenchConfig, *, quiet: bool = False) -> int:
             for (i, name), answer in answers.items():
                 key = {"task": prompts[i].task, "prompt": prompts[i].number, "method": name, "repeat": repeat}
                 comparable = config.temperature == 0 or name != "transformers"  # its draws are of another generator
-                same = _compare(answer, answers.get((i, "autoregressive")) if comparable else None)
-                file.write(json.dumps(key | {"num_prompt_tokens": len(encoded[i])} | _figures(answer) | same) + "\n")
+                figures = _figures(answer, answers.get((i, "autoregressive")) if comparable else None)
+                file.write(json.dumps(key | {"num_prompt_tokens": len(encoded[i])} | figures) + "\n")
                 count += 1
             file.flush()
     return count
 
 
-def _figures(answer: Answer) -> dict[str, Any]:
+def _figures(answer: Answer, plain: Answer | None) -> dict[str, Any]:
+    """`identical`: whether the tokens are those of plain decoding; the first index where they are not; null: not compared."""
     count, decoded = len(answer.tokens), len(answer.tokens) - 1
     speed = decoded / answer.decode_seconds if decoded and answer.decode_seconds else None
     speeds = {"tokens_per_second": count / answer.seconds, "decode_tokens_per_second": speed}
     times = {"seconds": answer.seconds, "decode_seconds": answer.decode_seconds}
-    return {"num_tokens": count, **times, **speeds, "tau": answer.tau, **answer.figures}
-
-
-def _compare(answer: Answer, plain: Answer | None) -> dict[str, Any]:
-    """Whether the tokens are those of plain decoding, and the first index at which they are not; null: nothing to compare."""
-    if plain is None or answer.tokens == plain.tokens:
-        return {"identical": None if plain is None else True, "first_difference": None}
-    pairs = enumerate(zip_longest(answer.tokens, plain.tokens))
-    return {"identical": False, "first_difference": next(i for i, (a, b) in pairs if a != b)}
+    same = None if plain is None else answer.tokens == plain.tokens
+    pairs = enumerate(zip_longest(answer.tokens, plain.tokens if plain else answer.tokens))
+    compared = {"identical": same, "first_difference": next((i for i, (a, b) in pairs if a != b), None)}
+    return {"num_tokens": count, **times, **speeds, "tau": answer.tau, **answer.figures, **compared}
 
 
 def _load(config: BenchConfig) -> tuple[dict[str, Method], Model, dict[str, Any]]:

@@ -1,6 +1,5 @@
 """The benchmark's prompts: fixed entries of three public evaluation sets, as one JSON Lines file of {task, row, prompt}."""
 
-import gzip
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -51,7 +50,10 @@ def write_tasks(data: Path, out: Path, ids: Mapping[str, Sequence[int]], *, firs
     require(first is None or first >= 1, "first", first, "1 or more")
     lines = []
     for task, (file, prompt) in TASKS.items():
-        entries = _entries(data / file)
+        if not (data / file).is_file():
+            hint = "name the folder of the evaluation sets with --data or FLASHDRAFT_DATA"
+            raise DataError(f"no file `{data / file}`", hint=hint)
+        entries = list(read_jsonl(data / file))
         if beyond := [i for i in ids[task] if not 0 <= i < len(entries)]:
             got = f"{task} has no entry {beyond[0]}, only {len(entries)}"
             raise DataError(got, hint="the ids are of another version of the set")
@@ -75,15 +77,3 @@ def read_prompts(path: Path) -> list[BenchPrompt]:
     if not prompts:
         raise DataError(f"`{path}` holds no prompts", hint='a line is {"task": "chat", "prompt": "Hello"}')
     return prompts
-
-
-def _entries(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise DataError(f"no file `{path}`", hint="name the folder of the evaluation sets with --data or FLASHDRAFT_DATA")
-    if path.suffix != ".gz":
-        return list(read_jsonl(path))
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            return [json.loads(line) for line in file if line.strip()]
-    except (OSError, EOFError, ValueError) as error:
-        raise DataError(f"`{path}` cannot be read: {error}", hint="fetch it again") from None

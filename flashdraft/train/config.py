@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from flashdraft.errors import InvalidParameter
-from flashdraft.types import check_options, option
+from flashdraft.types import check_options, option, require
 
 __all__ = ["TrainConfig"]
 
@@ -28,9 +27,7 @@ class TrainConfig:
     ema: float = option(0.0, "decay of the weights' moving average that is measured and kept; 0: none")
     vocab: int = option(8192, "the draft vocabulary: this many commonest answer tokens; 0 takes all")
     negatives: int = option(1024, "random other tokens added to that softmax at every step")
-    precision: str = option(
-        "auto", "bf16, fp32, or auto: bf16 where the machine has it natively", choices=("auto", "bf16", "fp32")
-    )
+    precision: str = option("auto", "bf16, fp32, or auto: bf16 where it is native", choices=("auto", "bf16", "fp32"))
     eval_every: int = option(250, "steps between measurements of tau", least=1)
     save_every: int = option(100, "steps between checkpoints", least=1)
     tracker: str = option("tensorboard", "tensorboard, or with it: wandb, trackio", choices=("tensorboard", "wandb", "trackio"))
@@ -38,6 +35,6 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
-        if not (0 <= self.ema < 1 and self.kl >= 0 and self.tv >= 0 and self.kl + self.tv <= 1):
-            got = f"ema, kl, tv are {self.ema}, {self.kl}, {self.tv}"
-            raise InvalidParameter(got, hint="ema is below 1; kl and tv are shares of 1")
+        require(0 <= self.ema < 1, "ema", self.ema, "at least 0 and below 1")
+        shares = min(self.kl, self.tv) >= 0 and self.kl + self.tv <= 1
+        require(shares, "kl, tv", (self.kl, self.tv), "shares of 1")

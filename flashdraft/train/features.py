@@ -27,6 +27,7 @@ from flashdraft.types import Rows
 __all__ = ["SHARD", "FeatureSet", "OnlineFeatures", "Recorder", "Sample", "ShardWriter", "encode", "shard_key", "write_features"]
 
 SHARD = 64  # answers a shard; every answer file is cut anew
+Layers = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Sample:
 class ShardWriter:
     """A features folder that is being filled: its manifest, and which shards are still to be made."""
 
-    def __init__(self, model: Model, out: Path, *, layers: tuple[int, ...], max_length: int, final: bool = False) -> None:
+    def __init__(self, model: Model, out: Path, *, layers: Layers, max_length: int, final: bool = False) -> None:
         self.out, self.layers, self.max_length, self.final = out, layers, max_length, final
         out.mkdir(parents=True, exist_ok=True)
         kind: dict[str, Any] = {"target": model.target.name, "layers": list(layers), "hidden_size": model.target.hidden_size}
@@ -80,14 +81,7 @@ class ShardWriter:
 
 
 def write_features(
-    model: Model,
-    answers: Sequence[Path],
-    out: Path,
-    *,
-    layers: tuple[int, ...],
-    max_length: int,
-    final: bool = False,
-    quiet: bool = False,
+    model: Model, answers: Sequence[Path], out: Path, *, layers: Layers, max_length: int, final: bool = False, quiet: bool = False
 ) -> int:
     """Read every answer once with the target and store what the drafter will see; shards that exist are not made again.
 
@@ -104,7 +98,7 @@ def write_features(
 class Recorder(Autoregressive):
     """Plain decoding that keeps what the target saw: the features of answers while they are written, at no second reading."""
 
-    def __init__(self, layers: tuple[int, ...]) -> None:
+    def __init__(self, layers: Layers) -> None:
         self.layers = layers
         self.finished: dict[tuple[int, ...], Tensor] = {}  # prompt and answer -> features of all that was read
         self._seen: dict[int, list[Tensor]] = {}
@@ -157,7 +151,7 @@ def encode(model: Model, row: dict[str, Any]) -> tuple[list[int], int]:
     return [*prompt, *answer], len(prompt)
 
 
-def read_by(model: Model, row: dict[str, Any], layers: tuple[int, ...], max_length: int, *, final: bool = False) -> Sample:
+def read_by(model: Model, row: dict[str, Any], layers: Layers, max_length: int, *, final: bool = False) -> Sample:
     """One answer, read by the target; rounded like what is stored."""
     tokens, num_prompt = encode(model, row)
     tokens, target = tokens[:max_length], model.target
@@ -167,7 +161,7 @@ def read_by(model: Model, row: dict[str, Any], layers: tuple[int, ...], max_leng
     return as_sample(tokens, features, num_prompt, target.hidden_size * final)
 
 
-def wanted_layers(model: Model, layers: tuple[int, ...], final: bool) -> tuple[int, ...]:
+def wanted_layers(model: Model, layers: Layers, final: bool) -> Layers:
     return (*layers, model.target.num_layers) if final else layers
 
 
@@ -230,9 +224,7 @@ class FeatureSet:
 class OnlineFeatures:
     """The same samples without a folder: the target reads an answer again whenever it is asked for; nothing is stored."""
 
-    def __init__(
-        self, model: Model, answers: Sequence[Path], *, layers: tuple[int, ...], max_length: int, final: bool = False
-    ) -> None:
+    def __init__(self, model: Model, answers: Sequence[Path], *, layers: Layers, max_length: int, final: bool = False) -> None:
         self.model, self.layers, self.max_length, self.final = model, layers, max_length, final
         self.name, self.target, self.hidden_size = ", ".join(map(str, answers)), model.target.name, model.target.hidden_size
         self.rows = [row for _, rows in sorted(_shards(answers).items()) for row in rows]  # a FeatureSet's order

@@ -4,9 +4,11 @@ A row is a conversation (`messages`, or ShareGPT's `conversations`), a `question
 `prompt`. Evaluation sets are refused by name; it cannot be seen whether a set of another name holds entries of one.
 """
 
+import gzip
 import json
 import random
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -42,7 +44,7 @@ def read_jsonl(path: Path, keys: Sequence[str] = ()) -> Iterator[dict[str, Any]]
 def numbered_lines(path: Path, keys: Sequence[str] = ()) -> Iterator[tuple[int, dict[str, Any]]]:
     """The same, each with the number of its line, from 1."""
     try:
-        with path.open(encoding="utf-8") as file:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
@@ -59,6 +61,8 @@ def numbered_lines(path: Path, keys: Sequence[str] = ()) -> Iterator[tuple[int, 
         raise DataError(f"no file `{path}`", hint="give the path of a .jsonl file") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 ({error.reason})", hint="save it as UTF-8") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"`{path}` cannot be read: {error}", hint="fetch it again") from None
 
 
 def write_prompts(

@@ -1,7 +1,5 @@
 """Stage 2: the target's own answers to the prompts. A drafter must learn what the target writes, not what others wrote."""
 
-from __future__ import annotations
-
 import json
 import os
 import random
@@ -35,7 +33,7 @@ Law = Callable[[int], SamplingParams]  # how prompt number n is answered
 
 
 def regenerate(
-    model: Model | Server,
+    model: "Model | Server",
     prompts: Path,
     out: Path,
     *,
