@@ -535,12 +535,15 @@ def test_server_that_fails_is_named_with_the_cause_and_finished_answers_are_kept
 
 
 def test_answers_under_way_when_another_fails_are_kept(tmp_path: Path, api: Api) -> None:
-    path, out, failed = prompt_file(tmp_path, "abc"), tmp_path / "out.jsonl", threading.Event()
+    path, out = prompt_file(tmp_path, "abc"), tmp_path / "out.jsonl"
+    under_way, failed = threading.Event(), threading.Event()
 
     def reply(body: dict[str, Any]) -> tuple[int, Any]:
         if body["messages"][-1]["content"] == "a":
+            assert under_way.wait(10)
             failed.set()
             return 400, "no"
+        under_way.set()
         assert failed.wait(10)
         return completion(body)
 
