@@ -50,9 +50,12 @@ class DraftOptions:
 
     def network(self, target: Target, data: FeatureSet | OnlineFeatures, seed: int) -> DFlashDraftModel:
         """data: of the layers that the network will read; its first sample calibrates a copy of the target's layers."""
+        if self.head is None:
+            _refuse(self, "no head is added without --head", "head_rank")
         names = ("num_layers", "block_size", "num_features", "mask_token_id")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.init_from is not None:
+            _refuse(self, "--init-from has the first weights", "init")
             donor = DFlashDraftModel.from_pretrained(self.init_from)
             c = donor.config
             held = dict(zip(names, (c.num_hidden_layers, c.block_size, len(c.target_layer_ids), c.mask_token_id), strict=True))
@@ -76,9 +79,17 @@ class SourceOptions:
         if self.online:
             layers = feature_layers(lm.target.num_layers, num_features)
             return OnlineFeatures(lm, paths, layers=layers, max_length=self.max_length, final=final)
+        _refuse(self, "the folder of features has its own without --online", "max_length")
         if len(paths) > 1:
             raise InvalidParameter(f"got {len(paths)} folders of features", hint="give all answers to one `flashdraft features`")
         return FeatureSet(paths[0])
+
+
+def _refuse(options: Any, reason: str, *names: str) -> None:
+    """Options that would have no effect are named, not ignored."""
+    for field in fields(options):
+        if field.name in names and (value := getattr(options, field.name)) != field.default:
+            raise InvalidParameter(f"{field.name} is {value}, but {reason}", hint="leave out one of the two")
 
 
 def prompts(
@@ -130,9 +141,8 @@ class AnswerOptions:
             raise InvalidParameter("--url and --model go together", hint="give both, or neither")
         if self.url is None or self.model is None:
             return None
-        for field, value in ((field, getattr(group, field.name)) for group in unused for field in fields(group)):
-            if value != field.default:
-                raise InvalidParameter(f"{field.name} is {value}, but --url answers", hint="leave out one of the two")
+        for group in unused:
+            _refuse(group, "--url answers", *(field.name for field in fields(group)))
         return Server(self.url, self.model, self.max_rows)
 
 
@@ -140,6 +150,8 @@ def regenerate(
     file: Prompts, out: Out, options: ModelOptions, params: SamplingParams, answer: AnswerOptions, keep: KeepOptions
 ) -> None:
     law = mixed(params, answer.greedy_share)
+    if keep.keep_features is None and answer.url is None:
+        _refuse(keep, "nothing is kept without --keep-features", "num_features", "max_length", "soft_labels")
     lm = answer.server(options, keep) or options.load(max_rows=answer.max_rows)
     folder = keep.keep_features
     shards = ShardWriter(lm, Path(folder), **keep.kind(lm)) if folder is not None and isinstance(lm, Model) else None

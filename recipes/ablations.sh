@@ -11,7 +11,7 @@ run() {
     local name=$1
     shift
     $flashdraft train "$features" --out "$results/$name" --eval-prompts "$held_out" --init-from "$drafter" --block-size 6 \
-        --steps 100 --eval-every 100 --save-every 100 --lr 6e-4 --gamma 4 "$@" > "$results-$name.log"
+        --steps 100 --eval-every 100 --save-every 100 --lr 6e-4 "$@" > "$results-$name.log"
     python3 - "$name" "$results/$name/metrics.jsonl" << 'PYTHON'
 import json, sys
 rows = [json.loads(line) for line in open(sys.argv[2])]

@@ -25,7 +25,10 @@ $flashdraft report "$results/speed.jsonl"
 $flashdraft report "$results/tau.jsonl"
 
 [ -e "$results/sampled.jsonl" ] || $flashdraft bench --prompts "$results/speed-prompts.jsonl" --out "$results/sampled.jsonl" \
-    --methods autoregressive,dflash --max-new-tokens 128 --temperature 1 "${options[@]}" > "$results/sampled.log"
+    --methods autoregressive,dflash --max-new-tokens 128 --temperature 1 --max-rows 8 "${options[@]}" > "$results/sampled.log"
 $flashdraft report "$results/sampled.jsonl"
 
-$flashdraft profile
+# PLAIN=FOLDER: the drafter as `save_pretrained(FOLDER, plain=True)` writes it
+[ -z "${PLAIN:-}" ] || [ -e "$results/plain.jsonl" ] || $flashdraft bench --prompts "$results/tau-prompts.jsonl" --out "$results/plain.jsonl" \
+    --methods dflash --max-new-tokens 256 --max-rows 8 --draft "$PLAIN" > "$results/plain.log"
+[ -z "${PLAIN:-}" ] || $flashdraft report "$results/plain.jsonl"

@@ -16,11 +16,12 @@ from conftest import MASK, VOCAB, tiny_target
 from safetensors import safe_open
 from torch import Tensor
 from toy_folders import HIDDEN, ZLAB, save_target, save_zlab, zlab_tensors
+from toy_training import one_line_and_hint
 
 import flashdraft
 from flashdraft import DFlashDraftModel, checkpoint
 from flashdraft.checkpoint import DraftConfig, check_target, read_draft, spread_layers, write_draft, write_file
-from flashdraft.errors import CheckpointError, DraftMismatch, FlashDraftError
+from flashdraft.errors import CheckpointError, DraftMismatch
 from flashdraft.lean import LeanTarget
 from flashdraft.methods.dflash import DFlashDrafter, PackedDraft
 from flashdraft.types import Rows, SamplingParams
@@ -50,15 +51,6 @@ def same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(
         first[n].dtype == second[n].dtype and torch.equal(first[n], second[n]) for n in first
     )
-
-
-def one_line_and_hint(error: pytest.ExceptionInfo[FlashDraftError]) -> str:
-    """The message, after checking its form."""
-    message, *hint = str(error.value).split("\n")
-    assert len(hint) == 1
-    assert hint[0].startswith("hint: ")
-    assert len(hint[0]) > len("hint: ")
-    return message
 
 
 @pytest.mark.parametrize("prefix", ["", "model."])

@@ -328,6 +328,14 @@ def test_chat_at_a_terminal_goes_on_after_a_turn_that_does_not_fit(run: Run, mon
 # --- training ------------------------------------------------------------------------------------------------------------
 
 
+UNUSED = (  # options that would have no effect are refused by name
+    ("--head-rank 8", "head_rank is 8, but no head is added"),
+    ("--init random --init-from run/best", "init is random, but --init-from"),
+    ("--max-length 64", "max_length is 64, but the folder of features"),
+    ("--weights dpace --gamma 5", "gamma is 5.0"),
+)
+
+
 def test_stages_lead_from_data_to_a_drafter(run: Run, tmp_path: Path) -> None:
     data = tmp_path / "data"
     for folder in ("gsm8k", "gpteacher", "self_instruct"):
@@ -341,6 +349,9 @@ def test_stages_lead_from_data_to_a_drafter(run: Run, tmp_path: Path) -> None:
     status, out, _ = run("regenerate prompts.jsonl --out answers.jsonl --target T --max-new-tokens 24 --ignore-eos --limit 4")
     assert (status, out) == (0, "4 new answers in answers.jsonl\n")
     assert run("regenerate prompts.jsonl --out answers.jsonl --target T --limit 4")[1].startswith("0 new answers")
+    status, _, err = run("regenerate prompts.jsonl --out answers.jsonl --target T --soft-labels")
+    assert status == 1
+    assert "soft_labels is True, but nothing is kept" in err
     assert run("features answers.jsonl --out feats --target T --num-features 1")[:2] == (0, "1 shards in feats\n")
     train = "train feats --eval-prompts prompts.jsonl --target T --steps 2 --anchors 4 --sequences 2 --vocab 0 --precision fp32"
     status, out, err = run(f"{train} --out run --num-features 1 --mask-token-id 60 --num-layers 2")

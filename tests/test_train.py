@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EOS, MASK, VOCAB, tiny_model, tiny_target
+from conftest import EOS, MASK, VOCAB, tiny_model
 from safetensors.torch import load_file
 from torch import Tensor
 from toy_folders import letter_tokenizer, save_target
+from toy_training import language_model, one_line_and_hint, write_lines
 
 from flashdraft import checkpoint
 from flashdraft.checkpoint import DraftConfig
@@ -58,23 +59,6 @@ CONFIG = DraftConfig(
 SETTINGS = TrainConfig(
     steps=12, sequences=4, anchors=6, lr=3e-3, vocab=0, precision="fp32", save_every=4, eval_every=100, weight_decay=0.1
 )
-
-
-def one_line_and_hint(error: pytest.ExceptionInfo[FlashDraftError]) -> str:
-    message, *hint = str(error.value).split("\n")
-    assert len(hint) == 1
-    assert hint[0].startswith("hint: ")
-    return message
-
-
-def language_model(dtype: torch.dtype = torch.float32) -> Model:
-    target = tiny_target("llama", lean=True, dtype=dtype)
-    return Model(target, letter_tokenizer(), Autoregressive, eos=frozenset({EOS}), max_rows=8)
-
-
-def write_lines(path: Path, rows: Sequence[Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -36,5 +36,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_options(self)
         require(0 <= self.ema < 1, "ema", self.ema, "at least 0 and below 1")
+        unused = self.weights != "decay" and self.gamma != 4.0
+        require(not unused, "gamma", self.gamma, "left out where weights is not decay")
         shares = min(self.kl, self.tv) >= 0 and self.kl + self.tv <= 1
         require(shares, "kl, tv", (self.kl, self.tv), "shares of 1")
