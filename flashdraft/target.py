@@ -129,7 +129,7 @@ class HFTarget(Target):
         real = torch.arange(tokens.shape[1]) < sizes[:, None]
         positions = lengths[:, None] + depths(parents) * real  # padding may reach beyond the context, its position may not
         num_slots = int(lengths.max()) + tokens.shape[1]
-        seen = _visible_slots(lengths, ancestors(parents), num_slots)
+        seen = visible_slots(lengths, ancestors(parents), num_slots)
         inputs = {"input_ids": tokens.to(device), "position_ids": positions.to(device)}
         inputs |= {"attention_mask": self._masks(seen.to(device), lengths, positions)}
         with self._capture(layers) as captured:
@@ -142,12 +142,12 @@ class HFTarget(Target):
         """The 4-D additive mask, or one for each kind of attention layer where the family takes a dict of them."""
         kinds = getattr(self.config, "layer_types", None)
         window = getattr(self.config, "sliding_window", None)
-        full = _additive(seen, self.model.dtype)
+        full = additive(seen, self.model.dtype)
         if not window:
             return full if kinds is None else dict.fromkeys(("full_attention", "sliding_attention"), full)
         slot_positions = _slot_positions(lengths, positions, seen.shape[-1]).to(seen.device)
         near = positions.to(seen.device)[:, :, None] - slot_positions[:, None, :] < window
-        sliding = _additive(seen & near, self.model.dtype)
+        sliding = additive(seen & near, self.model.dtype)
         return sliding if kinds is None else {"full_attention": full, "sliding_attention": sliding}
 
     @contextmanager
@@ -166,7 +166,7 @@ class HFTarget(Target):
                 handle.remove()
 
 
-def _visible_slots(lengths: Tensor, ancestor: Tensor, num_slots: int) -> Tensor:
+def visible_slots(lengths: Tensor, ancestor: Tensor, num_slots: int) -> Tensor:
     """bool [rows, nodes, slots]: committed slots, and the node's own ancestors behind them."""
     nodes = ancestor.shape[1]
     seen = (torch.arange(num_slots) < lengths[:, None])[:, None].repeat(1, nodes, 1)
@@ -183,7 +183,7 @@ def _slot_positions(lengths: Tensor, positions: Tensor, num_slots: int) -> Tenso
     return held
 
 
-def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
     return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
 
