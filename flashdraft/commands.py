@@ -17,7 +17,7 @@ from flashdraft.bench.report import print_table, show
 from flashdraft.bench.run import BenchConfig, run_bench
 from flashdraft.bench.tasks import read_ids, write_tasks
 from flashdraft.errors import ContextLengthError, InvalidPrompt
-from flashdraft.generate import Model, load
+from flashdraft.generate import KERNELS, Model, load
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.types import Chunk, Result, SamplingParams, option
 
@@ -37,6 +37,7 @@ class TargetOptions:
     target: str = option("smollm2-135m", TARGET_HELP)
     dtype: str = option("auto", DTYPE_HELP)
     device: str = option("cpu", "where the target runs: cpu, cuda, cuda:1, mps")
+    kernel: str = option("auto", "what runs a float32 target on a CPU; auto is the fastest exact one", choices=KERNELS)
 
     def load(self, **options: Any) -> Model:
         return load(**{"draft": "autoregressive", **vars(self), **options})

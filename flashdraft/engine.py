@@ -151,10 +151,14 @@ class Engine:
             return draw(law, uniforms([request.params.seed], [len(request.prompt)], 1)[:, 0])
 
     def _judge(self, proposal: Proposal, logits: Tensor, rows: Rows) -> Verdict:
+        any_drawn = proposal.drawn is not None and bool(proposal.drawn.any())
+        if not any_drawn and all(params.temperature == 0 for params in rows.params):
+            best = logits.max(-1)
+            assert bool(best.values.isfinite().all()), "a law without mass: the logits are NaN, +inf, or all -inf"
+            return verify(proposal, best.indices, torch.empty(0))
         seeds = [params.seed for params in rows.params]
         law = target_probs(logits, rows.params, proposal.sizes)
         draws = uniforms(seeds, [position + 1 for position in rows.positions], proposal.num_nodes)
-        any_drawn = proposal.drawn is not None and bool(proposal.drawn.any())
         return verify(proposal, law, draws, coins(seeds, rows.positions, proposal.num_nodes) if any_drawn else None)
 
     def _observe(self, slots: list[int], proposal: Proposal, features: Tensor | None, paths: list[list[int]]) -> None:

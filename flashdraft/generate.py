@@ -16,7 +16,7 @@ from transformers.utils import logging
 from flashdraft import hub
 from flashdraft.engine import Engine, Request, check
 from flashdraft.errors import CheckpointError, InvalidParameter, InvalidPrompt, ModelNotFound, first_line
-from flashdraft.lean import LeanTarget
+from flashdraft.lean import LeanTarget, fastest
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDraft
 from flashdraft.methods.prompt_lookup import PromptLookup
@@ -29,6 +29,7 @@ __all__ = ["Model", "Prompt", "drafters", "load", "load_target"]
 Prompt = str | Sequence[dict[str, str]] | Sequence[int]  # one user turn, a conversation, or token ids as they are
 Prompts = Prompt | Sequence[Prompt]
 Params = SamplingParams | Sequence[SamplingParams] | None
+KERNELS = ("auto", "compact", "float32", "int8", "torch", "transformers")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
@@ -151,21 +152,28 @@ def load(
     max_rows: int = 8,
     device: str = "cpu",
     dtype: str = "auto",
+    kernel: str = "auto",
 ) -> Model:
     """A target by built-in name, hub id, folder or GGUF file, with a drafter, ready to generate.
 
     draft: "auto" (the drafter shipped for this target, or none), "autoregressive", "prompt_lookup", or a drafter's folder
     or hub id. block_size: nodes per proposal, the anchor included; by default what the drafter was trained for.
-    dtype: "auto" (as stored), "float32", "bfloat16" or "float16". Raises a FlashDraftError that says what to do.
+    dtype: "auto" (as stored), "float32", "bfloat16" or "float16". kernel: what runs a float32 target on a CPU: "auto" (the
+    fastest exact one, measured once a machine), "compact" (the same numbers in fewer bytes), "float32", "torch",
+    "transformers", or "int8", which rounds weights and activations and so makes another target.
+    Raises a FlashDraftError that says what to do.
     """
     require(max_rows >= 1, "max_rows", max_rows, "1 or more")
-    loaded, tokenizer, eos = load_target(str(target), device=device, dtype=dtype)
+    loaded, tokenizer, eos = load_target(str(target), device=device, dtype=dtype, kernel=kernel)
     return Model(loaded, tokenizer, drafters(draft, loaded, str(target), block_size), eos=eos, max_rows=max_rows)
 
 
-def load_target(name: str, *, device: str = "cpu", dtype: str = "auto", lean: bool = True) -> tuple[Target, Any, frozenset[int]]:
-    """The target, its tokenizer and its end-of-text ids; `lean=False` keeps transformers' own forward."""
+def load_target(
+    name: str, *, device: str = "cpu", dtype: str = "auto", kernel: str = "auto"
+) -> tuple[Target, Any, frozenset[int]]:
+    """The target, its tokenizer and its end-of-text ids; see `load`. Raises InvalidParameter for a kernel that cannot run it."""
     require(dtype in DTYPES, "dtype", dtype, f"one of {', '.join(DTYPES)}")
+    require(kernel in KERNELS, "kernel", kernel, f"one of {', '.join(KERNELS)}")
     files = hub.resolve(name)
     folder, extra = (files.folder, {"gguf_file": files.filename}) if isinstance(files, hub.GgufFile) else (files, {})
     try:
@@ -183,7 +191,11 @@ def load_target(name: str, *, device: str = "cpu", dtype: str = "auto", lean: bo
         raise InvalidParameter(got, hint="device must be one that torch can use") from None
     eos = model.generation_config.eos_token_id
     ids = [eos] if isinstance(eos, int) else list(eos or [])
-    made = LeanTarget(model, name) if lean and device == "cpu" and LeanTarget.fits(model.config) else HFTarget(model, name)
+    lean = kernel != "transformers" and device == "cpu" and LeanTarget.fits(model.config)
+    made = LeanTarget(model, name, kernel=fastest(model) if kernel == "auto" else kernel) if lean else HFTarget(model, name)
+    if kernel not in ("auto", made.kernel_name):
+        got = f"kernel is {kernel!r}, but `{name}` in {model.dtype} on {device} runs by {made.kernel_name}"
+        raise InvalidParameter(got, hint="native kernels need a float32 llama-shaped target, a CPU and a C++ compiler; or auto")
     return made, tokenizer, frozenset(ids)
 
 

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flashdraft import native
 from flashdraft.cache import round_up
 
-__all__ = ["CHUNK", "PackedLinear", "RMSNorm", "SlotAttention", "apply_rotary", "rotary_table"]
+__all__ = ["CHUNK", "Linear", "PackedLinear", "RMSNorm", "SlotAttention", "apply_rotary", "pack", "rotary_table"]
 
 CHUNK = 4  # queries of one row that share an attention call
 _PACK_HINT = 16  # the batch size that oneDNN packs weights for; below 8 its rows are not exact
@@ -40,6 +41,7 @@ class PackedLinear:
         has_linear = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
         self.packed = weight.dtype == torch.float32 and weight.device.type == "cpu" and has_linear
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACK_HINT) if self.packed else weight
+        self.format = "oneDNN" if self.packed else "torch"
         self.min_rows, self.row_exact = self._measure(weight) if self.packed else (1, False)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -63,6 +65,16 @@ class PackedLinear:
             if all(same for n, same in exact.items() if n >= least):
                 return least, True
         return 1, False
+
+
+Linear = PackedLinear | native.NativeLinear
+
+
+def pack(weight: Tensor, bias: Tensor | None = None) -> Linear:
+    """The fastest linear of exactly this weight on this machine."""
+    if native.usable(weight) and weight.shape[1] % native.PANEL == 0:
+        return native.NativeLinear(weight, bias, format=native.format_of(weight, "compact"))
+    return PackedLinear(weight, bias)
 
 
 def rotary_table(inv_freq: Tensor, num_positions: int, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

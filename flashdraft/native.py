@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from flashdraft.hub import cache_dir
 
-__all__ = ["EXACT", "FORMATS", "NativeLinear", "Step", "library", "narrowest"]
+__all__ = ["PANEL", "Layer", "Model", "NativeLinear", "format_of", "library", "step", "usable"]
 
 FORMATS = ("float32", "bfloat16", "q8", "q4", "int8")  # as csrc/step.cpp numbers them
 EXACT = ("q4", "q8", "bfloat16", "float32")  # the same numbers in ever more bytes
@@ -46,20 +47,19 @@ class Model(Structure):
     _fields_ += [("eps", c_float), ("layer", POINTER(Layer)), ("norm", c_void_p), ("cos", c_void_p), ("sin", c_void_p)]
 
 
-class Step(Structure):
+class _Step(Structure):
     _fields_ = [(name, c_int64) for name in ("tokens", "slots", "width", "feature_size", "threads")]
     _fields_ += [(name, c_void_p) for name in ("row", "start", "place", "position", "num_ancestors", "ancestors")]
-    _fields_ += [(name, c_void_p) for name in ("keys", "values", "wanted", "x", "qkv", "mixed", "inner", "features")]
+    _fields_ += [(name, c_void_p) for name in ("keys", "values", "wanted", "x", "qkv", "mixed", "inner", "features", "seconds")]
 
 
 @functools.cache
 def library() -> Any | None:
     """The kernels, compiled at the first call on this machine; None without a compiler or with FLASHDRAFT_NATIVE=0."""
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), None)
+    compiler = _compiler()
     if os.environ.get("FLASHDRAFT_NATIVE") == "0" or compiler is None:
         return None
-    parts = (_SOURCE.read_bytes(), " ".join((compiler, *_FLAGS)).encode(), _processor().encode())
-    path = cache_dir() / f"step-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so"
+    path = cache_dir() / f"step-{fingerprint()}.so"
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,11 +72,18 @@ def library() -> Any | None:
         return None
 
 
-def _processor() -> str:
-    """What -march=native depends on: a cache folder may be shared by unlike machines."""
+def _compiler() -> str | None:
+    return os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), None)
+
+
+@functools.cache
+def fingerprint() -> str:
+    """Of the source, the compiler's call and the processor: a cache folder may be shared by unlike machines."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})) or platform.processor()
+    known = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}) or [platform.processor()]
+    call = " ".join((str(_compiler()), *_FLAGS, *known))
+    return hashlib.sha256(_SOURCE.read_bytes() + call.encode()).hexdigest()[:16]
 
 
 class NativeLinear:
@@ -110,15 +117,43 @@ class NativeLinear:
         return y
 
 
-def narrowest(weight: Tensor) -> str:
-    """The format of fewest bytes that holds the weight exactly."""
+def usable(like: Tensor) -> bool:
+    """Whether the kernels can stand in for torch's operations on tensors like this one."""
+    return like.device.type == "cpu" and like.dtype == torch.float32 and library() is not None
+
+
+def format_of(weight: Tensor, kernel: str) -> str:
+    """The format in which `kernel` keeps this weight: "compact" takes the fewest bytes that hold it exactly."""
+    if kernel != "compact":
+        return kernel
     for format in EXACT[:-1]:
         try:
+            NativeLinear(weight[:PANEL], format=format)  # most weights fail at once
             NativeLinear(weight, format=format)
             return format
         except ValueError:
             continue
     return EXACT[-1]
+
+
+def step(
+    model: Model,
+    slots: int,
+    width: int,
+    indices: Sequence[Tensor],
+    kv: Sequence[tuple[Tensor, Tensor]],
+    wanted: Tensor,
+    tensors: Sequence[Tensor],
+    seconds: Tensor | None,
+) -> None:
+    """One pass of csrc/step.cpp; `tensors` are x, which becomes the final state, three to work in, and the features."""
+    ints = [t.contiguous() for t in indices]
+    pointers = [(c_void_p * len(kv))(*(pair[i].data_ptr() for pair in kv)) for i in (0, 1)]
+    sizes = len(tensors[0]), slots, width, tensors[-1].shape[1], torch.get_num_threads()
+    addresses = [*(t.data_ptr() for t in ints), *(ctypes.cast(p, c_void_p) for p in pointers), wanted.data_ptr()]
+    addresses += [*(t.data_ptr() for t in tensors), None if seconds is None else seconds.data_ptr()]
+    kernels: Any = library()
+    kernels.flashdraft_step(ctypes.byref(model), ctypes.byref(_Step(*sizes, *addresses)))
 
 
 def _panels(weight: Tensor) -> Tensor:

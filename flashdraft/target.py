@@ -31,7 +31,8 @@ class Target(Protocol):
 
     name: str
     config: Any  # the Hugging Face text model's
-    kernel: str  # what runs the weights, for reports
+    kernel_name: str  # what runs the weights, as `load` takes it
+    kernel: str  # the same in words, for reports
     row_exact: bool  # a row's bits do not depend on how many rows travel with it
     vocab_size: int
     hidden_size: int
@@ -82,7 +83,7 @@ class HFTarget(Target):
     def __init__(self, model: Any, name: str) -> None:
         self.model, self.config, self.name = model.eval(), model.config.get_text_config(), name
         check_state(self)
-        self.kernel = f"transformers {str(model.dtype).removeprefix('torch.')}"
+        self.kernel_name, self.kernel = "transformers", f"transformers {str(model.dtype).removeprefix('torch.')}"
         self.row_exact = False
         self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
         self.hidden_size, self.num_layers = int(self.config.hidden_size), int(self.config.num_hidden_layers)

@@ -18,6 +18,7 @@ def verify(proposal: Proposal, target_probs: Tensor, draws: Tensor, coins: Tenso
     """Walk each row's tree from its anchor and keep what the target itself could have written.
 
     target_probs: [rows, nodes, vocab]; row r, node i holds the target's law after node i. Padding is never read.
+    Where every law is a point mass and no node is drawn, [rows, nodes] int64, their tokens, will do.
     draws: [rows, 1 + depth or more] float64; column d draws the token that follows d accepted nodes, keyed by its position.
     coins: [rows, nodes] float64; a fresh uniform for every drawn node (`sampling.coins`); needed only if one is drawn.
     Returns the accepted path of every row and the bonus token after it.
@@ -46,7 +47,7 @@ def verify(proposal: Proposal, target_probs: Tensor, draws: Tensor, coins: Tenso
             assert proposal.probs is not None, "drawn nodes without the law they were drawn from"
             assert coins is not None, "drawn nodes without coins"
             accepted, law = _judge(law, proposal.probs[rows, here], children & drawn[rows], proposal.tokens[rows], coins[rows])
-        token = draw(law, draws[rows, len(path) - 1])
+        token = law if law.ndim == 1 else draw(law, draws[rows, len(path) - 1])
         carries = children & ~drawn[rows] & (proposal.tokens[rows] == token[:, None])
         child = torch.where((accepted < 0) & carries.any(1), carries.long().argmax(1), accepted)
         bonus[rows] = token  # a row that goes on will write a later one

@@ -570,5 +570,7 @@ def test_cache_bytes_include_the_draft_cache() -> None:
 
 def test_weight_bytes_are_counted() -> None:
     network = new_drafter().network
-    matrices = [t for t in zlab_tensors().values() if t.ndim == 2]
+    tensors = zlab_tensors()
+    matrices = [t for t in tensors.values() if t.ndim == 2]
+    matrices += [t for name, t in tensors.items() if "k_proj" in name or "v_proj" in name]  # of the context, side by side
     assert network.nbytes == 8 * sum(t.numel() for t in matrices)

@@ -360,7 +360,8 @@ def check_observations(name: str, method: str) -> None:
 def accept_everything(proposal: Proposal, law: Tensor, draws: Tensor, coins: Tensor | None = None) -> Verdict:
     nodes, last = torch.arange(proposal.num_nodes), proposal.sizes - 1
     path = torch.where(nodes < proposal.sizes[:, None], nodes, -1)
-    return Verdict(path, last, law[torch.arange(len(last)), last].argmax(-1))
+    bonus = law[torch.arange(len(last)), last]
+    return Verdict(path, last, bonus if bonus.ndim == 1 else bonus.argmax(-1))
 
 
 def forget_to_cut(patch: pytest.MonkeyPatch) -> None:

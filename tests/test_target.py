@@ -312,11 +312,11 @@ def test_a_dropped_bias_or_norm_of_the_lean_target_is_far_off(vector: str) -> No
     biased = vector in ("gate_up", "down")
     model = with_random_vectors(tiny_model("", config=LEAN_CONFIGS["llama with biases" if biased else "qwen3 with biases"]()))
     lean = LeanTarget(model, "faulty")
-    part = getattr(lean.blocks[1], vector)
-    if isinstance(part, Tensor):
-        setattr(lean.blocks[1], vector, torch.ones_like(part))
+    norms, linears = lean.decoder.norms[1], lean.decoder.linears[1]
+    if vector in norms:
+        norms[vector] = torch.ones_like(norms[vector])
     else:
-        part.bias = None
+        linears[vector].bias = None
     assert worst_after_all(lean, model) > FAR
 
 
@@ -339,7 +339,7 @@ def test_what_the_lean_target_cannot_compute_is_left_to_transformers(config: Cal
 def exact() -> LeanTarget:
     """In float32, with linears that are large enough for the packed kernel, and a text that crosses a step of slots."""
     shape = {**SHAPE, "hidden_size": 64, "intermediate_size": 128, "vocab_size": 512}
-    return LeanTarget(tiny_model("", dtype=torch.float32, config=LlamaConfig(**shape)), "exact")
+    return LeanTarget(tiny_model("", dtype=torch.float32, config=LlamaConfig(**shape)), "exact", kernel="torch")
 
 
 def check_bits_of_single_steps(exact: LeanTarget) -> None:
@@ -369,8 +369,9 @@ def test_a_chain_has_the_bits_of_single_steps_whatever_travels_with_it(exact: Le
 
 
 def test_a_linear_whose_bits_depend_on_the_rows_is_seen(exact: LeanTarget, monkeypatch: pytest.MonkeyPatch) -> None:
-    down = exact.blocks[1].down
-    monkeypatch.setattr(exact.blocks[1], "down", lambda x: down(x) * (1 + 1e-3 * len(x)))
+    linears = exact.decoder.linears[1]
+    down = linears["down"]
+    monkeypatch.setitem(linears, "down", lambda x: down(x) * (1 + 1e-3 * len(x)))
     with pytest.raises(AssertionError):
         check_bits_of_single_steps(exact)
 

@@ -22,7 +22,7 @@ from flashdraft import hub
 from flashdraft.bench.tasks import read_prompts
 from flashdraft.engine import check
 from flashdraft.errors import InvalidParameter, ModelNotFound
-from flashdraft.generate import Model, drafters, load_target
+from flashdraft.generate import KERNELS, Model, drafters, load_target
 from flashdraft.provenance import provenance
 from flashdraft.target import HFTarget
 from flashdraft.types import SamplingParams, check_options, option
@@ -44,6 +44,7 @@ class BenchConfig:
     draft: str = option("auto", "folder or hub id of dflash's drafter; auto is the one shipped for the target")
     block_size: int | None = option(None, "nodes per proposal of dflash and prompt_lookup, the anchor included", least=1)
     dtype: str = option("float32", "float32, bfloat16, float16 or auto (as stored), for all methods alike")
+    kernel: str = option("auto", "what runs our methods' weights", choices=KERNELS)
     max_new_tokens: int = option(128, "tokens per answer, at most")
     temperature: float = option(0.0, "0 is greedy")
     seed: int = option(0, "seed of the first prompt; the others count on from it")
@@ -144,7 +145,7 @@ def _load(config: BenchConfig) -> tuple[dict[str, Method], Model, dict[str, Any]
     if "dflash" in config.names and config.draft == "auto" and hub.builtin_draft(config.target) is None:
         hint = "name a drafter's folder with --draft, or leave out dflash"
         raise ModelNotFound(f"no drafter is shipped for `{config.target}`", hint=hint)
-    target, tokenizer, eos = load_target(config.target, dtype=config.dtype)
+    target, tokenizer, eos = load_target(config.target, dtype=config.dtype, kernel=config.kernel)
     facts: dict[str, Any] = {"kernel": target.kernel, "row_exact": target.row_exact}
     model = Model(target, tokenizer, drafters("autoregressive", target, config.target), eos=eos, max_rows=1)
     methods: dict[str, Method] = {}
@@ -180,7 +181,7 @@ class _Transformers:
     """transformers' own generate with its own cache on the same weights, at the better of 1 and 2 threads."""
 
     def __init__(self, config: BenchConfig) -> None:
-        target, self.tokenizer, eos = load_target(config.target, dtype=config.dtype, lean=False)
+        target, self.tokenizer, eos = load_target(config.target, dtype=config.dtype, kernel="transformers")
         assert isinstance(target, HFTarget)
         self.model = target.model
         self.ends = {"eos_token_id": sorted(eos), "pad_token_id": min(eos)} if eos else {}

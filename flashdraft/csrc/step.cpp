@@ -282,6 +282,7 @@ struct Step {
     float *const *keys, *const *values;                       // of each layer: [rows, kv_heads, slots, head_dim]
     const int64_t* wanted;                                    // of each layer and the final state: column in features, or -1
     float *x, *qkv, *mixed, *inner, *features;                // [tokens, ...]; x: embeddings in, final normed state out
+    double* seconds;                                          // null, or three sums: linears, attention, the rest
 };
 
 extern "C" void flashdraft_linear(const Linear* l, const float* x, int64_t rows, float* y, int64_t threads) {
@@ -302,6 +303,13 @@ extern "C" void flashdraft_step(const Model* model, const Step* step) {
         Scratch own;
         own.x.resize(n * H), own.scores.resize(s.slots + 2 * W);
         const int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
+        double last = omp_get_wtime();
+        auto mark = [&](int part) {
+            if (!s.seconds || me) return;
+            double now = omp_get_wtime();
+            s.seconds[part] += now - last;
+            last = now;
+        };
         auto share = [&](int64_t count, auto work) { for (int64_t i = count * me / team; i < count * (me + 1) / team; i++) work(i); };
         auto keep = [&](int64_t id) {  // the state that a drafter asked for
             if (s.wanted[id] >= 0)
@@ -310,8 +318,10 @@ extern "C" void flashdraft_step(const Model* model, const Step* step) {
         for (int64_t i = 0; i < m.layers; i++) {
             const Layer& l = m.layer[i];
             for (int64_t t = 0; t < n; t++) rms_norm(s.x + t * H, l.input_norm, H, m.eps, &own.x[t * H]);
+            mark(2);
             linear(l.qkv, own.x.data(), n, s.qkv, STORE, own);
 #pragma omp barrier
+            mark(0);
             share(n * (heads + kv), [&](int64_t unit) {  // queries in place, keys and values into their slots
                 const int64_t t = unit / (heads + kv), h = unit % (heads + kv);
                 float* x = s.qkv + t * row_size + h * d;
@@ -333,13 +343,17 @@ extern "C" void flashdraft_step(const Model* model, const Step* step) {
                        own.scores.data(), s.mixed + (t * heads + h) * d);
             });
 #pragma omp barrier
+            mark(1);
             linear(l.out, s.mixed, n, s.x, ADD, own);
 #pragma omp barrier
+            mark(0);
             for (int64_t t = 0; t < n; t++) rms_norm(s.x + t * H, l.post_norm, H, m.eps, &own.x[t * H]);
+            mark(2);
             linear(l.gate_up, own.x.data(), n, s.inner, SILU, own);
 #pragma omp barrier
             linear(l.down, s.inner, n, s.x, ADD, own);
 #pragma omp barrier
+            mark(0);
             keep(i);
         }
 #pragma omp barrier

@@ -24,9 +24,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from flashdraft import hub
 from flashdraft.cache import SlotCache
 from flashdraft.checkpoint import DraftConfig, check_target, read_draft, write_draft
+from flashdraft.decoder import Block, Decoder
 from flashdraft.errors import CheckpointError, DraftMismatch
 from flashdraft.heads import MarkovHead, SequentialHead, SwigluHead
-from flashdraft.layers import PackedLinear, RMSNorm, SlotAttention, apply_rotary, rotary_table
+from flashdraft.layers import Linear, RMSNorm, apply_rotary, pack, rotary_table
 from flashdraft.target import Target
 from flashdraft.types import Proposal, Rows
 
@@ -188,26 +189,6 @@ def _rotary(config: DraftConfig) -> tuple[Tensor, Tensor]:
     return rotary_table(inv_freq, config.max_position_embeddings, float(scaling), torch.float32)
 
 
-class _PackedLayer:
-    """One layer's weights for decoding: k and v of the context in one linear; q, k and v of the block in another."""
-
-    def __init__(self, layer: Any, dtype: torch.dtype, device: torch.device) -> None:
-        attention = layer.self_attn
-
-        def pack(*linears: nn.Linear) -> PackedLinear:
-            weight = torch.cat([linear.weight.detach() for linear in linears]).to(device, dtype)
-            biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
-            return PackedLinear(weight, torch.cat(biases).to(device, dtype) if biases else None)
-
-        self.kv = pack(attention.k_proj, attention.v_proj)
-        self.q = pack(attention.q_proj)
-        self.out = pack(attention.o_proj)
-        self.gate_up = pack(layer.mlp.gate_proj, layer.mlp.up_proj)
-        self.down = pack(layer.mlp.down_proj)
-        norms = layer.input_layernorm, layer.post_attention_layernorm, attention.q_norm, attention.k_norm
-        self.input_norm, self.post_norm, self.q_norm, self.k_norm = (n.weight.detach().to(device, dtype) for n in norms)
-
-
 class PackedDraft:
     """A draft network's weights, packed for decoding beside one target; shared by all drafters made from it."""
 
@@ -222,17 +203,30 @@ class PackedDraft:
         self.embedding = None if embedding is None else embedding.to(device, dtype)
         self.config = model.config
         self.target = target
-        self.fc = PackedLinear(model.fc.weight.detach().to(device, dtype))
-        self.blocks = [_PackedLayer(layer, dtype, device) for layer in model.layers]
-        self.hidden_norm, self.norm = (n.weight.detach().to(device, dtype) for n in (model.hidden_norm, model.norm))
-        self.cos, self.sin = model.cos.to(device, dtype), model.sin.to(device, dtype)
+        self.fc = pack(model.fc.weight.detach().to(device, dtype))
+        config, blocks = model.config, [Block(layer, probe) for layer in model.layers]
+        heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        kinds = config.layer_types or ("full_attention",) * len(blocks)
+        self.decoder = Decoder(
+            blocks,
+            model.norm.weight.detach().to(device, dtype),
+            rotary=(model.cos.to(device, dtype), model.sin.to(device, dtype)),
+            heads=heads,
+            eps=config.rms_norm_eps,
+            windows=[config.sliding_window if kind == "sliding_attention" else None for kind in kinds],
+        )
+        first = heads[0] * heads[2]  # behind the queries: keys and values, of all layers in one linear
+        weights, biases = zip(*(block.linears["qkv"] for block in blocks), strict=True)
+        bias = None if biases[0] is None else torch.cat([b[first:] for b in biases])
+        self.context_kv = pack(torch.cat([weight[first:] for weight in weights]), bias)
+        self.k_norm = torch.stack([block.norms["k_norm"] for block in blocks])
+        self.hidden_norm = model.hidden_norm.weight.detach().to(device, dtype)
         self.mask_embedding = self.embed(torch.tensor([model.config.mask_token_id]))
         self.vocabulary, self.head = _own_head(model, target, dtype, device)
         own = model.extras.get("lm_head.weight")
         self.own_head = None if own is None or model.sequential_head is None else own.to(device, dtype)
         self.sequential = None if model.sequential_head is None else deepcopy(model.sequential_head).to(device, dtype).eval()
-        linears = [self.fc, *(p for b in self.blocks for p in (b.kv, b.q, b.out, b.gate_up, b.down))]
-        linears += [self.head] if self.head else []
+        linears = [self.decoder, self.fc, self.context_kv, *([self.head] if self.head else [])]
         tensors = [t for t in (self.embedding, self.own_head) if t is not None]
         tensors += list(self.sequential.parameters()) if self.sequential else []
         self.nbytes = sum(linear.nbytes for linear in linears) + sum(tensor.nbytes for tensor in tensors)
@@ -243,8 +237,13 @@ class PackedDraft:
             self.target.embed(tokens) if self.embedding is None else F.embedding(tokens.to(self.embedding.device), self.embedding)
         )
 
-    def norm_of(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, weight.shape, weight, self.config.rms_norm_eps)
+    def context(self, features: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of every layer for features [n, F * hidden]: [n, layers, kv_heads, head_dim] each."""
+        config, decoder = self.config, self.decoder
+        state = F.rms_norm(self.fc(features), self.hidden_norm.shape, self.hidden_norm, config.rms_norm_eps)
+        kv = self.context_kv(state).view(len(state), len(self.k_norm), 2, -1, config.head_dim)
+        keys = F.rms_norm(kv[:, :, 0], (config.head_dim,), None, config.rms_norm_eps) * self.k_norm[:, None]
+        return apply_rotary(keys, decoder.cos[positions][:, None, None], decoder.sin[positions][:, None, None]), kv[:, :, 1]
 
     def predict(self, hidden: Tensor, anchors: Tensor) -> Tensor:
         """The likeliest tokens behind the anchors [rows]: hidden [rows, n, hidden] -> [rows, n], ids of the target's vocabulary.
@@ -255,14 +254,16 @@ class PackedDraft:
         if self.sequential is None:
             return self._ids(logits.argmax(-1))
         chosen, previous = [], anchors.to(hidden.device)
+        markov = self.sequential.bias(previous) is not None
+        if not markov:  # a corrected state is asked about the likeliest tokens only: a second lm_head would cost more
+            likely = logits.topk(min(_LIKELY, logits.shape[-1]), dim=-1).indices
+            ids, rows = self._ids(likely), self._rows(likely)
         for k in range(hidden.shape[1]):
-            scores, bias = logits[:, k], self.sequential.bias(previous)
-            if bias is None:  # the corrected state is asked about the likeliest tokens only: a second lm_head would cost more
-                scores, likely = scores.topk(min(_LIKELY, scores.shape[-1]), dim=-1)
-                state = self.sequential.correct(hidden[:, k], self.embed(previous))
-                previous = self._ids(likely.gather(1, (self._rows(likely) @ state[..., None]).argmax(1))[:, 0])
+            if markov:
+                previous = self._ids((logits[:, k] + self.sequential.bias(previous)).argmax(-1))
             else:
-                previous = self._ids((scores + bias).argmax(-1))
+                state = self.sequential.correct(hidden[:, k], self.embed(previous))
+                previous = ids[:, k].gather(1, (rows[:, k] @ state[..., None]).argmax(1))[:, 0]
             chosen.append(previous)
         return torch.stack(chosen, dim=1)
 
@@ -270,14 +271,14 @@ class PackedDraft:
         return best if self.vocabulary is None else self.vocabulary[best]
 
     def _rows(self, drafts: Tensor) -> Tensor:
-        """The lm_head's rows of draft ids: [n, m] -> [n, m, hidden]."""
+        """The lm_head's rows of draft ids: [...] -> [..., hidden]."""
         own = self.own_head
         return self.target.head_weight(self._ids(drafts)) if own is None else own[drafts]
 
 
 def _own_head(
     model: DFlashDraftModel, target: Target, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor | None, PackedLinear | None]:
+) -> tuple[Tensor | None, Linear | None]:
     """The ids of a reduced draft vocabulary and the lm_head's rows for them; d2t holds target id - draft id.
 
     A vocabulary of None is the target's; so is a head of None, and it is never written to.
@@ -287,7 +288,7 @@ def _own_head(
         offsets = model.extras["d2t"].long()
         vocabulary = (offsets + torch.arange(len(offsets))).to(device)
         weight = target.head_weight(vocabulary) if weight is None else weight
-    return vocabulary, None if weight is None else PackedLinear(weight.to(device, dtype).contiguous())
+    return vocabulary, None if weight is None else pack(weight.to(device, dtype).contiguous())
 
 
 class DFlashDrafter:
@@ -302,7 +303,6 @@ class DFlashDrafter:
         self.layers = config.target_layer_ids
         self.cache = SlotCache(config.num_hidden_layers, 1, 256)
         self.caches: tuple[SlotCache, ...] = (self.cache,)
-        self._kinds = config.layer_types or ("full_attention",) * config.num_hidden_layers
 
     @torch.inference_mode()
     def observe(self, rows: Rows, tokens: Sequence[Tensor], features: Sequence[Tensor] | None) -> None:
@@ -316,16 +316,13 @@ class DFlashDrafter:
         if not sum(fits):
             return
         positions = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, fits, strict=True)])
-        context = net.norm_of(net.fc(torch.cat([f[:n] for f, n in zip(features, fits, strict=True)])), net.hidden_norm)
-        cos, sin = net.cos[positions][:, None], net.sin[positions][:, None]
+        keys, values = net.context(torch.cat([f[:n] for f, n in zip(features, fits, strict=True)]), positions)
         self.cache.reserve(max(start + n for start, n in zip(starts, fits, strict=True)))
-        for index, block in enumerate(net.blocks):
-            keys, values = block.kv(context).view(len(context), 2, -1, config.head_dim).unbind(1)
-            keys = apply_rotary(net.norm_of(keys, block.k_norm), cos, sin)
+        for index in range(config.num_hidden_layers):
             first = 0
             for slot, n in zip(rows.slots, fits, strict=True):
                 new = slice(first, first + n)
-                self.cache.write(index, slot, keys[new].transpose(0, 1), values[new].transpose(0, 1))
+                self.cache.write(index, slot, keys[new, index].transpose(0, 1), values[new, index].transpose(0, 1))
                 first += n
         for slot, n in zip(rows.slots, fits, strict=True):
             self.cache.keep(slot, range(n))
@@ -353,35 +350,11 @@ class DFlashDrafter:
 
     def _fill(self, slots: list[int], anchors: list[int], width: int) -> Tensor:
         """Tokens [rows, width - 1] for the masked positions; the block is always fed whole, as in training."""
-        net, config, size = self.network, self.network.config, self.block_size
-        lengths = [self.cache.lengths[slot] for slot in slots]
-        self.cache.reserve(max(lengths) + size)
-        masks = net.mask_embedding.expand(len(slots), size - 1, -1)
-        x = torch.cat((net.embed(torch.tensor(anchors))[:, None], masks), dim=1).flatten(0, 1)
-        positions = torch.cat([torch.arange(length, length + size) for length in lengths])
-        cos, sin = net.cos[positions][:, None], net.sin[positions][:, None]
-        plans = {kind: [self._plan(kind, length, x) for length in lengths] for kind in set(self._kinds)}
-        for index, block in enumerate(net.blocks):
-            normed = net.norm_of(x, block.input_norm)
-            q = block.q(normed).view(len(x), -1, config.head_dim)
-            keys, values = block.kv(normed).view(len(x), 2, -1, config.head_dim).unbind(1)
-            q = apply_rotary(net.norm_of(q, block.q_norm), cos, sin)
-            keys = apply_rotary(net.norm_of(keys, block.k_norm), cos, sin)
-            outputs = []
-            for i, slot in enumerate(slots):
-                new = slice(i * size, (i + 1) * size)
-                kv = self.cache.write(index, slot, keys[new].transpose(0, 1), values[new].transpose(0, 1))
-                outputs.append(plans[self._kinds[index]][i](q[new], *kv, config.head_dim**-0.5))
-            x = x + block.out(torch.cat(outputs))
-            gate, up = block.gate_up(net.norm_of(x, block.post_norm)).chunk(2, dim=-1)
-            x = x + block.down(F.silu(gate) * up)
-        wanted = x.view(len(slots), size, -1)[:, 1:width]
-        return net.predict(net.norm_of(wanted, net.norm), torch.tensor(anchors))
-
-    def _plan(self, kind: str, length: int, like: Tensor) -> SlotAttention:
-        config, size = self.network.config, self.block_size
-        groups = config.num_attention_heads // config.num_key_value_heads
-        if kind == "sliding_attention":  # public checkpoints with such layers are causal inside the block
-            return SlotAttention(length, size, visible=None, groups=groups, like=like, window=config.sliding_window)
-        everything = torch.ones(size, size, dtype=torch.bool, device=like.device)
-        return SlotAttention(length, size, visible=everything, groups=groups, like=like)
+        net, size, count = self.network, self.block_size, len(slots)
+        self.cache.reserve(max(self.cache.lengths[slot] for slot in slots) + size)
+        masks = net.mask_embedding.expand(count, size - 1, -1)
+        x = torch.cat((net.embed(torch.tensor(anchors))[:, None], masks), dim=1)
+        everything = torch.ones(count, size, size, dtype=torch.bool)  # a layer with a window is causal all the same
+        depths, sizes = torch.arange(size).expand(count, size), torch.full((count,), size)
+        hidden, _ = net.decoder(self.cache, slots, x, everything, depths, sizes, ())
+        return net.predict(hidden[:, 1:width], torch.tensor(anchors))

@@ -1,0 +1,245 @@
+"""The blocks of a llama-shaped network, for targets and draft networks alike: one pass over tokens of many sequences.
+
+Two ways to run them, equal to 1e-4: a whole pass in one call of the C++ kernels (native.py), or torch operations on
+packed linears. The first is row-exact always, the second where its linears are (layers.py); then the text of a chain and plain
+text agree bit for bit. Does not know embeddings, heads, drafters or what a token means.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flashdraft import native
+from flashdraft.cache import SlotCache, round_up
+from flashdraft.layers import CHUNK, Linear, PackedLinear, SlotAttention, apply_rotary
+
+__all__ = ["KERNELS", "Block", "Decoder"]
+
+KERNELS = ("compact", "float32", "int8", "torch")  # what may run the weights; the first three are native
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer; q, k, v [tokens, heads, head_dim] -> [tokens, heads * head_dim]
+_TOGETHER = 64  # so many nodes of one row share an attention call whose bits depend on their number: a prompt, not a proposal
+
+
+class Block:
+    """One block of a Hugging Face model or of a draft network, fused: q, k, v in one linear, gate and up in another."""
+
+    def __init__(self, block: Any, like: Tensor) -> None:
+        def fused(*linears: Any) -> tuple[Tensor, Tensor | None]:
+            weight = torch.cat([linear.weight.detach() for linear in linears]).to(like)
+            biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
+            return weight, torch.cat(biases).to(like) if biases else None
+
+        attention, mlp = block.self_attn, block.mlp
+        self.linears = {
+            "qkv": fused(attention.q_proj, attention.k_proj, attention.v_proj),
+            "out": fused(attention.o_proj),
+            "gate_up": fused(mlp.gate_proj, mlp.up_proj),
+            "down": fused(mlp.down_proj),
+        }
+        norms = {"input_norm": block.input_layernorm, "post_norm": block.post_attention_layernorm}
+        norms |= {name: getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)}
+        self.norms = {name: norm.weight.detach().to(like).contiguous() for name, norm in norms.items()}
+
+
+class Decoder:
+    """Blocks and the norm behind them, packed. `heads`: query heads, key heads, size; `rotary`: layers.rotary_table's.
+
+    windows: for each block how many slots back a node sees, or None for all; only the torch kernel has windows.
+    """
+
+    def __init__(
+        self,
+        blocks: Iterable[Block],
+        norm: Tensor,
+        *,
+        rotary: tuple[Tensor, Tensor],
+        heads: tuple[int, int, int],
+        eps: float,
+        kernel: str = "compact",
+        windows: Sequence[int | None] = (),
+    ) -> None:
+        self.norm, self.eps = norm.contiguous(), eps
+        self.cos, self.sin = (table.contiguous() for table in rotary)
+        self.heads, self.kv_heads, self.head_dim = heads
+        self.hidden_size = len(norm)
+        kept = list(blocks)
+        self.norms = [block.norms for block in kept]
+        self.inner = kept[0].linears["down"][0].shape[1]
+        self.windows = tuple(windows) or (None,) * len(kept)
+        sizes = self.hidden_size % 32, self.head_dim % 16, self.inner % 32, self.head_dim > 256
+        fits = native.usable(norm) and not any(self.windows) and not any(sizes)
+        self.kernel = kernel if fits else "torch"
+        self.linears: list[dict[str, Linear]] = []
+        for block in kept:
+            pairs = {name: self._packed(name, *pair) for name, pair in block.linears.items()}
+            self.linears.append(pairs)
+        everything = [linear for pairs in self.linears for linear in pairs.values()]
+        self.row_exact = all(linear.row_exact for linear in everything)
+        self.nbytes = sum(linear.nbytes for linear in everything)
+        self.formats = sorted({linear.format for linear in everything})
+        self._model = None if self.kernel == "torch" else self._native_model()
+        self.seconds: Tensor | None = None  # set it to a float64 [3]: linears, attention and the rest add up there
+
+    def __call__(
+        self,
+        cache: SlotCache,
+        slots: Sequence[int],
+        x: Tensor,
+        seen: Tensor,
+        depths: Tensor,
+        sizes: Tensor,
+        layers: Sequence[int],
+    ) -> tuple[Tensor, Tensor | None]:
+        """Read nodes behind the rows' lengths, which stay. x: [rows, nodes, hidden]; seen: bool [rows, nodes, nodes].
+
+        depths: [rows, nodes] positions behind the length; sizes: [rows], the rest is padding and comes back as zeros.
+        Returns the final normed state [rows, nodes, hidden] and the wanted layers' outputs side by side.
+        """
+        starts = torch.tensor([cache.lengths[slot] for slot in slots])
+        assert int((starts + sizes).max()) <= cache.slots, "the cache has too few slots"  # the kernels write unchecked
+        real = torch.arange(x.shape[1]) < sizes[:, None]  # nothing below sees padding
+        positions = (starts[:, None] + depths)[real]
+        if self._model is not None:
+            out = self._native(cache, slots, x[real], (starts, real, positions, seen), layers)
+        else:
+            together = (x.shape[1] > _TOGETHER or (len(slots) > 1 and not self.row_exact)) and not any(self.windows)
+            attend = (self._together if together else self._row_by_row)(cache, slots, starts, seen, real)
+            packed = x[real]
+            count = len(packed)
+            if count < CHUNK and len(slots) == 1:  # one row alone costs the linears more than four, and attention pads to that
+                packed = F.pad(packed, (0, 0, 0, CHUNK - count))
+                positions = F.pad(positions, (0, CHUNK - count), value=int(positions[-1]))
+            hidden, features = self._run(packed, positions, attend, layers)
+            out = hidden[:count], None if features is None else features[:count]
+        return _spread(out[0], real), None if out[1] is None else _spread(out[1], real)
+
+    def _run(self, x: Tensor, positions: Tensor, attend: Attend, layers: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]
+        wanted: dict[int, Tensor] = {}
+        num_qk = self.heads + self.kv_heads
+        for index, (norms, linears) in enumerate(zip(self.norms, self.linears, strict=True)):
+            qkv = linears["qkv"](self._normed(x, norms["input_norm"])).view(len(x), -1, self.head_dim)
+            qk, v = qkv[:, :num_qk], qkv[:, num_qk:]
+            if "q_norm" in norms:
+                q, k = self._normed(qk[:, : self.heads], norms["q_norm"]), self._normed(qk[:, self.heads :], norms["k_norm"])
+                qk = torch.cat((q, k), dim=1)
+            qk = apply_rotary(qk, cos, sin)
+            x = x + linears["out"](attend(index, qk[:, : self.heads], qk[:, self.heads :], v))
+            gate, up = linears["gate_up"](self._normed(x, norms["post_norm"])).chunk(2, dim=-1)
+            x = x + linears["down"](F.silu(gate) * up)
+            if index in layers:
+                wanted[index] = x
+        x = self._normed(x, self.norm)
+        wanted[len(self.norms)] = x
+        return x, torch.cat([wanted[i] for i in layers], dim=-1) if layers else None
+
+    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x, weight.shape, weight, self.eps)
+
+    def _row_by_row(self, cache: SlotCache, slots: Sequence[int], starts: Tensor, seen: Tensor, real: Tensor) -> Attend:
+        """Small calls of fixed shapes, a row's own whatever the others are."""
+        counts, groups = real.sum(1).tolist(), self.heads // self.kv_heads
+        chain = torch.ones(seen.shape[1:], dtype=torch.bool).tril()
+        plans: dict[int | None, list[SlotAttention]] = {}
+        for window in set(self.windows):
+            plans[window] = []
+            for start, n, own in zip(starts.tolist(), counts, seen[:, :, :], strict=True):
+                causal = window is not None or torch.equal(own[:n, :n], chain[:n, :n])  # a layer with a window is causal
+                visible = None if causal else own[:n, :n]
+                plans[window].append(SlotAttention(start, n, visible=visible, groups=groups, like=self.cos, window=window))
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            outputs, first = [], 0
+            for slot, count, plan in zip(slots, counts, plans[self.windows[layer]], strict=True):
+                last = first + count
+                keys, values = cache.write(layer, slot, k[first:last].transpose(0, 1), v[first:last].transpose(0, 1))
+                alone = q if len(slots) == 1 else q[first:last]
+                outputs.append(plan(alone, keys, values, self.head_dim**-0.5))
+                first = last
+            return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+        return attend
+
+    def _together(self, cache: SlotCache, slots: Sequence[int], starts: Tensor, seen: Tensor, real: Tensor) -> Attend:
+        """One call for all rows and nodes: faster, and the bits depend on who is there."""
+        first, rows, width = min(slots), max(slots) - min(slots) + 1, real.shape[1]
+        groups, reads = self.heads // self.kv_heads, min(round_up(int(starts.max()) + width), cache.slots)
+        row = torch.tensor(slots)[:, None].expand_as(real)[real]
+        node = torch.arange(width).expand_as(real)[real]
+        place = (starts[:, None] + torch.arange(width))[real]
+        visible = torch.zeros(rows, width, reads, dtype=torch.bool)
+        visible[:, :, 0] = True  # whoever is padding reads something
+        for slot, start, own in zip(slots, starts.tolist(), seen, strict=True):
+            visible[slot - first, :, :start] = True
+            visible[slot - first, :, start : start + width] |= own[:, : reads - start]
+        mask = torch.zeros(visible.shape, dtype=self.cos.dtype).masked_fill_(~visible, -torch.inf).repeat(1, groups, 1)[:, None]
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys, values = cache.layer(layer, k.transpose(0, 1))
+            keys[row, :, place], values[row, :, place] = k, v
+            query = q.new_zeros(rows, width, *q.shape[1:])
+            query[row - first, node] = q
+            query = query.view(rows, width, self.kv_heads, groups, -1).permute(0, 2, 3, 1, 4)
+            folded = query.reshape(rows, self.kv_heads, groups * width, -1)
+            some = slice(first, first + rows)
+            kv = keys[some, :, :reads], values[some, :, :reads]
+            out = F.scaled_dot_product_attention(folded, *kv, attn_mask=mask)
+            return out.view(rows, self.heads, width, -1).transpose(1, 2)[row - first, node].flatten(1)
+
+        return attend
+
+    def _packed(self, name: str, weight: Tensor, bias: Tensor | None) -> Linear:
+        if self.kernel == "torch":
+            return PackedLinear(weight, bias)
+        if name == "gate_up":  # the kernel multiplies a panel of one with a panel of the other
+            weight, bias = _interleaved(weight), None if bias is None else _interleaved(bias)
+        return native.NativeLinear(weight, bias, format=native.format_of(weight, self.kernel))
+
+    def _native_model(self) -> native.Model:
+        self._layers = (native.Layer * len(self.linears))()
+        for struct, norms, linears in zip(self._layers, self.norms, self.linears, strict=True):
+            for name, norm in norms.items():
+                setattr(struct, name, norm.data_ptr())
+            for name, linear in linears.items():
+                assert isinstance(linear, native.NativeLinear)
+                setattr(struct, name, linear.struct)
+        sizes = len(self.linears), self.hidden_size, self.heads, self.kv_heads, self.head_dim, self.inner, self.eps
+        return native.Model(*sizes, self._layers, *(t.data_ptr() for t in (self.norm, self.cos, self.sin)))
+
+    def _native(
+        self, cache: SlotCache, slots: Sequence[int], x: Tensor, plan: tuple[Tensor, ...], layers: Sequence[int]
+    ) -> tuple[Tensor, Tensor | None]:
+        assert self._model is not None
+        starts, real, positions, seen = plan
+        n, width = len(x), real.shape[1]
+        own = seen[real]  # [tokens, nodes of the row]
+        order = torch.where(own, torch.arange(width), width).sort(-1).values
+        start = starts[:, None].expand_as(real)[real]
+        place = start + torch.arange(width).expand_as(real)[real]
+        indices = torch.tensor(slots)[:, None].expand_as(real)[real], start, place, positions, own.sum(-1), order
+        features = x.new_empty(n, len(layers) * self.hidden_size)
+        wanted = [-1] * (len(self.linears) + 1)
+        for i, layer in enumerate(layers):
+            wanted[layer] = i * self.hidden_size
+        kv = [cache.layer(i, x.new_empty(self.kv_heads, 0, self.head_dim)) for i in range(len(self.linears))]
+        sizes = (self.heads + 2 * self.kv_heads) * self.head_dim, self.heads * self.head_dim, self.inner
+        tensors = [x, *(x.new_empty(n, size) for size in sizes), features]
+        native.step(self._model, cache.slots, width, indices, kv, torch.tensor(wanted), tensors, self.seconds)
+        return x, features if layers else None
+
+
+def _interleaved(pair: Tensor) -> Tensor:
+    panels: Tensor = pair.unflatten(0, (2, -1, native.PANEL))
+    return panels.transpose(0, 1).flatten(0, 2)
+
+
+def _spread(packed: Tensor, real: Tensor) -> Tensor:
+    """[tokens, ...] back to [rows, nodes, ...]; padding is zero."""
+    if bool(real.all()):
+        return packed.view(*real.shape, packed.shape[-1])
+    out = packed.new_zeros((*real.shape, packed.shape[-1]))
+    out[real] = packed
+    return out

@@ -1,0 +1,255 @@
+"""The C++ kernels: every format against torch, the bits of a row in any company, trees included, and what they cannot do."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import SHAPE, tiny_model
+from torch import Tensor
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+
+from flashdraft import native
+from flashdraft.errors import InvalidParameter
+from flashdraft.layers import PackedLinear, pack
+from flashdraft.lean import LeanTarget, fastest
+from flashdraft.native import NativeLinear, format_of
+from flashdraft.target import HFTarget
+from flashdraft.tree import ancestors
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compiler here: the library path is what runs")
+EXACT = ("float32", "bfloat16", "q8", "q4")
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: LlamaConfig(**{**SHAPE, **SIZES}),
+    "llama with biases": lambda: LlamaConfig(**{**SHAPE, **SIZES}, attention_bias=True, mlp_bias=True),
+    "llama, one key head": lambda: LlamaConfig(**{**SHAPE, **SIZES, "num_key_value_heads": 1}),
+    "qwen2": lambda: Qwen2Config(**{**SHAPE, **SIZES}),
+    "qwen3": lambda: Qwen3Config(**{**SHAPE, **SIZES}),
+}
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def weight_for(format: str, outputs: int, inputs: int) -> Tensor:
+    """A weight that the format holds exactly."""
+    weight = noise(outputs, inputs) * inputs**-0.5
+    if format == "bfloat16":
+        return weight.bfloat16().float()
+    blocks = weight.view(outputs, -1, 32)
+    if format == "q8":
+        d = (blocks.abs().amax(-1, keepdim=True) / 127).half().float()
+        q = (blocks / d).round()
+        q[..., 0] = 127
+        return (q * d).view(outputs, inputs)
+    if format == "q4":
+        low = blocks.amin(-1, keepdim=True).half().float()
+        d = ((blocks.amax(-1, keepdim=True) - low) / 15).half().float()
+        q = ((blocks - low) / d).round().clamp(0, 15)
+        q[..., 0], q[..., 1] = 0, 15
+        return (q * d + low).view(outputs, inputs)
+    return weight
+
+
+@pytest.mark.parametrize("format", EXACT)
+@pytest.mark.parametrize(("outputs", "inputs"), [(96, 64), (50, 96), (32, 160)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_every_exact_format_multiplies_like_torch_and_alike(format: str, outputs: int, inputs: int, biased: bool) -> None:
+    weight, bias, x = weight_for(format, outputs, inputs), noise(outputs, seed=1) if biased else None, noise(37, inputs, seed=2)
+    linear = NativeLinear(weight, bias, format=format)
+    wanted = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    assert torch.allclose(linear(x).double(), wanted, atol=1e-5)
+    assert torch.equal(linear(x), NativeLinear(weight, bias)(x))  # the same numbers in the same order: the same bits
+    for count in range(1, 38):
+        assert torch.equal(linear(x[:count]), linear(x)[:count])
+        assert torch.equal(linear(x[-count:]), linear(x)[-count:])
+
+
+@pytest.mark.parametrize("format", EXACT[1:])
+def test_a_format_refuses_what_it_would_round(format: str) -> None:
+    weight = weight_for(format, 64, 64)
+    NativeLinear(weight, format=format)
+    weight[5, 7] += 2.0**-22
+    with pytest.raises(ValueError, match="does not hold"):
+        NativeLinear(weight, format=format)
+
+
+def test_compact_takes_the_fewest_bytes_that_are_exact() -> None:
+    found = {format: format_of(weight_for(format, 64, 64), "compact") for format in EXACT}
+    assert found == {format: format for format in EXACT}
+    sizes = [NativeLinear(weight_for(format, 64, 64), format=format).nbytes for format in EXACT]
+    assert sizes == sorted(sizes, reverse=True)
+    assert format_of(torch.zeros(64, 64), "compact") == "q4"
+    assert format_of(weight_for("q4", 64, 64)[:, :40].contiguous(), "compact") == "float32"  # no whole blocks
+
+
+def test_int8_rounds_weights_by_output_and_rows_by_themselves() -> None:
+    weight, x = noise(50, 64), noise(21, 64, seed=1) * torch.logspace(-3, 3, 21)[:, None]
+    linear = NativeLinear(weight, noise(50, seed=2), format="int8")
+    scale, own = weight.abs().amax(1) / 127, x.abs().amax(1) / 127
+    wanted = (x / own[:, None]).round().double() @ (weight / scale[:, None]).round().double().T
+    wanted = wanted * own[:, None].double() * scale.double() + noise(50, seed=2).double()
+    assert torch.allclose(linear(x).double(), wanted, rtol=1e-4, atol=1e-5)
+    for count in range(1, 22):
+        assert torch.equal(linear(x[:count]), linear(x)[:count])
+    assert bool((linear(torch.zeros(1, 64)) == noise(50, seed=2)).all())
+
+
+def made(name: str, kernel: str = "float32") -> LeanTarget:
+    torch.manual_seed(1)
+    model = tiny_model("", dtype=torch.float32, config=CONFIGS[name]())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    target = LeanTarget(model, name, kernel=kernel)
+    assert target.kernel_name == kernel
+    return target
+
+
+def read(target: Any, texts: list[list[int]], drafts: Tensor, parents: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    cache = target.new_cache(len(texts), 128)
+    for slot, text in enumerate(texts):
+        target.prefill(cache, slot, torch.tensor(text), (1, 4))
+    logits, features = target.forward(cache, list(range(len(texts))), drafts, parents, sizes, (1, 4))
+    assert features is not None
+    return logits, features
+
+
+DRAW = random.Random(0)
+TEXTS = [[DRAW.randrange(3, 60) for _ in range(length)] for length in (61, 3, 40)]
+DRAFTS = torch.tensor([[DRAW.randrange(3, 60) for _ in range(9)] for _ in TEXTS])
+TREE = torch.tensor([[-1, 0, 0, 1, 1, 2, 3, 3, 6]] * 3)
+SOME = torch.tensor([9, 4, 7])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_native_step_is_the_torch_step(name: str) -> None:
+    for parents in (torch.arange(-1, 8).expand(3, 9), TREE):
+        got, wanted = (read(made(name, kernel), TEXTS, DRAFTS, parents, SOME) for kernel in ("float32", "torch"))
+        assert all(float((a - b).abs().max() / b.abs().max()) < 2e-5 for a, b in zip(got, wanted, strict=True))
+
+
+def check_bits(target: LeanTarget) -> None:
+    """A tree's nodes beside other rows have the bits of their paths, read alone and token by token."""
+    logits, features = read(target, TEXTS, DRAFTS, TREE, SOME)
+    seen = ancestors(TREE)
+    for row, text in enumerate(TEXTS):
+        for node in range(int(SOME[row])):
+            cache = target.new_cache(1, 128)
+            target.prefill(cache, 0, torch.tensor(text), ())
+            for token in DRAFTS[row, seen[row, node]]:
+                one, own = target.forward(cache, [0], token.view(1, 1), torch.tensor([[-1]]), torch.tensor([1]), (1, 4))
+                cache.keep(0, [0])
+            assert own is not None
+            assert torch.equal(one[0, 0], logits[row, node])
+            assert torch.equal(own[0, 0], features[row, node])
+
+
+@pytest.mark.parametrize("kernel", ["float32", "int8"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_trees_too_have_the_bits_of_single_steps(kernel: str, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check_bits(made("qwen3", kernel))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_linear_whose_bits_depend_on_the_rows_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = made("llama")
+    head = target.head
+    monkeypatch.setattr(target, "head", lambda x: head(x) * (1 + 1e-6 * len(x)))
+    with pytest.raises(AssertionError):
+        check_bits(target)
+
+
+def test_a_prompt_has_the_bits_of_its_tokens_one_by_one() -> None:
+    target, text = made("llama"), torch.tensor(TEXTS[0])
+    whole, single = target.new_cache(1, 64), target.new_cache(1, 64)
+    logits, _ = target.prefill(whole, 0, text, ())
+    for token in text:
+        one, _ = target.forward(single, [0], token.view(1, 1), torch.tensor([[-1]]), torch.tensor([1]), ())
+        single.keep(0, [0])
+    assert torch.equal(one[0, 0], logits)
+
+
+def test_a_cache_without_room_is_not_written() -> None:
+    target = made("llama")
+    with pytest.raises(AssertionError, match="too few slots"):
+        target.prefill(target.new_cache(1, 64), 0, torch.zeros(65, dtype=torch.long), ())
+
+
+def test_a_step_says_where_its_time_went() -> None:
+    target = made("llama")
+    target.decoder.seconds = torch.zeros(3, dtype=torch.float64)
+    read(target, TEXTS, DRAFTS, TREE, SOME)
+    assert bool((target.decoder.seconds > 0).all())
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"head_dim": 8}, {"hidden_size": 48}, {"intermediate_size": 80}], ids=["small heads", "hidden", "intermediate"]
+)
+def test_shapes_that_do_not_fit_the_panels_take_torch(sizes: dict[str, int]) -> None:
+    config = LlamaConfig(**{**SHAPE, **SIZES, **sizes})
+    target = LeanTarget(tiny_model("", dtype=torch.float32, config=config), "odd", kernel="float32")
+    assert target.kernel_name == "torch"
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    native.library.cache_clear()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    native.fingerprint.cache_clear()
+    yield
+    native.library.cache_clear()
+    native.fingerprint.cache_clear()
+
+
+def test_without_a_compiler_torch_runs_everything(no_compiler: None) -> None:
+    assert native.library() is None
+    model = tiny_model("", dtype=torch.float32, config=CONFIGS["llama"]())
+    assert fastest(model) == "torch"
+    assert LeanTarget(model, "llama").kernel_name == "torch"
+    assert isinstance(pack(noise(64, 64)), PackedLinear)
+
+
+def test_the_kernels_are_compiled_once_and_for_older_processors_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: (calls.append(args), run(*args, **options))[1])
+    monkeypatch.setenv("FLASHDRAFT_CACHE", str(tmp_path))
+    for _ in range(2):
+        native.library.cache_clear()
+        assert native.library() is not None
+    native.library.cache_clear()
+    assert len(calls) == 1
+    assert [path.suffix for path in tmp_path.iterdir()] == [".so"]
+
+
+def test_the_fastest_kernel_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHDRAFT_CACHE", str(tmp_path))
+    model = tiny_model("", dtype=torch.float32, config=CONFIGS["llama"]())
+    first = fastest(model)
+    assert first in ("torch", "float32")
+    [note] = tmp_path.glob("kernel-*")
+    assert note.read_text() == first
+    note.write_text("compact")
+    assert fastest(model) == "compact"
+
+
+def test_a_kernel_that_cannot_run_the_target_is_refused() -> None:
+    from flashdraft.generate import load_target
+
+    with pytest.raises(InvalidParameter, match="kernel is 'fast'"):
+        load_target("smollm2-135m", kernel="fast")
+    assert HFTarget(tiny_model("llama"), "toy").kernel_name == "transformers"
