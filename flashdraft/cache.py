@@ -8,6 +8,7 @@ slots of the kept path into place. Knows nothing of tokens, models or who propos
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["SLOT_STEP", "SlotCache", "round_up"]
@@ -42,11 +43,12 @@ class SlotCache:
         """Make room for at least `slots` slots a row, and for `rows` rows; what is stored stays."""
         if slots <= self.slots and rows <= self.rows:
             return
-        self.slots = self.slots if slots <= self.slots else round_up(max(slots, 2 * self.slots))
-        self.lengths += [0] * (rows - self.rows)
-        self.rows = max(rows, self.rows)
-        self.keys = [_grown(t, self.rows, self.slots) for t in self.keys]
-        self.values = [_grown(t, self.rows, self.slots) for t in self.values]
+        more_slots = round_up(max(slots, 2 * self.slots)) - self.slots if slots > self.slots else 0
+        more_rows = max(rows - self.rows, 0)
+        self.slots, self.rows, self.lengths = self.slots + more_slots, self.rows + more_rows, self.lengths + [0] * more_rows
+        margins = (0, 0, 0, more_slots, 0, 0, 0, more_rows)  # before and after: head_dim, slots, heads, rows
+        self.keys = [None if t is None else F.pad(t, margins) for t in self.keys]
+        self.values = [None if t is None else F.pad(t, margins) for t in self.values]
 
     def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer; made to fit `like` [..., heads, n, head_dim] at the first call."""
@@ -76,18 +78,5 @@ class SlotCache:
                     tensor[row, :, start : start + len(path)] = tensor[row][:, source.to(tensor.device)]
         self.lengths[row] = start + len(path)
 
-    def truncate(self, row: int, length: int) -> None:
-        """Cut a row back to its first `length` slots."""
-        assert 0 <= length <= self.lengths[row]
-        self.lengths[row] = length
-
     def free(self, row: int) -> None:
         self.lengths[row] = 0
-
-
-def _grown(tensor: Tensor | None, rows: int, slots: int) -> Tensor | None:
-    if tensor is None:
-        return None
-    grown = tensor.new_zeros((rows, tensor.shape[1], slots, tensor.shape[3]))
-    grown[: tensor.shape[0], :, : tensor.shape[2]] = tensor
-    return grown

@@ -5,11 +5,8 @@ more). Native format is served format. Knows names, shapes and files; does not k
 """
 
 import json
-import os
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,7 +17,7 @@ from torch import Tensor
 
 from flashdraft.errors import CheckpointError, DraftMismatch
 from flashdraft.heads import HEADS
-from flashdraft.hub import read_config
+from flashdraft.hub import appears_whole, read_config
 from flashdraft.target import Target
 
 __all__ = ["DraftConfig", "check_target", "read_draft", "spread_layers", "write_draft", "write_file", "write_tensors"]
@@ -28,12 +25,7 @@ __all__ = ["DraftConfig", "check_target", "read_draft", "spread_layers", "write_
 _FOREIGN = ("dflash2", "dspark", "domino")
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "num_target_layers")
 _FIXED = {"architectures": ["DFlashDraftModel"], "model_type": "qwen3", "hidden_act": "silu", "tie_word_embeddings": True}
-_OPTIONAL: dict[str, Any] = {
-    "rms_norm_eps": float,
-    "max_position_embeddings": int,
-    "attention_bias": bool,
-    "draft_vocab_size": int,
-}
+_OPTIONAL: Any = {"rms_norm_eps": float, "max_position_embeddings": int, "attention_bias": bool, "draft_vocab_size": int}
 
 
 @dataclass(frozen=True)
@@ -99,48 +91,39 @@ class DraftConfig:
 
     def to_json(self) -> dict[str, Any]:
         """config.json as z-lab writes it."""
-        rope = dict(self.rope_parameters)
-        scaling = None if rope.get("rope_type", "default") == "default" else {k: v for k, v in rope.items() if k != "rope_theta"}
-        config: dict[str, Any] = _FIXED | {
-            "block_size": self.block_size,
-            "dflash_config": {"mask_token_id": self.mask_token_id, "target_layer_ids": list(self.target_layer_ids)},
-            "num_target_layers": self.num_target_layers,
-            "rope_theta": rope["rope_theta"],
-            "rope_scaling": scaling,
-            "layer_types": list(self.layer_types) or ["full_attention"] * self.num_hidden_layers,
-            "use_sliding_window": self.sliding_window is not None,
-        }
-        unlisted = {"block_size", "mask_token_id", "target_layer_ids", "num_target_layers", "rope_parameters", "layer_types"}
-        own = {"draft_vocab_size", "sequential_head", "head_rank"}
-        config |= {f.name: getattr(self, f.name) for f in fields(self) if f.name not in unlisted | own}
+        config: dict[str, Any] = _FIXED | vars(self) | {"use_sliding_window": self.sliding_window is not None}
+        config["layer_types"] = list(self.layer_types) or ["full_attention"] * self.num_hidden_layers
+        config["dflash_config"] = {name: config.pop(name) for name in ("mask_token_id", "target_layer_ids")}
+        config["dflash_config"]["target_layer_ids"] = list(self.target_layer_ids)
+        rope = dict(config.pop("rope_parameters"))
+        config["rope_theta"] = rope.pop("rope_theta")
+        config["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
+        own = {name: config.pop(name) for name in ("sequential_head", "head_rank")}
         if self.sequential_head is not None:
-            config["flashdraft_config"] = {"sequential_head": self.sequential_head, "head_rank": self.head_rank}
-        return config if self.draft_vocab_size is None else config | {"draft_vocab_size": self.draft_vocab_size}
+            config["flashdraft_config"] = own
+        if self.draft_vocab_size is None:
+            del config["draft_vocab_size"]
+        return config
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor that the file must hold, with its shape."""
         h, i, d = self.hidden_size, self.intermediate_size, self.head_dim
         q, kv = self.num_attention_heads * d, self.num_key_value_heads * d
+        r, v, rows = self.head_rank, self.vocab_size, self.draft_vocab_size or self.vocab_size
         norms = {"input_layernorm": (h,), "post_attention_layernorm": (h,), "self_attn.q_norm": (d,), "self_attn.k_norm": (d,)}
         linears = {"q_proj": (q, h), "k_proj": (kv, h), "v_proj": (kv, h), "o_proj": (h, q)}
-        layer: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in norms.items()}
-        layer |= {f"self_attn.{name}.weight": shape for name, shape in linears.items()}
-        layer |= {"mlp.gate_proj.weight": (i, h), "mlp.up_proj.weight": (i, h), "mlp.down_proj.weight": (h, i)}
+        linears = {f"self_attn.{name}": shape for name, shape in linears.items()}
+        mlp = {"mlp.gate_proj": (i, h), "mlp.up_proj": (i, h), "mlp.down_proj": (h, i)}
+        layer: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in (norms | linears | mlp).items()}
         if self.attention_bias:
-            layer |= {f"self_attn.{name}.bias": shape[:1] for name, shape in linears.items()}
+            layer |= {f"{name}.bias": shape[:1] for name, shape in linears.items()}
         shapes = {f"layers.{n}.{name}": shape for n in range(self.num_hidden_layers) for name, shape in layer.items()}
         shapes |= {"fc.weight": (h, len(self.target_layer_ids) * h), "hidden_norm.weight": (h,), "norm.weight": (h,)}
-        r, rows = self.head_rank, self.draft_vocab_size or self.vocab_size
         if self.sequential_head == "markov":
-            shapes |= {"sequential_head.previous.weight": (self.vocab_size, r), "sequential_head.output.weight": (rows, r)}
+            shapes |= {"sequential_head.previous.weight": (v, r), "sequential_head.output.weight": (rows, r)}
         if self.sequential_head == "swiglu":
             shapes |= {"sequential_head.gate_up.weight": (2 * r, 2 * h), "sequential_head.down.weight": (h, r)}
         return shapes
-
-    def optional_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Tensors that the file may hold beside them: an embedding and lm_head of its own, a reduced vocabulary."""
-        v, rows, h = self.vocab_size, self.draft_vocab_size or self.vocab_size, self.hidden_size
-        return {"embed_tokens.weight": (v, h), "lm_head.weight": (rows, h), "d2t": (rows,), "t2d": (v,)}
 
 
 def spread_layers(num_target_layers: int, count: int) -> tuple[int, ...]:
@@ -155,8 +138,7 @@ def read_draft(folder: Path) -> tuple[DraftConfig, dict[str, Tensor]]:
     """A drafter's config and tensors; every tensor is there with its shape, or CheckpointError says which is not."""
     config = DraftConfig.from_json(read_config(folder), str(folder))
     if config.block_size < 2:
-        named = f"`{folder}` has block_size {config.block_size}"
-        raise CheckpointError(named, hint="a block is the anchor and at least one mask")
+        raise CheckpointError(f"`{folder}` has block_size {config.block_size}", hint="a block is the anchor and 1 mask or more")
     if not (files := sorted(folder.glob("*.safetensors"))):
         raise CheckpointError(f"`{folder}` holds no .safetensors file", hint="pickled weights are not read; convert them")
     tensors: dict[str, Tensor] = {}
@@ -168,14 +150,14 @@ def read_draft(folder: Path) -> tuple[DraftConfig, dict[str, Tensor]]:
             raise CheckpointError(f"`{path}` is damaged: {error}", hint="it may be cut short; fetch or write it again") from None
     kinds, count = config.layer_types, config.num_hidden_layers
     if odd := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
-        hint = "full_attention and sliding_attention are supported"
-        raise CheckpointError(f"`{folder}` has a layer of type {odd[0]}", hint=hint)
+        raise CheckpointError(f"`{folder}` has a layer of type {odd[0]}", hint="known: full_attention, sliding_attention")
     if kinds and len(kinds) != count:
         raise CheckpointError(f"`{folder}` has {len(kinds)} layer_types for {count} layers", hint="its config.json is damaged")
     if config.sequential_head not in (None, *HEADS):
         named = f"a sequential head {config.sequential_head!r}"
         raise CheckpointError(f"`{folder}` has {named}, which is not known", hint=f"known: {', '.join(HEADS)}")
-    wanted, optional = config.shapes(), config.optional_shapes()
+    h, v, rows = config.hidden_size, config.vocab_size, config.draft_vocab_size or config.vocab_size
+    wanted, optional = config.shapes(), {"embed_tokens.weight": (v, h), "lm_head.weight": (rows, h), "d2t": (rows,), "t2d": (v,)}
     reduced = config.draft_vocab_size not in (None, config.vocab_size)
     for name, shape in (wanted | {n: s for n, s in optional.items() if n in tensors or (n == "d2t" and reduced)}).items():
         if name not in tensors:
@@ -184,8 +166,7 @@ def read_draft(folder: Path) -> tuple[DraftConfig, dict[str, Tensor]]:
             got = f"shape {list(tensors[name].shape)}, its config.json asks for {list(shape)}"
             raise CheckpointError(f"{name} has {got}", hint="the two do not belong together")
     if unknown := sorted(set(tensors) - set(wanted) - set(optional)):
-        named = f"a tensor {unknown[0]} that DFlash does not"
-        raise CheckpointError(f"`{folder}` has {named}", hint="it is a drafter of another method")
+        raise CheckpointError(f"`{folder}` has a tensor {unknown[0]}, unknown to DFlash", hint="it is of another method")
     if "d2t" in tensors:
         leads = tensors["d2t"].long() + torch.arange(len(tensors["d2t"]))
         if bad := [int(token) for token in leads if not 0 <= token < config.vocab_size]:
@@ -207,26 +188,14 @@ def write_draft(folder: Path, config: DraftConfig, tensors: Mapping[str, Tensor]
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file so that it appears whole or not at all."""
-    with _appears_whole(path) as made:
+    with appears_whole(path) as made:
         save_file(dict(tensors), made, metadata={"format": "pt"})
 
 
 def write_file(path: Path, content: bytes) -> None:
     """Write a file so that it appears whole or not at all."""
-    with _appears_whole(path) as made:
+    with appears_whole(path) as made:
         made.write_bytes(content)
-
-
-@contextmanager
-def _appears_whole(path: Path) -> Iterator[Path]:
-    """Where to write what shall appear at `path`."""
-    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=path.parent) as scratch:
-        made = Path(scratch) / path.name
-        yield made
-        os.chmod(made, 0o644)  # save_file's are private
-        with made.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(made, path)
 
 
 def check_target(config: DraftConfig, target: Target) -> None:

@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
@@ -22,7 +23,7 @@ from flashdraft.types import check_options
 
 __all__ = ["COMMANDS", "flat", "main"]
 
-_LINES = """\
+_TEXT = """\
 demo: Answer a prompt with and without drafting, and compare.
     flashdraft demo
     flashdraft demo 'Write a haiku about rain.' --temperature 0.7 --seed 1
@@ -65,11 +66,9 @@ doctor: Find out why a drafter is accepted too little.
 push: Upload a drafter's folder to the hub.
     flashdraft push run/best my-name/my-drafter
     flashdraft push run/best my-name/my-drafter --private
-""".splitlines()
-COMMANDS = {  # name of a function in commands.py or train_commands.py -> its help and two examples
-    head.partition(": ")[0]: (head.partition(": ")[2], first.strip(), second.strip())
-    for head, first, second in zip(_LINES[::3], _LINES[1::3], _LINES[2::3], strict=True)
-}
+"""
+# name of a function in commands.py or train_commands.py -> its help and two examples
+COMMANDS = {name: facts for name, *facts in re.findall(r"^(\w+): (.+)\n +(.+)\n +(.+)$", _TEXT, re.MULTILINE)}
 TRAINING = ("prompts", "regenerate", "features", "train", "eval", "doctor", "push")  # in train_commands.py
 
 
@@ -86,9 +85,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FlashDraftError as error:
         return _complain(error.args[0], error.hint, status=1)
     except TyperException as error:
-        command = next((word for word in given if word in COMMANDS), "")
-        asked = " ".join(filter(None, ("flashdraft", command, "--help")))
-        return _complain(error.format_message().rstrip("."), f"see {asked}", status=2)
+        asked = ["flashdraft", *[word for word in given if word in COMMANDS][:1], "--help"]
+        return _complain(error.format_message().rstrip("."), f"see {' '.join(asked)}", status=2)
+    except UnicodeDecodeError as error:
+        return _complain(f"got text that is not UTF-8 ({error.reason})", "send UTF-8, on standard input as well", status=1)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

@@ -3,7 +3,7 @@
 import json as jsonlib
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +16,7 @@ from flashdraft.bench.profile import profile as measure
 from flashdraft.bench.report import print_table, show
 from flashdraft.bench.run import BenchConfig, run_bench
 from flashdraft.bench.tasks import read_ids, write_tasks
-from flashdraft.errors import ContextLengthError, InvalidPrompt
+from flashdraft.errors import ContextLengthError
 from flashdraft.generate import KERNELS, Model, load
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.types import Chunk, Result, SamplingParams, option
@@ -68,7 +68,7 @@ def demo(
     chunks = drafting.stream(tokens, params)
     for each in (plain, drafting):  # the first calls build kernels
         each.generate(tokens, replace(params, max_new_tokens=min(8, max_new_tokens)))
-    with_drafts = _show_origin(chunks)
+    with_drafts = _show(chunks, origin=True)
     alone: Result = plain.generate(tokens, params)
     for label, result in ((drafting.new_drafter().name, with_drafts), ("autoregressive", alone)):
         print(f"{label:<15} {_decode_speed(result):6.1f} tokens/s")
@@ -84,7 +84,7 @@ def generate(
     max_rows: Annotated[int, Option(help="prompts decoded together, at most")] = 8,
     json: Annotated[bool, Option("--json", help="one JSON object per answer")] = False,
 ) -> None:
-    texts = [_read(sys.stdin.read) if prompt == "-" else prompt for prompt in prompts]
+    texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts]
     lm = model.load(max_rows=max_rows)
     if len(texts) == 1 and not json:
         _show(lm.stream(texts[0], params))
@@ -100,7 +100,7 @@ def chat(model: ModelOptions, params: SamplingParams) -> None:
     turns: list[dict[str, str]] = []
     while True:
         try:
-            line = _read(lambda: input("> " if interactive else "")).strip()
+            line = input("> " if interactive else "").strip()
         except EOFError:
             return
         if line == "/exit":
@@ -109,16 +109,15 @@ def chat(model: ModelOptions, params: SamplingParams) -> None:
             turns = []
         if line in ("", "/reset"):
             continue
-        turns.append({"role": "user", "content": line})
+        asked = [*turns, {"role": "user", "content": line}]
         try:
-            result = _show(lm.stream(turns, params))
+            result = _show(lm.stream(asked, params))
         except ContextLengthError as error:
             if not interactive:
                 raise
-            turns.pop()
             print(f"error: {error.args[0]}\nhint: begin again with /reset, or ask for fewer new tokens", file=sys.stderr)
             continue
-        turns.append({"role": "assistant", "content": result.text})
+        turns = [*asked, {"role": "assistant", "content": result.text}]
         figures = f"tau {result.stats.tau:.2f}, {_speed(result):.1f} tokens/s"
         print(f"\033[2m{figures}\033[0m" if _styled() else f"({figures})")
 
@@ -153,18 +152,23 @@ def profile(
     profiles = [measure(target, draft=draft, nodes=count, context=context, steps=steps) for count in nodes]
     rows = []
     for one in profiles:
-        total = sum(one.milliseconds.values())
-        parts = one.milliseconds | {"step": total}
-        rows += [[str(one.nodes), part, f"{ms:.2f}", f"{ms / total:.0%}"] for part, ms in parts.items()]
+        parts = one.milliseconds | {"step": sum(one.milliseconds.values())}
+        rows += [[str(one.nodes), part, f"{ms:.2f}", f"{ms / parts['step']:.0%}"] for part, ms in parts.items()]
     print_table(["nodes", "part", "ms", "share"], rows)
     held = [[str(one.nodes), name, f"{count / 1e6:.1f}"] for one in profiles for name, count in one.nbytes.items()]
     print()
     print_table(["nodes", "memory", "MB"], held)
 
 
-def _show(chunks: Iterable[Chunk], marks: tuple[str, str] = ("", "")) -> Result:
-    """Write an answer as it comes, what was drafted between `marks`."""
-    inside = False
+def _show(chunks: Iterable[Chunk], *, origin: bool = False) -> Result:
+    """Write an answer as it comes.
+
+    origin: what was drafted is underlined and green, or in brackets where colours are not wanted; a legend comes first.
+    """
+    inside, marks = False, ("", "")
+    if origin:
+        marks = ("\033[4;32m", "\033[0m") if _styled() else ("⟨", "⟩")
+        print(f"{marks[0]}drafted and accepted{marks[1]}, the target's own\n")
     try:
         for chunk in chunks:
             for piece in chunk.pieces:
@@ -172,29 +176,13 @@ def _show(chunks: Iterable[Chunk], marks: tuple[str, str] = ("", "")) -> Result:
                     print(("" if piece.drafted == inside else marks[inside]) + piece.text, end="", flush=True)
                     inside = piece.drafted
     finally:
-        print(marks[1] if inside else "")
+        print(marks[1] if inside else "", end="\n\n" if origin else "\n")
     assert chunk.result is not None
     return chunk.result
 
 
-def _show_origin(chunks: Iterable[Chunk]) -> Result:
-    """The same, with what was drafted underlined and green, or in brackets where colours are not wanted; a legend first."""
-    marks = ("\033[4;32m", "\033[0m") if _styled() else ("⟨", "⟩")
-    print(f"{marks[0]}drafted and accepted{marks[1]}, the target's own\n")
-    result = _show(chunks, marks)
-    print()
-    return result
-
-
 def _styled() -> bool:
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-
-
-def _read(read: Callable[[], str]) -> str:
-    try:
-        return read()
-    except UnicodeDecodeError as error:
-        raise InvalidPrompt(f"standard input is not UTF-8 ({error.reason})", hint="send text in UTF-8") from None
 
 
 def _speed(result: Result) -> float:

@@ -227,7 +227,7 @@ class Decoder:
         kv = [cache.layer(i, x.new_empty(self.kv_heads, 0, self.head_dim)) for i in range(len(self.linears))]
         sizes = (self.heads + 2 * self.kv_heads) * self.head_dim, self.heads * self.head_dim, self.inner
         tensors = [x, *(x.new_empty(n, size) for size in sizes), features]
-        native.step(self._model, cache.slots, width, indices, kv, torch.tensor(wanted), tensors, self.seconds)
+        native.step(self._model, (cache.slots, width), indices, kv, torch.tensor(wanted), tensors, self.seconds)
         return x, features if layers else None
 
 

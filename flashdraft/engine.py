@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from flashdraft.control import Control
 from flashdraft.errors import ContextLengthError, InvalidPrompt
 from flashdraft.sampling import coins, draw, target_probs, uniforms
 from flashdraft.target import Target
@@ -72,8 +73,12 @@ class Request:
 class Engine:
     """Rows that are decoded together. `target` and `drafter` keep their own caches; a row has the same place in all of them."""
 
-    def __init__(self, target: Target, drafter: Drafter, *, max_rows: int = 1) -> None:
+    def __init__(self, target: Target, drafter: Drafter, *, max_rows: int = 1, adaptive: bool = False) -> None:
+        """adaptive: as many nodes are read as pay, by the target's own step times; without those, all of them."""
         self.target, self.drafter, self.max_rows = target, drafter, max_rows
+        self.control = Control(target.step_seconds) if adaptive and target.step_seconds else None
+        self._drafting = True  # in the next step
+        self._unseen: dict[int, list[tuple[Tensor, Tensor | None]]] = {}  # by row: tokens, features that wait for the drafter
         self.running: dict[int, Request] = {}  # by row
         self._cache = target.new_cache(max_rows, 256)
         self._part: dict[str, float] = {}
@@ -116,7 +121,9 @@ class Engine:
         rows = Rows(slots, [request.history for request in requests], [request.params for request in requests])
         limits = torch.tensor([request.num_left for request in requests])
         with self._timed("draft"):
-            proposal = _cut(self.drafter.propose(rows, int(limits.max())), limits)
+            proposal = _cut(self.drafter.propose(rows, int(limits.max()) if self._drafting else 1), limits)
+            if self.control is not None:
+                proposal = _cut(proposal, self.control.trim(proposal))
             self._cache.reserve(max(self._cache.lengths) + proposal.num_nodes)
             check_proposal(proposal)  # a faulty drafter would change the law in silence
         with self._timed("target"):
@@ -129,8 +136,11 @@ class Engine:
                 self._cache.keep(slot, path)
             texts = [[*proposal.tokens[i, path[1:]].tolist(), int(verdict.bonus[i])] for i, path in enumerate(paths)]
             chunks = [request.commit(text, len(text) - 1) for request, text in zip(requests, texts, strict=True)]
+        drafted = self._drafting
         with self._timed("draft"):
             self._observe(slots, proposal, features, paths)
+        if self.control is not None and drafted:
+            self.control.learn(proposal, paths, self._part["draft"])
         for i, request in enumerate(requests):
             _account(request.stats, int(proposal.sizes[i]) - 1, len(chunks[i].tokens), self._part)
         self._release([slot for slot in slots if self.running[slot].finish_reason is not None])
@@ -162,17 +172,25 @@ class Engine:
         return verify(proposal, law, draws, coins(seeds, rows.positions, proposal.num_nodes) if any_drawn else None)
 
     def _observe(self, slots: list[int], proposal: Proposal, features: Tensor | None, paths: list[list[int]]) -> None:
-        live = [i for i, slot in enumerate(slots) if self.running[slot].finish_reason is None]
-        if not live:
+        """Show the drafter what was committed, as soon as it is asked to draft again."""
+        for i, slot in enumerate(slots):
+            if self.running[slot].finish_reason is None:
+                seen = proposal.tokens[i, paths[i]], None if features is None else features[i, paths[i]]
+                self._unseen.setdefault(slot, []).append(seen)
+        self._drafting = self.control is None or self.control.wants_drafts()
+        if not self._drafting or not self._unseen:
             return
-        requests = [self.running[slots[i]] for i in live]
-        rows = Rows([slots[i] for i in live], [r.history for r in requests], [r.params for r in requests])
-        tokens = [proposal.tokens[i, paths[i]] for i in live]
-        self.drafter.observe(rows, tokens, None if features is None else [features[i, paths[i]] for i in live])
+        waiting, self._unseen = self._unseen, {}
+        requests = [self.running[slot] for slot in waiting]
+        rows = Rows(list(waiting), [r.history for r in requests], [r.params for r in requests])
+        tokens = [torch.cat([part for part, _ in parts]) for parts in waiting.values()]
+        states = [[part for _, part in parts if part is not None] for parts in waiting.values()]
+        self.drafter.observe(rows, tokens, None if features is None else [torch.cat(each) for each in states])
 
     def _release(self, slots: list[int]) -> None:
         for slot in slots:
             request = self.running.pop(slot)
+            self._unseen.pop(slot, None)
             self._cache.free(slot)
             self.drafter.end(Rows([slot], [request.history], [request.params]))
 

@@ -34,33 +34,25 @@ def first_line(error: object) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-class InvalidParameter(FlashDraftError, ValueError):
-    """An option or argument outside its range."""
+class InvalidParameter(FlashDraftError, ValueError): ...
 
 
-class InvalidPrompt(FlashDraftError, ValueError):
-    """An empty prompt, or one that cannot be read."""
+class InvalidPrompt(FlashDraftError, ValueError): ...
 
 
-class ContextLengthError(InvalidPrompt):
-    """The prompt, or the prompt and the tokens asked for, do not fit into the target's context."""
+class ContextLengthError(InvalidPrompt): ...
 
 
-class ModelNotFound(FlashDraftError):
-    """No such folder, file, hub id or built-in model."""
+class ModelNotFound(FlashDraftError): ...
 
 
-class UnsupportedTarget(FlashDraftError):
-    """A model whose state cannot be cut back to a prefix, so that rejected drafts would leave a trace."""
+class UnsupportedTarget(FlashDraftError): ...
 
 
-class CheckpointError(FlashDraftError):
-    """A folder or file that is damaged, or that is not a drafter."""
+class CheckpointError(FlashDraftError): ...
 
 
-class DraftMismatch(CheckpointError):
-    """A drafter that was made for another target."""
+class DraftMismatch(CheckpointError): ...
 
 
-class DataError(FlashDraftError):
-    """A line of a data file that cannot be used."""
+class DataError(FlashDraftError): ...

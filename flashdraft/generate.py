@@ -42,6 +42,7 @@ class Model:
     new_drafter: Callable[[], Drafter]  # every stream has a drafter of its own; the weights are shared
     eos: frozenset[int] = field(kw_only=True)
     max_rows: int = field(kw_only=True)
+    adaptive: bool = field(default=False, kw_only=True)  # see Engine
 
     def generate(self, prompts: Prompts, params: Params = None, **options: Any) -> Any:
         """The Result of one prompt, or a list of Results in the order of a list of prompts.
@@ -56,7 +57,8 @@ class Model:
     def stream(self, prompts: Prompts, params: Params = None, **options: Any) -> Iterator[Chunk]:
         """One Chunk per prompt and step, as they come; a prompt's last one carries its Result."""
         batch = [prompts] if _is_one(prompts) else list(prompts)
-        engine = Engine(self.target, self.new_drafter(), max_rows=min(self.max_rows, max(len(batch), 1)))
+        rows = min(self.max_rows, max(len(batch), 1))
+        engine = Engine(self.target, self.new_drafter(), max_rows=rows, adaptive=self.adaptive)
         pairs: Any = zip(batch, _params(params, options, len(batch)), strict=True)
         requests = [self.request(prompt, one, index=i) for i, (prompt, one) in enumerate(pairs)]
         for request in requests:
@@ -157,7 +159,7 @@ def load(
     """A target by built-in name, hub id, folder or GGUF file, with a drafter, ready to generate.
 
     draft: "auto" (the drafter shipped for this target, or none), "autoregressive", "prompt_lookup", or a drafter's folder
-    or hub id. block_size: nodes per proposal, the anchor included; by default what the drafter was trained for.
+    or hub id. block_size: nodes per proposal, the anchor included; by default as many of what the drafter was trained for as pay.
     dtype: "auto" (as stored), "float32", "bfloat16" or "float16". kernel: what runs a float32 target on a CPU: "auto" (the
     fastest exact one, measured once a machine), "compact" (the same numbers in fewer bytes), "float32", "torch",
     "transformers", or "int8", which rounds weights and activations and so makes another target.
@@ -165,7 +167,10 @@ def load(
     """
     require(max_rows >= 1, "max_rows", max_rows, "1 or more")
     loaded, tokenizer, eos = load_target(str(target), device=device, dtype=dtype, kernel=kernel)
-    return Model(loaded, tokenizer, drafters(draft, loaded, str(target), block_size), eos=eos, max_rows=max_rows)
+    new_drafter = drafters(draft, loaded, str(target), block_size)
+    return Model(
+        loaded, tokenizer, new_drafter, eos=eos, max_rows=max_rows, adaptive=block_size is None and draft != "autoregressive"
+    )
 
 
 def load_target(

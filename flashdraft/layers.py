@@ -70,10 +70,10 @@ class PackedLinear:
 Linear = PackedLinear | native.NativeLinear
 
 
-def pack(weight: Tensor, bias: Tensor | None = None) -> Linear:
-    """The fastest linear of exactly this weight on this machine."""
+def pack(weight: Tensor, bias: Tensor | None = None, *, kernel: str = "compact") -> Linear:
+    """A native linear where one can be had (`kernel`: decoder.KERNELS), else oneDNN's or torch's."""
     if native.usable(weight) and weight.shape[1] % native.PANEL == 0:
-        return native.NativeLinear(weight, bias, format=native.format_of(weight, "compact"))
+        return native.NativeLinear(weight, bias, format=native.format_of(weight, kernel))
     return PackedLinear(weight, bias)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flashdraft import hub, native
 from flashdraft.cache import SlotCache
-from flashdraft.decoder import KERNELS, Block, Decoder
+from flashdraft.decoder import Block, Decoder
 from flashdraft.layers import Linear, PackedLinear, rotary_table
 from flashdraft.target import PREFILL_CHUNK, Indices, Output, Target
 from flashdraft.tree import ancestors, chain
@@ -59,6 +59,22 @@ class LeanTarget(Target):
         self.kernel = f"native {' + '.join(formats)}" if self.decoder.kernel != "torch" else f"{' + '.join(formats)} {dtype}"
         self.nbytes = self.decoder.nbytes + self.head.nbytes + self.embedding.nbytes
 
+    @property
+    def step_seconds(self) -> dict[int, float]:
+        """Measured once per model shape, kernel, number of threads and machine."""
+        facts = [self.config.to_diff_dict(), self.kernel, torch.get_num_threads(), torch.__version__, native.fingerprint()]
+        key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        path = hub.cache_dir() / f"seconds-{key}.json"
+        try:
+            return {int(count): seconds for count, seconds in json.loads(path.read_text()).items()}
+        except (OSError, ValueError):
+            table = _seconds(self)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_suffix(f".{os.getpid()}")
+        scratch.write_text(json.dumps(table))
+        os.replace(scratch, path)
+        return table
+
     @staticmethod
     def fits(config: Any) -> bool:
         """Whether this decoder computes what the Hugging Face model does: plain SiLU blocks, full attention, static rotary."""
@@ -100,31 +116,23 @@ class LeanTarget(Target):
 
 
 def fastest(model: Any) -> str:
-    """The exact kernel with the quickest steps of 1 and 8 tokens for a model that fits; measured once per model and machine."""
-    weight = model.lm_head.weight
-    if not native.usable(weight):
+    """The exact kernel with the quickest steps of 1 and 8 tokens for a model that fits; measured once per machine."""
+    if not native.usable(model.lm_head.weight):
         return "torch"
-    shape = json.dumps([model.config.to_diff_dict(), torch.get_num_threads(), torch.__version__], sort_keys=True, default=str)
-    path = hub.cache_dir() / f"kernel-{hashlib.sha256((shape + native.fingerprint()).encode()).hexdigest()[:16]}"
-    if path.exists() and (known := path.read_text()) in KERNELS:
-        return known
-    compact = native.format_of(model.model.layers[0].mlp.down_proj.weight.detach(), "compact")
-    times = {
-        name: _seconds(LeanTarget(model, "", kernel=name)) for name in ("torch", "float32" if compact == "float32" else "compact")
-    }
-    best = min(times, key=lambda name: times[name])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(f".{os.getpid()}")
-    scratch.write_text(best)
-    os.replace(scratch, path)
-    return best
+    compact = LeanTarget(model, "", kernel="compact")
+    if compact.kernel_name == "torch":
+        return "torch"
+    name = "float32" if compact.decoder.formats == ["float32"] else "compact"
+    tables = {name: compact.step_seconds, "torch": LeanTarget(model, "", kernel="torch").step_seconds}
+    return min(tables, key=lambda kernel: tables[kernel][1] + tables[kernel][8])
 
 
 @torch.inference_mode()
-def _seconds(target: LeanTarget) -> float:
-    """Of a step of one token and one of eight, the medians of five."""
-    cache, medians = target.new_cache(1, 64), []
-    for count in (1, 8):
+def _seconds(target: LeanTarget) -> dict[int, float]:
+    """Of steps of 1 to 32 tokens, the medians of five after a first one."""
+    cache, table = target.new_cache(1, 64), {}
+    for count in (1, 2, 4, 8, 16, 32):
         shape = torch.ones(1, count, dtype=torch.long), chain(count)[None], torch.tensor([count])
-        medians.append(median(timeit.repeat(lambda: target.forward(cache, [0], *shape, ()), number=1, repeat=5)))  # noqa: B023
-    return sum(medians)
+        times = timeit.repeat(lambda: target.forward(cache, [0], *shape, ()), number=1, repeat=6)  # noqa: B023
+        table[count] = median(times[1:])
+    return table

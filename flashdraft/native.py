@@ -55,20 +55,27 @@ class _Step(Structure):
 
 @functools.cache
 def library() -> Any | None:
-    """The kernels, compiled at the first call on this machine; None without a compiler or with FLASHDRAFT_NATIVE=0."""
-    compiler = _compiler()
-    if os.environ.get("FLASHDRAFT_NATIVE") == "0" or compiler is None:
+    """The kernels, compiled at the first call on this machine, or as the wheel brought them where there is no compiler.
+
+    None if neither can be had, or with FLASHDRAFT_NATIVE=0.
+    """
+    compiler, path = _compiler(), cache_dir() / f"step-{fingerprint()}.so"
+    if os.environ.get("FLASHDRAFT_NATIVE") == "0":
         return None
-    path = cache_dir() / f"step-{fingerprint()}.so"
     try:
-        if not path.exists():
+        if compiler is not None and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
                 built = Path(scratch, path.name)
                 subprocess.run([compiler, *_FLAGS, str(_SOURCE), "-o", str(built)], check=True, capture_output=True)
                 os.replace(built, path)
-        return ctypes.CDLL(str(path))
     except (OSError, subprocess.CalledProcessError):
+        pass  # what runs in the end is named wherever a kernel is
+    brought = _SOURCE.with_suffix(".so")  # setup.py built it for AVX2
+    can_run = platform.machine() not in ("x86_64", "AMD64") or torch.backends.cpu.get_cpu_capability() != "DEFAULT"
+    try:
+        return ctypes.CDLL(str(path if path.exists() or not can_run else brought))
+    except OSError:
         return None
 
 
@@ -138,18 +145,20 @@ def format_of(weight: Tensor, kernel: str) -> str:
 
 def step(
     model: Model,
-    slots: int,
-    width: int,
+    shape: tuple[int, int],
     indices: Sequence[Tensor],
     kv: Sequence[tuple[Tensor, Tensor]],
     wanted: Tensor,
     tensors: Sequence[Tensor],
     seconds: Tensor | None,
 ) -> None:
-    """One pass of csrc/step.cpp; `tensors` are x, which becomes the final state, three to work in, and the features."""
+    """One pass of csrc/step.cpp. shape: slots of a cache row, nodes of a proposal.
+
+    tensors: x, which becomes the final state, three to work in, and the features.
+    """
     ints = [t.contiguous() for t in indices]
     pointers = [(c_void_p * len(kv))(*(pair[i].data_ptr() for pair in kv)) for i in (0, 1)]
-    sizes = len(tensors[0]), slots, width, tensors[-1].shape[1], torch.get_num_threads()
+    sizes = len(tensors[0]), *shape, tensors[-1].shape[1], torch.get_num_threads()
     addresses = [*(t.data_ptr() for t in ints), *(ctypes.cast(p, c_void_p) for p in pointers), wanted.data_ptr()]
     addresses += [*(t.data_ptr() for t in tensors), None if seconds is None else seconds.data_ptr()]
     kernels: Any = library()

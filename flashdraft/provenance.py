@@ -1,6 +1,8 @@
 """What a run's figures depend on: command, commit, versions, device, threads."""
 
+import os
 import platform
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -31,12 +33,9 @@ def provenance() -> dict[str, Any]:
 def _device() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+    facts = Path("/proc/cpuinfo")
+    name = re.search(r"^model name\s*: (.*)", facts.read_text(), re.MULTILINE) if os.access(facts, os.R_OK) else None
+    return f"{name[1] if name else platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _commit() -> str | None:

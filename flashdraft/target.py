@@ -5,8 +5,8 @@ gets a 4-D mask, explicit positions and a cache view that writes into our slots.
 of families; a model outside it must first show, by a measurement, that a rejected draft leaves no trace in it.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, Protocol
 
@@ -39,6 +39,11 @@ class Target(Protocol):
     num_layers: int
     context_length: int
     nbytes: int  # of the weights
+
+    @property
+    def step_seconds(self) -> Mapping[int, float]:
+        """Of a step by its number of tokens; empty where it is not measured."""
+        return {}
 
     def new_cache(self, rows: int, slots: int) -> SlotCache:
         return SlotCache(self.num_layers, rows, slots)
@@ -82,12 +87,19 @@ class HFTarget(Target):
 
     def __init__(self, model: Any, name: str) -> None:
         self.model, self.config, self.name = model.eval(), model.config.get_text_config(), name
-        check_state(self)
+        odd = set(getattr(self.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+        if getattr(model, "_is_stateful", False) or odd:
+            state = f"its layers keep a running state ({', '.join(sorted(odd)) or 'recurrent'})"
+            raise _unsupported(self, f"{state}, which cannot be cut back after a rejected draft")
         self.kernel_name, self.kernel = "transformers", f"transformers {str(model.dtype).removeprefix('torch.')}"
         self.row_exact = False
         self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
         self.hidden_size, self.num_layers = int(self.config.hidden_size), int(self.config.num_hidden_layers)
-        self.context_length = _context_length(self)
+        if (limit := getattr(self.config, "max_position_embeddings", None)) is None:
+            raise _unsupported(self, "its config has no max_position_embeddings")
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        longrope = rope.get("rope_type") == "longrope"  # one position beyond its first limit changes the frequencies of all
+        self.context_length = int(min(limit, rope["original_max_position_embeddings"]) if longrope else limit)
         self.nbytes = sum(p.numel() * p.element_size() for p in model.parameters())
         self._decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.model
         check_family(self)
@@ -97,7 +109,7 @@ class HFTarget(Target):
         features = []
         for chunk in tokens.split(PREFILL_CHUNK):
             n = len(chunk)
-            hidden, feature = self._hidden(cache, [slot], chunk[None], chain(n)[None], torch.tensor([n]), layers)
+            hidden, feature = self._read(cache, [slot], chunk[None], chain(n)[None], torch.tensor([n]), layers)
             cache.keep(slot, range(n))
             features += [] if feature is None else [feature[0]]
         return self.lm_head(hidden[0, -1]), torch.cat(features) if features else None
@@ -106,13 +118,12 @@ class HFTarget(Target):
     def forward(
         self, cache: SlotCache, slots: Indices, tokens: Tensor, parents: Tensor, sizes: Tensor, layers: Indices
     ) -> Output:
-        hidden, features = self._hidden(cache, slots, tokens, parents, sizes, layers)
+        hidden, features = self._read(cache, slots, tokens, parents, sizes, layers)
         return self.lm_head(hidden), features
 
     @torch.no_grad()  # the target is never trained
     def embed(self, tokens: Tensor) -> Tensor:
-        embedded: Tensor = self.model.get_input_embeddings()(tokens.to(self.model.device))
-        return embedded
+        return self.model.get_input_embeddings()(tokens.to(self.model.device))  # type: ignore[no-any-return]
 
     def lm_head(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.model.get_output_embeddings()(hidden)
@@ -120,20 +131,23 @@ class HFTarget(Target):
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def head_weight(self, tokens: Tensor) -> Tensor:
-        rows: Tensor = self.model.get_output_embeddings().weight.detach()[tokens]
-        return rows
+        return self.model.get_output_embeddings().weight.detach()[tokens]  # type: ignore[no-any-return]
 
-    def _hidden(
-        self, cache: SlotCache, slots: Indices, tokens: Tensor, parents: Tensor, sizes: Tensor, layers: Indices
-    ) -> Output:
+    def _read(self, cache: SlotCache, slots: Indices, tokens: Tensor, parents: Tensor, sizes: Tensor, layers: Indices) -> Output:
         device, lengths = self.model.device, torch.tensor([cache.lengths[slot] for slot in slots])
         real = torch.arange(tokens.shape[1]) < sizes[:, None]
         positions = lengths[:, None] + depths(parents) * real  # padding may reach beyond the context, its position may not
         num_slots = int(lengths.max()) + tokens.shape[1]
-        seen = visible_slots(lengths, ancestors(parents), num_slots)
+        seen = (torch.arange(num_slots) < lengths[:, None])[:, None].repeat(1, tokens.shape[1], 1)  # [rows, nodes, slots]
+        for row, (start, tree) in enumerate(zip(lengths.tolist(), ancestors(parents), strict=True)):
+            seen[row, :, start : start + len(tree)] = tree  # behind what is committed, a node's own ancestors
         inputs = {"input_ids": tokens.to(device), "position_ids": positions.to(device)}
         inputs |= {"attention_mask": self._masks(seen.to(device), lengths, positions)}
-        with self._capture(layers) as captured:
+        captured = dict[int, Tensor]()
+        blocks = self._decoder.layers if hasattr(self._decoder, "layers") else self._decoder.h  # h in gpt2 and its like
+        with ExitStack() as hooks:  # a hook's handle takes it away again
+            for i in {*layers} - {self.num_layers}:
+                hooks.enter_context(blocks[i].register_forward_hook(partial(_capture, captured, i)))
             output = self._decoder(**inputs, past_key_values=_CacheView(cache, slots, num_slots), use_cache=True)
         captured[self.num_layers] = output.last_hidden_state
         features = torch.cat([captured[i] for i in layers], dim=-1) if layers else None
@@ -141,79 +155,43 @@ class HFTarget(Target):
 
     def _masks(self, seen: Tensor, lengths: Tensor, positions: Tensor) -> Any:
         """The 4-D additive mask, or one for each kind of attention layer where the family takes a dict of them."""
-        kinds = getattr(self.config, "layer_types", None)
-        window = getattr(self.config, "sliding_window", None)
-        full = additive(seen, self.model.dtype)
-        if not window:
-            return full if kinds is None else dict.fromkeys(("full_attention", "sliding_attention"), full)
-        slot_positions = _slot_positions(lengths, positions, seen.shape[-1]).to(seen.device)
-        near = positions.to(seen.device)[:, :, None] - slot_positions[:, None, :] < window
-        sliding = additive(seen & near, self.model.dtype)
-        return sliding if kinds is None else {"full_attention": full, "sliding_attention": sliding}
-
-    @contextmanager
-    def _capture(self, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-        captured: dict[int, Tensor] = {}
-
-        def store(index: int, _module: nn.Module, _inputs: Any, output: Any) -> None:
-            captured[index] = output[0] if isinstance(output, tuple) else output
-
-        blocks = self._decoder.layers if hasattr(self._decoder, "layers") else self._decoder.h  # h in gpt2 and its like
-        handles = [blocks[i].register_forward_hook(partial(store, i)) for i in layers if i < self.num_layers]
-        try:
-            yield captured
-        finally:
-            for handle in handles:
-                handle.remove()
+        lowest = torch.finfo(self.model.dtype).min
+        full = near = torch.zeros(seen.shape, dtype=self.model.dtype, device=seen.device).masked_fill_(~seen, lowest)[:, None]
+        if window := getattr(self.config, "sliding_window", None):
+            far = positions[:, :, None] - _slot_positions(lengths, positions, seen.shape[-1])[:, None] >= window
+            near = full.masked_fill(far[:, None].to(seen.device), lowest)
+        return near if getattr(self.config, "layer_types", None) is None else {"full_attention": full, "sliding_attention": near}
 
 
-def visible_slots(lengths: Tensor, ancestor: Tensor, num_slots: int) -> Tensor:
-    """bool [rows, nodes, slots]: committed slots, and the node's own ancestors behind them."""
-    nodes = ancestor.shape[1]
-    seen = (torch.arange(num_slots) < lengths[:, None])[:, None].repeat(1, nodes, 1)
-    for row, start in enumerate(lengths.tolist()):
-        seen[row, :, start : start + nodes] |= ancestor[row][:, : num_slots - start]
-    return seen
+def _capture(captured: dict[int, Tensor], index: int, _module: nn.Module, _inputs: Any, output: Any) -> None:
+    captured[index] = output[0] if isinstance(output, tuple) else output
 
 
 def _slot_positions(lengths: Tensor, positions: Tensor, num_slots: int) -> Tensor:
     """[rows, slots] absolute position of what a slot holds: its index, or its node's depth behind the length."""
     held = torch.arange(num_slots).repeat(len(lengths), 1)
     for row, start in enumerate(lengths.tolist()):
-        held[row, start : start + positions.shape[1]] = positions[row, : num_slots - start]
+        held[row, start : start + positions.shape[1]] = positions[row]
     return held
 
 
-def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-    return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
-
-
-def check_state(target: HFTarget) -> None:
-    """Refuse a model whose state is more than keys and values."""
-    odd = set(getattr(target.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if getattr(target.model, "_is_stateful", False) or odd:
-        state = f"its layers keep a running state ({', '.join(sorted(odd)) or 'recurrent'})"
-        reason = f"{state}, which cannot be cut back after a rejected draft"
-        hint = f"choose a target whose only state is a key-value cache, such as {', '.join(CHECKED)}"
-        raise UnsupportedTarget(f"`{target.name}` is a `{target.config.model_type}` model: {reason}", hint=hint)
+def _unsupported(target: HFTarget, reason: str) -> UnsupportedTarget:
+    hint = f"families known to work, with keys and values as their only state: {', '.join(CHECKED)}"
+    return UnsupportedTarget(f"`{target.name}` is a `{target.config.model_type}` model: {reason}", hint=hint)
 
 
 def check_family(target: HFTarget) -> None:
     """An unlisted family must pass a measurement: its own logits, and no trace of a rejected draft in them."""
-    family = str(target.config.model_type)
-    if family in CHECKED:
+    if target.config.model_type in CHECKED:
         return
-    who, hint = f"`{target.name}` is a `{family}` model", f"families known to work: {', '.join(CHECKED)}"
     try:
         plain, rejected = _differences(target)
     except (AttributeError, TypeError, KeyError, IndexError, RuntimeError, ValueError) as error:
-        reason = f"its forward does not take our cache: {type(error).__name__}: {error}"
-        raise UnsupportedTarget(f"{who}: {reason}", hint=hint) from error
+        raise _unsupported(target, f"its forward does not take our cache: {type(error).__name__}: {error}") from error
     if not plain < 1e-2:
-        raise UnsupportedTarget(f"{who}: our pass does not give its own logits (off by {plain:.2g})", hint=hint)
+        raise _unsupported(target, f"our pass does not give its own logits (off by {plain:.2g})")
     if not rejected < 1e-2:
-        raise UnsupportedTarget(f"{who}: a rejected draft left a trace in its state (logits off by {rejected:.2g})", hint=hint)
+        raise _unsupported(target, f"a rejected draft left a trace in its state (logits off by {rejected:.2g})")
 
 
 @torch.inference_mode()
@@ -229,13 +207,3 @@ def _differences(target: HFTarget) -> tuple[float, float]:
     own = target.model(input_ids=tokens[None].to(target.model.device), use_cache=False).logits[:, 4:]
     scale = float(own.std()) or 1.0
     return float((own - expected).abs().max()) / scale, float((expected - got).abs().max()) / scale
-
-
-def _context_length(target: HFTarget) -> int:
-    """How many positions are sure; with longrope the frequencies of all positions change when one is beyond the first limit."""
-    limit = getattr(target.config, "max_position_embeddings", None)
-    if limit is None:
-        reason = f"a `{target.config.model_type}` model, whose config has no max_position_embeddings"
-        raise UnsupportedTarget(f"`{target.name}` is {reason}", hint=f"families known to work: {', '.join(CHECKED)}")
-    rope = getattr(target.config, "rope_parameters", None) or {}
-    return int(min(limit, rope["original_max_position_embeddings"]) if rope.get("rope_type") == "longrope" else limit)

@@ -49,20 +49,15 @@ class TextDecoder:
 
     def _give(self, new: str, *, final: bool) -> str:
         pending = self._held + new
-        found = [at for at in (pending.find(stop) for stop in self.stop) if at >= 0]
-        if found:
-            self.stopped = True
-            piece, self._held = pending[: min(found)], ""
-        else:
-            keep = 0 if final else _overlap(pending, self.stop)
-            piece, self._held = pending[: len(pending) - keep], pending[len(pending) - keep :]
+        found = [at for at in map(pending.find, self.stop) if at >= 0]
+        self.stopped = bool(found)
+        keep = 0 if final else _overlap(pending, self.stop)
+        end = min(found, default=len(pending) - keep)
+        piece, self._held = pending[:end], pending[end:]
         self.text += piece
         return piece
 
 
 def _overlap(text: str, stops: Sequence[str]) -> int:
     """Length of the longest end of `text` that begins one of `stops`."""
-    for length in range(min(len(text), max((len(stop) - 1 for stop in stops), default=0)), 0, -1):
-        if any(stop.startswith(text[-length:]) for stop in stops):
-            return length
-    return 0
+    return max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)

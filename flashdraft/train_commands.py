@@ -2,7 +2,7 @@
 
 import os
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
@@ -22,7 +22,7 @@ from flashdraft.methods.dflash import DFlashDraftModel
 from flashdraft.target import Target
 from flashdraft.train.config import TrainConfig
 from flashdraft.train.doctor import diagnose
-from flashdraft.train.features import FeatureSet, OnlineFeatures, ShardWriter, write_features
+from flashdraft.train.features import Data, FeatureSet, OnlineFeatures, ShardWriter, write_features
 from flashdraft.train.initialise import copied_from_target, draft_config, feature_layers, random_weights, taken_from
 from flashdraft.train.prompts import write_prompts
 from flashdraft.train.regenerate import Server, mixed
@@ -48,7 +48,7 @@ class DraftOptions:
     head: str | None = option(None, "add a sequential head, markov or swiglu (not in the plain format)", choices=HEADS)
     head_rank: int = option(64, "its inner size")
 
-    def network(self, target: Target, data: FeatureSet | OnlineFeatures, seed: int) -> DFlashDraftModel:
+    def network(self, target: Target, data: Data, seed: int) -> DFlashDraftModel:
         """data: of the layers that the network will read; its first sample calibrates a copy of the target's layers."""
         if self.head is None:
             _refuse(self, "no head is added without --head", "head_rank")
@@ -75,7 +75,7 @@ class SourceOptions:
     online: bool = option(False, "FEATURES are answers: the target reads them at every use, and nothing is stored")
     max_length: int = option(512, "with --online: tokens of prompt and answer that are read, at most")
 
-    def open(self, paths: list[Path], lm: Model, num_features: int, *, final: bool) -> FeatureSet | OnlineFeatures:
+    def open(self, paths: list[Path], lm: Model, num_features: int, *, final: bool) -> Data:
         if self.online:
             layers = feature_layers(lm.target.num_layers, num_features)
             return OnlineFeatures(lm, paths, layers=layers, max_length=self.max_length, final=final)
@@ -86,9 +86,9 @@ class SourceOptions:
 
 
 def _refuse(options: Any, reason: str, *names: str) -> None:
-    """Options that would have no effect are named, not ignored."""
+    """Options (these, or all) that would have no effect are named, not ignored."""
     for field in fields(options):
-        if field.name in names and (value := getattr(options, field.name)) != field.default:
+        if (not names or field.name in names) and (value := getattr(options, field.name)) != field.default:
             raise InvalidParameter(f"{field.name} is {value}, but {reason}", hint="leave out one of the two")
 
 
@@ -119,42 +119,37 @@ class FeatureOptions:
 
 
 @dataclass(frozen=True)
-class KeepOptions(FeatureOptions):
-    """The same, while the target answers."""
-
-    keep_features: str | None = option(None, "keep what the target saw in this folder, for `flashdraft features`")
-
-
-@dataclass(frozen=True)
 class AnswerOptions:
-    """Who answers how many prompts, and how."""
+    """Who answers how many prompts, how, and what is kept."""
 
     max_rows: int = option(8, "prompts answered together, at most")
     limit: int | None = option(None, "only the file's first prompts", least=1)
     greedy_share: float = option(0.0, "share of the prompts that are answered greedily at a temperature above 0")
     url: str | None = option(None, "an OpenAI-compatible server that answers instead, http://host:port/v1")
     model: str | None = option(None, "the target's name on that server")
+    keep_features: str | None = option(None, "keep what the target saw in this folder, for `flashdraft features`")
 
     def server(self, *unused: Any) -> Server | None:
         """None without --url; the options of `unused` mean nothing to a server."""
-        if (self.url is None) != (self.model is None):
-            raise InvalidParameter("--url and --model go together", hint="give both, or neither")
-        if self.url is None or self.model is None:
+        if self.url is None and self.model is None:
             return None
+        if self.url is None or self.model is None:
+            raise InvalidParameter("--url and --model go together", hint="give both, or neither")
+        _refuse(self, "--url answers", "keep_features")
         for group in unused:
-            _refuse(group, "--url answers", *(field.name for field in fields(group)))
+            _refuse(group, "--url answers")
         return Server(self.url, self.model, self.max_rows)
 
 
 def regenerate(
-    file: Prompts, out: Out, options: ModelOptions, params: SamplingParams, answer: AnswerOptions, keep: KeepOptions
+    file: Prompts, out: Out, options: ModelOptions, params: SamplingParams, answer: AnswerOptions, stored: FeatureOptions
 ) -> None:
     law = mixed(params, answer.greedy_share)
-    if keep.keep_features is None and answer.url is None:
-        _refuse(keep, "nothing is kept without --keep-features", "num_features", "max_length", "soft_labels")
-    lm = answer.server(options, keep) or options.load(max_rows=answer.max_rows)
-    folder = keep.keep_features
-    shards = ShardWriter(lm, Path(folder), **keep.kind(lm)) if folder is not None and isinstance(lm, Model) else None
+    folder = answer.keep_features
+    if folder is None and answer.url is None:
+        _refuse(stored, "nothing is kept without --keep-features")
+    lm = answer.server(options, stored) or options.load(max_rows=answer.max_rows)
+    shards = ShardWriter(lm, Path(folder), **stored.kind(lm)) if folder is not None and isinstance(lm, Model) else None
     count = answer_prompts(lm, file, out, params=law, limit=answer.limit, shards=shards, quiet=not sys.stdout.isatty())
     print(f"{count} new answers in {out}")
 
@@ -200,7 +195,7 @@ def eval(
     max_new_tokens: Annotated[int, Option(help="tokens an answer, at most")] = 256,
     max_rows: Annotated[int, Option(help="prompts decoded together, at most")] = 8,
 ) -> None:
-    lm = model.load(max_rows=max_rows)
+    lm = replace(model.load(max_rows=max_rows), adaptive=False)  # the drafter is judged by whole blocks
     texts = [prompt.text for prompt in read_prompts(file)]
     stats: list[Stats] = [result.stats for result in lm.generate(texts, SamplingParams(max_new_tokens=max_new_tokens))]
     lengths = [length for one in stats for length in one.accepted_lengths]
@@ -217,13 +212,13 @@ def doctor(
     num_samples: Annotated[int, Option(help="samples that are looked at")] = 8,
 ) -> None:
     lm = load(target, draft="autoregressive")
-    failed = 0
+    passed = True
     for finding in diagnose(DFlashDraftModel.from_pretrained(draft), lm, FeatureSet(data), num_samples=num_samples):
-        failed += not finding.passed
+        passed &= finding.passed
         print(f"{'ok  ' if finding.passed else 'FAIL'} {finding.test}: {finding.text}")
         if not finding.passed:
             print(f"     hint: {finding.hint}")
-    if failed:
+    if not passed:
         raise Exit(1)
 
 

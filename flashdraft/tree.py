@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flashdraft.types import Proposal
 
-__all__ = ["ancestors", "chain", "check", "depths", "is_chain"]
+__all__ = ["ancestors", "chain", "check", "depths"]
 
 
 def chain(num_nodes: int) -> Tensor:
@@ -33,12 +33,6 @@ def ancestors(parents: Tensor) -> Tensor:
 def depths(parents: Tensor) -> Tensor:
     """Edges between each node and the anchor: [rows, nodes] -> [rows, nodes] int64."""
     return ancestors(parents).sum(-1) - 1
-
-
-def is_chain(parents: Tensor, sizes: Tensor) -> bool:
-    """Whether every row is a chain, its padding aside. parents: [rows, nodes]; sizes: [rows]."""
-    padding = torch.arange(parents.shape[1], device=parents.device) >= sizes[:, None]
-    return bool(((parents == chain(parents.shape[1]).to(parents.device)) | padding).all())
 
 
 def check(proposal: Proposal) -> None:

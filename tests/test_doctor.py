@@ -23,7 +23,7 @@ from flashdraft.target import HFTarget
 from flashdraft.train.batch import Batch, Blocks, make_batch
 from flashdraft.train.config import TrainConfig
 from flashdraft.train.doctor import Finding, diagnose
-from flashdraft.train.features import FeatureSet, Sample, ShardWriter, read_by
+from flashdraft.train.features import FeatureSet, Reader, Sample, ShardWriter
 from flashdraft.train.initialise import random_weights
 from flashdraft.train.loss import Loss, common_tokens
 from flashdraft.types import SamplingParams
@@ -74,7 +74,7 @@ def answered(lm: Model, params: SamplingParams = ANSWER, *, thinking: bool | Non
 
 
 def read(lm: Model, rows: Sequence[dict[str, Any]], layers: tuple[int, ...] = LAYERS) -> list[Sample]:
-    return [read_by(lm, row, layers, 128) for row in rows]
+    return [Reader(lm, layers, 128).read(row) for row in rows]
 
 
 def stored(folder: Path, lm: Model, samples: Sequence[Sample], layers: tuple[int, ...] = LAYERS) -> FeatureSet:

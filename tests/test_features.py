@@ -260,16 +260,18 @@ def test_features_of_other_positions_or_answers_are_caught(
 ) -> None:
     """The planted faults of keeping: one position late, and the layers in another order."""
 
-    def late(tokens: list[int], features: Tensor, *rest: Any) -> Sample:
-        return features_stage.as_sample(tokens, features.roll(1, 0), *rest)
+    real = ShardWriter.sample
 
-    def swapped(tokens: list[int], features: Tensor, *rest: Any) -> Sample:
-        return features_stage.as_sample(tokens, features.roll(HIDDEN, 1), *rest)
+    def late(writer: ShardWriter, tokens: list[int], features: Tensor, num_prompt: int) -> Sample:
+        return real(writer, tokens, features.roll(1, 0), num_prompt)
+
+    def swapped(writer: ShardWriter, tokens: list[int], features: Tensor, num_prompt: int) -> Sample:
+        return real(writer, tokens, features.roll(HIDDEN, 1), num_prompt)
 
     for wrong in (late, swapped):
         out, folder = tmp_path / f"{wrong.__name__}.jsonl", tmp_path / wrong.__name__
         with monkeypatch.context() as patch:
-            patch.setattr(regenerate_stage, "as_sample", wrong)
+            patch.setattr(ShardWriter, "sample", wrong)
             answer(prompts, out, kept(folder))
         write_features(language_model(), [out], folder, layers=LAYERS, max_length=LONG, quiet=True)
         assert not is_prefills(folder, tmp_path / f"{wrong.__name__}-again", out)
@@ -316,7 +318,7 @@ def test_misaligned_groups_are_caught(
 ) -> None:
     """The planted fault: a resumed run begins a shard at once."""
     real = regenerate_stage._Keeper.__init__
-    monkeypatch.setattr(regenerate_stage._Keeper, "__init__", lambda self, model, shards, _: real(self, model, shards, 0))
+    monkeypatch.setattr(regenerate_stage._Keeper, "__init__", lambda self, shards, _: real(self, shards, 0))
     out, folder = killed_and_resumed(tmp_path / "run", prompts, monkeypatch, 5), tmp_path / "run" / "features"
     starts = lines_kept(folder, out)
     assert not all(start % 3 == 0 for start in starts)

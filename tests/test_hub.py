@@ -194,7 +194,7 @@ def test_a_gguf_file_of_another_kind_is_left_to_transformers(
 ) -> None:
     path = tmp_path / "other.gguf"
     write_gguf(path, tiny_llama(True), architecture=architecture, pre=pre, edit=lambda writer: writer.add_add_bos_token(bos))
-    assert hub.resolve(str(path)) == hub.GgufFile(tmp_path, "other.gguf", architecture)
+    assert hub.resolve(str(path)) == hub.GgufFile(tmp_path, "other.gguf")
     assert built(cache) == []
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import platform
 import random
 import subprocess
 from collections.abc import Callable, Iterator
@@ -205,6 +207,28 @@ def test_shapes_that_do_not_fit_the_panels_take_torch(sizes: dict[str, int]) -> 
     assert target.kernel_name == "torch"
 
 
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names of x86 processors")
+@pytest.mark.parametrize("march", ["x86-64-v3", "x86-64"])
+def test_narrower_vectors_give_the_same_numbers(march: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if march == "x86-64-v3" and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        pytest.skip("this processor has no AVX2")
+    monkeypatch.setenv("FLASHDRAFT_CACHE", str(tmp_path))
+    monkeypatch.setattr(native, "_FLAGS", tuple(flag.replace("native", march) for flag in native._FLAGS))
+    for cached in (native.library, native.fingerprint):
+        cached.cache_clear()
+    try:
+        for format in EXACT:
+            weight, x = weight_for(format, 50, 96), noise(9, 96, seed=2)
+            assert torch.allclose(NativeLinear(weight, format=format)(x), F.linear(x, weight), atol=1e-5)
+        test_int8_rounds_weights_by_output_and_rows_by_themselves()
+        test_a_native_step_is_the_torch_step("qwen3")
+        check_bits(made("qwen3"))
+        check_bits(made("llama", "int8"))
+    finally:
+        for cached in (native.library, native.fingerprint):
+            cached.cache_clear()
+
+
 @pytest.fixture
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     native.library.cache_clear()
@@ -236,15 +260,43 @@ def test_the_kernels_are_compiled_once_and_for_older_processors_too(tmp_path: Pa
     assert [path.suffix for path in tmp_path.iterdir()] == [".so"]
 
 
-def test_the_fastest_kernel_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wheel_brings_kernels_for_machines_without_a_compiler(
+    no_compiler: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = tmp_path / "step.cpp"
+    copied.write_bytes(native._SOURCE.read_bytes())
+    monkeypatch.setattr(native, "_SOURCE", copied)
+    flags = [flag.replace("native", "x86-64-v3") for flag in native._FLAGS]
+    if platform.machine() != "x86_64" or torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        pytest.skip("the kernels that are brought here are for AVX2")
+    subprocess.run(["g++", *flags, str(copied), "-o", str(copied.with_suffix(".so"))], check=True)
+    assert native.library() is not None
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    native.library.cache_clear()
+    assert native.library() is None
+
+
+def test_step_times_are_measured_once_and_the_fastest_kernel_follows_from_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FLASHDRAFT_CACHE", str(tmp_path))
     model = tiny_model("", dtype=torch.float32, config=CONFIGS["llama"]())
-    first = fastest(model)
-    assert first in ("torch", "float32")
-    [note] = tmp_path.glob("kernel-*")
-    assert note.read_text() == first
-    note.write_text("compact")
-    assert fastest(model) == "compact"
+    assert fastest(model) in ("torch", "float32")
+    notes = {path: json.loads(path.read_text()) for path in tmp_path.glob("seconds-*.json")}
+    assert [sorted(map(int, table)) for table in notes.values()] == [[1, 2, 4, 8, 16, 32]] * 2
+    for wanted in ("torch", "float32"):
+        own = LeanTarget(model, "", kernel=wanted)
+        for path, table in notes.items():
+            path.write_text(json.dumps(dict.fromkeys(table, 1.0 if _is_of(own, path) else 9.0)))
+        assert fastest(model) == wanted
+
+
+def _is_of(target: LeanTarget, path: Path) -> bool:
+    before = path.read_text()
+    path.write_text(json.dumps({"1": -1.0}))
+    found = target.step_seconds == {1: -1.0}
+    path.write_text(before)
+    return found
 
 
 def test_a_kernel_that_cannot_run_the_target_is_refused() -> None:

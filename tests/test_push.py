@@ -25,8 +25,7 @@ from flashdraft import DFlashDraftModel, hub
 from flashdraft.cli import main
 from flashdraft.errors import ModelNotFound
 from flashdraft.provenance import provenance
-from flashdraft.train.card import model_card
-from flashdraft.train.config import TrainConfig
+from flashdraft.train.config import TrainConfig, model_card
 from flashdraft.train.features import FeatureSet, write_features
 from flashdraft.train.initialise import random_weights
 from flashdraft.train.trainer import Trainer

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flashdraft.tree import ancestors, chain, check, depths, is_chain
+from flashdraft.tree import ancestors, chain, check, depths
 from flashdraft.types import Proposal
 
 
@@ -42,14 +42,6 @@ def test_a_chain_sees_everything_before_it() -> None:
 
 def test_parents_in_a_circle_end_the_climb() -> None:
     assert ancestors(torch.tensor([[-1, 2, 1]])).shape == (1, 3, 3)
-
-
-def test_a_chain_is_known_whatever_its_padding_is() -> None:
-    parents = torch.tensor([[-1, 0, 1, 2], [-1, 0, 0, 0]])
-    assert is_chain(parents, torch.tensor([4, 2]))
-    assert is_chain(parents, torch.tensor([1, 1]))
-    assert not is_chain(parents, torch.tensor([4, 3]))
-    assert not is_chain(torch.tensor([[-1, 0, 0]]), torch.tensor([3]))
 
 
 def good() -> Proposal:

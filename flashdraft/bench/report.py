@@ -1,7 +1,7 @@
 """Tables from results files, and from nothing else, so that they can be made again."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from statistics import fmean, median
@@ -17,6 +17,7 @@ from flashdraft.train.prompts import read_jsonl
 __all__ = ["Summary", "print_table", "read_results", "show", "summarise"]
 
 Line = dict[str, Any]
+_SPEEDS = ("tokens_per_second", "decode_tokens_per_second")
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,18 @@ def summarise(path: Path) -> list[Summary]:
     """Every task's methods in the order of the file; with several tasks, all of them together come last."""
     _, lines = read_results(path)
     tasks = list(dict.fromkeys(line["task"] for line in lines))
-    rows = [_summary(task, method, part) for task in tasks for method, part in _methods(lines, task)]
-    return rows + ([_summary("all", method, part) for method, part in _methods(lines)] if len(tasks) > 1 else [])
+    parts = [(task, [line for line in lines if line["task"] == task]) for task in tasks]
+    rows = []
+    for task, part in [*parts, ("all", lines)] if len(tasks) > 1 else parts:
+        for method in sorted({line["method"] for line in part}, key=lambda name: (name != "autoregressive", name)):
+            rows.append(_summary(task, method, [line for line in part if line["method"] == method]))
+    return rows
 
 
 def read_results(path: Path) -> tuple[dict[str, Any], list[Line]]:
     """The header and the answers, each with its `pair`: the autoregressive answer to the same prompt, or None."""
     rows = list(read_jsonl(path))
-    wanted = {"task", "prompt", "method", "repeat", "tokens_per_second", "decode_tokens_per_second", "tau", "identical"}
+    wanted = {"task", "prompt", "method", "repeat", "tau", "identical", *_SPEEDS}
     if not rows or "header" not in rows[0] or not all(wanted <= row.keys() for row in rows[1:]):
         raise DataError(f"`{path}` is not a results file", hint="give a file that `flashdraft bench` wrote")
     plain = {(line["prompt"], line["repeat"]): line for line in rows[1:] if line["method"] == "autoregressive"}
@@ -65,7 +70,7 @@ def show(path: Path) -> None:
     print_table(columns, rows)
     ours = [line["pair"] | {"pair": line} for line in lines if line["method"] == "transformers" and line["pair"]]
     if ours:
-        total, decode = (_ratio(ours, name) for name in ("tokens_per_second", "decode_tokens_per_second"))
+        total, decode = (_ratio(ours, name) for name in _SPEEDS)
         print(f"autoregressive is {_number(total)} times transformers, {_number(decode)} times in decoding ({len(ours)} pairs)")
 
 
@@ -80,28 +85,20 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     Console(width=200 if plain else None, highlight=False).print(table)
 
 
-def _methods(lines: Sequence[Line], task: str | None = None) -> Iterable[tuple[str, list[Line]]]:
-    mine = [line for line in lines if task in (None, line["task"])]
-    names = sorted({line["method"] for line in mine}, key=lambda name: (name != "autoregressive", name))
-    return [(name, [line for line in mine if line["method"] == name]) for name in names]
-
-
 def _summary(task: str, method: str, lines: list[Line]) -> Summary:
-    speeds = {name: _median(line[name] for line in lines) for name in ("tokens_per_second", "decode_tokens_per_second")}
-    ratios = {"ratio": _ratio(lines, "tokens_per_second"), "decode_ratio": _ratio(lines, "decode_tokens_per_second")}
-    compared = [line["identical"] for line in lines if line["identical"] is not None]
-    identical, tau = fmean(compared) if compared else None, fmean(line["tau"] for line in lines)
-    return Summary(task, method, len(lines), **speeds, **ratios, tau=tau, identical=identical)
+    speed, decode = ((_known(median, (line[name] for line in lines)), _ratio(lines, name)) for name in _SPEEDS)
+    identical = _known(fmean, (line["identical"] for line in lines))
+    return Summary(task, method, len(lines), *speed, *decode, fmean(line["tau"] for line in lines), identical)
 
 
 def _ratio(lines: Iterable[Line], name: str) -> float | None:
     pairs = [line for line in lines if line["pair"] is not None and line[name] and line["pair"][name]]
-    return _median(line[name] / line["pair"][name] for line in pairs)
+    return _known(median, (line[name] / line["pair"][name] for line in pairs))
 
 
-def _median(values: Iterable[float | None]) -> float | None:
+def _known(middle: Callable[[list[float]], float], values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
-    return median(known) if known else None
+    return middle(known) if known else None
 
 
 def _number(value: float | None, form: str = ".2f") -> str:

@@ -114,8 +114,7 @@ def run_bench(config: BenchConfig, *, quiet: bool = False) -> int:
             answers: dict[tuple[int, str], Answer] = {}
             for name in config.names[first:] + config.names[:first]:
                 most = config.transformers_prompts if name == "transformers" else None
-                todo = [i for i in group if most is None or prompts[i].rank < most]
-                if todo:
+                if todo := [i for i in group if most is None or prompts[i].rank < most]:
                     found = methods[name]([encoded[i] for i in todo], [config.params(prompts[i].number) for i in todo])
                     answers |= {(i, name): answer for i, answer in zip(todo, found, strict=True)}
             for (i, name), answer in answers.items():
@@ -130,21 +129,19 @@ def run_bench(config: BenchConfig, *, quiet: bool = False) -> int:
 
 def _figures(answer: Answer, plain: Answer | None) -> dict[str, Any]:
     """`identical`: whether the tokens are those of plain decoding; the first index where they are not; null: not compared."""
-    count, decoded = len(answer.tokens), len(answer.tokens) - 1
-    speed = decoded / answer.decode_seconds if decoded and answer.decode_seconds else None
-    speeds = {"tokens_per_second": count / answer.seconds, "decode_tokens_per_second": speed}
-    times = {"seconds": answer.seconds, "decode_seconds": answer.decode_seconds}
-    same = None if plain is None else answer.tokens == plain.tokens
+    count, seconds, decode_seconds = len(answer.tokens), answer.seconds, answer.decode_seconds
+    decode_speed = (count - 1) / decode_seconds if count > 1 and decode_seconds else None
+    figures = {"num_tokens": count, "seconds": seconds, "decode_seconds": decode_seconds, "tau": answer.tau, **answer.figures}
+    figures |= {"tokens_per_second": count / seconds, "decode_tokens_per_second": decode_speed}
     pairs = enumerate(zip_longest(answer.tokens, plain.tokens if plain else answer.tokens))
-    compared = {"identical": same, "first_difference": next((i for i, (a, b) in pairs if a != b), None)}
-    return {"num_tokens": count, **times, **speeds, "tau": answer.tau, **answer.figures, **compared}
+    different = next((i for i, (a, b) in pairs if a != b), None)
+    return figures | {"identical": None if plain is None else different is None, "first_difference": different}
 
 
 def _load(config: BenchConfig) -> tuple[dict[str, Method], Model, dict[str, Any]]:
     """The methods, a model that encodes prompts, and what the header tells about them."""
     if "dflash" in config.names and config.draft == "auto" and hub.builtin_draft(config.target) is None:
-        hint = "name a drafter's folder with --draft, or leave out dflash"
-        raise ModelNotFound(f"no drafter is shipped for `{config.target}`", hint=hint)
+        raise ModelNotFound(f"no drafter is shipped for `{config.target}`", hint="name one with --draft, or leave out dflash")
     target, tokenizer, eos = load_target(config.target, dtype=config.dtype, kernel=config.kernel)
     facts: dict[str, Any] = {"kernel": target.kernel, "row_exact": target.row_exact}
     model = Model(target, tokenizer, drafters("autoregressive", target, config.target), eos=eos, max_rows=1)

@@ -51,12 +51,10 @@ def write_tasks(data: Path, out: Path, ids: Mapping[str, Sequence[int]], *, firs
     lines = []
     for task, (file, prompt) in TASKS.items():
         if not (data / file).is_file():
-            hint = "name the folder of the evaluation sets with --data or FLASHDRAFT_DATA"
-            raise DataError(f"no file `{data / file}`", hint=hint)
+            raise DataError(f"no file `{data / file}`", hint="name the evaluation sets' folder with --data or FLASHDRAFT_DATA")
         entries = list(read_jsonl(data / file))
         if beyond := [i for i in ids[task] if not 0 <= i < len(entries)]:
-            got = f"{task} has no entry {beyond[0]}, only {len(entries)}"
-            raise DataError(got, hint="the ids are of another version of the set")
+            raise DataError(f"{task} has no entry {beyond[0]}, only {len(entries)}", hint="the ids are of another version of it")
         rows = [{"task": task, "row": i, "prompt": prompt(entries[i])} for i in ids[task][:first]]
         lines += [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -34,6 +34,7 @@ from flashdraft.types import Proposal, Rows
 __all__ = ["DFlashDraftModel", "DFlashDrafter"]
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_KERNEL = "int8"  # a draft may be rounded: that can cost accepted length, never the text
 _LIKELY = 64  # tokens among which a corrected state chooses
 
 
@@ -203,7 +204,7 @@ class PackedDraft:
         self.embedding = None if embedding is None else embedding.to(device, dtype)
         self.config = model.config
         self.target = target
-        self.fc = pack(model.fc.weight.detach().to(device, dtype))
+        self.fc = pack(model.fc.weight.detach().to(device, dtype), kernel=_KERNEL)
         config, blocks = model.config, [Block(layer, probe) for layer in model.layers]
         heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         kinds = config.layer_types or ("full_attention",) * len(blocks)
@@ -213,12 +214,13 @@ class PackedDraft:
             rotary=(model.cos.to(device, dtype), model.sin.to(device, dtype)),
             heads=heads,
             eps=config.rms_norm_eps,
+            kernel=_KERNEL,
             windows=[config.sliding_window if kind == "sliding_attention" else None for kind in kinds],
         )
         first = heads[0] * heads[2]  # behind the queries: keys and values, of all layers in one linear
         weights, biases = zip(*(block.linears["qkv"] for block in blocks), strict=True)
         bias = None if biases[0] is None else torch.cat([b[first:] for b in biases])
-        self.context_kv = pack(torch.cat([weight[first:] for weight in weights]), bias)
+        self.context_kv = pack(torch.cat([weight[first:] for weight in weights]), bias, kernel=_KERNEL)
         self.k_norm = torch.stack([block.norms["k_norm"] for block in blocks])
         self.hidden_norm = model.hidden_norm.weight.detach().to(device, dtype)
         self.mask_embedding = self.embed(torch.tensor([model.config.mask_token_id]))
@@ -246,26 +248,31 @@ class PackedDraft:
         return apply_rotary(keys, decoder.cos[positions][:, None, None], decoder.sin[positions][:, None, None]), kv[:, :, 1]
 
     def predict(self, hidden: Tensor, anchors: Tensor) -> Tensor:
-        """The likeliest tokens behind the anchors [rows]: hidden [rows, n, hidden] -> [rows, n], ids of the target's vocabulary.
+        """The likeliest tokens behind the anchors [rows], as the target's ids: hidden [rows, n, hidden] -> [rows, n]."""
+        return self.scored(hidden, anchors)[0]
 
-        With a sequential head from left to right, each one seeing the token before.
-        """
+    def scored(self, hidden: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and their log-probabilities; with a sequential head from left to right, each seeing the token before."""
         logits = (self.target.lm_head if self.head is None else self.head)(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
         if self.sequential is None:
-            return self._ids(logits.argmax(-1))
-        chosen, previous = [], anchors.to(hidden.device)
+            best = logits.max(-1)
+            return self._ids(best.indices), best.values - logits.logsumexp(-1)
+        chosen, scores, previous = [], [], anchors.to(hidden.device)
         markov = self.sequential.bias(previous) is not None
         if not markov:  # a corrected state is asked about the likeliest tokens only: a second lm_head would cost more
             likely = logits.topk(min(_LIKELY, logits.shape[-1]), dim=-1).indices
             ids, rows = self._ids(likely), self._rows(likely)
         for k in range(hidden.shape[1]):
             if markov:
-                previous = self._ids((logits[:, k] + self.sequential.bias(previous)).argmax(-1))
+                corrected = logits[:, k] + self.sequential.bias(previous)
             else:
                 state = self.sequential.correct(hidden[:, k], self.embed(previous))
-                previous = ids[:, k].gather(1, (rows[:, k] @ state[..., None]).argmax(1))[:, 0]
+                corrected = (rows[:, k] @ state[..., None])[..., 0]
+            best = corrected.max(-1)
+            previous = self._ids(best.indices) if markov else ids[:, k].gather(1, best.indices[:, None])[:, 0]
             chosen.append(previous)
-        return torch.stack(chosen, dim=1)
+            scores.append(best.values - corrected.logsumexp(-1))
+        return torch.stack(chosen, dim=1), torch.stack(scores, dim=1)
 
     def _ids(self, best: Tensor) -> Tensor:
         return best if self.vocabulary is None else self.vocabulary[best]
@@ -288,7 +295,7 @@ def _own_head(
         offsets = model.extras["d2t"].long()
         vocabulary = (offsets + torch.arange(len(offsets))).to(device)
         weight = target.head_weight(vocabulary) if weight is None else weight
-    return vocabulary, None if weight is None else pack(weight.to(device, dtype).contiguous())
+    return vocabulary, None if weight is None else pack(weight.to(device, dtype), kernel=_KERNEL)
 
 
 class DFlashDrafter:
@@ -336,20 +343,20 @@ class DFlashDrafter:
         width = min(size, max_nodes) if live else 1
         tokens = torch.zeros(len(rows), width, dtype=torch.long)
         tokens[:, 0] = torch.tensor(anchors)
-        sizes = torch.ones(len(rows), dtype=torch.long)
+        sizes, scores = torch.ones(len(rows), dtype=torch.long), torch.zeros(len(rows), width)
         if live and width > 1:
-            drafts = self._fill([rows.slots[i] for i in live], [anchors[i] for i in live], width)
-            tokens[live, 1:] = drafts.cpu()
+            drafts, confidence = self._fill([rows.slots[i] for i in live], [anchors[i] for i in live], width)
+            tokens[live, 1:], scores[live, 1:] = drafts.cpu(), confidence.float().cpu()
             sizes[live] = width
-        return Proposal(tokens, torch.arange(-1, width - 1).expand(len(rows), width), sizes)
+        return Proposal(tokens, torch.arange(-1, width - 1).expand(len(rows), width), sizes, scores)
 
     def end(self, rows: Rows) -> None:
         for slot in rows.slots:
             if slot < self.cache.rows:
                 self.cache.free(slot)
 
-    def _fill(self, slots: list[int], anchors: list[int], width: int) -> Tensor:
-        """Tokens [rows, width - 1] for the masked positions; the block is always fed whole, as in training."""
+    def _fill(self, slots: list[int], anchors: list[int], width: int) -> tuple[Tensor, Tensor]:
+        """Tokens and scores [rows, width - 1] for the masked positions; the block is always fed whole, as in training."""
         net, size, count = self.network, self.block_size, len(slots)
         self.cache.reserve(max(self.cache.lengths[slot] for slot in slots) + size)
         masks = net.mask_embedding.expand(count, size - 1, -1)
@@ -357,4 +364,4 @@ class DFlashDrafter:
         everything = torch.ones(count, size, size, dtype=torch.bool)  # a layer with a window is causal all the same
         depths, sizes = torch.arange(size).expand(count, size), torch.full((count,), size)
         hidden, _ = net.decoder(self.cache, slots, x, everything, depths, sizes, ())
-        return net.predict(hidden[:, 1:width], torch.tensor(anchors))
+        return net.scored(hidden[:, 1:width], torch.tensor(anchors))

@@ -6,6 +6,7 @@ Every sequence is isolated: by a dense mask of its own with SDPA, or by one spar
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -21,6 +22,8 @@ from flashdraft.train.features import Sample
 from flashdraft.train.objectives import block_mask, block_positions, draw_anchors, flex_mask
 
 __all__ = ["Batch", "Blocks", "make_batch"]
+
+Numbered = Iterable[tuple[int, Sample]]  # samples with their global numbers, which key their anchors
 
 
 @dataclass(frozen=True)
@@ -40,33 +43,27 @@ class Batch:
     flex: Any = None
 
     def to(self, device: torch.device) -> Batch:
-        if device.type == "cpu":
-            return self
-        moved: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                moved[field.name] = value.to(device, non_blocking=True)
-            elif field.name in ("positions", "masks"):
-                moved[field.name] = type(value)(t.to(device, non_blocking=True) for t in value)
-        return replace(self, **moved)
+        def moved(value: Any) -> Any:
+            if isinstance(value, (list, tuple)):
+                return type(value)(map(moved, value))
+            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+        return replace(self, **{field.name: moved(getattr(self, field.name)) for field in fields(self)})
+
+    def number_of(self, row: int) -> int:
+        """The global number of the sample that this block row is of."""
+        return next(n for n, (_, _, first, last) in zip(self.numbers, self.spans, strict=True) if first <= row < last)
 
 
 def make_batch(
-    samples: Iterable[tuple[int, Sample]],
-    config: DraftConfig,
-    num_anchors: int,
-    seed: int,
-    *,
-    min_context: int = 0,
-    flex: torch.device | None = None,
+    samples: Numbered, config: DraftConfig, num_anchors: int, seed: int, *, min_context: int = 0, flex: torch.device | None = None
 ) -> Batch:
-    """Samples come with their global number, which keys their anchors; answers without two tokens are left out.
+    """Answers without two tokens are left out.
 
     min_context: no anchor has fewer tokens before it. flex: make one sparse mask there instead of a dense one a sequence.
     """
-    size, parts = config.block_size, _Parts()
-    chosen, contexts = [], []
+    size, numbers = config.block_size, list[int]()
+    chosen, contexts, parts = list[Tensor](), list[int](), list[dict[str, Tensor]]()
     for number, sample in samples:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
         room = config.max_position_embeddings - size + 2  # decoding drafts nothing where a block would not fit
@@ -74,54 +71,39 @@ def make_batch(
         known = len(sample.tokens) if sample.final is None else len(sample.final) + 1  # an anchor has a label behind it
         anchors = draw_anchors(first, min(len(sample.tokens), known, room), num_anchors, generator)
         if len(anchors):
-            parts.add(number, sample, anchors, size, config.mask_token_id)
+            numbers.append(number)
             chosen.append(anchors)
             contexts.append(int(anchors[-1]))  # nothing sees further than the last anchor
+            parts.append(_part(sample, anchors, config))
     if not chosen:
         raise DataError("no answer in this batch has two tokens", hint="regenerate longer answers")
-    masks, sparse = [], None
-    if flex is None:
-        masks = [block_mask(anchors, context, size) for anchors, context in zip(chosen, contexts, strict=True)]
-    else:
-        sparse = flex_mask(chosen, contexts, size, flex)
-    return parts.join(masks, sparse)
+    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    c, r = ([0, *itertools.accumulate(counts)] for counts in (contexts, [size * len(anchors) for anchors in chosen]))
+    dense = [block_mask(anchors, context, size) for anchors, context in zip(chosen, contexts, strict=True) if flex is None]
+    sparse = None if flex is None else flex_mask(chosen, contexts, size, flex)
+    positions, spans = (joined.pop("contexts"), joined.pop("blocks")), list(zip(c, c[1:], r, r[1:], strict=False))
+    return Batch(**joined, positions=positions, spans=spans, masks=dense, numbers=numbers, flex=sparse)
 
 
-class _Parts:
-    """What a batch is joined of."""
-
-    def __init__(self) -> None:
-        self.lists: dict[str, list[Tensor]] = {}
-        self.spans: list[tuple[int, int, int, int]] = []
-        self.numbers: list[int] = []
-
-    def add(self, number: int, sample: Sample, anchors: Tensor, size: int, mask_token_id: int) -> None:
-        num_context = int(anchors[-1])
-        positions = block_positions(anchors, size)
-        padded = F.pad(sample.tokens, (0, size), value=-1)
-        offsets = torch.arange(size).repeat(len(anchors))
-        new = {
-            "features": sample.features[:num_context],
-            "block_tokens": torch.where(offsets == 0, padded[positions], mask_token_id),
-            "labels": torch.where(offsets == 0, -1, padded[positions]),
-            "previous": padded[positions - 1].clamp(min=0),
-            "contexts": torch.arange(num_context),
-            "blocks": positions,
-            "offsets": offsets,
-        }
-        if sample.final is not None:  # what was recorded while decoding lacks the last tokens' states: no label without a law
-            new["final"] = sample.final[(positions - 1).clamp(max=len(sample.final) - 1)]
-            new["labels"] = new["labels"].masked_fill(positions > len(sample.final), -1)
-        for name, tensor in new.items():
-            self.lists.setdefault(name, []).append(tensor)
-        c0, r0 = (self.spans[-1][1], self.spans[-1][3]) if self.spans else (0, 0)
-        self.spans.append((c0, c0 + num_context, r0, r0 + len(positions)))
-        self.numbers.append(number)
-
-    def join(self, masks: list[Tensor], flex: Any) -> Batch:
-        joined = {name: torch.cat(tensors) for name, tensors in self.lists.items()}
-        positions = joined.pop("contexts"), joined.pop("blocks")
-        return Batch(**joined, positions=positions, spans=self.spans, masks=masks, numbers=self.numbers, flex=flex)
+def _part(sample: Sample, anchors: Tensor, config: DraftConfig) -> dict[str, Tensor]:
+    """One sequence's share of a batch's tensors."""
+    size, num_context = config.block_size, int(anchors[-1])
+    positions = block_positions(anchors, size)
+    padded = F.pad(sample.tokens, (0, size), value=-1)
+    offsets = torch.arange(size).repeat(len(anchors))
+    part = {
+        "features": sample.features[:num_context],
+        "block_tokens": torch.where(offsets == 0, padded[positions], config.mask_token_id),
+        "labels": torch.where(offsets == 0, -1, padded[positions]),
+        "previous": padded[positions - 1].clamp(min=0),
+        "contexts": torch.arange(num_context),
+        "blocks": positions,
+        "offsets": offsets,
+    }
+    if sample.final is not None:  # what was recorded while decoding lacks the last tokens' states: no label without a law
+        part["final"] = sample.final[(positions - 1).clamp(max=len(sample.final) - 1)]
+        part["labels"] = part["labels"].masked_fill(positions > len(sample.final), -1)
+    return part
 
 
 class Blocks(nn.Module):

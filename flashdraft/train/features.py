@@ -24,7 +24,8 @@ from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.train.prompts import read_jsonl
 from flashdraft.types import Rows
 
-__all__ = ["SHARD", "FeatureSet", "OnlineFeatures", "Recorder", "Sample", "ShardWriter", "encode", "shard_key", "write_features"]
+__all__ = ["SHARD", "Data", "FeatureSet", "OnlineFeatures", "Reader", "Recorder", "Sample", "ShardWriter"]
+__all__ += ["encode", "shard_key", "write_features"]
 
 SHARD = 64  # answers a shard; every answer file is cut anew
 Layers = tuple[int, ...]
@@ -40,19 +41,40 @@ class Sample:
     final: Tensor | None = None  # [as many, hidden]: the state that the target's lm_head reads
 
 
-class ShardWriter:
+class Reader:
+    """The target as a reader of answers: of which layers the outputs are taken, and of how many tokens at most."""
+
+    def __init__(self, model: Model, layers: Layers, max_length: int, final: bool = False) -> None:
+        self.model, self.layers, self.max_length, self.final = model, layers, max_length, final
+        self.hidden_size = model.target.hidden_size
+        self.wanted = (*layers, model.target.num_layers) if final else layers  # what the target is asked for
+
+    def read(self, row: dict[str, Any]) -> Sample:
+        """One answer, read by the target; rounded like what is stored."""
+        tokens, num_prompt = encode(self.model, row)
+        tokens, target = tokens[: self.max_length], self.model.target
+        _, features = target.prefill(target.new_cache(1, len(tokens)), 0, torch.tensor(tokens), self.wanted)
+        assert features is not None
+        return self.sample(tokens, features, num_prompt)
+
+    def sample(self, tokens: list[int], features: Tensor, num_prompt: int) -> Sample:
+        """features: of all `wanted` layers."""
+        own, final = features.to(torch.bfloat16).tensor_split([len(self.layers) * self.hidden_size], dim=1)
+        return Sample(torch.tensor(tokens), own, num_prompt, final if self.final else None)
+
+
+class ShardWriter(Reader):
     """A features folder that is being filled: its manifest, and which shards are still to be made."""
 
     def __init__(self, model: Model, out: Path, *, layers: Layers, max_length: int, final: bool = False) -> None:
-        self.out, self.layers, self.max_length, self.final = out, layers, max_length, final
+        super().__init__(model, layers, max_length, final)
+        self.out = out
         out.mkdir(parents=True, exist_ok=True)
-        kind: dict[str, Any] = {"target": model.target.name, "layers": list(layers), "hidden_size": model.target.hidden_size}
+        kind: dict[str, Any] = {"target": model.target.name, "layers": list(layers), "hidden_size": self.hidden_size}
         kind |= {"max_length": max_length, "final": final}
-        self.manifest = kind | {"shards": {}, "unused": {}}
-        if (out / "manifest.json").exists():
-            self.manifest = _read_manifest(out)
-            if any(self.manifest.get(key, False) != kind[key] for key in kind):
-                raise DataError(f"`{out}` holds features of another kind", hint="name another folder, or remove that one")
+        self.manifest = _read_manifest(out) if (out / "manifest.json").exists() else kind | {"shards": {}, "unused": {}}
+        if any(self.manifest.get(key, False) != kind[key] for key in kind):
+            raise DataError(f"`{out}` holds features of another kind", hint="name another folder, or remove that one")
         found: dict[str, dict[str, Any]] = self.manifest["unused"] | self.manifest["shards"]
         self.known = {key: entry for key, entry in found.items() if (out / f"{key}.safetensors").exists()}
 
@@ -91,7 +113,7 @@ def write_features(
     writer = ShardWriter(model, out, layers=layers, max_length=max_length, final=final)
     parts = _shards(answers)
     for key in track(writer.use(list(parts)), description="features", disable=quiet):
-        writer.add(key, [read_by(model, row, layers, max_length, final=final) for row in parts[key]])
+        writer.add(key, [writer.read(row) for row in parts[key]])
     return len(parts)
 
 
@@ -151,27 +173,6 @@ def encode(model: Model, row: dict[str, Any]) -> tuple[list[int], int]:
     return [*prompt, *answer], len(prompt)
 
 
-def read_by(model: Model, row: dict[str, Any], layers: Layers, max_length: int, *, final: bool = False) -> Sample:
-    """One answer, read by the target; rounded like what is stored."""
-    tokens, num_prompt = encode(model, row)
-    tokens, target = tokens[:max_length], model.target
-    wanted = wanted_layers(model, layers, final)
-    _, features = target.prefill(target.new_cache(1, len(tokens)), 0, torch.tensor(tokens), wanted)
-    assert features is not None
-    return as_sample(tokens, features, num_prompt, target.hidden_size * final)
-
-
-def wanted_layers(model: Model, layers: Layers, final: bool) -> Layers:
-    return (*layers, model.target.num_layers) if final else layers
-
-
-def as_sample(tokens: list[int], features: Tensor, num_prompt: int, num_final: int) -> Sample:
-    """The last `num_final` of the features are the final state's."""
-    features = features.to(torch.bfloat16)
-    split = features.shape[1] - num_final
-    return Sample(torch.tensor(tokens), features[:, :split], num_prompt, features[:, split:] if num_final else None)
-
-
 class FeatureSet:
     """The samples of a features folder, in an order that a seed and an epoch fix."""
 
@@ -221,12 +222,12 @@ class FeatureSet:
             raise DataError(f"`{path}` cannot be read: {error}", hint="remove it and run `flashdraft features` again") from None
 
 
-class OnlineFeatures:
+class OnlineFeatures(Reader):
     """The same samples without a folder: the target reads an answer again whenever it is asked for; nothing is stored."""
 
     def __init__(self, model: Model, answers: Sequence[Path], *, layers: Layers, max_length: int, final: bool = False) -> None:
-        self.model, self.layers, self.max_length, self.final = model, layers, max_length, final
-        self.name, self.target, self.hidden_size = ", ".join(map(str, answers)), model.target.name, model.target.hidden_size
+        super().__init__(model, layers, max_length, final)
+        self.name, self.target = ", ".join(map(str, answers)), model.target.name
         self.rows = [row for _, rows in sorted(_shards(answers).items()) for row in rows]  # a FeatureSet's order
         if not self.rows:
             raise DataError(f"`{self.name}` holds no answers", hint="run `flashdraft regenerate` first")
@@ -245,4 +246,7 @@ class OnlineFeatures:
         return tokens[: self.max_length][num_prompt:]
 
     def __getitem__(self, i: int) -> Sample:
-        return read_by(self.model, self.rows[i], self.layers, self.max_length, final=self.final)
+        return self.read(self.rows[i])
+
+
+Data = FeatureSet | OnlineFeatures

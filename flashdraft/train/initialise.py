@@ -4,7 +4,6 @@ A copy starts with the target's own attention keys: fc passes the last feature t
 values are those of the copied layer, and the draft's norms take over the scale that the target's heads had.
 """
 
-import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,6 @@ from flashdraft.types import require
 __all__ = ["copied_from_target", "draft_config", "feature_layers", "random_weights", "taken_from"]
 
 MASK_TOKENS = {"smollm2-135m": 16}  # unused ids of the built-in targets' vocabularies
-_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-_PROJECTIONS = (*_ATTENTION, "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
 def draft_config(
@@ -100,43 +97,33 @@ def taken_from(config: DraftConfig, donor: DFlashDraftModel, seed: int) -> DFlas
 @torch.no_grad()
 def copied_from_target(config: DraftConfig, target: str, sample: Sample, seed: int) -> DFlashDraftModel:
     """Draft layers from the target's last ones; `sample` calibrates the scale of queries and keys."""
-    model = random_weights(config, seed)
-    folder = hub.resolve(target)
-    tensors = _layers(folder, config) if isinstance(folder, Path) else {}
+    model, copied = random_weights(config, seed), _last_layers(target, config)
     last = sample.features[:, -config.hidden_size :].float()
     unit = last / last.pow(2).mean(-1, keepdim=True).add(config.rms_norm_eps).sqrt()
     model.fc.weight[:, -config.hidden_size :] += torch.eye(config.hidden_size)
-    state = model.state_dict()
     for n in range(config.num_hidden_layers):
-        prefix = f"model.layers.{config.num_target_layers - config.num_hidden_layers + n}."
-        norms = {name: tensors[prefix + name + ".weight"] for name in ("input_layernorm", "post_attention_layernorm")}
-        for name in _PROJECTIONS:
-            weight = tensors[prefix + name + ".weight"].clone()
-            if name in _ATTENTION:  # the context bypasses input_layernorm, so its scale moves into q, k and v
-                weight *= norms["input_layernorm"]
-            state[f"layers.{n}.{name}.weight"].copy_(weight)
-            if name in _ATTENTION[:2]:
+        norm = copied.pop(f"layers.{n}.input_layernorm.weight")
+        for name in ("q", "k", "v"):  # the context bypasses input_layernorm, so its scale moves into them
+            weight = copied[f"layers.{n}.self_attn.{name}_proj.weight"].mul_(norm)
+            if name != "v":
                 scale = (unit @ weight.T).pow(2).mean().sqrt()
-                state[f"layers.{n}.{name.replace('proj', 'norm')}.weight"].fill_(float(scale))
-        state[f"layers.{n}.post_attention_layernorm.weight"].copy_(norms["post_attention_layernorm"])
-    state["norm.weight"].copy_(tensors["model.norm.weight"])
+                copied[f"layers.{n}.self_attn.{name}_norm.weight"] = scale.expand(config.head_dim)
+    model.load_state_dict(copied, strict=False)
     return model
 
 
-def _layers(folder: Path, config: DraftConfig) -> dict[str, Tensor]:
-    """The target's last layers in float32. Raises CheckpointError where its shapes are not the draft's."""
-    tensors: dict[str, Tensor] = {}
-    first = config.num_target_layers - config.num_hidden_layers
-    for path in sorted(folder.glob("*.safetensors")):
+def _last_layers(target: str, config: DraftConfig) -> dict[str, Tensor]:
+    """The target's last layers in float32, named as the draft's. Raises CheckpointError where its shapes are not the draft's."""
+    folder, shapes, tensors = hub.resolve(target), config.shapes(), dict[str, Tensor]()
+    names = {"model.norm.weight": "norm.weight"}  # theirs -> ours
+    for name in shapes:
+        if name.endswith(("proj.weight", "layernorm.weight")):
+            _, n, rest = name.split(".", 2)
+            names[f"model.layers.{config.num_target_layers - config.num_hidden_layers + int(n)}.{rest}"] = name
+    for path in sorted(folder.glob("*.safetensors")) if isinstance(folder, Path) else ():
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                parts = name.split(".")
-                if name == "model.norm.weight" or (parts[:2] == ["model", "layers"] and int(parts[2]) >= first):
-                    tensors[name] = file.get_tensor(name).float()
-    shapes = config.shapes()
-    for n, name in itertools.product(range(config.num_hidden_layers), _PROJECTIONS):
-        theirs = tensors.get(f"model.layers.{first + n}.{name}.weight")
-        if theirs is None or tuple(theirs.shape) != shapes[f"layers.{n}.{name}.weight"]:
-            lacking = f"`{folder}` has no llama-shaped layers of the draft's size to copy"
-            raise CheckpointError(lacking, hint="start from --init random")
+            tensors |= {names[name]: file.get_tensor(name).float() for name in names.keys() & set(file.keys())}
+    if any(name not in tensors or tuple(tensors[name].shape) != shapes[name] for name in names.values()):
+        lacking = f"`{folder}` has no llama-shaped layers of the draft's size to copy"
+        raise CheckpointError(lacking, hint="start from --init random")
     return tensors

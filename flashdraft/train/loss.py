@@ -16,7 +16,7 @@ from torch import Tensor
 from flashdraft.methods.dflash import DFlashDraftModel
 from flashdraft.target import Target
 from flashdraft.train.batch import Batch
-from flashdraft.train.features import FeatureSet, OnlineFeatures
+from flashdraft.train.features import Data
 from flashdraft.train.objectives import chunked_loss, position_weights, row_loss
 
 __all__ = ["Loss", "accuracy", "common_tokens"]
@@ -46,6 +46,7 @@ class Loss:
         blocks = wanted // size
         candidates, labels, drafted = self._candidates(batch.labels[wanted], step)
         weight, sequential = self.head[candidates].to(states.dtype), self.model.sequential_head
+        shares, final = {"ce": 1.0 - c.kl - c.tv, "kl": c.kl, "tv": c.tv}, batch.final if c.kl + c.tv else None
 
         def part(rows: Tensor, chunk: slice) -> tuple[Tensor, dict[str, Tensor]]:
             bias = None
@@ -54,13 +55,8 @@ class Loss:
                 rows, bias = sequential.correct(rows, self.target.embed(before)), sequential.bias(before)
             logits = F.linear(rows, weight).float()
             logits = logits if bias is None else logits.index_add(1, drafted, bias.float())
-            losses = 1.0 - c.kl - c.tv and row_loss("ce", logits, labels[chunk], None) * (1.0 - c.kl - c.tv)
-            if c.kl + c.tv:
-                assert batch.final is not None
-                theirs = F.linear(batch.final[wanted[chunk]].to(weight.dtype), weight).float()
-                losses = losses + sum(
-                    s * row_loss(k, logits, labels[chunk], theirs) for k, s in (("kl", c.kl), ("tv", c.tv)) if s
-                )
+            theirs = None if final is None else F.linear(final[wanted[chunk]].to(weight.dtype), weight).float()
+            losses: Any = sum(s * row_loss(kind, logits, labels[chunk], theirs) for kind, s in shares.items() if s)
             log_q = -F.cross_entropy(logits.detach(), labels[chunk], reduction="none")
             weights = position_weights(c.weights, log_q, batch.offsets[wanted[chunk]], blocks[chunk], gamma=c.gamma)
             hit = (logits.detach().argmax(-1) == labels[chunk]).float()
@@ -70,8 +66,7 @@ class Loss:
         starts = [*torch.searchsorted(blocks, edges).tolist(), len(wanted)]
         chunks = [slice(a, b) for a, b in itertools.pairwise(starts) if a < b]
         parameters = [] if sequential is None else list(sequential.parameters())
-        surrogate, total, figures = chunked_loss(states[wanted], parameters, chunks, part)
-        return surrogate, total, figures
+        return chunked_loss(states[wanted], parameters, chunks, part)
 
     def _candidates(self, labels: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Ids in this step's softmax, labels as indices into them (a rare one is always among them), and the drafted ones'."""
@@ -84,7 +79,7 @@ class Loss:
         return candidates, torch.searchsorted(candidates, labels), torch.searchsorted(candidates, vocabulary)
 
 
-def common_tokens(data: FeatureSet | OnlineFeatures, count: int) -> tuple[Tensor, float]:
+def common_tokens(data: Data, count: int) -> tuple[Tensor, float]:
     """The commonest tokens of all answers, ascending, and the share of the answers that they cover."""
     counts = Counter(t for i in range(len(data)) for t in data.answer_tokens(i))
     common = sorted(token for token, _ in counts.most_common(count))
@@ -94,9 +89,9 @@ def common_tokens(data: FeatureSet | OnlineFeatures, count: int) -> tuple[Tensor
 def accuracy(hits: Tensor, size: int) -> dict[str, Any]:
     """hits: [n, 2], hit and offset of the labelled rows, blocks in order -> accuracy by offset, expected accepted length."""
     hit, offset = hits[:, 0], hits[:, 1].long()
-    here = [hit[offset == k] for k in range(1, size)]
     block = (offset == 1).cumsum(0) - 1
     grid = hits.new_zeros(int(block[-1]) + 1, size - 1)
     grid[block, offset - 1] = hit
+    here = (hit[offset == k] for k in range(1, size))
     accuracy = [round(float(h.mean()), 4) if len(h) else None for h in here]  # JSON has no NaN
     return {"accuracy": accuracy, "accepted": round(float(grid.cumprod(1).sum(1).mean()) + 1, 4)}

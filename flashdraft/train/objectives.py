@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["LOSSES", "block_mask", "block_positions", "chunked_loss", "draw_anchors", "flex_mask", "position_weights", "row_loss"]
+__all__ = ["block_mask", "block_positions", "chunked_loss", "draw_anchors", "flex_mask", "position_weights", "row_loss"]
 
-LOSSES = ("ce", "kl", "tv")
+Figures = dict[str, Tensor]
 
 
 def draw_anchors(num_prompt: int, num_tokens: int, count: int, generator: torch.Generator) -> Tensor:
@@ -95,31 +95,25 @@ def row_loss(kind: str, logits: Tensor, labels: Tensor, target_logits: Tensor | 
 
 
 def chunked_loss(
-    states: Tensor,
-    parameters: Sequence[Tensor],
-    chunks: Sequence[slice],
-    part: Callable[[Tensor, slice], tuple[Tensor, dict[str, Tensor]]],
-) -> tuple[Tensor, float, dict[str, Tensor]]:
+    states: Tensor, parameters: Sequence[Tensor], chunks: Sequence[slice], part: Callable[[Tensor, slice], tuple[Tensor, Figures]]
+) -> tuple[Tensor, float, Figures]:
     """The sum of part(states[chunk], chunk) with the logits of one chunk alive at a time.
 
     Each chunk's gradient with respect to its states [n, hidden] and to `parameters` (a head's) is taken at once. Returns a
     scalar whose gradients are those of the sum, the sum itself, and the parts' figures, joined along their first dimension.
     """
-    grads = torch.zeros_like(states)
-    param_grads = [torch.zeros_like(p) for p in parameters]
+    grads = [torch.zeros_like(x) for x in (states, *parameters)]
     total, figures = 0.0, []
     for chunk in chunks:
         leaf = states[chunk].detach().requires_grad_()
         with torch.enable_grad():
             loss, figure = part(leaf, chunk)
-        grads[chunk], *others = torch.autograd.grad(loss, (leaf, *parameters), allow_unused=True)
-        for sum_, grad in zip(param_grads, others, strict=True):
+        grads[0][chunk], *others = torch.autograd.grad(loss, (leaf, *parameters), allow_unused=True)
+        for sum_, grad in zip(grads[1:], others, strict=True):
             if grad is not None:
                 sum_ += grad
         total += float(loss.detach())
         figures.append(figure)
-    surrogate = (states * grads).sum()
-    for p, grad in zip(parameters, param_grads, strict=True):
-        surrogate = surrogate + (p * grad).sum()
+    surrogate: Any = sum((x * grad).sum() for x, grad in zip((states, *parameters), grads, strict=True))
     joined = {name: torch.cat([f[name] for f in figures]) for name in (figures[0] if figures else {})}
     return surrogate, total, joined

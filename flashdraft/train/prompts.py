@@ -50,12 +50,11 @@ def numbered_lines(path: Path, keys: Sequence[str] = ()) -> Iterator[tuple[int, 
                     continue
                 try:
                     row = json.loads(line)
+                    wrong = [f"no field `{k}`" for k in keys if k not in row] if isinstance(row, dict) else ["not a JSON object"]
                 except ValueError as error:
-                    raise DataError(f"{path}, line {number}: not valid JSON ({error})", hint="mend or remove that line") from None
-                if not isinstance(row, dict):
-                    raise DataError(f"{path}, line {number}: not a JSON object", hint="mend or remove that line")
-                if lacking := [key for key in keys if key not in row]:
-                    raise DataError(f"{path}, line {number}: no field `{lacking[0]}`", hint="mend or remove that line")
+                    wrong = [f"not valid JSON ({error})"]
+                if wrong:
+                    raise DataError(f"{path}, line {number}: {wrong[0]}", hint="mend or remove that line")
                 yield number, row
     except (FileNotFoundError, IsADirectoryError):
         raise DataError(f"no file `{path}`", hint="give the path of a .jsonl file") from None

@@ -18,7 +18,7 @@ from rich.progress import track
 from flashdraft.engine import check
 from flashdraft.errors import ContextLengthError, DataError, FlashDraftError, InvalidParameter, InvalidPrompt
 from flashdraft.generate import Model
-from flashdraft.train.features import SHARD, Recorder, Sample, ShardWriter, as_sample, encode, read_by, shard_key, wanted_layers
+from flashdraft.train.features import SHARD, Recorder, Sample, ShardWriter, encode, shard_key
 from flashdraft.train.prompts import as_prompt, numbered_lines, read_jsonl
 from flashdraft.types import SamplingParams, require
 
@@ -57,7 +57,7 @@ def regenerate(
     _drop_torn_line(out)
     done = {(row["source"], row["row"]) for row in read_jsonl(out, ("source", "row"))} if out.exists() else set()
     missing = [row for row in numbered if (row["source"], row["row"]) not in done]
-    keep = _Keeper(model, shards, len(done)) if shards and isinstance(model, Model) else None
+    keep = _Keeper(shards, len(done)) if shards else None
     count = 0
     with out.open("a", encoding="utf-8") as file:
         windows = [missing[i : i + _WINDOW] for i in range(0, len(missing), _WINDOW)]
@@ -191,28 +191,25 @@ def _read(prompts: Path) -> list[Row]:
 class _Keeper:
     """Groups finished answers into the shards that `flashdraft features` would cut the file into."""
 
-    def __init__(self, model: Model, shards: ShardWriter, num_done: int) -> None:
-        self.model, self.shards = model, shards
+    def __init__(self, shards: ShardWriter, num_done: int) -> None:
+        self.shards = shards
         self.skip = -num_done % SHARD  # the rest of a shard that an earlier run began
-        self.lines: list[dict[str, Any]] = []
+        self.lines: list[Row] = []
         self.samples: list[Sample] = []
 
     def new(self) -> Recorder:
-        self.recorder = Recorder(wanted_layers(self.model, self.shards.layers, self.shards.final))
+        self.recorder = Recorder(self.shards.wanted)
         return self.recorder
 
-    def take(self, line: dict[str, Any]) -> None:
-        tokens, num_prompt = encode(self.model, line)
+    def take(self, line: Row) -> None:
+        tokens, num_prompt = encode(self.shards.model, line)
         features = self.recorder.finished.pop(tuple(tokens), None)
         if self.skip:
             self.skip -= 1
             return
+        sample = None if features is None else self.shards.sample(tokens, features, num_prompt)
         self.lines.append(line)
-        layers, final = self.shards.layers, self.shards.final
-        if features is None:  # the same prompt and answer ended in the same step
-            self.samples.append(read_by(self.model, line, layers, self.shards.max_length, final=final))
-        else:
-            self.samples.append(as_sample(tokens, features, num_prompt, self.model.target.hidden_size * final))
+        self.samples.append(sample or self.shards.read(line))  # none if the same prompt and answer ended in the same step
         if len(self.lines) == SHARD:
             self.shards.add(shard_key(self.lines), self.samples, place="unused")
             self.lines, self.samples = [], []
@@ -221,7 +218,7 @@ class _Keeper:
 def _decoded(model: Model, rows: Sequence[Row], law: Law, keep: _Keeper | None) -> Iterator[tuple[Row, Row]]:
     """Rows that fit into the context and the fields of their answers, as they end."""
     lm = replace(model, new_drafter=keep.new) if keep else model
-    fitting, each = [], []
+    fitting = []
     for row in rows:
         try:
             tokens, params = model.encode(row["prompt"], thinking=row.get("thinking")), law(row["number"])
@@ -230,9 +227,8 @@ def _decoded(model: Model, rows: Sequence[Row], law: Law, keep: _Keeper | None) 
             continue
         except InvalidPrompt as error:
             raise DataError(f"{row['place']}: {error.args[0]}", hint=error.hint) from None
-        fitting.append((row, tokens))
-        each.append(params)
-    for chunk in lm.stream([tokens for _, tokens in fitting], each):
+        fitting.append((row, tokens, params))
+    for chunk in lm.stream([tokens for _, tokens, _ in fitting], [params for *_, params in fitting]):
         if (result := chunk.result) is not None:
             answer: Row = {"response": result.text, "finish": result.finish_reason, "num_tokens": len(result.tokens)}
             yield fitting[chunk.index][0], answer | {"tokens": list(result.tokens)}

@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,8 @@ from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDra
 from flashdraft.provenance import provenance
 from flashdraft.target import Target
 from flashdraft.train.batch import Batch, Blocks, make_batch
-from flashdraft.train.card import model_card
-from flashdraft.train.config import TrainConfig
-from flashdraft.train.features import FeatureSet, OnlineFeatures, Sample
+from flashdraft.train.config import TrainConfig, model_card
+from flashdraft.train.features import Data, Sample
 from flashdraft.train.loss import Loss, accuracy, common_tokens
 from flashdraft.train.state import full_disk_named, last_checkpoint, load_checkpoint, save_checkpoint
 from flashdraft.types import Result, SamplingParams
@@ -45,31 +44,26 @@ __all__ = ["Trainer", "process_device"]
 _MEASURED = SamplingParams(max_new_tokens=128)  # the texts on which tau is measured
 _WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
 _FREE = ("steps", "eval_every", "save_every", "tracker")  # what may change when a run goes on
+Head = tuple[str, int]  # kind and rank of a sequential head to add
 
 
 class Trainer:
     """One run in one folder: `checkpoints/`, `best/` (a drafter's folder), metrics.jsonl, tensorboard/, run.json."""
 
     def __init__(
-        self,
-        model: DFlashDraftModel,
-        lm: Model,
-        data: FeatureSet | OnlineFeatures,
-        out: Path,
-        config: TrainConfig,
-        *,
-        head: tuple[str, int] | None = None,
+        self, model: DFlashDraftModel, lm: Model, data: Data, out: Path, config: TrainConfig, *, head: Head | None = None
     ) -> None:
-        """head: kind and rank of a sequential head to add."""
         self.model, self.lm, self.data, self.out, self.config = model, lm, data, out, config
         self.target: Target = lm.target
-        self._check(model, data)
+        self.origin = provenance() | {"config": asdict(config)}
+        self._check()
         out.mkdir(parents=True, exist_ok=True)
         self.step, self.positions, self.best, self.stopped = 0, 0, 0.0, 0
         self.taus: list[tuple[int, float]] = []  # step and tau of every measurement
-        self.bf16 = config.precision == "bf16" or (config.precision == "auto" and _native_bf16())
-        loggers = ["tensorboard", *([config.tracker] if config.tracker != "tensorboard" else [])]
-        self.acc = Accelerator(log_with=loggers, project_dir=out)
+        cuda = torch.cuda.is_available()
+        native = torch.cuda.is_bf16_supported() if cuda else torch.cpu._is_avx512_bf16_supported()
+        self.bf16 = config.precision == "bf16" or (config.precision == "auto" and native)
+        self.acc = Accelerator(log_with=sorted({"tensorboard", config.tracker}), project_dir=out)
         self.coverage: float | None = None  # share of the answers' tokens that the draft vocabulary has
         vocabulary = self._draft_vocabulary(keep=model.sequential_head is not None)
         if head is not None:
@@ -81,14 +75,18 @@ class Trainer:
         if model.sequential_head is not None and self.acc.distributed_type == "FSDP":
             raise InvalidParameter("a sequential head cannot be trained under FSDP", hint="use recipes/accelerate/ddp.yaml")
         self.net: Any = Blocks(model, self.target.embed)
-        self.optimizer: Any = torch.optim.AdamW(_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.95), fused=True)
+        matrices, norms = ([p for p in model.parameters() if (p.ndim > 1) is wanted] for wanted in (True, False))
+        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": norms, "weight_decay": 0.0}]
+        self.optimizer: Any = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
         self.net, self.optimizer = self.acc.prepare(self.net, self.optimizer)
         self.loss = Loss(model, self.target, vocabulary, config, self.acc.device)
         self.average = {n: p.detach().clone() for n, p in model.named_parameters()} if config.ema else {}
         self.seconds: dict[str, float] = {}  # by part of a step, of all steps of this process
         self._resume()
-        if self.acc.is_main_process:
-            self._cut_log()
+        log = out / "metrics.jsonl"
+        if self.acc.is_main_process and log.exists():  # steps behind the last checkpoint come again; a line may be cut off
+            whole = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            write_file(log, "".join(line for line in whole if json.loads(line)["step"] <= self.step).encode())
 
     def run(self, prompts: Sequence[str], *, quiet: bool = False) -> float:
         """Train to the last step; returns the best tau measured on `prompts`, which are checked before the first one.
@@ -102,7 +100,7 @@ class Trainer:
         self.data.check()
         main, config = self.acc.is_main_process, self.config
         if main:
-            write_file(self.out / "run.json", json.dumps(self._origin(), indent=2).encode())
+            write_file(self.out / "run.json", json.dumps(self.origin, indent=2).encode())
         self.acc.init_trackers("tensorboard", config=asdict(config))
         self.net.train()
         full = full_disk_named(self.out / "checkpoints", f"a file of `{self.out}`")
@@ -120,7 +118,9 @@ class Trainer:
                 stopped = max(self.acc.gather(torch.tensor([self.stopped], device=self.acc.device)).tolist())  # any process
                 if self.step % config.save_every == 0 or ended or stopped:
                     self._save()
-                bar.update(task, advance=1, description=_describe(figures))
+                shares = " ".join(f"{share:.2f}" for share in figures["accuracy"] if share is not None)
+                told = f"loss {figures['loss']:.3f}  accuracy {shares}  accepted {figures['accepted']:.2f}"
+                bar.update(task, advance=1, description=told)
                 if stopped:
                     raise SystemExit(128 + stopped)
         self.acc.end_training()
@@ -143,7 +143,8 @@ class Trainer:
                     states = self.net(batch)
                 with self._timed("loss"), self._autocast():
                     surrogate, part, figures = self.loss(states, batch, self.step)
-                self._refuse_nan(batch, figures)
+                if len(bad := figures["row"][~figures["loss"].isfinite()]):
+                    raise self._not_finite("loss", float("nan"), [batch.number_of(int(bad[0]))])
                 with self._timed("backward"):
                     self.acc.backward(surrogate * (self.acc.num_processes / total))
             loss += part / total
@@ -153,7 +154,9 @@ class Trainer:
             if not torch.isfinite(norm):
                 raise self._not_finite("gradient's norm", float(norm), [n for b in batches for n in b.numbers])
             self.optimizer.step()
-            self._follow()
+            if self.average:
+                current = [p.detach() for p in self.model.parameters()]
+                get_ema_multi_avg_fn(c.ema)(list(self.average.values()), current, self.step)
         self.step, self.positions = self.step + 1, self.positions + int(positions)
         hits = self.acc.gather(self.acc.pad_across_processes(torch.cat(rows, 1).T.contiguous()))  # a pad's offset is 0
         loss = float(self.acc.reduce(torch.tensor(loss, device=self.acc.device), "sum"))
@@ -166,41 +169,34 @@ class Trainer:
         model.load_state_dict(weights)
         model.extras = self.model.extras
         network = PackedDraft(model.eval(), self.target)
-        rows = self.lm.max_rows
-        lm = Model(self.target, self.lm.tokenizer, lambda: DFlashDrafter(network), eos=self.lm.eos, max_rows=rows)
-        results: list[Result] = lm.generate(list(prompts), _MEASURED)
+        drafting = replace(self.lm, new_drafter=lambda: DFlashDrafter(network))
+        results: list[Result] = drafting.generate(list(prompts), _MEASURED)
         tau = sum(result.stats.tau for result in results) / len(results)
         self.taus.append((self.step, tau))
         if tau > self.best:
             self.best = tau
             facts = {"step": self.step, "positions_seen": self.positions, "taus": self.taus, "num_prompts": len(prompts)}
-            card = model_card(model.config, self.target.name, self._origin(), facts, num_samples=len(self.data))
+            card = model_card(model.config, self.target.name, self.origin, facts, num_samples=len(self.data))
             model.save_pretrained(self.out / "best", readme=card)
         return {"tau": tau}
-
-    def _origin(self) -> dict[str, Any]:
-        return provenance() | {"config": asdict(self.config)}
 
     def _batches(self) -> list[Batch]:
         """This process's micro-batches of the step: number m of all processes' holds samples m * sequences and on."""
         c, device = self.config, self.acc.device
         numbers = [(self.step * c.accumulate + a) * self.acc.num_processes + self.acc.process_index for a in range(c.accumulate)]
         samples = [[(n, self._sample(n)) for n in range(m * c.sequences, (m + 1) * c.sequences)] for m in numbers]
-        flex = device if device.type == "cuda" else None
-        config = self.model.config
-        each = [make_batch(s, config, c.anchors, c.seed, min_context=c.min_context, flex=flex) for s in samples]
-        return [batch.to(device) for batch in each]
+        options: Any = {"min_context": c.min_context, "flex": device if device.type == "cuda" else None}
+        return [make_batch(each, self.model.config, c.anchors, c.seed, **options).to(device) for each in samples]
 
-    def _check(self, model: DFlashDraftModel, data: FeatureSet | OnlineFeatures) -> None:
-        if data.layers != model.config.target_layer_ids or data.hidden_size != model.config.hidden_size:
-            raise DataError(
-                f"`{data.name}` holds layers {data.layers}, the drafter reads {model.config.target_layer_ids}",
-                hint="run `flashdraft features` for this drafter",
-            )
+    def _check(self) -> None:
+        data, config = self.data, self.model.config
+        if data.layers != config.target_layer_ids or data.hidden_size != config.hidden_size:
+            got = f"`{data.name}` holds layers {data.layers}, the drafter reads {config.target_layer_ids}"
+            raise DataError(got, hint="run `flashdraft features` for this drafter")
         if self.config.kl + self.config.tv and not data.final:
             raise DataError(f"`{data.name}` holds no final states", hint="run `flashdraft features` with --soft-labels")
-        odd: list[str] = [name for name in ("embed_tokens.weight", "lm_head.weight") if name in model.extras]
-        odd += ["sliding_attention layers"] * ("sliding_attention" in model.config.layer_types)
+        odd: list[str] = [name for name in ("embed_tokens.weight", "lm_head.weight") if name in self.model.extras]
+        odd += ["sliding_attention layers"] * ("sliding_attention" in config.layer_types)
         if odd:
             raise InvalidParameter(f"the drafter has {odd[0]}, which cannot be trained here", hint="start from random weights")
 
@@ -230,22 +226,10 @@ class Trainer:
         self.model.reduce_vocabulary(tokens)
         return tokens
 
-    def _refuse_nan(self, batch: Batch, figures: dict[str, Tensor]) -> None:
-        bad = figures["row"][~figures["loss"].isfinite()]
-        if len(bad):
-            rows = int(bad[0])
-            first = next(n for n, span in zip(batch.numbers, batch.spans, strict=True) if span[2] <= rows < span[3])
-            raise self._not_finite("loss", float("nan"), [first])
-
     def _not_finite(self, what: str, value: float, numbers: list[int]) -> FlashDraftError:
         places = ", ".join(self.data.describe(self._place(n)) for n in numbers[:3])
         hint = "look at that data, or lower --lr; the last checkpoint is whole"
         return FlashDraftError(f"the {what} is {value} at step {self.step}, in {places}", hint=hint)
-
-    def _follow(self) -> None:
-        if self.average:
-            current = [p.detach() for _, p in self.model.named_parameters()]
-            get_ema_multi_avg_fn(self.config.ema)(list(self.average.values()), current, self.step)
 
     def _weights(self) -> dict[str, Tensor]:
         """What is measured and kept: the weights or their moving average, whole, on every process."""
@@ -258,16 +242,12 @@ class Trainer:
         both: Any = dcp.get_state_dict(self.net, self.optimizer.optimizer, options=_WHOLE)
         model, optimizer = both
         flat = {f"{name}.{key}": value for name, entry in optimizer.get("state", {}).items() for key, value in entry.items()}
-        groups: dict[str, dict[str, Tensor]] = {"model": model, "optimizer": flat} | (
-            {"average": self._weights()} if self.average else {}
-        )
-        if self.acc.is_main_process:
-            save_checkpoint(self.out / "checkpoints", self.step, groups, self._state())
-        self.acc.wait_for_everyone()
-
-    def _state(self) -> dict[str, Any]:
+        groups = {"model": model, "optimizer": flat} | ({"average": self._weights()} if self.average else {})
         held = {"best": self.best, "positions": self.positions, "taus": self.taus}
-        return held | {"config": asdict(self.config), "draft": self.model.config.to_json()}
+        if self.acc.is_main_process:
+            settings = {"config": asdict(self.config), "draft": self.model.config.to_json()}
+            save_checkpoint(self.out / "checkpoints", self.step, groups, held | settings)
+        self.acc.wait_for_everyone()
 
     def _resume(self) -> None:
         path = last_checkpoint(self.out / "checkpoints")
@@ -276,24 +256,21 @@ class Trainer:
         groups, state = load_checkpoint(path)
         held = {name: value for name, value in state["config"].items() if name not in _FREE}
         if differing := [name for name, value in asdict(self.config).items() if name not in _FREE and held.get(name) != value]:
-            found = f"{differing[0]} {held.get(differing[0])}"
-            raise InvalidParameter(
-                f"`{self.out}` was begun with {found}", hint="name another folder, or the settings of its run.json"
-            )
+            got = f"`{self.out}` was begun with {differing[0]} {held.get(differing[0])}"
+            raise InvalidParameter(got, hint="name another folder, or the settings of its run.json")
         if state["draft"] != self.model.config.to_json():
             raise InvalidParameter(f"`{self.out}` was begun with another draft network", hint="name another folder")
         entries: dict[str, dict[str, Tensor]] = {}
         for name, value in groups["optimizer"].items():
             parameter, _, key = name.rpartition(".")
             entries.setdefault(parameter, {})[key] = value
+        ours = self.net, self.optimizer.optimizer
         model: Any = groups["model"]
-        optimizer: Any = {"state": entries}
-        optimizer["param_groups"] = dcp.get_optimizer_state_dict(self.net, self.optimizer.optimizer)["param_groups"]
+        optimizer: Any = {"state": entries, "param_groups": dcp.get_optimizer_state_dict(*ours)["param_groups"]}
         if self.average:  # by way of the network, which knows how it is sharded
             average: Any = {f"model.{name}": tensor for name, tensor in groups["average"].items()}
             dcp.set_model_state_dict(self.net, average, options=_WHOLE)
             self.average = {n: p.detach().clone() for n, p in self.model.named_parameters()}
-        ours = self.net, self.optimizer.optimizer
         dcp.set_state_dict(*ours, model_state_dict=model, optim_state_dict=optimizer, options=_WHOLE)
         self.step, self.positions, self.best = state["step"], state["positions"], state["best"]
         self.taus = [(step, tau) for step, tau in state["taus"]]
@@ -305,13 +282,6 @@ class Trainer:
         scalars = {name: value for name, value in figures.items() if isinstance(value, float)}
         scalars |= {f"accuracy/{k}": value for k, value in enumerate(figures["accuracy"], 1) if value is not None}
         self.acc.log(scalars, step=figures["step"])
-
-    def _cut_log(self) -> None:
-        """Steps behind the last checkpoint come again; a kill may have left half a line."""
-        path = self.out / "metrics.jsonl"
-        if path.exists():
-            whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            write_file(path, "".join(line for line in whole if json.loads(line)["step"] <= self.step).encode())
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.acc.device.type, dtype=torch.bfloat16, enabled=self.bf16)
@@ -342,34 +312,9 @@ def process_device() -> torch.device:
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device  # type: ignore[no-any-return]
 
 
-def _describe(figures: dict[str, Any]) -> str:
-    shares = " ".join(f"{a:.2f}" for a in figures["accuracy"] if a is not None)
-    return f"loss {figures['loss']:.3f}  accuracy {shares}  accepted {figures['accepted']:.2f}"
-
-
-def _groups(model: DFlashDraftModel, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay, norms do not."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    norms = [p for p in model.parameters() if p.ndim == 1]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": norms, "weight_decay": 0.0}]
-
-
 def _schedule(step: int, steps: int, warmup: float) -> float:
     """Linear warm-up, then a cosine to zero."""
     rising = max(1, round(steps * warmup))
     if step < rising:
         return (step + 1) / rising
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
-
-
-def _native_bf16() -> bool:
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported())
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and "avx512_bf16" in _cpu_flags()
-
-
-def _cpu_flags() -> str:
-    try:
-        return Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return ""

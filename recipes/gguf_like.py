@@ -1,0 +1,28 @@
+"""The same weights in another GGUF format, so that llama.cpp can be timed on them: gguf_like.py IN.gguf OUT.gguf F32|Q8_0.
+
+Metadata and tokenizer are copied; norms stay float32. From Q4_1 to F32 nothing is rounded.
+"""
+
+import sys
+
+import gguf
+from gguf import GGUFReader, GGUFValueType, GGUFWriter
+from gguf.quants import dequantize, quantize
+
+source, out, kind = GGUFReader(sys.argv[1]), sys.argv[2], gguf.GGMLQuantizationType[sys.argv[3]]
+writer = GGUFWriter(out, source.fields["general.architecture"].contents())
+for field in source.fields.values():
+    if field.name.startswith("GGUF.") or field.name in ("general.architecture", "general.file_type"):
+        continue
+    inner = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
+    writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=inner)
+for tensor in source.tensors:
+    plain = dequantize(tensor.data, tensor.tensor_type)
+    if len(tensor.shape) == 1 or kind == gguf.GGMLQuantizationType.F32:
+        writer.add_tensor(tensor.name, plain.astype("float32"))
+    else:
+        writer.add_tensor(tensor.name, quantize(plain, kind), raw_dtype=kind)
+writer.write_header_to_file()
+writer.write_kv_data_to_file()
+writer.write_tensors_to_file()
+writer.close()
