@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -23,50 +24,7 @@ from flashdraft.types import check_options
 
 __all__ = ["COMMANDS", "flat", "main"]
 
-_TEXT = """\
-demo: Answer a prompt with and without drafting, and compare.
-    flashdraft demo
-    flashdraft demo 'Write a haiku about rain.' --temperature 0.7 --seed 1
-generate: Print the answers to one or more prompts.
-    flashdraft generate 'Why is the sky blue?'
-    flashdraft generate - --json --temperature 0.8 < question.txt
-chat: Talk to a model; /reset forgets the talk, /exit ends it.
-    flashdraft chat
-    flashdraft chat --target Qwen/Qwen3-8B --draft z-lab/Qwen3-8B-DFlash-b16
-bench: Measure methods side by side; write results, show a table.
-    flashdraft bench --prompts speed.jsonl --out results.jsonl --repeats 3
-    flashdraft bench --prompts tau.jsonl --out tau-results.jsonl --methods autoregressive,dflash --max-new-tokens 256
-report: Print the tables of results files again.
-    flashdraft report results.jsonl
-    flashdraft report monday.jsonl tuesday.jsonl
-tasks: Write the benchmark's prompts: GSM8K, HumanEval, MT-Bench.
-    flashdraft tasks --data data --out tau.jsonl
-    flashdraft tasks --data data --out speed.jsonl --first 8
-profile: Show a decoding step's time by part, and the memory.
-    flashdraft profile
-    flashdraft profile --nodes 1 --nodes 4 --nodes 16 --context 1024
-prompts: Training 1: prompts of any data sets, shuffled once.
-    flashdraft prompts --data data --out prompts.jsonl
-    flashdraft prompts chats.jsonl tatsu-lab/alpaca:train --out prompts.jsonl --thinking 0.5
-regenerate: Training 2: the target's own answers; run again to resume.
-    flashdraft regenerate prompts.jsonl --out answers.jsonl --max-rows 32
-    flashdraft regenerate prompts.jsonl --out answers.jsonl --url http://localhost:8000/v1 --model Qwen/Qwen3-8B
-features: Training 3: the target's hidden states; run again to resume.
-    flashdraft features answers.jsonl --out features
-    flashdraft features a.jsonl b.jsonl --out features --max-length 1024
-train: Training 4: a drafter; run again to resume.
-    flashdraft train features --out run --eval-prompts held_out.jsonl
-    flashdraft train features --out run2 --eval-prompts held_out.jsonl --init-from run/best --steps 500 --lr 1e-4
-eval: Training 5: the real accepted length on held-out prompts.
-    flashdraft eval held_out.jsonl --draft run/best
-    flashdraft eval held_out.jsonl --target Qwen/Qwen3-8B --draft org/drafter --max-new-tokens 512
-doctor: Find out why a drafter is accepted too little.
-    flashdraft doctor run/best smollm2-135m features
-    flashdraft doctor org/drafter Qwen/Qwen3-8B features --num-samples 32
-push: Upload a drafter's folder to the hub.
-    flashdraft push run/best my-name/my-drafter
-    flashdraft push run/best my-name/my-drafter --private
-"""
+_TEXT = Path(__file__).with_name("assets").joinpath("commands.txt").read_text(encoding="utf-8")
 # name of a function in commands.py or train_commands.py -> its help and two examples
 COMMANDS = {name: facts for name, *facts in re.findall(r"^(\w+): (.+)\n +(.+)\n +(.+)$", _TEXT, re.MULTILINE)}
 TRAINING = ("prompts", "regenerate", "features", "train", "eval", "doctor", "push")  # in train_commands.py

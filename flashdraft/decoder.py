@@ -1,8 +1,8 @@
 """The blocks of a llama-shaped network, for targets and draft networks alike: one pass over tokens of many sequences.
 
-Two ways to run them, equal to 1e-4: a whole pass in one call of the C++ kernels (native.py), or torch operations on
-packed linears. The first is row-exact always, the second where its linears are (layers.py); then the text of a chain and plain
-text agree bit for bit. Does not know embeddings, heads, drafters or what a token means.
+Two ways to run them, equal to 1e-4: a whole pass in one call of the C++ kernels (native.py), which is row-exact, so that the
+text of a draft and plain text agree bit for bit; or torch operations on packed linears, which are not. Does not know
+embeddings, heads, drafters or what a token means.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -14,13 +14,12 @@ from torch import Tensor
 
 from flashdraft import native
 from flashdraft.cache import SlotCache, round_up
-from flashdraft.layers import CHUNK, Linear, PackedLinear, SlotAttention, apply_rotary
+from flashdraft.layers import Linear, PackedLinear, apply_rotary
 
 __all__ = ["KERNELS", "Block", "Decoder"]
 
 KERNELS = ("compact", "float32", "int8", "torch")  # what may run the weights; the first three are native
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer; q, k, v [tokens, heads, head_dim] -> [tokens, heads * head_dim]
-_TOGETHER = 64  # so many nodes of one row share an attention call whose bits depend on their number: a prompt, not a proposal
 
 
 class Block:
@@ -81,6 +80,7 @@ class Decoder:
         self.nbytes = sum(linear.nbytes for linear in everything)
         self.formats = sorted({linear.format for linear in everything})
         self._model = None if self.kernel == "torch" else self._native_model()
+        self.attention: Callable[..., Tensor] = F.scaled_dot_product_attention
         self.seconds: Tensor | None = None  # set it to a float64 [3]: linears, attention and the rest add up there
 
     def __call__(
@@ -105,15 +105,7 @@ class Decoder:
         if self._model is not None:
             out = self._native(cache, slots, x[real], (starts, real, positions, seen), layers)
         else:
-            together = (x.shape[1] > _TOGETHER or (len(slots) > 1 and not self.row_exact)) and not any(self.windows)
-            attend = (self._together if together else self._row_by_row)(cache, slots, starts, seen, real)
-            packed = x[real]
-            count = len(packed)
-            if count < CHUNK and len(slots) == 1:  # one row alone costs the linears more than four, and attention pads to that
-                packed = F.pad(packed, (0, 0, 0, CHUNK - count))
-                positions = F.pad(positions, (0, CHUNK - count), value=int(positions[-1]))
-            hidden, features = self._run(packed, positions, attend, layers)
-            out = hidden[:count], None if features is None else features[:count]
+            out = self._run(x[real], positions, self._attention(cache, slots, starts, seen, real), layers)
         return _spread(out[0], real), None if out[1] is None else _spread(out[1], real)
 
     def _run(self, x: Tensor, positions: Tensor, attend: Attend, layers: Sequence[int]) -> tuple[Tensor, Tensor | None]:
@@ -139,43 +131,25 @@ class Decoder:
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self.eps)
 
-    def _row_by_row(self, cache: SlotCache, slots: Sequence[int], starts: Tensor, seen: Tensor, real: Tensor) -> Attend:
-        """Small calls of fixed shapes, a row's own whatever the others are."""
-        counts, groups = real.sum(1).tolist(), self.heads // self.kv_heads
-        chain = torch.ones(seen.shape[1:], dtype=torch.bool).tril()
-        plans: dict[int | None, list[SlotAttention]] = {}
-        for window in set(self.windows):
-            plans[window] = []
-            for start, n, own in zip(starts.tolist(), counts, seen[:, :, :], strict=True):
-                causal = window is not None or torch.equal(own[:n, :n], chain[:n, :n])  # a layer with a window is causal
-                visible = None if causal else own[:n, :n]
-                plans[window].append(SlotAttention(start, n, visible=visible, groups=groups, like=self.cos, window=window))
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            outputs, first = [], 0
-            for slot, count, plan in zip(slots, counts, plans[self.windows[layer]], strict=True):
-                last = first + count
-                keys, values = cache.write(layer, slot, k[first:last].transpose(0, 1), v[first:last].transpose(0, 1))
-                alone = q if len(slots) == 1 else q[first:last]
-                outputs.append(plan(alone, keys, values, self.head_dim**-0.5))
-                first = last
-            return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-        return attend
-
-    def _together(self, cache: SlotCache, slots: Sequence[int], starts: Tensor, seen: Tensor, real: Tensor) -> Attend:
-        """One call for all rows and nodes: faster, and the bits depend on who is there."""
+    def _attention(self, cache: SlotCache, slots: Sequence[int], starts: Tensor, seen: Tensor, real: Tensor) -> Attend:
+        """One call for all rows and nodes; a layer with a window is causal."""
         first, rows, width = min(slots), max(slots) - min(slots) + 1, real.shape[1]
         groups, reads = self.heads // self.kv_heads, min(round_up(int(starts.max()) + width), cache.slots)
         row = torch.tensor(slots)[:, None].expand_as(real)[real]
         node = torch.arange(width).expand_as(real)[real]
         place = (starts[:, None] + torch.arange(width))[real]
-        visible = torch.zeros(rows, width, reads, dtype=torch.bool)
-        visible[:, :, 0] = True  # whoever is padding reads something
-        for slot, start, own in zip(slots, starts.tolist(), seen, strict=True):
-            visible[slot - first, :, :start] = True
-            visible[slot - first, :, start : start + width] |= own[:, : reads - start]
-        mask = torch.zeros(visible.shape, dtype=self.cos.dtype).masked_fill_(~visible, -torch.inf).repeat(1, groups, 1)[:, None]
+        masks = {}
+        for window in set(self.windows):
+            visible = torch.zeros(rows, width, reads, dtype=torch.bool)
+            visible[:, :, 0] = True  # whoever is padding reads something
+            for slot, start, own in zip(slots, starts.tolist(), seen, strict=True):
+                visible[slot - first, :, :start] = True
+                visible[slot - first, :, start : start + width] |= (own if window is None else own.tril())[:, : reads - start]
+                if window is not None:
+                    own_slots = start + torch.arange(width)[:, None]
+                    visible[slot - first] &= torch.arange(reads) > own_slots - window
+            mask = torch.zeros(visible.shape, dtype=self.cos.dtype).masked_fill_(~visible, -torch.inf)
+            masks[window] = mask.repeat(1, groups, 1)[:, None]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = cache.layer(layer, k.transpose(0, 1))
@@ -186,7 +160,7 @@ class Decoder:
             folded = query.reshape(rows, self.kv_heads, groups * width, -1)
             some = slice(first, first + rows)
             kv = keys[some, :, :reads], values[some, :, :reads]
-            out = F.scaled_dot_product_attention(folded, *kv, attn_mask=mask)
+            out = self.attention(folded, *kv, attn_mask=masks[self.windows[layer]])
             return out.view(rows, self.heads, width, -1).transpose(1, 2)[row - first, node].flatten(1)
 
         return attend

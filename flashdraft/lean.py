@@ -18,7 +18,7 @@ from flashdraft import hub, native
 from flashdraft.cache import SlotCache
 from flashdraft.decoder import Block, Decoder
 from flashdraft.layers import Linear, PackedLinear, rotary_table
-from flashdraft.target import PREFILL_CHUNK, Indices, Output, Target
+from flashdraft.target import Indices, Output, Target
 from flashdraft.tree import ancestors, chain
 
 __all__ = ["LeanTarget", "fastest"]
@@ -86,24 +86,9 @@ class LeanTarget(Target):
         windowed = config.model_type == "mistral" and getattr(config, "sliding_window", None)
         return config.model_type in FAMILIES and plain and static and not windowed
 
-    @torch.inference_mode()
-    def prefill(self, cache: SlotCache, slot: int, tokens: Tensor, layers: Indices) -> Output:
-        features = []
-        for part in tokens.split(PREFILL_CHUNK):
-            n = len(part)
-            shape = torch.ones(1, n, n, dtype=torch.bool).tril(), torch.arange(n)[None], torch.tensor([n])
-            hidden, feature = self.decoder(cache, [slot], self.embed(part[None]), *shape, layers)
-            cache.keep(slot, range(n))
-            features += [] if feature is None else [feature[0]]
-        return self.lm_head(hidden[0, -1]), torch.cat(features) if features else None
-
-    @torch.inference_mode()
-    def forward(
-        self, cache: SlotCache, slots: Indices, tokens: Tensor, parents: Tensor, sizes: Tensor, layers: Indices
-    ) -> Output:
+    def _read(self, cache: SlotCache, slots: Indices, tokens: Tensor, parents: Tensor, sizes: Tensor, layers: Indices) -> Output:
         tree = ancestors(parents)
-        hidden, features = self.decoder(cache, slots, self.embed(tokens), tree, tree.sum(-1) - 1, sizes, layers)
-        return self.lm_head(hidden), features
+        return self.decoder(cache, slots, self.embed(tokens), tree, tree.sum(-1) - 1, sizes, layers)
 
     def embed(self, tokens: Tensor) -> Tensor:
         return F.embedding(tokens, self.embedding)

@@ -48,13 +48,27 @@ class Target(Protocol):
     def new_cache(self, rows: int, slots: int) -> SlotCache:
         return SlotCache(self.num_layers, rows, slots)
 
+    @torch.inference_mode()
     def prefill(self, cache: SlotCache, slot: int, tokens: Tensor, layers: Indices) -> Output:
         """Read and commit tokens [n] of one row: the last token's logits [vocab] and the features [n, layers * hidden]."""
+        features = []
+        for part in tokens.split(PREFILL_CHUNK):
+            n = len(part)
+            hidden, feature = self._read(cache, [slot], part[None], chain(n)[None], torch.tensor([n]), layers)
+            cache.keep(slot, range(n))
+            features += [] if feature is None else [feature[0]]
+        return self.lm_head(hidden[0, -1]), torch.cat(features) if features else None
 
+    @torch.inference_mode()
     def forward(
         self, cache: SlotCache, slots: Indices, tokens: Tensor, parents: Tensor, sizes: Tensor, layers: Indices
     ) -> Output:
         """Read proposals [rows, nodes] behind each row's length, which stays: logits [rows, nodes, vocab], features likewise."""
+        hidden, features = self._read(cache, slots, tokens, parents, sizes, layers)
+        return self.lm_head(hidden), features
+
+    def _read(self, cache: SlotCache, slots: Indices, tokens: Tensor, parents: Tensor, sizes: Tensor, layers: Indices) -> Output:
+        """The final normed state [rows, nodes, hidden] and the features."""
 
     def embed(self, tokens: Tensor) -> Tensor: ...
 
@@ -103,23 +117,6 @@ class HFTarget(Target):
         self.nbytes = sum(p.numel() * p.element_size() for p in model.parameters())
         self._decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.model
         check_family(self)
-
-    @torch.inference_mode()
-    def prefill(self, cache: SlotCache, slot: int, tokens: Tensor, layers: Indices) -> Output:
-        features = []
-        for chunk in tokens.split(PREFILL_CHUNK):
-            n = len(chunk)
-            hidden, feature = self._read(cache, [slot], chunk[None], chain(n)[None], torch.tensor([n]), layers)
-            cache.keep(slot, range(n))
-            features += [] if feature is None else [feature[0]]
-        return self.lm_head(hidden[0, -1]), torch.cat(features) if features else None
-
-    @torch.inference_mode()
-    def forward(
-        self, cache: SlotCache, slots: Indices, tokens: Tensor, parents: Tensor, sizes: Tensor, layers: Indices
-    ) -> Output:
-        hidden, features = self._read(cache, slots, tokens, parents, sizes, layers)
-        return self.lm_head(hidden), features
 
     @torch.no_grad()  # the target is never trained
     def embed(self, tokens: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ def chain(num_nodes: int) -> Tensor:
 def ancestors(parents: Tensor) -> Tensor:
     """What a node sees, itself and its ancestors: [rows, nodes] -> bool [rows, nodes, nodes]; at [r, i, j]: i sees j."""
     nodes = torch.arange(parents.shape[1], device=parents.device)
+    if bool((parents == nodes - 1).all()):  # chains; a prompt is one
+        return (nodes[:, None] >= nodes).expand(len(parents), -1, -1)
     visible = torch.zeros(*parents.shape, len(nodes), dtype=torch.bool, device=parents.device)
     above = nodes.expand_as(parents)
     for _ in nodes:  # never more climbs than nodes, even if `parents` were wrong

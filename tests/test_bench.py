@@ -19,7 +19,6 @@ from flashdraft.bench.run import METHODS, BenchConfig, run_bench
 from flashdraft.bench.tasks import read_ids, read_prompts, write_tasks
 from flashdraft.cli import main
 from flashdraft.errors import DataError, InvalidParameter
-from flashdraft.layers import SlotAttention
 
 IDS = Path(__file__).parent.parent / "recipes" / "bench_ids.json"
 KEYS = {"task", "prompt", "method", "repeat", "num_prompt_tokens", "num_tokens", "seconds", "tokens_per_second", "tau"}
@@ -242,10 +241,8 @@ def test_wrong_ids_write_nothing(data: Path, tmp_path: Path, ids: dict[str, list
 
 @pytest.mark.parametrize("draft", ["auto", "draft"])
 def test_profile_accounts_for_the_whole_step(models: Path, draft: str) -> None:
-    attend = SlotAttention.__call__
     draft = draft if draft == "auto" else str(models / draft)
     plain, drafted = (profile(str(models / "target"), draft=draft, nodes=nodes, context=40) for nodes in (1, 4))
-    assert SlotAttention.__call__ is attend
     for one in (plain, drafted):
         assert set(one.milliseconds) == set(PARTS)
         assert all(one.milliseconds[part] > 0 for part in PARTS)

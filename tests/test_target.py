@@ -216,7 +216,6 @@ def test_the_texts_are_longer_than_the_window(family: str, monkeypatch: pytest.M
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_prompt_read_in_chunks_is_the_prompt(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flashdraft.target, "PREFILL_CHUNK", 5)
-    monkeypatch.setattr(flashdraft.lean, "PREFILL_CHUNK", 5)
     assert worst_after_all(made(name), own_model(name.removeprefix("lean "))) < close(name)
 
 
@@ -298,7 +297,7 @@ def with_random_vectors(model: Any) -> Any:
 
 @pytest.mark.parametrize("name", LEAN_CONFIGS)
 def test_the_lean_target_is_the_hugging_face_target(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flashdraft.lean, "PREFILL_CHUNK", 8)
+    monkeypatch.setattr(flashdraft.target, "PREFILL_CHUNK", 8)
     model = with_random_vectors(tiny_model("", dtype=torch.float32, config=LEAN_CONFIGS[name]()))
     assert LeanTarget.fits(model.config)
     lean, stock = LeanTarget(model, name), HFTarget(model, name)
@@ -333,47 +332,6 @@ def test_a_dropped_bias_or_norm_of_the_lean_target_is_far_off(vector: str) -> No
 )
 def test_what_the_lean_target_cannot_compute_is_left_to_transformers(config: Callable[[], Any]) -> None:
     assert not LeanTarget.fits(config())
-
-
-@pytest.fixture(scope="module")
-def exact() -> LeanTarget:
-    """In float32, with linears that are large enough for the packed kernel, and a text that crosses a step of slots."""
-    shape = {**SHAPE, "hidden_size": 64, "intermediate_size": 128, "vocab_size": 512}
-    return LeanTarget(tiny_model("", dtype=torch.float32, config=LlamaConfig(**shape)), "exact", kernel="torch")
-
-
-def check_bits_of_single_steps(exact: LeanTarget) -> None:
-    same = torch.equal if exact.row_exact else functools.partial(torch.allclose, atol=1e-4)
-    draw = random.Random(0)
-    texts = [[draw.randrange(3, 512) for _ in range(length)] for length in (58, 3, 40)]
-    drafts = torch.tensor([[draw.randrange(3, 512) for _ in range(11)] for _ in texts])
-    together, alone = exact.new_cache(3, 128), exact.new_cache(1, 128)
-    for slot, text in enumerate(texts):
-        exact.prefill(together, slot, torch.tensor(text), ())
-    sizes = torch.tensor([11, 4, 7])
-    logits, features = exact.forward(together, [0, 1, 2], drafts, torch.arange(-1, 10).expand(3, 11), sizes, (1, 4))
-    assert features is not None
-    for row, text in enumerate(texts):
-        alone.free(0)
-        exact.prefill(alone, 0, torch.tensor(text), ())
-        for node in range(int(sizes[row])):
-            one, own = exact.forward(alone, [0], drafts[row, node].view(1, 1), torch.tensor([[-1]]), torch.tensor([1]), (1, 4))
-            alone.keep(0, [0])
-            assert own is not None
-            assert same(one[0, 0], logits[row, node])
-            assert same(own[0, 0], features[row, node])
-
-
-def test_a_chain_has_the_bits_of_single_steps_whatever_travels_with_it(exact: LeanTarget) -> None:
-    check_bits_of_single_steps(exact)
-
-
-def test_a_linear_whose_bits_depend_on_the_rows_is_seen(exact: LeanTarget, monkeypatch: pytest.MonkeyPatch) -> None:
-    linears = exact.decoder.linears[1]
-    down = linears["down"]
-    monkeypatch.setitem(linears, "down", lambda x: down(x) * (1 + 1e-3 * len(x)))
-    with pytest.raises(AssertionError):
-        check_bits_of_single_steps(exact)
 
 
 UNLISTED = {

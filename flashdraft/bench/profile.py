@@ -16,7 +16,6 @@ from flashdraft import hub
 from flashdraft.engine import Engine
 from flashdraft.errors import UnsupportedTarget
 from flashdraft.generate import load
-from flashdraft.layers import SlotAttention
 from flashdraft.lean import LeanTarget
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDraft
@@ -91,26 +90,22 @@ def _times(engine: Engine, target: LeanTarget, steps: int) -> list[dict[str, flo
         for linears in decoder.linears:
             for name, linear in linears.items():
                 linears[name] = clock.wrap("weights", linear)
+        decoder.attention = clock.wrap("attention", decoder.attention)
     else:
         decoder.seconds = torch.zeros(3, dtype=torch.float64)
     target.head = clock.wrap("lm_head", target.head)
     for name in ("propose", "observe"):
         setattr(engine.drafter, name, clock.wrap("drafting", getattr(engine.drafter, name)))
-    attend = SlotAttention.__call__
-    SlotAttention.__call__ = clock.wrap("attention", attend)  # type: ignore[method-assign]
-    try:
-        for step in range(_WARM_UP + steps):
-            clock.seconds = dict.fromkeys(PARTS, 0.0)
-            started = time.perf_counter()
-            engine.step()
-            seconds = time.perf_counter() - started
-            if decoder.seconds is not None:  # what a native pass says of itself
-                clock.seconds["weights"], clock.seconds["attention"] = decoder.seconds[:2].tolist()
-                decoder.seconds.zero_()
-            clock.seconds["host"] = seconds - sum(clock.seconds.values())
-            times += [clock.seconds] if step >= _WARM_UP else []
-    finally:
-        SlotAttention.__call__ = attend  # type: ignore[method-assign]
+    for step in range(_WARM_UP + steps):
+        clock.seconds = dict.fromkeys(PARTS, 0.0)
+        started = time.perf_counter()
+        engine.step()
+        seconds = time.perf_counter() - started
+        if decoder.seconds is not None:  # what a native pass says of itself
+            clock.seconds["weights"], clock.seconds["attention"] = decoder.seconds[:2].tolist()
+            decoder.seconds.zero_()
+        clock.seconds["host"] = seconds - sum(clock.seconds.values())
+        times += [clock.seconds] if step >= _WARM_UP else []
     return times
 
 

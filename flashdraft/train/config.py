@@ -1,12 +1,16 @@
 """The settings of a training run, and the model card that tells of one."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import flashdraft
 from flashdraft.checkpoint import DraftConfig
 from flashdraft.types import check_options, option, require
 
 __all__ = ["TrainConfig", "model_card"]
+
+_CARD = Path(flashdraft.__file__).with_name("assets").joinpath("card.md").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -47,40 +51,11 @@ def model_card(config: DraftConfig, target: str, run: dict[str, Any], figures: d
 
     run: what run.json holds; figures: `step`, `positions_seen`, `num_prompts` and `taus`, (step, tau) of every measurement.
     """
-    made, size = run["versions"], config.block_size
     head = "none" if config.sequential_head is None else f"{config.sequential_head}, inner size {config.head_rank}"
     settings = ", ".join(f"{name} {value}" for name, value in run["config"].items())
     measured = "\n".join(f"| {step} | {tau:.2f} |" for step, tau in figures["taus"])
-    return f"""---
-library_name: flashdraft
-tags: [speculative-decoding, dflash]
----
-
-# DFlash drafter of {target}
-
-A block-diffusion draft network (DFlash, arXiv 2602.06036). It proposes, the target decides: no text of the target changes.
-
-| | |
-|---|---|
-| target | `{target}` |
-| draft layers | {config.num_hidden_layers} |
-| block | {size}: the anchor and {size - 1} masked positions; mask token {config.mask_token_id} |
-| features | outputs of target layers {", ".join(map(str, config.target_layer_ids))} |
-| draft vocabulary | {config.draft_vocab_size or config.vocab_size} of {config.vocab_size} tokens |
-| sequential head | {head} |
-| training data | {num_samples} answers of the target itself |
-| steps, block positions | {figures["step"]}, {figures["positions_seen"]} |
-
-Settings: {settings}.
-
-## Measured
-
-tau (tokens per target pass) on {figures["num_prompts"]} held-out prompts, greedy, decoded by the engine:
-
-| step | tau |
-|---|---|
-{measured}
-
-`{run["command"]}`; {run["device"]}, {run["threads"]} threads, torch {made["torch"]}, transformers {made["transformers"]},
-flashdraft {made["flashdraft"]} at commit {run["commit"]}.
-"""
+    facts = {"target": target, "head": head, "settings": settings, "measured": measured, "num_samples": num_samples}
+    facts |= {"num_layers": config.num_hidden_layers, "block_size": config.block_size, "num_masks": config.block_size - 1}
+    facts |= {"mask_token": config.mask_token_id, "layers": ", ".join(map(str, config.target_layer_ids))}
+    facts |= {"draft_vocabulary": config.draft_vocab_size or config.vocab_size, "vocabulary": config.vocab_size}
+    return _CARD.format_map(facts | figures | run["versions"] | run)
