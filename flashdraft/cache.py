@@ -24,11 +24,12 @@ class SlotCache:
     """Keys and values of `num_layers` layers for `rows` rows of at least `slots` slots each.
 
     A layer's tensors are made at its first write, so that every layer may have its own number of heads and head size:
-    keys[layer], values[layer]: [rows, heads, slots, head_dim].
+    keys[layer], values[layer]: [rows, heads, slots, head_dim]. blocked: keys are [rows, heads, slots / 64, head_dim, 64], as
+    the C++ kernels read them.
     """
 
-    def __init__(self, num_layers: int, rows: int, slots: int) -> None:
-        self.num_layers = num_layers
+    def __init__(self, num_layers: int, rows: int, slots: int, *, blocked: bool = False) -> None:
+        self.num_layers, self.blocked = num_layers, blocked
         self.rows = rows
         self.slots = round_up(slots)
         self.lengths = [0] * rows
@@ -47,7 +48,8 @@ class SlotCache:
         more_rows = max(rows - self.rows, 0)
         self.slots, self.rows, self.lengths = self.slots + more_slots, self.rows + more_rows, self.lengths + [0] * more_rows
         margins = (0, 0, 0, more_slots, 0, 0, 0, more_rows)  # before and after: head_dim, slots, heads, rows
-        self.keys = [None if t is None else F.pad(t, margins) for t in self.keys]
+        blocks = (0, 0, 0, 0, 0, more_slots // SLOT_STEP, 0, 0, 0, more_rows) if self.blocked else margins
+        self.keys = [None if t is None else F.pad(t, blocks) for t in self.keys]
         self.values = [None if t is None else F.pad(t, margins) for t in self.values]
 
     def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,27 +57,34 @@ class SlotCache:
         keys, values = self.keys[index], self.values[index]
         if keys is None or values is None:
             shape = (self.rows, like.shape[-3], self.slots, like.shape[-1])
-            keys, values = like.new_zeros(shape), like.new_zeros(shape)
+            blocks = (*shape[:2], self.slots // SLOT_STEP, shape[3], SLOT_STEP) if self.blocked else shape
+            keys, values = like.new_zeros(blocks), like.new_zeros(shape)
             self.keys[index], self.values[index] = keys, values
         return keys, values
 
-    def write(self, index: int, row: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store [heads, n, head_dim] behind the row's length, which stays; returns the row's whole [heads, slots, head_dim]."""
+    def write(self, index: int, row: int, keys: Tensor, values: Tensor) -> None:
+        """Store [heads, n, head_dim] behind the row's length, which stays."""
         all_keys, all_values = self.layer(index, keys)
-        start, end = self.lengths[row], self.lengths[row] + keys.shape[1]
-        all_keys[row, :, start:end] = keys
-        all_values[row, :, start:end] = values
-        return all_keys[row], all_values[row]
+        slots = self.lengths[row] + torch.arange(keys.shape[1])
+        all_values[row][:, slots] = values
+        if self.blocked:
+            all_keys[row][:, slots // SLOT_STEP, :, slots % SLOT_STEP] = keys.transpose(0, 1)
+        else:
+            all_keys[row][:, slots] = keys
 
     @torch.inference_mode()  # the tensors were made in it; elsewhere they may not be written
     def keep(self, row: int, path: Sequence[int]) -> None:
         """Commit the nodes of `path` (indices into what was written last, in ascending order); the rest is forgotten."""
         start = self.lengths[row]
         if list(path) != list(range(len(path))):
-            source = torch.tensor([start + node for node in path])
-            for tensor in (*self.keys, *self.values):
+            to, source = start + torch.arange(len(path)), start + torch.tensor(path)
+            for tensor in (*([] if self.blocked else self.keys), *self.values):
                 if tensor is not None:
-                    tensor[row, :, start : start + len(path)] = tensor[row][:, source.to(tensor.device)]
+                    tensor[row][:, to] = tensor[row][:, source]
+            for tensor in self.keys if self.blocked else []:
+                if tensor is not None:
+                    moved = tensor[row][:, source // SLOT_STEP, :, source % SLOT_STEP]
+                    tensor[row][:, to // SLOT_STEP, :, to % SLOT_STEP] = moved
         self.lengths[row] = start + len(path)
 
     def free(self, row: int) -> None:

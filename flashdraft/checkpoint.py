@@ -111,19 +111,16 @@ class DraftConfig:
         q, kv = self.num_attention_heads * d, self.num_key_value_heads * d
         r, v, rows = self.head_rank, self.vocab_size, self.draft_vocab_size or self.vocab_size
         norms = {"input_layernorm": (h,), "post_attention_layernorm": (h,), "self_attn.q_norm": (d,), "self_attn.k_norm": (d,)}
-        linears = {"q_proj": (q, h), "k_proj": (kv, h), "v_proj": (kv, h), "o_proj": (h, q)}
-        linears = {f"self_attn.{name}": shape for name, shape in linears.items()}
+        linears = {f"self_attn.{x}_proj": shape for x, shape in {"q": (q, h), "k": (kv, h), "v": (kv, h), "o": (h, q)}.items()}
         mlp = {"mlp.gate_proj": (i, h), "mlp.up_proj": (i, h), "mlp.down_proj": (h, i)}
         layer: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in (norms | linears | mlp).items()}
         if self.attention_bias:
             layer |= {f"{name}.bias": shape[:1] for name, shape in linears.items()}
         shapes = {f"layers.{n}.{name}": shape for n in range(self.num_hidden_layers) for name, shape in layer.items()}
         shapes |= {"fc.weight": (h, len(self.target_layer_ids) * h), "hidden_norm.weight": (h,), "norm.weight": (h,)}
-        if self.sequential_head == "markov":
-            shapes |= {"sequential_head.previous.weight": (v, r), "sequential_head.output.weight": (rows, r)}
-        if self.sequential_head == "swiglu":
-            shapes |= {"sequential_head.gate_up.weight": (2 * r, 2 * h), "sequential_head.down.weight": (h, r)}
-        return shapes
+        heads = {"markov": {"previous": (v, r), "output": (rows, r)}, "swiglu": {"gate_up": (2 * r, 2 * h), "down": (h, r)}}
+        head = heads.get(self.sequential_head or "", {})
+        return shapes | {f"sequential_head.{name}.weight": shape for name, shape in head.items()}
 
 
 def spread_layers(num_target_layers: int, count: int) -> tuple[int, ...]:
@@ -200,16 +197,14 @@ def write_file(path: Path, content: bytes) -> None:
 
 def check_target(config: DraftConfig, target: Target) -> None:
     """Raises DraftMismatch where this drafter cannot have been made for this target."""
-    hint = f"it was trained for a target with {config.num_target_layers} layers of size {config.hidden_size}"
+    layers, but = config.num_target_layers, f"but `{target.name}` has"
+    hint = f"it was trained for a target with {layers} layers of size {config.hidden_size}"
     if config.hidden_size != target.hidden_size:
-        got = f"hidden size {config.hidden_size}, but `{target.name}` has {target.hidden_size}"
-        raise DraftMismatch(f"the draft has {got}", hint=hint)
+        raise DraftMismatch(f"the draft has hidden size {config.hidden_size}, {but} {target.hidden_size}", hint=hint)
     if beyond := [i for i in config.target_layer_ids if not 0 <= i < target.num_layers]:
-        got = f"layer {beyond[0]}, but `{target.name}` has {target.num_layers} layers"
-        raise DraftMismatch(f"the draft wants hidden states of {got}", hint=hint)
-    if config.num_target_layers != target.num_layers:
-        got = f"{config.num_target_layers} layers, but `{target.name}` has {target.num_layers}"
-        raise DraftMismatch(f"the draft was made for a target with {got}", hint=hint)
+        raise DraftMismatch(f"the draft wants hidden states of layer {beyond[0]}, {but} {target.num_layers} layers", hint=hint)
+    if layers != target.num_layers:
+        raise DraftMismatch(f"the draft was made for a target with {layers} layers, {but} {target.num_layers}", hint=hint)
     if config.vocab_size > target.vocab_size or not 0 <= config.mask_token_id < target.vocab_size:
-        got = f"{config.vocab_size} and the mask token {config.mask_token_id}, but `{target.name}` has {target.vocab_size}"
+        got = f"{config.vocab_size} and the mask token {config.mask_token_id}, {but} {target.vocab_size}"
         raise DraftMismatch(f"the draft has a vocabulary of {got} tokens", hint="the two must share their tokenizer")

@@ -22,7 +22,6 @@ from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.types import Chunk, Result, SamplingParams, option
 
 transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
 
 PROMPT = "A baker bakes 12 trays of 8 rolls and sells 71 of them. How many rolls are left? Explain step by step."
 TARGET_HELP = "built-in name, hub id, folder or GGUF file"
@@ -127,10 +126,13 @@ def bench(config: BenchConfig) -> None:
     show(config.out)
 
 
-def report(results: Annotated[list[Path], Argument(help="files that `flashdraft bench` wrote")]) -> None:
+def report(
+    results: Annotated[list[Path], Argument(help="files that `flashdraft bench` wrote")],
+    base: Annotated[str | None, Option(help="method that ratios are to; by default plain decoding with the same kernel")] = None,
+) -> None:
     for number, path in enumerate(results):
         print("\n" * bool(number), end="")
-        show(path)
+        show(path, base)
 
 
 def tasks(
@@ -161,10 +163,7 @@ def profile(
 
 
 def _show(chunks: Iterable[Chunk], *, origin: bool = False) -> Result:
-    """Write an answer as it comes.
-
-    origin: what was drafted is underlined and green, or in brackets where colours are not wanted; a legend comes first.
-    """
+    """Write an answer as it comes; with `origin`, a legend first, and what was drafted in green or, without colours, brackets."""
     inside, marks = False, ("", "")
     if origin:
         marks = ("\033[4;32m", "\033[0m") if _styled() else ("⟨", "⟩")

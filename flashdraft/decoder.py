@@ -108,6 +108,9 @@ class Decoder:
             out = self._run(x[real], positions, self._attention(cache, slots, starts, seen, real), layers)
         return _spread(out[0], real), None if out[1] is None else _spread(out[1], real)
 
+    def new_cache(self, rows: int, slots: int) -> SlotCache:
+        return SlotCache(len(self.linears), rows, slots, blocked=self._model is not None)
+
     def _run(self, x: Tensor, positions: Tensor, attend: Attend, layers: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]
         wanted: dict[int, Tensor] = {}
@@ -149,7 +152,7 @@ class Decoder:
                     own_slots = start + torch.arange(width)[:, None]
                     visible[slot - first] &= torch.arange(reads) > own_slots - window
             mask = torch.zeros(visible.shape, dtype=self.cos.dtype).masked_fill_(~visible, -torch.inf)
-            masks[window] = mask.repeat(1, groups, 1)[:, None]
+            masks[window] = mask.repeat(1, groups, 1)[:, None].to(self.cos.device)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = cache.layer(layer, k.transpose(0, 1))

@@ -28,8 +28,7 @@ class MarkovHead(nn.Module):
 
     def bias(self, tokens: Tensor) -> Tensor | None:
         """tokens: [n], one position before -> [n, draft vocabulary], to be added to the logits."""
-        biased: Tensor = self.output(self.previous(tokens))
-        return biased
+        return self.output(self.previous(tokens))  # type: ignore[no-any-return]
 
 
 class SwigluHead(nn.Module):
@@ -44,8 +43,7 @@ class SwigluHead(nn.Module):
     def correct(self, states: Tensor, embedded: Tensor) -> Tensor:
         """states [n, hidden], embedded [n, hidden] -> [n, hidden]."""
         gate, up = self.gate_up(torch.cat((states, embedded.to(states.dtype)), dim=-1)).chunk(2, dim=-1)
-        corrected: Tensor = states + self.down(F.silu(gate) * up)
-        return corrected
+        return states + self.down(F.silu(gate) * up)  # type: ignore[no-any-return]
 
     def bias(self, _tokens: Tensor) -> Tensor | None:
         return None

@@ -90,6 +90,9 @@ class LeanTarget(Target):
         tree = ancestors(parents)
         return self.decoder(cache, slots, self.embed(tokens), tree, tree.sum(-1) - 1, sizes, layers)
 
+    def new_cache(self, rows: int, slots: int) -> SlotCache:
+        return self.decoder.new_cache(rows, slots)
+
     def embed(self, tokens: Tensor) -> Tensor:
         return F.embedding(tokens, self.embedding)
 

@@ -1,7 +1,4 @@
-"""Tokens to text as it streams: whole characters only, and nothing from a stop string on.
-
-Knows a tokenizer's `decode`. Does not know models, batches or why a token was chosen.
-"""
+"""Tokens to text as it streams: whole characters only, and nothing from a stop string on. Knows a tokenizer's `decode` alone."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -5,20 +5,24 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import sys
 from collections import Counter
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 from toy_folders import save_target, save_zlab
 
 from flashdraft.bench import run as bench_run
+from flashdraft.bench.peers import llama_cpp
 from flashdraft.bench.profile import PARTS, profile
 from flashdraft.bench.report import show, summarise
 from flashdraft.bench.run import METHODS, BenchConfig, run_bench
 from flashdraft.bench.tasks import read_ids, read_prompts, write_tasks
 from flashdraft.cli import main
-from flashdraft.errors import DataError, InvalidParameter
+from flashdraft.errors import DataError, FlashDraftError, InvalidParameter
+from flashdraft.types import SamplingParams
 
 IDS = Path(__file__).parent.parent / "recipes" / "bench_ids.json"
 KEYS = {"task", "prompt", "method", "repeat", "num_prompt_tokens", "num_tokens", "seconds", "tokens_per_second", "tau"}
@@ -54,7 +58,7 @@ def test_every_method_answers_every_prompt_in_every_repeat(config: dict[str, Any
     assert {"command", "commit", "versions", "device", "threads", "kernel", "row_exact", "transformers_threads"} <= set(header)
     assert all(line.keys() >= KEYS for line in lines)
     asked = Counter((line["prompt"], line["method"]) for line in lines)
-    everywhere = {(prompt, method): 2 for prompt in range(3) for method in METHODS if method != "transformers"}
+    everywhere = {(prompt, method): 2 for prompt in range(3) for method in METHODS[:3]}
     assert asked == everywhere | {(0, "transformers"): 2, (2, "transformers"): 2}
     assert {line["prompt"]: line["task"] for line in lines} == {0: "a", 1: "a", 2: "b"}
     for line in lines:
@@ -273,3 +277,63 @@ def test_profile_prints_shares_that_add_up(models: Path, capsys: pytest.CaptureF
         cells = {row[1]: float(row[2]) for row in rows if row[:1] == [nodes] and len(row) == 4 and row[3].endswith("%")}
         assert set(cells) == {*PARTS, "step"}
         assert cells.pop("step") == pytest.approx(sum(cells.values()), abs=0.05)
+
+
+# --- kernels and other engines ---------------------------------------------------------------------------------------------
+
+
+def test_methods_of_one_kernel_are_compared_with_its_own_plain_decoding(config: dict[str, Any], tmp_path: Path) -> None:
+    config |= {"methods": "autoregressive:torch,dflash:torch,dflash", "dtype": "float32"}
+    run_bench(BenchConfig(**config), quiet=True)
+    header, lines = read(config["out"])
+    assert set(header["kernel"]) == {"auto", "torch"}
+    assert {line["method"]: line["plain"] for line in lines} == {
+        "autoregressive:torch": "autoregressive:torch",
+        "dflash:torch": "autoregressive:torch",
+        "dflash": "autoregressive",
+    }
+    assert {line["identical"] for line in lines if line["method"] == "dflash:torch"} == {True}
+    assert {line["identical"] for line in lines if line["method"] == "dflash"} == {None}
+    by_base = {row.method: row.decode_ratio for row in summarise(config["out"], "dflash:torch") if row.task != "all"}
+    assert by_base["dflash:torch"] == 1
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [("dflash:fast", "no kernel 'fast'"), ("llama.cpp", "llama.cpp has no file"), ("llama.cpp:none.gguf", "no file 'none.gguf'")],
+)
+def test_an_unknown_kernel_or_file_is_refused(config: dict[str, Any], methods: str, message: str) -> None:
+    with pytest.raises(InvalidParameter, match=message):
+        BenchConfig(**config | {"methods": methods})
+
+
+class FakeLlama(ModuleType):
+    """Counts up from the last token that it read, and stops at nothing; checks what it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__("llama_cpp")
+        self.read: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "Llama":
+            return lambda path, **options: SimpleNamespace(ctx="ctx", detokenize=lambda tokens: b"")
+        if name == "llama_decode":
+            return lambda _, batch: self.read.extend(batch) or 0
+        if name == "llama_sampler_sample":
+            return lambda *_: self.read[-1] + 1
+        if name == "llama_memory_clear":
+            return lambda *_: self.read.clear()
+        return lambda *args: list(args[0]) if name == "llama_batch_get_one" else None
+
+
+def test_llama_cpp_answers_token_by_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", FakeLlama())
+    method = llama_cpp(tmp_path / "a.gguf", frozenset({9}))
+    params = [SamplingParams(max_new_tokens=5)] * 2
+    assert [answer.tokens for answer in method([[1, 2], [4, 5]], params)] == [(3, 4, 5, 6, 7), (6, 7, 8, 9)]
+
+
+def test_a_missing_llama_cpp_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(FlashDraftError, match="not installed"):
+        llama_cpp(tmp_path / "a.gguf", frozenset())

@@ -75,14 +75,16 @@ def check_against_lists(cache: SlotCache, ops: Sequence[Op]) -> None:
                     continue
                 held = slice(0, len(wanted.entries))
                 pairs = [entry(n, layer) for n in wanted.entries]
+                if cache.blocked:  # [rows, heads, blocks, head_dim, 64] -> [rows, heads, slots, head_dim]
+                    keys = keys.transpose(-1, -2).flatten(2, 3)
                 assert torch.equal(keys[r, :, held], torch.cat([key for key, _ in pairs], 1))
                 assert torch.equal(values[r, :, held], torch.cat([value for _, value in pairs], 1))
 
 
 @settings(derandomize=True, deadline=None, max_examples=60)
-@given(ops=operations())
-def test_a_row_holds_what_was_committed_to_it(ops: list[Op]) -> None:
-    check_against_lists(SlotCache(len(SHAPES), ROWS, 8), ops)
+@given(ops=operations(), blocked=st.booleans())
+def test_a_row_holds_what_was_committed_to_it(ops: list[Op], blocked: bool) -> None:
+    check_against_lists(SlotCache(len(SHAPES), ROWS, 8, blocked=blocked), ops)
 
 
 class KeepsTheWholeDraft(SlotCache):
@@ -140,10 +142,11 @@ EVERYTHING: list[Op] = [
 
 
 @pytest.mark.parametrize("faulty", FAULTS)
-def test_a_planted_fault_is_caught(faulty: type[SlotCache]) -> None:
-    check_against_lists(SlotCache(len(SHAPES), ROWS, 8), EVERYTHING)
-    with pytest.raises(AssertionError):
-        check_against_lists(faulty(len(SHAPES), ROWS, 8), EVERYTHING)
+@pytest.mark.parametrize("blocked", [False, True])
+def test_a_planted_fault_is_caught(faulty: type[SlotCache], blocked: bool) -> None:
+    check_against_lists(SlotCache(len(SHAPES), ROWS, 8, blocked=blocked), EVERYTHING)
+    with pytest.raises((AssertionError, IndexError)):
+        check_against_lists(faulty(len(SHAPES), ROWS, 8, blocked=blocked), EVERYTHING)
 
 
 def test_a_path_may_be_kept_outside_of_the_inference_mode_that_wrote_it() -> None:
@@ -155,14 +158,15 @@ def test_a_path_may_be_kept_outside_of_the_inference_mode_that_wrote_it() -> Non
     assert torch.equal(cache.keys[0][0, :, 1:2], entry(7, 0)[0])
 
 
-def test_a_write_leaves_the_length_and_shows_the_whole_row() -> None:
+def test_a_write_leaves_the_length() -> None:
     cache = SlotCache(1, 2, 8)
     write_one = torch.full((2, 3, 4), 7.0)
-    keys, values = cache.write(0, 1, write_one, -write_one)
+    cache.write(0, 1, write_one, -write_one)
     assert cache.lengths == [0, 0]
-    assert keys.shape == values.shape == (2, SLOT_STEP, 4)
-    assert torch.equal(keys[:, :3], write_one)
-    assert torch.equal(values[:, :3], -write_one)
+    keys, values = cache.layer(0, write_one)
+    assert keys.shape == values.shape == (2, 2, SLOT_STEP, 4)
+    assert torch.equal(keys[1, :, :3], write_one)
+    assert torch.equal(values[1, :, :3], -write_one)
 
 
 def test_the_next_write_goes_over_what_was_not_kept() -> None:

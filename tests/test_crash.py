@@ -432,8 +432,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, data: FeatureSet) -> U
 
 def watched(trainer: Trainer) -> tuple[Trainer, list[int]]:
     order: list[int] = []
-    sample = trainer._sample
-    trainer._sample = lambda number: (order.append(number), sample(number))[1]  # type: ignore[method-assign]
+    place = trainer._place
+    trainer._place = lambda number: (order.append(number), place(number))[1]  # type: ignore[method-assign]
     return trainer, order
 
 

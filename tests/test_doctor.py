@@ -25,7 +25,7 @@ from flashdraft.train.config import TrainConfig
 from flashdraft.train.doctor import Finding, diagnose
 from flashdraft.train.features import FeatureSet, Reader, Sample, ShardWriter
 from flashdraft.train.initialise import random_weights
-from flashdraft.train.loss import Loss, common_tokens
+from flashdraft.train.objectives import Loss, common_tokens
 from flashdraft.types import SamplingParams
 
 LAYERS = (1, 2)

@@ -35,12 +35,12 @@ from flashdraft.heads import HEADS
 from flashdraft.methods import dflash
 from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDraft
 from flashdraft.target import Target
-from flashdraft.train import loss as loss_stage
+from flashdraft.train import objectives as loss_stage
 from flashdraft.train.batch import Batch, make_batch
 from flashdraft.train.config import TrainConfig
 from flashdraft.train.features import FeatureSet, write_features
 from flashdraft.train.initialise import random_weights
-from flashdraft.train.loss import Loss
+from flashdraft.train.objectives import Loss
 from flashdraft.train.regenerate import regenerate
 from flashdraft.train.trainer import Trainer
 from flashdraft.types import SamplingParams

@@ -17,11 +17,10 @@ from conftest import VOCAB
 from torch import Tensor
 from toy_training import BLOCK, CONFIG, HIDDEN, language_model, network, toy_sample
 
-from flashdraft.train import loss as loss_stage
+from flashdraft.train import objectives as loss_stage
 from flashdraft.train.batch import Batch, Blocks, make_batch
 from flashdraft.train.config import TrainConfig
-from flashdraft.train.loss import Loss
-from flashdraft.train.objectives import chunked_loss, flex_mask, position_weights, row_loss
+from flashdraft.train.objectives import Loss, chunked_loss, flex_mask, position_weights, row_loss
 
 # Weights of a block's positions.
 

@@ -723,11 +723,11 @@ def test_stopped_run_ends_with_the_same_bits(tmp_path: Path, data: FeatureSet, f
 def test_every_epoch_reads_every_sample_once_in_a_new_order(tmp_path: Path, data: FeatureSet) -> None:
     trainer = new_trainer(data, tmp_path)
     numbers: list[int] = []
-    sample = trainer._sample
-    trainer._sample = lambda number: (numbers.append(number), sample(number))[1]  # type: ignore[method-assign]
+    place = trainer._place
+    trainer._place = lambda number: (numbers.append(number), place(number))[1]  # type: ignore[method-assign]
     trainer.run(PROMPTS[:1], quiet=True)
     assert numbers == list(range(12 * 4))
-    epochs = [[tuple(sample(n).tokens.tolist()) for n in range(first, first + len(data))] for first in (0, 8, 16)]
+    epochs = [[tuple(data[place(n)].tokens.tolist()) for n in range(first, first + len(data))] for first in (0, 8, 16)]
     assert {len(set(epoch)) for epoch in epochs} == {len(data)}
     assert len({tuple(epoch) for epoch in epochs}) == 3
 

@@ -22,7 +22,7 @@ _SPEEDS = ("tokens_per_second", "decode_tokens_per_second")
 
 @dataclass(frozen=True)
 class Summary:
-    """One method on one task. Ratios are to autoregressive: medians of pairs of the same prompt and repeat."""
+    """One method on one task. Ratios, to plain decoding or a chosen method, are medians of pairs of one prompt and repeat."""
 
     task: str
     method: str
@@ -35,37 +35,38 @@ class Summary:
     identical: float | None  # share of the answers that equal plain decoding; None: not compared
 
 
-def summarise(path: Path) -> list[Summary]:
-    """Every task's methods in the order of the file; with several tasks, all of them together come last."""
-    _, lines = read_results(path)
+def summarise(path: Path, base: str | None = None) -> list[Summary]:
+    """Every task's methods in the order of the file; with several tasks, all of them together come last. base: see `show`."""
+    _, lines = read_results(path, base)
     tasks = list(dict.fromkeys(line["task"] for line in lines))
     parts = [(task, [line for line in lines if line["task"] == task]) for task in tasks]
     rows = []
     for task, part in [*parts, ("all", lines)] if len(tasks) > 1 else parts:
-        for method in sorted({line["method"] for line in part}, key=lambda name: (name != "autoregressive", name)):
+        for method in sorted({line["method"] for line in part}, key=lambda name: (not name.startswith("autoregressive"), name)):
             rows.append(_summary(task, method, [line for line in part if line["method"] == method]))
     return rows
 
 
-def read_results(path: Path) -> tuple[dict[str, Any], list[Line]]:
-    """The header and the answers, each with its `pair`: the autoregressive answer to the same prompt, or None."""
+def read_results(path: Path, base: str | None = None) -> tuple[dict[str, Any], list[Line]]:
+    """The header and the answers, each with its `pair`: the answer of `base`, or of plain decoding, to the same prompt."""
     rows = list(read_jsonl(path))
     wanted = {"task", "prompt", "method", "repeat", "tau", "identical", *_SPEEDS}
     if not rows or "header" not in rows[0] or not all(wanted <= row.keys() for row in rows[1:]):
         raise DataError(f"`{path}` is not a results file", hint="give a file that `flashdraft bench` wrote")
-    plain = {(line["prompt"], line["repeat"]): line for line in rows[1:] if line["method"] == "autoregressive"}
-    return rows[0]["header"], [line | {"pair": plain.get((line["prompt"], line["repeat"]))} for line in rows[1:]]
+    answers = {(line["prompt"], line["repeat"], line["method"]): line for line in rows[1:]}
+    pairs = [answers.get((line["prompt"], line["repeat"], base or line.get("plain", "autoregressive"))) for line in rows[1:]]
+    return rows[0]["header"], [line | {"pair": pair} for line, pair in zip(rows[1:], pairs, strict=True)]
 
 
-def show(path: Path) -> None:
-    """Print the table of a results file, with what it was measured on."""
-    header, lines = read_results(path)
+def show(path: Path, base: str | None = None) -> None:
+    """Print the table of a results file, with what it was measured on. base: the method that ratios are to; plain decoding."""
+    header, lines = read_results(path, base)
     versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items())
     threads = f"{header['threads']} threads" + (f", transformers {t}" if (t := header.get("transformers_threads")) else "")
     print(f"{header['command']}\n{header['device']}; {threads}; {header['kernel']}; {versions}; commit {header['commit']}")
     columns = ["task", "method", "answers", "tokens/s", "ratio", "decode tokens/s", "decode ratio", "tau", "identical"]
     forms, rows = (".1f", ".2f", ".1f", ".2f", ".2f", ".0%"), []
-    for task, method, answers, *figures in map(astuple, summarise(path)):
+    for task, method, answers, *figures in map(astuple, summarise(path, base)):
         rows.append([task, method, str(answers), *map(_number, figures, forms)])
     print_table(columns, rows)
     ours = [line["pair"] | {"pair": line} for line in lines if line["method"] == "transformers" and line["pair"]]

@@ -5,13 +5,10 @@ every ratio is made of two answers to the same prompt in the same repeat, so tha
 """
 
 import json
-import os
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,17 +16,20 @@ from rich.console import Console
 from rich.progress import track
 
 from flashdraft import hub
+from flashdraft.bench.peers import Answer, Method, Transformers, llama_cpp
 from flashdraft.bench.tasks import read_prompts
 from flashdraft.engine import check
 from flashdraft.errors import InvalidParameter, ModelNotFound
 from flashdraft.generate import KERNELS, Model, drafters, load_target
+from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.provenance import provenance
-from flashdraft.target import HFTarget
 from flashdraft.types import SamplingParams, check_options, option
 
 __all__ = ["METHODS", "Answer", "BenchConfig", "run_bench"]
 
-METHODS = ("autoregressive", "dflash", "prompt_lookup", "transformers")
+METHODS = ("autoregressive", "dflash", "prompt_lookup", "transformers", "llama.cpp")
+_OTHERS = ("transformers", "llama.cpp")  # not ours
+METHODS_HELP = f"comma-separated, of {', '.join(METHODS)}; ours may name a kernel (dflash:int8), llama.cpp:FILE.gguf its weights"
 _COUNTED = ("accepted_lengths", "target_passes", "num_drafted", "num_accepted")  # of a request's Stats
 
 
@@ -39,12 +39,12 @@ class BenchConfig:
 
     prompts: Path = field(metadata={"help": "JSON Lines with `prompt` or `turns`, and `task`"})
     out: Path = field(metadata={"help": "results file to write; it must not exist"})
-    methods: str = option(",".join(METHODS), f"comma-separated, of {', '.join(METHODS)}")
+    methods: str = option("autoregressive,dflash,prompt_lookup,transformers", METHODS_HELP)
     target: str = option("smollm2-135m", "built-in name, hub id, folder or GGUF file")
     draft: str = option("auto", "folder or hub id of dflash's drafter; auto is the one shipped for the target")
     block_size: int | None = option(None, "nodes per proposal of dflash and prompt_lookup, the anchor included", least=1)
     dtype: str = option("float32", "float32, bfloat16, float16 or auto (as stored), for all methods alike")
-    kernel: str = option("auto", "what runs our methods' weights", choices=KERNELS)
+    kernel: str = option("auto", "what runs our methods' weights, where a method names none", choices=KERNELS)
     max_new_tokens: int = option(128, "tokens per answer, at most")
     temperature: float = option(0.0, "0 is greedy")
     seed: int = option(0, "seed of the first prompt; the others count on from it")
@@ -55,13 +55,20 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
-        if unknown := [name for name in self.names if name not in METHODS]:
-            raise InvalidParameter(f"no method {unknown[0]!r}", hint=f"methods are {', '.join(METHODS)}")
+        for name in self.names:
+            method, _, variant = name.partition(":")
+            if method not in METHODS:
+                raise InvalidParameter(f"no method {method!r}", hint=f"methods are {', '.join(METHODS)}")
+            if method == "llama.cpp" and not Path(variant).is_file():
+                raise InvalidParameter(f"llama.cpp has no file {variant!r}", hint="write llama.cpp:FILE.gguf")
+            if method not in _OTHERS and variant not in ("", *KERNELS):
+                raise InvalidParameter(f"no kernel {variant!r}", hint=f"kernels are {', '.join(KERNELS)}")
         if self.draft in METHODS:
             raise InvalidParameter(f"draft is {self.draft!r}", hint="draft names dflash's drafter; other methods go into methods")
         users = {"draft": "dflash", "block_size": "dflash prompt_lookup", "transformers_prompts": "transformers"}
+        kinds = {name.partition(":")[0] for name in self.names}
         for name, methods in users.items():
-            if getattr(self, name) not in (None, "auto") and not set(methods.split()) & set(self.names):
+            if getattr(self, name) not in (None, "auto") and not set(methods.split()) & kinds:
                 raise InvalidParameter(f"{name} is {getattr(self, name)}, but no method uses it", hint=f"it is for {methods}")
         self.params(0)
 
@@ -71,20 +78,6 @@ class BenchConfig:
 
     def params(self, number: int) -> SamplingParams:
         return SamplingParams(temperature=self.temperature, seed=self.seed + number, max_new_tokens=self.max_new_tokens)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One method's answer to one prompt."""
-
-    tokens: tuple[int, ...]
-    seconds: float  # from token ids to text
-    decode_seconds: float  # the part after the first token
-    tau: float = 1.0
-    figures: dict[str, Any] = field(default_factory=dict)  # what only our own methods can tell
-
-
-Method = Callable[[list[list[int]], list[SamplingParams]], list[Answer]]
 
 
 def run_bench(config: BenchConfig, *, quiet: bool = False) -> int:
@@ -119,8 +112,10 @@ def run_bench(config: BenchConfig, *, quiet: bool = False) -> int:
                     answers |= {(i, name): answer for i, answer in zip(todo, found, strict=True)}
             for (i, name), answer in answers.items():
                 key = {"task": prompts[i].task, "prompt": prompts[i].number, "method": name, "repeat": repeat}
-                comparable = config.temperature == 0 or name != "transformers"  # its draws are of another generator
-                figures = _figures(answer, answers.get((i, "autoregressive")) if comparable else None)
+                kind, _, kernel = name.partition(":")
+                plain = "autoregressive" + (f":{kernel}" if kernel and kind not in _OTHERS else "")
+                comparable = config.temperature == 0 or kind not in _OTHERS  # their draws are of other generators
+                figures = {"plain": plain} | _figures(answer, answers.get((i, plain)) if comparable else None)
                 file.write(json.dumps(key | {"num_prompt_tokens": len(encoded[i])} | figures) + "\n")
                 count += 1
             file.flush()
@@ -140,21 +135,32 @@ def _figures(answer: Answer, plain: Answer | None) -> dict[str, Any]:
 
 def _load(config: BenchConfig) -> tuple[dict[str, Method], Model, dict[str, Any]]:
     """The methods, a model that encodes prompts, and what the header tells about them."""
-    if "dflash" in config.names and config.draft == "auto" and hub.builtin_draft(config.target) is None:
+    if "dflash" in config.methods and config.draft == "auto" and hub.builtin_draft(config.target) is None:
         raise ModelNotFound(f"no drafter is shipped for `{config.target}`", hint="name one with --draft, or leave out dflash")
-    target, tokenizer, eos = load_target(config.target, dtype=config.dtype, kernel=config.kernel)
-    facts: dict[str, Any] = {"kernel": target.kernel, "row_exact": target.row_exact}
-    model = Model(target, tokenizer, drafters("autoregressive", target, config.target), eos=eos, max_rows=1)
+    models: dict[str, Model] = {}
+    facts: dict[str, Any] = {"kernel": {}, "row_exact": {}}
+
+    def ours(kernel: str) -> Model:
+        if kernel not in models:
+            target, tokenizer, eos = load_target(config.target, dtype=config.dtype, kernel=kernel)
+            models[kernel] = Model(target, tokenizer, Autoregressive, eos=eos, max_rows=config.max_rows)
+            facts["kernel"][kernel], facts["row_exact"][kernel] = target.kernel, target.row_exact
+        return models[kernel]
+
     methods: dict[str, Method] = {}
     for name in config.names:
-        if name == "transformers":
-            methods[name] = plain = _Transformers(config)
+        kind, _, variant = name.partition(":")
+        if kind == "transformers":
+            methods[name] = plain = Transformers(config.target, config.dtype)
             facts["transformers_threads"] = plain.threads
+        elif kind == "llama.cpp":
+            methods[name] = llama_cpp(Path(variant), ours(config.kernel).eos)
         else:
-            block_size = None if name == "autoregressive" else config.block_size
-            made = drafters(config.draft if name == "dflash" else name, target, config.target, block_size)
-            methods[name] = _timed(replace(model, new_drafter=made, max_rows=config.max_rows))
-    return methods, model, facts
+            model, block_size = ours(variant or config.kernel), None if kind == "autoregressive" else config.block_size
+            made = drafters(config.draft if kind == "dflash" else kind, model.target, config.target, block_size)
+            adaptive = kind != "autoregressive" and block_size is None
+            methods[name] = _timed(replace(model, new_drafter=made, adaptive=adaptive))
+    return methods, next(iter(models.values()), None) or ours(config.kernel), facts
 
 
 def _timed(model: Model) -> Method:
@@ -172,37 +178,3 @@ def _timed(model: Model) -> Method:
         return [found[index] for index in sorted(found)]
 
     return answer
-
-
-class _Transformers:
-    """transformers' own generate with its own cache on the same weights, at the better of 1 and 2 threads."""
-
-    def __init__(self, config: BenchConfig) -> None:
-        target, self.tokenizer, eos = load_target(config.target, dtype=config.dtype, kernel="transformers")
-        assert isinstance(target, HFTarget)
-        self.model = target.model
-        self.ends = {"eos_token_id": sorted(eos), "pad_token_id": min(eos)} if eos else {}
-        seconds = {}
-        for self.threads in (1, 2)[: os.cpu_count()]:
-            seconds[self.threads] = min(self._one(list(range(8)), SamplingParams(max_new_tokens=16)).seconds for _ in range(2))
-        self.threads = min(seconds, key=lambda threads: seconds[threads])
-
-    def __call__(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[Answer]:
-        return [self._one(prompt, one) for prompt, one in zip(prompts, params, strict=True)]
-
-    def _one(self, prompt: list[int], params: SamplingParams) -> Answer:
-        sampled = {"do_sample": True, "temperature": params.temperature, "top_k": 0, "top_p": 1.0}
-        options = (sampled if params.temperature > 0 else {"do_sample": False}) | self.ends
-        times: list[float] = []  # of the prompt and of every token
-        options["streamer"] = SimpleNamespace(put=lambda _: times.append(time.perf_counter()), end=lambda: None)
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.threads)
-        torch.manual_seed(params.seed)
-        started = time.perf_counter()
-        ids = torch.tensor([prompt])
-        output = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=params.max_new_tokens, **options)
-        tokens = tuple(output[0, len(prompt) :].tolist())
-        self.tokenizer.decode(tokens, skip_special_tokens=True)
-        ended = time.perf_counter()
-        torch.set_num_threads(before)
-        return Answer(tokens, ended - started, ended - times[1])

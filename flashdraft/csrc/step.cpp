@@ -11,7 +11,7 @@
 #include <cstring>
 #include <omp.h>
 #include <vector>
-#if defined(__AVX2__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
@@ -209,7 +209,17 @@ void linear(const Linear& l, const float* x, int64_t rows, float* y, Mode mode, 
 
 // ---- the small parts -----------------------------------------------------------------------------------------------
 
-inline float sum(vf v) { float s = v[0]; for (int i = 1; i < W; i++) s += v[i]; return s; }
+inline float sum(vf v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)v);
+#elif defined(__AVX__)
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+#else
+    float s = v[0]; for (int i = 1; i < W; i++) s += v[i]; return s;
+#endif
+}
 
 vf exp_of(vf x) {  // 2^n e^r, the polynomial of Cephes; within 2 units in the last place
     x = x < -87.0f ? splat(-87.0f) : x > 88.0f ? splat(88.0f) : x;
@@ -238,32 +248,61 @@ void rotate(float* x, const float* cos, const float* sin, int64_t d) {
     }
 }
 
-// q . K over the visible slots in order, softmax, times V. `slot(j)` is the j-th of `count` slots.
-template <class Slot>
-void attend(const float* q, const float* keys, const float* values, int64_t d, int64_t count, Slot slot, float* p, float* out) {
+// Attention of Q heads that share keys. Keys lie in blocks of 64 slots, [block][d][64], so that a vector holds one input of
+// many slots; values lie slot by slot. A token sees the slots before `start` and `count` nodes behind it, in their order.
+constexpr int SLOTS = 64;
+
+template <int Q>
+void attend(const float* q, const float* keys, const float* values, int64_t d, int64_t start, const int64_t* nodes, int64_t count,
+            int64_t width, float* scores, float* out) {
+    const int64_t last = count ? start + nodes[count - 1] : start - 1, seen = start + count;
     const float scale = 1 / std::sqrt(float(d));
-    float most = -INFINITY;
-    for (int64_t j = 0; j < count; j++) {
-        const float* k = keys + slot(j) * d;
-        vf dot = {};
-        for (int64_t i = 0; i < d; i += W) dot += load<vf>(q + i) * load<vf>(k + i);
-        most = std::max(most, p[j] = sum(dot) * scale);
+    for (int64_t block = 0; block <= last / SLOTS; block++) {
+        vf acc[Q][SLOTS / W] = {};
+        for (int64_t i = 0; i < d; i++) {
+            const float* k = keys + (block * d + i) * SLOTS;
+            for (int v = 0; v < SLOTS / W; v++) {
+                vf lanes = load<vf>(k + v * W);
+                for (int h = 0; h < Q; h++) acc[h][v] += lanes * splat(q[h * d + i]);
+            }
+        }
+        for (int h = 0; h < Q; h++)
+            for (int v = 0; v < SLOTS / W; v++) store(scores + h * width + block * SLOTS + v * W, acc[h][v] * scale);
     }
-    for (int64_t j = count; j % W; j++) p[j] = -INFINITY;
-    vf mass = {};
-    for (int64_t j = 0; j < count; j += W) {
-        vf e = exp_of(load<vf>(p + j) - most);
-        for (int i = 0; i < W; i++) if (j + i >= count) e[i] = 0;
-        mass += e;
-        store(p + j, e);
+    float all[Q];
+    for (int h = 0; h < Q; h++) {
+        float *p = scores + h * width, most = -INFINITY;
+        for (int64_t j = 0; j < count; j++) p[start + j] = p[start + nodes[j]];
+        for (int64_t j = 0; j < seen; j++) most = std::max(most, p[j]);
+        for (int64_t j = seen; j % W; j++) p[j] = -INFINITY;
+        vf mass = {};
+        for (int64_t j = 0; j < seen; j += W) {
+            vf x = load<vf>(p + j), e = x == -INFINITY ? vf{} : exp_of(x - most);
+            mass += e;
+            store(p + j, e);
+        }
+        all[h] = sum(mass);
     }
-    vf acc[256 / W] = {};
-    for (int64_t j = 0; j < count; j++) {
-        const float* v = values + slot(j) * d;
-        for (int64_t i = 0; i < d / W; i++) acc[i] += p[j] * load<vf>(v + i * W);
+    for (int64_t i = 0; i < d; i += 4 * W) {
+        vf acc[Q][4] = {};
+        const int parts = int(std::min<int64_t>(4, (d - i) / W));
+        for (int64_t j = 0; j < seen; j++) {
+            const float* v = values + (j < start ? j : start + nodes[j - start]) * d + i;
+            if (parts == 4) {
+                for (int part = 0; part < 4; part++) {
+                    vf lanes = load<vf>(v + part * W);
+                    for (int h = 0; h < Q; h++) acc[h][part] += lanes * splat(scores[h * width + j]);
+                }
+            } else {
+                for (int part = 0; part < parts; part++) {
+                    vf lanes = load<vf>(v + part * W);
+                    for (int h = 0; h < Q; h++) acc[h][part] += lanes * splat(scores[h * width + j]);
+                }
+            }
+        }
+        for (int h = 0; h < Q; h++)
+            for (int part = 0; part < parts; part++) store(out + h * d + i + part * W, acc[h][part] / all[h]);
     }
-    const float all = sum(mass);
-    for (int64_t i = 0; i < d / W; i++) store(out + i * W, acc[i] / all);
 }
 
 }  // namespace
@@ -279,7 +318,7 @@ struct Step {
     int64_t tokens, slots, width, feature_size, threads;      // slots of a cache row; width of `ancestors`
     const int64_t *row, *start, *place, *position;            // of each token: cache row, committed slots, own slot, position
     const int64_t *num_ancestors, *ancestors;                 // nodes behind `start` that it sees, itself last
-    float *const *keys, *const *values;                       // of each layer: [rows, kv_heads, slots, head_dim]
+    float *const *keys, *const *values;  // of each layer: [rows, kv_heads, slots / 64, head_dim, 64], [.., slots, head_dim]
     const int64_t* wanted;                                    // of each layer and the final state: column in features, or -1
     float *x, *qkv, *mixed, *inner, *features;                // [tokens, ...]; x: embeddings in, final normed state out
     double* seconds;                                          // null, or three sums: linears, attention, the rest
@@ -301,7 +340,7 @@ extern "C" void flashdraft_step(const Model* model, const Step* step) {
 #pragma omp parallel num_threads(s.threads)
     {
         Scratch own;
-        own.x.resize(n * H), own.scores.resize(s.slots + 2 * W);
+        own.x.resize(n * H), own.scores.resize(3 * (s.slots + SLOTS));
         const int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
         double last = omp_get_wtime();
         auto mark = [&](int part) {
@@ -329,18 +368,23 @@ extern "C" void flashdraft_step(const Model* model, const Step* step) {
                 if (norm) rms_norm(x, norm, d, m.eps, x);
                 rotate(x, m.cos + s.position[t] * d, m.sin + s.position[t] * d, d);
                 if (h >= heads) {
-                    const int64_t to = ((s.row[t] * kv + h - heads) * s.slots + s.place[t]) * d;
-                    memcpy(s.keys[i] + to, x, d * 4);
-                    memcpy(s.values[i] + to, x + kv * d, d * 4);
+                    const int64_t slot = s.place[t], base = (s.row[t] * kv + h - heads) * s.slots * d;
+                    float* key = s.keys[i] + base + slot / SLOTS * SLOTS * d + slot % SLOTS;
+                    for (int64_t j = 0; j < d; j++) key[j * SLOTS] = x[j];
+                    memcpy(s.values[i] + base + slot * d, x + kv * d, d * 4);
                 }
             });
 #pragma omp barrier
-            share(n * heads, [&](int64_t unit) {
-                const int64_t t = unit / heads, h = unit % heads, from = (s.row[t] * kv + h / group) * s.slots * d;
-                const int64_t start = s.start[t], *nodes = s.ancestors + t * s.width;
-                auto slot = [&](int64_t j) { return j < start ? j : start + nodes[j - start]; };
-                attend(s.qkv + t * row_size + h * d, s.keys[i] + from, s.values[i] + from, d, start + s.num_ancestors[t], slot,
-                       own.scores.data(), s.mixed + (t * heads + h) * d);
+            share(n * kv, [&](int64_t unit) {
+                const int64_t t = unit / kv, g = unit % kv, from = (s.row[t] * kv + g) * s.slots * d;
+                const int64_t start = s.start[t], count = s.num_ancestors[t], *nodes = s.ancestors + t * s.width;
+                for (int64_t h = g * group; h < (g + 1) * group;) {
+                    const int64_t heads_left = (g + 1) * group - h, width = s.slots + SLOTS;
+                    auto run = heads_left >= 3 ? attend<3> : heads_left == 2 ? attend<2> : attend<1>;
+                    run(s.qkv + t * row_size + h * d, s.keys[i] + from, s.values[i] + from, d, start, nodes, count, width,
+                        own.scores.data(), s.mixed + (t * heads + h) * d);
+                    h += std::min<int64_t>(3, heads_left);
+                }
             });
 #pragma omp barrier
             mark(1);

@@ -308,7 +308,7 @@ class DFlashDrafter:
         self.network = network
         self.block_size = block_size or config.block_size
         self.layers = config.target_layer_ids
-        self.cache = SlotCache(config.num_hidden_layers, 1, 256)
+        self.cache = network.decoder.new_cache(1, 256)
         self.caches: tuple[SlotCache, ...] = (self.cache,)
 
     @torch.inference_mode()

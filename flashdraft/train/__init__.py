@@ -1,4 +1,1 @@
-"""From prompts to a drafter, as stages that read files and write files: prompts, regenerate, features, train.
-
-Running a stage again resumes it.
-"""
+"""From prompts to a drafter in stages that read and write files: prompts, regenerate, features, train; each one resumes."""

@@ -1,7 +1,4 @@
-"""Several sequences' contexts and blocks, packed one behind the other, and the network's pass over all of them.
-
-Every sequence is isolated: by a dense mask of its own with SDPA, or by one sparse mask of all with FlexAttention.
-"""
+"""Sequences packed one behind the other, isolated by masks (SDPA's dense or FlexAttention's sparse), and a pass over all."""
 
 from __future__ import annotations
 
@@ -58,10 +55,7 @@ class Batch:
 def make_batch(
     samples: Numbered, config: DraftConfig, num_anchors: int, seed: int, *, min_context: int = 0, flex: torch.device | None = None
 ) -> Batch:
-    """Answers without two tokens are left out.
-
-    min_context: no anchor has fewer tokens before it. flex: make one sparse mask there instead of a dense one a sequence.
-    """
+    """No answer without two tokens, no anchor with fewer than `min_context` before it. flex: where to make one sparse mask."""
     size, numbers = config.block_size, list[int]()
     chosen, contexts, parts = list[Tensor](), list[int](), list[dict[str, Tensor]]()
     for number, sample in samples:
@@ -117,8 +111,7 @@ class Blocks(nn.Module):
         """Normed states of every block row [rows, hidden]."""
         context = self.model.context(batch.features.to(self.model.norm.weight.dtype))
         attend = functools.partial(_flex_attend if batch.flex is not None else _dense_attend, batch)
-        states: Tensor = self.model(context, self.embed(batch.block_tokens), batch.positions, attend)
-        return states
+        return self.model(context, self.embed(batch.block_tokens), batch.positions, attend)  # type: ignore[no-any-return]
 
 
 def _dense_attend(batch: Batch, _layer: int, q: Tensor, context_kv: tuple[Tensor, ...], block_kv: tuple[Tensor, ...]) -> Tensor:

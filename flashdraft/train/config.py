@@ -47,10 +47,7 @@ class TrainConfig:
 
 
 def model_card(config: DraftConfig, target: str, run: dict[str, Any], figures: dict[str, Any], *, num_samples: int) -> str:
-    """What stands beside a drafter's weights: what it was made for, of what, how, and what was measured.
-
-    run: what run.json holds; figures: `step`, `positions_seen`, `num_prompts` and `taus`, (step, tau) of every measurement.
-    """
+    """A drafter's README. run: run.json; figures: `step`, `positions_seen`, `num_prompts`, `taus`: measured (step, tau)s."""
     head = "none" if config.sequential_head is None else f"{config.sequential_head}, inner size {config.head_rank}"
     settings = ", ".join(f"{name} {value}" for name, value in run["config"].items())
     measured = "\n".join(f"| {step} | {tau:.2f} |" for step, tau in figures["taus"])

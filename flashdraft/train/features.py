@@ -107,8 +107,7 @@ def write_features(
 ) -> int:
     """Read every answer once with the target and store what the drafter will see; shards that exist are not made again.
 
-    The set is then these answers, each once; shards of an earlier call that hold others, or the same ones cut in another
-    way, are kept as unused. Returns the number of shards.
+    The set is then these answers, each once; other shards of an earlier call are kept as unused. Returns the number of shards.
     """
     writer = ShardWriter(model, out, layers=layers, max_length=max_length, final=final)
     parts = _shards(answers)
@@ -205,8 +204,7 @@ class FeatureSet:
         return f"sample {n} of `{self.folder / key}.safetensors`"
 
     def answer_tokens(self, i: int) -> list[int]:
-        tokens: list[int] = self._read(i, "tokens")[self.index[i][2] :].tolist()
-        return tokens
+        return self._read(i, "tokens")[self.index[i][2] :].tolist()
 
     def __getitem__(self, i: int) -> Sample:
         final = self._read(i, "final") if self.final else None

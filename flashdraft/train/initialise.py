@@ -30,8 +30,7 @@ def draft_config(
 ) -> DraftConfig:
     """A draft network of the target's own width and heads that reads `num_features` of its layers, for any family.
 
-    mask_token_id: an id that the target never reads or writes; known for the built-in targets, else it must be given.
-    Raises InvalidParameter for a shape that cannot be.
+    mask_token_id: one that the target never reads or writes; needed unless built in. Raises InvalidParameter for a bad shape.
     """
     config: dict[str, Any] = target.config.to_dict()
     total, vocab = target.num_layers, target.vocab_size
@@ -65,10 +64,9 @@ def random_weights(config: DraftConfig, seed: int) -> DFlashDraftModel:
     """Matrices from N(0, 0.02), norms at one."""
     model = DFlashDraftModel(config)
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0.0, 0.02, generator=generator)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, 0.0, 0.02, generator=generator)
     return model
 
 

@@ -9,7 +9,7 @@ import json
 import random
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ SOURCES = {
     "self_instruct/seed": "self_instruct/seed_tasks.jsonl",
     "self_instruct/user": "self_instruct/user_oriented_instructions.jsonl",
 }
+Names = Collection[str]
 MATHS_SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 FORMS = ("messages", "conversations", "question", "instruction", "prompt")  # a row's field; the first one that it has counts
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -36,12 +37,12 @@ EVALUATION = re.compile(  # searched in a file's folder and name, or in a hub da
 )
 
 
-def read_jsonl(path: Path, keys: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+def read_jsonl(path: Path, keys: Names = ()) -> Iterator[dict[str, Any]]:
     """The objects of a JSON Lines file. Raises DataError naming the line that is none, or that lacks one of `keys`."""
     return (row for _, row in numbered_lines(path, keys))
 
 
-def numbered_lines(path: Path, keys: Sequence[str] = ()) -> Iterator[tuple[int, dict[str, Any]]]:
+def numbered_lines(path: Path, keys: Names = ()) -> Iterator[tuple[int, dict[str, Any]]]:
     """The same, each with the number of its line, from 1."""
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
@@ -65,13 +66,7 @@ def numbered_lines(path: Path, keys: Sequence[str] = ()) -> Iterator[tuple[int, 
 
 
 def write_prompts(
-    data: Path | None,
-    out: Path,
-    *,
-    sources: Sequence[str] = tuple(SOURCES),
-    files: Sequence[str] = (),
-    thinking: float | None = None,
-    seed: int = 0,
+    data: Path | None, out: Path, *, sources: Names = SOURCES, files: Names = (), thinking: float | None = None, seed: int = 0
 ) -> int:
     """Write {source, row, prompt} lines in a seeded order, every prompt once; returns how many.
 

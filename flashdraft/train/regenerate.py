@@ -194,12 +194,8 @@ class _Keeper:
     def __init__(self, shards: ShardWriter, num_done: int) -> None:
         self.shards = shards
         self.skip = -num_done % SHARD  # the rest of a shard that an earlier run began
-        self.lines: list[Row] = []
-        self.samples: list[Sample] = []
-
-    def new(self) -> Recorder:
-        self.recorder = Recorder(self.shards.wanted)
-        return self.recorder
+        self.recorder = Recorder(shards.wanted)
+        self.kept: list[tuple[Row, Sample]] = []
 
     def take(self, line: Row) -> None:
         tokens, num_prompt = encode(self.shards.model, line)
@@ -208,16 +204,15 @@ class _Keeper:
             self.skip -= 1
             return
         sample = None if features is None else self.shards.sample(tokens, features, num_prompt)
-        self.lines.append(line)
-        self.samples.append(sample or self.shards.read(line))  # none if the same prompt and answer ended in the same step
-        if len(self.lines) == SHARD:
-            self.shards.add(shard_key(self.lines), self.samples, place="unused")
-            self.lines, self.samples = [], []
+        self.kept.append((line, sample or self.shards.read(line)))  # none if the same prompt and answer ended in the same step
+        if len(self.kept) == SHARD:
+            self.shards.add(shard_key([row for row, _ in self.kept]), [kept for _, kept in self.kept], place="unused")
+            self.kept = []
 
 
 def _decoded(model: Model, rows: Sequence[Row], law: Law, keep: _Keeper | None) -> Iterator[tuple[Row, Row]]:
     """Rows that fit into the context and the fields of their answers, as they end."""
-    lm = replace(model, new_drafter=keep.new) if keep else model
+    lm = replace(model, new_drafter=lambda: keep.recorder) if keep else model
     fitting = []
     for row in rows:
         try:

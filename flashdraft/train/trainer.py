@@ -34,8 +34,8 @@ from flashdraft.provenance import provenance
 from flashdraft.target import Target
 from flashdraft.train.batch import Batch, Blocks, make_batch
 from flashdraft.train.config import TrainConfig, model_card
-from flashdraft.train.features import Data, Sample
-from flashdraft.train.loss import Loss, accuracy, common_tokens
+from flashdraft.train.features import Data
+from flashdraft.train.objectives import Loss, accuracy, common_tokens
 from flashdraft.train.state import full_disk_named, last_checkpoint, load_checkpoint, save_checkpoint
 from flashdraft.types import Result, SamplingParams
 
@@ -136,12 +136,12 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = c.lr * _schedule(self.step, c.steps, c.warmup)
         self.optimizer.zero_grad(set_to_none=True)
-        loss, rows = 0.0, []
+        loss, rows, autocast = 0.0, [], torch.autocast(self.acc.device.type, dtype=torch.bfloat16, enabled=self.bf16)
         for i, batch in enumerate(batches):
             with self.acc.no_sync(self.net) if i + 1 < len(batches) else nullcontext():
-                with self._timed("forward"), self._autocast():
+                with self._timed("forward"), autocast:
                     states = self.net(batch)
-                with self._timed("loss"), self._autocast():
+                with self._timed("loss"), autocast:
                     surrogate, part, figures = self.loss(states, batch, self.step)
                 if len(bad := figures["row"][~figures["loss"].isfinite()]):
                     raise self._not_finite("loss", float("nan"), [batch.number_of(int(bad[0]))])
@@ -184,7 +184,7 @@ class Trainer:
         """This process's micro-batches of the step: number m of all processes' holds samples m * sequences and on."""
         c, device = self.config, self.acc.device
         numbers = [(self.step * c.accumulate + a) * self.acc.num_processes + self.acc.process_index for a in range(c.accumulate)]
-        samples = [[(n, self._sample(n)) for n in range(m * c.sequences, (m + 1) * c.sequences)] for m in numbers]
+        samples = [[(n, self.data[self._place(n)]) for n in range(m * c.sequences, (m + 1) * c.sequences)] for m in numbers]
         options: Any = {"min_context": c.min_context, "flex": device if device.type == "cuda" else None}
         return [make_batch(each, self.model.config, c.anchors, c.seed, **options).to(device) for each in samples]
 
@@ -199,9 +199,6 @@ class Trainer:
         odd += ["sliding_attention layers"] * ("sliding_attention" in config.layer_types)
         if odd:
             raise InvalidParameter(f"the drafter has {odd[0]}, which cannot be trained here", hint="start from random weights")
-
-    def _sample(self, number: int) -> Sample:
-        return self.data[self._place(number)]
 
     def _place(self, number: int) -> int:
         """Which sample of the set has this global number."""
@@ -250,8 +247,7 @@ class Trainer:
         self.acc.wait_for_everyone()
 
     def _resume(self) -> None:
-        path = last_checkpoint(self.out / "checkpoints")
-        if path is None:
+        if (path := last_checkpoint(self.out / "checkpoints")) is None:
             return
         groups, state = load_checkpoint(path)
         held = {name: value for name, value in state["config"].items() if name not in _FREE}
@@ -282,9 +278,6 @@ class Trainer:
         scalars = {name: value for name, value in figures.items() if isinstance(value, float)}
         scalars |= {f"accuracy/{k}": value for k, value in enumerate(figures["accuracy"], 1) if value is not None}
         self.acc.log(scalars, step=figures["step"])
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.acc.device.type, dtype=torch.bfloat16, enabled=self.bf16)
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:

@@ -1,0 +1,171 @@
+"""How many nodes are read: what pays and no more, over a whole batch, down to none; calibrated, lossless."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+
+import pytest
+import torch
+from conftest import tiny_target
+from torch import Tensor
+
+from flashdraft.control import Control
+from flashdraft.engine import Engine, Request
+from flashdraft.methods.autoregressive import Autoregressive
+from flashdraft.text import TextDecoder
+from flashdraft.tree import chain
+from flashdraft.types import Drafter, Proposal, Rows, SamplingParams
+
+FLAT = {1: 1.0, 8: 1.07}  # seconds: a node costs a hundredth of a step
+STEEP = {1: 1.0, 8: 8.0}  # a node costs a step
+
+
+def proposal(*confidences: list[float], parents: list[int] | None = None) -> Proposal:
+    width = 1 + max(len(row) for row in confidences)
+    scores = torch.tensor(
+        [[0.0, *[float(torch.tensor(c).log()) for c in row], *[0.0] * (width - 1 - len(row))] for row in confidences]
+    )
+    tokens = torch.arange(width).expand(len(confidences), width)
+    shape = (chain(width) if parents is None else torch.tensor(parents)).expand(len(confidences), width)
+    return Proposal(tokens, shape, torch.tensor([1 + len(row) for row in confidences]), scores)
+
+
+def best_by_force(control: Control, made: Proposal, draft: float) -> float:
+    """The best rate over every choice of sizes."""
+    assert made.scores is not None
+    paths = made.scores.exp().cumprod(1).tolist()
+    choices: list[list[int]] = [[]]
+    for size in made.sizes.tolist():
+        choices = [[*c, n] for c in choices for n in range(1, size + 1)]
+    rates = [sum(sum(paths[r][:n]) for r, n in enumerate(c)) / (control.cost(sum(c)) + draft) for c in choices]
+    return max(rates)
+
+
+@pytest.mark.parametrize("seconds", [FLAT, STEEP, {1: 1.0, 2: 1.1, 4: 1.6, 8: 3.0, 16: 6.0}])
+def test_the_choice_is_the_best_of_all_choices(seconds: Mapping[int, float]) -> None:
+    draw = random.Random(3)
+    for _ in range(40):
+        control = Control(seconds)
+        made = proposal(*[[draw.random() for _ in range(draw.randint(1, 4))] for _ in range(draw.randint(1, 3))])
+        assert made.scores is not None
+        sizes = control.trim(made).tolist()
+        paths = made.scores.exp().cumprod(1).tolist()
+        rate = sum(sum(paths[r][:n]) for r, n in enumerate(sizes)) / control.cost(sum(sizes))
+        assert rate == pytest.approx(best_by_force(control, made, 0.0))
+        assert all(1 <= n <= size for n, size in zip(sizes, made.sizes.tolist(), strict=True))
+
+
+def test_nearly_free_nodes_are_read_and_dear_ones_are_not() -> None:
+    sure = proposal([0.9, 0.9, 0.9], [0.9, 0.01, 0.9])
+    assert Control(FLAT).trim(sure).tolist() == [4, 2]
+    assert Control(STEEP).trim(sure).tolist() == [1, 1]
+
+
+def test_a_node_is_never_kept_without_its_parent() -> None:
+    made = proposal([0.5, 0.9, 0.9, 0.3], parents=[-1, 0, 1, 2, 0])
+    for cost in (0.05, 0.2, 0.4, 0.6):
+        size = int(Control({1: 1.0, 8: 1.0 + 7 * cost}).trim(made)[0])
+        assert set(made.parents[0, 1:size].tolist()) <= set(range(size))
+
+
+def test_vain_drafting_pauses_for_longer_and_longer() -> None:
+    control = Control(STEEP)
+    pauses = []
+    for _ in range(3):
+        steps = 0
+        while not control.wants_drafts():
+            steps += 1
+        pauses.append(steps)
+        control.learn(proposal([0.3]), [[0]], 0.5)
+        control.trim(proposal([0.3]))
+    assert pauses == [0, 4, 8]
+    good = Control(FLAT)
+    for _ in range(20):
+        assert good.wants_drafts()
+        made = proposal([0.9, 0.9])
+        good.learn(made, [[0, 1, 2]], 0.01)
+        assert good.trim(made).tolist() == [3]
+
+
+def test_what_was_accepted_corrects_what_is_claimed() -> None:
+    boaster, modest = Control({1: 1.0, 8: 3.1}), Control({1: 1.0, 8: 3.1})
+    for _ in range(200):
+        boaster.learn(proposal([0.9, 0.9]), [[0]], 0.0)
+        modest.learn(proposal([0.2, 0.2]), [[0, 1, 2]], 0.0)
+    assert boaster.trim(proposal([0.9, 0.9])).tolist() == [1]
+    assert modest.trim(proposal([0.2, 0.2])).tolist() == [3]
+
+
+def test_a_drafter_without_scores_is_judged_by_its_acceptance() -> None:
+    silent = Proposal(torch.arange(4)[None], chain(4)[None], torch.tensor([4]))
+    control = Control({1: 1.0, 8: 3.1})
+    assert control.trim(silent).tolist() == [4]
+    for _ in range(200):
+        control.learn(silent, [[0, 1]], 0.0)
+    assert control.trim(silent).tolist() == [2]
+
+
+class Timed:
+    """A target whose steps are said to take these times."""
+
+    def __init__(self, seconds: Mapping[int, float]) -> None:
+        self.target = tiny_target("llama", lean=True)
+        self.step_seconds = seconds
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.target, name)
+
+
+class Halves(Drafter):
+    """Half of what it proposes is right; it remembers every token and feature that it was shown."""
+
+    name, layers = "halves", (1,)
+
+    def __init__(self, text: list[int]) -> None:
+        self.text, self.seen, self.calls = text, list[int](), 0
+
+    def propose(self, rows: Rows, max_nodes: int) -> Proposal:
+        self.calls += max_nodes > 1
+        at, width = len(rows.histories[0]), min(4, max_nodes)
+        tokens = [rows.anchors[0], *(self.text[at + i] if i < 1 else 0 for i in range(width - 1))]
+        scores = torch.tensor([[0.0, -0.1, -2.0, -2.0][:width]])
+        return Proposal(torch.tensor([tokens]), chain(width)[None], torch.tensor([width]), scores)
+
+    def observe(self, rows: Rows, tokens: list[Tensor], features: list[Tensor] | None) -> None:  # type: ignore[override]
+        assert features is not None
+        assert [len(f) for f in features] == [len(t) for t in tokens]
+        self.seen += tokens[0].tolist()
+        assert self.seen == rows.histories[0][: len(self.seen)]
+
+
+def text_of(engine: Engine, prompt: list[int]) -> list[int]:
+    class Silent:
+        eos_token_id = None
+
+        def decode(self, *_: object, **__: object) -> str:
+            return ""
+
+    request = Request(prompt, SamplingParams(max_new_tokens=40, ignore_eos=True), TextDecoder(Silent()))
+    engine.admit(request)
+    while engine.running:
+        engine.step()
+    return request.history
+
+
+@pytest.mark.parametrize(("seconds", "drafted"), [(FLAT, True), ({1: 1e-9, 8: 8e-9}, False)])
+def test_texts_are_plain_and_the_drafter_misses_nothing(seconds: Mapping[int, float], drafted: bool) -> None:
+    prompt = [3, 7, 11, 5]
+    plain = text_of(Engine(tiny_target("llama", lean=True), Autoregressive()), prompt)
+    target: object = Timed(seconds)
+    drafter = Halves([*plain, 0, 0, 0, 0])
+    engine = Engine(target, drafter, adaptive=True)  # type: ignore[arg-type]
+    assert text_of(engine, prompt) == plain
+    assert (drafter.calls >= 18) == drafted  # else it is asked now and then
+    assert drafter.calls >= 2
+    assert drafter.seen == plain[: len(drafter.seen)]
+
+
+def test_without_step_times_every_node_is_read() -> None:
+    engine = Engine(tiny_target("llama"), Autoregressive(), adaptive=True)
+    assert engine.control is None
