@@ -19,7 +19,7 @@ $flashdraft tasks --data "$FLASHDRAFT_DATA" --ids "$here/bench_ids.json" --first
 
 ours=autoregressive:float32,dflash:float32,autoregressive:compact,dflash:compact,autoregressive:int8,dflash:int8
 [ -e "$results/peers.jsonl" ] || $flashdraft bench --prompts "$results/prompts.jsonl" --out "$results/peers.jsonl" --max-new-tokens 128 \
-    --methods "$ours,llama.cpp:$results/f32.gguf,llama.cpp:$results/q8_0.gguf" ${DRAFT:+--draft "$DRAFT"} > "$results/peers.log"
+    --methods "$ours,llama.cpp:$results/f32.gguf,llama.cpp:$results/q8_0.gguf,transformers" --transformers-prompts 4 ${DRAFT:+--draft "$DRAFT"} > "$results/peers.log"
 $flashdraft report "$results/peers.jsonl"
 $flashdraft report "$results/peers.jsonl" --base "llama.cpp:$results/f32.gguf"
 $flashdraft report "$results/peers.jsonl" --base "llama.cpp:$results/q8_0.gguf"

@@ -80,8 +80,8 @@ def llama_cpp(path: Path, eos: frozenset[int]) -> Method:
     lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_greedy())
 
     def read(tokens: Sequence[int]) -> int:
-        batch = lib.llama_batch_get_one((c_int32 * len(tokens))(*tokens), len(tokens))
-        assert lib.llama_decode(context, batch) == 0
+        held = (c_int32 * len(tokens))(*tokens)  # the batch only points at it
+        assert lib.llama_decode(context, lib.llama_batch_get_one(held, len(tokens))) == 0
         return int(lib.llama_sampler_sample(chain, context, -1))
 
     def answer(prompt: list[int], params: SamplingParams) -> Answer:
