@@ -51,7 +51,7 @@ class DraftConfig:
     attention_bias: bool = False
     draft_vocab_size: int | None = None  # rows of the reduced vocabulary d2t, if there is one
     dtype: str = "bfloat16"
-    sequential_head: str | None = None  # an addition of ours: `markov` or `swiglu` (heads.py); not in the plain format
+    sequential_head: str | None = None  # an addition of ours: `swiglu` (heads.py); not in the plain format
     head_rank: int = 64
 
     @classmethod
@@ -107,9 +107,8 @@ class DraftConfig:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor that the file must hold, with its shape."""
-        h, i, d = self.hidden_size, self.intermediate_size, self.head_dim
+        h, i, d, r = self.hidden_size, self.intermediate_size, self.head_dim, self.head_rank
         q, kv = self.num_attention_heads * d, self.num_key_value_heads * d
-        r, v, rows = self.head_rank, self.vocab_size, self.draft_vocab_size or self.vocab_size
         norms = {"input_layernorm": (h,), "post_attention_layernorm": (h,), "self_attn.q_norm": (d,), "self_attn.k_norm": (d,)}
         linears = {f"self_attn.{x}_proj": shape for x, shape in {"q": (q, h), "k": (kv, h), "v": (kv, h), "o": (h, q)}.items()}
         mlp = {"mlp.gate_proj": (i, h), "mlp.up_proj": (i, h), "mlp.down_proj": (h, i)}
@@ -118,8 +117,7 @@ class DraftConfig:
             layer |= {f"{name}.bias": shape[:1] for name, shape in linears.items()}
         shapes = {f"layers.{n}.{name}": shape for n in range(self.num_hidden_layers) for name, shape in layer.items()}
         shapes |= {"fc.weight": (h, len(self.target_layer_ids) * h), "hidden_norm.weight": (h,), "norm.weight": (h,)}
-        heads = {"markov": {"previous": (v, r), "output": (rows, r)}, "swiglu": {"gate_up": (2 * r, 2 * h), "down": (h, r)}}
-        head = heads.get(self.sequential_head or "", {})
+        head = {"gate_up": (2 * r, 2 * h), "down": (h, r)} if self.sequential_head else {}
         return shapes | {f"sequential_head.{name}.weight": shape for name, shape in head.items()}
 
 

@@ -150,8 +150,10 @@ def profile(
     nodes: Annotated[list[int], Option(help="nodes per step; may be given several times")] = [1, 8],  # noqa: B006
     context: Annotated[int, Option(help="tokens read before")] = 256,
     steps: Annotated[int, Option(help="steps measured; medians are shown")] = 20,
+    kernel: Annotated[str, Option(help=f"what runs the weights: {', '.join(KERNELS)}")] = "auto",
 ) -> None:
-    profiles = [measure(target, draft=draft, nodes=count, context=context, steps=steps) for count in nodes]
+    options: Any = {"draft": draft, "context": context, "steps": steps, "kernel": kernel}
+    profiles = [measure(target, nodes=count, **options) for count in nodes]
     rows = []
     for one in profiles:
         parts = one.milliseconds | {"step": sum(one.milliseconds.values())}

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from flashdraft import native
 from flashdraft.cache import SlotCache, round_up
-from flashdraft.layers import Linear, PackedLinear, apply_rotary
+from flashdraft.layers import Linear, TorchLinear, apply_rotary
 
-__all__ = ["KERNELS", "Block", "Decoder"]
+__all__ = ["Block", "Decoder"]
 
-KERNELS = ("compact", "float32", "int8", "torch")  # what may run the weights; the first three are native
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer; q, k, v [tokens, heads, head_dim] -> [tokens, heads * head_dim]
 
 
@@ -71,11 +70,8 @@ class Decoder:
         sizes = self.hidden_size % 32, self.head_dim % 16, self.inner % 32, self.head_dim > 256
         fits = native.usable(norm) and not any(self.windows) and not any(sizes)
         self.kernel = kernel if fits else "torch"
-        self.linears: list[dict[str, Linear]] = []
-        for block in kept:
-            pairs = {name: self._packed(name, *pair) for name, pair in block.linears.items()}
-            self.linears.append(pairs)
-        everything = [linear for pairs in self.linears for linear in pairs.values()]
+        self.linears = [{name: self._packed(name, *pair) for name, pair in block.linears.items()} for block in kept]
+        everything = [linear for linears in self.linears for linear in linears.values()]
         self.row_exact = all(linear.row_exact for linear in everything)
         self.nbytes = sum(linear.nbytes for linear in everything)
         self.formats = sorted({linear.format for linear in everything})
@@ -84,20 +80,15 @@ class Decoder:
         self.seconds: Tensor | None = None  # set it to a float64 [3]: linears, attention and the rest add up there
 
     def __call__(
-        self,
-        cache: SlotCache,
-        slots: Sequence[int],
-        x: Tensor,
-        seen: Tensor,
-        depths: Tensor,
-        sizes: Tensor,
-        layers: Sequence[int],
+        self, cache: SlotCache, slots: Sequence[int], x: Tensor, shape: tuple[Tensor, Tensor, Tensor], layers: Sequence[int]
     ) -> tuple[Tensor, Tensor | None]:
-        """Read nodes behind the rows' lengths, which stay. x: [rows, nodes, hidden]; seen: bool [rows, nodes, nodes].
+        """Read nodes behind the rows' lengths, which stay. x: [rows, nodes, hidden].
 
-        depths: [rows, nodes] positions behind the length; sizes: [rows], the rest is padding and comes back as zeros.
+        shape: who sees whom, bool [rows, nodes, nodes]; positions behind the length [rows, nodes]; sizes [rows], the rest is
+        padding and comes back as zeros.
         Returns the final normed state [rows, nodes, hidden] and the wanted layers' outputs side by side.
         """
+        seen, depths, sizes = shape
         starts = torch.tensor([cache.lengths[slot] for slot in slots])
         assert int((starts + sizes).max()) <= cache.slots, "the cache has too few slots"  # the kernels write unchecked
         real = torch.arange(x.shape[1]) < sizes[:, None]  # nothing below sees padding
@@ -107,9 +98,6 @@ class Decoder:
         else:
             out = self._run(x[real], positions, self._attention(cache, slots, starts, seen, real), layers)
         return _spread(out[0], real), None if out[1] is None else _spread(out[1], real)
-
-    def new_cache(self, rows: int, slots: int) -> SlotCache:
-        return SlotCache(len(self.linears), rows, slots, blocked=self._model is not None)
 
     def _run(self, x: Tensor, positions: Tensor, attend: Attend, layers: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]
@@ -170,10 +158,10 @@ class Decoder:
 
     def _packed(self, name: str, weight: Tensor, bias: Tensor | None) -> Linear:
         if self.kernel == "torch":
-            return PackedLinear(weight, bias)
+            return TorchLinear(weight, bias)
         if name == "gate_up":  # the kernel multiplies a panel of one with a panel of the other
             weight, bias = _interleaved(weight), None if bias is None else _interleaved(bias)
-        return native.NativeLinear(weight, bias, format=native.format_of(weight, self.kernel))
+        return native.NativeLinear(weight, bias, kernel=self.kernel)
 
     def _native_model(self) -> native.Model:
         self._layers = (native.Layer * len(self.linears))()

@@ -4,7 +4,6 @@ The stream is the primitive: `generate` collects it, and the command line and th
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
@@ -181,14 +180,18 @@ def load_target(
     require(kernel in KERNELS, "kernel", kernel, f"one of {', '.join(KERNELS)}")
     files = hub.resolve(name)
     folder, extra = (files.folder, {"gguf_file": files.filename}) if isinstance(files, hub.GgufFile) else (files, {})
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # transformers draws one even for a load of half a second
     try:
-        with _no_progress_bar():
-            tokenizer = AutoTokenizer.from_pretrained(folder, **extra)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=None if extra else True, **extra)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **extra)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=None if extra else True, **extra)
     except FileNotFoundError as error:
         raise ModelNotFound(f"cannot load `{name}`: {first_line(error)}", hint="the folder is incomplete") from None
     except Exception as error:  # transformers raises whatever its readers do: a damaged file, an unknown architecture
         raise CheckpointError(f"cannot load `{name}`: {first_line(error)}", hint="fetch the model's files again") from None
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     try:
         model.to(torch.device(device))  # type: ignore[arg-type]
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without it
@@ -202,18 +205,6 @@ def load_target(
         got = f"kernel is {kernel!r}, but `{name}` in {model.dtype} on {device} runs by {made.kernel_name}"
         raise InvalidParameter(got, hint="native kernels need a float32 llama-shaped target, a CPU and a C++ compiler; or auto")
     return made, tokenizer, frozenset(ids)
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """transformers draws a bar even for a load of half a second."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def drafters(draft: str | Path, target: Target, target_name: str, block_size: int | None = None) -> Callable[[], Drafter]:

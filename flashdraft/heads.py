@@ -1,34 +1,17 @@
-"""Sequential heads: how the drafts of a block come to depend on each other. An addition to DFlash v1, in tensors of its own.
+"""A sequential head: the drafts of a block come to depend on each other. An addition to DFlash v1, in tensors of its own.
 
-The network's marginals are independent per position; a head looks at the token before, left to right, and corrects them.
-`markov` adds W2 W1[x_(k-1)] to the logits (DSpark 2607.05147); `swiglu` adds a zero-initialised SwiGLU of state and
-previous embedding to the state before the lm_head (as TreeFlash does). Knows tensors; does not know blocks or decoding.
+The network's marginals are independent per position; the head looks at the token before, left to right, and adds a
+zero-initialised SwiGLU of state and previous embedding to the state before the lm_head (as TreeFlash does). A bias by the
+token before (`markov`, DSpark 2607.05147) measured worse and went (docs/log.md). Does not know blocks or decoding.
 """
-
-from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["HEADS", "MarkovHead", "SequentialHead", "SwigluHead"]
+__all__ = ["HEADS", "SwigluHead"]
 
-
-class MarkovHead(nn.Module):
-    """logits_k += W2 W1[x_(k-1)], over the draft vocabulary."""
-
-    def __init__(self, vocab_size: int, num_outputs: int, rank: int) -> None:
-        super().__init__()
-        self.previous = nn.Embedding(vocab_size, rank)
-        self.output = nn.Linear(rank, num_outputs, bias=False)
-        nn.init.zeros_(self.output.weight)
-
-    def correct(self, states: Tensor, _embedded: Tensor) -> Tensor:
-        return states
-
-    def bias(self, tokens: Tensor) -> Tensor | None:
-        """tokens: [n], one position before -> [n, draft vocabulary], to be added to the logits."""
-        return self.output(self.previous(tokens))  # type: ignore[no-any-return]
+HEADS = ("swiglu",)
 
 
 class SwigluHead(nn.Module):
@@ -40,14 +23,7 @@ class SwigluHead(nn.Module):
         self.down = nn.Linear(rank, hidden_size, bias=False)
         nn.init.zeros_(self.down.weight)
 
-    def correct(self, states: Tensor, embedded: Tensor) -> Tensor:
+    def forward(self, states: Tensor, embedded: Tensor) -> Tensor:
         """states [n, hidden], embedded [n, hidden] -> [n, hidden]."""
         gate, up = self.gate_up(torch.cat((states, embedded.to(states.dtype)), dim=-1)).chunk(2, dim=-1)
         return states + self.down(F.silu(gate) * up)  # type: ignore[no-any-return]
-
-    def bias(self, _tokens: Tensor) -> Tensor | None:
-        return None
-
-
-SequentialHead = MarkovHead | SwigluHead
-HEADS = ("markov", "swiglu")

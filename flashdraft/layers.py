@@ -1,4 +1,4 @@
-"""What draft networks and targets are made of: packed linears, RMSNorm, rotary positions. Knows tensors and weights only."""
+"""What draft networks and targets are made of: linears, RMSNorm, rotary positions. Knows tensors and weights only."""
 
 import torch
 import torch.nn.functional as F
@@ -6,9 +6,7 @@ from torch import Tensor, nn
 
 from flashdraft import native
 
-__all__ = ["Linear", "PackedLinear", "RMSNorm", "apply_rotary", "pack", "rotary_table"]
-
-_PACK_HINT = 16  # the batch size that oneDNN packs weights for
+__all__ = ["Linear", "RMSNorm", "TorchLinear", "apply_rotary", "pack", "rotary_table"]
 
 
 class RMSNorm(nn.RMSNorm):
@@ -18,34 +16,27 @@ class RMSNorm(nn.RMSNorm):
         return super().forward(x.to(self.weight.dtype))
 
 
-class PackedLinear:
-    """x -> x @ weight.T + bias where no native linear can be had: packed once by oneDNN (float32, CPU), else F.linear."""
+class TorchLinear:
+    """x -> x @ weight.T + bias where no native linear can be had. Not row-exact: torch chooses a kernel by the number of rows."""
 
-    row_exact = False  # the libraries choose a kernel by the number of rows
+    row_exact, format = False, "torch"
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.nbytes, self.bias = weight.nbytes, bias
-        known = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-        self.format = "oneDNN" if known and weight.dtype == torch.float32 and weight.device.type == "cpu" else "torch"
-        packed = self.format == "oneDNN"
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACK_HINT) if packed else weight
+        self.weight, self.bias, self.nbytes = weight, bias, weight.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [rows, in] -> [rows, out]"""
-        if self.format == "torch":
-            return F.linear(x, self.weight, self.bias)
-        out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, "none", [], "")
-        return out
+        return F.linear(x, self.weight, self.bias)
 
 
-Linear = PackedLinear | native.NativeLinear
+Linear = TorchLinear | native.NativeLinear
 
 
 def pack(weight: Tensor, bias: Tensor | None = None, *, kernel: str = "compact") -> Linear:
-    """A native linear where one can be had (`kernel`: decoder.KERNELS), else oneDNN's or torch's."""
+    """A native linear where one can be had (`kernel`: NativeLinear's), else torch's."""
     if native.usable(weight) and weight.shape[1] % native.PANEL == 0:
-        return native.NativeLinear(weight, bias, format=native.format_of(weight, kernel))
-    return PackedLinear(weight, bias)
+        return native.NativeLinear(weight, bias, kernel=kernel)
+    return TorchLinear(weight, bias)
 
 
 def rotary_table(inv_freq: Tensor, num_positions: int, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

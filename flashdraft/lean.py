@@ -5,8 +5,8 @@ Does not know drafters, verification or text.
 
 import hashlib
 import json
-import os
 import timeit
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -16,8 +16,9 @@ from torch import Tensor
 
 from flashdraft import hub, native
 from flashdraft.cache import SlotCache
+from flashdraft.checkpoint import write_file
 from flashdraft.decoder import Block, Decoder
-from flashdraft.layers import Linear, PackedLinear, rotary_table
+from flashdraft.layers import Linear, TorchLinear, rotary_table
 from flashdraft.target import Indices, Output, Target
 from flashdraft.tree import ancestors, chain
 
@@ -28,7 +29,7 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 class LeanTarget(Target):
-    """llama, mistral, qwen2 or qwen3 behind the Target contract (target.py). `kernel`: one of decoder.KERNELS."""
+    """llama, mistral, qwen2 or qwen3 behind the Target contract (target.py). `kernel`: compact, float32, int8 or torch."""
 
     def __init__(self, model: Any, name: str, *, kernel: str = "compact") -> None:
         config, decoder = model.config, model.model
@@ -49,9 +50,9 @@ class LeanTarget(Target):
         )
         self._head_rows: Tensor = model.lm_head.weight.detach()  # the embedding itself where the two are tied
         bias = None if model.lm_head.bias is None else model.lm_head.bias.detach()
-        self.head: Linear = PackedLinear(self._head_rows, bias)
-        if self.decoder.kernel != "torch":
-            self.head = native.NativeLinear(self._head_rows, bias, format=native.format_of(self._head_rows, self.decoder.kernel))
+        self.blocked_keys = self.decoder.kernel != "torch"
+        make = partial(native.NativeLinear, kernel=self.decoder.kernel) if self.blocked_keys else TorchLinear
+        self.head: Linear = make(self._head_rows, bias)
         self.row_exact = self.decoder.row_exact and self.head.row_exact
         formats = sorted({*self.decoder.formats, self.head.format})
         self.kernel_name = self.decoder.kernel
@@ -68,11 +69,13 @@ class LeanTarget(Target):
         try:
             return {int(count): seconds for count, seconds in json.loads(path.read_text()).items()}
         except (OSError, ValueError):
-            table = _seconds(self)
+            cache, table = self.new_cache(1, 64), {}
+        for count in (1, 2, 4, 8, 16, 32):
+            shape = torch.ones(1, count, dtype=torch.long), chain(count)[None], torch.tensor([count])
+            times = timeit.repeat(partial(self.forward, cache, [0], *shape, ()), number=1, repeat=6)
+            table[count] = median(times[1:])
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(f".{os.getpid()}")
-        scratch.write_text(json.dumps(table))
-        os.replace(scratch, path)
+        write_file(path, json.dumps(table).encode())
         return table
 
     @staticmethod
@@ -88,10 +91,7 @@ class LeanTarget(Target):
 
     def _read(self, cache: SlotCache, slots: Indices, tokens: Tensor, parents: Tensor, sizes: Tensor, layers: Indices) -> Output:
         tree = ancestors(parents)
-        return self.decoder(cache, slots, self.embed(tokens), tree, tree.sum(-1) - 1, sizes, layers)
-
-    def new_cache(self, rows: int, slots: int) -> SlotCache:
-        return self.decoder.new_cache(rows, slots)
+        return self.decoder(cache, slots, self.embed(tokens), (tree, tree.sum(-1) - 1, sizes), layers)
 
     def embed(self, tokens: Tensor) -> Tensor:
         return F.embedding(tokens, self.embedding)
@@ -107,20 +107,7 @@ def fastest(model: Any) -> str:
     """The exact kernel with the quickest steps of 1 and 8 tokens for a model that fits; measured once per machine."""
     if not native.usable(model.lm_head.weight):
         return "torch"
-    compact = LeanTarget(model, "", kernel="compact")
+    compact, plain = (LeanTarget(model, "", kernel=kernel) for kernel in ("compact", "torch"))
     if compact.kernel_name == "torch":
         return "torch"
-    name = "float32" if compact.decoder.formats == ["float32"] else "compact"
-    tables = {name: compact.step_seconds, "torch": LeanTarget(model, "", kernel="torch").step_seconds}
-    return min(tables, key=lambda kernel: tables[kernel][1] + tables[kernel][8])
-
-
-@torch.inference_mode()
-def _seconds(target: LeanTarget) -> dict[int, float]:
-    """Of steps of 1 to 32 tokens, the medians of five after a first one."""
-    cache, table = target.new_cache(1, 64), {}
-    for count in (1, 2, 4, 8, 16, 32):
-        shape = torch.ones(1, count, dtype=torch.long), chain(count)[None], torch.tensor([count])
-        times = timeit.repeat(lambda: target.forward(cache, [0], *shape, ()), number=1, repeat=6)  # noqa: B023
-        table[count] = median(times[1:])
-    return table
+    return min(compact, plain, key=lambda target: target.step_seconds[1] + target.step_seconds[8]).kernel_name

@@ -23,12 +23,13 @@ from torch import Tensor
 
 from flashdraft.hub import cache_dir
 
-__all__ = ["PANEL", "Layer", "Model", "NativeLinear", "format_of", "library", "step", "usable"]
+__all__ = ["PANEL", "Layer", "Model", "NativeLinear", "library", "step", "usable"]
 
-FORMATS = ("float32", "bfloat16", "q8", "q4", "int8")  # as csrc/step.cpp numbers them
-EXACT = ("q4", "q8", "bfloat16", "float32")  # the same numbers in ever more bytes
-PANEL, BLOCK = 32, 32  # outputs of a panel; inputs that share a scale
-_SOURCE = Path(__file__).parent / "csrc" / "step.cpp"
+PANEL = 32  # outputs that lie side by side, and inputs that share a scale
+_EXACT = ("q4", "q8", "bfloat16", "float32")  # the same numbers in ever more bytes
+# in csrc's order: bits of a number, inputs that go together, bits of each output's scales for 32 inputs
+_FORMATS = {"float32": (32, 1, 0), "bfloat16": (16, 2, 0), "q8": (8, PANEL, 16), "q4": (4, PANEL, 32), "int8": (8, 4, 0)}
+_SOURCES = tuple(Path(__file__).parent / "csrc" / name for name in ("step.cpp", "pack.cpp"))
 _FLAGS = ("-O3", "-march=native", "-fno-signed-zeros", "-fopenmp", "-fPIC", "-shared", "-std=c++17", "-w")
 
 
@@ -67,11 +68,11 @@ def library() -> Any | None:
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
                 built = Path(scratch, path.name)
-                subprocess.run([compiler, *_FLAGS, str(_SOURCE), "-o", str(built)], check=True, capture_output=True)
+                subprocess.run([compiler, *_FLAGS, *map(str, _SOURCES), "-o", str(built)], check=True, capture_output=True)
                 os.replace(built, path)
     except (OSError, subprocess.CalledProcessError):
         pass  # what runs in the end is named wherever a kernel is
-    brought = _SOURCE.with_suffix(".so")  # setup.py built it for AVX2
+    brought = _SOURCES[0].with_suffix(".so")  # setup.py built it for AVX2
     can_run = platform.machine() not in ("x86_64", "AMD64") or torch.backends.cpu.get_cpu_capability() != "DEFAULT"
     try:
         return ctypes.CDLL(str(path if path.exists() or not can_run else brought))
@@ -90,30 +91,42 @@ def fingerprint() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     known = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}) or [platform.processor()]
     call = " ".join((str(_compiler()), *_FLAGS, *known))
-    return hashlib.sha256(_SOURCE.read_bytes() + call.encode()).hexdigest()[:16]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES) + call.encode()).hexdigest()[:16]
 
 
 class NativeLinear:
     """x -> x @ weight.T + bias for float32 rows; row-exact. weight: [outputs, inputs].
 
-    Raises ValueError if `format` cannot hold the weight exactly (int8 rounds: one scale an output, one for each row of x).
+    kernel: a format, or "compact": the one of fewest bytes that holds the weight exactly. Raises ValueError if the format
+    would round it; int8 may (one scale an output, one for each row of x).
     """
 
     row_exact = True
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, format: str = "float32") -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, kernel: str = "compact") -> None:
         self.out_features, self.in_features = weight.shape
-        self.format = format
-        padded = F.pad(weight.float(), (0, 0, 0, -len(weight) % PANEL))
-        self.scale: Tensor | None = None
-        if format == "int8":
-            self.weight, self.scale = _int8(padded)
-        else:
-            self.weight = {"float32": _panels, "bfloat16": _bfloat16, "q8": _q8, "q4": _q4}[format](padded)
-        self.bias = None if bias is None else F.pad(bias.float(), (0, -len(bias) % PANEL))
-        self.nbytes = self.weight.nbytes + (0 if self.scale is None else self.scale.nbytes)
-        pointers = [None if t is None else t.data_ptr() for t in (self.weight, self.bias, self.scale)]
-        self.struct = _Linear(FORMATS.index(format), self.out_features, self.in_features, *pointers)
+        self.bias = None if bias is None else F.pad(bias.detach().float(), (0, -self.out_features % PANEL))
+        plain = weight.detach().float().contiguous()
+        held = next((format for format in (_EXACT if kernel == "compact" else (kernel,)) if self._pack(format, plain)), None)
+        if held is None:
+            raise ValueError(f"{kernel} does not hold this weight")
+        self.format, self.nbytes = held, self.weight.nbytes + self.scale.nbytes
+        pointers = self.weight.data_ptr(), None if self.bias is None else self.bias.data_ptr(), self.scale.data_ptr()
+        self.struct = _Linear(list(_FORMATS).index(held), self.out_features, self.in_features, *pointers)
+
+    def _pack(self, format: str, weight: Tensor) -> bool:
+        """Whether the format holds the weight, which then lies in panels."""
+        bits, together, scales = _FORMATS[format]
+        if self.in_features % together:
+            return False
+        panels, kernels = -(-self.out_features // PANEL), library()
+        number_bits = self.in_features * bits + self.in_features // PANEL * scales
+        self.weight = torch.empty(panels * PANEL * number_bits // 8, dtype=torch.uint8)
+        self.scale = torch.empty(panels * 2 * PANEL if format == "int8" else 0)
+        source, *packed = (c_void_p(tensor.data_ptr()) for tensor in (weight, self.weight, self.scale))
+        sizes = (c_int64(size) for size in (list(_FORMATS).index(format), *weight.shape))
+        assert kernels is not None, "look at `usable` first"
+        return bool(kernels.flashdraft_pack(source, *sizes, *packed))
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [rows, in] -> [rows, out]"""
@@ -127,20 +140,6 @@ class NativeLinear:
 def usable(like: Tensor) -> bool:
     """Whether the kernels can stand in for torch's operations on tensors like this one."""
     return like.device.type == "cpu" and like.dtype == torch.float32 and library() is not None
-
-
-def format_of(weight: Tensor, kernel: str) -> str:
-    """The format in which `kernel` keeps this weight: "compact" takes the fewest bytes that hold it exactly."""
-    if kernel != "compact":
-        return kernel
-    for format in EXACT[:-1]:
-        try:
-            NativeLinear(weight[:PANEL], format=format)  # most weights fail at once
-            NativeLinear(weight, format=format)
-            return format
-        except ValueError:
-            continue
-    return EXACT[-1]
 
 
 def step(
@@ -163,64 +162,3 @@ def step(
     addresses += [*(t.data_ptr() for t in tensors), None if seconds is None else seconds.data_ptr()]
     kernels: Any = library()
     kernels.flashdraft_step(ctypes.byref(model), ctypes.byref(_Step(*sizes, *addresses)))
-
-
-def _panels(weight: Tensor) -> Tensor:
-    """[outputs, inputs] -> [panels, inputs, 32]"""
-    return weight.view(-1, PANEL, weight.shape[1]).transpose(1, 2).contiguous()
-
-
-def _lanes(weight: Tensor, count: int) -> Tensor:
-    """[outputs, inputs] -> [panels, inputs / count, 32, count]: the numbers of `count` inputs in one 32-bit lane."""
-    return weight.reshape(-1, PANEL, weight.shape[1] // count, count).transpose(1, 2).contiguous()
-
-
-def _bfloat16(weight: Tensor) -> Tensor:
-    _same(weight.bfloat16().float(), weight)
-    return _lanes(weight.bfloat16().view(torch.int16), 2)
-
-
-def _q8(weight: Tensor) -> Tensor:
-    """GGUF's Q8_0: w = d q with a 16-bit scale d for 32 inputs."""
-    blocks = _in_blocks(weight)
-    d = (blocks.abs().amax(-1, keepdim=True) / 127).half().float()
-    q = (blocks / d.where(d > 0, torch.ones(()))).round()
-    _same(q * d, blocks)
-    return _joined([d], _lanes(q.view(weight.shape).to(torch.int8), 4))
-
-
-def _q4(weight: Tensor) -> Tensor:
-    """GGUF's Q4_1: w = d q + m with 16-bit d and m for 32 inputs and q of 0 to 15."""
-    blocks = _in_blocks(weight)
-    low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
-    d = ((high - low) / 15).half().float()
-    q = ((blocks - low) / d.where(d > 0, torch.ones(()))).round().clamp(0, 15)
-    _same(low.half().float(), low)
-    _same(q * d + low, blocks)
-    q = q.view(weight.shape).to(torch.uint8)
-    return _joined([d, low], _lanes(q[:, ::2] | q[:, 1::2] << 4, 4))
-
-
-def _int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """One scale an output; four inputs side by side. The second tensor: a panel's scales, then 128 times its sums."""
-    scale = weight.abs().amax(1) / 127
-    q = (weight / scale.where(scale > 0, torch.ones(()))[:, None]).round().to(torch.int8)
-    sums = (q.sum(1, dtype=torch.int32) * 128).view(torch.float32)
-    return _lanes(q, 4), torch.stack((scale.view(-1, PANEL), sums.view(-1, PANEL)), dim=1).contiguous()
-
-
-def _in_blocks(weight: Tensor) -> Tensor:
-    if weight.shape[1] % BLOCK:
-        raise ValueError("the inputs are no multiple of 32")
-    return weight.view(len(weight), -1, BLOCK)
-
-
-def _joined(scales: list[Tensor], numbers: Tensor) -> Tensor:
-    """[panels, blocks of inputs, bytes]: the block's scales in half precision, then its numbers."""
-    heads = [_panels(scale[..., 0]).half().view(torch.uint8) for scale in scales]
-    return torch.cat((*heads, numbers.view(torch.uint8).reshape(*heads[0].shape[:2], -1)), dim=-1).contiguous()
-
-
-def _same(got: Tensor, wanted: Tensor) -> None:
-    if not torch.equal(got, wanted):
-        raise ValueError("the format does not hold this weight")

@@ -9,16 +9,13 @@ Every result row depends on its own input row alone, bit for bit: sums are taken
 
 import math
 from collections.abc import Sequence
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from flashdraft.types import SamplingParams
 
-__all__ = ["coins", "draw", "probabilities", "target_probs", "total", "uniform", "uniforms"]
-
-Word = TypeVar("Word", int, Tensor)  # 64 bits: the low ones of a Python int, or an int64 tensor that wraps around
+__all__ = ["coins", "draw", "probabilities", "target_probs", "total", "uniforms"]
 
 _ONE = 2.0**62  # probability 1 in fixed point: room for a sum of nearly 2 below 2**63
 _HEADS = (64, 1024)  # numbers of likeliest tokens among which a top-p set is looked for before all are sorted
@@ -80,22 +77,16 @@ def total(weights: Tensor) -> Tensor:
     return (_fixed(weights).sum(-1, keepdim=True).double() / _ONE).to(weights.dtype)
 
 
-def uniform(seed: int, position: int, lane: int = 0) -> float:
-    """A number in [0, 1) of 53 random bits, a function of its arguments only.
-
-    It is output `position` of the generator splitmix64 (Steele, Lea and Flood, OOPSLA 2014) whose state is a hash of seed
-    and lane by the same step.
-    """
-    return _hash(seed, lane, position) * 2.0**-53
-
-
 def uniforms(seeds: Sequence[int], starts: Sequence[int], count: int, lane: int = 0) -> Tensor:
-    """`uniform(seeds[r], starts[r] + i, lane)` at [r, i], i < count, bit for bit. Returns [rows, count] float64."""
+    """Numbers in [0, 1) of 53 random bits, each a function of its own (seeds[r], starts[r] + i, lane) only; at [r, i], float64.
+
+    splitmix64 (Steele, Lea and Flood, OOPSLA 2014): output `position` of the generator whose state hashes seed and lane.
+    """
     return _hash(_column(seeds), torch.tensor(lane), _column(starts) + torch.arange(count)).double() * 2.0**-53
 
 
 def coins(seeds: Sequence[int], anchors: Sequence[int], num_nodes: int) -> Tensor:
-    """The acceptance coins of drawn nodes: `uniform(seeds[r], anchors[r], 1 + i)` at [r, i]. Returns [rows, nodes] float64.
+    """The acceptance coins of drawn nodes: the uniform of (seeds[r], anchors[r], lane 1 + i) at [r, i]; [rows, nodes] float64.
 
     anchors: the anchors' absolute positions. They only grow, so no coin is tossed twice; keyed by the position of the
     anchor plus the node's index, a coin that rejected a sibling could come back in the next step.
@@ -128,13 +119,13 @@ def _column(values: Sequence[int]) -> Tensor:
     return torch.tensor(values, dtype=torch.int64).reshape(-1, 1)
 
 
-def _hash(seed: Word, lane: Word, position: Word) -> Word:
-    """53 bits of (seed, lane, position). Tensors broadcast."""
+def _hash(seed: Tensor, lane: Tensor, position: Tensor) -> Tensor:
+    """53 bits of (seed, lane, position), which broadcast; int64 wraps around."""
     return (_step(_step(_step(seed * 0, seed), lane), position) >> 11) & (2**53 - 1)
 
 
-def _step(state: Word, word: Word) -> Word:
-    """Output number `word` of splitmix64 started at `state`. Only the low 64 bits mean anything, so masks replace wrap-around."""
+def _step(state: Tensor, word: Tensor) -> Tensor:
+    """Output number `word` of splitmix64 started at `state`; the masks make the shifts logical."""
     z = state + (word + 1) * (0x9E3779B97F4A7C15 - 2**64)
     z = (z ^ ((z >> 30) & (2**34 - 1))) * (0xBF58476D1CE4E5B9 - 2**64)
     z = (z ^ ((z >> 27) & (2**37 - 1))) * (0x94D049BB133111EB - 2**64)

@@ -39,6 +39,7 @@ class Target(Protocol):
     num_layers: int
     context_length: int
     nbytes: int  # of the weights
+    blocked_keys: bool = False  # how its cache lies: see SlotCache
 
     @property
     def step_seconds(self) -> Mapping[int, float]:
@@ -46,7 +47,7 @@ class Target(Protocol):
         return {}
 
     def new_cache(self, rows: int, slots: int) -> SlotCache:
-        return SlotCache(self.num_layers, rows, slots)
+        return SlotCache(self.num_layers, rows, slots, blocked=self.blocked_keys)
 
     @torch.inference_mode()
     def prefill(self, cache: SlotCache, slot: int, tokens: Tensor, layers: Indices) -> Output:

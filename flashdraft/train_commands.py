@@ -45,7 +45,7 @@ class DraftOptions:
     block_size: int | None = option(None, "anchor and masks; 4 without --init-from")
     num_features: int | None = option(None, "target layers whose outputs the drafter reads; 5 without --init-from")
     mask_token_id: int | None = option(None, "an id that the target never reads or writes; known for built-in targets")
-    head: str | None = option(None, "add a sequential head, markov or swiglu (not in the plain format)", choices=HEADS)
+    head: str | None = option(None, "add a sequential head: swiglu (not in the plain format)", choices=HEADS)
     head_rank: int = option(64, "its inner size")
 
     def network(self, target: Target, data: Data, seed: int) -> DFlashDraftModel:

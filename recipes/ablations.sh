@@ -24,5 +24,4 @@ mkdir -p "$results"
 run plain
 run kl --kl 1
 run dpace --weights dpace
-run markov --head markov --head-rank 64
 run swiglu --head swiglu --head-rank 256

@@ -26,6 +26,7 @@ from transformers import (
 from flashdraft.checkpoint import DraftConfig
 from flashdraft.lean import LeanTarget
 from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDraft
+from flashdraft.sampling import uniforms
 from flashdraft.target import HFTarget, Target
 
 VOCAB, WINDOW, EOS, MASK = 61, 8, 2, 60
@@ -77,6 +78,11 @@ def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float64
 def tiny_target(family: str, *, lean: bool = False, dtype: torch.dtype = torch.float64) -> Target:
     """The family's random model as a target; shared between tests, which may not change it."""
     return (LeanTarget if lean else HFTarget)(tiny_model(family, dtype=dtype), family)
+
+
+def uniform(seed: int, position: int, lane: int = 0) -> float:
+    """One of flashdraft.sampling's numbers."""
+    return float(uniforms([seed], [position], 1, lane))
 
 
 def tiny_drafter(target: Target, *, block_size: int = 4, seed: int = 0, **changes: Any) -> DFlashDrafter:

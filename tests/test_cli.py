@@ -359,9 +359,9 @@ def test_stages_lead_from_data_to_a_drafter(run: Run, tmp_path: Path) -> None:
     assert re.fullmatch(r"best tau [\d.]+; the drafter: run/best\n", out)
     drafter = DFlashDraftModel.from_pretrained("run/best").config
     assert (drafter.num_hidden_layers, drafter.block_size, drafter.target_layer_ids) == (2, 4, (2,))
-    assert run(f"{train} --out run2 --init-from run/best --block-size 5 --head markov --head-rank 4")[0] == 0
+    assert run(f"{train} --out run2 --init-from run/best --block-size 5 --head swiglu --head-rank 4")[0] == 0
     drafter = DFlashDraftModel.from_pretrained("run2/best").config
-    assert (drafter.num_hidden_layers, drafter.block_size, drafter.sequential_head, drafter.head_rank) == (2, 5, "markov", 4)
+    assert (drafter.num_hidden_layers, drafter.block_size, drafter.sequential_head, drafter.head_rank) == (2, 5, "swiglu", 4)
     for wrong, named in (
         ("--init run/best", "init is 'run/best'"),
         ("--num-layers 9", "num_layers is 9"),

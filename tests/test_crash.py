@@ -408,9 +408,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ema": {"ema": 0.9},
     "accumulate": {"accumulate": 2, "sequences": 2},
     "dpace": {"weights": "dpace"},
-    "markov": {"head": ("markov", 4)},
     "swiglu": {"head": ("swiglu", 4), "ema": 0.9},
-    "vocabulary": {"vocab": 20, "negatives": 5, "head": ("markov", 4)},
+    "vocabulary": {"vocab": 20, "negatives": 5, "head": ("swiglu", 4)},
 }
 Undisturbed = Callable[[str], tuple[Path, list[int]]]
 
@@ -452,7 +451,7 @@ def test_ten_steps_and_ten_more_are_twenty(tmp_path: Path, data: FeatureSet, und
     assert len(metrics(whole)) == 20
 
 
-@pytest.mark.parametrize("variant", ["plain", "markov", "swiglu"])
+@pytest.mark.parametrize("variant", ["plain", "swiglu"])
 def test_run_stopped_before_its_first_checkpoint_begins_again_alike(
     tmp_path: Path, data: FeatureSet, undisturbed: Undisturbed, variant: str
 ) -> None:
@@ -596,7 +595,7 @@ class Poisoned(FeatureSet):
         return replace(sample, features=sample.features * math.nan) if i == self.poisoned else sample
 
 
-@pytest.mark.parametrize("variant", ["plain", "accumulate", "markov", "dpace"])
+@pytest.mark.parametrize("variant", ["plain", "accumulate", "swiglu", "dpace"])
 def test_loss_that_is_no_number_names_its_step_and_only_its_sample(tmp_path: Path, data: FeatureSet, variant: str) -> None:
     trainer = new_trainer(Poisoned(data.folder), tmp_path, save_every=1, seed=0, **VARIANTS[variant])
     step = next(n for n in itertools.count() if trainer._place(n) == Poisoned.poisoned) // 4
@@ -631,7 +630,7 @@ def test_gradient_that_is_no_number_names_its_step_and_overwrites_nothing(tmp_pa
 # Micro-batches, and the moving average.
 
 
-@pytest.mark.parametrize("changes", [{}, {"weights": "dpace"}, {"head": ("markov", 4)}], ids=["decay", "dpace", "markov"])
+@pytest.mark.parametrize("changes", [{}, {"weights": "dpace"}, {"head": ("swiglu", 4)}], ids=["decay", "dpace", "swiglu"])
 def test_micro_batches_join_to_the_whole_batch(tmp_path: Path, data: FeatureSet, changes: dict[str, Any]) -> None:
     runs = []
     for name, accumulate, sequences in (("two", 2, 3), ("one", 1, 6)):
@@ -939,7 +938,7 @@ def near(first: Path, second: Path) -> None:
     assert groups["optimizer"].keys() == others["optimizer"].keys()
 
 
-SPREAD: dict[str, dict[str, Any]] = {"ddp": {"weights": "dpace", "head": ("markov", 4)}, "fsdp2": {"ema": 0.9}}
+SPREAD: dict[str, dict[str, Any]] = {"ddp": {"weights": "dpace", "head": ("swiglu", 4)}, "fsdp2": {"ema": 0.9}}
 
 
 @pytest.mark.parametrize("kind", SPREAD)

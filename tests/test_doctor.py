@@ -456,7 +456,7 @@ def test_untrained_drafter_is_named(world: World) -> None:
 # All that a drafter, a target and data may be.
 
 
-@pytest.mark.parametrize("head", ["markov", "swiglu"])
+@pytest.mark.parametrize("head", ["swiglu"])
 def test_healthy_drafter_with_a_head_and_a_vocabulary_of_its_own_passes(world: World, head: str) -> None:
     vocabulary = common_tokens(world.data, 40)[0]
     model = trained(world.lm, world.samples, vocabulary=vocabulary, head=head)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, VOCAB, LetterTokenizer, tiny_drafter, tiny_model, tiny_target
+from conftest import FAMILIES, VOCAB, LetterTokenizer, tiny_drafter, tiny_model, tiny_target, uniform
 from scipy import stats
 from torch import Tensor
 from transformers import GPT2Config
@@ -25,7 +25,7 @@ from flashdraft.engine import Engine, Request
 from flashdraft.errors import ContextLengthError, InvalidPrompt
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.methods.prompt_lookup import PromptLookup
-from flashdraft.sampling import draw, probabilities, uniform, uniforms
+from flashdraft.sampling import draw, probabilities, uniforms
 from flashdraft.target import HFTarget, Target
 from flashdraft.text import TextDecoder
 from flashdraft.types import Chunk, Drafter, Proposal, Result, Rows, SamplingParams, Stats, Verdict

@@ -66,7 +66,7 @@ def model_with(kind: str | None, vocabulary: str = "whole", *, seed: int = 0, bl
         model.add_head(kind, RANK)
         for parameter in model.sequential_head.parameters() if model.sequential_head and not blank else ():
             with torch.no_grad():
-                parameter.normal_(0.0, 3.0 if kind == "markov" else 0.6, generator=generator)
+                parameter.normal_(0.0, 0.6, generator=generator)
     return model
 
 
@@ -119,8 +119,6 @@ def slow_logits(model: DFlashDraftModel, state: Tensor, previous: int, drafted: 
         gate, up = (w["sequential_head.gate_up.weight"] @ both).split(RANK)
         state = state + w["sequential_head.down.weight"] @ (gate * torch.sigmoid(gate) * up)
     logits = torch.stack([row @ state for row in head])
-    if kind == "markov":
-        logits = logits + w["sequential_head.output.weight"] @ w["sequential_head.previous.weight"][previous]
     return logits
 
 
@@ -182,8 +180,8 @@ def test_rows_of_a_batch_are_drafted_like_each_alone(kind: str) -> None:
 
 def test_bytes_of_a_head_are_counted() -> None:
     plain = PackedDraft(model_with(None), the_target()).nbytes
-    for kind, count in (("markov", 2 * VOCAB * RANK), ("swiglu", 2 * RANK * 2 * HIDDEN + HIDDEN * RANK)):
-        assert PackedDraft(model_with(kind), the_target()).nbytes - plain == 8 * count
+    count = 2 * RANK * 2 * HIDDEN + HIDDEN * RANK
+    assert PackedDraft(model_with("swiglu"), the_target()).nbytes - plain == 8 * count
 
 
 # Training, against a loss written row by row.
@@ -215,12 +213,8 @@ def naive_loss(model: DFlashDraftModel, states: Tensor, batch: Batch, config: Tr
                 before, label = sample.tokens[position - 1 : position], int(sample.tokens[position])
                 state = states[block + k]
                 if own is not None:
-                    state = own.correct(state[None], target.embed(before))[0]
+                    state = own(state[None], target.embed(before))[0]
                 logits = head @ state
-                if own is not None and (bias := own.bias(before)) is not None:
-                    spread = torch.zeros(len(columns), dtype=torch.float64)
-                    spread[[columns.index(token) for token in drafted]] = 1.0
-                    logits = logits + spread.masked_scatter(spread > 0, bias[0])
                 ours = logits.log_softmax(-1)
                 assert sample.final is not None
                 theirs = (head @ sample.final[position - 1].double()).log_softmax(-1)
@@ -310,27 +304,26 @@ def test_plain_folder_has_no_head_and_the_published_names(tmp_path: Path, kind: 
 
 def test_published_folder_gets_a_head(tmp_path: Path) -> None:
     model = DFlashDraftModel.from_pretrained(save_zlab(tmp_path / "theirs"))
-    model.add_head("markov", RANK)
+    model.add_head("swiglu", RANK)
     model.save_pretrained(tmp_path / "ours")
     tensors = load_file(tmp_path / "ours" / "model.safetensors")
     assert all(torch.equal(tensors[name], tensor) for name, tensor in zlab_tensors().items())
-    assert DFlashDraftModel.from_pretrained(tmp_path / "ours").config.sequential_head == "markov"
+    assert DFlashDraftModel.from_pretrained(tmp_path / "ours").config.sequential_head == "swiglu"
 
 
 DAMAGED: dict[str, tuple[Any, str]] = {
     "unknown kind": ({"sequential_head": "medusa", "head_rank": RANK}, "has a sequential head 'medusa', which is not known"),
-    "kind that is no name": ({"sequential_head": ["markov"], "head_rank": RANK}, "has a sequential head ['markov']"),
-    "another rank": ({"sequential_head": "markov", "head_rank": 6}, "weight has shape [61, 5], its config.json asks for [61, 6]"),
-    "another kind": ({"sequential_head": "swiglu", "head_rank": RANK}, "lacks the tensor sequential_head."),
+    "kind that is no name": ({"sequential_head": ["swiglu"], "head_rank": RANK}, "has a sequential head ['swiglu']"),
+    "another rank": ({"sequential_head": "swiglu", "head_rank": 6}, "sequential_head.gate_up.weight has shape [10, "),
     "no kind": ({}, "has a tensor sequential_head."),
-    "rank that is no number": ({"sequential_head": "markov", "head_rank": "wide"}, "lacks or garbles"),
-    "no object": ("markov", "lacks or garbles"),
+    "rank that is no number": ({"sequential_head": "swiglu", "head_rank": "wide"}, "lacks or garbles"),
+    "no object": ("swiglu", "lacks or garbles"),
 }
 
 
 @pytest.mark.parametrize("case", DAMAGED)
 def test_damaged_head_is_refused(tmp_path: Path, case: str) -> None:
-    saved(tmp_path, "markov")
+    saved(tmp_path, "swiglu")
     own, expected = DAMAGED[case]
     config = json.loads((tmp_path / "config.json").read_text())
     for layer_types in (config["layer_types"], []):  # theirs may be absent
@@ -343,11 +336,11 @@ def test_damaged_head_is_refused(tmp_path: Path, case: str) -> None:
 
 
 def test_head_without_a_tensor_is_refused(tmp_path: Path) -> None:
-    path = saved(tmp_path, "markov") / "model.safetensors"
-    save_file({n: t for n, t in load_file(path).items() if n != "sequential_head.output.weight"}, path)
+    path = saved(tmp_path, "swiglu") / "model.safetensors"
+    save_file({n: t for n, t in load_file(path).items() if n != "sequential_head.down.weight"}, path)
     with pytest.raises(CheckpointError) as error:
         read_draft(tmp_path)
-    assert "lacks the tensor sequential_head.output.weight" in one_line_and_hint(error)
+    assert "lacks the tensor sequential_head.down.weight" in one_line_and_hint(error)
 
 
 # The whole way: answers, features, training, decoding.
@@ -457,33 +450,10 @@ def test_stopped_run_with_a_head_ends_with_the_same_bits(tmp_path: Path, data: F
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     before = new_trainer(data, tmp_path / "fresh", config, (kind, RANK)).model.state_dict()
     assert all((states[0][n] != before[n]).any() for n in before if n.startswith("sequential_head."))
-    for head in (None, (kind, RANK + 1), ("swiglu" if kind == "markov" else "markov", RANK)):
+    for head in (None, (kind, RANK + 1)):
         with pytest.raises(InvalidParameter) as error:
             new_trainer(data, tmp_path / "whole", config, head)
         assert "was begun with another draft network" in one_line_and_hint(error)
-
-
-def test_markov_head_keeps_the_vocabulary_that_it_was_trained_for(tmp_path: Path, data: FeatureSet) -> None:
-    """A fine-tune's commonest tokens are others; the head's rows stand for those of the first run."""
-    new_trainer(data, tmp_path / "first", SHORT, ("markov", RANK)).run(PROMPTS[:1], quiet=True)
-    best = DFlashDraftModel.from_pretrained(tmp_path / "first" / "best")
-    held = (best.extras["d2t"] + torch.arange(20)).tolist()
-    for name, vocab in (("smaller", 12), ("larger", 40), ("whole", 0)):
-        model = DFlashDraftModel.from_pretrained(tmp_path / "first" / "best")
-        trainer = new_trainer(data, tmp_path / name, replace(SHORT, vocab=vocab, steps=2), None, model)
-        assert trainer.loss.vocabulary.tolist() == held
-        trainer.run(PROMPTS[:1], quiet=True)
-        again = DFlashDraftModel.from_pretrained(tmp_path / name / "best")
-        assert (again.extras["d2t"] + torch.arange(20)).tolist() == held
-
-
-def test_markov_head_over_the_whole_vocabulary_keeps_it(tmp_path: Path, data: FeatureSet) -> None:
-    model = random_weights(CONFIG, 0)
-    model.add_head("markov", RANK)
-    trainer = new_trainer(data, tmp_path, replace(SHORT, steps=2), None, model)
-    assert trainer.loss.vocabulary.tolist() == list(range(VOCAB))
-    trainer.run(PROMPTS[:1], quiet=True)
-    assert DFlashDraftModel.from_pretrained(tmp_path / "best").config.draft_vocab_size is None
 
 
 def test_swiglu_head_learns_any_vocabulary(tmp_path: Path, data: FeatureSet) -> None:

@@ -70,7 +70,7 @@ def test_drafter_of_another_width_is_refused() -> None:
         taken_from(config(), donor, 0)
 
 
-@pytest.mark.parametrize("kind", ["markov", "swiglu"])
+@pytest.mark.parametrize("kind", ["swiglu"])
 def test_sequential_head_comes_along_with_its_vocabulary(kind: str) -> None:
     donor = random_weights(config(), 1)
     donor.reduce_vocabulary(torch.arange(5, 45))

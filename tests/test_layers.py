@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 
 from flashdraft.cache import SLOT_STEP, SlotCache
 from flashdraft.decoder import Decoder
-from flashdraft.layers import PackedLinear, RMSNorm, apply_rotary, rotary_table
+from flashdraft.layers import RMSNorm, TorchLinear, apply_rotary, rotary_table
 
 
 def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -26,13 +26,13 @@ def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
 @pytest.mark.parametrize("biased", [False, True])
 def test_a_packed_linear_is_the_linear(biased: bool) -> None:
     weight, bias, x = noise(96, 64), noise(96, seed=1) if biased else None, noise(7, 64, seed=2)
-    assert torch.allclose(PackedLinear(weight, bias)(x), F.linear(x, weight, bias), atol=1e-4)
+    assert torch.allclose(TorchLinear(weight, bias)(x), F.linear(x, weight, bias), atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_dtype_that_cannot_be_packed_is_computed_plainly(dtype: torch.dtype) -> None:
     weight, bias, x = noise(5, 8).to(dtype), noise(5, seed=1).to(dtype), noise(3, 8, seed=2).to(dtype)
-    linear = PackedLinear(weight, bias)
+    linear = TorchLinear(weight, bias)
     assert (linear.format, linear.row_exact) == ("torch", False)
     assert torch.equal(linear(x), F.linear(x, weight, bias))
     assert linear.nbytes == weight.numel() * weight.element_size()

@@ -19,9 +19,9 @@ from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from flashdraft import native
 from flashdraft.errors import InvalidParameter
-from flashdraft.layers import PackedLinear, pack
+from flashdraft.layers import TorchLinear, pack
 from flashdraft.lean import LeanTarget, fastest
-from flashdraft.native import NativeLinear, format_of
+from flashdraft.native import NativeLinear
 from flashdraft.target import HFTarget
 from flashdraft.tree import ancestors
 
@@ -66,10 +66,10 @@ def weight_for(format: str, outputs: int, inputs: int) -> Tensor:
 @pytest.mark.parametrize("biased", [False, True])
 def test_every_exact_format_multiplies_like_torch_and_alike(format: str, outputs: int, inputs: int, biased: bool) -> None:
     weight, bias, x = weight_for(format, outputs, inputs), noise(outputs, seed=1) if biased else None, noise(37, inputs, seed=2)
-    linear = NativeLinear(weight, bias, format=format)
+    linear = NativeLinear(weight, bias, kernel=format)
     wanted = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     assert torch.allclose(linear(x).double(), wanted, atol=1e-5)
-    assert torch.equal(linear(x), NativeLinear(weight, bias)(x))  # the same numbers in the same order: the same bits
+    assert torch.equal(linear(x), NativeLinear(weight, bias, kernel="float32")(x))
     for count in range(1, 38):
         assert torch.equal(linear(x[:count]), linear(x)[:count])
         assert torch.equal(linear(x[-count:]), linear(x)[-count:])
@@ -78,24 +78,24 @@ def test_every_exact_format_multiplies_like_torch_and_alike(format: str, outputs
 @pytest.mark.parametrize("format", EXACT[1:])
 def test_a_format_refuses_what_it_would_round(format: str) -> None:
     weight = weight_for(format, 64, 64)
-    NativeLinear(weight, format=format)
+    NativeLinear(weight, kernel=format)
     weight[5, 7] += 2.0**-22
-    with pytest.raises(ValueError, match="does not hold"):
-        NativeLinear(weight, format=format)
+    with pytest.raises(ValueError, match="does not hold this weight"):
+        NativeLinear(weight, kernel=format)
 
 
 def test_compact_takes_the_fewest_bytes_that_are_exact() -> None:
-    found = {format: format_of(weight_for(format, 64, 64), "compact") for format in EXACT}
+    found = {format: NativeLinear(weight_for(format, 64, 64)).format for format in EXACT}
     assert found == {format: format for format in EXACT}
-    sizes = [NativeLinear(weight_for(format, 64, 64), format=format).nbytes for format in EXACT]
+    sizes = [NativeLinear(weight_for(format, 64, 64), kernel=format).nbytes for format in EXACT]
     assert sizes == sorted(sizes, reverse=True)
-    assert format_of(torch.zeros(64, 64), "compact") == "q4"
-    assert format_of(weight_for("q4", 64, 64)[:, :40].contiguous(), "compact") == "float32"  # no whole blocks
+    assert NativeLinear(torch.zeros(64, 64)).format == "q4"
+    assert NativeLinear(weight_for("q4", 64, 64)[:, :40].contiguous()).format == "float32"  # no whole blocks
 
 
 def test_int8_rounds_weights_by_output_and_rows_by_themselves() -> None:
     weight, x = noise(50, 64), noise(21, 64, seed=1) * torch.logspace(-3, 3, 21)[:, None]
-    linear = NativeLinear(weight, noise(50, seed=2), format="int8")
+    linear = NativeLinear(weight, noise(50, seed=2), kernel="int8")
     scale, own = weight.abs().amax(1) / 127, x.abs().amax(1) / 127
     wanted = (x / own[:, None]).round().double() @ (weight / scale[:, None]).round().double().T
     wanted = wanted * own[:, None].double() * scale.double() + noise(50, seed=2).double()
@@ -219,7 +219,7 @@ def test_narrower_vectors_give_the_same_numbers(march: str, tmp_path: Path, monk
     try:
         for format in EXACT:
             weight, x = weight_for(format, 50, 96), noise(9, 96, seed=2)
-            assert torch.allclose(NativeLinear(weight, format=format)(x), F.linear(x, weight), atol=1e-5)
+            assert torch.allclose(NativeLinear(weight, kernel=format)(x), F.linear(x, weight), atol=1e-5)
         test_int8_rounds_weights_by_output_and_rows_by_themselves()
         test_a_native_step_is_the_torch_step("qwen3")
         check_bits(made("qwen3"))
@@ -244,7 +244,7 @@ def test_without_a_compiler_torch_runs_everything(no_compiler: None) -> None:
     model = tiny_model("", dtype=torch.float32, config=CONFIGS["llama"]())
     assert fastest(model) == "torch"
     assert LeanTarget(model, "llama").kernel_name == "torch"
-    assert isinstance(pack(noise(64, 64)), PackedLinear)
+    assert isinstance(pack(noise(64, 64)), TorchLinear)
 
 
 def test_the_kernels_are_compiled_once_and_for_older_processors_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,13 +263,14 @@ def test_the_kernels_are_compiled_once_and_for_older_processors_too(tmp_path: Pa
 def test_a_wheel_brings_kernels_for_machines_without_a_compiler(
     no_compiler: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copied = tmp_path / "step.cpp"
-    copied.write_bytes(native._SOURCE.read_bytes())
-    monkeypatch.setattr(native, "_SOURCE", copied)
+    copied = tuple(tmp_path / path.name for path in native._SOURCES)
+    for path, source in zip(copied, native._SOURCES, strict=True):
+        path.write_bytes(source.read_bytes())
+    monkeypatch.setattr(native, "_SOURCES", copied)
     flags = [flag.replace("native", "x86-64-v3") for flag in native._FLAGS]
     if platform.machine() != "x86_64" or torch.backends.cpu.get_cpu_capability() == "DEFAULT":
         pytest.skip("the kernels that are brought here are for AVX2")
-    subprocess.run(["g++", *flags, str(copied), "-o", str(copied.with_suffix(".so"))], check=True)
+    subprocess.run(["g++", *flags, *map(str, copied), "-o", str(copied[0].with_suffix(".so"))], check=True)
     assert native.library() is not None
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     native.library.cache_clear()
@@ -281,10 +282,10 @@ def test_step_times_are_measured_once_and_the_fastest_kernel_follows_from_them(
 ) -> None:
     monkeypatch.setenv("FLASHDRAFT_CACHE", str(tmp_path))
     model = tiny_model("", dtype=torch.float32, config=CONFIGS["llama"]())
-    assert fastest(model) in ("torch", "float32")
+    assert fastest(model) in ("torch", "compact")
     notes = {path: json.loads(path.read_text()) for path in tmp_path.glob("seconds-*.json")}
     assert [sorted(map(int, table)) for table in notes.values()] == [[1, 2, 4, 8, 16, 32]] * 2
-    for wanted in ("torch", "float32"):
+    for wanted in ("torch", "compact"):
         own = LeanTarget(model, "", kernel=wanted)
         for path, table in notes.items():
             path.write_text(json.dumps(dict.fromkeys(table, 1.0 if _is_of(own, path) else 9.0)))

@@ -110,9 +110,9 @@ def test_card_and_options_are_passed_on(fake: Hub) -> None:
 
 def test_plain_model_is_pushed_without_its_head(tmp_path: Path, fake: Hub) -> None:
     model = network()
-    model.add_head("markov", 4)
+    model.add_head("swiglu", 4)
     model.push_to_hub(REPO)
-    assert read_back(fake, tmp_path / "own").config.sequential_head == "markov"
+    assert read_back(fake, tmp_path / "own").config.sequential_head == "swiglu"
     model.push_to_hub(REPO, plain=True)
     plain = read_back(fake, tmp_path / "plain")
     assert plain.config.sequential_head is None

@@ -4,13 +4,14 @@ from fractions import Fraction
 
 import pytest
 import torch
+from conftest import uniform
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 from transformers.generation.logits_process import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from flashdraft.sampling import coins, draw, probabilities, target_probs, total, uniform, uniforms
+from flashdraft.sampling import coins, draw, probabilities, target_probs, total, uniforms
 from flashdraft.types import SamplingParams
 
 ALMOST_ONE = 1 - 2.0**-53  # the largest uniform

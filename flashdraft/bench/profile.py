@@ -37,10 +37,12 @@ class Profile:
     nbytes: dict[str, int]
 
 
-def profile(target: str, *, draft: str = "auto", nodes: int = 8, context: int = 256, steps: int = 20) -> Profile:
+def profile(
+    target: str, *, draft: str = "auto", nodes: int = 8, context: int = 256, steps: int = 20, kernel: str = "auto"
+) -> Profile:
     """Measure steps behind `context` tokens; one node is plain decoding. An untrained drafter stands in where none is shipped."""
     require(min(nodes, context, steps) >= 1, "one of nodes, context and steps", min(nodes, context, steps), "1 or more")
-    model = load(target, draft="autoregressive")
+    model = load(target, draft="autoregressive", kernel=kernel)
     if not isinstance(model.target, LeanTarget):
         raise UnsupportedTarget(f"`{target}` runs in transformers' forward, which has no parts to time", hint="profile a llama")
     drafter: Drafter = Autoregressive()

@@ -151,9 +151,19 @@ void quantise(const float* x, int64_t rows, int64_t K, uint8_t* q, float* scales
 
 // ---- a linear, split over the team's threads -----------------------------------------------------------------------
 
-vf exp_of(vf x);
-enum Mode { STORE, ADD, SILU };  // y = Wx; y += Wx; y = silu(first panel of two) * second
+vf exp_of(vf x) {  // 2^n e^r, the polynomial of Cephes; within 2 units in the last place
+    x = x < -87.0f ? splat(-87.0f) : x > 88.0f ? splat(88.0f) : x;
+    vf n = x * 1.44269504f + 12582912.0f;  // rounds to the nearest integer, kept in the low bits
+    vi exponent = (vi)n;
+    n -= 12582912.0f;
+    vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    vf y = splat(1.9875691500e-4f);
+    for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) y = y * r + c;
+    y = y * r * r + r + 1.0f;
+    return (vf)((vi)y + (exponent << 23));
+}
 
+enum Mode { STORE, ADD, SILU };  // y = Wx; y += Wx; y = silu(first panel of two) * second
 template <int M> Sums<M> one(const Linear& l, int64_t p, const float* x, const uint8_t* q, const float* scales) {
     Sums<M> s;
     switch (l.format) {
@@ -179,11 +189,10 @@ void tile(const Linear& l, int64_t p, const float* x, const uint8_t* q, const fl
     }
     for (int m = 0; m < M; m++) {
         float* out = y + m * N + first;
-        if (first + P <= N) {
+        if (first + P <= N)
             for (int v = 0; v < V; v++) store(out + v * W, mode == ADD ? load<vf>(out + v * W) + s.a[m][v] : s.a[m][v]);
-        } else {
+        else
             for (int64_t i = 0; first + i < N; i++) out[i] = (mode == ADD ? out[i] : 0) + s.a[m][i / W][i % W];
-        }
     }
 }
 
@@ -220,19 +229,6 @@ inline float sum(vf v) {
     float s = v[0]; for (int i = 1; i < W; i++) s += v[i]; return s;
 #endif
 }
-
-vf exp_of(vf x) {  // 2^n e^r, the polynomial of Cephes; within 2 units in the last place
-    x = x < -87.0f ? splat(-87.0f) : x > 88.0f ? splat(88.0f) : x;
-    vf n = x * 1.44269504f + 12582912.0f;  // rounds to the nearest integer, kept in the low bits
-    vi exponent = (vi)n;
-    n -= 12582912.0f;
-    vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    vf y = splat(1.9875691500e-4f);
-    for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) y = y * r + c;
-    y = y * r * r + r + 1.0f;
-    return (vf)((vi)y + (exponent << 23));
-}
-
 void rms_norm(const float* x, const float* weight, int64_t n, float eps, float* y) {
     vf squares = {};
     for (int64_t i = 0; i < n; i += W) squares += load<vf>(x + i) * load<vf>(x + i);
@@ -284,24 +280,19 @@ void attend(const float* q, const float* keys, const float* values, int64_t d, i
         all[h] = sum(mass);
     }
     for (int64_t i = 0; i < d; i += 4 * W) {
-        vf acc[Q][4] = {};
-        const int parts = int(std::min<int64_t>(4, (d - i) / W));
-        for (int64_t j = 0; j < seen; j++) {
-            const float* v = values + (j < start ? j : start + nodes[j - start]) * d + i;
-            if (parts == 4) {
-                for (int part = 0; part < 4; part++) {
-                    vf lanes = load<vf>(v + part * W);
-                    for (int h = 0; h < Q; h++) acc[h][part] += lanes * splat(scores[h * width + j]);
-                }
-            } else {
+        auto mix = [&](int parts) __attribute__((always_inline)) {  // unrolled where `parts` is a constant
+            vf acc[Q][4] = {};
+            for (int64_t j = 0; j < seen; j++) {
+                const float* v = values + (j < start ? j : start + nodes[j - start]) * d + i;
                 for (int part = 0; part < parts; part++) {
                     vf lanes = load<vf>(v + part * W);
                     for (int h = 0; h < Q; h++) acc[h][part] += lanes * splat(scores[h * width + j]);
                 }
             }
-        }
-        for (int h = 0; h < Q; h++)
-            for (int part = 0; part < parts; part++) store(out + h * d + i + part * W, acc[h][part] / all[h]);
+            for (int h = 0; h < Q; h++)
+                for (int part = 0; part < parts; part++) store(out + h * d + i + part * W, acc[h][part] / all[h]);
+        };
+        d - i >= 4 * W ? mix(4) : mix(int(d - i) / W);
     }
 }
 

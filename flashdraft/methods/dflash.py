@@ -26,7 +26,7 @@ from flashdraft.cache import SlotCache
 from flashdraft.checkpoint import DraftConfig, check_target, read_draft, write_draft
 from flashdraft.decoder import Block, Decoder
 from flashdraft.errors import CheckpointError, DraftMismatch
-from flashdraft.heads import MarkovHead, SequentialHead, SwigluHead
+from flashdraft.heads import SwigluHead
 from flashdraft.layers import Linear, RMSNorm, apply_rotary, pack, rotary_table
 from flashdraft.target import Target
 from flashdraft.types import Proposal, Rows
@@ -95,7 +95,7 @@ class DFlashDraftModel(nn.Module):
         self.sin: Tensor
         for name, table in zip(("cos", "sin"), _rotary(config), strict=True):
             self.register_buffer(name, table, persistent=False)
-        self.sequential_head: SequentialHead | None = None
+        self.sequential_head: SwigluHead | None = None
         if config.sequential_head is not None:
             self.add_head(config.sequential_head, config.head_rank)
 
@@ -127,11 +127,9 @@ class DFlashDraftModel(nn.Module):
             return hub.push(Path(folder), repo, **options)
 
     def add_head(self, kind: str, rank: int) -> None:
-        """A sequential head that changes nothing yet. A `markov` one belongs to the draft vocabulary of the moment."""
-        self.config = c = replace(self.config, sequential_head=kind, head_rank=rank)
-        outputs = c.draft_vocab_size or c.vocab_size
-        markov = kind == "markov"
-        self.sequential_head = MarkovHead(c.vocab_size, outputs, rank) if markov else SwigluHead(c.hidden_size, rank)
+        """A sequential head that changes nothing yet."""
+        self.config = replace(self.config, sequential_head=kind, head_rank=rank)
+        self.sequential_head = SwigluHead(self.config.hidden_size, rank)
 
     def reduce_vocabulary(self, tokens: Tensor) -> None:
         """Draft only these tokens [n] of the target's vocabulary (ascending): the lm_head's cost falls in proportion."""
@@ -258,18 +256,13 @@ class PackedDraft:
             best = logits.max(-1)
             return self._ids(best.indices), best.values - logits.logsumexp(-1)
         chosen, scores, previous = [], [], anchors.to(hidden.device)
-        markov = self.sequential.bias(previous) is not None
-        if not markov:  # a corrected state is asked about the likeliest tokens only: a second lm_head would cost more
-            likely = logits.topk(min(_LIKELY, logits.shape[-1]), dim=-1).indices
-            ids, rows = self._ids(likely), self._rows(likely)
+        likely = logits.topk(min(_LIKELY, logits.shape[-1]), dim=-1).indices  # to ask about all would cost a second lm_head
+        ids, rows = self._ids(likely), self._rows(likely)
         for k in range(hidden.shape[1]):
-            if markov:
-                corrected = logits[:, k] + self.sequential.bias(previous)
-            else:
-                state = self.sequential.correct(hidden[:, k], self.embed(previous))
-                corrected = (rows[:, k] @ state[..., None])[..., 0]
+            state = self.sequential(hidden[:, k], self.embed(previous))
+            corrected = (rows[:, k] @ state[..., None])[..., 0]
             best = corrected.max(-1)
-            previous = self._ids(best.indices) if markov else ids[:, k].gather(1, best.indices[:, None])[:, 0]
+            previous = ids[:, k].gather(1, best.indices[:, None])[:, 0]
             chosen.append(previous)
             scores.append(best.values - corrected.logsumexp(-1))
         return torch.stack(chosen, dim=1), torch.stack(scores, dim=1)
@@ -308,7 +301,7 @@ class DFlashDrafter:
         self.network = network
         self.block_size = block_size or config.block_size
         self.layers = config.target_layer_ids
-        self.cache = network.decoder.new_cache(1, 256)
+        self.cache = SlotCache(config.num_hidden_layers, 1, 256, blocked=network.decoder.kernel != "torch")
         self.caches: tuple[SlotCache, ...] = (self.cache,)
 
     @torch.inference_mode()
@@ -362,6 +355,6 @@ class DFlashDrafter:
         masks = net.mask_embedding.expand(count, size - 1, -1)
         x = torch.cat((net.embed(torch.tensor(anchors))[:, None], masks), dim=1)
         everything = torch.ones(count, size, size, dtype=torch.bool)  # a layer with a window is causal all the same
-        depths, sizes = torch.arange(size).expand(count, size), torch.full((count,), size)
-        hidden, _ = net.decoder(self.cache, slots, x, everything, depths, sizes, ())
+        shape = everything, torch.arange(size).expand(count, size), torch.full((count,), size)
+        hidden, _ = net.decoder(self.cache, slots, x, shape, ())
         return net.scored(hidden[:, 1:width], torch.tensor(anchors))

@@ -148,17 +148,14 @@ class Loss:
         c, size = self.config, self.model.config.block_size
         wanted = (batch.labels >= 0).nonzero()[:, 0]
         blocks = wanted // size
-        candidates, labels, drafted = self._candidates(batch.labels[wanted], step)
+        candidates, labels = self._candidates(batch.labels[wanted], step)
         weight, sequential = self.head[candidates].to(states.dtype), self.model.sequential_head
         shares, final = {"ce": 1.0 - c.kl - c.tv, "kl": c.kl, "tv": c.tv}, batch.final if c.kl + c.tv else None
 
         def part(rows: Tensor, chunk: slice) -> tuple[Tensor, Figures]:
-            bias = None
             if sequential is not None:
-                before = batch.previous[wanted[chunk]]
-                rows, bias = sequential.correct(rows, self.target.embed(before)), sequential.bias(before)
+                rows = sequential(rows, self.target.embed(batch.previous[wanted[chunk]]))
             logits = F.linear(rows, weight).float()
-            logits = logits if bias is None else logits.index_add(1, drafted, bias.float())
             theirs = None if final is None else F.linear(final[wanted[chunk]].to(weight.dtype), weight).float()
             losses: Any = sum(s * row_loss(kind, logits, labels[chunk], theirs) for kind, s in shares.items() if s)
             log_q = -F.cross_entropy(logits.detach(), labels[chunk], reduction="none")
@@ -172,15 +169,15 @@ class Loss:
         parameters = [] if sequential is None else list(sequential.parameters())
         return chunked_loss(states[wanted], parameters, chunks, part)
 
-    def _candidates(self, labels: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids in this step's softmax, labels as indices into them (a rare one is always among them), and the drafted ones'."""
+    def _candidates(self, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Ids in this step's softmax, and labels as indices into them; a rare one is always among them."""
         vocabulary = self.vocabulary
         if len(vocabulary) == self.target.vocab_size:
-            return vocabulary, labels, vocabulary
+            return vocabulary, labels
         generator = torch.Generator().manual_seed(self.config.seed * 104_729 + step)
         others = torch.randint(self.target.vocab_size, (self.config.negatives,), generator=generator).to(labels.device)
         candidates = torch.cat((vocabulary, others, labels)).unique()
-        return candidates, torch.searchsorted(candidates, labels), torch.searchsorted(candidates, vocabulary)
+        return candidates, torch.searchsorted(candidates, labels)
 
 
 def common_tokens(data: Data, count: int) -> tuple[Tensor, float]:

@@ -74,9 +74,7 @@ def write_prompts(
     data sets as name, name:split or name:config:split. With `thinking`, this share of the lines has `thinking` true, the rest
     false. Raises InvalidParameter or DataError, with nothing written, for a set that cannot be used and for a bad row.
     """
-    if unknown := [source for source in sources if source not in SOURCES]:
-        hint = f"there are {', '.join(SOURCES)}; evaluation sets are not trained on"
-        raise InvalidParameter(f"no training set `{unknown[0]}`", hint=hint)
+    require(set(sources) <= set(SOURCES), "sources", sources, f"of {', '.join(SOURCES)}; evaluation sets are not trained on")
     if data is None and not files:
         raise InvalidParameter("no source of prompts", hint="name files or hub data sets, or the known sets' folder with --data")
     require(thinking is None or 0 <= thinking <= 1, "thinking", thinking, "a share from 0 to 1")

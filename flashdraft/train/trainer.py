@@ -65,7 +65,7 @@ class Trainer:
         self.bf16 = config.precision == "bf16" or (config.precision == "auto" and native)
         self.acc = Accelerator(log_with=sorted({"tensorboard", config.tracker}), project_dir=out)
         self.coverage: float | None = None  # share of the answers' tokens that the draft vocabulary has
-        vocabulary = self._draft_vocabulary(keep=model.sequential_head is not None)
+        vocabulary = self._draft_vocabulary()
         if head is not None:
             if (held := model.config.sequential_head) is not None:
                 raise InvalidParameter(f"the drafter has a {held} head already", hint="leave out --head")
@@ -206,12 +206,10 @@ class Trainer:
         order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(self.config.seed * 7919 + epoch))
         return int(order[at])
 
-    def _draft_vocabulary(self, keep: bool) -> Tensor:
-        """The tokens that are drafted: those that a head belongs to, or the answers' commonest ones when the run began."""
-        held, size, path = self.model.extras.get("d2t"), self.target.vocab_size, self.out / "vocabulary.safetensors"
-        if keep and held is not None:
-            return held.long() + torch.arange(len(held))
-        if keep or self.config.vocab == 0 or self.config.vocab >= size:
+    def _draft_vocabulary(self) -> Tensor:
+        """The tokens that are drafted: the answers' commonest ones when the run began."""
+        size, path = self.target.vocab_size, self.out / "vocabulary.safetensors"
+        if self.config.vocab == 0 or self.config.vocab >= size:
             return torch.arange(size)
         if not path.exists():
             tokens, self.coverage = common_tokens(self.data, self.config.vocab)
