@@ -97,9 +97,9 @@ def _proposal_after(model: Model, tokens: list[int]) -> tuple[Proposal, Tensor, 
     rows = Rows([0], [tokens], [SamplingParams(temperature=1.0)])
     drafter.observe(rows, [torch.tensor(tokens[:-1])], [features])
     states: list[Tensor] = []
-    predict = drafter.network.predict
+    scored = drafter.network.scored
     with pytest.MonkeyPatch.context() as patch:  # the drafter keeps its argmax only; the planted fault needs its law
-        patch.setattr(drafter.network, "predict", lambda hidden, anchors: states.append(hidden[0]) or predict(hidden, anchors))
+        patch.setattr(drafter.network, "scored", lambda hidden, anchors: states.append(hidden[0]) or scored(hidden, anchors))
         proposal = drafter.propose(rows, 8)
     logits, _ = model.target.forward(cache, [0], proposal.tokens, proposal.parents, proposal.sizes, ())
     laws = target_probs(logits, rows.params, proposal.sizes)
