@@ -1,10 +1,10 @@
-"""Sequences packed one behind the other, isolated by masks (SDPA's dense or FlexAttention's sparse), and a pass over all."""
+"""Random anchors, and sequences packed one behind the other, isolated by masks (SDPA's dense or FlexAttention's sparse)."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -16,11 +16,57 @@ from flashdraft.checkpoint import DraftConfig
 from flashdraft.errors import DataError
 from flashdraft.methods.dflash import DFlashDraftModel
 from flashdraft.train.features import Sample
-from flashdraft.train.objectives import block_mask, block_positions, draw_anchors, flex_mask
 
-__all__ = ["Batch", "Blocks", "make_batch"]
+__all__ = ["Batch", "Blocks", "block_mask", "block_positions", "draw_anchors", "flex_mask", "make_batch"]
 
 Numbered = Iterable[tuple[int, Sample]]  # samples with their global numbers, which key their anchors
+
+
+def draw_anchors(num_prompt: int, num_tokens: int, count: int, generator: torch.Generator) -> Tensor:
+    """At most `count` random positions, sorted, of response tokens (2602.06036, section 4: the first, too) with a successor."""
+    candidates = torch.arange(num_prompt, max(num_prompt, num_tokens - 1))  # none where the answer was cut off
+    chosen = torch.randperm(len(candidates), generator=generator)[:count]
+    return candidates[chosen].sort().values
+
+
+def block_positions(anchors: Tensor, block_size: int) -> Tensor:
+    """[anchors] -> [anchors * block_size] absolute positions; those past the sequence's end are masked out by the loss."""
+    return (anchors[:, None] + torch.arange(block_size)).flatten()
+
+
+def block_mask(anchors: Tensor, num_context: int, block_size: int) -> Tensor:
+    """What each block row may attend to: context strictly before its anchor, and its own block both ways; nothing else.
+
+    bool [anchors * block_size, num_context + anchors * block_size]; keys are the context, then all blocks.
+    """
+    context = torch.arange(num_context) < anchors[:, None]
+    own = torch.eye(len(anchors), dtype=torch.bool)
+    rows = torch.cat((context, own.repeat_interleave(block_size, 1)), dim=1)
+    return rows.repeat_interleave(block_size, 0)
+
+
+def flex_mask(anchors: Sequence[Tensor], num_context: Sequence[int], block_size: int, device: torch.device) -> Any:
+    """The same mask for several sequences packed behind each other, isolated, as FlexAttention's BlockMask.
+
+    Keys are all contexts, then all blocks; rows are all blocks. Sequence s has anchors[s] and num_context[s] context rows.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    owner = torch.cat([torch.full((n,), s) for s, n in enumerate(num_context)])
+    place = torch.cat([torch.arange(n) for n in num_context])
+    block_owner = torch.cat([torch.full((len(a),), s) for s, a in enumerate(anchors)]).repeat_interleave(block_size)
+    anchor = torch.cat(list(anchors)).repeat_interleave(block_size)
+    block = torch.arange(len(anchor)) // block_size
+    key_owner = torch.cat((owner, torch.full_like(anchor, -1))).to(device)  # of context keys
+    key_place = torch.cat((place, torch.zeros_like(anchor))).to(device)
+    key_block = torch.cat((torch.full_like(owner, -1), block)).to(device)  # of block keys
+    block_owner, anchor, block = (t.to(device) for t in (block_owner, anchor, block))
+
+    def seen(_batch: Tensor, _head: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        in_context = (key_owner[key] == block_owner[row]) & (key_place[key] < anchor[row])
+        return in_context | (key_block[key] == block[row])
+
+    return create_block_mask(seen, None, None, len(anchor), len(key_owner), device=device)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
-"""What a draft network is trained on: random anchors, the mask of a whole sequence's blocks, and the losses.
+"""The losses of a draft network, and only here: functions of tensors, and `Loss`, which knows the target's lm_head.
 
-The only place for losses: functions of tensors, and `Loss`, which knows the target's lm_head and which tokens are drafted.
 Does not know optimizers, files or the order of the steps.
 """
 
@@ -9,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,63 +16,13 @@ from torch import Tensor
 
 from flashdraft.methods.dflash import DFlashDraftModel
 from flashdraft.target import Target
+from flashdraft.train.batch import Batch
+from flashdraft.train.features import Data
 
-if TYPE_CHECKING:
-    from flashdraft.train.batch import Batch
-    from flashdraft.train.features import Data
-
-__all__ = ["Loss", "accuracy", "block_mask", "block_positions", "chunked_loss", "common_tokens", "draw_anchors", "flex_mask"]
-__all__ += ["position_weights", "row_loss"]
+__all__ = ["Loss", "accuracy", "chunked_loss", "common_tokens", "position_weights", "row_loss"]
 
 _CHUNK = 1024  # rows whose logits are alive at a time
 Figures = dict[str, Tensor]
-
-
-def draw_anchors(num_prompt: int, num_tokens: int, count: int, generator: torch.Generator) -> Tensor:
-    """At most `count` random positions, sorted, of response tokens (2602.06036, section 4: the first, too) with a successor."""
-    candidates = torch.arange(num_prompt, max(num_prompt, num_tokens - 1))  # none where the answer was cut off
-    chosen = torch.randperm(len(candidates), generator=generator)[:count]
-    return candidates[chosen].sort().values
-
-
-def block_positions(anchors: Tensor, block_size: int) -> Tensor:
-    """[anchors] -> [anchors * block_size] absolute positions; those past the sequence's end are masked out by the loss."""
-    return (anchors[:, None] + torch.arange(block_size)).flatten()
-
-
-def block_mask(anchors: Tensor, num_context: int, block_size: int) -> Tensor:
-    """What each block row may attend to: context strictly before its anchor, and its own block both ways; nothing else.
-
-    bool [anchors * block_size, num_context + anchors * block_size]; keys are the context, then all blocks.
-    """
-    context = torch.arange(num_context) < anchors[:, None]
-    own = torch.eye(len(anchors), dtype=torch.bool)
-    rows = torch.cat((context, own.repeat_interleave(block_size, 1)), dim=1)
-    return rows.repeat_interleave(block_size, 0)
-
-
-def flex_mask(anchors: Sequence[Tensor], num_context: Sequence[int], block_size: int, device: torch.device) -> Any:
-    """The same mask for several sequences packed behind each other, isolated, as FlexAttention's BlockMask.
-
-    Keys are all contexts, then all blocks; rows are all blocks. Sequence s has anchors[s] and num_context[s] context rows.
-    """
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    owner = torch.cat([torch.full((n,), s) for s, n in enumerate(num_context)])
-    place = torch.cat([torch.arange(n) for n in num_context])
-    block_owner = torch.cat([torch.full((len(a),), s) for s, a in enumerate(anchors)]).repeat_interleave(block_size)
-    anchor = torch.cat(list(anchors)).repeat_interleave(block_size)
-    block = torch.arange(len(anchor)) // block_size
-    key_owner = torch.cat((owner, torch.full_like(anchor, -1))).to(device)  # of context keys
-    key_place = torch.cat((place, torch.zeros_like(anchor))).to(device)
-    key_block = torch.cat((torch.full_like(owner, -1), block)).to(device)  # of block keys
-    block_owner, anchor, block = (t.to(device) for t in (block_owner, anchor, block))
-
-    def seen(_batch: Tensor, _head: Tensor, row: Tensor, key: Tensor) -> Tensor:
-        in_context = (key_owner[key] == block_owner[row]) & (key_place[key] < anchor[row])
-        return in_context | (key_block[key] == block[row])
-
-    return create_block_mask(seen, None, None, len(anchor), len(key_owner), device=device)
 
 
 def position_weights(kind: str, log_q: Tensor, offsets: Tensor, blocks: Tensor, *, gamma: float) -> Tensor:
