@@ -24,6 +24,7 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY) ## decode with and without the built-in drafter
 	$(BIN)/flashdraft demo
+	$(BIN)/flashdraft demo --kernel int8
 
 test: lint ## lint, types and every test
 	$(BIN)/python -m pytest

@@ -6,6 +6,7 @@ Does not know drafters, verification or text.
 import hashlib
 import json
 import timeit
+from contextlib import suppress
 from functools import partial
 from statistics import median
 from typing import Any
@@ -74,8 +75,9 @@ class LeanTarget(Target):
             shape = torch.ones(1, count, dtype=torch.long), chain(count)[None], torch.tensor([count])
             times = timeit.repeat(partial(self.forward, cache, [0], *shape, ()), number=1, repeat=6)
             table[count] = median(times[1:])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, json.dumps(table).encode())
+        with suppress(OSError):  # a cache that cannot be written costs this measurement again, no more
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_file(path, json.dumps(table).encode())
         return table
 
     @staticmethod

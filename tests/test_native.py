@@ -292,6 +292,13 @@ def test_step_times_are_measured_once_and_the_fastest_kernel_follows_from_them(
         assert fastest(model) == wanted
 
 
+def test_a_cache_that_cannot_be_written_costs_a_measurement_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = made("llama")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FLASHDRAFT_CACHE", str(tmp_path / "file"))
+    assert sorted(target.step_seconds) == [1, 2, 4, 8, 16, 32]
+
+
 def _is_of(target: LeanTarget, path: Path) -> bool:
     before = path.read_text()
     path.write_text(json.dumps({"1": -1.0}))
