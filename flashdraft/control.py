@@ -26,7 +26,7 @@ class Control:
         self._known = sorted(seconds.items())
         self._sums: dict[int, list[float]] = {}  # by depth: nodes accepted and hoped for behind accepted parents, faded
         self._draft = 0.0  # seconds of drafting in a step
-        self._pause, self._vain = 0, 0
+        self._pause, self._vain, self._gain = 0, 0, 1.0  # the last: what drafting promised of late, to plain decoding
 
     def wants_drafts(self) -> bool:
         """Whether this step should draft at all; asked once a step."""
@@ -46,10 +46,11 @@ class Control:
             hope += chance
             if (rate := hope / (self.cost(rows + count) + self._draft)) > best:
                 best, kept = rate, count
-        if best < plain and order:
+        self._gain = _SMOOTH * self._gain + (1 - _SMOOTH) * best / plain if order else self._gain
+        if self._gain < 1:  # one poor proposal says little of the next
             self._pause = _PAUSES[min(self._vain, len(_PAUSES) - 1)]
             self._vain += 1
-        elif kept:
+        else:
             self._vain = 0
         trimmed = [1] * rows
         for _, row in order[:kept]:
