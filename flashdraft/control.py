@@ -93,5 +93,4 @@ def _scores(proposal: Proposal) -> list[list[float]]:
     """By row and node: the drafter's confidence in it, given its parent; 1 from a drafter that states none."""
     if proposal.scores is None:
         return [[1.0] * proposal.num_nodes] * len(proposal.tokens)
-    confidences: list[list[float]] = proposal.scores.exp().tolist()
-    return confidences
+    return proposal.scores.exp().tolist()

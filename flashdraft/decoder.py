@@ -22,15 +22,15 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer; q, k, v [toke
 
 
 class Block:
-    """One block of a Hugging Face model or of a draft network, fused: q, k, v in one linear, gate and up in another."""
+    """One block, fused: q, k, v in one linear, gate and up in another. window: slots back that a node sees (torch kernel)."""
 
-    def __init__(self, block: Any, like: Tensor) -> None:
+    def __init__(self, block: Any, like: Tensor, *, window: int | None = None) -> None:
         def fused(*linears: Any) -> tuple[Tensor, Tensor | None]:
             weight = torch.cat([linear.weight.detach() for linear in linears]).to(like)
             biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
             return weight, torch.cat(biases).to(like) if biases else None
 
-        attention, mlp = block.self_attn, block.mlp
+        attention, mlp, self.window = block.self_attn, block.mlp, window
         self.linears = {
             "qkv": fused(attention.q_proj, attention.k_proj, attention.v_proj),
             "out": fused(attention.o_proj),
@@ -43,10 +43,7 @@ class Block:
 
 
 class Decoder:
-    """Blocks and the norm behind them, packed. `heads`: query heads, key heads, size; `rotary`: layers.rotary_table's.
-
-    windows: for each block how many slots back a node sees, or None for all; only the torch kernel has windows.
-    """
+    """Blocks and the norm behind them, packed. `heads`: query heads, key heads, size; `rotary`: layers.rotary_table's."""
 
     def __init__(
         self,
@@ -57,7 +54,6 @@ class Decoder:
         heads: tuple[int, int, int],
         eps: float,
         kernel: str = "compact",
-        windows: Sequence[int | None] = (),
     ) -> None:
         self.norm, self.eps = norm.contiguous(), eps
         self.cos, self.sin = (table.contiguous() for table in rotary)
@@ -66,7 +62,7 @@ class Decoder:
         kept = list(blocks)
         self.norms = [block.norms for block in kept]
         self.inner = kept[0].linears["down"][0].shape[1]
-        self.windows = tuple(windows) or (None,) * len(kept)
+        self.windows = [block.window for block in kept]
         sizes = self.hidden_size % 32, self.head_dim % 16, self.inner % 32, self.head_dim > 256
         fits = native.usable(norm) and not any(self.windows) and not any(sizes)
         self.kernel = kernel if fits else "torch"

@@ -1,8 +1,7 @@
 """A sequential head: the drafts of a block come to depend on each other. An addition to DFlash v1, in tensors of its own.
 
 The network's marginals are independent per position; the head looks at the token before, left to right, and adds a
-zero-initialised SwiGLU of state and previous embedding to the state before the lm_head (as TreeFlash does). A bias by the
-token before (`markov`, DSpark 2607.05147) measured worse and went (docs/log.md). Does not know blocks or decoding.
+zero-initialised SwiGLU of state and previous embedding to the state before the lm_head (as TreeFlash does).
 """
 
 import torch

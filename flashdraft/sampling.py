@@ -49,9 +49,8 @@ def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
 
 def target_probs(logits: Tensor, params: Sequence[SamplingParams], sizes: Tensor) -> Tensor:
     """The law after every node [rows, nodes, vocab], each row by its own `params`; zeros at padding, beyond `sizes` [rows]."""
-    alike = len(params) == 1 or all(own.temperature == 0 for own in params)
-    if alike and sizes.tolist() == [logits.shape[1]] * len(params):
-        return probabilities(logits, params[0])  # no second copy in the cases where every millisecond is seen
+    if len(params) == 1 and sizes.tolist() == [logits.shape[1]]:
+        return probabilities(logits, params[0])  # no second copy in the case where every millisecond is seen
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     laws = torch.zeros(logits.shape, dtype=dtype, device=logits.device)
     for row, (own, size) in enumerate(zip(params, sizes.tolist(), strict=True)):

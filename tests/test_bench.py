@@ -300,11 +300,20 @@ def test_methods_of_one_kernel_are_compared_with_its_own_plain_decoding(config: 
 
 @pytest.mark.parametrize(
     ("methods", "message"),
-    [("dflash:fast", "no kernel 'fast'"), ("llama.cpp", "llama.cpp has no file"), ("llama.cpp:none.gguf", "no file 'none.gguf'")],
+    [("dflash:fast", "no kernel 'fast'"), ("llama.cpp", "llama.cpp's file is ''"), ("llama.cpp:none.gguf", "is 'none.gguf'")],
 )
 def test_an_unknown_kernel_or_file_is_refused(config: dict[str, Any], methods: str, message: str) -> None:
     with pytest.raises(InvalidParameter, match=message):
         BenchConfig(**config | {"methods": methods})
+
+
+def test_a_temperature_or_kernel_that_nobody_would_use_is_refused(config: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "a.gguf"
+    file.touch()
+    with pytest.raises(InvalidParameter, match=r"temperature is 0\.5"):
+        BenchConfig(**config | {"methods": f"llama.cpp:{file}", "temperature": 0.5})
+    with pytest.raises(InvalidParameter, match="kernel is 'torch', but every method names its own"):
+        BenchConfig(**config | {"methods": "dflash:float32,transformers", "kernel": "torch"})
 
 
 class FakeLlama(ModuleType):
@@ -331,6 +340,8 @@ def test_llama_cpp_answers_token_by_token(monkeypatch: pytest.MonkeyPatch, tmp_p
     method = llama_cpp(tmp_path / "a.gguf", frozenset({9}))
     params = [SamplingParams(max_new_tokens=5)] * 2
     assert [answer.tokens for answer in method([[1, 2], [4, 5]], params)] == [(3, 4, 5, 6, 7), (6, 7, 8, 9)]
+    with pytest.raises(InvalidParameter, match="length of prompt and answer is 4097"):
+        method([[1] * 4092], params[:1])
 
 
 def test_a_missing_llama_cpp_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from conftest import tiny_target
+from conftest import tiny_drafter, tiny_target
 from torch import Tensor
 
 from flashdraft.control import Control
@@ -88,6 +88,16 @@ def test_vain_drafting_pauses_for_longer_and_longer() -> None:
         assert good.trim(made).tolist() == [3]
 
 
+def test_one_poor_proposal_among_good_ones_is_no_reason_to_pause() -> None:
+    control = Control({1: 1.0, 8: 1.7})
+    for confidence in (0.9, 0.9, 0.9, 0.01, 0.9):
+        assert control.wants_drafts()
+        made = proposal([confidence] * 3)
+        control.learn(made, [[0, 1, 2, 3] if confidence > 0.5 else [0]], 0.2)
+        control.trim(made)
+    assert control.wants_drafts()
+
+
 def test_what_was_accepted_corrects_what_is_claimed() -> None:
     boaster, modest = Control({1: 1.0, 8: 3.1}), Control({1: 1.0, 8: 3.1})
     for _ in range(200):
@@ -139,18 +149,26 @@ class Halves(Drafter):
         assert self.seen == rows.histories[0][: len(self.seen)]
 
 
-def text_of(engine: Engine, prompt: list[int]) -> list[int]:
-    class Silent:
-        eos_token_id = None
+class Silent:
+    eos_token_id = None
 
-        def decode(self, *_: object, **__: object) -> str:
-            return ""
+    def decode(self, *_: object, **__: object) -> str:
+        return ""
 
-    request = Request(prompt, SamplingParams(max_new_tokens=40, ignore_eos=True), TextDecoder(Silent()))
-    engine.admit(request)
+
+def finished(engine: Engine, prompts: list[list[int]], temperature: float = 0.0) -> list[Request]:
+    requests = []
+    for index, prompt in enumerate(prompts):
+        params = SamplingParams(temperature=temperature, seed=index, max_new_tokens=40, ignore_eos=True)
+        requests.append(Request(prompt, params, TextDecoder(Silent()), index=index))
+        engine.admit(requests[-1])
     while engine.running:
         engine.step()
-    return request.history
+    return requests
+
+
+def text_of(engine: Engine, prompt: list[int]) -> list[int]:
+    return finished(engine, [prompt])[0].history
 
 
 @pytest.mark.parametrize(("seconds", "drafted"), [(FLAT, True), ({1: 1e-9, 8: 8e-9}, False)])
@@ -164,6 +182,18 @@ def test_texts_are_plain_and_the_drafter_misses_nothing(seconds: Mapping[int, fl
     assert (drafter.calls >= 18) == drafted  # else it is asked now and then
     assert drafter.calls >= 2
     assert drafter.seen == plain[: len(drafter.seen)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_adaptive_rows_of_a_batch_write_their_plain_texts(temperature: float) -> None:
+    prompts = [[3, 7, 11, 5], [9, 4], [8, 8, 8, 21, 30, 2 + 4]]
+    plain = tiny_target("llama", lean=True)
+    texts = []
+    for target, drafter, adaptive in ((plain, Autoregressive(), False), (Timed(FLAT), tiny_drafter(plain), True)):
+        engine = Engine(target, drafter, max_rows=3, adaptive=adaptive)  # type: ignore[arg-type]
+        texts.append([request.history for request in finished(engine, prompts, temperature)])
+        assert (engine.control is not None) == adaptive
+    assert texts[0] == texts[1]
 
 
 def test_without_step_times_every_node_is_read() -> None:

@@ -18,6 +18,8 @@ from flashdraft.types import SamplingParams
 
 __all__ = ["Answer", "Method", "Transformers", "llama_cpp"]
 
+_CONTEXT = 4096  # tokens that llama.cpp makes room for
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -74,18 +76,19 @@ def llama_cpp(path: Path, eos: frozenset[int]) -> Method:
     except ModuleNotFoundError:
         raise FlashDraftError("llama.cpp is not installed", hint="pip install llama-cpp-python, or leave it out") from None
     threads = torch.get_num_threads()
-    llama: Any = lib.Llama(str(path), n_ctx=4096, n_threads=threads, n_threads_batch=threads, verbose=False)
-    context = llama.ctx
+    llama: Any = lib.Llama(str(path), n_ctx=_CONTEXT, n_batch=_CONTEXT, n_threads=threads, n_threads_batch=threads, verbose=False)
     chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
     lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_greedy())
 
     def read(tokens: Sequence[int]) -> int:
         held = (c_int32 * len(tokens))(*tokens)  # the batch only points at it
-        assert lib.llama_decode(context, lib.llama_batch_get_one(held, len(tokens))) == 0
-        return int(lib.llama_sampler_sample(chain, context, -1))
+        assert lib.llama_decode(llama.ctx, lib.llama_batch_get_one(held, len(tokens))) == 0
+        return int(lib.llama_sampler_sample(chain, llama.ctx, -1))
 
     def answer(prompt: list[int], params: SamplingParams) -> Answer:
-        lib.llama_memory_clear(lib.llama_get_memory(context), True)
+        length = len(prompt) + params.max_new_tokens
+        require(length <= _CONTEXT, "the length of prompt and answer", length, f"at most {_CONTEXT} beside llama.cpp")
+        lib.llama_memory_clear(lib.llama_get_memory(llama.ctx), True)
         started = time.perf_counter()
         tokens = [read(prompt)]
         first = time.perf_counter()

@@ -70,7 +70,7 @@ def show(path: Path, base: str | None = None) -> None:
         rows.append([task, method, str(answers), *map(_number, figures, forms)])
     print_table(columns, rows)
     ours = [line["pair"] | {"pair": line} for line in lines if line["method"] == "transformers" and line["pair"]]
-    if ours:
+    if ours and base is None:
         total, decode = (_ratio(ours, name) for name in _SPEEDS)
         print(f"autoregressive is {_number(total)} times transformers, {_number(decode)} times in decoding ({len(ours)} pairs)")
 

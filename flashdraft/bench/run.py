@@ -23,7 +23,7 @@ from flashdraft.errors import InvalidParameter, ModelNotFound
 from flashdraft.generate import KERNELS, Model, drafters, load_target
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.provenance import provenance
-from flashdraft.types import SamplingParams, check_options, option
+from flashdraft.types import SamplingParams, check_options, option, require
 
 __all__ = ["METHODS", "Answer", "BenchConfig", "run_bench"]
 
@@ -59,8 +59,9 @@ class BenchConfig:
             method, _, variant = name.partition(":")
             if method not in METHODS:
                 raise InvalidParameter(f"no method {method!r}", hint=f"methods are {', '.join(METHODS)}")
-            if method == "llama.cpp" and not Path(variant).is_file():
-                raise InvalidParameter(f"llama.cpp has no file {variant!r}", hint="write llama.cpp:FILE.gguf")
+            if method == "llama.cpp":
+                require(Path(variant).is_file(), "llama.cpp's file", variant, "there: write llama.cpp:FILE.gguf")
+                require(self.temperature == 0, "temperature", self.temperature, "0 beside llama.cpp, which runs greedily here")
             if method not in _OTHERS and variant not in ("", *KERNELS):
                 raise InvalidParameter(f"no kernel {variant!r}", hint=f"kernels are {', '.join(KERNELS)}")
         if self.draft in METHODS:
@@ -70,6 +71,8 @@ class BenchConfig:
         for name, methods in users.items():
             if getattr(self, name) not in (None, "auto") and not set(methods.split()) & kinds:
                 raise InvalidParameter(f"{name} is {getattr(self, name)}, but no method uses it", hint=f"it is for {methods}")
+        if self.kernel != "auto" and all(":" in name or name in _OTHERS for name in self.names):
+            raise InvalidParameter(f"kernel is {self.kernel!r}, but every method names its own", hint="leave one out")
         self.params(0)
 
     @property

@@ -203,9 +203,11 @@ class PackedDraft:
         self.config = model.config
         self.target = target
         self.fc = pack(model.fc.weight.detach().to(device, dtype), kernel=_KERNEL)
-        config, blocks = model.config, [Block(layer, probe) for layer in model.layers]
+        config = model.config
         heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        kinds = config.layer_types or ("full_attention",) * len(blocks)
+        kinds = config.layer_types or ("full_attention",) * len(model.layers)
+        windows = [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
+        blocks = [Block(layer, probe, window=window) for layer, window in zip(model.layers, windows, strict=True)]
         self.decoder = Decoder(
             blocks,
             model.norm.weight.detach().to(device, dtype),
@@ -213,7 +215,6 @@ class PackedDraft:
             heads=heads,
             eps=config.rms_norm_eps,
             kernel=_KERNEL,
-            windows=[config.sliding_window if kind == "sliding_attention" else None for kind in kinds],
         )
         first = heads[0] * heads[2]  # behind the queries: keys and values, of all layers in one linear
         weights, biases = zip(*(block.linears["qkv"] for block in blocks), strict=True)
