@@ -14,7 +14,7 @@ import torch
 from flashdraft.errors import FlashDraftError
 from flashdraft.generate import load_target
 from flashdraft.target import HFTarget
-from flashdraft.types import SamplingParams
+from flashdraft.types import SamplingParams, require
 
 __all__ = ["Answer", "Method", "Transformers", "llama_cpp"]
 
