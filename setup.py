@@ -20,9 +20,8 @@ class BuildKernels(build_py):
         if compiler and march and not self.editable_mode:
             out = Path(self.build_lib, "flashdraft", "csrc", "step.so")
             flags = ["-O3", f"-march={march}", "-fno-signed-zeros", "-fopenmp", "-fPIC", "-shared", "-std=c++17", "-w"]
-            subprocess.run(
-                [compiler, *flags, "flashdraft/csrc/step.cpp", "flashdraft/csrc/pack.cpp", "-o", str(out)], check=False
-            )
+            sources = map(str, Path("flashdraft/csrc").glob("*.cpp"))
+            subprocess.run([compiler, *flags, *sources, "-o", str(out)], check=False)
 
 
 class PlatformDistribution(Distribution):

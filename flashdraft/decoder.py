@@ -63,7 +63,7 @@ class Decoder:
         self.norms = [block.norms for block in kept]
         self.inner = kept[0].linears["down"][0].shape[1]
         self.windows = [block.window for block in kept]
-        sizes = self.hidden_size % 32, self.head_dim % 16, self.inner % 32, self.head_dim > 256
+        sizes = self.hidden_size % 32, self.head_dim % 16, self.heads * self.head_dim % 32, self.inner % 32, self.head_dim > 256
         fits = native.usable(norm) and not any(self.windows) and not any(sizes)
         self.kernel = kernel if fits else "torch"
         self.linears = [{name: self._packed(name, *pair) for name, pair in block.linears.items()} for block in kept]

@@ -28,8 +28,8 @@ __all__ = ["PANEL", "Layer", "Model", "NativeLinear", "library", "step", "usable
 PANEL = 32  # outputs that lie side by side, and inputs that share a scale
 _EXACT = ("q4", "q8", "bfloat16", "float32")  # the same numbers in ever more bytes
 # in csrc's order: bits of a number, inputs that go together, bits of each output's scales for 32 inputs
-_FORMATS = {"float32": (32, 1, 0), "bfloat16": (16, 2, 0), "q8": (8, PANEL, 16), "q4": (4, PANEL, 32), "int8": (8, 4, 0)}
-_SOURCES = tuple(Path(__file__).parent / "csrc" / name for name in ("step.cpp", "pack.cpp"))
+_FORMATS = {"float32": (32, 1, 0), "bfloat16": (16, 2, 0), "q8": (8, PANEL, 16), "q4": (4, PANEL, 32), "int8": (8, PANEL, 0)}
+_FILES = sorted((Path(__file__).parent / "csrc").glob("*.[ch]*"))
 _FLAGS = ("-O3", "-march=native", "-fno-signed-zeros", "-fopenmp", "-fPIC", "-shared", "-std=c++17", "-w")
 
 
@@ -68,11 +68,12 @@ def library() -> Any | None:
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
                 built = Path(scratch, path.name)
-                subprocess.run([compiler, *_FLAGS, *map(str, _SOURCES), "-o", str(built)], check=True, capture_output=True)
+                sources = [str(path) for path in _FILES if path.suffix == ".cpp"]
+                subprocess.run([compiler, *_FLAGS, *sources, "-o", str(built)], check=True, capture_output=True)
                 os.replace(built, path)
     except (OSError, subprocess.CalledProcessError):
         pass  # what runs in the end is named wherever a kernel is
-    brought = _SOURCES[0].with_suffix(".so")  # setup.py built it for AVX2
+    brought = _FILES[0].with_name("step.so")  # setup.py built it for AVX2
     can_run = platform.machine() not in ("x86_64", "AMD64") or torch.backends.cpu.get_cpu_capability() != "DEFAULT"
     try:
         return ctypes.CDLL(str(path if path.exists() or not can_run else brought))
@@ -91,14 +92,14 @@ def fingerprint() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     known = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}) or [platform.processor()]
     call = " ".join((str(_compiler()), *_FLAGS, *known))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES) + call.encode()).hexdigest()[:16]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in _FILES) + call.encode()).hexdigest()[:16]
 
 
 class NativeLinear:
     """x -> x @ weight.T + bias for float32 rows; row-exact. weight: [outputs, inputs].
 
     kernel: a format, or "compact": the one of fewest bytes that holds the weight exactly. Raises ValueError if the format
-    would round it; int8 may (one scale an output, one for each row of x).
+    would round it; int8 may (one scale an output, one for 32 inputs of each row of x).
     """
 
     row_exact = True
@@ -122,7 +123,7 @@ class NativeLinear:
         panels, kernels = -(-self.out_features // PANEL), library()
         number_bits = self.in_features * bits + self.in_features // PANEL * scales
         self.weight = torch.empty(panels * PANEL * number_bits // 8, dtype=torch.uint8)
-        self.scale = torch.empty(panels * 2 * PANEL if format == "int8" else 0)
+        self.scale = torch.empty(panels * PANEL if format == "int8" else 0)
         source, *packed = (c_void_p(tensor.data_ptr()) for tensor in (weight, self.weight, self.scale))
         sizes = (c_int64(size) for size in (list(_FORMATS).index(format), *weight.shape))
         assert kernels is not None, "look at `usable` first"

@@ -261,7 +261,7 @@ def test_standard_input_that_is_no_text_is_refused(run: Run, monkeypatch: pytest
 
 
 def test_demo_tells_drafted_from_own_tokens_and_compares(run: Run, folders: Path) -> None:
-    status, out, _ = run("demo abcabcabc --target T --draft prompt_lookup --max-new-tokens 60")
+    status, out, _ = run("demo abcabcabc --target T --draft prompt_lookup --block-size 8 --max-new-tokens 60")
     assert status == 0
     legend, _, answer, _, *figures = out.splitlines()
     assert legend == "⟨drafted and accepted⟩, the target's own"

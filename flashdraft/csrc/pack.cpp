@@ -60,7 +60,7 @@ bool pack_block(const Source& w, bool four, int64_t first, int64_t k, uint8_t* o
 
 }  // namespace
 
-// weight: [outputs, inputs]; out: as much as the format takes; scale: of int8, two rows of 32 a panel. 0: the format would round.
+// weight: [outputs, inputs]; out: as much as the format takes; scale: of int8, an output each. 0: the format would round.
 extern "C" int64_t flashdraft_pack(const float* weight, int64_t format, int64_t outputs, int64_t inputs, uint8_t* out, float* scale) {
     const Source w{weight, outputs, inputs};
     for (int64_t first = 0; first < outputs; first += P) {
@@ -82,17 +82,12 @@ extern "C" int64_t flashdraft_pack(const float* weight, int64_t format, int64_t 
         if (format == INT8) {
             for (int64_t n = 0; n < P; n++) {
                 float most = 0;
-                int32_t sum = 0;
                 for (int64_t k = 0; k < inputs; k++) most = std::max(most, std::fabs(w(first + n, k)));
-                for (int64_t k = 0; k < inputs; k++) {
-                    int q = most == 0 ? 0 : int(std::nearbyint(w(first + n, k) / (most / 127)));
-                    out[(k / 4 * P + n) * 4 + k % 4] = uint8_t(int8_t(q));
-                    sum += 128 * q;
-                }
+                for (int64_t k = 0; k < inputs; k++)
+                    out[(k / 4 * P + n) * 4 + k % 4] = uint8_t(128 + (most == 0 ? 0 : int(std::nearbyint(w(first + n, k) / (most / 127)))));
                 scale[n] = most / 127;
-                memcpy(scale + P + n, &sum, 4);
             }
-            out += P * inputs, scale += 2 * P;
+            out += P * inputs, scale += P;
         }
     }
     return 1;
