@@ -6,6 +6,7 @@ slots of the kept path into place. Knows nothing of tokens, models or who propos
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,7 @@ class SlotCache:
         self.lengths = [0] * rows
         self.keys: list[Tensor | None] = [None] * num_layers
         self.values: list[Tensor | None] = [None] * num_layers
+        self.addresses: Any = None  # the kernels' own, until a tensor moves
 
     @property
     def nbytes(self) -> int:
@@ -51,6 +53,7 @@ class SlotCache:
         blocks = (0, 0, 0, 0, 0, more_slots // SLOT_STEP, 0, 0, 0, more_rows) if self.blocked else margins
         self.keys = [None if t is None else F.pad(t, blocks) for t in self.keys]
         self.values = [None if t is None else F.pad(t, margins) for t in self.values]
+        self.addresses = None
 
     def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer; made to fit `like` [..., heads, n, head_dim] at the first call."""

@@ -85,14 +85,22 @@ class Decoder:
         Returns the final normed state [rows, nodes, hidden] and the wanted layers' outputs side by side.
         """
         seen, depths, sizes = shape
-        starts = torch.tensor([cache.lengths[slot] for slot in slots])
-        assert int((starts + sizes).max()) <= cache.slots, "the cache has too few slots"  # the kernels write unchecked
+        lengths = [cache.lengths[slot] for slot in slots]
+        starts = torch.tensor(lengths)
+        counts = sizes.tolist()
+        assert max(map(sum, zip(lengths, counts, strict=True))) <= cache.slots, (
+            "the cache has too few slots"
+        )  # kernels write unchecked
+        whole = min(counts) == x.shape[1]
         real = torch.arange(x.shape[1]) < sizes[:, None]  # nothing below sees padding
-        positions = (starts[:, None] + depths)[real]
+        packed = x.flatten(0, 1) if whole else x[real]
         if self._model is not None:
-            out = self._native(cache, slots, x[real], (starts, real, positions, seen), layers)
+            out = self._native(cache, packed, (torch.tensor(slots), starts, sizes, depths, seen), layers)
         else:
-            out = self._run(x[real], positions, self._attention(cache, slots, starts, seen, real), layers)
+            positions = (starts[:, None] + depths)[real]
+            out = self._run(packed, positions, self._attention(cache, slots, starts, seen, real), layers)
+        if whole:
+            return out[0].view_as(x), None if out[1] is None else out[1].view(*x.shape[:2], -1)
         return _spread(out[0], real), None if out[1] is None else _spread(out[1], real)
 
     def _run(self, x: Tensor, positions: Tensor, attend: Attend, layers: Sequence[int]) -> tuple[Tensor, Tensor | None]:
@@ -171,24 +179,21 @@ class Decoder:
         return native.Model(*sizes, self._layers, *(t.data_ptr() for t in (self.norm, self.cos, self.sin)))
 
     def _native(
-        self, cache: SlotCache, slots: Sequence[int], x: Tensor, plan: tuple[Tensor, ...], layers: Sequence[int]
+        self, cache: SlotCache, x: Tensor, shape: tuple[Tensor, ...], layers: Sequence[int]
     ) -> tuple[Tensor, Tensor | None]:
         assert self._model is not None
-        starts, real, positions, seen = plan
-        n, width = len(x), real.shape[1]
-        own = seen[real]  # [tokens, nodes of the row]
-        order = torch.where(own, torch.arange(width), width).sort(-1).values
-        start = starts[:, None].expand_as(real)[real]
-        place = start + torch.arange(width).expand_as(real)[real]
-        indices = torch.tensor(slots)[:, None].expand_as(real)[real], start, place, positions, own.sum(-1), order
+        n = len(x)
         features = x.new_empty(n, len(layers) * self.hidden_size)
         wanted = [-1] * (len(self.linears) + 1)
         for i, layer in enumerate(layers):
             wanted[layer] = i * self.hidden_size
-        kv = [cache.layer(i, x.new_empty(self.kv_heads, 0, self.head_dim)) for i in range(len(self.linears))]
+        if cache.addresses is None:
+            cache.addresses = native.addresses(
+                [cache.layer(i, x.new_empty(self.kv_heads, 0, self.head_dim)) for i in range(len(self.linears))]
+            )
         sizes = (self.heads + 2 * self.kv_heads) * self.head_dim, self.heads * self.head_dim, self.inner
         tensors = [x, *(x.new_empty(n, size) for size in sizes), features]
-        native.step(self._model, (cache.slots, width), indices, kv, torch.tensor(wanted), tensors, self.seconds)
+        native.step(self._model, cache.slots, shape, cache.addresses, torch.tensor(wanted), tensors, self.seconds)
         return x, features if layers else None
 
 
@@ -199,8 +204,6 @@ def _interleaved(pair: Tensor) -> Tensor:
 
 def _spread(packed: Tensor, real: Tensor) -> Tensor:
     """[tokens, ...] back to [rows, nodes, ...]; padding is zero."""
-    if bool(real.all()):
-        return packed.view(*real.shape, packed.shape[-1])
     out = packed.new_zeros((*real.shape, packed.shape[-1]))
     out[real] = packed
     return out

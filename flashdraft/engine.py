@@ -17,12 +17,12 @@ from torch import Tensor
 
 from flashdraft.control import Control
 from flashdraft.errors import ContextLengthError, InvalidPrompt
-from flashdraft.sampling import coins, draw, target_probs, uniforms
+from flashdraft.sampling import coins, draw, likeliest, target_probs, uniforms
 from flashdraft.target import Target
 from flashdraft.text import TextDecoder
 from flashdraft.tree import check as check_proposal
 from flashdraft.types import Chunk, Drafter, FinishReason, Piece, Proposal, Result, Rows, SamplingParams, Stats, Verdict
-from flashdraft.verify import verify
+from flashdraft.verify import follow, verify
 
 __all__ = ["Engine", "Request", "check"]
 
@@ -163,9 +163,7 @@ class Engine:
     def _judge(self, proposal: Proposal, logits: Tensor, rows: Rows) -> Verdict:
         any_drawn = proposal.drawn is not None and bool(proposal.drawn.any())
         if not any_drawn and all(params.temperature == 0 for params in rows.params):
-            best = logits.max(-1)
-            assert bool(best.values.isfinite().all()), "a law without mass: the logits are NaN, +inf, or all -inf"
-            return verify(proposal, best.indices, torch.empty(0))
+            return follow(proposal, likeliest(logits))
         seeds = [params.seed for params in rows.params]
         law = target_probs(logits, rows.params, proposal.sizes)
         draws = uniforms(seeds, [position + 1 for position in rows.positions], proposal.num_nodes)

@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
 
 from flashdraft import hub
 from flashdraft.engine import Engine, Request, check
@@ -180,18 +179,14 @@ def load_target(
     require(kernel in KERNELS, "kernel", kernel, f"one of {', '.join(KERNELS)}")
     files = hub.resolve(name)
     folder, extra = (files.folder, {"gguf_file": files.filename}) if isinstance(files, hub.GgufFile) else (files, {})
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # transformers draws one even for a load of half a second
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **extra)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=None if extra else True, **extra)
+        with hub.quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(folder, **extra)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=None if extra else True, **extra)
     except FileNotFoundError as error:
         raise ModelNotFound(f"cannot load `{name}`: {first_line(error)}", hint="the folder is incomplete") from None
     except Exception as error:  # transformers raises whatever its readers do: a damaged file, an unknown architecture
         raise CheckpointError(f"cannot load `{name}`: {first_line(error)}", hint="fetch the model's files again") from None
-    finally:
-        if bars:
-            logging.enable_progress_bar()
     try:
         model.to(torch.device(device))  # type: ignore[arg-type]
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without it

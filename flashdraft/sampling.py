@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flashdraft.types import SamplingParams
 
-__all__ = ["coins", "draw", "probabilities", "target_probs", "total", "uniforms"]
+__all__ = ["coins", "draw", "likeliest", "probabilities", "target_probs", "total", "uniforms"]
 
 _ONE = 2.0**62  # probability 1 in fixed point: room for a sum of nearly 2 below 2**63
 _HEADS = (64, 1024)  # numbers of likeliest tokens among which a top-p set is looked for before all are sorted
@@ -56,6 +56,15 @@ def target_probs(logits: Tensor, params: Sequence[SamplingParams], sizes: Tensor
     for row, (own, size) in enumerate(zip(params, sizes.tolist(), strict=True)):
         laws[row, :size] = probabilities(logits[row, :size], own)
     return laws
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """The law of temperature 0 as tokens: [..., vocab] -> [...] int64; refuses what `draw` refuses."""
+    plain = logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.float64)
+    best = torch.from_numpy(logits.numpy().argmax(-1)) if plain else logits.argmax(-1)  # numpy's is 8 times faster
+    finite = logits.gather(-1, best[..., None]).isfinite().all()
+    assert bool(finite), "a law without mass: the logits are NaN, +inf, or all -inf"
+    return best
 
 
 def draw(probs: Tensor, uniforms: Tensor) -> Tensor:

@@ -46,19 +46,20 @@ def check(proposal: Proposal) -> None:
     """
     tokens, parents, sizes = proposal.tokens, proposal.parents, proposal.sizes
     num_rows, num_nodes = tokens.shape
-    nodes = torch.arange(num_nodes, device=tokens.device)
-    real = nodes < sizes[:, None]
     assert parents.shape == tokens.shape, f"parents {tuple(parents.shape)} do not fit tokens {tuple(tokens.shape)}"
     assert sizes.shape == (num_rows,), f"sizes {tuple(sizes.shape)} for {num_rows} rows"
-    assert bool(((sizes >= 1) & (sizes <= num_nodes)).all()), f"sizes {sizes.tolist()} outside 1..{num_nodes}"
-    assert bool((parents[:, 0] == -1).all()), "node 0 is not a root"
-    assert bool(((parents >= -1) & (parents < nodes)).all()), "a parent that does not precede its child"
-    assert bool(((parents >= 0) | (nodes == 0) | ~real).all()), "a second root"
-    twins = (parents[:, :, None] == parents[:, None]) & (tokens[:, :, None] == tokens[:, None]) & real[:, :, None] & real[:, None]
-    assert not bool(twins.triu(1).any()), "siblings with the same token"
+    for own, above, size in zip(tokens.tolist(), parents.tolist(), sizes.tolist(), strict=True):
+        assert 1 <= size <= num_nodes, f"sizes {sizes.tolist()} outside 1..{num_nodes}"
+        assert above[0] == -1, "node 0 is not a root"
+        assert all(-1 <= parent < node for node, parent in enumerate(above)), "a parent that does not precede its child"
+        assert -1 not in above[1:size], "a second root"
+        assert len(set(zip(above[1:size], own[1:size], strict=True))) == size - 1, "siblings with the same token"
     for name, values in (("scores", proposal.scores), ("drawn", proposal.drawn)):
         assert values is None or values.shape == tokens.shape, f"{name} do not fit tokens {tuple(tokens.shape)}"
-    if proposal.drawn is None or not bool((proposal.drawn & real).any()):
+    if proposal.drawn is None:
+        return
+    real = torch.arange(num_nodes, device=tokens.device) < sizes[:, None]
+    if not bool((proposal.drawn & real).any()):
         return
     assert proposal.probs is not None, "drawn nodes without their law"
     assert proposal.probs.shape[:2] == tokens.shape, f"probs do not fit tokens {tuple(tokens.shape)}"

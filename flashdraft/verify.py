@@ -11,14 +11,13 @@ from torch import Tensor
 from flashdraft.sampling import draw, total
 from flashdraft.types import Proposal, Verdict
 
-__all__ = ["verify"]
+__all__ = ["follow", "verify"]
 
 
 def verify(proposal: Proposal, target_probs: Tensor, draws: Tensor, coins: Tensor | None = None) -> Verdict:
     """Walk each row's tree from its anchor and keep what the target itself could have written.
 
     target_probs: [rows, nodes, vocab]; row r, node i holds the target's law after node i. Padding is never read.
-    Where every law is a point mass and no node is drawn, [rows, nodes] int64, their tokens, will do.
     draws: [rows, 1 + depth or more] float64; column d draws the token that follows d accepted nodes, keyed by its position.
     coins: [rows, nodes] float64; a fresh uniform for every drawn node (`sampling.coins`); needed only if one is drawn.
     Returns the accepted path of every row and the bonus token after it.
@@ -47,7 +46,7 @@ def verify(proposal: Proposal, target_probs: Tensor, draws: Tensor, coins: Tenso
             assert proposal.probs is not None, "drawn nodes without the law they were drawn from"
             assert coins is not None, "drawn nodes without coins"
             accepted, law = _judge(law, proposal.probs[rows, here], children & drawn[rows], proposal.tokens[rows], coins[rows])
-        token = law if law.ndim == 1 else draw(law, draws[rows, len(path) - 1])
+        token = draw(law, draws[rows, len(path) - 1])
         carries = children & ~drawn[rows] & (proposal.tokens[rows] == token[:, None])
         child = torch.where((accepted < 0) & carries.any(1), carries.long().argmax(1), accepted)
         bonus[rows] = token  # a row that goes on will write a later one
@@ -55,6 +54,22 @@ def verify(proposal: Proposal, target_probs: Tensor, draws: Tensor, coins: Tenso
         path.append(torch.full_like(bonus, -1).index_put((rows,), here))
     full = torch.stack(path[:-1], 1)  # the last column is empty: every row ended there
     return Verdict(path=full, num_accepted=(full >= 0).sum(1) - 1, bonus=bonus)
+
+
+def follow(proposal: Proposal, tokens: Tensor) -> Verdict:
+    """`verify` where every node is chosen and every law is a point mass, at tokens [rows, nodes]."""
+    paths, bonus = [], []
+    lists = (t.tolist() for t in (proposal.tokens, proposal.parents, proposal.sizes, tokens))
+    for drafted, parents, size, own in zip(*lists, strict=True):
+        children = {(parents[node], drafted[node]): node for node in range(1, size)}
+        path = [0]
+        while (child := children.get((path[-1], own[path[-1]]))) is not None:
+            path.append(child)
+        paths.append(path)
+        bonus.append(own[path[-1]])
+    longest = max(map(len, paths))
+    full = torch.tensor([path + [-1] * (longest - len(path)) for path in paths])
+    return Verdict(full, torch.tensor([len(path) - 1 for path in paths]), torch.tensor(bonus))
 
 
 def _judge(law: Tensor, draft: Tensor, siblings: Tensor, tokens: Tensor, coins: Tensor) -> tuple[Tensor, Tensor]:

@@ -357,7 +357,7 @@ def check_observations(name: str, method: str) -> None:
 # ---------------------------------------------------------------- planted faults of the law
 
 
-def accept_everything(proposal: Proposal, law: Tensor, draws: Tensor, coins: Tensor | None = None) -> Verdict:
+def accept_everything(proposal: Proposal, law: Tensor, *_: Any) -> Verdict:
     nodes, last = torch.arange(proposal.num_nodes), proposal.sizes - 1
     path = torch.where(nodes < proposal.sizes[:, None], nodes, -1)
     bonus = law[torch.arange(len(last)), last]
@@ -420,11 +420,15 @@ def count_what_was_cut(patch: pytest.MonkeyPatch) -> None:
 
 FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], Callable[[], None]]] = {
     "everything is accepted": (
-        lambda patch: patch.setattr(flashdraft.engine, "verify", accept_everything),
+        lambda patch: patch.setattr(flashdraft.engine, "follow", accept_everything),
         lambda: check_law("llama", "cheater"),
     ),
-    "a random draft is accepted": (
+    "everything is accepted, sampled": (
         lambda patch: patch.setattr(flashdraft.engine, "verify", accept_everything),
+        lambda: check_law("llama", "cheater", SAMPLED),
+    ),
+    "a random draft is accepted": (
+        lambda patch: patch.setattr(flashdraft.engine, "follow", accept_everything),
         lambda: check_law("llama", "dflash"),
     ),
     "the cache is not cut": (forget_to_cut, lambda: check_law("llama", "cheater")),

@@ -98,9 +98,9 @@ struct Model {
     const Layer* layer; const float *norm, *cos, *sin;
 };
 struct Step {
-    int64_t tokens, slots, width, feature_size, threads;      // slots of a cache row; width of `ancestors`
-    const int64_t *row, *start, *place, *position;            // of each token: cache row, committed slots, own slot, position
-    const int64_t *num_ancestors, *ancestors;                 // nodes behind `start` that it sees, itself last
+    int64_t rows, nodes, tokens, slots, feature_size, threads;  // nodes of the widest row; tokens in all; slots of a cache row
+    const int64_t *row, *start, *size;                        // of each row: cache row, committed slots, nodes
+    const int64_t* depth; const uint8_t* seen;                // [rows, nodes]: behind start; [rows, nodes, nodes]: i sees j
     float *const *keys, *const *values;  // of each layer: [rows, kv_heads, slots / 64, head_dim, 64], [.., slots, head_dim]
     const int64_t* wanted;                                    // of each layer and the final state: column in features, or -1
     float *x, *qkv, *mixed, *inner, *features;                // [tokens, ...]; x: embeddings in, final normed state out
@@ -118,6 +118,14 @@ extern "C" void flashdraft_linear(const Linear* l, const float* x, int64_t rows,
 extern "C" void flashdraft_step(const Model* model, const Step* step) {
     const Model& m = *model;
     const Step& s = *step;
+    struct Token { int64_t row, start, place, position; std::vector<int64_t> nodes; };  // it sees slots before start, and nodes
+    std::vector<Token> tokens;
+    for (int64_t r = 0; r < s.rows; r++)
+        for (int64_t i = 0; i < s.size[r]; i++) {
+            tokens.push_back({s.row[r], s.start[r], s.start[r] + i, s.start[r] + s.depth[r * s.nodes + i], {}});
+            for (int64_t j = 0; j < s.size[r]; j++)
+                if (s.seen[(r * s.nodes + i) * s.nodes + j]) tokens.back().nodes.push_back(j);
+        }
     const int64_t H = m.hidden, d = m.head_dim, heads = m.heads, kv = m.kv_heads, group = heads / kv, n = s.tokens;
     const int64_t row_size = (heads + 2 * kv) * d;
 #pragma omp parallel num_threads(s.threads)
@@ -149,9 +157,10 @@ extern "C" void flashdraft_step(const Model* model, const Step* step) {
                 float* x = s.qkv + t * row_size + h * d;
                 const float* norm = h < heads ? l.q_norm : l.k_norm;
                 if (norm) rms_norm(x, norm, d, m.eps, x);
-                rotate(x, m.cos + s.position[t] * d, m.sin + s.position[t] * d, d);
+                const int64_t at = tokens[t].position * d, slot = tokens[t].place;
+                rotate(x, m.cos + at, m.sin + at, d);
                 if (h >= heads) {
-                    const int64_t slot = s.place[t], base = (s.row[t] * kv + h - heads) * s.slots * d;
+                    const int64_t base = (tokens[t].row * kv + h - heads) * s.slots * d;
                     float* key = s.keys[i] + base + slot / SLOTS * SLOTS * d + slot % SLOTS;
                     for (int64_t j = 0; j < d; j++) key[j * SLOTS] = x[j];
                     memcpy(s.values[i] + base + slot * d, x + kv * d, d * 4);
@@ -159,13 +168,12 @@ extern "C" void flashdraft_step(const Model* model, const Step* step) {
             });
 #pragma omp barrier
             share(n * kv, [&](int64_t unit) {
-                const int64_t t = unit / kv, g = unit % kv, from = (s.row[t] * kv + g) * s.slots * d;
-                const int64_t start = s.start[t], count = s.num_ancestors[t], *nodes = s.ancestors + t * s.width;
+                const int64_t t = unit / kv, g = unit % kv, from = (tokens[t].row * kv + g) * s.slots * d;
                 for (int64_t h = g * group; h < (g + 1) * group;) {
                     const int64_t heads_left = (g + 1) * group - h, width = s.slots + SLOTS;
                     auto run = heads_left >= 3 ? attend<3> : heads_left == 2 ? attend<2> : attend<1>;
-                    run(s.qkv + t * row_size + h * d, s.keys[i] + from, s.values[i] + from, d, start, nodes, count, width,
-                        own.scores.data(), s.mixed + (t * heads + h) * d);
+                    run(s.qkv + t * row_size + h * d, s.keys[i] + from, s.values[i] + from, d, tokens[t].start, tokens[t].nodes.data(),
+                        int64_t(tokens[t].nodes.size()), width, own.scores.data(), s.mixed + (t * heads + h) * d);
                     h += std::min<int64_t>(3, heads_left);
                 }
             });
