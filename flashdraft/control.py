@@ -26,6 +26,7 @@ class Control:
         self._known = sorted(seconds.items())
         self._sums: dict[int, list[float]] = {}  # by depth: nodes accepted and hoped for behind accepted parents, faded
         self._draft = 0.0  # seconds of drafting in a step
+        self._rest: dict[bool, float] = {}  # of steps without and with drafts: seconds beyond drafting and the target's own
         self._pause, self._vain, self._gain = 0, 0, 1.0  # the last: what drafting promised of late, to plain decoding
 
     def wants_drafts(self) -> bool:
@@ -40,11 +41,12 @@ class Control:
             ((confidence[row][node], row) for row, size in enumerate(sizes) for node in range(1, size)), key=lambda pair: -pair[0]
         )
         rows = len(sizes)
-        plain = rows / self.cost(rows)
-        best, kept, hope = rows / (self.cost(rows) + self._draft), 0, float(rows)
+        rest = self._rest.get(True, 0.0)
+        plain, spent = rows / (self.cost(rows) + self._rest.get(False, rest)), self._draft + rest
+        best, kept, hope = rows / (self.cost(rows) + spent), 0, float(rows)
         for count, (chance, _) in enumerate(order, 1):
             hope += chance
-            if (rate := hope / (self.cost(rows + count) + self._draft)) > best:
+            if (rate := hope / (self.cost(rows + count) + spent)) > best:
                 best, kept = rate, count
         self._gain = _SMOOTH * self._gain + (1 - _SMOOTH) * best / plain if order else self._gain
         if self._gain < 1:  # one poor proposal says little of the next
@@ -57,9 +59,13 @@ class Control:
             trimmed[row] += 1
         return torch.tensor(trimmed)
 
-    def learn(self, proposal: Proposal, paths: Sequence[Sequence[int]], draft_seconds: float) -> None:
-        """What became of a proposal that `trim` gave; draft_seconds: propose and observe."""
-        self._draft = draft_seconds if self._draft == 0 else _SMOOTH * self._draft + (1 - _SMOOTH) * draft_seconds
+    def learn(self, proposal: Proposal, paths: Sequence[Sequence[int]], draft_seconds: float | None, seconds: float) -> None:
+        """What became of a proposal that `trim` gave: seconds of the whole step; of propose and observe, None without drafts."""
+        target, drafted = self.cost(int(proposal.sizes.sum())), draft_seconds is not None
+        if draft_seconds is not None:
+            self._draft = draft_seconds if self._draft == 0 else _SMOOTH * self._draft + (1 - _SMOOTH) * draft_seconds
+        rest = min(max(seconds - target - (draft_seconds or 0.0), 0.0), target)  # a step that was held up says nothing
+        self._rest[drafted] = _SMOOTH * self._rest.get(drafted, rest) + (1 - _SMOOTH) * rest
         shape = proposal.parents.tolist(), proposal.sizes.tolist()
         for path, own, parents, size in zip(paths, _scores(proposal), *shape, strict=True):
             depths = {node: depth for depth, node in enumerate(path)}

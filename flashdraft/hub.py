@@ -255,6 +255,7 @@ def _convert(path: Path, folder: Path) -> None:
             parts = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
             tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(list(parts))
         model.hf_quantizer = None  # type: ignore[assignment]  # its weights are float32 by now
+        del model.config.quantization_config
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from flashdraft.hub import cache_dir
 
-__all__ = ["PANEL", "Layer", "Model", "NativeLinear", "addresses", "library", "step", "usable"]
+__all__ = ["PANEL", "Layer", "Model", "NativeLinear", "addresses", "chain", "library", "step", "usable"]
 
 PANEL = 32  # outputs that lie side by side, and inputs that share a scale
 _EXACT = ("q4", "q8", "bfloat16", "float32")  # the same numbers in ever more bytes
@@ -52,6 +52,13 @@ class _Step(Structure):
     _fields_ = [(name, c_int64) for name in ("rows", "nodes", "tokens", "slots", "feature_size", "threads")]
     _fields_ += [(name, c_void_p) for name in ("row", "start", "size", "depth", "seen")]
     _fields_ += [(name, c_void_p) for name in ("keys", "values", "wanted", "x", "qkv", "mixed", "inner", "features", "seconds")]
+
+
+class _Chain(Structure):
+    _fields_ = [(name, c_int64) for name in ("rows", "nodes", "likely", "hidden", "rank", "threads")]
+    _fields_ += [
+        (name, c_void_p) for name in ("states", "anchors", "head", "embedding", "gate_up", "down", "ids", "chosen", "scores")
+    ]
 
 
 @functools.cache
@@ -167,3 +174,19 @@ def step(
     addresses += [*(t.data_ptr() for t in tensors), None if seconds is None else seconds.data_ptr()]
     kernels: Any = library()
     kernels.flashdraft_step(ctypes.byref(model), ctypes.byref(_Step(*sizes, *addresses)))
+
+
+def chain(
+    states: Tensor, anchors: Tensor, tables: tuple[Tensor, Tensor], head: tuple[Tensor, Tensor], ids: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A sequential head's tokens, as draft ids, and their log-probabilities [rows, nodes], each token correcting the next state.
+
+    states: [rows, nodes, hidden]; anchors: their embeddings [rows, hidden]; tables: lm_head's rows and embeddings of the draft
+    ids [ids, hidden]; head: gate_up [2 * rank, 2 * hidden] and down [hidden, rank]; ids: the likely ones [rows, nodes, n].
+    """
+    chosen, scores = ids.new_empty(states.shape[:2]), states.new_empty(states.shape[:2])
+    held = [tensor.contiguous() for tensor in (states, anchors, *tables, *head, ids)]
+    sizes = *ids.shape, states.shape[2], head[1].shape[1], torch.get_num_threads()
+    kernels: Any = library()
+    kernels.flashdraft_chain(ctypes.byref(_Chain(*sizes, *(tensor.data_ptr() for tensor in (*held, chosen, scores)))))
+    return chosen, scores

@@ -77,14 +77,14 @@ def test_vain_drafting_pauses_for_longer_and_longer() -> None:
         while not control.wants_drafts():
             steps += 1
         pauses.append(steps)
-        control.learn(proposal([0.3]), [[0]], 0.5)
+        control.learn(proposal([0.3]), [[0]], 0.5, 2.5)
         control.trim(proposal([0.3]))
     assert pauses == [0, 4, 8]
     good = Control(FLAT)
     for _ in range(20):
         assert good.wants_drafts()
         made = proposal([0.9, 0.9])
-        good.learn(made, [[0, 1, 2]], 0.01)
+        good.learn(made, [[0, 1, 2]], 0.01, 1.03)
         assert good.trim(made).tolist() == [3]
 
 
@@ -93,7 +93,7 @@ def test_one_poor_proposal_among_good_ones_is_no_reason_to_pause() -> None:
     for confidence in (0.9, 0.9, 0.9, 0.01, 0.9):
         assert control.wants_drafts()
         made = proposal([confidence] * 3)
-        control.learn(made, [[0, 1, 2, 3] if confidence > 0.5 else [0]], 0.2)
+        control.learn(made, [[0, 1, 2, 3] if confidence > 0.5 else [0]], 0.2, 1.5)
         control.trim(made)
     assert control.wants_drafts()
 
@@ -101,8 +101,8 @@ def test_one_poor_proposal_among_good_ones_is_no_reason_to_pause() -> None:
 def test_what_was_accepted_corrects_what_is_claimed() -> None:
     boaster, modest = Control({1: 1.0, 8: 3.1}), Control({1: 1.0, 8: 3.1})
     for _ in range(200):
-        boaster.learn(proposal([0.9, 0.9]), [[0]], 0.0)
-        modest.learn(proposal([0.2, 0.2]), [[0, 1, 2]], 0.0)
+        boaster.learn(proposal([0.9, 0.9]), [[0]], 0.0, 1.6)
+        modest.learn(proposal([0.2, 0.2]), [[0, 1, 2]], 0.0, 1.6)
     assert boaster.trim(proposal([0.9, 0.9])).tolist() == [1]
     assert modest.trim(proposal([0.2, 0.2])).tolist() == [3]
 
@@ -112,8 +112,20 @@ def test_a_drafter_without_scores_is_judged_by_its_acceptance() -> None:
     control = Control({1: 1.0, 8: 3.1})
     assert control.trim(silent).tolist() == [4]
     for _ in range(200):
-        control.learn(silent, [[0, 1]], 0.0)
+        control.learn(silent, [[0, 1]], 0.0, 1.9)
     assert control.trim(silent).tolist() == [2]
+
+
+def test_what_a_drafted_step_really_takes_counts_against_it() -> None:
+    """The same proposals pay by the table of the target's times, and do not beside what the host takes for them."""
+    seconds = {1: 1.0, 8: 1.7}
+    for late, pauses in ((0.0, False), (1.5, True)):
+        control, made = Control(seconds), proposal([0.6])
+        for _ in range(40):
+            control.learn(made, [[0]], None, 1.0)
+            control.learn(made, [[0, 1]], 0.1, 1.2 + late)
+            control.trim(made)
+        assert control.wants_drafts() is not pauses
 
 
 class Timed:

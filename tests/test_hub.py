@@ -152,6 +152,7 @@ def test_converted_gguf_gives_the_logits_of_the_model_it_was_made_from(tmp_path:
     converted, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert converted.dtype == torch.float32
+    assert "quantization_config" not in hub.read_config(folder)
     assert converted.config.tie_word_embeddings is tied
     assert torch.equal(logits(converted), logits(model))
 

@@ -19,6 +19,7 @@ from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from flashdraft import native
 from flashdraft.errors import InvalidParameter
+from flashdraft.heads import SwigluHead
 from flashdraft.layers import TorchLinear, pack
 from flashdraft.lean import LeanTarget, fastest
 from flashdraft.native import NativeLinear
@@ -109,6 +110,27 @@ def test_int8_rounds_weights_by_output_and_rows_by_blocks_of_32() -> None:
     for count in range(1, 22):
         assert torch.equal(linear(x[:count]), linear(x)[:count])
     assert bool((linear(torch.zeros(1, 64)) == noise(50, seed=2)).all())
+
+
+@pytest.mark.parametrize("hidden", [40, 576])
+def test_a_sequential_head_goes_from_left_to_right(hidden: int) -> None:
+    torch.manual_seed(0)
+    head, tables = SwigluHead(hidden, 24), (noise(90, hidden), noise(90, hidden, seed=1))
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    states, anchors = noise(3, 5, hidden, seed=2), noise(3, hidden, seed=3)
+    ids = torch.stack([torch.randperm(90)[:16] for _ in range(15)]).view(3, 5, 16)
+    weights = head.gate_up.weight.detach(), head.down.weight.detach()
+    chosen, scores = native.chain(states, anchors, tables, weights, ids)
+    previous = anchors
+    with torch.no_grad():
+        for k in range(5):
+            logits = (tables[0][ids[:, k]] @ head(states[:, k], previous)[..., None])[..., 0]
+            best = logits.log_softmax(-1).max(-1)
+            assert torch.equal(chosen[:, k], ids[:, k].gather(1, best.indices[:, None])[:, 0])
+            assert torch.allclose(scores[:, k], best.values, atol=1e-4)
+            previous = tables[1][chosen[:, k]]
+    assert not torch.equal(native.chain(states, anchors.roll(1, 0), tables, weights, ids)[0], chosen)
 
 
 def made(name: str, kernel: str = "float32") -> LeanTarget:
@@ -234,6 +256,7 @@ def test_narrower_vectors_give_the_same_numbers(march: str, tmp_path: Path, monk
         test_a_native_step_is_the_torch_step("qwen3")
         check_bits(made("qwen3"))
         check_bits(made("llama", "int8"))
+        test_a_sequential_head_goes_from_left_to_right(40)
     finally:
         for cached in (native.library, native.fingerprint):
             cached.cache_clear()

@@ -10,17 +10,6 @@ namespace {
 
 // ---- the small parts -----------------------------------------------------------------------------------------------
 
-inline float sum(vf v) {
-#if defined(__AVX512F__)
-    return _mm512_reduce_add_ps((__m512)v);
-#elif defined(__AVX__)
-    __m128 s = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
-    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
-#else
-    float s = v[0]; for (int i = 1; i < W; i++) s += v[i]; return s;
-#endif
-}
 void rms_norm(const float* x, const float* weight, int64_t n, float eps, float* y) {
     vf squares = {};
     for (int64_t i = 0; i < n; i += W) squares += load<vf>(x + i) * load<vf>(x + i);

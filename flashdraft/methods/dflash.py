@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from flashdraft import hub
+from flashdraft import hub, native
 from flashdraft.cache import SlotCache
 from flashdraft.checkpoint import DraftConfig, check_target, read_draft, write_draft
 from flashdraft.decoder import Block, Decoder
@@ -227,8 +227,12 @@ class PackedDraft:
         own = model.extras.get("lm_head.weight")
         self.own_head = None if own is None or model.sequential_head is None else own.to(device, dtype)
         self.sequential = None if model.sequential_head is None else deepcopy(model.sequential_head).to(device, dtype).eval()
+        self.tables: tuple[Tensor, Tensor] | None = None  # what the C++ kernel of the sequential head reads, by draft id
+        if self.sequential is not None and self.vocabulary is not None and native.usable(probe):
+            rows, embedded = self._rows(torch.arange(len(self.vocabulary))), self.embed(self.vocabulary)
+            self.tables = rows, rows if torch.equal(rows, embedded) else embedded
         linears = [self.decoder, self.fc, self.context_kv, *([self.head] if self.head else [])]
-        tensors = [t for t in (self.embedding, self.own_head) if t is not None]
+        tensors = [t for t in (self.embedding, self.own_head, *(self.tables or ())[:1]) if t is not None]
         tensors += list(self.sequential.parameters()) if self.sequential else []
         self.nbytes = sum(linear.nbytes for linear in linears) + sum(tensor.nbytes for tensor in tensors)
 
@@ -256,16 +260,19 @@ class PackedDraft:
         if self.sequential is None:
             best = logits.max(-1)
             return self._ids(best.indices), best.values - logits.logsumexp(-1)
-        chosen, scores, previous = [], [], anchors.to(hidden.device)
         likely = logits.topk(min(_LIKELY, logits.shape[-1]), dim=-1).indices  # to ask about all would cost a second lm_head
-        ids, rows = self._ids(likely), self._rows(likely)
+        first = self.embed(anchors)
+        if self.tables is not None:
+            head = self.sequential.gate_up.weight.detach(), self.sequential.down.weight.detach()
+            best, confidence = native.chain(hidden, first, self.tables, head, likely)
+            return self._ids(best), confidence
+        chosen, scores, ids, rows = [], [], self._ids(likely), self._rows(likely)
         for k in range(hidden.shape[1]):
-            state = self.sequential(hidden[:, k], self.embed(previous))
-            corrected = (rows[:, k] @ state[..., None])[..., 0]
+            corrected = (rows[:, k] @ self.sequential(hidden[:, k], first)[..., None])[..., 0]
             best = corrected.max(-1)
-            previous = ids[:, k].gather(1, best.indices[:, None])[:, 0]
-            chosen.append(previous)
+            chosen.append(ids[:, k].gather(1, best.indices[:, None])[:, 0])
             scores.append(best.values - corrected.logsumexp(-1))
+            first = self.embed(chosen[-1])
         return torch.stack(chosen, dim=1), torch.stack(scores, dim=1)
 
     def _ids(self, best: Tensor) -> Tensor:
