@@ -23,7 +23,7 @@ from flashdraft.layers import Linear, TorchLinear, rotary_table
 from flashdraft.target import Indices, Output, Target
 from flashdraft.tree import ancestors, chain
 
-__all__ = ["LeanTarget", "fastest"]
+__all__ = ["ROPE_TYPES", "LeanTarget", "fastest"]
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")

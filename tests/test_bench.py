@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import runpy
 import sys
 from collections import Counter
 from pathlib import Path
@@ -15,13 +16,12 @@ import pytest
 from toy_folders import save_target, save_zlab
 
 from flashdraft.bench import run as bench_run
-from flashdraft.bench.peers import llama_cpp
 from flashdraft.bench.profile import PARTS, profile
 from flashdraft.bench.report import show, summarise
 from flashdraft.bench.run import METHODS, BenchConfig, run_bench
 from flashdraft.bench.tasks import read_ids, read_prompts, write_tasks
 from flashdraft.cli import main
-from flashdraft.errors import DataError, FlashDraftError, InvalidParameter
+from flashdraft.errors import DataError, InvalidParameter
 from flashdraft.types import SamplingParams
 
 IDS = Path(__file__).parent.parent / "recipes" / "bench_ids.json"
@@ -178,7 +178,6 @@ def test_ratio_is_the_median_of_pairs_not_the_ratio_of_medians(tmp_path: Path, c
     assert rows["all", "autoregressive"].ratio == 1.0
     show(path)
     out = capsys.readouterr().out
-    assert "autoregressive is 2.50 times transformers, 2.50 times in decoding (1 pairs)" in out
     table = [line.split() for line in out.splitlines()]
     assert ["a", "dflash", "3", "30.0", "1.50", "60.0", "1.50", "3.00", "67%"] in table
     assert ["b", "transformers", "1", "4.0", "0.40", "8.0", "0.40", "1.00", "-"] in table
@@ -300,7 +299,7 @@ def test_methods_of_one_kernel_are_compared_with_its_own_plain_decoding(config: 
 
 @pytest.mark.parametrize(
     ("methods", "message"),
-    [("dflash:fast", "no kernel 'fast'"), ("llama.cpp", "llama.cpp's file is ''"), ("llama.cpp:none.gguf", "is 'none.gguf'")],
+    [("dflash:fast", "no kernel 'fast'"), ("llama.cpp", "no method 'llama.cpp'"), ("mine=none.py:run", "is 'none.py'")],
 )
 def test_an_unknown_kernel_or_file_is_refused(config: dict[str, Any], methods: str, message: str) -> None:
     with pytest.raises(InvalidParameter, match=message):
@@ -308,10 +307,12 @@ def test_an_unknown_kernel_or_file_is_refused(config: dict[str, Any], methods: s
 
 
 def test_a_temperature_or_kernel_that_nobody_would_use_is_refused(config: dict[str, Any], tmp_path: Path) -> None:
-    file = tmp_path / "a.gguf"
+    file = tmp_path / "mine.py"
     file.touch()
     with pytest.raises(InvalidParameter, match=r"temperature is 0\.5"):
-        BenchConfig(**config | {"methods": f"llama.cpp:{file}", "temperature": 0.5})
+        BenchConfig(**config | {"methods": f"dflash,mine={file}:run", "temperature": 0.5})
+    with pytest.raises(InvalidParameter, match="engine is 'run'"):
+        run_bench(BenchConfig(**config | {"methods": f"mine={file}:run", "draft": "auto"}), quiet=True)
     with pytest.raises(InvalidParameter, match="kernel is 'torch', but every method names its own"):
         BenchConfig(**config | {"methods": "dflash:float32,transformers", "kernel": "torch"})
 
@@ -335,16 +336,28 @@ class FakeLlama(ModuleType):
         return lambda *args: list(args[0]) if name == "llama_batch_get_one" else None
 
 
-def test_llama_cpp_answers_token_by_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_llama_cpp_answers_token_by_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llama_cpp", FakeLlama())
-    method = llama_cpp(tmp_path / "a.gguf", frozenset({9}))
+    engine = runpy.run_path(str(IDS.with_name("engines.py")))["llama_cpp"]
+    method = engine("a.gguf", SimpleNamespace(eos=frozenset({9})))
     params = [SamplingParams(max_new_tokens=5)] * 2
     assert [answer.tokens for answer in method([[1, 2], [4, 5]], params)] == [(3, 4, 5, 6, 7), (6, 7, 8, 9)]
     with pytest.raises(InvalidParameter, match="length of prompt and answer is 4097"):
         method([[1] * 4092], params[:1])
 
 
-def test_a_missing_llama_cpp_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    with pytest.raises(FlashDraftError, match="not installed"):
-        llama_cpp(tmp_path / "a.gguf", frozenset())
+ENGINE = """
+from flashdraft.bench.peers import Answer
+
+def parrot(argument, model):
+    return lambda prompts, params: [Answer(tuple([int(argument)] * one.max_new_tokens), 1.0, 0.5) for one in params]
+"""
+
+
+def test_an_engine_of_a_file_runs_beside_ours_under_its_own_name(config: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(ENGINE)
+    methods = f"autoregressive,my parrot={tmp_path / 'mine.py'}:parrot:5"
+    run_bench(BenchConfig(**config | {"methods": methods, "draft": "auto"}), quiet=True)
+    lines = [json.loads(line) for line in config["out"].read_text().splitlines()[1:]]
+    assert {line["method"] for line in lines} == {"autoregressive", "my parrot"}
+    assert {line["identical"] for line in lines if line["method"] == "my parrot"} == {False}

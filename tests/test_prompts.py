@@ -143,13 +143,14 @@ def test_missing_file_is_named_and_not_looked_for_on_the_hub(tmp_path: Path, nam
         write_prompts(None, tmp_path / "out.jsonl", files=[name])
 
 
-def test_sources_are_joined_and_every_prompt_is_written_once(tmp_path: Path) -> None:
+def test_sources_are_joined_and_every_prompt_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flashdraft.train.prompts.SOURCES", {"gsm8k/train": "gsm8k/train.jsonl"})
     data, out = tmp_path / "data", tmp_path / "out.jsonl"
     (data / "gsm8k").mkdir(parents=True)
     write_lines(data / "gsm8k/train.jsonl", [{"question": "a"}])
     first = write_lines(tmp_path / "a.jsonl", [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "a"}, {"messages": TALK}])
     second = write_lines(tmp_path / "b.jsonl", [{"messages": TALK[:2]}, {"conversations": SHARE}, {"prompt": "c"}])
-    assert write_prompts(data, out, sources=["gsm8k/train"], files=[str(first), str(second)]) == 5
+    assert write_prompts(data, out, files=[str(first), str(second)]) == 5
     assert {(row["source"], row["row"]) for row in read_jsonl(out)} == {
         *(("gsm8k/train", 0), (str(first), 0), (str(first), 1), (str(first), 3), (str(second), 2))
     }

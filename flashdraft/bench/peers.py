@@ -1,24 +1,19 @@
-"""Other engines on the same weights, timed as our methods are: from token ids to text, in the same process."""
+"""What any engine says of its answers, and transformers as one of them; recipes/engines.py has more."""
 
 import os
 import time
-from collections.abc import Callable, Sequence
-from ctypes import c_int32
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from flashdraft.errors import FlashDraftError
 from flashdraft.generate import load_target
 from flashdraft.target import HFTarget
-from flashdraft.types import SamplingParams, require
+from flashdraft.types import SamplingParams
 
-__all__ = ["Answer", "Method", "Transformers", "llama_cpp"]
-
-_CONTEXT = 4096  # tokens that llama.cpp makes room for
+__all__ = ["Answer", "Method", "Transformers"]
 
 
 @dataclass(frozen=True)
@@ -67,35 +62,3 @@ class Transformers:
         ended = time.perf_counter()
         torch.set_num_threads(before)
         return Answer(tokens, ended - started, ended - times[1])
-
-
-def llama_cpp(path: Path, eos: frozenset[int]) -> Method:
-    """llama.cpp's own greedy decoding, through its C interface, with as many threads as torch has."""
-    try:
-        import llama_cpp as lib
-    except ModuleNotFoundError:
-        raise FlashDraftError("llama.cpp is not installed", hint="pip install llama-cpp-python, or leave it out") from None
-    threads = torch.get_num_threads()
-    llama: Any = lib.Llama(str(path), n_ctx=_CONTEXT, n_batch=_CONTEXT, n_threads=threads, n_threads_batch=threads, verbose=False)
-    chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
-    lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_greedy())
-
-    def read(tokens: Sequence[int]) -> int:
-        held = (c_int32 * len(tokens))(*tokens)  # the batch only points at it
-        assert lib.llama_decode(llama.ctx, lib.llama_batch_get_one(held, len(tokens))) == 0
-        return int(lib.llama_sampler_sample(chain, llama.ctx, -1))
-
-    def answer(prompt: list[int], params: SamplingParams) -> Answer:
-        length = len(prompt) + params.max_new_tokens
-        require(length <= _CONTEXT, "the length of prompt and answer", length, f"at most {_CONTEXT} beside llama.cpp")
-        lib.llama_memory_clear(lib.llama_get_memory(llama.ctx), True)
-        started = time.perf_counter()
-        tokens = [read(prompt)]
-        first = time.perf_counter()
-        while len(tokens) < params.max_new_tokens and tokens[-1] not in eos:
-            tokens.append(read(tokens[-1:]))
-        llama.detokenize(tokens)
-        now = time.perf_counter()
-        return Answer(tuple(tokens), now - started, now - first)
-
-    return lambda prompts, params: [answer(prompt, one) for prompt, one in zip(prompts, params, strict=True)]

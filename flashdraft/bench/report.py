@@ -60,7 +60,7 @@ def read_results(path: Path, base: str | None = None) -> tuple[dict[str, Any], l
 
 def show(path: Path, base: str | None = None) -> None:
     """Print the table of a results file, with what it was measured on. base: the method that ratios are to; plain decoding."""
-    header, lines = read_results(path, base)
+    header, _ = read_results(path, base)
     versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items())
     threads = f"{header['threads']} threads" + (f", transformers {t}" if (t := header.get("transformers_threads")) else "")
     print(f"{header['command']}\n{header['device']}; {threads}; {header['kernel']}; {versions}; commit {header['commit']}")
@@ -69,10 +69,6 @@ def show(path: Path, base: str | None = None) -> None:
     for task, method, answers, *figures in map(astuple, summarise(path, base)):
         rows.append([task, method, str(answers), *map(_number, figures, forms)])
     print_table(columns, rows)
-    ours = [line["pair"] | {"pair": line} for line in lines if line["method"] == "transformers" and line["pair"]]
-    if ours and base is None:
-        total, decode = (_ratio(ours, name) for name in _SPEEDS)
-        print(f"autoregressive is {_number(total)} times transformers, {_number(decode)} times in decoding ({len(ours)} pairs)")
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

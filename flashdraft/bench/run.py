@@ -5,6 +5,7 @@ every ratio is made of two answers to the same prompt in the same repeat, so tha
 """
 
 import json
+import runpy
 import time
 from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.progress import track
 
 from flashdraft import hub
-from flashdraft.bench.peers import Answer, Method, Transformers, llama_cpp
+from flashdraft.bench.peers import Answer, Method, Transformers
 from flashdraft.bench.tasks import read_prompts
 from flashdraft.engine import check
 from flashdraft.errors import InvalidParameter, ModelNotFound
@@ -27,9 +28,10 @@ from flashdraft.types import SamplingParams, check_options, option, require
 
 __all__ = ["METHODS", "Answer", "BenchConfig", "run_bench"]
 
-METHODS = ("autoregressive", "dflash", "prompt_lookup", "transformers", "llama.cpp")
-_OTHERS = ("transformers", "llama.cpp")  # not ours
-METHODS_HELP = f"comma-separated, of {', '.join(METHODS)}; ours may name a kernel (dflash:int8), llama.cpp:FILE.gguf its weights"
+METHODS = ("autoregressive", "dflash", "prompt_lookup", "transformers")
+METHODS_HELP = (
+    f"comma-separated, of {', '.join(METHODS)}; ours may name a kernel, dflash:int8; others: NAME=FILE.py:FUNCTION:TEXT"
+)
 _COUNTED = ("accepted_lengths", "target_passes", "num_drafted", "num_accepted")  # of a request's Stats
 
 
@@ -55,29 +57,35 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
-        for name in self.names:
-            method, _, variant = name.partition(":")
-            if method not in METHODS:
-                raise InvalidParameter(f"no method {method!r}", hint=f"methods are {', '.join(METHODS)}")
-            if method == "llama.cpp":
-                require(Path(variant).is_file(), "llama.cpp's file", variant, "there: write llama.cpp:FILE.gguf")
-                require(self.temperature == 0, "temperature", self.temperature, "0 beside llama.cpp, which runs greedily here")
-            if method not in _OTHERS and variant not in ("", *KERNELS):
+        for kind, variant in self.specs.values():
+            if kind.endswith(".py"):
+                require(Path(kind).is_file(), "an engine's file", kind, "there: NAME=FILE.py:FUNCTION:TEXT")
+                require(self.temperature == 0, "temperature", self.temperature, "0 beside engines that run greedily here")
+            elif kind not in METHODS:
+                raise InvalidParameter(f"no method {kind!r}", hint=f"methods are {', '.join(METHODS)}")
+            elif variant not in ("", *KERNELS):
                 raise InvalidParameter(f"no kernel {variant!r}", hint=f"kernels are {', '.join(KERNELS)}")
         if self.draft in METHODS:
             raise InvalidParameter(f"draft is {self.draft!r}", hint="draft names dflash's drafter; other methods go into methods")
         users = {"draft": "dflash", "block_size": "dflash prompt_lookup", "transformers_prompts": "transformers"}
-        kinds = {name.partition(":")[0] for name in self.names}
+        kinds = {kind for kind, _ in self.specs.values()}
         for name, methods in users.items():
             if getattr(self, name) not in (None, "auto") and not set(methods.split()) & kinds:
                 raise InvalidParameter(f"{name} is {getattr(self, name)}, but no method uses it", hint=f"it is for {methods}")
-        if self.kernel != "auto" and all(":" in name or name in _OTHERS for name in self.names):
+        if self.kernel != "auto" and all(variant or kind == "transformers" for kind, variant in self.specs.values()):
             raise InvalidParameter(f"kernel is {self.kernel!r}, but every method names its own", hint="leave one out")
         self.params(0)
 
     @property
+    def specs(self) -> dict[str, tuple[str, str]]:
+        """By name in the results: the method or an engine's file, and its kernel or function and argument."""
+        named = (part.strip().rpartition("=") for part in self.methods.split(","))
+        parts = ((name or spec, spec.partition(":")) for name, _, spec in named)
+        return {name: (kind, variant) for name, (kind, _, variant) in parts}
+
+    @property
     def names(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(name.strip() for name in self.methods.split(",")))
+        return tuple(self.specs)
 
     def params(self, number: int) -> SamplingParams:
         return SamplingParams(temperature=self.temperature, seed=self.seed + number, max_new_tokens=self.max_new_tokens)
@@ -115,9 +123,10 @@ def run_bench(config: BenchConfig, *, quiet: bool = False) -> int:
                     answers |= {(i, name): answer for i, answer in zip(todo, found, strict=True)}
             for (i, name), answer in answers.items():
                 key = {"task": prompts[i].task, "prompt": prompts[i].number, "method": name, "repeat": repeat}
-                kind, _, kernel = name.partition(":")
-                plain = "autoregressive" + (f":{kernel}" if kernel and kind not in _OTHERS else "")
-                comparable = config.temperature == 0 or kind not in _OTHERS  # their draws are of other generators
+                kind, kernel = config.specs[name]
+                ours = kind in METHODS and kind != "transformers"
+                plain = "autoregressive" + (f":{kernel}" if kernel and ours else "")
+                comparable = config.temperature == 0 or ours  # others' draws are of other generators
                 figures = {"plain": plain} | _figures(answer, answers.get((i, plain)) if comparable else None)
                 file.write(json.dumps(key | {"num_prompt_tokens": len(encoded[i])} | figures) + "\n")
                 count += 1
@@ -151,13 +160,15 @@ def _load(config: BenchConfig) -> tuple[dict[str, Method], Model, dict[str, Any]
         return models[kernel]
 
     methods: dict[str, Method] = {}
-    for name in config.names:
-        kind, _, variant = name.partition(":")
+    for name, (kind, variant) in config.specs.items():
         if kind == "transformers":
             methods[name] = plain = Transformers(config.target, config.dtype)
             facts["transformers_threads"] = plain.threads
-        elif kind == "llama.cpp":
-            methods[name] = llama_cpp(Path(variant), ours(config.kernel).eos)
+        elif kind.endswith(".py"):
+            function, _, argument = variant.partition(":")
+            engines = runpy.run_path(kind)
+            require(callable(engines.get(function)), "an engine", function, f"a function of `{kind}`")
+            methods[name] = engines[function](argument, ours(config.kernel))
         else:
             model, block_size = ours(variant or config.kernel), None if kind == "autoregressive" else config.block_size
             made = drafters(config.draft if kind == "dflash" else kind, model.target, config.target, block_size)

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers import Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RotaryEmbedding
 
 from flashdraft import hub, native
 from flashdraft.cache import SlotCache
@@ -28,12 +29,12 @@ from flashdraft.decoder import Block, Decoder
 from flashdraft.errors import CheckpointError, DraftMismatch
 from flashdraft.heads import SwigluHead
 from flashdraft.layers import Linear, RMSNorm, apply_rotary, pack, rotary_table
+from flashdraft.lean import ROPE_TYPES
 from flashdraft.target import Target
 from flashdraft.types import Proposal, Rows
 
 __all__ = ["DFlashDraftModel", "DFlashDrafter"]
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _KERNEL = "int8"  # a draft may be rounded: that can cost accepted length, never the text
 _LIKELY = 64  # tokens among which a corrected state chooses
 
@@ -60,22 +61,11 @@ class _Attention(nn.Module):
         return apply_rotary(keys, *rotary), self.v_proj(x).view(len(x), -1, self.head_dim)
 
 
-class _MLP(nn.Module):
-    def __init__(self, config: DraftConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
-
-
 class _Layer(nn.Module):
-    def __init__(self, config: DraftConfig) -> None:
+    def __init__(self, config: DraftConfig, qwen3: Qwen3Config) -> None:
         super().__init__()
         self.self_attn = _Attention(config)
-        self.mlp = _MLP(config)
+        self.mlp = Qwen3MLP(qwen3)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -88,12 +78,15 @@ class DFlashDraftModel(nn.Module):
         self.config = config
         self.fc = nn.Linear(len(config.target_layer_ids) * config.hidden_size, config.hidden_size, bias=False)
         self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.layers = nn.ModuleList(_Layer(config) for _ in range(config.num_hidden_layers))
+        qwen3 = _qwen3(config)
+        self.layers = nn.ModuleList(_Layer(config, qwen3) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.extras: dict[str, Tensor] = {}  # the format's optional tensors: lm_head.weight, embed_tokens.weight, d2t, t2d
         self.cos: Tensor
         self.sin: Tensor
-        for name, table in zip(("cos", "sin"), _rotary(config), strict=True):
+        rotary = Qwen3RotaryEmbedding(qwen3)
+        tables = rotary_table(rotary.inv_freq, config.max_position_embeddings, float(rotary.attention_scaling), torch.float32)
+        for name, table in zip(("cos", "sin"), tables, strict=True):
             self.register_buffer(name, table, persistent=False)
         self.sequential_head: SwigluHead | None = None
         if config.sequential_head is not None:
@@ -166,26 +159,13 @@ class DFlashDraftModel(nn.Module):
         return self.norm(x)  # type: ignore[no-any-return]
 
 
-def _rotary(config: DraftConfig) -> tuple[Tensor, Tensor]:
-    rope = dict(config.rope_parameters)
-    kind = rope.get("rope_type", "default")
-    if kind == "default":
-        steps = torch.arange(0, config.head_dim, 2).float() / config.head_dim
-        inv_freq, scaling = 1.0 / float(rope["rope_theta"]) ** steps, 1.0
-    elif kind in ROPE_TYPES:
-        from transformers import Qwen3Config
-
-        qwen3 = Qwen3Config(
-            head_dim=config.head_dim,
-            hidden_size=config.hidden_size,
-            num_attention_heads=config.num_attention_heads,
-            max_position_embeddings=config.max_position_embeddings,
-            rope_parameters=rope,
-        )
-        inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](qwen3, "cpu")
-    else:
+def _qwen3(config: DraftConfig) -> Qwen3Config:
+    """What transformers needs to know for the parts that are Qwen3's own."""
+    if (kind := config.rope_parameters.get("rope_type", "default")) not in ROPE_TYPES:
         raise CheckpointError(f"rotary scaling {kind!r} is not supported in a drafter", hint=f"known: {', '.join(ROPE_TYPES)}")
-    return rotary_table(inv_freq, config.max_position_embeddings, float(scaling), torch.float32)
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "head_dim", "max_position_embeddings")
+    rope = {"rope_type": kind, **config.rope_parameters}
+    return Qwen3Config(**{name: getattr(config, name) for name in names}, rope_parameters=rope)
 
 
 class PackedDraft:
@@ -194,15 +174,14 @@ class PackedDraft:
     def __init__(self, model: DFlashDraftModel, target: Target) -> None:
         check_target(model.config, target)
         probe = target.embed(torch.zeros(1, dtype=torch.long))
-        dtype, device = probe.dtype, probe.device
         embedding = model.extras.get("embed_tokens.weight")
         if embedding is not None and len(embedding) < target.vocab_size:
             got = f"an embedding of {len(embedding)} tokens, but `{target.name}` has {target.vocab_size}"
             raise DraftMismatch(f"the draft has {got}", hint="the two must share their tokenizer")
-        self.embedding = None if embedding is None else embedding.to(device, dtype)
+        self.embedding = None if embedding is None else embedding.to(probe)
         self.config = model.config
         self.target = target
-        self.fc = pack(model.fc.weight.detach().to(device, dtype), kernel=_KERNEL)
+        self.fc = pack(model.fc.weight.detach().to(probe), kernel=_KERNEL)
         config = model.config
         heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         kinds = config.layer_types or ("full_attention",) * len(model.layers)
@@ -210,8 +189,8 @@ class PackedDraft:
         blocks = [Block(layer, probe, window=window) for layer, window in zip(model.layers, windows, strict=True)]
         self.decoder = Decoder(
             blocks,
-            model.norm.weight.detach().to(device, dtype),
-            rotary=(model.cos.to(device, dtype), model.sin.to(device, dtype)),
+            model.norm.weight.detach().to(probe),
+            rotary=(model.cos.to(probe), model.sin.to(probe)),
             heads=heads,
             eps=config.rms_norm_eps,
             kernel=_KERNEL,
@@ -221,12 +200,12 @@ class PackedDraft:
         bias = None if biases[0] is None else torch.cat([b[first:] for b in biases])
         self.context_kv = pack(torch.cat([weight[first:] for weight in weights]), bias, kernel=_KERNEL)
         self.k_norm = torch.stack([block.norms["k_norm"] for block in blocks])
-        self.hidden_norm = model.hidden_norm.weight.detach().to(device, dtype)
+        self.hidden_norm = model.hidden_norm.weight.detach().to(probe)
         self.mask_embedding = self.embed(torch.tensor([model.config.mask_token_id]))
-        self.vocabulary, self.head = _own_head(model, target, dtype, device)
+        self.vocabulary, self.head = _own_head(model, target, probe)
         own = model.extras.get("lm_head.weight")
-        self.own_head = None if own is None or model.sequential_head is None else own.to(device, dtype)
-        self.sequential = None if model.sequential_head is None else deepcopy(model.sequential_head).to(device, dtype).eval()
+        self.own_head = None if own is None or model.sequential_head is None else own.to(probe)
+        self.sequential = None if model.sequential_head is None else deepcopy(model.sequential_head).to(probe).eval()
         self.tables: tuple[Tensor, Tensor] | None = None  # what the C++ kernel of the sequential head reads, by draft id
         if self.sequential is not None and self.vocabulary is not None and native.usable(probe):
             rows, embedded = self._rows(torch.arange(len(self.vocabulary))), self.embed(self.vocabulary)
@@ -238,9 +217,8 @@ class PackedDraft:
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The target's embedding, or the drafter's own if its file holds one."""
-        return (
-            self.target.embed(tokens) if self.embedding is None else F.embedding(tokens.to(self.embedding.device), self.embedding)
-        )
+        own = self.embedding
+        return self.target.embed(tokens) if own is None else F.embedding(tokens.to(own.device), own)
 
     def context(self, features: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of every layer for features [n, F * hidden]: [n, layers, kv_heads, head_dim] each."""
@@ -284,9 +262,7 @@ class PackedDraft:
         return self.target.head_weight(self._ids(drafts)) if own is None else own[drafts]
 
 
-def _own_head(
-    model: DFlashDraftModel, target: Target, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor | None, Linear | None]:
+def _own_head(model: DFlashDraftModel, target: Target, like: Tensor) -> tuple[Tensor | None, Linear | None]:
     """The ids of a reduced draft vocabulary and the lm_head's rows for them; d2t holds target id - draft id.
 
     A vocabulary of None is the target's; so is a head of None, and it is never written to.
@@ -294,9 +270,9 @@ def _own_head(
     weight, vocabulary = model.extras.get("lm_head.weight"), None
     if "d2t" in model.extras:
         offsets = model.extras["d2t"].long()
-        vocabulary = (offsets + torch.arange(len(offsets))).to(device)
+        vocabulary = (offsets + torch.arange(len(offsets))).to(like.device)
         weight = target.head_weight(vocabulary) if weight is None else weight
-    return vocabulary, None if weight is None else pack(weight.to(device, dtype), kernel=_KERNEL)
+    return vocabulary, None if weight is None else pack(weight.to(like), kernel=_KERNEL)
 
 
 class DFlashDrafter:
@@ -352,9 +328,8 @@ class DFlashDrafter:
         return Proposal(tokens, torch.arange(-1, width - 1).expand(len(rows), width), sizes, scores)
 
     def end(self, rows: Rows) -> None:
-        for slot in rows.slots:
-            if slot < self.cache.rows:
-                self.cache.free(slot)
+        for slot in set(rows.slots) & set(range(self.cache.rows)):
+            self.cache.free(slot)
 
     def _fill(self, slots: list[int], anchors: list[int], width: int) -> tuple[Tensor, Tensor]:
         """Tokens and scores [rows, width - 1] for the masked positions; the block is always fed whole, as in training."""

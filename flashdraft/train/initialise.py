@@ -15,7 +15,8 @@ from torch import Tensor
 from flashdraft import hub
 from flashdraft.checkpoint import DraftConfig, spread_layers
 from flashdraft.errors import CheckpointError, InvalidParameter
-from flashdraft.methods.dflash import ROPE_TYPES, DFlashDraftModel
+from flashdraft.lean import ROPE_TYPES
+from flashdraft.methods.dflash import DFlashDraftModel
 from flashdraft.target import Target
 from flashdraft.train.features import Sample
 from flashdraft.types import require

@@ -65,16 +65,13 @@ def numbered_lines(path: Path, keys: Names = ()) -> Iterator[tuple[int, dict[str
         raise DataError(f"`{path}` cannot be read: {error}", hint="fetch it again") from None
 
 
-def write_prompts(
-    data: Path | None, out: Path, *, sources: Names = SOURCES, files: Names = (), thinking: float | None = None, seed: int = 0
-) -> int:
+def write_prompts(data: Path | None, out: Path, *, files: Names = (), thinking: float | None = None, seed: int = 0) -> int:
     """Write {source, row, prompt} lines in a seeded order, every prompt once; returns how many.
 
-    The prompts are those of the named sources below `data`, if that is given, and of `files`: .jsonl and .json files, or hub
+    The prompts are those of SOURCES below `data`, if that is given, and of `files`: .jsonl and .json files, or hub
     data sets as name, name:split or name:config:split. With `thinking`, this share of the lines has `thinking` true, the rest
     false. Raises InvalidParameter or DataError, with nothing written, for a set that cannot be used and for a bad row.
     """
-    require(set(sources) <= set(SOURCES), "sources", sources, f"of {', '.join(SOURCES)}; evaluation sets are not trained on")
     if data is None and not files:
         raise InvalidParameter("no source of prompts", hint="name files or hub data sets, or the known sets' folder with --data")
     require(thinking is None or 0 <= thinking <= 1, "thinking", thinking, "a share from 0 to 1")
@@ -82,7 +79,7 @@ def write_prompts(
         path = Path(name)
         if EVALUATION.search("/".join((path.resolve() if path.is_file() else path).parts[-2:])):
             raise InvalidParameter(f"`{name}` is an evaluation set by its name", hint="evaluation sets are not trained on")
-    asked = [] if data is None else [(source, _known_prompts(source, data / SOURCES[source])) for source in sources]
+    asked = [] if data is None else [(source, _known_prompts(source, data / file)) for source, file in SOURCES.items()]
     rows, seen = [], set()
     for source, prompts in asked + [(name, _prompts(name)) for name in files]:
         number = None
