@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Our kernels beside other CPU engines on the same weights, in one process, prompt by prompt, five times: F32 (the numbers of the published Q4_1 file, nothing
+# Our kernels beside other CPU engines on the same weights, in one process, prompt by prompt: F32 (the numbers of the published Q4_1 file, nothing
 # rounded) and Q8_0.   FLASHDRAFT_DATA=<folder with gsm8k/, humaneval/, mt_bench/>  recipes/peers.sh [RESULTS_FOLDER]
 # Needs `pip install llama-cpp-python matplotlib`; ctranslate2 and openvino-genai run where they are installed. DRAFT=FOLDER measures another drafter than the shipped one.
 set -euo pipefail
@@ -23,7 +23,7 @@ others=transformers
 $python -c 'import ctranslate2' 2> /dev/null && others="$others,CTranslate2 float32=$here/engines.py:ctranslate2:float32,CTranslate2 int8=$here/engines.py:ctranslate2:int8"
 $python -c 'import openvino_genai' 2> /dev/null && others="$others,OpenVINO Q8_0=$here/engines.py:openvino:$results/q8_0.gguf"
 [ -e "$results/peers.jsonl" ] || $flashdraft bench --prompts "$results/prompts.jsonl" --out "$results/peers.jsonl" --max-new-tokens 128 \
-    --repeats "${REPEATS:-5}" --methods "$ours,$llama,$others" --transformers-prompts 2 ${DRAFT:+--draft "$DRAFT"} > "$results/peers.log"
+    --repeats "${REPEATS:-1}" --methods "$ours,$llama,$others" --transformers-prompts 2 ${DRAFT:+--draft "$DRAFT"} > "$results/peers.log"
 $flashdraft report "$results/peers.jsonl"
 $flashdraft report "$results/peers.jsonl" --base "llama.cpp F32"
 $flashdraft report "$results/peers.jsonl" --base "llama.cpp Q8_0"

@@ -32,6 +32,7 @@ METHODS = ("autoregressive", "dflash", "prompt_lookup", "transformers")
 METHODS_HELP = (
     f"comma-separated, of {', '.join(METHODS)}; ours may name a kernel, dflash:int8; others: NAME=FILE.py:FUNCTION:TEXT"
 )
+_REST = 0.3  # seconds between methods beside other engines, whose threads may still spin
 _COUNTED = ("accepted_lengths", "target_passes", "num_drafted", "num_accepted")  # of a request's Stats
 
 
@@ -109,7 +110,7 @@ def run_bench(config: BenchConfig, *, quiet: bool = False) -> int:
         method(encoded[:1], [replace(config.params(0), max_new_tokens=min(8, config.max_new_tokens))])
     groups = [range(i, min(i + config.max_rows, len(prompts))) for i in range(0, len(prompts), config.max_rows)]
     plan = [(repeat, repeat + turn, group) for repeat in range(config.repeats) for turn, group in enumerate(groups)]
-    count = 0
+    count, foreign = 0, any(kind.endswith(".py") for kind, _ in config.specs.values())
     config.out.parent.mkdir(parents=True, exist_ok=True)
     with config.out.open("x", encoding="utf-8") as file:
         file.write(json.dumps({"header": provenance() | {"config": asdict(config)} | facts}, default=str) + "\n")
@@ -119,6 +120,7 @@ def run_bench(config: BenchConfig, *, quiet: bool = False) -> int:
             for name in config.names[first:] + config.names[:first]:
                 most = config.transformers_prompts if name == "transformers" else None
                 if todo := [i for i in group if most is None or prompts[i].rank < most]:
+                    time.sleep(_REST if foreign else 0.0)
                     found = methods[name]([encoded[i] for i in todo], [config.params(prompts[i].number) for i in todo])
                     answers |= {(i, name): answer for i, answer in zip(todo, found, strict=True)}
             for (i, name), answer in answers.items():
