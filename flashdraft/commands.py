@@ -48,6 +48,9 @@ class ModelOptions(TargetOptions):
 
     draft: str = option("auto", "drafter's folder or hub id, autoregressive, prompt_lookup, or auto: shipped for the target")
     block_size: int | None = option(None, "nodes per proposal, the anchor included; by default what the drafter was trained for")
+    tree_nodes: int | None = option(
+        None, "nodes of a tree over the block's likely tokens; by default a chain is drafted", least=2
+    )
 
 
 def demo(

@@ -4,7 +4,9 @@ The stream is the primitive: `generate` collects it, and the command line and th
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field, fields
+from io import StringIO
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +29,8 @@ __all__ = ["Model", "Prompt", "drafters", "load", "load_target"]
 Prompt = str | Sequence[dict[str, str]] | Sequence[int]  # one user turn, a conversation, or token ids as they are
 Prompts = Prompt | Sequence[Prompt]
 Params = SamplingParams | Sequence[SamplingParams] | None
+Size = int | None
+Loaded = tuple[Target, Any, frozenset[int]]
 KERNELS = ("auto", "compact", "float32", "int8", "torch", "transformers")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
@@ -148,39 +152,36 @@ def load(
     target: str | Path = "smollm2-135m",
     *,
     draft: str | Path = "auto",
-    block_size: int | None = None,
+    block_size: Size = None,
+    tree_nodes: Size = None,
     max_rows: int = 8,
-    device: str = "cpu",
-    dtype: str = "auto",
-    kernel: str = "auto",
+    **how: str,
 ) -> Model:
     """A target by built-in name, hub id, folder or GGUF file, with a drafter, ready to generate.
 
     draft: "auto" (the drafter shipped for this target, or none), "autoregressive", "prompt_lookup", or a drafter's folder
     or hub id. block_size: nodes per proposal, the anchor included; by default as many of what the drafter was trained for as pay.
-    dtype: "auto" (as stored), "float32", "bfloat16" or "float16". kernel: what runs a float32 target on a CPU: "auto" (the
+    tree_nodes: a dflash drafter proposes a tree of so many nodes over its block; None: a chain. how: `device`, "cpu" by default;
+    `dtype`, "auto" (as stored), "float32", "bfloat16" or "float16"; `kernel`, what runs a float32 target on a CPU: "auto" (the
     fastest exact one, measured once a machine), "compact" (the same numbers in fewer bytes), "float32", "torch",
     "transformers", or "int8", which rounds weights and activations and so makes another target.
     Raises a FlashDraftError that says what to do.
     """
     require(max_rows >= 1, "max_rows", max_rows, "1 or more")
-    loaded, tokenizer, eos = load_target(str(target), device=device, dtype=dtype, kernel=kernel)
-    new_drafter = drafters(draft, loaded, str(target), block_size)
-    return Model(
-        loaded, tokenizer, new_drafter, eos=eos, max_rows=max_rows, adaptive=block_size is None and draft != "autoregressive"
-    )
+    loaded, tokenizer, eos = load_target(str(target), **how)
+    new_drafter = drafters(draft, loaded, str(target), block_size, tree_nodes)
+    adaptive = block_size is None and draft != "autoregressive"
+    return Model(loaded, tokenizer, new_drafter, eos=eos, max_rows=max_rows, adaptive=adaptive)
 
 
-def load_target(
-    name: str, *, device: str = "cpu", dtype: str = "auto", kernel: str = "auto"
-) -> tuple[Target, Any, frozenset[int]]:
+def load_target(name: str, *, device: str = "cpu", dtype: str = "auto", kernel: str = "auto") -> Loaded:
     """The target, its tokenizer and its end-of-text ids; see `load`. Raises InvalidParameter for a kernel that cannot run it."""
     require(dtype in DTYPES, "dtype", dtype, f"one of {', '.join(DTYPES)}")
     require(kernel in KERNELS, "kernel", kernel, f"one of {', '.join(KERNELS)}")
     files = hub.resolve(name)
     folder, extra = (files.folder, {"gguf_file": files.filename}) if isinstance(files, hub.GgufFile) else (files, {})
     try:
-        with hub.quiet_transformers():
+        with redirect_stderr(StringIO()):  # transformers draws a bar even for a load of half a second
             tokenizer = AutoTokenizer.from_pretrained(folder, **extra)
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=None if extra else True, **extra)
     except FileNotFoundError as error:
@@ -194,7 +195,7 @@ def load_target(
         raise InvalidParameter(got, hint="device must be one that torch can use") from None
     eos = model.generation_config.eos_token_id
     ids = [eos] if isinstance(eos, int) else list(eos or [])
-    lean = kernel != "transformers" and device == "cpu" and LeanTarget.fits(model.config)
+    lean = kernel != "transformers" and (device == "cpu" or kernel == "torch") and LeanTarget.fits(model.config)
     made = LeanTarget(model, name, kernel=fastest(model) if kernel == "auto" else kernel) if lean else HFTarget(model, name)
     if kernel not in ("auto", made.kernel_name):
         got = f"kernel is {kernel!r}, but `{name}` in {model.dtype} on {device} runs by {made.kernel_name}"
@@ -202,11 +203,15 @@ def load_target(
     return made, tokenizer, frozenset(ids)
 
 
-def drafters(draft: str | Path, target: Target, target_name: str, block_size: int | None = None) -> Callable[[], Drafter]:
+def drafters(
+    draft: str | Path, target: Target, name: str, block_size: Size = None, tree_nodes: Size = None
+) -> Callable[[], Drafter]:
     """What makes new drafters of the kind called `draft` for this target; see `load`."""
     require(block_size is None or block_size >= 1, "block_size", block_size, "1 or more; 1 drafts nothing")
+    require(tree_nodes is None or tree_nodes >= 2, "tree_nodes", tree_nodes, "2 or more: the anchor and drafts")
     if draft == "auto":
-        draft = hub.builtin_draft(target_name) or "autoregressive"
+        draft = hub.builtin_draft(name) or "autoregressive"
+    require(tree_nodes is None or draft not in ("autoregressive", "prompt_lookup"), "tree_nodes", tree_nodes, "left out here")
     if draft == "autoregressive":
         if block_size is not None:
             raise InvalidParameter(f"block_size is {block_size}, but plain decoding drafts nothing", hint="leave it out")
@@ -214,4 +219,4 @@ def drafters(draft: str | Path, target: Target, target_name: str, block_size: in
     if draft == "prompt_lookup":
         return lambda: PromptLookup(block_size=block_size or 8)
     network = PackedDraft(DFlashDraftModel.from_pretrained(draft), target)
-    return lambda: DFlashDrafter(network, block_size=block_size)
+    return lambda: DFlashDrafter(network, block_size=block_size, tree_nodes=tree_nodes)

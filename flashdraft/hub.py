@@ -26,12 +26,10 @@ from gguf import GGUFReader
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
 
 from flashdraft.errors import CheckpointError, ModelNotFound, first_line
 
-__all__ = ["BUILTIN", "GgufFile", "appears_whole", "builtin", "builtin_draft", "cache_dir", "push", "quiet_transformers"]
-__all__ += ["read_config", "resolve"]
+__all__ = ["BUILTIN", "GgufFile", "appears_whole", "builtin", "builtin_draft", "cache_dir", "push", "read_config", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -247,7 +245,7 @@ def _convert(path: Path, folder: Path) -> None:
     wanted = *(f"llama.{key}" for key in _SHAPE), "tokenizer.ggml.tokens", "tokenizer.ggml.merges"
     if missing := [key for key in wanted if key not in meta]:
         raise CheckpointError(f"the GGUF file has no metadata `{missing[0]}`", hint="it is no whole language model")
-    with quiet_transformers(), redirect_stderr(io.StringIO()):  # one more bar
+    with redirect_stderr(io.StringIO()):  # progress bars
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype="float32")
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         model.config.rms_norm_eps = float(f"{model.config.rms_norm_eps:.7g}")  # 1e-05, not 9.999999747378752e-06
@@ -258,18 +256,6 @@ def _convert(path: Path, folder: Path) -> None:
         del model.config.quantization_config
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Without its progress bars, which it draws even for half a second."""
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if bars:
-            logging.enable_progress_bar()
 
 
 # fmt: off

@@ -84,9 +84,8 @@ class LeanTarget(Target):
     def fits(config: Any) -> bool:
         """Whether this decoder computes what the Hugging Face model does: plain SiLU blocks, full attention, static rotary."""
         rope = getattr(config, "rope_parameters", None) or {}
-        plain = getattr(config, "hidden_act", None) == "silu" and not set(getattr(config, "layer_types", None) or ()) - {
-            "full_attention"
-        }
+        kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+        plain = getattr(config, "hidden_act", None) == "silu" and not kinds
         static = rope.get("rope_type", "default") in ROPE_TYPES and float(rope.get("partial_rotary_factor", 1.0)) == 1.0
         windowed = config.model_type == "mistral" and getattr(config, "sliding_window", None)
         return config.model_type in FAMILIES and plain and static and not windowed
@@ -96,7 +95,7 @@ class LeanTarget(Target):
         return self.decoder(cache, slots, self.embed(tokens), (tree, tree.sum(-1) - 1, sizes), layers)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.embedding)
+        return F.embedding(tokens.to(self.embedding.device), self.embedding)
 
     def lm_head(self, hidden: Tensor) -> Tensor:
         return self.head(hidden.reshape(-1, self.hidden_size)).view(*hidden.shape[:-1], self.vocab_size)

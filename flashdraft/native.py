@@ -176,17 +176,14 @@ def step(
     kernels.flashdraft_step(ctypes.byref(model), ctypes.byref(_Step(*sizes, *addresses)))
 
 
-def chain(
-    states: Tensor, anchors: Tensor, tables: tuple[Tensor, Tensor], head: tuple[Tensor, Tensor], ids: Tensor
-) -> tuple[Tensor, Tensor]:
-    """A sequential head's tokens, as draft ids, and their log-probabilities [rows, nodes], each token correcting the next state.
+def chain(states: Tensor, anchors: Tensor, tables: tuple[Tensor, Tensor], head: tuple[Tensor, Tensor], ids: Tensor) -> Tensor:
+    """A sequential head's log-probabilities of `ids`, the likely ones [rows, nodes, n]: each node's best corrects the next state.
 
     states: [rows, nodes, hidden]; anchors: their embeddings [rows, hidden]; tables: lm_head's rows and embeddings of the draft
-    ids [ids, hidden]; head: gate_up [2 * rank, 2 * hidden] and down [hidden, rank]; ids: the likely ones [rows, nodes, n].
+    ids [ids, hidden]; head: gate_up [2 * rank, 2 * hidden] and down [hidden, rank].
     """
-    chosen, scores = ids.new_empty(states.shape[:2]), states.new_empty(states.shape[:2])
-    held = [tensor.contiguous() for tensor in (states, anchors, *tables, *head, ids)]
+    scores, held = states.new_empty(ids.shape), [t.contiguous() for t in (states, anchors, *tables, *head, ids)]
     sizes = *ids.shape, states.shape[2], head[1].shape[1], torch.get_num_threads()
     kernels: Any = library()
-    kernels.flashdraft_chain(ctypes.byref(_Chain(*sizes, *(tensor.data_ptr() for tensor in (*held, chosen, scores)))))
-    return chosen, scores
+    kernels.flashdraft_chain(ctypes.byref(_Chain(*sizes, *(tensor.data_ptr() for tensor in (*held, scores)))))
+    return scores

@@ -4,12 +4,18 @@ Knows node indices only. Does not know what their tokens mean, who proposed them
 `parents` is [rows, nodes] int64: -1 at the anchor (node 0), otherwise a smaller index; a chain is -1, 0, 1, 2, ...
 """
 
+from collections.abc import Sequence
+from heapq import heappop, heappush
+
 import torch
 from torch import Tensor
 
 from flashdraft.types import Proposal
 
-__all__ = ["ancestors", "chain", "check", "depths"]
+__all__ = ["Nodes", "ancestors", "best_first", "chain", "check", "depths"]
+
+
+Nodes = tuple[list[int], list[int], list[float]]  # behind the anchor: tokens, parents, log-confidence given the parent
 
 
 def chain(num_nodes: int) -> Tensor:
@@ -35,6 +41,24 @@ def ancestors(parents: Tensor) -> Tensor:
 def depths(parents: Tensor) -> Tensor:
     """Edges between each node and the anchor: [rows, nodes] -> [rows, nodes] int64."""
     return ancestors(parents).sum(-1) - 1
+
+
+def best_first(tokens: Sequence[Sequence[int]], scores: Sequence[Sequence[float]], count: int) -> Nodes:
+    """The `count` nodes behind the anchor with the likeliest paths: their tokens, parents and own scores, likeliest first.
+
+    tokens, scores: of each depth from 1 on, with log-probabilities in descending order; depths count as independent. A prefix
+    of the result is the best smaller tree; with one token a depth it is a chain.
+    """
+    heap, nodes = [(-scores[0][0], 0, 0, 0)], list[tuple[int, int, float]]()  # of a path: -log-probability, depth, rank, parent
+    while heap and len(nodes) < count:
+        cost, depth, rank, parent = heappop(heap)
+        own = scores[depth][rank]
+        nodes.append((tokens[depth][rank], parent, own))
+        if rank + 1 < len(tokens[depth]):
+            heappush(heap, (cost + own - scores[depth][rank + 1], depth, rank + 1, parent))
+        if depth + 1 < len(tokens):
+            heappush(heap, (cost - scores[depth + 1][0], depth + 1, 0, len(nodes)))
+    return [node[0] for node in nodes], [node[1] for node in nodes], [node[2] for node in nodes]
 
 
 def check(proposal: Proposal) -> None:

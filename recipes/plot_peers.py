@@ -1,11 +1,11 @@
-"""Bars of tokens/s after the first token, by engine and task, from a results file of `flashdraft bench`.
+"""Bars of tokens/s by engine, from results files that have one method in common, whose speed makes them comparable.
 
-    python recipes/plot_peers.py runs/peers/peers.jsonl docs/peers.svg
+    python recipes/plot_peers.py dflash:int8 runs/peers/*.jsonl --out docs/peers.svg
 
-Needs matplotlib.
+Every file's speeds are multiplied so that the common method has the speed of the first file. Needs matplotlib.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import matplotlib
@@ -15,20 +15,27 @@ from flashdraft.bench.report import summarise
 matplotlib.use("svg")
 from matplotlib import pyplot
 
-rows = [row for row in summarise(Path(sys.argv[1])) if row.decode_tokens_per_second is not None]
-speeds = {(row.method, row.task): row.decode_tokens_per_second for row in rows}
-tasks = list(dict.fromkeys(row.task for row in rows))
-methods = sorted({row.method for row in rows}, key=lambda name: speeds[name, tasks[-1]])
-figure, axis = pyplot.subplots(figsize=(8, 0.55 * len(methods) + 1))
-height = 0.8 / len(tasks)
-for n, task in enumerate(tasks):
-    places = [i + 0.4 - height * (n + 0.5) for i in range(len(methods))]
-    bars = axis.barh(places, [speeds.get((name, task), 0.0) for name in methods], height, label=task, color=f"C{n}")
-    if task == tasks[-1]:
-        axis.bar_label(bars, fmt="%.0f", padding=3)
-axis.set_yticks(range(len(methods)), [name.replace("autoregressive", "plain") for name in methods])
-axis.set_xlabel("tokens/s after the first token, median")
-axis.legend(loc="lower right", frameon=False)
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("common", help="method that every file has")
+parser.add_argument("results", nargs="+", type=Path)
+parser.add_argument("--out", type=Path, required=True)
+options = parser.parse_args()
+
+speeds: dict[str, float] = {}
+for path in options.results:
+    found = {row.method: row.decode_tokens_per_second or 0.0 for row in summarise(path) if row.task == "all"}
+    scale = speeds.get(options.common, found[options.common]) / found[options.common]
+    speeds |= {name: scale * speed for name, speed in found.items() if name not in speeds}
+methods = sorted(speeds, key=lambda name: speeds[name])
+colours = ["C0" if name.startswith("dflash") else "C7" if name.startswith("autoregressive") else "C1" for name in methods]
+figure, axis = pyplot.subplots(figsize=(7.5, 0.32 * len(methods) + 0.8))
+bars = axis.barh(
+    [name.replace("autoregressive:", "plain ").replace("dflash:", "DFlash ") for name in methods],
+    [speeds[n] for n in methods],
+    color=colours,
+)
+axis.bar_label(bars, fmt="%.0f", padding=3)
+axis.set_xlabel("tokens/s after the first token, median of 24 prompts")
 axis.spines[["top", "right"]].set_visible(False)
 figure.tight_layout()
-figure.savefig(sys.argv[2])
+figure.savefig(options.out)

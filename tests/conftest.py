@@ -85,7 +85,9 @@ def uniform(seed: int, position: int, lane: int = 0) -> float:
     return float(uniforms([seed], [position], 1, lane))
 
 
-def tiny_drafter(target: Target, *, block_size: int = 4, seed: int = 0, **changes: Any) -> DFlashDrafter:
+def tiny_drafter(
+    target: Target, *, block_size: int = 4, tree_nodes: int | None = None, seed: int = 0, **changes: Any
+) -> DFlashDrafter:
     """A random two-layer DFlash drafter for any tiny target; `changes` are fields of its DraftConfig."""
     shape: dict[str, Any] = {
         "hidden_size": target.hidden_size,
@@ -103,7 +105,7 @@ def tiny_drafter(target: Target, *, block_size: int = 4, seed: int = 0, **change
     }
     torch.manual_seed(seed)
     network = DFlashDraftModel(DraftConfig(**{**shape, **changes})).eval()
-    return DFlashDrafter(PackedDraft(network, target))
+    return DFlashDrafter(PackedDraft(network, target), tree_nodes=tree_nodes)
 
 
 class LetterTokenizer:

@@ -335,8 +335,8 @@ def test_reduced_vocabulary_takes_the_best_of_its_tokens(tmp_path: Path) -> None
     hidden = torch.randn(50, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     logits = target.lm_head(hidden)
     expected = [max(KEPT, key=lambda token: float(row[token])) for row in logits]
-    assert network.predict(hidden[None], torch.zeros(1, dtype=torch.long))[0].tolist() == expected
-    assert network.predict(hidden[None], torch.zeros(1, dtype=torch.long))[0].tolist() != logits.argmax(-1).tolist()
+    assert network.scored(hidden[None], torch.zeros(1, dtype=torch.long))[0][..., 0][0].tolist() == expected
+    assert network.scored(hidden[None], torch.zeros(1, dtype=torch.long))[0][..., 0][0].tolist() != logits.argmax(-1).tolist()
 
 
 def test_reduced_vocabulary_survives_saving(tmp_path: Path) -> None:

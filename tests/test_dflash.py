@@ -175,7 +175,7 @@ def states_and_tokens(drafter: DFlashDrafter, rows: Rows, max_nodes: int = 99) -
     """What the packed path hands to the lm_head, [rows, size - 1, hidden], and what it proposes."""
     network, caught = drafter.network, []
     scored = network.scored
-    network.scored = lambda hidden, anchors: (caught.append(hidden.flatten(0, 1)), scored(hidden, anchors))[1]  # type: ignore[method-assign]
+    network.scored = lambda hidden, *rest: (caught.append(hidden.flatten(0, 1)), scored(hidden, *rest))[1]  # type: ignore[method-assign]
     proposal = drafter.propose(rows, max_nodes)
     network.scored = scored  # type: ignore[method-assign]
     return caught[0].view(len(rows), -1, caught[0].shape[-1]), proposal

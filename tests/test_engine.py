@@ -226,6 +226,7 @@ METHODS: dict[str, Method] = {
     "prompt_lookup": lambda target, texts, block: PromptLookup(block_size=block),
     "quoting": lambda target, texts, block: Quoting(texts, block_size=block),
     "dflash": lambda target, texts, block: tiny_drafter(target, block_size=block),
+    "dflash tree": lambda target, texts, block: tiny_drafter(target, block_size=block, tree_nodes=2 * block),
     "cheater": lambda target, texts, block: Cheater(texts, block_size=block, right=lambda position: position % (block + 1)),
     "tree": lambda target, texts, block: Tree(texts, block_size=block),
     "drawn": lambda target, texts, block: Drawn(texts, block_size=block),

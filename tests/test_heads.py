@@ -84,9 +84,9 @@ def hidden_states(rows: int = 30, seed: int = 1) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("kind", HEADS)
 def test_new_head_changes_nothing(kind: str, vocabulary: str) -> None:
     hidden, anchors = hidden_states()
-    without = PackedDraft(model_with(None, vocabulary), the_target()).predict(hidden, anchors)
-    blank = PackedDraft(model_with(kind, vocabulary, blank=True), the_target()).predict(hidden, anchors)
-    trained = PackedDraft(model_with(kind, vocabulary), the_target()).predict(hidden, anchors)
+    without = PackedDraft(model_with(None, vocabulary), the_target()).scored(hidden, anchors)[0][..., 0]
+    blank = PackedDraft(model_with(kind, vocabulary, blank=True), the_target()).scored(hidden, anchors)[0][..., 0]
+    trained = PackedDraft(model_with(kind, vocabulary), the_target()).scored(hidden, anchors)[0][..., 0]
     assert torch.equal(blank, without)
     assert not torch.equal(trained, without)
 
@@ -147,7 +147,7 @@ def slow_predict(model: DFlashDraftModel, hidden: Tensor, anchors: Tensor, fault
 def test_drafts_with_a_head_are_those_of_the_slow_loop(kind: str, vocabulary: str) -> None:
     """VOCAB is below 64: a swiglu head chooses among all tokens."""
     model, (hidden, anchors) = model_with(kind, vocabulary), hidden_states()
-    drafts = PackedDraft(model, the_target()).predict(hidden, anchors)
+    drafts = PackedDraft(model, the_target()).scored(hidden, anchors)[0][..., 0]
     assert drafts.tolist() == slow_predict(model, hidden, anchors)
     faults = [fault for fault in DECODING_FAULTS if vocabulary != "whole" or fault != DECODING_FAULTS[2]]
     assert [fault for fault in faults if slow_predict(model, hidden, anchors, fault) == drafts.tolist()] == []
@@ -166,7 +166,7 @@ def test_swiglu_head_chooses_among_the_likeliest(monkeypatch: pytest.MonkeyPatch
             logits = slow_logits(model, state, previous, drafted).tolist()
             previous = drafted[max(likely, key=logits.__getitem__)]
             expected.append(previous)
-    drafts = PackedDraft(model, the_target()).predict(hidden, anchors).flatten().tolist()
+    drafts = PackedDraft(model, the_target()).scored(hidden, anchors)[0][..., 0].flatten().tolist()
     assert drafts == expected
     assert drafts != [token for row in slow_predict(model, hidden, anchors) for token in row]
 
@@ -174,8 +174,8 @@ def test_swiglu_head_chooses_among_the_likeliest(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("kind", HEADS)
 def test_rows_of_a_batch_are_drafted_like_each_alone(kind: str) -> None:
     packed, (hidden, anchors) = PackedDraft(model_with(kind), the_target()), hidden_states()
-    alone = [packed.predict(hidden[i : i + 1], anchors[i : i + 1])[0].tolist() for i in range(len(hidden))]
-    assert packed.predict(hidden, anchors).tolist() == alone
+    alone = [packed.scored(hidden[i : i + 1], anchors[i : i + 1])[0][..., 0][0].tolist() for i in range(len(hidden))]
+    assert packed.scored(hidden, anchors)[0][..., 0].tolist() == alone
 
 
 def test_bytes_of_a_head_are_counted() -> None:
@@ -287,7 +287,7 @@ def test_head_survives_saving(tmp_path: Path, kind: str, vocabulary: str) -> Non
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     hidden, anchors = hidden_states()
-    drafts = [PackedDraft(one, the_target()).predict(hidden, anchors) for one in (model, read)]
+    drafts = [PackedDraft(one, the_target()).scored(hidden, anchors)[0][..., 0] for one in (model, read)]
     assert torch.equal(*drafts)
 
 

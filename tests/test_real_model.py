@@ -99,7 +99,7 @@ def _proposal_after(model: Model, tokens: list[int]) -> tuple[Proposal, Tensor, 
     states: list[Tensor] = []
     scored = drafter.network.scored
     with pytest.MonkeyPatch.context() as patch:  # the drafter keeps its argmax only; the planted fault needs its law
-        patch.setattr(drafter.network, "scored", lambda hidden, anchors: states.append(hidden[0]) or scored(hidden, anchors))
+        patch.setattr(drafter.network, "scored", lambda hidden, *rest: states.append(hidden[0]) or scored(hidden, *rest))
         proposal = drafter.propose(rows, 8)
     logits, _ = model.target.forward(cache, [0], proposal.tokens, proposal.parents, proposal.sizes, ())
     laws = target_probs(logits, rows.params, proposal.sizes)

@@ -365,7 +365,7 @@ def test_training_computes_what_decoding_computes(shift: int, monkeypatch: pytes
         history = tokens[: anchor + 1].tolist()
         drafter.observe(Rows([0], [history], [ANSWER]), [tokens[:anchor]], [features[:anchor]])
         caught: list[Tensor] = []
-        drafter.network.scored = lambda hidden, _, into=caught: (into.append(hidden[0]), hidden.max(-1)[::-1])[1]  # type: ignore
+        drafter.network.scored = lambda hidden, *_, into=caught: (into.append(hidden[0]), hidden.topk(1, -1)[::-1])[1]  # type: ignore
         drafter.propose(Rows([0], [history], [ANSWER]), BLOCK)
         differences.append(float((caught[0] - trained[1:]).abs().max()))
     assert max(differences) < 1e-4 if shift == 0 else min(differences) > 0.05

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flashdraft.tree import ancestors, chain, check, depths
+from flashdraft.tree import ancestors, best_first, chain, check, depths
 from flashdraft.types import Proposal
 
 
@@ -42,6 +42,38 @@ def test_a_chain_sees_everything_before_it() -> None:
 
 def test_parents_in_a_circle_end_the_climb() -> None:
     assert ancestors(torch.tensor([[-1, 2, 1]])).shape == (1, 3, 3)
+
+
+def paths_by_force(scores: list[list[float]]) -> list[float]:
+    """The log-probability of every path of any depth, likeliest first."""
+    paths, level = list[float](), [0.0]
+    for depth in scores:
+        level = [path + own for path in level for own in depth]
+        paths += level
+    return sorted(paths, reverse=True)
+
+
+@settings(derandomize=True, deadline=None)
+@given(
+    scores=st.lists(st.lists(st.floats(-5, -0.01), min_size=1, max_size=3), min_size=1, max_size=4),
+    count=st.integers(1, 40),
+)
+def test_best_first_holds_the_likeliest_paths_and_every_prefix_is_a_tree(scores: list[list[float]], count: int) -> None:
+    scores = [sorted(depth, reverse=True) for depth in scores]
+    names = [[10 * depth + rank for rank in range(len(own))] for depth, own in enumerate(scores)]
+    tokens, parents, own = best_first(names, scores, count)
+    whole = [0.0]
+    for parent, score in zip(parents, own, strict=True):
+        whole.append(whole[parent] + score)  # a parent stands before its child
+    wanted = paths_by_force(scores)[:count]
+    assert whole[1:] == pytest.approx(wanted)
+    shape = torch.tensor([[-1, *parents]])
+    check(Proposal(torch.tensor([[99, *tokens]]), shape, torch.tensor([1 + len(tokens)])))
+    assert depths(shape)[0].tolist()[1:] == [1 + token // 10 for token in tokens]
+
+
+def test_one_token_a_depth_makes_a_chain() -> None:
+    assert best_first([[5], [6], [7]], [[-1.0], [-0.1], [-2.0]], 2) == ([5, 6], [0, 1], [-1.0, -0.1])
 
 
 def good() -> Proposal:

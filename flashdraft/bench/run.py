@@ -28,10 +28,11 @@ from flashdraft.types import SamplingParams, check_options, option, require
 
 __all__ = ["METHODS", "Answer", "BenchConfig", "run_bench"]
 
-METHODS = ("autoregressive", "dflash", "prompt_lookup", "transformers")
+METHODS = ("autoregressive", "dflash", "dflash_tree", "prompt_lookup", "transformers")
 METHODS_HELP = (
     f"comma-separated, of {', '.join(METHODS)}; ours may name a kernel, dflash:int8; others: NAME=FILE.py:FUNCTION:TEXT"
 )
+_TREE_NODES = 16  # of dflash_tree
 _REST = 0.3  # seconds between methods beside other engines, whose threads may still spin
 _COUNTED = ("accepted_lengths", "target_passes", "num_drafted", "num_accepted")  # of a request's Stats
 
@@ -45,7 +46,7 @@ class BenchConfig:
     methods: str = option("autoregressive,dflash,prompt_lookup,transformers", METHODS_HELP)
     target: str = option("smollm2-135m", "built-in name, hub id, folder or GGUF file")
     draft: str = option("auto", "folder or hub id of dflash's drafter; auto is the one shipped for the target")
-    block_size: int | None = option(None, "nodes per proposal of dflash and prompt_lookup, the anchor included", least=1)
+    block_size: int | None = option(None, "nodes of a chain, the anchor included; a tree is as deep", least=1)
     dtype: str = option("float32", "float32, bfloat16, float16 or auto (as stored), for all methods alike")
     kernel: str = option("auto", "what runs our methods' weights, where a method names none", choices=KERNELS)
     max_new_tokens: int = option(128, "tokens per answer, at most")
@@ -68,11 +69,10 @@ class BenchConfig:
                 raise InvalidParameter(f"no kernel {variant!r}", hint=f"kernels are {', '.join(KERNELS)}")
         if self.draft in METHODS:
             raise InvalidParameter(f"draft is {self.draft!r}", hint="draft names dflash's drafter; other methods go into methods")
-        users = {"draft": "dflash", "block_size": "dflash prompt_lookup", "transformers_prompts": "transformers"}
-        kinds = {kind for kind, _ in self.specs.values()}
-        for name, methods in users.items():
-            if getattr(self, name) not in (None, "auto") and not set(methods.split()) & kinds:
-                raise InvalidParameter(f"{name} is {getattr(self, name)}, but no method uses it", hint=f"it is for {methods}")
+        kinds, chains = {kind.removesuffix("_tree") for kind, _ in self.specs.values()}, {"dflash", "prompt_lookup"}
+        for name, users in {"draft": {"dflash"}, "block_size": chains, "transformers_prompts": {"transformers"}}.items():
+            if getattr(self, name) not in (None, "auto") and not users & kinds:
+                raise InvalidParameter(f"{name} is {getattr(self, name)}, but no method uses it", hint=f"for {', '.join(users)}")
         if self.kernel != "auto" and all(variant or kind == "transformers" for kind, variant in self.specs.values()):
             raise InvalidParameter(f"kernel is {self.kernel!r}, but every method names its own", hint="leave one out")
         self.params(0)
@@ -83,10 +83,6 @@ class BenchConfig:
         named = (part.strip().rpartition("=") for part in self.methods.split(","))
         parts = ((name or spec, spec.partition(":")) for name, _, spec in named)
         return {name: (kind, variant) for name, (kind, _, variant) in parts}
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self.specs)
 
     def params(self, number: int) -> SamplingParams:
         return SamplingParams(temperature=self.temperature, seed=self.seed + number, max_new_tokens=self.max_new_tokens)
@@ -115,9 +111,9 @@ def run_bench(config: BenchConfig, *, quiet: bool = False) -> int:
     with config.out.open("x", encoding="utf-8") as file:
         file.write(json.dumps({"header": provenance() | {"config": asdict(config)} | facts}, default=str) + "\n")
         for repeat, turn, group in track(plan, "bench", console=Console(stderr=True), disable=quiet):
-            first = turn % len(config.names)
+            first = turn % len(methods)
             answers: dict[tuple[int, str], Answer] = {}
-            for name in config.names[first:] + config.names[:first]:
+            for name in [*methods][first:] + [*methods][:first]:
                 most = config.transformers_prompts if name == "transformers" else None
                 if todo := [i for i in group if most is None or prompts[i].rank < most]:
                     time.sleep(_REST if foreign else 0.0)
@@ -173,7 +169,9 @@ def _load(config: BenchConfig) -> tuple[dict[str, Method], Model, dict[str, Any]
             methods[name] = engines[function](argument, ours(config.kernel))
         else:
             model, block_size = ours(variant or config.kernel), None if kind == "autoregressive" else config.block_size
-            made = drafters(config.draft if kind == "dflash" else kind, model.target, config.target, block_size)
+            method, tree, _ = kind.partition("_tree")
+            draft, nodes = config.draft if method == "dflash" else kind, _TREE_NODES if tree else None
+            made = drafters(draft, model.target, config.target, block_size, nodes)
             adaptive = kind != "autoregressive" and block_size is None
             methods[name] = _timed(replace(model, new_drafter=made, adaptive=adaptive))
     return methods, next(iter(models.values()), None) or ours(config.kernel), facts

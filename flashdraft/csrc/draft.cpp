@@ -22,7 +22,7 @@ struct Chain {
     const float *head, *embedding;           // of every draft id: [ids, hidden]
     const float *gate_up, *down;             // [2 * rank, 2 * hidden], [hidden, rank]
     const int64_t* ids;                      // among which each node chooses: [rows, nodes, likely]
-    int64_t* chosen; float* scores;          // [rows, nodes]: a draft id and its log-probability among them
+    float* scores;                           // their log-probabilities, of which each node takes the likeliest
 };
 
 extern "C" void flashdraft_chain(const Chain* chain) {
@@ -30,10 +30,11 @@ extern "C" void flashdraft_chain(const Chain* chain) {
     const int64_t H = c.hidden, R = c.rank;
 #pragma omp parallel for num_threads(c.threads)
     for (int64_t r = 0; r < c.rows; r++) {
-        std::vector<float> x(2 * H), inner(R), logits(c.likely);
+        std::vector<float> x(2 * H), inner(R);
         memcpy(&x[H], c.anchors + r * H, H * 4);
         for (int64_t k = 0; k < c.nodes; k++) {
             const int64_t at = r * c.nodes + k, *ids = c.ids + at * c.likely;
+            float* logits = c.scores + at * c.likely;
             memcpy(x.data(), c.states + at * H, H * 4);
             for (int64_t i = 0; i < R; i++) {
                 const float gate = dot(c.gate_up + i * 2 * H, x.data(), 2 * H);
@@ -44,8 +45,9 @@ extern "C" void flashdraft_chain(const Chain* chain) {
             for (int64_t i = 0; i < c.likely; i++)
                 if ((logits[i] = dot(c.head + ids[i] * H, x.data(), H)) > logits[best]) best = i;
             float mass = 0;
-            for (float logit : logits) mass += std::exp(logit - logits[best]);
-            c.chosen[at] = ids[best], c.scores[at] = -std::log(mass);
+            for (int64_t i = 0; i < c.likely; i++) mass += std::exp(logits[i] - logits[best]);
+            const float whole = logits[best] + std::log(mass);
+            for (int64_t i = 0; i < c.likely; i++) logits[i] -= whole;
             memcpy(&x[H], c.embedding + ids[best] * H, H * 4);
         }
     }

@@ -31,11 +31,13 @@ from flashdraft.heads import SwigluHead
 from flashdraft.layers import Linear, RMSNorm, apply_rotary, pack, rotary_table
 from flashdraft.lean import ROPE_TYPES
 from flashdraft.target import Target
+from flashdraft.tree import Nodes, best_first, chain
 from flashdraft.types import Proposal, Rows
 
 __all__ = ["DFlashDraftModel", "DFlashDrafter"]
 
 _KERNEL = "int8"  # a draft may be rounded: that can cost accepted length, never the text
+_BRANCHES = 8  # tokens of a position that a tree may hold
 _LIKELY = 64  # tokens among which a corrected state chooses
 
 
@@ -228,38 +230,34 @@ class PackedDraft:
         keys = F.rms_norm(kv[:, :, 0], (config.head_dim,), None, config.rms_norm_eps) * self.k_norm[:, None]
         return apply_rotary(keys, decoder.cos[positions][:, None, None], decoder.sin[positions][:, None, None]), kv[:, :, 1]
 
-    def predict(self, hidden: Tensor, anchors: Tensor) -> Tensor:
-        """The likeliest tokens behind the anchors [rows], as the target's ids: hidden [rows, n, hidden] -> [rows, n]."""
-        return self.scored(hidden, anchors)[0]
+    def scored(self, hidden: Tensor, anchors: Tensor, count: int = 1) -> tuple[Tensor, Tensor]:
+        """Likeliest tokens behind the anchors [rows], and their log-probabilities: hidden [rows, n, hidden] -> [rows, n, count].
 
-    def scored(self, hidden: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
-        """The same, and their log-probabilities; with a sequential head from left to right, each seeing the token before."""
+        With a sequential head from left to right, each position seeing the likeliest token before it.
+        """
         logits = (self.target.lm_head if self.head is None else self.head)(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
         if self.sequential is None:
-            best = logits.max(-1)
-            return self._ids(best.indices), best.values - logits.logsumexp(-1)
+            best = logits.topk(count, dim=-1)
+            return self._ids(best.indices), best.values - logits.logsumexp(-1, keepdim=True)
         likely = logits.topk(min(_LIKELY, logits.shape[-1]), dim=-1).indices  # to ask about all would cost a second lm_head
-        first = self.embed(anchors)
+        previous = self.embed(anchors)
         if self.tables is not None:
             head = self.sequential.gate_up.weight.detach(), self.sequential.down.weight.detach()
-            best, confidence = native.chain(hidden, first, self.tables, head, likely)
-            return self._ids(best), confidence
-        chosen, scores, ids, rows = [], [], self._ids(likely), self._rows(likely)
-        for k in range(hidden.shape[1]):
-            corrected = (rows[:, k] @ self.sequential(hidden[:, k], first)[..., None])[..., 0]
-            best = corrected.max(-1)
-            chosen.append(ids[:, k].gather(1, best.indices[:, None])[:, 0])
-            scores.append(best.values - corrected.logsumexp(-1))
-            first = self.embed(chosen[-1])
-        return torch.stack(chosen, dim=1), torch.stack(scores, dim=1)
+            laws = native.chain(hidden, previous, self.tables, head, likely)
+        else:
+            laws, rows = torch.empty_like(likely, dtype=hidden.dtype), self._rows(likely)
+            for k in range(hidden.shape[1]):
+                laws[:, k] = (rows[:, k] @ self.sequential(hidden[:, k], previous)[..., None])[..., 0].log_softmax(-1)
+                previous = self.embed(self._ids(likely[:, k].gather(1, laws[:, k].argmax(-1, keepdim=True))[:, 0]))
+        best = laws.topk(count, dim=-1)
+        return self._ids(likely.gather(-1, best.indices)), best.values
 
     def _ids(self, best: Tensor) -> Tensor:
         return best if self.vocabulary is None else self.vocabulary[best]
 
     def _rows(self, drafts: Tensor) -> Tensor:
         """The lm_head's rows of draft ids: [...] -> [..., hidden]."""
-        own = self.own_head
-        return self.target.head_weight(self._ids(drafts)) if own is None else own[drafts]
+        return self.target.head_weight(self._ids(drafts)) if self.own_head is None else self.own_head[drafts]
 
 
 def _own_head(model: DFlashDraftModel, target: Target, like: Tensor) -> tuple[Tensor | None, Linear | None]:
@@ -276,13 +274,16 @@ def _own_head(model: DFlashDraftModel, target: Target, like: Tensor) -> tuple[Te
 
 
 class DFlashDrafter:
-    """Drafts a chain per row: the argmax of every masked position, which verification treats as a point mass."""
+    """Drafts a chain per row, the likeliest token of every masked position, or a tree of them; all are chosen, not drawn.
+
+    tree_nodes: the anchor's tree has that many nodes, best first over the positions' own laws (DDTree, 2604.12989).
+    """
 
     name = "dflash"
 
-    def __init__(self, network: PackedDraft, *, block_size: int | None = None) -> None:
+    def __init__(self, network: PackedDraft, *, block_size: int | None = None, tree_nodes: int | None = None) -> None:
         config = network.config
-        self.network = network
+        self.network, self.tree_nodes = network, tree_nodes
         self.block_size = block_size or config.block_size
         self.layers = config.target_layer_ids
         self.cache = SlotCache(config.num_hidden_layers, 1, 256, blocked=network.decoder.kernel != "torch")
@@ -300,16 +301,12 @@ class DFlashDrafter:
         if not sum(fits):
             return
         positions = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, fits, strict=True)])
-        keys, values = net.context(torch.cat([f[:n] for f, n in zip(features, fits, strict=True)]), positions)
+        parts = net.context(torch.cat([f[:n] for f, n in zip(features, fits, strict=True)]), positions)
         self.cache.reserve(max(start + n for start, n in zip(starts, fits, strict=True)))
-        for index in range(config.num_hidden_layers):
-            first = 0
-            for slot, n in zip(rows.slots, fits, strict=True):
-                new = slice(first, first + n)
-                self.cache.write(index, slot, keys[new, index].transpose(0, 1), values[new, index].transpose(0, 1))
-                first += n
-        for slot, n in zip(rows.slots, fits, strict=True):
-            self.cache.keep(slot, range(n))
+        for slot, keys, values in zip(rows.slots, *(part.split(fits) for part in parts), strict=True):
+            for index in range(config.num_hidden_layers):
+                self.cache.write(index, slot, keys[:, index].transpose(0, 1), values[:, index].transpose(0, 1))
+            self.cache.keep(slot, range(len(keys)))
 
     @torch.inference_mode()
     def propose(self, rows: Rows, max_nodes: int) -> Proposal:
@@ -317,22 +314,26 @@ class DFlashDrafter:
         anchors, size = rows.anchors, self.block_size
         limit = self.network.config.max_position_embeddings
         live = [i for i, position in enumerate(rows.positions) if position + size <= limit]
-        width = min(size, max_nodes) if live else 1
-        tokens = torch.zeros(len(rows), width, dtype=torch.long)
+        grown: list[Nodes] = []
+        if live and min(size, max_nodes) > 1:
+            laws = self._fill([rows.slots[i] for i in live], [anchors[i] for i in live], min(size, max_nodes))
+            budget = min(self.tree_nodes or size, max_nodes) - 1
+            grown = [best_first(tokens, scores, budget) for tokens, scores in zip(*map(Tensor.tolist, laws), strict=True)]
+        width = 1 + max((len(own) for own, _, _ in grown), default=0)
+        tokens, parents = torch.zeros(len(rows), width, dtype=torch.long), chain(width).repeat(len(rows), 1)
         tokens[:, 0] = torch.tensor(anchors)
         sizes, scores = torch.ones(len(rows), dtype=torch.long), torch.zeros(len(rows), width)
-        if live and width > 1:
-            drafts, confidence = self._fill([rows.slots[i] for i in live], [anchors[i] for i in live], width)
-            tokens[live, 1:], scores[live, 1:] = drafts.cpu(), confidence.float().cpu()
-            sizes[live] = width
-        return Proposal(tokens, torch.arange(-1, width - 1).expand(len(rows), width), sizes, scores)
+        for i, nodes in zip(live, grown, strict=False):
+            sizes[i] = 1 + len(nodes[0])
+            tokens[i, 1 : sizes[i]], parents[i, 1 : sizes[i]], scores[i, 1 : sizes[i]] = map(torch.tensor, nodes)
+        return Proposal(tokens, parents, sizes, scores)
 
     def end(self, rows: Rows) -> None:
         for slot in set(rows.slots) & set(range(self.cache.rows)):
             self.cache.free(slot)
 
     def _fill(self, slots: list[int], anchors: list[int], width: int) -> tuple[Tensor, Tensor]:
-        """Tokens and scores [rows, width - 1] for the masked positions; the block is always fed whole, as in training."""
+        """Tokens and scores [rows, width - 1, n] for the masked positions; the block is always fed whole, as in training."""
         net, size, count = self.network, self.block_size, len(slots)
         self.cache.reserve(max(self.cache.lengths[slot] for slot in slots) + size)
         masks = net.mask_embedding.expand(count, size - 1, -1)
@@ -340,4 +341,6 @@ class DFlashDrafter:
         everything = torch.ones(count, size, size, dtype=torch.bool)  # a layer with a window is causal all the same
         shape = everything, torch.arange(size).expand(count, size), torch.full((count,), size)
         hidden, _ = net.decoder(self.cache, slots, x, shape, ())
-        return net.scored(hidden[:, 1:width], torch.tensor(anchors))
+        return net.scored(
+            hidden[:, 1:width], torch.tensor(anchors), min(_BRANCHES, net.config.vocab_size) if self.tree_nodes else 1
+        )

@@ -30,6 +30,7 @@ SOURCES = {
 }
 Names = Collection[str]
 MATHS_SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+_NOTHING = "the prompt is empty"
 FORMS = ("messages", "conversations", "question", "instruction", "prompt")  # a row's field; the first one that it has counts
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 EVALUATION = re.compile(  # searched in a file's folder and name, or in a hub data set's name with its split
@@ -79,7 +80,7 @@ def write_prompts(data: Path | None, out: Path, *, files: Names = (), thinking: 
         path = Path(name)
         if EVALUATION.search("/".join((path.resolve() if path.is_file() else path).parts[-2:])):
             raise InvalidParameter(f"`{name}` is an evaluation set by its name", hint="evaluation sets are not trained on")
-    asked = [] if data is None else [(source, _known_prompts(source, data / file)) for source, file in SOURCES.items()]
+    asked = [] if data is None else [(source, _prompts(source, data / file)) for source, file in SOURCES.items()]
     rows, seen = [], set()
     for source, prompts in asked + [(name, _prompts(name)) for name in files]:
         number = None
@@ -117,7 +118,7 @@ def as_prompt(row: Any) -> str | list[dict[str, str]]:
     elif form == "instruction":
         value = _instruction(row)
     if not (value if isinstance(value, str) else value[-1]["content"]).strip():
-        raise ValueError("the prompt is empty")
+        raise ValueError(_NOTHING)
     json.dumps(value, ensure_ascii=False).encode()  # half a character is a ValueError too
     return value
 
@@ -141,28 +142,20 @@ def _instruction(row: dict[str, Any]) -> str:
     return "\n".join(part for part in (str(row["instruction"]).strip(), str(extra).strip()) if part)
 
 
-def _known_prompts(source: str, path: Path) -> Iterator[str]:
-    """Those of one of SOURCES; a few of its rows ask nothing."""
-    for number, row in enumerate(read_jsonl(path) if path.suffix == ".jsonl" else _json_list(path), 1):
-        try:
-            yield str(row["question"]) + MATHS_SUFFIX if source == "gsm8k/train" else _instruction(row)
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
-            place = f"{path}, entry {number}"
-            raise DataError(f"{place}: not of this set's form ({error!r})", hint="fetch the file again") from None
-
-
-def _prompts(name: str) -> Iterator[str | list[dict[str, str]]]:
-    """Those of a file or hub data set, row by row."""
-    path, unit = Path(name), "entry"
+def _prompts(name: str, known: Path | None = None) -> Iterator[str | list[dict[str, str]]]:
+    """Those of a file or hub data set, row by row; some rows of the sets of SOURCES, at `known`, ask nothing."""
+    path, unit = known or Path(name), "entry"
     if path.suffix == ".jsonl":
         rows, unit = numbered_lines(path), "line"
     else:
         rows = enumerate(_json_list(path) if path.suffix == ".json" else _hub_rows(name), 1)
     for number, row in rows:
         try:
-            yield as_prompt(row)
+            prompt = as_prompt(row)
+            yield f"{prompt}{MATHS_SUFFIX}" if known and name == "gsm8k/train" else prompt
         except ValueError as error:
-            raise DataError(f"{name}, {unit} {number}: {error}", hint=f"mend or remove that {unit}") from None
+            if not known or str(error) != _NOTHING:
+                raise DataError(f"{known or name}, {unit} {number}: {error}", hint=f"mend or remove that {unit}") from None
 
 
 def _json_list(path: Path) -> list[Any]:
