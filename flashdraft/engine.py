@@ -116,8 +116,7 @@ class Engine:
     def step(self) -> list[Chunk]:
         """One target pass over every running row."""
         self._part = {}
-        slots = list(self.running)
-        requests = [self.running[slot] for slot in slots]
+        slots, requests = list(self.running), list(self.running.values())
         rows = Rows(slots, [request.history for request in requests], [request.params for request in requests])
         limits = torch.tensor([request.num_left for request in requests])
         with self._timed("draft"):
@@ -127,14 +126,15 @@ class Engine:
             self._cache.reserve(max(self._cache.lengths) + proposal.num_nodes)
             check_proposal(proposal)  # a faulty drafter would change the law in silence
         with self._timed("target"):
-            shape = proposal.tokens, proposal.parents, proposal.sizes
-            logits, features = self.target.forward(self._cache, slots, *shape, self.drafter.layers)
+            tree = proposal.tokens, proposal.parents, proposal.sizes
+            logits, features = self.target.forward(self._cache, slots, *tree, self.drafter.layers)
         with self._timed("host"):
             verdict = self._judge(proposal, logits, rows)
             paths = [[node for node in path if node >= 0] for path in verdict.path.tolist()]
             for slot, path in zip(slots, paths, strict=True):
                 self._cache.keep(slot, path)
-            texts = [[*proposal.tokens[i, path[1:]].tolist(), int(verdict.bonus[i])] for i, path in enumerate(paths)]
+            drafts, bonus = proposal.tokens.tolist(), verdict.bonus.tolist()
+            texts = [[*map(own.__getitem__, path[1:]), last] for own, path, last in zip(drafts, paths, bonus, strict=True)]
             chunks = [request.commit(text, len(text) - 1) for request, text in zip(requests, texts, strict=True)]
         drafted = self._drafting
         with self._timed("draft"):
@@ -173,7 +173,8 @@ class Engine:
         """Show the drafter what was committed, as soon as it is asked to draft again."""
         for i, slot in enumerate(slots):
             if self.running[slot].finish_reason is None:
-                seen = proposal.tokens[i, paths[i]], None if features is None else features[i, paths[i]]
+                path = slice(len(paths[i])) if paths[i][-1] < len(paths[i]) else paths[i]  # a view where nothing was left out
+                seen = proposal.tokens[i, path], None if features is None else features[i, path]
                 self._unseen.setdefault(slot, []).append(seen)
         self._drafting = self.control is None or self.control.wants_drafts()
         if not self._drafting or not self._unseen:

@@ -67,8 +67,7 @@ def follow(proposal: Proposal, tokens: Tensor) -> Verdict:
             path.append(child)
         paths.append(path)
         bonus.append(own[path[-1]])
-    longest = max(map(len, paths))
-    full = torch.tensor([path + [-1] * (longest - len(path)) for path in paths])
+    full = torch.tensor([path + [-1] * (max(map(len, paths)) - len(path)) for path in paths])
     return Verdict(full, torch.tensor([len(path) - 1 for path in paths]), torch.tensor(bonus))
 
 

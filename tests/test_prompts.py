@@ -137,6 +137,12 @@ def test_bad_file_is_named(tmp_path: Path, name: str, content: str | bytes, expe
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
+@pytest.mark.parametrize("instances", [[{}], [], {}, ["odd"], [{"input": ""}]])
+def test_instances_without_an_input_leave_the_instruction_alone(instances: Any) -> None:
+    assert as_prompt({"instruction": "sort", "instances": instances}) == "sort"
+    assert as_prompt({"instruction": "sort", "instances": [{"input": "2 1"}]}) == "sort\n2 1"
+
+
 @pytest.mark.parametrize("name", ["nowhere.jsonl", "nowhere.json"])
 def test_missing_file_is_named_and_not_looked_for_on_the_hub(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match=f"^no file `{name}`"):

@@ -417,15 +417,10 @@ def test_evaluation_sets_are_refused_by_name(tmp_path: Path, sets: Path, name: s
 BAD_SETS = {
     "broken line": ("gsm8k/train.jsonl", '{"question": "a"}\n{"question": \n', "train.jsonl, line 2: not valid JSON"),
     "not an object": ("gsm8k/train.jsonl", '{"question": "a"}\n\n[1]\n', "train.jsonl, line 3: not a JSON object"),
-    "another field": ("gsm8k/train.jsonl", '{"question": "a"}\n{"query": "b"}\n', "train.jsonl, entry 2: "),
+    "another field": ("gsm8k/train.jsonl", '{"question": "a"}\n{"query": "b"}\n', "train.jsonl, line 2: none of the fields"),
     "broken list": ("gpteacher/codegen-instruct.json", '[{"instruction": "a"},', "codegen-instruct.json: not valid JSON"),
     "no list": ("gpteacher/codegen-instruct.json", '{"instruction": "a"}', "codegen-instruct.json: not a JSON list"),
     "list of others": ("gpteacher/codegen-instruct.json", '[{"instruction": "a"}, "b"]', "codegen-instruct.json, entry 2: "),
-    "no instances": (
-        "self_instruct/seed_tasks.jsonl",
-        '{"instruction": "a", "instances": [{}]}\n',
-        "seed_tasks.jsonl, entry 1: ",
-    ),
 }
 
 

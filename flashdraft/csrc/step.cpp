@@ -25,57 +25,78 @@ void rotate(float* x, const float* cos, const float* sin, int64_t d) {
     }
 }
 
-// Attention of Q heads that share keys. Keys lie in blocks of 64 slots, [block][d][64], so that a vector holds one input of
-// many slots; values lie slot by slot. A token sees the slots before `start` and `count` nodes behind it, in their order.
-constexpr int SLOTS = 64;
+// Attention of Q heads of T tokens that share keys: a token sees the slots before `start` and its `nodes` behind it, in order.
+// Keys lie in blocks of 64 slots, [block][d][64], so that a vector holds one input of many slots; values lie slot by slot.
+constexpr int SLOTS = 64, TOGETHER = W == 16 ? 2 : 1;  // tokens of a row that read keys together: as registers allow
 
-template <int Q>
-void attend(const float* q, const float* keys, const float* values, int64_t d, int64_t start, const int64_t* nodes, int64_t count,
-            int64_t width, float* scores, float* out) {
-    const int64_t last = count ? start + nodes[count - 1] : start - 1, seen = start + count;
+struct Token { int64_t row, start, place, position; std::vector<int64_t> nodes; };
+
+template <int Q, int T>
+void attend(const Token* token, const float* q, int64_t q_stride, const float* keys, const float* values, int64_t d, int64_t width,
+            float* scores, float* out, int64_t out_stride) {
+    const int64_t start = token->start;
     const float scale = 1 / std::sqrt(float(d));
+    int64_t last = start - 1;
+    for (int t = 0; t < T; t++) if (!token[t].nodes.empty()) last = std::max(last, start + token[t].nodes.back());
     for (int64_t block = 0; block <= last / SLOTS; block++) {
-        vf acc[Q][SLOTS / W] = {};
+        vf acc[T][Q][SLOTS / W] = {};
         for (int64_t i = 0; i < d; i++) {
             const float* k = keys + (block * d + i) * SLOTS;
             for (int v = 0; v < SLOTS / W; v++) {
                 vf lanes = load<vf>(k + v * W);
-                for (int h = 0; h < Q; h++) acc[h][v] += lanes * splat(q[h * d + i]);
+                for (int t = 0; t < T; t++)
+                    for (int h = 0; h < Q; h++) acc[t][h][v] += lanes * splat(q[t * q_stride + h * d + i]);
             }
         }
-        for (int h = 0; h < Q; h++)
-            for (int v = 0; v < SLOTS / W; v++) store(scores + h * width + block * SLOTS + v * W, acc[h][v] * scale);
+        for (int t = 0; t < T; t++)
+            for (int h = 0; h < Q; h++)
+                for (int v = 0; v < SLOTS / W; v++) store(scores + (t * Q + h) * width + block * SLOTS + v * W, acc[t][h][v] * scale);
     }
-    float all[Q];
-    for (int h = 0; h < Q; h++) {
-        float *p = scores + h * width, most = -INFINITY;
-        for (int64_t j = 0; j < count; j++) p[start + j] = p[start + nodes[j]];
-        for (int64_t j = 0; j < seen; j++) most = std::max(most, p[j]);
-        for (int64_t j = seen; j % W; j++) p[j] = -INFINITY;
-        vf mass = {};
-        for (int64_t j = 0; j < seen; j += W) {
-            vf x = load<vf>(p + j), e = x == -INFINITY ? vf{} : exp_of(x - most);
-            mass += e;
-            store(p + j, e);
+    float all[T][Q];
+    for (int t = 0; t < T; t++)
+        for (int h = 0; h < Q; h++) {
+            const int64_t count = token[t].nodes.size(), seen = start + count;
+            float *p = scores + (t * Q + h) * width, most = -INFINITY;
+            for (int64_t j = 0; j < count; j++) p[start + j] = p[start + token[t].nodes[j]];
+            for (int64_t j = seen; j % W; j++) p[j] = -INFINITY;
+            vf top = splat(-INFINITY), mass = {};
+            for (int64_t j = 0; j < seen; j += W) {
+                vf x = load<vf>(p + j);
+                top = x > top ? x : top;
+            }
+            for (int i = 0; i < W; i++) most = std::max(most, top[i]);
+            for (int64_t j = 0; j < seen; j += W) {
+                vf x = load<vf>(p + j), e = x == -INFINITY ? vf{} : exp_of(x - most);
+                mass += e;
+                store(p + j, e);
+            }
+            all[t][h] = sum(mass);
         }
-        all[h] = sum(mass);
-    }
     for (int64_t i = 0; i < d; i += 4 * W) {
         auto mix = [&](int parts) __attribute__((always_inline)) {  // unrolled where `parts` is a constant
-            vf acc[Q][4] = {};
-            for (int64_t j = 0; j < seen; j++) {
-                const float* v = values + (j < start ? j : start + nodes[j - start]) * d + i;
+            vf acc[T][Q][4] = {};
+            for (int64_t j = 0; j < start; j++)
                 for (int part = 0; part < parts; part++) {
-                    vf lanes = load<vf>(v + part * W);
-                    for (int h = 0; h < Q; h++) acc[h][part] += lanes * splat(scores[h * width + j]);
+                    vf lanes = load<vf>(values + j * d + i + part * W);
+                    for (int t = 0; t < T; t++)
+                        for (int h = 0; h < Q; h++) acc[t][h][part] += lanes * splat(scores[(t * Q + h) * width + j]);
                 }
+            for (int t = 0; t < T; t++) {
+                for (size_t j = 0; j < token[t].nodes.size(); j++)
+                    for (int part = 0; part < parts; part++) {
+                        vf lanes = load<vf>(values + (start + token[t].nodes[j]) * d + i + part * W);
+                        for (int h = 0; h < Q; h++) acc[t][h][part] += lanes * splat(scores[(t * Q + h) * width + start + j]);
+                    }
+                for (int h = 0; h < Q; h++)
+                    for (int part = 0; part < parts; part++)
+                        store(out + t * out_stride + h * d + i + part * W, acc[t][h][part] / all[t][h]);
             }
-            for (int h = 0; h < Q; h++)
-                for (int part = 0; part < parts; part++) store(out + h * d + i + part * W, acc[h][part] / all[h]);
         };
         d - i >= 4 * W ? mix(4) : mix(int(d - i) / W);
     }
 }
+
+template <int T> auto for_heads(int64_t count) { return count >= 3 ? attend<3, T> : count == 2 ? attend<2, T> : attend<1, T>; }
 
 }  // namespace
 
@@ -107,20 +128,22 @@ extern "C" void flashdraft_linear(const Linear* l, const float* x, int64_t rows,
 extern "C" void flashdraft_step(const Model* model, const Step* step) {
     const Model& m = *model;
     const Step& s = *step;
-    struct Token { int64_t row, start, place, position; std::vector<int64_t> nodes; };  // it sees slots before start, and nodes
     std::vector<Token> tokens;
+    std::vector<int64_t> firsts;  // of tokens that read keys together; then the end
     for (int64_t r = 0; r < s.rows; r++)
         for (int64_t i = 0; i < s.size[r]; i++) {
+            if (i % TOGETHER == 0) firsts.push_back(tokens.size());
             tokens.push_back({s.row[r], s.start[r], s.start[r] + i, s.start[r] + s.depth[r * s.nodes + i], {}});
             for (int64_t j = 0; j < s.size[r]; j++)
                 if (s.seen[(r * s.nodes + i) * s.nodes + j]) tokens.back().nodes.push_back(j);
         }
+    firsts.push_back(tokens.size());
     const int64_t H = m.hidden, d = m.head_dim, heads = m.heads, kv = m.kv_heads, group = heads / kv, n = s.tokens;
     const int64_t row_size = (heads + 2 * kv) * d;
 #pragma omp parallel num_threads(s.threads)
     {
         Scratch own;
-        own.x.resize(n * H), own.scores.resize(3 * (s.slots + SLOTS));
+        own.x.resize(n * H), own.scores.resize(3 * TOGETHER * (s.slots + SLOTS));
         const int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
         double last = omp_get_wtime();
         auto mark = [&](int part) {
@@ -156,14 +179,14 @@ extern "C" void flashdraft_step(const Model* model, const Step* step) {
                 }
             });
 #pragma omp barrier
-            share(n * kv, [&](int64_t unit) {
-                const int64_t t = unit / kv, g = unit % kv, from = (tokens[t].row * kv + g) * s.slots * d;
-                for (int64_t h = g * group; h < (g + 1) * group;) {
-                    const int64_t heads_left = (g + 1) * group - h, width = s.slots + SLOTS;
-                    auto run = heads_left >= 3 ? attend<3> : heads_left == 2 ? attend<2> : attend<1>;
-                    run(s.qkv + t * row_size + h * d, s.keys[i] + from, s.values[i] + from, d, tokens[t].start, tokens[t].nodes.data(),
-                        int64_t(tokens[t].nodes.size()), width, own.scores.data(), s.mixed + (t * heads + h) * d);
-                    h += std::min<int64_t>(3, heads_left);
+            share(kv * (firsts.size() - 1), [&](int64_t unit) {
+                const int64_t g = unit % kv, t = firsts[unit / kv], count = firsts[unit / kv + 1] - t;
+                const int64_t from = (tokens[t].row * kv + g) * s.slots * d, width = s.slots + SLOTS;
+                for (int64_t h = g * group; h < (g + 1) * group; h += 3) {
+                    const int64_t left = (g + 1) * group - h;
+                    auto run = count == TOGETHER ? for_heads<TOGETHER>(left) : for_heads<1>(left);
+                    run(&tokens[t], s.qkv + t * row_size + h * d, row_size, s.keys[i] + from, s.values[i] + from, d, width,
+                        own.scores.data(), s.mixed + (t * heads + h) * d, heads * d);
                 }
             });
 #pragma omp barrier

@@ -138,17 +138,17 @@ def _conversation(turns: Any) -> str | list[dict[str, str]]:
 
 
 def _instruction(row: dict[str, Any]) -> str:
-    extra = row.get("input") or (row["instances"][0]["input"] if row.get("instances") else "")
-    return "\n".join(part for part in (str(row["instruction"]).strip(), str(extra).strip()) if part)
+    instances = row.get("instances")
+    first = instances[0] if isinstance(instances, list) and instances else None
+    extra = row.get("input") or (first.get("input") if isinstance(first, dict) else None)
+    return "\n".join(part for part in (str(row["instruction"]).strip(), str(extra or "").strip()) if part)
 
 
 def _prompts(name: str, known: Path | None = None) -> Iterator[str | list[dict[str, str]]]:
     """Those of a file or hub data set, row by row; some rows of the sets of SOURCES, at `known`, ask nothing."""
-    path, unit = known or Path(name), "entry"
-    if path.suffix == ".jsonl":
-        rows, unit = numbered_lines(path), "line"
-    else:
-        rows = enumerate(_json_list(path) if path.suffix == ".json" else _hub_rows(name), 1)
+    path = known or Path(name)
+    unit, listed = "line" if path.suffix == ".jsonl" else "entry", _json_list if path.suffix == ".json" else _hub_rows
+    rows = numbered_lines(path) if unit == "line" else enumerate(listed(path), 1)
     for number, row in rows:
         try:
             prompt = as_prompt(row)
@@ -171,8 +171,8 @@ def _json_list(path: Path) -> list[Any]:
     return rows
 
 
-def _hub_rows(name: str) -> Any:
-    parts = re.split(r":(?![^\[]*\])", name)  # a slice, train[:1000], has a colon of its own
+def _hub_rows(path: Path) -> Any:
+    parts = re.split(r":(?![^\[]*\])", name := path.as_posix())  # a slice, train[:1000], has a colon of its own
     repo, *config, split = parts if len(parts) > 1 else (name, "train")
     try:
         return import_module("datasets").load_dataset(repo, *config, split=split)
