@@ -24,7 +24,7 @@ from flashdraft.generate import Model
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.train import regenerate as stage
 from flashdraft.train.features import FeatureSet, ShardWriter, encode, write_features
-from flashdraft.train.prompts import read_jsonl, write_prompts
+from flashdraft.train.prompts import as_prompt, read_jsonl, write_prompts
 from flashdraft.train.regenerate import Server, mixed, regenerate
 from flashdraft.types import SamplingParams
 
