@@ -17,6 +17,7 @@ __all__ = ["Control"]
 
 _MEMORY = 0.98  # what a calibration keeps of its past at every observation
 _SMOOTH = 0.8  # the same for times and gains
+_SLOW = 0.95  # for what drafting brought: how many drafts are accepted varies widely
 _PAUSES = (4, 8, 16, 32, 64)  # steps without drafts after each vain try
 
 
@@ -28,8 +29,8 @@ class Control:
         self._sums: dict[int, list[float]] = {}  # by depth: nodes accepted and hoped for behind accepted parents, faded
         self._draft = 0.0  # seconds of drafting in a step
         self._rest: dict[bool, float] = {}  # of steps without and with drafts: seconds beyond drafting and the target's own
-        self._done: dict[bool, tuple[float, float]] = {}  # of the same: tokens and seconds of late
-        self._pause, self._vain, self._gain = 0, 0, 1.0  # the last: what drafting promised of late, to plain decoding
+        self._pause, self._vain, self._plain = 0, 0, 1 / self.cost(1)  # the last: tokens a second without drafts
+        self._gain, self._real = 1.0, 1.25  # to that, of late: what drafting promised, and what it brought
 
     def wants_drafts(self) -> bool:
         """Whether this step should draft at all; asked once a step."""
@@ -44,15 +45,14 @@ class Control:
         )
         rows = len(sizes)
         rest = self._rest.get(True, 0.0)
-        plain, spent = rows / (self.cost(rows) + self._rest.get(False, rest)), self._draft + rest
+        self._plain, spent = rows / (self.cost(rows) + self._rest.get(False, rest)), self._draft + rest
         best, kept, hope = rows / (self.cost(rows) + spent), 0, float(rows)
         for count, (chance, _) in enumerate(order, 1):
             hope += chance
             if (rate := hope / (self.cost(rows + count) + spent)) > best:
                 best, kept = rate, count
-        self._gain = _faded(self._gain, best / plain) if order else self._gain
-        real = [tokens / seconds for _, (tokens, seconds) in sorted(self._done.items())]  # without drafts, with them
-        if self._gain < 1 or (len(real) == 2 and real[1] < real[0]):  # one poor proposal says little of the next
+        self._gain = _faded(self._gain, best / self._plain) if order else self._gain
+        if min(self._gain, self._real) < 1:  # one poor proposal says little of the next
             self._pause = _PAUSES[min(self._vain, len(_PAUSES) - 1)]
             self._vain += 1
         else:
@@ -62,14 +62,13 @@ class Control:
 
     def learn(self, proposal: Proposal, paths: Sequence[Sequence[int]], parts: Mapping[str, float], *, drafted: bool) -> None:
         """What became of a proposal that `trim` gave; parts: seconds of the step by part, `target` and `draft` among them."""
-        seconds, tokens = sum(parts.values()), float(sum(map(len, paths)))
-        before = self._done.get(drafted, (tokens, seconds))
-        self._done[drafted] = _faded(before[0], tokens), _faded(before[1], min(seconds, 3 * before[1]))
         count, target, draft = int(proposal.sizes.sum()), parts["target"], parts["draft"] if drafted else 0.0
         known = self.cost(count)
+        seconds = min(sum(parts.values()), 3 * (known + draft))
+        self._real = _faded(self._real, sum(map(len, paths)) / seconds / self._plain, _SLOW) if drafted else self._real
         self._known[count] = _faded(known, min(target, 2 * known))  # a step that was held up says little
         self._draft = _faded(self._draft or draft, draft) if drafted else self._draft
-        rest = min(seconds - target - draft, known)
+        rest = min(max(seconds - target - draft, 0.0), known)
         self._rest[drafted] = _faded(self._rest.get(drafted, rest), rest)
         shape = proposal.parents.tolist(), proposal.sizes.tolist()
         for path, own, parents, size in zip(paths, _scores(proposal), *shape, strict=True):
@@ -101,8 +100,8 @@ class Control:
         return chances
 
 
-def _faded(old: float, new: float) -> float:
-    return _SMOOTH * old + (1 - _SMOOTH) * new
+def _faded(old: float, new: float, keep: float = _SMOOTH) -> float:
+    return keep * old + (1 - keep) * new
 
 
 def _scores(proposal: Proposal) -> list[list[float]]:

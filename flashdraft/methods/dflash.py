@@ -236,6 +236,7 @@ class PackedDraft:
         With a sequential head from left to right, each position seeing the likeliest token before it.
         """
         logits = (self.target.lm_head if self.head is None else self.head)(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
+        count = min(count, logits.shape[-1])
         if self.sequential is None:
             best = logits.topk(count, dim=-1)
             return self._ids(best.indices), best.values - logits.logsumexp(-1, keepdim=True)
@@ -341,6 +342,4 @@ class DFlashDrafter:
         everything = torch.ones(count, size, size, dtype=torch.bool)  # a layer with a window is causal all the same
         shape = everything, torch.arange(size).expand(count, size), torch.full((count,), size)
         hidden, _ = net.decoder(self.cache, slots, x, shape, ())
-        return net.scored(
-            hidden[:, 1:width], torch.tensor(anchors), min(_BRANCHES, net.config.vocab_size) if self.tree_nodes else 1
-        )
+        return net.scored(hidden[:, 1:width], torch.tensor(anchors), _BRANCHES if self.tree_nodes else 1)
