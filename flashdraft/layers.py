@@ -6,7 +6,9 @@ from torch import Tensor, nn
 
 from flashdraft import native
 
-__all__ = ["Linear", "RMSNorm", "TorchLinear", "apply_rotary", "pack", "rotary_table"]
+__all__ = ["ROPE_TYPES", "Linear", "RMSNorm", "TorchLinear", "apply_rotary", "pack", "rotary_table"]
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # static: a position's angles do not depend on the length
 
 
 class RMSNorm(nn.RMSNorm):

@@ -19,14 +19,13 @@ from flashdraft import hub, native
 from flashdraft.cache import SlotCache
 from flashdraft.checkpoint import write_file
 from flashdraft.decoder import Block, Decoder
-from flashdraft.layers import Linear, TorchLinear, rotary_table
+from flashdraft.layers import ROPE_TYPES, Linear, TorchLinear, rotary_table
 from flashdraft.target import Indices, Output, Target
 from flashdraft.tree import ancestors, chain
 
-__all__ = ["ROPE_TYPES", "LeanTarget", "fastest"]
+__all__ = ["LeanTarget", "fastest"]
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 class LeanTarget(Target):

@@ -28,8 +28,7 @@ from flashdraft.checkpoint import DraftConfig, check_target, read_draft, write_d
 from flashdraft.decoder import Block, Decoder
 from flashdraft.errors import CheckpointError, DraftMismatch
 from flashdraft.heads import SwigluHead
-from flashdraft.layers import Linear, RMSNorm, apply_rotary, pack, rotary_table
-from flashdraft.lean import ROPE_TYPES
+from flashdraft.layers import ROPE_TYPES, Linear, RMSNorm, apply_rotary, pack, rotary_table
 from flashdraft.target import Target
 from flashdraft.tree import Nodes, best_first, chain
 from flashdraft.types import Proposal, Rows

@@ -15,7 +15,7 @@ from torch import Tensor
 from flashdraft import hub
 from flashdraft.checkpoint import DraftConfig, spread_layers
 from flashdraft.errors import CheckpointError, InvalidParameter
-from flashdraft.lean import ROPE_TYPES
+from flashdraft.layers import ROPE_TYPES
 from flashdraft.methods.dflash import DFlashDraftModel
 from flashdraft.target import Target
 from flashdraft.train.features import Sample
