@@ -140,7 +140,7 @@ class Engine:
         with self._timed("draft"):
             self._observe(slots, proposal, features, paths)
         if self.control is not None:
-            self.control.learn(proposal, paths, self._part, drafted=drafted)
+            self.control.learn(proposal, paths, self._part["draft"] if drafted else None, sum(self._part.values()))
         for i, request in enumerate(requests):
             _account(request.stats, int(proposal.sizes[i]) - 1, len(chunks[i].tokens), self._part)
         self._release([slot for slot in slots if self.running[slot].finish_reason is not None])
