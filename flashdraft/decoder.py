@@ -88,9 +88,8 @@ class Decoder:
         lengths = [cache.lengths[slot] for slot in slots]
         starts = torch.tensor(lengths)
         counts = sizes.tolist()
-        assert max(map(sum, zip(lengths, counts, strict=True))) <= cache.slots, (
-            "the cache has too few slots"
-        )  # kernels write unchecked
+        needed = max(map(sum, zip(lengths, counts, strict=True)))
+        assert needed <= cache.slots, "the cache has too few slots"  # the kernels write unchecked
         whole = min(counts) == x.shape[1]
         real = torch.arange(x.shape[1]) < sizes[:, None]  # nothing below sees padding
         packed = x.flatten(0, 1) if whole else x[real]

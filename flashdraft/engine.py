@@ -157,7 +157,7 @@ class Engine:
             tokens = torch.tensor(request.prompt)
             logits, features = self.target.prefill(self._cache, slot, tokens, self.drafter.layers)
             self.drafter.observe(rows, [tokens], None if features is None else [features])
-            law = target_probs(logits[None, None], [request.params], torch.ones(1, dtype=torch.long))[:, 0]
+            law = target_probs(logits[None, None], [request.params], torch.ones(1, dtype=torch.long))[:, 0].cpu()
             return draw(law, uniforms([request.params.seed], [len(request.prompt)], 1)[:, 0])
 
     def _judge(self, proposal: Proposal, logits: Tensor, rows: Rows) -> Verdict:
@@ -165,7 +165,7 @@ class Engine:
         if not any_drawn and all(params.temperature == 0 for params in rows.params):
             return follow(proposal, likeliest(logits))
         seeds = [params.seed for params in rows.params]
-        law = target_probs(logits, rows.params, proposal.sizes)
+        law = target_probs(logits, rows.params, proposal.sizes).cpu()  # where proposals and uniforms are
         draws = uniforms(seeds, [position + 1 for position in rows.positions], proposal.num_nodes)
         return verify(proposal, law, draws, coins(seeds, rows.positions, proposal.num_nodes) if any_drawn else None)
 

@@ -211,7 +211,12 @@ def drafters(
     require(tree_nodes is None or tree_nodes >= 2, "tree_nodes", tree_nodes, "2 or more: the anchor and drafts")
     if draft == "auto":
         draft = hub.builtin_draft(name) or "autoregressive"
-    require(tree_nodes is None or draft not in ("autoregressive", "prompt_lookup"), "tree_nodes", tree_nodes, "left out here")
+    require(
+        tree_nodes is None or draft not in ("autoregressive", "prompt_lookup"),
+        "tree_nodes",
+        tree_nodes,
+        "left out: dflash makes trees",
+    )
     if draft == "autoregressive":
         if block_size is not None:
             raise InvalidParameter(f"block_size is {block_size}, but plain decoding drafts nothing", hint="leave it out")

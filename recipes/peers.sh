@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Our kernels beside other CPU engines on the same weights, in one process, prompt by prompt: F32 (the numbers of the published Q4_1 file, nothing
+# Our kernels beside other CPU engines on the same weights, in turn prompt by prompt: F32 (the numbers of the published Q4_1 file, nothing
 # rounded) and Q8_0.   FLASHDRAFT_DATA=<folder with gsm8k/, humaneval/, mt_bench/>  recipes/peers.sh [RESULTS_FOLDER]
-# Needs `pip install llama-cpp-python`; ctranslate2 and openvino-genai run where they are installed. DRAFT=FOLDER measures another drafter than the shipped one.
+# Needs `pip install llama-cpp-python`; ctranslate2 and openvino-genai run, and matplotlib draws, where they are installed. DRAFT=FOLDER measures another drafter than the shipped one.
 set -euo pipefail
 results=${1:-runs/peers}
 : "${FLASHDRAFT_DATA:?set FLASHDRAFT_DATA to the folder of the evaluation sets}"

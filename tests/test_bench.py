@@ -300,7 +300,13 @@ def test_methods_of_one_kernel_are_compared_with_its_own_plain_decoding(config: 
 
 @pytest.mark.parametrize(
     ("methods", "message"),
-    [("dflash:fast", "no kernel 'fast'"), ("llama.cpp", "no method 'llama.cpp'"), ("mine=none.py:run", "is 'none.py'")],
+    [
+        ("transformers:int8", "no kernel 'int8'"),
+        ("a=dflash,a=prompt_lookup", "have one name"),
+        ("dflash:fast", "no kernel 'fast'"),
+        ("llama.cpp", "no method 'llama.cpp'"),
+        ("mine=none.py:run", "is 'none.py'"),
+    ],
 )
 def test_an_unknown_kernel_or_file_is_refused(config: dict[str, Any], methods: str, message: str) -> None:
     with pytest.raises(InvalidParameter, match=message):

@@ -25,6 +25,7 @@ from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDraft
 from flashdraft.target import Target
 from flashdraft.text import TextDecoder
+from flashdraft.tree import check
 from flashdraft.types import Proposal, Result, Rows, SamplingParams
 
 BLOCK = 4
@@ -196,6 +197,27 @@ def assert_same_states(got: Tensor, expected: Tensor) -> None:
 
 
 # (a) The definition.
+
+
+def test_a_tree_holds_the_chain_and_every_smaller_tree() -> None:
+    def proposed(tree_nodes: int | None, max_nodes: int = 999) -> Proposal:
+        drafter = new_drafter(block_size=BLOCK)
+        drafter.tree_nodes = tree_nodes
+        return drafter.propose(observed(drafter, [[5, 6, 7, 8], [9, 10, 11]]), max_nodes)
+
+    chained, whole = proposed(None), proposed(1 + 8 + 8**2 + 8**3)  # all of three positions of eight tokens
+    check(whole)
+    assert whole.sizes.tolist() == [585, 585]
+    for row, (tokens, parents) in enumerate(zip(whole.tokens.tolist(), whole.parents.tolist(), strict=True)):
+        paths: list[tuple[int, ...]] = [()]
+        for node in range(1, len(tokens)):
+            paths.append((*paths[parents[node]], tokens[node]))
+        assert tuple(chained.tokens[row, 1:].tolist()) in paths
+        assert len(set(paths)) == 585
+    for small in (proposed(12), proposed(585, 12)):
+        assert torch.equal(small.tokens, whole.tokens[:, :12])
+        assert torch.equal(small.parents, whole.parents[:, :12])
+        assert small.sizes.tolist() == [12, 12]
 
 
 @pytest.mark.parametrize("block_size", [2, 3, BLOCK, 9])

@@ -374,6 +374,8 @@ def test_dtype_is_that_of_the_weights(target_folder: Path, draft_folder: Path, d
 BAD_LOADS: dict[str, tuple[dict[str, Any], type[FlashDraftError], str]] = {
     "dtype": ({"dtype": "int4"}, InvalidParameter, "dtype is 'int4'"),
     "max_rows": ({"max_rows": 0}, InvalidParameter, "max_rows is 0"),
+    "tree_nodes": ({"tree_nodes": 1}, InvalidParameter, "tree_nodes is 1"),
+    "tree_nodes without a block": ({"draft": "prompt_lookup", "tree_nodes": 8}, InvalidParameter, "tree_nodes is 8"),
     "block_size": ({"block_size": 0}, InvalidParameter, "block_size is 0"),
     "device": ({"device": "warp"}, InvalidParameter, "device is 'warp'"),
     "draft": ({"draft": "/nowhere/at/all"}, ModelNotFound, "/nowhere/at/all"),

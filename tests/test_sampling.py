@@ -11,7 +11,7 @@ from scipy import stats
 from torch import Tensor
 from transformers.generation.logits_process import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from flashdraft.sampling import coins, draw, probabilities, target_probs, total, uniforms
+from flashdraft.sampling import coins, draw, likeliest, probabilities, target_probs, total, uniforms
 from flashdraft.types import SamplingParams
 
 ALMOST_ONE = 1 - 2.0**-53  # the largest uniform
@@ -106,6 +106,18 @@ def test_a_nucleus_of_exactly_the_wanted_mass_is_enough() -> None:
     logits = torch.tensor([math.log(2), 0.0, 0.0], dtype=torch.float64)
     assert logits.softmax(-1).tolist() == [0.5, 0.25, 0.25]
     assert probabilities(logits, SamplingParams(temperature=1.0, top_p=0.5)).tolist() == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_likeliest_is_the_law_of_temperature_0(dtype: torch.dtype) -> None:
+    logits = torch.tensor([[[1.0, 3.0, 3.0, -math.inf], [5.0, 0.0, 1.0, 2.0]]], dtype=dtype)
+    assert likeliest(logits).tolist() == [[1, 0]]  # the lowest id among equals
+    assert torch.equal(likeliest(logits), probabilities(logits, SamplingParams()).argmax(-1))
+    for bad in (math.nan, math.inf):
+        with pytest.raises(AssertionError, match="a law without mass"):
+            likeliest(logits.index_fill(2, torch.tensor([3]), bad))
+    with pytest.raises(AssertionError, match="a law without mass"):
+        likeliest(torch.full_like(logits, -math.inf))
 
 
 def test_a_long_nucleus_is_found_beyond_the_likeliest_tokens() -> None:

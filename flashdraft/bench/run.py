@@ -65,10 +65,12 @@ class BenchConfig:
                 require(self.temperature == 0, "temperature", self.temperature, "0 beside engines that run greedily here")
             elif kind not in METHODS:
                 raise InvalidParameter(f"no method {kind!r}", hint=f"methods are {', '.join(METHODS)}")
-            elif variant not in ("", *KERNELS):
+            elif variant not in (("",) if kind == "transformers" else ("", *KERNELS)):
                 raise InvalidParameter(f"no kernel {variant!r}", hint=f"kernels are {', '.join(KERNELS)}")
         if self.draft in METHODS:
             raise InvalidParameter(f"draft is {self.draft!r}", hint="draft names dflash's drafter; other methods go into methods")
+        if len(self.specs) < len({part.strip() for part in self.methods.split(",")}):
+            raise InvalidParameter(f"two of `{self.methods}` have one name", hint="write NAME=METHOD with names of their own")
         kinds, chains = {kind.removesuffix("_tree") for kind, _ in self.specs.values()}, {"dflash", "prompt_lookup"}
         for name, users in {"draft": {"dflash"}, "block_size": chains, "transformers_prompts": {"transformers"}}.items():
             if getattr(self, name) not in (None, "auto") and not users & kinds:
@@ -145,7 +147,8 @@ def _figures(answer: Answer, plain: Answer | None) -> dict[str, Any]:
 
 def _load(config: BenchConfig) -> tuple[dict[str, Method], Model, dict[str, Any]]:
     """The methods, a model that encodes prompts, and what the header tells about them."""
-    if "dflash" in config.methods and config.draft == "auto" and hub.builtin_draft(config.target) is None:
+    drafting = any(kind.startswith("dflash") for kind, _ in config.specs.values())
+    if drafting and config.draft == "auto" and hub.builtin_draft(config.target) is None:
         raise ModelNotFound(f"no drafter is shipped for `{config.target}`", hint="name one with --draft, or leave out dflash")
     models: dict[str, Model] = {}
     facts: dict[str, Any] = {"kernel": {}, "row_exact": {}}

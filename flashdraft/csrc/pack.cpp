@@ -1,14 +1,8 @@
 // Weights into the panels that step.cpp reads, in a format that holds exactly their numbers, or the news that it does not.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+#include "linear.h"
 
 namespace {
-
-constexpr int64_t P = 32, BLOCK = 32;
-enum Format { F32, BF16, Q8, Q4, INT8 };
 
 uint32_t bits_of(float x) { uint32_t b; memcpy(&b, &x, 4); return b; }
 float float_of(uint32_t b) { float x; memcpy(&x, &b, 4); return x; }
@@ -18,11 +12,6 @@ uint16_t to_half(float x) {  // to the nearest, ties to even
     if (size >= 0x47800000) return uint16_t(sign | 0x7c00);
     if (size < 0x38800000) return uint16_t(sign | (bits_of(float_of(size) + 0.5f) - bits_of(0.5f)));  // subnormal
     return uint16_t(sign | (size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13);
-}
-
-float from_half(uint16_t h) {
-    float size = float_of(uint32_t(h & 0x7fff) << 13) * 0x1p112f;
-    return h & 0x8000 ? -size : size;
 }
 
 struct Source {
@@ -41,8 +30,8 @@ bool pack_block(const Source& w, bool four, int64_t first, int64_t k, uint8_t* o
             low = std::min(low, x), high = std::max(high, x), most = std::max(most, std::fabs(x));
         }
         scales[n] = to_half(four ? (high - low) / 15 : most / 127);
-        const float d = from_half(scales[n]), base = four ? low : 0.0f;
-        if (four && from_half(lows[n] = to_half(low)) != low) return false;
+        const float d = half(scales[n]), base = four ? low : 0.0f;
+        if (four && half(lows[n] = to_half(low)) != low) return false;
         for (int64_t i = 0; i < BLOCK; i++) {
             const float x = w(first + n, k + i);
             float q = d == 0 ? 0 : std::nearbyint((x - base) / d);

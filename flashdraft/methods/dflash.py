@@ -212,7 +212,7 @@ class PackedDraft:
             rows, embedded = self._rows(torch.arange(len(self.vocabulary))), self.embed(self.vocabulary)
             self.tables = rows, rows if torch.equal(rows, embedded) else embedded
         linears = [self.decoder, self.fc, self.context_kv, *([self.head] if self.head else [])]
-        tensors = [t for t in (self.embedding, self.own_head, *(self.tables or ())[:1]) if t is not None]
+        tensors = [t for t in (self.embedding, self.own_head, *dict.fromkeys(self.tables or ())) if t is not None]
         tensors += list(self.sequential.parameters()) if self.sequential else []
         self.nbytes = sum(linear.nbytes for linear in linears) + sum(tensor.nbytes for tensor in tensors)
 

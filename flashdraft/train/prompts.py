@@ -30,7 +30,6 @@ SOURCES = {
 }
 Names = Collection[str]
 MATHS_SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
-_NOTHING = "the prompt is empty"
 FORMS = ("messages", "conversations", "question", "instruction", "prompt")  # a row's field; the first one that it has counts
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 EVALUATION = re.compile(  # searched in a file's folder and name, or in a hub data set's name with its split
@@ -118,9 +117,12 @@ def as_prompt(row: Any) -> str | list[dict[str, str]]:
     elif form == "instruction":
         value = _instruction(row)
     if not (value if isinstance(value, str) else value[-1]["content"]).strip():
-        raise ValueError(_NOTHING)
+        raise _AsksNothing("the prompt is empty")
     json.dumps(value, ensure_ascii=False).encode()  # half a character is a ValueError too
     return value
+
+
+class _AsksNothing(ValueError): ...
 
 
 def _conversation(turns: Any) -> str | list[dict[str, str]]:
@@ -146,15 +148,17 @@ def _instruction(row: dict[str, Any]) -> str:
 
 def _prompts(name: str, known: Path | None = None) -> Iterator[str | list[dict[str, str]]]:
     """Those of a file or hub data set, row by row; some rows of the sets of SOURCES, at `known`, ask nothing."""
-    path = known or Path(name)
-    unit, listed = "line" if path.suffix == ".jsonl" else "entry", _json_list if path.suffix == ".json" else _hub_rows
-    rows = numbered_lines(path) if unit == "line" else enumerate(listed(path), 1)
+    path, unit = known or Path(name), "entry"
+    if path.suffix == ".jsonl":
+        rows, unit = numbered_lines(path), "line"
+    else:
+        rows = enumerate(_json_list(path) if path.suffix == ".json" else _hub_rows(name), 1)
     for number, row in rows:
         try:
             prompt = as_prompt(row)
             yield f"{prompt}{MATHS_SUFFIX}" if known and name == "gsm8k/train" else prompt
         except ValueError as error:
-            if not known or str(error) != _NOTHING:
+            if not (known and isinstance(error, _AsksNothing)):
                 raise DataError(f"{known or name}, {unit} {number}: {error}", hint=f"mend or remove that {unit}") from None
 
 
@@ -171,8 +175,8 @@ def _json_list(path: Path) -> list[Any]:
     return rows
 
 
-def _hub_rows(path: Path) -> Any:
-    parts = re.split(r":(?![^\[]*\])", name := path.as_posix())  # a slice, train[:1000], has a colon of its own
+def _hub_rows(name: str) -> Any:
+    parts = re.split(r":(?![^\[]*\])", name)  # a slice, train[:1000], has a colon of its own
     repo, *config, split = parts if len(parts) > 1 else (name, "train")
     try:
         return import_module("datasets").load_dataset(repo, *config, split=split)
