@@ -1,4 +1,4 @@
-# `make test` on a fresh machine needs Python 3.11 or newer and nothing else; `make` lists the targets.
+# `make test` on a fresh machine needs Python 3.11 or newer and a C++ compiler; `make` lists the targets.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
