@@ -1,13 +1,15 @@
-"""A DFlash drafter's files, in z-lab's own format: theirs are read here, ours are read by the big engines.
+"""A drafter's files, in its method's own format: theirs are read here, ours are read by the big engines.
 
-A folder holds config.json (Qwen3's keys, `block_size`, `dflash_config`) and model.safetensors (11 tensors a layer and 3
-more). Native format is served format. Knows names, shapes and files; does not know how a drafter runs.
+DFlash: z-lab's config.json (Qwen3's keys, `block_size`, `dflash_config`) and model.safetensors (11 tensors a layer and 3 more).
+EAGLE-3: SafeAILab's and SpecForge's names; their configs say nothing of the target's depth, which ours add. Medusa: heads
+alone. Native format is served format. Knows names, shapes and files; does not know how a drafter runs.
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Self
 
 import torch
@@ -20,11 +22,16 @@ from flashdraft.heads import HEADS
 from flashdraft.hub import appears_whole, read_config
 from flashdraft.target import Target
 
-__all__ = ["DraftConfig", "check_target", "read_draft", "spread_layers", "write_draft", "write_file", "write_tensors"]
+__all__ = ["OPTIONAL", "DraftConfig", "check_target", "read_draft", "spread_layers", "write_draft", "write_file", "write_tensors"]
 
 _FOREIGN = ("dflash2", "dspark", "domino")
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "num_target_layers")
-_FIXED = {"architectures": ["DFlashDraftModel"], "model_type": "qwen3", "hidden_act": "silu", "tie_word_embeddings": True}
+_FIXED = {  # by method: what its config.json always says
+    "dflash": {"architectures": ["DFlashDraftModel"], "model_type": "qwen3", "tie_word_embeddings": True},
+    "eagle3": {"architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", "tie_word_embeddings": False},
+    "medusa": {"architectures": ["MedusaDraftModel"], "model_type": "medusa", "tie_word_embeddings": True},
+}
+OPTIONAL = ("embed_tokens.weight", "lm_head.weight", "d2t", "t2d")  # tensors that a file may hold
 _OPTIONAL: Any = {"rms_norm_eps": float, "max_position_embeddings": int, "attention_bias": bool, "draft_vocab_size": int}
 
 
@@ -53,16 +60,18 @@ class DraftConfig:
     dtype: str = "bfloat16"
     sequential_head: str | None = None  # an addition of ours: `swiglu` (heads.py); not in the plain format
     head_rank: int = 64
+    method: str = "dflash"
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any], where: str) -> Self:
         """Read config.json. Raises CheckpointError naming the missing or foreign key."""
+        config, method = _as_dflash(config)
         named = " ".join(str(x) for x in (*(config.get("architectures") or ()), config.get("model_type", ""))).lower()
         special = config.get("dflash_config") or {}
         found = [name for name in _FOREIGN if name in named or f"{name}_config" in config]
         found += ["sample_from_anchor"] if config.get("sample_from_anchor") or special.get("sample_from_anchor") else []
         if config.get("hidden_act", "silu") != "silu":
-            raise CheckpointError(f"`{where}`: hidden_act is {config['hidden_act']!r}", hint="DFlash drafters have silu")
+            raise CheckpointError(f"`{where}`: hidden_act is {config['hidden_act']!r}", hint="drafters have silu")
         if found:
             raise CheckpointError(f"`{where}` is a {found[0]} drafter, which is not supported", hint="DFlash v1 drafters are")
         own = config.get("flashdraft_config") or {}
@@ -84,22 +93,32 @@ class DraftConfig:
                 dtype=str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"),
                 sequential_head=own.get("sequential_head"),
                 head_rank=int(own.get("head_rank", 64)),
+                method=method,
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             hint = "a drafter's config.json has block_size and dflash_config with mask_token_id and target_layer_ids"
             raise CheckpointError(f"`{where}` is not a DFlash drafter: its config lacks or garbles {error}", hint=hint) from None
 
     def to_json(self) -> dict[str, Any]:
-        """config.json as z-lab writes it."""
-        config: dict[str, Any] = _FIXED | vars(self) | {"use_sliding_window": self.sliding_window is not None}
-        config["layer_types"] = list(self.layer_types) or ["full_attention"] * self.num_hidden_layers
-        config["dflash_config"] = {name: config.pop(name) for name in ("mask_token_id", "target_layer_ids")}
-        config["dflash_config"]["target_layer_ids"] = list(self.target_layer_ids)
+        """config.json as the method's authors write it; what theirs leave out stands in `flashdraft_config`."""
+        config: dict[str, Any] = _FIXED[self.method] | {"hidden_act": "silu"} | vars(self)
+        del config["method"]
+        special = {"mask_token_id": config.pop("mask_token_id"), "target_layer_ids": list(config.pop("target_layer_ids"))}
         rope = dict(config.pop("rope_parameters"))
         config["rope_theta"] = rope.pop("rope_theta")
         config["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
         own = {name: config.pop(name) for name in ("sequential_head", "head_rank")}
-        if self.sequential_head is not None:
+        if self.method == "dflash":
+            config["use_sliding_window"] = self.sliding_window is not None
+            config["layer_types"] = list(self.layer_types) or ["full_attention"] * self.num_hidden_layers
+            config["dflash_config"] = special
+        else:
+            for name in ("layer_types", "sliding_window"):
+                del config[name]
+            own = {name: config.pop(name) for name in ("block_size", "num_target_layers")} | special
+        if self.method == "eagle3":  # the inputs of blocks are the outputs of those before
+            config["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": [i + 1 for i in self.target_layer_ids]}
+        if self.sequential_head is not None or self.method != "dflash":
             config["flashdraft_config"] = own
         if self.draft_vocab_size is None:
             del config["draft_vocab_size"]
@@ -109,9 +128,21 @@ class DraftConfig:
         """Every tensor that the file must hold, with its shape."""
         h, i, d, r = self.hidden_size, self.intermediate_size, self.head_dim, self.head_rank
         q, kv = self.num_attention_heads * d, self.num_key_value_heads * d
+        mlp = {"mlp.gate_proj": (i, h), "mlp.up_proj": (i, h), "mlp.down_proj": (h, i)}
+        if self.method == "medusa":
+            heads: dict[str, tuple[int, ...]] = {"weight": (h, h), "bias": (h,)}
+            return {f"heads.{k}.{name}": shape for k in range(self.block_size - 1) for name, shape in heads.items()}
+        if self.method == "eagle3":  # q, k and v read the embedding and the state
+            own: dict[str, tuple[int, ...]] = {f"self_attn.{x}_proj": (n, 2 * h) for x, n in (("q", q), ("k", kv), ("v", kv))}
+            own |= (
+                mlp
+                | {"self_attn.o_proj": (h, q)}
+                | {x: (h,) for x in ("input_layernorm", "hidden_norm", "post_attention_layernorm")}
+            )
+            outer = {"fc.weight": (h, (len(self.target_layer_ids) or 3) * h), "norm.weight": (h,)}
+            return outer | {f"midlayer.{name}.weight": shape for name, shape in own.items()}
         norms = {"input_layernorm": (h,), "post_attention_layernorm": (h,), "self_attn.q_norm": (d,), "self_attn.k_norm": (d,)}
         linears = {f"self_attn.{x}_proj": shape for x, shape in {"q": (q, h), "k": (kv, h), "v": (kv, h), "o": (h, q)}.items()}
-        mlp = {"mlp.gate_proj": (i, h), "mlp.up_proj": (i, h), "mlp.down_proj": (h, i)}
         layer: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in (norms | linears | mlp).items()}
         if self.attention_bias:
             layer |= {f"{name}.bias": shape[:1] for name, shape in linears.items()}
@@ -119,6 +150,20 @@ class DraftConfig:
         shapes |= {"fc.weight": (h, len(self.target_layer_ids) * h), "hidden_norm.weight": (h,), "norm.weight": (h,)}
         head = {"gate_up": (2 * r, 2 * h), "down": (h, r)} if self.sequential_head else {}
         return shapes | {f"sequential_head.{name}.weight": shape for name, shape in head.items()}
+
+
+def _as_dflash(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
+    """config.json in DFlash's terms, and the method that it is of."""
+    named = " ".join(map(str, config.get("architectures") or ())).lower()
+    unnamed = config.get("model_type") == "llama" and config.get("num_hidden_layers") == 1 and "draft_vocab_size" in config
+    if not unnamed and "medusa" not in named and "eagle3" not in named:
+        return config, "dflash"
+    own = config.get("flashdraft_config") or {}
+    inputs = (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids") or ()
+    layers = own.get("target_layer_ids", [i - 1 for i in inputs])
+    special = {"mask_token_id": own.get("mask_token_id", 0), "target_layer_ids": layers}
+    facts = {"block_size": own.get("block_size", 6), "num_target_layers": own.get("num_target_layers", 0)}
+    return {**config, **facts, "dflash_config": special}, "medusa" if "medusa" in named else "eagle3"
 
 
 def spread_layers(num_target_layers: int, count: int) -> tuple[int, ...]:
@@ -134,15 +179,7 @@ def read_draft(folder: Path) -> tuple[DraftConfig, dict[str, Tensor]]:
     config = DraftConfig.from_json(read_config(folder), str(folder))
     if config.block_size < 2:
         raise CheckpointError(f"`{folder}` has block_size {config.block_size}", hint="a block is the anchor and 1 mask or more")
-    if not (files := sorted(folder.glob("*.safetensors"))):
-        raise CheckpointError(f"`{folder}` holds no .safetensors file", hint="pickled weights are not read; convert them")
-    tensors: dict[str, Tensor] = {}
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensors |= {name.removeprefix("model."): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"`{path}` is damaged: {error}", hint="it may be cut short; fetch or write it again") from None
+    tensors = _read_tensors(folder, pickled=config.method == "eagle3")
     kinds, count = config.layer_types, config.num_hidden_layers
     if odd := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
         raise CheckpointError(f"`{folder}` has a layer of type {odd[0]}", hint="known: full_attention, sliding_attention")
@@ -161,13 +198,31 @@ def read_draft(folder: Path) -> tuple[DraftConfig, dict[str, Tensor]]:
             got = f"shape {list(tensors[name].shape)}, its config.json asks for {list(shape)}"
             raise CheckpointError(f"{name} has {got}", hint="the two do not belong together")
     if unknown := sorted(set(tensors) - set(wanted) - set(optional)):
-        raise CheckpointError(f"`{folder}` has a tensor {unknown[0]}, unknown to DFlash", hint="it is of another method")
+        raise CheckpointError(f"`{folder}` has a tensor {unknown[0]}, unknown to {config.method}", hint="it is of another method")
     if "d2t" in tensors:
         leads = tensors["d2t"].long() + torch.arange(len(tensors["d2t"]))
         if bad := [int(token) for token in leads if not 0 <= token < config.vocab_size]:
             found = f"d2t leads to token {bad[0]} of a vocabulary of {config.vocab_size}"
             raise CheckpointError(f"`{folder}` is damaged: {found}", hint="fetch or write it again")
     return config, tensors
+
+
+def _read_tensors(folder: Path, *, pickled: bool) -> dict[str, Tensor]:
+    """All tensors of a folder, without the prefix `model.`; pickled: SafeAILab's .bin files are read, too, tensors only."""
+    files = sorted(folder.glob("*.safetensors")) or (sorted(folder.glob("pytorch_model*.bin")) if pickled else [])
+    if not files:
+        raise CheckpointError(f"`{folder}` holds no .safetensors file", hint="pickled weights are not read; convert them")
+    tensors: dict[str, Tensor] = {}
+    for path in files:
+        try:
+            if path.suffix == ".bin":
+                tensors |= torch.load(path, map_location="cpu", weights_only=True)
+            else:
+                with safe_open(path, framework="pt") as file:
+                    tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, RuntimeError, UnpicklingError) as error:
+            raise CheckpointError(f"`{path}` is damaged: {error}", hint="it may be cut short; fetch or write it again") from None
+    return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
 
 
 def write_draft(folder: Path, config: DraftConfig, tensors: Mapping[str, Tensor], readme: str | None = None) -> None:
@@ -199,9 +254,9 @@ def check_target(config: DraftConfig, target: Target) -> None:
     hint = f"it was trained for a target with {layers} layers of size {config.hidden_size}"
     if config.hidden_size != target.hidden_size:
         raise DraftMismatch(f"the draft has hidden size {config.hidden_size}, {but} {target.hidden_size}", hint=hint)
-    if beyond := [i for i in config.target_layer_ids if not 0 <= i < target.num_layers]:
+    if beyond := [i for i in config.target_layer_ids if not 0 <= i <= target.num_layers - (config.method == "dflash")]:
         raise DraftMismatch(f"the draft wants hidden states of layer {beyond[0]}, {but} {target.num_layers} layers", hint=hint)
-    if layers != target.num_layers:
+    if layers and layers != target.num_layers:
         raise DraftMismatch(f"the draft was made for a target with {layers} layers, {but} {target.num_layers}", hint=hint)
     if config.vocab_size > target.vocab_size or not 0 <= config.mask_token_id < target.vocab_size:
         got = f"{config.vocab_size} and the mask token {config.mask_token_id}, {but} {target.vocab_size}"

@@ -13,21 +13,22 @@ from flashdraft import hub
 from flashdraft.bench.profile import profile_training
 from flashdraft.bench.report import print_table
 from flashdraft.bench.tasks import read_prompts
-from flashdraft.checkpoint import check_target
+from flashdraft.checkpoint import DraftConfig, check_target
 from flashdraft.commands import DTYPE_HELP, TARGET_HELP, ModelOptions, Out, TargetOptions
 from flashdraft.errors import FlashDraftError, InvalidParameter
 from flashdraft.generate import Model, load
 from flashdraft.heads import HEADS
 from flashdraft.methods.dflash import DFlashDraftModel
+from flashdraft.network import DraftNetwork
 from flashdraft.target import Target
 from flashdraft.train.config import TrainConfig
 from flashdraft.train.doctor import diagnose
 from flashdraft.train.features import Data, FeatureSet, OnlineFeatures, ShardWriter, write_features
-from flashdraft.train.initialise import copied_from_target, draft_config, feature_layers, random_weights, taken_from
+from flashdraft.train.initialise import NETWORKS, copied_from_target, draft_config, random_weights, taken_from
 from flashdraft.train.prompts import write_prompts
 from flashdraft.train.regenerate import Server, mixed
 from flashdraft.train.regenerate import regenerate as answer_prompts
-from flashdraft.types import SamplingParams, Stats, option
+from flashdraft.types import SamplingParams, Stats, option, require
 
 SETS_HELP = ".jsonl and .json files, or hub data sets as name:split or name:config:split"
 Folder = Annotated[Path, Option(help="folder to write")]
@@ -39,28 +40,35 @@ Answers = Annotated[list[Path], Argument(help="files that `flashdraft regenerate
 class DraftOptions:
     """The draft network to train; None: the default of `draft_config`, or what the drafter of --init-from has."""
 
+    method: str = option("dflash", "what is trained: dflash, eagle3 or medusa", choices=tuple(NETWORKS))
     init: str = option("target", "first weights: target (copied from its last layers) or random", choices=("target", "random"))
     init_from: str | None = option(None, "first weights from this drafter, of the same target or of another of its width")
     num_layers: int | None = option(None, "draft layers; 3 without --init-from")
-    block_size: int | None = option(None, "anchor and masks; 4 without --init-from")
+    block_size: int | None = option(None, "the anchor and what is drafted at once; by default 4, eagle3 6, medusa 5")
     num_features: int | None = option(None, "target layers whose outputs the drafter reads; 5 without --init-from")
     mask_token_id: int | None = option(None, "an id that the target never reads or writes; known for built-in targets")
     head: str | None = option(None, "add a sequential head: swiglu (not in the plain format)", choices=HEADS)
     head_rank: int = option(64, "its inner size")
 
-    def network(self, target: Target, data: Data, seed: int) -> DFlashDraftModel:
-        """data: of the layers that the network will read; its first sample calibrates a copy of the target's layers."""
+    def shape(self, target: Target) -> DraftConfig:
+        """The network's config. Raises InvalidParameter for options that mean nothing beside each other."""
+        if self.method != "dflash":
+            _refuse(self, f"{self.method} has one shape", "num_layers", "num_features", "mask_token_id", "head", "head_rank")
         if self.head is None:
             _refuse(self, "no head is added without --head", "head_rank")
         names = ("num_layers", "block_size", "num_features", "mask_token_id")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.init_from is not None:
             _refuse(self, "--init-from has the first weights", "init")
-            donor = DFlashDraftModel.from_pretrained(self.init_from)
-            c = donor.config
+            c = NETWORKS[self.method].from_pretrained(self.init_from).config
             held = dict(zip(names, (c.num_hidden_layers, c.block_size, len(c.target_layer_ids), c.mask_token_id), strict=True))
-            return taken_from(draft_config(target, **(held | given)), donor, seed)
-        config = draft_config(target, **given)
+            given = held | given
+        return draft_config(target, method=self.method, **given)
+
+    def network(self, config: DraftConfig, target: Target, data: Data, seed: int) -> DraftNetwork:
+        """data: of the layers that the network will read; its first sample calibrates a copy of the target's layers."""
+        if self.init_from is not None:
+            return taken_from(config, NETWORKS[self.method].from_pretrained(self.init_from), seed)
         if self.init == "random":
             return random_weights(config, seed)
         return copied_from_target(config, target.name, data[0], seed)
@@ -75,14 +83,15 @@ class SourceOptions:
     online: bool = option(False, "FEATURES are answers: the target reads them at every use, and nothing is stored")
     max_length: int = option(512, "with --online: tokens of prompt and answer that are read, at most")
 
-    def open(self, paths: list[Path], lm: Model, num_features: int, *, final: bool) -> Data:
+    def open(self, paths: list[Path], lm: Model, layers: tuple[int, ...], *, final: bool) -> Data:
         if self.online:
-            layers = feature_layers(lm.target.num_layers, num_features)
             return OnlineFeatures(lm, paths, layers=layers, max_length=self.max_length, final=final)
         _refuse(self, "the folder of features has its own without --online", "max_length")
         if len(paths) > 1:
             raise InvalidParameter(f"got {len(paths)} folders of features", hint="give all answers to one `flashdraft features`")
-        return FeatureSet(paths[0])
+        data = FeatureSet(paths[0])
+        data.only(layers)
+        return data
 
 
 def _refuse(options: Any, reason: str, *names: str) -> None:
@@ -108,14 +117,19 @@ def prompts(
 class FeatureOptions:
     """What is stored of every answer."""
 
-    num_features: int = option(5, "target layers whose outputs are stored")
+    num_features: int = option(5, "target layers whose outputs are stored for dflash")
+    methods: str = option("dflash", f"comma-separated: store what these read, of {', '.join(NETWORKS)}")
     max_length: int = option(512, "tokens of prompt and answer that are stored, at most", least=2)
     soft_labels: bool = option(False, "also the final state, of which soft labels are made")
 
     def kind(self, lm: Model) -> dict[str, Any]:
         """As flashdraft.train.features takes it."""
-        layers = feature_layers(lm.target.num_layers, self.num_features)
-        return {"layers": layers, "max_length": self.max_length, "final": self.soft_labels}
+        layers = set[int]()
+        for method in self.methods.split(","):
+            require(method in NETWORKS, "methods", self.methods, f"of {', '.join(NETWORKS)}")
+            features = {"num_features": self.num_features, "mask_token_id": 0} if method == "dflash" else {}
+            layers |= {*draft_config(lm.target, method=method, **features).target_layer_ids}
+        return {"layers": tuple(sorted(layers)), "max_length": self.max_length, "final": self.soft_labels}
 
 
 @dataclass(frozen=True)
@@ -174,9 +188,10 @@ def train(
     except ModuleNotFoundError as error:
         raise FlashDraftError(f"training needs the package {error.name}", hint='pip install "flashdraft[train]"') from None
     lm = load(where.target, draft="autoregressive", dtype=where.dtype, device=str(process_device()))
-    data = where.open(source, lm, draft.num_features or 5, final=bool(config.kl + config.tv))
-    network = draft.network(lm.target, data, config.seed)
-    check_target(network.config, lm.target)
+    shape = draft.shape(lm.target)
+    check_target(shape, lm.target)
+    data = where.open(source, lm, shape.target_layer_ids, final=bool(config.kl + config.tv))
+    network = draft.network(shape, lm.target, data, config.seed)
     head = None if draft.head is None else (draft.head, draft.head_rank)
     trainer = Trainer(network, lm, data, out, config, head=head)
     if profile:

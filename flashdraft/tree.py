@@ -12,10 +12,11 @@ from torch import Tensor
 
 from flashdraft.types import Proposal
 
-__all__ = ["Nodes", "ancestors", "best_first", "chain", "check", "depths"]
+__all__ = ["NOTHING", "Nodes", "ancestors", "best_first", "chain", "check", "depths", "planted"]
 
 
 Nodes = tuple[list[int], list[int], list[float]]  # behind the anchor: tokens, parents, log-confidence given the parent
+NOTHING: Nodes = ([], [], [])
 
 
 def chain(num_nodes: int) -> Tensor:
@@ -59,6 +60,19 @@ def best_first(tokens: Sequence[Sequence[int]], scores: Sequence[Sequence[float]
         if depth + 1 < len(tokens):
             heappush(heap, (cost - scores[depth + 1][0], depth + 1, 0, len(nodes)))
     return [node[0] for node in nodes], [node[1] for node in nodes], [node[2] for node in nodes]
+
+
+def planted(anchors: Sequence[int], grown: Sequence[Nodes]) -> Proposal:
+    """One proposal of chosen nodes from what was grown behind every anchor."""
+    width = 1 + max((len(own) for own, _, _ in grown), default=0)
+    tokens, parents = torch.zeros(len(anchors), width, dtype=torch.long), chain(width).repeat(len(anchors), 1)
+    tokens[:, 0] = torch.tensor(anchors)
+    sizes, scores = torch.ones(len(anchors), dtype=torch.long), torch.zeros(len(anchors), width)
+    for i, nodes in enumerate(grown):
+        sizes[i] = 1 + len(nodes[0])
+        if nodes[0]:
+            tokens[i, 1 : sizes[i]], parents[i, 1 : sizes[i]], scores[i, 1 : sizes[i]] = map(torch.tensor, nodes)
+    return Proposal(tokens, parents, sizes, scores)
 
 
 def check(proposal: Proposal) -> None:

@@ -50,9 +50,11 @@ def profile(
     if nodes > 1:
         shipped = hub.builtin_draft(target) if draft == "auto" else draft
         most = max(model.target.num_layers - 3, 1)
-        shape = {"num_layers": min(3, most), "num_features": min(5, most), "mask_token_id": 0}
+        shape: Any = {"num_layers": min(3, most), "num_features": min(5, most), "mask_token_id": 0}
         untrained = random_weights(draft_config(model.target, **shape), 0) if shipped is None else None
-        network = PackedDraft(untrained or DFlashDraftModel.from_pretrained(shipped or ""), model.target)
+        drafting = untrained or DFlashDraftModel.from_pretrained(shipped or "")
+        assert isinstance(drafting, DFlashDraftModel)
+        network = PackedDraft(drafting, model.target)
         drafter = DFlashDrafter(network, block_size=nodes)
     engine = Engine(model.target, drafter)
     prompt = torch.randint(model.target.vocab_size, (context,), generator=torch.Generator().manual_seed(0)).tolist()

@@ -9,11 +9,10 @@ Embedding and lm_head are the target's.
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,20 +21,20 @@ from torch import Tensor, nn
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RotaryEmbedding
 
-from flashdraft import hub, native
+from flashdraft import native
 from flashdraft.cache import SlotCache
-from flashdraft.checkpoint import DraftConfig, check_target, read_draft, write_draft
+from flashdraft.checkpoint import DraftConfig
 from flashdraft.decoder import Block, Decoder
-from flashdraft.errors import CheckpointError, DraftMismatch
+from flashdraft.errors import CheckpointError
 from flashdraft.heads import SwigluHead
-from flashdraft.layers import ROPE_TYPES, Linear, RMSNorm, apply_rotary, pack, rotary_table
+from flashdraft.layers import ROPE_TYPES, RMSNorm, apply_rotary, pack, rotary_table
+from flashdraft.network import DRAFT_KERNEL, DraftHead, DraftNetwork
 from flashdraft.target import Target
-from flashdraft.tree import Nodes, best_first, chain
-from flashdraft.types import Proposal, Rows
+from flashdraft.tree import NOTHING, best_first, planted
+from flashdraft.types import Drafter, Proposal, Rows
 
 __all__ = ["DFlashDraftModel", "DFlashDrafter"]
 
-_KERNEL = "int8"  # a draft may be rounded: that can cost accepted length, never the text
 _BRANCHES = 8  # tokens of a position that a tree may hold
 _LIKELY = 64  # tokens among which a corrected state chooses
 
@@ -71,18 +70,18 @@ class _Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
-class DFlashDraftModel(nn.Module):
+class DFlashDraftModel(DraftNetwork):
     """The draft network. Its modules carry z-lab's tensor names; `from_pretrained` and `save_pretrained` use their format."""
 
+    method = "dflash"
+
     def __init__(self, config: DraftConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.fc = nn.Linear(len(config.target_layer_ids) * config.hidden_size, config.hidden_size, bias=False)
         self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         qwen3 = _qwen3(config)
         self.layers = nn.ModuleList(_Layer(config, qwen3) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.extras: dict[str, Tensor] = {}  # the format's optional tensors: lm_head.weight, embed_tokens.weight, d2t, t2d
         self.cos: Tensor
         self.sin: Tensor
         rotary = Qwen3RotaryEmbedding(qwen3)
@@ -93,44 +92,10 @@ class DFlashDraftModel(nn.Module):
         if config.sequential_head is not None:
             self.add_head(config.sequential_head, config.head_rank)
 
-    @classmethod
-    def from_pretrained(cls, name: str | Path) -> DFlashDraftModel:
-        """A drafter's folder or hub id, in float32. Raises CheckpointError or ModelNotFound."""
-        files = hub.resolve(str(name))
-        if not isinstance(files, Path):
-            raise CheckpointError(f"`{name}` is a GGUF file, not a drafter's folder", hint="give the folder it was made from")
-        config, tensors = read_draft(files)
-        model = cls(config)
-        model.extras = {n: tensors.pop(n) for n in ("lm_head.weight", "embed_tokens.weight", "d2t", "t2d") if n in tensors}
-        model.load_state_dict({n: t.float() for n, t in tensors.items()})
-        return model.eval()
-
-    def save_pretrained(self, folder: str | Path, *, readme: str | None = None, plain: bool = False) -> None:
-        """Write config.json and model.safetensors, in config.dtype; `readme` is the model card.
-
-        plain: without the optional tensors, for engines that know only the 11 tensors a layer and 3 more.
-        """
-        config = replace(self.config, draft_vocab_size=None, sequential_head=None) if plain else self.config
-        tensors = {n: t for n, t in self.state_dict().items() if n in config.shapes()}
-        write_draft(Path(folder), config, tensors | ({} if plain else self.extras), readme)
-
-    def push_to_hub(self, repo: str, *, readme: str | None = None, plain: bool = False, **options: Any) -> str:
-        """Save into a model repository of the hub; `options` and errors are those of hub.push."""
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, readme=readme, plain=plain)
-            return hub.push(Path(folder), repo, **options)
-
     def add_head(self, kind: str, rank: int) -> None:
         """A sequential head that changes nothing yet."""
         self.config = replace(self.config, sequential_head=kind, head_rank=rank)
         self.sequential_head = SwigluHead(self.config.hidden_size, rank)
-
-    def reduce_vocabulary(self, tokens: Tensor) -> None:
-        """Draft only these tokens [n] of the target's vocabulary (ascending): the lm_head's cost falls in proportion."""
-        known = torch.zeros(self.config.vocab_size, dtype=torch.bool)
-        known[tokens] = True
-        self.extras |= {"d2t": tokens - torch.arange(len(tokens)), "t2d": known}
-        self.config = replace(self.config, draft_vocab_size=len(tokens))
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         return self.cos[positions][:, None], self.sin[positions][:, None]
@@ -159,6 +124,9 @@ class DFlashDraftModel(nn.Module):
             x = x + layer.mlp(layer.post_attention_layernorm(x))
         return self.norm(x)  # type: ignore[no-any-return]
 
+    def drafters(self, target: Target) -> Callable[..., Drafter]:
+        return functools.partial(DFlashDrafter, PackedDraft(self, target))
+
 
 def _qwen3(config: DraftConfig) -> Qwen3Config:
     """What transformers needs to know for the parts that are Qwen3's own."""
@@ -169,21 +137,13 @@ def _qwen3(config: DraftConfig) -> Qwen3Config:
     return Qwen3Config(**{name: getattr(config, name) for name in names}, rope_parameters=rope)
 
 
-class PackedDraft:
+class PackedDraft(DraftHead):
     """A draft network's weights, packed for decoding beside one target; shared by all drafters made from it."""
 
     def __init__(self, model: DFlashDraftModel, target: Target) -> None:
-        check_target(model.config, target)
-        probe = target.embed(torch.zeros(1, dtype=torch.long))
-        embedding = model.extras.get("embed_tokens.weight")
-        if embedding is not None and len(embedding) < target.vocab_size:
-            got = f"an embedding of {len(embedding)} tokens, but `{target.name}` has {target.vocab_size}"
-            raise DraftMismatch(f"the draft has {got}", hint="the two must share their tokenizer")
-        self.embedding = None if embedding is None else embedding.to(probe)
-        self.config = model.config
-        self.target = target
-        self.fc = pack(model.fc.weight.detach().to(probe), kernel=_KERNEL)
-        config = model.config
+        super().__init__(model, target)
+        probe, config = self.probe, model.config
+        self.fc = self.packed(model.fc.weight)
         heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         kinds = config.layer_types or ("full_attention",) * len(model.layers)
         windows = [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
@@ -194,32 +154,22 @@ class PackedDraft:
             rotary=(model.cos.to(probe), model.sin.to(probe)),
             heads=heads,
             eps=config.rms_norm_eps,
-            kernel=_KERNEL,
+            kernel=DRAFT_KERNEL,
         )
         first = heads[0] * heads[2]  # behind the queries: keys and values, of all layers in one linear
         weights, biases = zip(*(block.linears["qkv"] for block in blocks), strict=True)
         bias = None if biases[0] is None else torch.cat([b[first:] for b in biases])
-        self.context_kv = pack(torch.cat([weight[first:] for weight in weights]), bias, kernel=_KERNEL)
+        self.context_kv = pack(torch.cat([weight[first:] for weight in weights]), bias, kernel=DRAFT_KERNEL)
         self.k_norm = torch.stack([block.norms["k_norm"] for block in blocks])
         self.hidden_norm = model.hidden_norm.weight.detach().to(probe)
         self.mask_embedding = self.embed(torch.tensor([model.config.mask_token_id]))
-        self.vocabulary, self.head = _own_head(model, target, probe)
-        own = model.extras.get("lm_head.weight")
-        self.own_head = None if own is None or model.sequential_head is None else own.to(probe)
         self.sequential = None if model.sequential_head is None else deepcopy(model.sequential_head).to(probe).eval()
         self.tables: tuple[Tensor, Tensor] | None = None  # what the C++ kernel of the sequential head reads, by draft id
         if self.sequential is not None and self.vocabulary is not None and native.usable(probe):
-            rows, embedded = self._rows(torch.arange(len(self.vocabulary))), self.embed(self.vocabulary)
+            rows, embedded = self.head_rows(torch.arange(len(self.vocabulary))), self.embed(self.vocabulary)
             self.tables = rows, rows if torch.equal(rows, embedded) else embedded
-        linears = [self.decoder, self.fc, self.context_kv, *([self.head] if self.head else [])]
-        tensors = [t for t in (self.embedding, self.own_head, *dict.fromkeys(self.tables or ())) if t is not None]
-        tensors += list(self.sequential.parameters()) if self.sequential else []
-        self.nbytes = sum(linear.nbytes for linear in linears) + sum(tensor.nbytes for tensor in tensors)
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        """The target's embedding, or the drafter's own if its file holds one."""
-        own = self.embedding
-        return self.target.embed(tokens) if own is None else F.embedding(tokens.to(own.device), own)
+        tensors = list(dict.fromkeys(self.tables or ())) + (list(self.sequential.parameters()) if self.sequential else [])
+        self.nbytes += sum(part.nbytes for part in (self.decoder, self.fc, self.context_kv, *tensors))
 
     def context(self, features: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of every layer for features [n, F * hidden]: [n, layers, kv_heads, head_dim] each."""
@@ -234,43 +184,23 @@ class PackedDraft:
 
         With a sequential head from left to right, each position seeing the likeliest token before it.
         """
-        logits = (self.target.lm_head if self.head is None else self.head)(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
+        logits = self.logits(hidden)
         count = min(count, logits.shape[-1])
         if self.sequential is None:
             best = logits.topk(count, dim=-1)
-            return self._ids(best.indices), best.values - logits.logsumexp(-1, keepdim=True)
+            return self.ids(best.indices), best.values - logits.logsumexp(-1, keepdim=True)
         likely = logits.topk(min(_LIKELY, logits.shape[-1]), dim=-1).indices  # to ask about all would cost a second lm_head
         previous = self.embed(anchors)
         if self.tables is not None:
             head = self.sequential.gate_up.weight.detach(), self.sequential.down.weight.detach()
             laws = native.chain(hidden, previous, self.tables, head, likely)
         else:
-            laws, rows = torch.empty_like(likely, dtype=hidden.dtype), self._rows(likely)
+            laws, rows = torch.empty_like(likely, dtype=hidden.dtype), self.head_rows(likely)
             for k in range(hidden.shape[1]):
                 laws[:, k] = (rows[:, k] @ self.sequential(hidden[:, k], previous)[..., None])[..., 0].log_softmax(-1)
-                previous = self.embed(self._ids(likely[:, k].gather(1, laws[:, k].argmax(-1, keepdim=True))[:, 0]))
+                previous = self.embed(self.ids(likely[:, k].gather(1, laws[:, k].argmax(-1, keepdim=True))[:, 0]))
         best = laws.topk(count, dim=-1)
-        return self._ids(likely.gather(-1, best.indices)), best.values
-
-    def _ids(self, best: Tensor) -> Tensor:
-        return best if self.vocabulary is None else self.vocabulary[best]
-
-    def _rows(self, drafts: Tensor) -> Tensor:
-        """The lm_head's rows of draft ids: [...] -> [..., hidden]."""
-        return self.target.head_weight(self._ids(drafts)) if self.own_head is None else self.own_head[drafts]
-
-
-def _own_head(model: DFlashDraftModel, target: Target, like: Tensor) -> tuple[Tensor | None, Linear | None]:
-    """The ids of a reduced draft vocabulary and the lm_head's rows for them; d2t holds target id - draft id.
-
-    A vocabulary of None is the target's; so is a head of None, and it is never written to.
-    """
-    weight, vocabulary = model.extras.get("lm_head.weight"), None
-    if "d2t" in model.extras:
-        offsets = model.extras["d2t"].long()
-        vocabulary = (offsets + torch.arange(len(offsets))).to(like.device)
-        weight = target.head_weight(vocabulary) if weight is None else weight
-    return vocabulary, None if weight is None else pack(weight.to(like), kernel=_KERNEL)
+        return self.ids(likely.gather(-1, best.indices)), best.values
 
 
 class DFlashDrafter:
@@ -314,19 +244,13 @@ class DFlashDrafter:
         anchors, size = rows.anchors, self.block_size
         limit = self.network.config.max_position_embeddings
         live = [i for i, position in enumerate(rows.positions) if position + size <= limit]
-        grown: list[Nodes] = []
+        grown = [NOTHING] * len(rows)
         if live and min(size, max_nodes) > 1:
             laws = self._fill([rows.slots[i] for i in live], [anchors[i] for i in live], min(size, max_nodes))
             budget = min(self.tree_nodes or size, max_nodes) - 1
-            grown = [best_first(tokens, scores, budget) for tokens, scores in zip(*map(Tensor.tolist, laws), strict=True)]
-        width = 1 + max((len(own) for own, _, _ in grown), default=0)
-        tokens, parents = torch.zeros(len(rows), width, dtype=torch.long), chain(width).repeat(len(rows), 1)
-        tokens[:, 0] = torch.tensor(anchors)
-        sizes, scores = torch.ones(len(rows), dtype=torch.long), torch.zeros(len(rows), width)
-        for i, nodes in zip(live, grown, strict=False):
-            sizes[i] = 1 + len(nodes[0])
-            tokens[i, 1 : sizes[i]], parents[i, 1 : sizes[i]], scores[i, 1 : sizes[i]] = map(torch.tensor, nodes)
-        return Proposal(tokens, parents, sizes, scores)
+            for i, tokens, scores in zip(live, *map(Tensor.tolist, laws), strict=True):
+                grown[i] = best_first(tokens, scores, budget)
+        return planted(anchors, grown)
 
     def end(self, rows: Rows) -> None:
         for slot in set(rows.slots) & set(range(self.cache.rows)):

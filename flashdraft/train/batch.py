@@ -78,6 +78,8 @@ class Batch:
     positions: tuple[Tensor, Tensor]  # absolute, of context and block rows
     labels: Tensor  # [rows]; -1 at anchors and past the end
     previous: Tensor  # [rows]: the token one position before
+    tokens: Tensor  # [context]
+    next_tokens: Tensor  # [context]: the one after each of them, up to the last anchor
     offsets: Tensor  # [rows]: distance from the anchor
     spans: list[tuple[int, int, int, int]]  # per sequence: its context and its block rows
     masks: list[Tensor]  # per sequence: block_mask; empty where `flex` is there
@@ -136,6 +138,8 @@ def _part(sample: Sample, anchors: Tensor, config: DraftConfig) -> dict[str, Ten
         "block_tokens": torch.where(offsets == 0, padded[positions], config.mask_token_id),
         "labels": torch.where(offsets == 0, -1, padded[positions]),
         "previous": padded[positions - 1].clamp(min=0),
+        "tokens": sample.tokens[:num_context],
+        "next_tokens": sample.tokens[1 : num_context + 1],
         "contexts": torch.arange(num_context),
         "blocks": positions,
         "offsets": offsets,

@@ -178,12 +178,20 @@ class FeatureSet:
     def __init__(self, folder: Path) -> None:
         manifest = _read_manifest(folder)
         self.folder, self.name, self.target = folder, str(folder), str(manifest["target"])
-        self.layers, self.hidden_size = tuple(manifest["layers"]), int(manifest["hidden_size"])
+        self.stored, self.hidden_size = tuple(manifest["layers"]), int(manifest["hidden_size"])
+        self.layers = self.stored
         self.final = bool(manifest.get("final", False))
         self.shards: dict[str, dict[str, Any]] = dict(sorted(manifest["shards"].items()))
         self.index = [(key, n, start) for key, entry in self.shards.items() for n, start in enumerate(entry["starts"])]
         if not self.index:
             raise DataError(f"`{folder}` holds no samples", hint="run `flashdraft features` on a file with answers")
+
+    def only(self, layers: Layers) -> None:
+        """From now on samples hold these layers. Raises DataError where one is not stored."""
+        if missing := [layer for layer in layers if layer not in self.stored]:
+            got = f"`{self.name}` holds layers {self.stored}, the drafter reads {layers}"
+            raise DataError(got, hint=f"run `flashdraft features` for this drafter: layer {missing[0]} is missing")
+        self.layers = layers
 
     def __len__(self) -> int:
         return len(self.index)
@@ -208,7 +216,11 @@ class FeatureSet:
 
     def __getitem__(self, i: int) -> Sample:
         final = self._read(i, "final") if self.final else None
-        return Sample(self._read(i, "tokens").long(), self._read(i, "features"), self.index[i][2], final)
+        features = self._read(i, "features")
+        if self.layers != self.stored:
+            places = [self.stored.index(layer) for layer in self.layers]
+            features = features.view(len(features), len(self.stored), -1)[:, places].flatten(1)
+        return Sample(self._read(i, "tokens").long(), features, self.index[i][2], final)
 
     def _read(self, i: int, name: str) -> Tensor:
         key, n, _ = self.index[i]
@@ -235,6 +247,9 @@ class OnlineFeatures(Reader):
 
     def check(self) -> None:
         pass
+
+    def only(self, layers: Layers) -> None:
+        assert layers == self.layers, "the target is asked for the layers that the drafter reads"
 
     def describe(self, i: int) -> str:
         return f"the answer to {self.rows[i]['prompt']!r:.60}"

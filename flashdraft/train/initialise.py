@@ -17,6 +17,9 @@ from flashdraft.checkpoint import DraftConfig, spread_layers
 from flashdraft.errors import CheckpointError, InvalidParameter
 from flashdraft.layers import ROPE_TYPES
 from flashdraft.methods.dflash import DFlashDraftModel
+from flashdraft.methods.eagle3 import Eagle3DraftModel
+from flashdraft.methods.medusa import MedusaDraftModel
+from flashdraft.network import DraftNetwork
 from flashdraft.target import Target
 from flashdraft.train.features import Sample
 from flashdraft.types import require
@@ -24,17 +27,31 @@ from flashdraft.types import require
 __all__ = ["copied_from_target", "draft_config", "feature_layers", "random_weights", "taken_from"]
 
 MASK_TOKENS = {"smollm2-135m": 16}  # unused ids of the built-in targets' vocabularies
+NETWORKS: dict[str, type[DraftNetwork]] = {"dflash": DFlashDraftModel, "eagle3": Eagle3DraftModel, "medusa": MedusaDraftModel}
+_BLOCKS = {"dflash": 4, "eagle3": 6, "medusa": 5}
 
 
 def draft_config(
-    target: Target, *, num_layers: int = 3, block_size: int = 4, num_features: int = 5, mask_token_id: int | None = None
+    target: Target,
+    *,
+    num_layers: int = 3,
+    block_size: int | None = None,
+    num_features: int = 5,
+    mask_token_id: int | None = None,
+    method: str = "dflash",
 ) -> DraftConfig:
     """A draft network of the target's own width and heads that reads `num_features` of its layers, for any family.
 
     mask_token_id: one that the target never reads or writes; needed unless built in. Raises InvalidParameter for a bad shape.
+    method: of eagle3 and medusa only the block size is free.
     """
     config: dict[str, Any] = target.config.to_dict()
     total, vocab = target.num_layers, target.vocab_size
+    block_size = _BLOCKS[method] if block_size is None else block_size
+    if method != "dflash":
+        num_layers, mask_token_id = 1, 0  # neither has masks
+        num_features = min(3, max(total - 3, 1))  # of eagle3: low, middle and high, all of them among dflash's five
+    layers = (total,) if method == "medusa" else feature_layers(total, num_features)
     mask = MASK_TOKENS.get(target.name) if mask_token_id is None else mask_token_id
     if mask is None or not 0 <= mask < vocab:
         hint = f"give --mask-token-id: an id below {vocab} that `{target.name}` never reads or writes"
@@ -47,10 +64,10 @@ def draft_config(
     rope = rope.get("full_attention") or rope  # gemma3 has one set for each kind of layer
     if rope.get("rope_type", "default") not in ROPE_TYPES:  # the draft's positions need not be the target's
         rope = {"rope_theta": rope.get("rope_theta", 10000.0)}
-    special = {"mask_token_id": mask, "target_layer_ids": feature_layers(total, num_features)}
+    special = {"mask_token_id": mask, "target_layer_ids": layers}
     shape |= {"num_hidden_layers": num_layers, "num_target_layers": total, "block_size": block_size, "dflash_config": special}
     shape |= {"vocab_size": vocab, "max_position_embeddings": target.context_length, "rope_parameters": rope}
-    return DraftConfig.from_json(shape, target.name)
+    return replace(DraftConfig.from_json(shape, target.name), method=method)
 
 
 def feature_layers(num_target_layers: int, num_features: int) -> tuple[int, ...]:
@@ -61,17 +78,19 @@ def feature_layers(num_target_layers: int, num_features: int) -> tuple[int, ...]
     return layers
 
 
-def random_weights(config: DraftConfig, seed: int) -> DFlashDraftModel:
-    """Matrices from N(0, 0.02), norms at one."""
-    model = DFlashDraftModel(config)
+def random_weights(config: DraftConfig, seed: int) -> DraftNetwork:
+    """Of the config's method: matrices from N(0, 0.02), norms at one; Medusa's heads at zero, as in its paper."""
+    model = NETWORKS[config.method](config)
     generator = torch.Generator().manual_seed(seed)
+    if config.method == "medusa":
+        return model
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, 0.0, 0.02, generator=generator)
     return model
 
 
-def taken_from(config: DraftConfig, donor: DFlashDraftModel, seed: int) -> DFlashDraftModel:
+def taken_from(config: DraftConfig, donor: DraftNetwork, seed: int) -> DraftNetwork:
     """A network for one target that starts from another one's drafter: every tensor of the same shape, the others random.
 
     A sequential head comes along where the vocabulary is the same. Raises InvalidParameter where no layer fits.
@@ -94,9 +113,16 @@ def taken_from(config: DraftConfig, donor: DFlashDraftModel, seed: int) -> DFlas
 
 
 @torch.no_grad()
-def copied_from_target(config: DraftConfig, target: str, sample: Sample, seed: int) -> DFlashDraftModel:
+def copied_from_target(config: DraftConfig, target: str, sample: Sample, seed: int) -> DraftNetwork:
     """Draft layers from the target's last ones; `sample` calibrates the scale of queries and keys."""
-    model, copied = random_weights(config, seed), _last_layers(target, config)
+    model = random_weights(config, seed)
+    if config.method == "medusa":
+        return model
+    copied = _last_layers(target, replace(config, method="dflash"))
+    if config.method == "eagle3":
+        _copy_eagle3(model, copied)
+        return model
+    assert isinstance(model, DFlashDraftModel)
     last = sample.features[:, -config.hidden_size :].float()
     unit = last / last.pow(2).mean(-1, keepdim=True).add(config.rms_norm_eps).sqrt()
     model.fc.weight[:, -config.hidden_size :] += torch.eye(config.hidden_size)
@@ -109,6 +135,16 @@ def copied_from_target(config: DraftConfig, target: str, sample: Sample, seed: i
                 copied[f"layers.{n}.self_attn.{name}_norm.weight"] = scale.expand(config.head_dim)
     model.load_state_dict(copied, strict=False)
     return model
+
+
+def _copy_eagle3(model: Any, copied: dict[str, Tensor]) -> None:
+    """The target's last layer: it reads the last feature in the state's half of its input, and little of the embedding yet."""
+    hidden, state = model.config.hidden_size, model.state_dict()
+    model.fc.weight[:, -hidden:] += torch.eye(hidden)
+    for name, weight in copied.items():
+        own = state["norm.weight" if name == "norm.weight" else f"midlayer.{name.removeprefix('layers.0.')}"]
+        own[..., -weight.shape[-1] :] = weight
+    state["midlayer.hidden_norm.weight"].copy_(copied["layers.0.input_layernorm.weight"])
 
 
 def _last_layers(target: str, config: DraftConfig) -> dict[str, Tensor]:

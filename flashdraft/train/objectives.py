@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashdraft.methods.dflash import DFlashDraftModel
+from flashdraft.network import DraftNetwork
 from flashdraft.target import Target
 from flashdraft.train.batch import Batch
 from flashdraft.train.features import Data
@@ -80,7 +80,7 @@ def chunked_loss(
 class Loss:
     """A network's loss against one target. `vocabulary`: the drafted tokens [n], ascending."""
 
-    def __init__(self, model: DFlashDraftModel, target: Target, vocabulary: Tensor, config: Any, device: torch.device) -> None:
+    def __init__(self, model: DraftNetwork, target: Target, vocabulary: Tensor, config: Any, device: torch.device) -> None:
         self.model, self.target, self.config = model, target, config
         self.vocabulary = vocabulary.to(device)
         self.head = target.head_weight(torch.arange(target.vocab_size)).to(device)

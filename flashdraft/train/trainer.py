@@ -24,18 +24,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.flop_counter import FlopCounterMode
 
 from flashdraft.checkpoint import write_file, write_tensors
 from flashdraft.engine import check
 from flashdraft.errors import DataError, FlashDraftError, InvalidParameter
 from flashdraft.generate import Model
-from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDraft
+from flashdraft.methods.dflash import DFlashDraftModel
+from flashdraft.network import DraftNetwork
 from flashdraft.provenance import provenance
 from flashdraft.target import Target
-from flashdraft.train.batch import Batch, Blocks, make_batch
+from flashdraft.train.batch import Batch, make_batch
 from flashdraft.train.config import TrainConfig, model_card
 from flashdraft.train.features import Data
 from flashdraft.train.objectives import Loss, accuracy, common_tokens
+from flashdraft.train.passes import PASSES
 from flashdraft.train.state import full_disk_named, last_checkpoint, load_checkpoint, save_checkpoint
 from flashdraft.types import Result, SamplingParams
 
@@ -43,6 +46,7 @@ __all__ = ["Trainer", "process_device"]
 
 _MEASURED = SamplingParams(max_new_tokens=128)  # the texts on which tau is measured
 _WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+_COUNTED = 50  # steps between two whose FLOPs are counted
 _FREE = ("steps", "eval_every", "save_every", "tracker")  # what may change when a run goes on
 Head = tuple[str, int]  # kind and rank of a sequential head to add
 
@@ -51,7 +55,7 @@ class Trainer:
     """One run in one folder: `checkpoints/`, `best/` (a drafter's folder), metrics.jsonl, tensorboard/, run.json."""
 
     def __init__(
-        self, model: DFlashDraftModel, lm: Model, data: Data, out: Path, config: TrainConfig, *, head: Head | None = None
+        self, model: DraftNetwork, lm: Model, data: Data, out: Path, config: TrainConfig, *, head: Head | None = None
     ) -> None:
         self.model, self.lm, self.data, self.out, self.config = model, lm, data, out, config
         self.target: Target = lm.target
@@ -59,6 +63,7 @@ class Trainer:
         self._check()
         out.mkdir(parents=True, exist_ok=True)
         self.step, self.positions, self.best, self.stopped = 0, 0, 0.0, 0
+        self.flops, self.flops_a_step = 0.0, 0.0  # of all steps, forward and backward; of the last step that was counted
         self.taus: list[tuple[int, float]] = []  # step and tau of every measurement
         cuda = torch.cuda.is_available()
         native = torch.cuda.is_bf16_supported() if cuda else torch.cpu._is_avx512_bf16_supported()
@@ -67,6 +72,7 @@ class Trainer:
         self.coverage: float | None = None  # share of the answers' tokens that the draft vocabulary has
         vocabulary = self._draft_vocabulary()
         if head is not None:
+            assert isinstance(model, DFlashDraftModel), "only dflash has a sequential head"
             if (held := model.config.sequential_head) is not None:
                 raise InvalidParameter(f"the drafter has a {held} head already", hint="leave out --head")
             with torch.random.fork_rng(devices=[]):
@@ -74,7 +80,7 @@ class Trainer:
                 model.add_head(*head)
         if model.sequential_head is not None and self.acc.distributed_type == "FSDP":
             raise InvalidParameter("a sequential head cannot be trained under FSDP", hint="use recipes/accelerate/ddp.yaml")
-        self.net: Any = Blocks(model, self.target.embed)
+        self.net: Any = PASSES[model.method](model, self.target.embed)
         matrices, norms = ([p for p in model.parameters() if (p.ndim > 1) is wanted] for wanted in (True, False))
         groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": norms, "weight_decay": 0.0}]
         self.optimizer: Any = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
@@ -108,7 +114,11 @@ class Trainer:
             task = bar.add_task("train", total=config.steps, completed=self.step)
             while self.step < config.steps:
                 started = time.perf_counter()
-                figures = self.train_step()
+                with FlopCounterMode(display=False) if self.step % _COUNTED == 0 else nullcontext() as counter:
+                    figures = self.train_step()
+                if counter is not None:  # the steps between are alike
+                    self.flops_a_step = counter.get_total_flops() * self.acc.num_processes
+                self.flops += self.flops_a_step
                 figures["positions_per_second"] = figures["positions"] / (time.perf_counter() - started)
                 ended = self.step == config.steps
                 if self.step % config.eval_every == 0 or ended:
@@ -165,17 +175,22 @@ class Trainer:
 
     def measure(self, weights: dict[str, Tensor], prompts: Sequence[str]) -> dict[str, Any]:
         """tau of the drafter with these weights, on held-out prompts; the best one is kept as a drafter's folder."""
-        model = DFlashDraftModel(self.model.config)
+        model = type(self.model)(self.model.config)
         model.load_state_dict(weights)
         model.extras = self.model.extras
-        network = PackedDraft(model.eval(), self.target)
-        drafting = replace(self.lm, new_drafter=lambda: DFlashDrafter(network))
+        drafting = replace(self.lm, new_drafter=model.eval().drafters(self.target))
         results: list[Result] = drafting.generate(list(prompts), _MEASURED)
         tau = sum(result.stats.tau for result in results) / len(results)
         self.taus.append((self.step, tau))
         if tau > self.best:
             self.best = tau
-            facts = {"step": self.step, "positions_seen": self.positions, "taus": self.taus, "num_prompts": len(prompts)}
+            facts = {
+                "step": self.step,
+                "positions_seen": self.positions,
+                "flops": self.flops,
+                "taus": self.taus,
+                "num_prompts": len(prompts),
+            }
             card = model_card(model.config, self.target.name, self.origin, facts, num_samples=len(self.data))
             model.save_pretrained(self.out / "best", readme=card)
         return {"tau": tau}
@@ -190,7 +205,8 @@ class Trainer:
 
     def _check(self) -> None:
         data, config = self.data, self.model.config
-        if data.layers != config.target_layer_ids or data.hidden_size != config.hidden_size:
+        data.only(config.target_layer_ids)
+        if data.hidden_size != config.hidden_size:
             got = f"`{data.name}` holds layers {data.layers}, the drafter reads {config.target_layer_ids}"
             raise DataError(got, hint="run `flashdraft features` for this drafter")
         if self.config.kl + self.config.tv and not data.final:
@@ -238,7 +254,7 @@ class Trainer:
         model, optimizer = both
         flat = {f"{name}.{key}": value for name, entry in optimizer.get("state", {}).items() for key, value in entry.items()}
         groups = {"model": model, "optimizer": flat} | ({"average": self._weights()} if self.average else {})
-        held = {"best": self.best, "positions": self.positions, "taus": self.taus}
+        held = {"best": self.best, "positions": self.positions, "taus": self.taus, "flops": [self.flops, self.flops_a_step]}
         if self.acc.is_main_process:
             settings = {"config": asdict(self.config), "draft": self.model.config.to_json()}
             save_checkpoint(self.out / "checkpoints", self.step, groups, held | settings)
@@ -267,6 +283,7 @@ class Trainer:
             self.average = {n: p.detach().clone() for n, p in self.model.named_parameters()}
         dcp.set_state_dict(*ours, model_state_dict=model, optim_state_dict=optimizer, options=_WHOLE)
         self.step, self.positions, self.best = state["step"], state["positions"], state["best"]
+        self.flops, self.flops_a_step = state["flops"]
         self.taus = [(step, tau) for step, tau in state["taus"]]
 
     def _log(self, figures: dict[str, Any]) -> None:

@@ -1,0 +1,230 @@
+"""EAGLE-3 (2503.01840): one decoder layer that drafts token by token from the target's fused features and its own last state.
+
+The layer reads pairs: the embedding of token t + 1 beside g_t, where g_t = fc(three of the target's states) for what the target
+has read, and the layer's own output for what was drafted (section 3.1). q, k and v are made of both, each under its own norm;
+the residual is g. Its output, normed, goes to an lm_head over a reduced vocabulary; un-normed, it is the next g. A dynamic tree
+(EAGLE-2, 2406.16858) expands the likeliest paths at every depth and keeps the likeliest nodes of all.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from flashdraft.cache import SlotCache
+from flashdraft.checkpoint import DraftConfig
+from flashdraft.errors import CheckpointError
+from flashdraft.layers import ROPE_TYPES, RMSNorm, apply_rotary, rotary_table
+from flashdraft.network import DraftHead, DraftNetwork
+from flashdraft.target import Target
+from flashdraft.tree import NOTHING, Nodes, planted
+from flashdraft.types import Drafter, Proposal, Rows
+
+__all__ = ["Eagle3DraftModel", "Eagle3Drafter", "fused_layers"]
+
+_Found = tuple[float, int, int, int, float]  # a node looked at: -log-probability of its path, number, parent, token, score
+_BEAM = 8  # paths that a tree expands at every depth, and tokens looked at behind each
+
+
+def fused_layers(num_target_layers: int) -> tuple[int, ...]:
+    """The layers whose outputs are the inputs of blocks 2, L // 2 and L - 3, as published folders mean without saying so."""
+    return tuple(sorted({1, num_target_layers // 2 - 1, max(num_target_layers - 4, 0)}))
+
+
+class Eagle3DraftModel(DraftNetwork):
+    """The draft network, under the tensor names of SafeAILab's and SpecForge's folders."""
+
+    method = "eagle3"
+
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__(config)
+        h, d, i = config.hidden_size, config.head_dim, config.intermediate_size
+        sizes = {"q": config.num_attention_heads * d, "k": config.num_key_value_heads * d, "v": config.num_key_value_heads * d}
+        attention = {f"{name}_proj": nn.Linear(2 * h, size, bias=False) for name, size in sizes.items()}
+        attention["o_proj"] = nn.Linear(sizes["q"], h, bias=False)
+        mlp = {"gate_proj": nn.Linear(h, i, bias=False), "up_proj": nn.Linear(h, i, bias=False)}
+        layer: dict[str, nn.Module] = {"self_attn": nn.ModuleDict(attention)}
+        layer["mlp"] = nn.ModuleDict(mlp | {"down_proj": nn.Linear(i, h, bias=False)})
+        for name in ("input_layernorm", "hidden_norm", "post_attention_layernorm"):
+            layer[name] = RMSNorm(h, config.rms_norm_eps)
+        self.midlayer: Any = nn.ModuleDict(layer)
+        self.fc = nn.Linear((len(config.target_layer_ids) or 3) * h, h, bias=False)
+        self.norm = RMSNorm(h, config.rms_norm_eps)
+        self.cos: Tensor
+        self.sin: Tensor
+        for name, table in zip(("cos", "sin"), _rotary(config), strict=True):
+            self.register_buffer(name, table, persistent=False)
+
+    def project(self, embedded: Tensor, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v [n, heads, head_dim] of pairs: embeddings and states [n, hidden] at positions [n]."""
+        layer, cos, sin = self.midlayer, self.cos[positions][:, None], self.sin[positions][:, None]
+        both = torch.cat((layer.input_layernorm(embedded), layer.hidden_norm(states)), dim=-1)
+        q, k, v = (layer.self_attn[f"{x}_proj"](both).view(len(both), -1, self.config.head_dim) for x in "qkv")
+        return apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v
+
+    def finish(self, states: Tensor, attended: Tensor) -> Tensor:
+        """The layer's output, un-normed: states [n, hidden] and what attention gave [n, heads * head_dim]."""
+        layer = self.midlayer
+        x = states + layer.self_attn.o_proj(attended)
+        y = layer.post_attention_layernorm(x)
+        return x + layer.mlp.down_proj(F.silu(layer.mlp.gate_proj(y)) * layer.mlp.up_proj(y))  # type: ignore[no-any-return]
+
+    def drafters(self, target: Target) -> Callable[..., Drafter]:
+        return functools.partial(Eagle3Drafter, _Packed(self, target))
+
+
+def _rotary(config: DraftConfig) -> tuple[Tensor, Tensor]:
+    if (kind := config.rope_parameters.get("rope_type", "default")) not in ROPE_TYPES:
+        raise CheckpointError(f"rotary scaling {kind!r} is not supported in a drafter", hint=f"known: {', '.join(ROPE_TYPES)}")
+    names = ("hidden_size", "num_attention_heads", "head_dim", "max_position_embeddings")
+    rope = {"rope_type": kind, **config.rope_parameters}
+    rotary = LlamaRotaryEmbedding(LlamaConfig(**{name: getattr(config, name) for name in names}, rope_parameters=rope))
+    return rotary_table(rotary.inv_freq, config.max_position_embeddings, float(rotary.attention_scaling), torch.float32)
+
+
+class _Packed(DraftHead):
+    """The same layer on packed linears, beside one target; shared by all drafters made from it."""
+
+    def __init__(self, model: Eagle3DraftModel, target: Target) -> None:
+        super().__init__(model, target)
+        if not self.config.num_target_layers:
+            layers = model.config.target_layer_ids or fused_layers(target.num_layers)
+            self.config = replace(model.config, num_target_layers=target.num_layers, target_layer_ids=layers)
+        layer = model.midlayer
+        self.fc = self.packed(model.fc.weight)
+        self.qkv = self.packed(torch.cat([layer.self_attn[f"{x}_proj"].weight for x in "qkv"]))
+        self.out, self.down = self.packed(layer.self_attn.o_proj.weight), self.packed(layer.mlp.down_proj.weight)
+        self.gate_up = self.packed(torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight]))
+        norms = {name: layer[name] for name in ("input_layernorm", "hidden_norm", "post_attention_layernorm")} | {
+            "norm": model.norm
+        }
+        self.norms = {name: norm.weight.detach().to(self.probe) for name, norm in norms.items()}
+        self.cos, self.sin = model.cos.to(self.probe), model.sin.to(self.probe)
+        self.nbytes += sum(linear.nbytes for linear in (self.fc, self.qkv, self.out, self.down, self.gate_up))
+
+    def normed(self, x: Tensor, name: str) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.norms[name], self.config.rms_norm_eps)
+
+    def project(self, tokens: Tensor, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As Eagle3DraftModel.project, from token ids."""
+        c = self.config
+        both = torch.cat((self.normed(self.embed(tokens), "input_layernorm"), self.normed(states, "hidden_norm")), dim=-1)
+        heads = c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads
+        qkv = self.qkv(both).view(len(both), -1, c.head_dim)
+        qk, v = qkv[:, : heads[0] + heads[1]], qkv[:, heads[0] + heads[1] :]
+        qk = apply_rotary(qk, self.cos[positions][:, None], self.sin[positions][:, None])
+        return qk[:, : heads[0]], qk[:, heads[0] :], v
+
+    def finish(self, states: Tensor, attended: Tensor) -> Tensor:
+        x = states + self.out(attended)
+        gate, up = self.gate_up(self.normed(x, "post_attention_layernorm")).chunk(2, dim=-1)
+        return x + self.down(F.silu(gate) * up)
+
+    def likely(self, states: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Un-normed states [n, hidden] -> likeliest tokens and their log-probabilities [n, count]."""
+        logits = self.logits(self.normed(states, "norm"))
+        best = logits.topk(min(count, logits.shape[-1]), dim=-1)
+        return self.ids(best.indices), best.values - logits.logsumexp(-1, keepdim=True)
+
+
+class Eagle3Drafter(Drafter):
+    """Chosen nodes: the likeliest chain of `block_size` - 1 tokens, or the likeliest tree of `tree_nodes` nodes as deep.
+
+    A pair waits until its token is known: the last state read belongs to the anchor, which is committed a step later.
+    """
+
+    name = "eagle3"
+
+    def __init__(self, network: _Packed, *, block_size: int | None = None, tree_nodes: int | None = None) -> None:
+        self.network, self.tree_nodes = network, tree_nodes
+        self.depth = (block_size or network.config.block_size) - 1
+        self.layers = network.config.target_layer_ids
+        self.cache = SlotCache(1, 1, 256)
+        self.caches: tuple[SlotCache, ...] = (self.cache,)
+        self._states: dict[int, Tensor] = {}  # by slot: g of the last position read
+
+    @torch.inference_mode()
+    def observe(self, rows: Rows, tokens: Sequence[Tensor], features: Sequence[Tensor] | None) -> None:
+        """Pairs of what was read: keys and values, once."""
+        assert features is not None
+        self.cache.reserve(0, rows=max(rows.slots) + 1)
+        limit = self.network.config.max_position_embeddings
+        for slot, new, seen in zip(rows.slots, tokens, features, strict=True):
+            states = self.network.fc(seen)
+            before = [self._states[slot]] if slot in self._states else []
+            paired = torch.cat((*before, states))[:-1]
+            start = self.cache.lengths[slot]
+            count = max(min(len(paired), limit - start), 0)
+            if count:
+                first = new[len(new) - len(paired) :]
+                _, k, v = self.network.project(first[:count], paired[:count], torch.arange(start, start + count))
+                self.cache.reserve(start + count)
+                self.cache.write(0, slot, k.transpose(0, 1), v.transpose(0, 1))
+                self.cache.keep(slot, range(count))
+            self._states[slot] = states[-1:]
+
+    @torch.inference_mode()
+    def propose(self, rows: Rows, max_nodes: int) -> Proposal:
+        """A forward of the layer for every depth. A row beyond the draft's positions gets its anchor alone."""
+        depth = min(self.depth, max_nodes - 1)
+        budget = min(self.tree_nodes or depth + 1, max_nodes) - 1
+        limit = self.network.config.max_position_embeddings
+        grown = [NOTHING] * len(rows)
+        for i, (slot, anchor) in enumerate(zip(rows.slots, rows.anchors, strict=True)):
+            if depth > 0 and self.cache.lengths[slot] + depth <= limit:
+                grown[i] = self._grow(slot, anchor, depth, budget)
+        return planted(rows.anchors, grown)
+
+    def end(self, rows: Rows) -> None:
+        for slot in set(rows.slots) & set(range(self.cache.rows)):
+            self.cache.free(slot)
+            self._states.pop(slot, None)
+
+    def _grow(self, slot: int, anchor: int, depth: int, budget: int) -> Nodes:
+        """The likeliest tree of `budget` nodes among all that a beam looks at; with a beam of one, a chain."""
+        net, start, width = self.network, self.cache.lengths[slot], _BEAM if self.tree_nodes else 1
+        tokens, states = torch.tensor([anchor]), self._states[slot]
+        paths, joint = [-1], torch.zeros(1, 1)  # of the beam: its nodes' numbers, and their paths' log-probabilities
+        found: list[_Found] = []
+        own: tuple[Tensor, Tensor] | None = None  # keys and values [kv_heads, n, head_dim] of the beams, in order
+        seen = torch.zeros(1, 0, dtype=torch.bool)  # which of them each path of the beam goes through
+        for level in range(depth):
+            q, k, v = net.project(tokens, states, torch.full_like(tokens, start + level))
+            k, v = k.transpose(0, 1), v.transpose(0, 1)
+            own = (k, v) if own is None else (torch.cat((own[0], k), 1), torch.cat((own[1], v), 1))
+            seen = torch.cat((seen, torch.eye(len(tokens), dtype=torch.bool)), 1)
+            states = net.finish(states.expand(len(tokens), -1), self._attend(slot, q, own, seen))
+            ids, scores = (t.cpu() for t in net.likely(states, width))
+            total = joint + scores
+            numbers = len(found) + torch.arange(total.numel()).view_as(total)
+            parents = torch.tensor(paths)[:, None].expand_as(total)
+            found += zip(*(t.flatten().tolist() for t in (-total, numbers, parents, ids, scores)), strict=True)
+            best = total.flatten().topk(min(width, total.numel())).indices
+            came = best // total.shape[1]
+            tokens, joint = ids.flatten()[best], total.flatten()[best][:, None]
+            paths, states, seen = numbers.flatten()[best].tolist(), states[came], seen[came]
+        return _kept(found, budget)
+
+    def _attend(self, slot: int, q: Tensor, own: tuple[Tensor, Tensor], seen: Tensor) -> Tensor:
+        """q [n, heads, head_dim] over the row's pairs and, of the beams' own keys, those that `seen` [n, m] shows."""
+        keys, values = self.cache.layer(0, own[0])
+        length = self.cache.lengths[slot]
+        k, v = (torch.cat((past[slot, :, :length], new), 1) for past, new in zip((keys, values), own, strict=True))
+        mask = torch.cat((torch.ones(len(q), length, dtype=torch.bool), seen), 1).to(q.device)
+        out = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k[None], v[None], attn_mask=mask, enable_gqa=True)
+        return out[0].transpose(0, 1).flatten(1)
+
+
+def _kept(found: list[_Found], budget: int) -> Nodes:
+    """The likeliest nodes. No parent is less likely than its child, and its number is lower: it is kept and stands before it."""
+    best = sorted(found)[:budget]
+    place = {-1: 0} | {number: i for i, (_, number, _, _, _) in enumerate(best, 1)}
+    return [token for *_, token, _ in best], [place[parent] for _, _, parent, _, _ in best], [score for *_, score in best]

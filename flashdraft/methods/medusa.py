@@ -1,0 +1,109 @@
+"""Medusa (2401.10774): K heads on the target's last state; head k guesses the token k places behind the anchor.
+
+head_k(h) = h + SiLU(W_k h + b_k), before the target's own lm_head (section 2.1.1; there, every head has an output matrix of its
+own). h is the state that the anchor was drawn from, so nothing is cached and all heads run at once. The heads do not see each
+other; a tree (section 2.1.2) holds the likeliest tokens of each. Its shape is static: which ranks stand where never changes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flashdraft.checkpoint import DraftConfig
+from flashdraft.network import DraftHead, DraftNetwork
+from flashdraft.target import Target
+from flashdraft.tree import NOTHING, Nodes, best_first, planted
+from flashdraft.types import Drafter, Proposal, Rows
+
+__all__ = ["MedusaDraftModel", "MedusaDrafter"]
+
+_BRANCHES = 8  # tokens of a position that a tree may hold
+_FIRST, _FALL = 0.7, 0.3  # the static tree supposes: a head's likeliest token is right so often, each next one so much less
+
+
+class MedusaDraftModel(DraftNetwork):
+    """`block_size` - 1 heads. A new one changes nothing: its guess is the target's own next token again."""
+
+    method = "medusa"
+
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__(config)
+        self.heads: Any = nn.ModuleList(nn.Linear(config.hidden_size, config.hidden_size) for _ in range(config.block_size - 1))
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """The target's final normed states [n, hidden] -> [n, heads, hidden], for the lm_head."""
+        return torch.stack([states + F.silu(head(states)) for head in self.heads], dim=1)
+
+    def drafters(self, target: Target) -> Callable[..., Drafter]:
+        return functools.partial(MedusaDrafter, _Packed(self, target))
+
+
+class _Packed(DraftHead):
+    def __init__(self, model: MedusaDraftModel, target: Target) -> None:
+        super().__init__(model, target)
+        self.weight = self.packed(torch.cat([head.weight for head in model.heads]))  # all heads in one linear
+        self.bias = torch.cat([head.bias.detach() for head in model.heads]).to(self.probe)
+        self.nbytes += self.weight.nbytes + self.bias.nbytes
+
+    def likely(self, states: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """States [n, hidden] -> the likeliest tokens of every head and their log-probabilities, [n, heads, count] each."""
+        corrected = states[:, None] + F.silu(self.weight(states) + self.bias).view(len(states), -1, states.shape[1])
+        logits = self.logits(corrected)
+        best = logits.topk(min(count, logits.shape[-1]), dim=-1)
+        return self.ids(best.indices), best.values - logits.logsumexp(-1, keepdim=True)
+
+
+class MedusaDrafter(Drafter):
+    """Chosen nodes: every head's likeliest token as a chain, or a static tree of `tree_nodes` nodes."""
+
+    name = "medusa"
+
+    def __init__(self, network: _Packed, *, block_size: int | None = None, tree_nodes: int | None = None) -> None:
+        self.network, self.tree_nodes = network, tree_nodes
+        self.depth = min(block_size or network.config.block_size, network.config.block_size) - 1
+        self.layers = (network.target.num_layers,)
+        self._states: dict[int, Tensor] = {}  # by slot: the last final state, which the anchor was drawn from
+
+    def observe(self, rows: Rows, tokens: Sequence[Tensor], features: Sequence[Tensor] | None) -> None:
+        assert features is not None
+        for slot, new in zip(rows.slots, features, strict=True):
+            self._states[slot] = new[-1].clone()
+
+    @torch.inference_mode()
+    def propose(self, rows: Rows, max_nodes: int) -> Proposal:
+        depth = min(self.depth, max_nodes - 1)
+        if depth < 1:
+            return planted(rows.anchors, [NOTHING] * len(rows))
+        states = torch.stack([self._states[slot] for slot in rows.slots])
+        found = self.network.likely(states, _BRANCHES if self.tree_nodes else 1)
+        laws = zip(*(t[:, :depth].tolist() for t in found), strict=True)
+        shape = _static(depth, found[0].shape[-1], min(self.tree_nodes or depth + 1, max_nodes) - 1)
+        return planted(rows.anchors, [_filled(shape, *law) for law in laws])
+
+    def end(self, rows: Rows) -> None:
+        for slot in rows.slots:
+            self._states.pop(slot, None)
+
+
+@functools.cache
+def _static(depth: int, branches: int, count: int) -> tuple[list[tuple[int, int]], list[int]]:
+    """A tree's depths (from 0) and ranks, and its parents: the best one under one fixed law of ranks at every depth."""
+    law = (torch.tensor([_FIRST * _FALL**rank for rank in range(branches)])).log().tolist()
+    ranks, parents, _ = best_first([list(range(branches))] * depth, [law] * depth, count)
+    depths: list[int] = []
+    for parent in parents:
+        depths.append(depths[parent - 1] + 1 if parent else 0)
+    return list(zip(depths, ranks, strict=True)), parents
+
+
+def _filled(shape: tuple[list[tuple[int, int]], list[int]], tokens: list[list[int]], scores: list[list[float]]) -> Nodes:
+    places, parents = shape
+    return [tokens[d][r] for d, r in places], list(parents), [scores[d][r] for d, r in places]
