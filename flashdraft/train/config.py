@@ -12,6 +12,12 @@ __all__ = ["TrainConfig", "model_card"]
 
 _CARD = Path(flashdraft.__file__).with_name("assets").joinpath("card.md").read_text(encoding="utf-8")
 
+_WHAT = {  # by method: its name, and what the network is
+    "dflash": ("DFlash", "A block-diffusion draft network (DFlash, arXiv 2602.06036)."),
+    "eagle3": ("EAGLE-3", "A draft layer on fused features (EAGLE-3, arXiv 2503.01840), trained by training-time test."),
+    "medusa": ("Medusa", "Residual heads on the last state (Medusa, arXiv 2401.10774), before the target's own lm_head."),
+}
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -52,7 +58,9 @@ def model_card(config: DraftConfig, target: str, run: dict[str, Any], figures: d
     settings = ", ".join(f"{name} {value}" for name, value in run["config"].items())
     measured = "\n".join(f"| {step} | {tau:.2f} |" for step, tau in figures["taus"])
     facts = {"target": target, "head": head, "settings": settings, "measured": measured, "num_samples": num_samples}
-    facts |= {"num_layers": config.num_hidden_layers, "block_size": config.block_size, "num_masks": config.block_size - 1}
-    facts |= {"mask_token": config.mask_token_id, "layers": ", ".join(map(str, config.target_layer_ids))}
+    facts |= {"num_layers": config.num_hidden_layers, "block_size": config.block_size, "num_drafts": config.block_size - 1}
+    facts |= dict(zip(("title", "what"), _WHAT[config.method], strict=True)) | {"method": config.method}
+    facts |= {"masks": f"; mask token {config.mask_token_id}" if config.method == "dflash" else ""}
+    facts |= {"layers": ", ".join(map(str, config.target_layer_ids))}
     facts |= {"draft_vocabulary": config.draft_vocab_size or config.vocab_size, "vocabulary": config.vocab_size}
     return _CARD.format_map(facts | figures | run["versions"] | run)

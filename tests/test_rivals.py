@@ -1,0 +1,397 @@
+"""EAGLE-3 and Medusa: decoding against slow definitions, texts against plain decoding, files, training."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import EOS, VOCAB, LetterTokenizer, tiny_target
+from safetensors.torch import load_file
+from torch import Tensor
+from toy_folders import letter_tokenizer
+from toy_training import one_line_and_hint
+
+from flashdraft.checkpoint import DraftConfig, read_draft
+from flashdraft.control import Control
+from flashdraft.engine import Engine, Request
+from flashdraft.errors import CheckpointError, DraftMismatch, InvalidParameter
+from flashdraft.generate import Model
+from flashdraft.methods.autoregressive import Autoregressive
+from flashdraft.methods.dflash import DFlashDraftModel
+from flashdraft.methods.eagle3 import Eagle3DraftModel, fused_layers
+from flashdraft.methods.medusa import MedusaDraftModel
+from flashdraft.target import Target
+from flashdraft.text import TextDecoder
+from flashdraft.train.batch import make_batch
+from flashdraft.train.config import TrainConfig
+from flashdraft.train.features import FeatureSet, Sample, write_features
+from flashdraft.train.initialise import NETWORKS, draft_config, random_weights
+from flashdraft.train.passes import PASSES
+from flashdraft.train.trainer import Trainer
+from flashdraft.types import Rows, SamplingParams
+
+METHODS = ("eagle3", "medusa")
+PROMPTS = ((5, 9, 31), tuple(range(3, 40)), (7, 7, 12, 50, 3, 22, 17, 8, 40, 41, 9), (33,))
+GREEDY = SamplingParams(max_new_tokens=30, ignore_eos=True)
+SAMPLED = SamplingParams(max_new_tokens=30, ignore_eos=True, temperature=1.3, top_p=0.9, seed=11)
+
+
+def the_target() -> Target:
+    return tiny_target("llama", lean=True)
+
+
+@cache
+def network(method: str, **changes: Any) -> Any:
+    """A random network whose drafts depend on everything it reads, of three features where its method reads several."""
+    config = replace(draft_config(the_target(), method=method), **changes)
+    model = NETWORKS[method](replace(config, target_layer_ids=(0, 1, 2)) if method == "eagle3" else config)
+    torch.manual_seed(5)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 else 0.0, 0.3)
+    return model.requires_grad_(False).eval()
+
+
+def features_of(tokens: Sequence[int], layers: Sequence[int]) -> Tensor:
+    target = the_target()
+    _, features = target.prefill(target.new_cache(1, 64), 0, torch.tensor(tokens), layers)
+    assert features is not None
+    return features
+
+
+def rows_of(history: Sequence[int]) -> Rows:
+    return Rows([0], [list(history)], [GREEDY])
+
+
+def drafts(method: str, history: Sequence[int], *, pieces: int = 3, max_nodes: int = 99, **options: Any) -> Any:
+    """What a fresh drafter proposes behind `history`, which it observed in pieces."""
+    drafter = network(method).drafters(the_target())(**options)
+    seen = features_of(history[:-1], drafter.layers)
+    for part in torch.arange(len(history) - 1).tensor_split(pieces):
+        if len(part):
+            drafter.observe(rows_of(history), [torch.tensor(history)[part]], [seen[part]])
+    return drafter.propose(rows_of(history), max_nodes)
+
+
+# The definition of EAGLE-3, one pair and one head at a time. `fault` plants one of the mistakes that implementations make.
+
+FAULTS = (
+    "the pair's token is one too early",
+    "the two norms are swapped",
+    "the drafted state is normed before it is fed back",
+    "the residual is the normed state",
+    "a drafted pair does not see the pairs before it",
+)
+
+
+def rms(x: Tensor, weight: Tensor) -> Tensor:
+    return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
+
+
+def rotated(x: Tensor, position: int) -> Tensor:
+    """x: [heads, head_dim]"""
+    half, out = x.shape[-1] // 2, x.clone()
+    for i in range(half):
+        angle = position / 10000.0 ** (i / half)
+        first, second = x[:, i], x[:, i + half]
+        out[:, i] = first * math.cos(angle) - second * math.sin(angle)
+        out[:, i + half] = second * math.cos(angle) + first * math.sin(angle)
+    return out
+
+
+def chain_by_definition(history: Sequence[int], depth: int, fault: str = "") -> tuple[list[int], list[float]]:
+    """Tokens and their log-probabilities."""
+    model, target, layer = network("eagle3"), the_target(), network("eagle3").midlayer
+    d, heads = model.config.head_dim, model.config.num_attention_heads
+    fused = [g @ model.fc.weight.double().T for g in features_of(history[:-1], model.config.target_layer_ids)]
+    early = fault == "the pair's token is one too early"
+    known = list(history) if not early else [history[0], *history[:-1]]
+    pairs = list(zip(known[1:], fused, strict=True))  # token t + 1 beside g_t
+    keys, values, found, scores_found = [], [], list[int](), list[float]()
+    for step in range(len(pairs) - 1 + depth):
+        token, state = pairs[step]
+        names = ("hidden_norm", "input_layernorm") if fault == "the two norms are swapped" else ("input_layernorm", "hidden_norm")
+        embedded = target.embed(torch.tensor([token]))[0]
+        both = torch.cat((rms(embedded, layer[names[0]].weight), rms(state, layer[names[1]].weight)))
+        q, k, v = ((both @ layer.self_attn[f"{x}_proj"].weight.double().T).view(-1, d) for x in "qkv")
+        keys.append(rotated(k, step))
+        values.append(v)
+        if step < len(pairs) - 1 and len(pairs) < len(history) + len(found):
+            continue  # of what was read only the last pair drafts
+        first = step if fault == "a drafted pair does not see the pairs before it" and found else 0
+        outputs = []
+        for head in range(heads):
+            group = head // (heads // len(k))
+            scores = torch.stack([rotated(q, step)[head] @ key[group] for key in keys[first:]]) / math.sqrt(d)
+            outputs.append(scores.softmax(0) @ torch.stack([value[group] for value in values[first:]]))
+        base = rms(state, layer.hidden_norm.weight) if fault == "the residual is the normed state" else state
+        x = base + torch.cat(outputs) @ layer.self_attn.o_proj.weight.double().T
+        y = rms(x, layer.post_attention_layernorm.weight)
+        gate, up = (y @ layer.mlp[name].weight.double().T for name in ("gate_proj", "up_proj"))
+        x = x + (gate * torch.sigmoid(gate) * up) @ layer.mlp.down_proj.weight.double().T
+        law = target.lm_head(rms(x, model.norm.weight)).log_softmax(-1)
+        found.append(int(law.argmax()))
+        scores_found.append(float(law.max()))
+        pairs.append(
+            (found[-1], rms(x, model.norm.weight) if fault == "the drafted state is normed before it is fed back" else x)
+        )
+    return found[:depth], scores_found[:depth]
+
+
+def test_eagle3_chain_equals_its_definition() -> None:
+    for history in PROMPTS[:3]:
+        for pieces in (1, 3):
+            proposal = drafts("eagle3", history, pieces=pieces)
+            tokens, scores = chain_by_definition(history, 5)
+            assert proposal.tokens[0, 1:].tolist() == tokens
+            assert proposal.scores[0, 1:].tolist() == pytest.approx(scores, rel=1e-4)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_fault_changes_the_chain(fault: str) -> None:
+    for history in PROMPTS[:3]:
+        assert chain_by_definition(history, 5, fault)[1] != pytest.approx(chain_by_definition(history, 5)[1], rel=1e-3)
+
+
+def test_eagle3_tree_has_the_likeliest_paths_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a beam as wide as the vocabulary nothing is missed: all paths of two tokens, scored by chains that are fed them."""
+    monkeypatch.setattr("flashdraft.methods.eagle3._BEAM", VOCAB)
+    history, nodes = PROMPTS[2], 20
+    whole = 1 + VOCAB + VOCAB**2
+    joints = path_scores(drafts("eagle3", history, tree_nodes=whole, block_size=3, max_nodes=whole))
+    assert len(joints) == VOCAB + VOCAB**2
+    assert sum(math.exp(score) for path, score in joints.items() if len(path) == 1) == pytest.approx(1.0)
+    narrow = path_scores(drafts("eagle3", history, tree_nodes=nodes, block_size=3))
+    assert sorted(narrow.values()) == pytest.approx(sorted(joints.values())[1 - nodes :])
+    chain = path_scores(drafts("eagle3", history, block_size=3))
+    for path, score in (narrow | chain).items():
+        assert score == pytest.approx(joints[path])
+
+
+def path_scores(proposal: Any) -> dict[tuple[int, ...], float]:
+    """By path from the anchor: the sum of its nodes' scores."""
+    paths: dict[int, tuple[int, ...]] = {0: ()}
+    joints = {(): 0.0}
+    tokens, parents, scores = (t[0].tolist() for t in (proposal.tokens, proposal.parents, proposal.scores))
+    for node in range(1, int(proposal.sizes[0])):
+        paths[node] = (*paths[parents[node]], tokens[node])
+        joints[paths[node]] = joints[paths[parents[node]]] + scores[node]
+    del joints[()]
+    return joints
+
+
+def test_medusa_heads_equal_their_definition() -> None:
+    model, target = network("medusa"), the_target()
+    for history in PROMPTS[:3]:
+        state = features_of(history[:-1], (target.num_layers,))[-1]
+        expected = []
+        for head in model.heads:
+            x = head.weight.double() @ state + head.bias.double()
+            expected.append(int(target.lm_head(state + x * torch.sigmoid(x)).argmax()))
+        assert drafts("medusa", history).tokens[0, 1:].tolist() == expected
+
+
+def test_medusa_tree_is_static_and_holds_the_chain() -> None:
+    shapes = {tuple(drafts("medusa", history, tree_nodes=14).parents[0].tolist()) for history in PROMPTS[:3]}
+    assert len(shapes) == 1
+    tree, chain = drafts("medusa", PROMPTS[1], tree_nodes=14), drafts("medusa", PROMPTS[1])
+    edges = dict(zip(zip(tree.parents[0].tolist(), tree.tokens[0].tolist(), strict=True), range(14), strict=True))
+    node = 0
+    for token in chain.tokens[0, 1:].tolist():
+        node = edges[node, token]
+
+
+# Losslessness.
+
+
+def run(drafter: Any, params: SamplingParams, *, max_rows: int, adaptive: Control | None = None) -> list[tuple[int, ...]]:
+    """Every text, in order; rows join and leave where there are fewer of them than prompts."""
+    engine = Engine(the_target(), drafter, max_rows=max_rows)
+    engine.control = adaptive
+    waiting = [Request(list(p), params, TextDecoder(LetterTokenizer(), ()), frozenset({EOS}), i) for i, p in enumerate(PROMPTS)]
+    texts: dict[int, tuple[int, ...]] = {}
+    while waiting or engine.running:
+        chunks = [engine.admit(waiting.pop(0))] if waiting and engine.num_free else engine.step()
+        texts |= {chunk.index: chunk.result.tokens for chunk in chunks if chunk.result is not None}
+    return [texts[i] for i in sorted(texts)]
+
+
+@cache
+def plain(params: SamplingParams) -> list[tuple[int, ...]]:
+    return run(Autoregressive(), params, max_rows=1)
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("tree_nodes", [None, 12])
+@pytest.mark.parametrize("method", METHODS)
+def test_text_equals_plain_text(method: str, tree_nodes: int | None, adaptive: bool) -> None:
+    make = network(method).drafters(the_target())
+    for params, max_rows in product((GREEDY, SAMPLED), (1, 2, 4)):
+        control = Control({1: 1.0, 2: 1.01, 64: 1.5}) if adaptive else None
+        assert run(make(tree_nodes=tree_nodes), params, max_rows=max_rows, adaptive=control) == plain(params)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_drafts_while_decoding_are_those_of_a_fresh_drafter(method: str) -> None:
+    """A rejected draft leaves no trace, and a second request none of the first."""
+    drafter = network(method).drafters(the_target())(tree_nodes=9)
+    engine = Engine(the_target(), drafter, max_rows=1)
+    for prompt in PROMPTS[:2]:
+        engine.admit(Request(list(prompt), GREEDY, TextDecoder(LetterTokenizer(), ()), frozenset({EOS})))
+        for _ in range(4):
+            engine.step()
+            (request,) = engine.running.values()
+            got, fresh = drafter.propose(rows_of(request.history), 9), drafts(method, request.history, tree_nodes=9, max_nodes=9)
+            assert got.tokens.tolist() == fresh.tokens.tolist()
+            torch.testing.assert_close(got.scores, fresh.scores, rtol=0, atol=1e-5)
+        engine.abort(0)
+
+
+@pytest.mark.parametrize("limit", [1, 8, 22, 40])
+def test_eagle3_beyond_its_positions_drafts_nothing_and_the_text_stays(limit: int) -> None:
+    drafter = network("eagle3", max_position_embeddings=limit).drafters(the_target())()
+    assert run(drafter, GREEDY, max_rows=4) == plain(GREEDY)
+    proposal = drafter.propose(rows_of([5]), 1)
+    assert proposal.sizes.tolist() == [1]
+
+
+# Files.
+
+
+def published(folder: Path, *, pickled: bool = False, **changes: Any) -> Path:
+    """An EAGLE-3 folder as SafeAILab or SpecForge publish it: no word of the target's depth, an lm_head of its own."""
+    model = network("eagle3")
+    tokens = torch.arange(3, 43)
+    model = Eagle3DraftModel(model.config)
+    model.load_state_dict(network("eagle3").state_dict())
+    model.reduce_vocabulary(tokens)
+    model.extras["lm_head.weight"] = the_target().head_weight(tokens).float()
+    model.config = replace(model.config, dtype="float32")
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("flashdraft_config", "eagle_config"):
+        del config[name]
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    if pickled:
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    return folder
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLMEagle3", "LlamaForCausalLM"])
+def test_published_eagle3_folder_loads(tmp_path: Path, architecture: str, pickled: bool) -> None:
+    model = Eagle3DraftModel.from_pretrained(published(tmp_path, pickled=pickled, architectures=[architecture]))
+    assert (model.config.target_layer_ids, model.config.num_target_layers, model.config.draft_vocab_size) == ((), 0, 40)
+    assert fused_layers(40) == (1, 19, 36)
+    made = model.drafters(the_target())
+    assert made.args[0].config.target_layer_ids == fused_layers(4) == (0, 1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_our_folder_is_read_back_as_it_was_written(tmp_path: Path, method: str) -> None:
+    model = NETWORKS[method](replace(network(method).config, dtype="float32"))
+    model.load_state_dict(network(method).state_dict())
+    model.reduce_vocabulary(torch.arange(3, 50))
+    model.save_pretrained(tmp_path)
+    again = NETWORKS[method].from_pretrained(tmp_path)
+    assert again.config == model.config
+    assert all(torch.equal(t, again.state_dict()[name]) for name, t in model.state_dict().items())
+    texts = run(again.drafters(the_target())(), GREEDY, max_rows=2)
+    assert texts == plain(GREEDY)
+    if method == "eagle3":
+        stored = json.loads((tmp_path / "config.json").read_text())
+        assert stored["architectures"] == ["LlamaForCausalLMEagle3"]
+        assert stored["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [1, 2, 3]  # inputs of blocks
+
+
+def test_folders_that_do_not_fit_are_refused_in_a_line(tmp_path: Path) -> None:
+    folder = published(tmp_path / "eagle3")
+    with pytest.raises(CheckpointError) as error:
+        DFlashDraftModel.from_pretrained(folder)
+    assert "is a drafter of eagle3, not of dflash" in one_line_and_hint(error)
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError) as error:
+        read_draft(folder)
+    assert "damaged" in one_line_and_hint(error)
+    half = published(tmp_path / "half", pickled=True) / "pytorch_model.bin"
+    half.write_bytes(half.read_bytes()[:900])
+    with pytest.raises(CheckpointError) as error:
+        read_draft(half.parent)
+    assert "damaged" in one_line_and_hint(error)
+    wide = MedusaDraftModel(replace(network("medusa").config, hidden_size=48))
+    with pytest.raises(DraftMismatch) as mismatch:
+        wide.drafters(the_target())
+    assert "hidden size 48" in one_line_and_hint(mismatch)
+
+
+# Training.
+
+
+def served_and_trained(method: str, shift: int = 0) -> tuple[list[int], list[int]]:
+    """The chain drafted behind token 12 of a text, and what training's pass guesses there when its labels are that chain."""
+    history = list(PROMPTS[1][:13])
+    chain = drafts(method, history).tokens[0].tolist()
+    tokens = [*history, *chain[1:], 5]
+    model = network(method)
+    features = features_of(tokens, model.config.target_layer_ids).roll(shift, 0)
+    batch = make_batch([(0, Sample(torch.tensor(tokens), features.float(), 12))], model.config, 99, 0)
+    at = batch.positions[1][:: model.config.block_size].tolist().index(12)
+    states = PASSES[method](model, lambda ids: the_target().embed(ids).float())(batch).view(-1, model.config.block_size, 32)[at]
+    return chain[1:], the_target().lm_head(states[1:].double()).argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_trained_pass_guesses_what_is_served(method: str) -> None:
+    served, trained = served_and_trained(method)
+    assert trained == served
+    served, trained = served_and_trained(method, shift=1)  # features one token late
+    assert trained != served
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rival_overfits_and_is_accepted(tmp_path: Path, method: str) -> None:
+    target = tiny_target("llama", dtype=torch.float32)
+    lm = Model(target, letter_tokenizer(), Autoregressive, eos=frozenset({EOS}), max_rows=8)
+    texts = ["hello there", "a", "what is it?", "zebra", "Quick brown fox", "numbers", "no", "Why not?"]
+    answers = lm.generate(texts, max_new_tokens=24, ignore_eos=True)
+    rows = [{"prompt": p, "response": a.text, "tokens": a.tokens} for p, a in zip(texts, answers, strict=True)]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = draft_config(target, method=method, block_size=4)
+    layers = tuple(sorted({*config.target_layer_ids, 0, 4}))  # more than one method reads
+    write_features(lm, [tmp_path / "answers.jsonl"], tmp_path / "features", layers=layers, max_length=64, quiet=True)
+    settings = TrainConfig(
+        steps=120, sequences=8, anchors=24, lr=1e-2, weight_decay=0.0, vocab=0, precision="fp32", eval_every=120
+    )
+    trainer = Trainer(random_weights(config, 0), lm, FeatureSet(tmp_path / "features"), tmp_path / "run", settings)
+
+    def tau() -> float:
+        drafting = replace(lm, new_drafter=trainer.model.eval().drafters(target))
+        drafted = drafting.generate(texts, max_new_tokens=24, ignore_eos=True)
+        assert [one.tokens for one in drafted] == [one.tokens for one in answers]
+        return float(sum(one.stats.tau for one in drafted) / len(drafted))
+
+    untrained = tau()
+    trainer.run(texts, quiet=True)
+    assert tau() > untrained * (1.8 if method == "eagle3" else 1.3)  # the heads alone cannot learn the answers by heart
+    assert trainer.flops == trainer.flops_a_step * 120 > 0
+    card = (tmp_path / "run" / "best" / "README.md").read_text()
+    assert method in card
+    assert type(NETWORKS[method].from_pretrained(tmp_path / "run" / "best")) is NETWORKS[method]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_shape_of_a_rival_is_fixed(method: str) -> None:
+    config = draft_config(the_target(), method=method)
+    assert isinstance(config, DraftConfig)
+    assert config.target_layer_ids == ((4,) if method == "medusa" else (2,))
+    with pytest.raises(InvalidParameter):
+        draft_config(the_target(), method=method, block_size=1)
