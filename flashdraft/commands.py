@@ -46,11 +46,11 @@ class TargetOptions:
 class ModelOptions(TargetOptions):
     """The same with a drafter."""
 
-    draft: str = option("auto", "drafter's folder or hub id, autoregressive, prompt_lookup, or auto: shipped for the target")
-    block_size: int | None = option(None, "nodes per proposal, the anchor included; by default what the drafter was trained for")
-    tree_nodes: int | None = option(
-        None, "nodes of a tree over the block's likely tokens; by default a chain is drafted", least=2
+    draft: str = option(
+        "auto", "folder or hub id, a method (dflash, eagle3, medusa, prompt_lookup, autoregressive), or auto: what is shipped"
     )
+    block_size: int | None = option(None, "nodes per proposal, the anchor included; by default what the drafter was trained for")
+    tree_nodes: int | None = option(None, "nodes of a tree of likely tokens; by default a chain is drafted", least=2)
 
 
 def demo(

@@ -6,6 +6,7 @@ The stream is the primitive: `generate` collects it, and the command line and th
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field, fields
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any, cast
@@ -14,12 +15,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flashdraft import hub
+from flashdraft.checkpoint import DraftConfig
 from flashdraft.engine import Engine, Request, check
 from flashdraft.errors import CheckpointError, InvalidParameter, InvalidPrompt, ModelNotFound, first_line
 from flashdraft.lean import LeanTarget, fastest
+from flashdraft.methods import NETWORKS
 from flashdraft.methods.autoregressive import Autoregressive
-from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDraft
 from flashdraft.methods.prompt_lookup import PromptLookup
+from flashdraft.network import DraftNetwork
 from flashdraft.target import HFTarget, Target
 from flashdraft.text import TextDecoder
 from flashdraft.types import Chunk, Drafter, SamplingParams, require
@@ -159,9 +162,10 @@ def load(
 ) -> Model:
     """A target by built-in name, hub id, folder or GGUF file, with a drafter, ready to generate.
 
-    draft: "auto" (the drafter shipped for this target, or none), "autoregressive", "prompt_lookup", or a drafter's folder
-    or hub id. block_size: nodes per proposal, the anchor included; by default as many of what the drafter was trained for as pay.
-    tree_nodes: a dflash drafter proposes a tree of so many nodes over its block; None: a chain. how: `device`, "cpu" by default;
+    draft: "auto" (the drafter shipped for this target, or none), "autoregressive", "prompt_lookup", a drafter's folder or hub id
+    (its config says which method it is of), or "dflash", "eagle3", "medusa" for the one that is shipped.
+    block_size: nodes per proposal, the anchor included; by default as many of what the drafter was trained for as pay.
+    tree_nodes: the draft network proposes a tree of so many nodes; None: a chain. how: `device`, "cpu" by default;
     `dtype`, "auto" (as stored), "float32", "bfloat16" or "float16"; `kernel`, what runs a float32 target on a CPU: "auto" (the
     fastest exact one, measured once a machine), "compact" (the same numbers in fewer bytes), "float32", "torch",
     "transformers", or "int8", which rounds weights and activations and so makes another target.
@@ -215,7 +219,7 @@ def drafters(
         tree_nodes is None or draft not in ("autoregressive", "prompt_lookup"),
         "tree_nodes",
         tree_nodes,
-        "left out: dflash makes trees",
+        "left out: a draft network makes trees",
     )
     if draft == "autoregressive":
         if block_size is not None:
@@ -223,5 +227,15 @@ def drafters(
         return Autoregressive
     if draft == "prompt_lookup":
         return lambda: PromptLookup(block_size=block_size or 8)
-    network = PackedDraft(DFlashDraftModel.from_pretrained(draft), target)
-    return lambda: DFlashDrafter(network, block_size=block_size, tree_nodes=tree_nodes)
+    return partial(_network(str(draft), name).drafters(target), block_size=block_size, tree_nodes=tree_nodes)
+
+
+def _network(draft: str, target_name: str) -> DraftNetwork:
+    """The draft network of a folder or hub id, of whichever method it is; a method's name is the one shipped for the target."""
+    if draft in NETWORKS:
+        if (shipped := hub.builtin_draft(target_name, draft)) is None:
+            raise ModelNotFound(f"no {draft} drafter is shipped for `{target_name}`", hint="give a drafter's folder or hub id")
+        draft = str(shipped)
+    files = hub.resolve(draft)
+    method = DraftConfig.from_json(hub.read_config(files), draft).method if isinstance(files, Path) else "dflash"
+    return NETWORKS[method].from_pretrained(draft)

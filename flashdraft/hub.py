@@ -119,9 +119,9 @@ def builtin(name: str) -> Path:
     return _build(cache_dir() / f"{name}-v{_FORMAT}", fill)
 
 
-def builtin_draft(target_name: str) -> Path | None:
+def builtin_draft(target_name: str, method: str = "dflash") -> Path | None:
     """The folder of the drafter shipped for a built-in target, or None."""
-    folder = Path(__file__).parent / "assets" / f"{target_name}-dflash"
+    folder = Path(__file__).parent / "assets" / f"{target_name}-{method}"
     return folder if target_name in BUILTIN and (folder / "config.json").is_file() else None
 
 

@@ -18,13 +18,14 @@ from flashdraft.commands import DTYPE_HELP, TARGET_HELP, ModelOptions, Out, Targ
 from flashdraft.errors import FlashDraftError, InvalidParameter
 from flashdraft.generate import Model, load
 from flashdraft.heads import HEADS
+from flashdraft.methods import NETWORKS
 from flashdraft.methods.dflash import DFlashDraftModel
 from flashdraft.network import DraftNetwork
 from flashdraft.target import Target
 from flashdraft.train.config import TrainConfig
 from flashdraft.train.doctor import diagnose
 from flashdraft.train.features import Data, FeatureSet, OnlineFeatures, ShardWriter, write_features
-from flashdraft.train.initialise import NETWORKS, copied_from_target, draft_config, random_weights, taken_from
+from flashdraft.train.initialise import copied_from_target, draft_config, random_weights, taken_from
 from flashdraft.train.prompts import write_prompts
 from flashdraft.train.regenerate import Server, mixed
 from flashdraft.train.regenerate import regenerate as answer_prompts

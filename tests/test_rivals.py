@@ -24,6 +24,7 @@ from flashdraft.control import Control
 from flashdraft.engine import Engine, Request
 from flashdraft.errors import CheckpointError, DraftMismatch, InvalidParameter
 from flashdraft.generate import Model
+from flashdraft.methods import NETWORKS
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.methods.dflash import DFlashDraftModel
 from flashdraft.methods.eagle3 import Eagle3DraftModel, fused_layers
@@ -33,7 +34,7 @@ from flashdraft.text import TextDecoder
 from flashdraft.train.batch import make_batch
 from flashdraft.train.config import TrainConfig
 from flashdraft.train.features import FeatureSet, Sample, write_features
-from flashdraft.train.initialise import NETWORKS, draft_config, random_weights
+from flashdraft.train.initialise import draft_config, random_weights
 from flashdraft.train.passes import PASSES
 from flashdraft.train.trainer import Trainer
 from flashdraft.types import Rows, SamplingParams

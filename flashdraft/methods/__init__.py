@@ -1,1 +1,10 @@
-"""One file per decoding method, network and drafter together. They import neither each other nor the engine."""
+"""One file per decoding method, network and drafter together; the table of those that have a network of their own."""
+
+from flashdraft.methods.dflash import DFlashDraftModel
+from flashdraft.methods.eagle3 import Eagle3DraftModel
+from flashdraft.methods.medusa import MedusaDraftModel
+from flashdraft.network import DraftNetwork
+
+__all__ = ["NETWORKS"]
+
+NETWORKS: dict[str, type[DraftNetwork]] = {"dflash": DFlashDraftModel, "eagle3": Eagle3DraftModel, "medusa": MedusaDraftModel}

@@ -16,9 +16,8 @@ from flashdraft import hub
 from flashdraft.checkpoint import DraftConfig, spread_layers
 from flashdraft.errors import CheckpointError, InvalidParameter
 from flashdraft.layers import ROPE_TYPES
+from flashdraft.methods import NETWORKS
 from flashdraft.methods.dflash import DFlashDraftModel
-from flashdraft.methods.eagle3 import Eagle3DraftModel
-from flashdraft.methods.medusa import MedusaDraftModel
 from flashdraft.network import DraftNetwork
 from flashdraft.target import Target
 from flashdraft.train.features import Sample
@@ -27,7 +26,6 @@ from flashdraft.types import require
 __all__ = ["copied_from_target", "draft_config", "feature_layers", "random_weights", "taken_from"]
 
 MASK_TOKENS = {"smollm2-135m": 16}  # unused ids of the built-in targets' vocabularies
-NETWORKS: dict[str, type[DraftNetwork]] = {"dflash": DFlashDraftModel, "eagle3": Eagle3DraftModel, "medusa": MedusaDraftModel}
 _BLOCKS = {"dflash": 4, "eagle3": 6, "medusa": 5}
 
 
