@@ -30,6 +30,7 @@ _FIXED = {  # by method: what its config.json always says
     "dflash": {"architectures": ["DFlashDraftModel"], "model_type": "qwen3", "tie_word_embeddings": True},
     "eagle3": {"architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", "tie_word_embeddings": False},
     "medusa": {"architectures": ["MedusaDraftModel"], "model_type": "medusa", "tie_word_embeddings": True},
+    "draft_model": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": True},
 }
 OPTIONAL = ("embed_tokens.weight", "lm_head.weight", "d2t", "t2d")  # tensors that a file may hold
 _OPTIONAL: Any = {"rms_norm_eps": float, "max_position_embeddings": int, "attention_bias": bool, "draft_vocab_size": int}
@@ -115,7 +116,7 @@ class DraftConfig:
         else:
             for name in ("layer_types", "sliding_window"):
                 del config[name]
-            own = {name: config.pop(name) for name in ("block_size", "num_target_layers")} | special
+            own = {name: config.pop(name) for name in ("block_size", "num_target_layers")} | special | {"method": self.method}
         if self.method == "eagle3":  # the inputs of blocks are the outputs of those before
             config["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": [i + 1 for i in self.target_layer_ids]}
         if self.sequential_head is not None or self.method != "dflash":
@@ -141,12 +142,19 @@ class DraftConfig:
             )
             outer = {"fc.weight": (h, (len(self.target_layer_ids) or 3) * h), "norm.weight": (h,)}
             return outer | {f"midlayer.{name}.weight": shape for name, shape in own.items()}
-        norms = {"input_layernorm": (h,), "post_attention_layernorm": (h,), "self_attn.q_norm": (d,), "self_attn.k_norm": (d,)}
+        norms = {"input_layernorm": (h,), "post_attention_layernorm": (h,)}
+        norms |= {"self_attn.q_norm": (d,), "self_attn.k_norm": (d,)} if self.method == "dflash" else {}
         linears = {f"self_attn.{x}_proj": shape for x, shape in {"q": (q, h), "k": (kv, h), "v": (kv, h), "o": (h, q)}.items()}
         layer: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in (norms | linears | mlp).items()}
         if self.attention_bias:
             layer |= {f"{name}.bias": shape[:1] for name, shape in linears.items()}
+        if self.method == "draft_model":  # llama's layers
+            layer = {
+                name: shape for name, shape in layer.items() if not name.startswith(("self_attn.q_norm", "self_attn.k_norm"))
+            }
         shapes = {f"layers.{n}.{name}": shape for n in range(self.num_hidden_layers) for name, shape in layer.items()}
+        if self.method == "draft_model":
+            return shapes | {"norm.weight": (h,)}
         shapes |= {"fc.weight": (h, len(self.target_layer_ids) * h), "hidden_norm.weight": (h,), "norm.weight": (h,)}
         head = {"gate_up": (2 * r, 2 * h), "down": (h, r)} if self.sequential_head else {}
         return shapes | {f"sequential_head.{name}.weight": shape for name, shape in head.items()}
@@ -155,15 +163,16 @@ class DraftConfig:
 def _as_dflash(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
     """config.json in DFlash's terms, and the method that it is of."""
     named = " ".join(map(str, config.get("architectures") or ())).lower()
-    unnamed = config.get("model_type") == "llama" and config.get("num_hidden_layers") == 1 and "draft_vocab_size" in config
-    if not unnamed and "medusa" not in named and "eagle3" not in named:
-        return config, "dflash"
     own = config.get("flashdraft_config") or {}
+    unnamed = config.get("model_type") == "llama" and config.get("num_hidden_layers") == 1 and "draft_vocab_size" in config
+    method = own.get("method") or ("eagle3" if unnamed or "eagle3" in named else "dflash")
+    if method == "dflash":
+        return config, method
     inputs = (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids") or ()
     layers = own.get("target_layer_ids", [i - 1 for i in inputs])
     special = {"mask_token_id": own.get("mask_token_id", 0), "target_layer_ids": layers}
     facts = {"block_size": own.get("block_size", 6), "num_target_layers": own.get("num_target_layers", 0)}
-    return {**config, **facts, "dflash_config": special}, "medusa" if "medusa" in named else "eagle3"
+    return {**config, **facts, "dflash_config": special}, method
 
 
 def spread_layers(num_target_layers: int, count: int) -> tuple[int, ...]:

@@ -41,7 +41,7 @@ Answers = Annotated[list[Path], Argument(help="files that `flashdraft regenerate
 class DraftOptions:
     """The draft network to train; None: the default of `draft_config`, or what the drafter of --init-from has."""
 
-    method: str = option("dflash", "what is trained: dflash, eagle3 or medusa", choices=tuple(NETWORKS))
+    method: str = option("dflash", "what is trained", choices=tuple(NETWORKS))
     init: str = option("target", "first weights: target (copied from its last layers) or random", choices=("target", "random"))
     init_from: str | None = option(None, "first weights from this drafter, of the same target or of another of its width")
     num_layers: int | None = option(None, "draft layers; 3 without --init-from")
@@ -54,7 +54,8 @@ class DraftOptions:
     def shape(self, target: Target) -> DraftConfig:
         """The network's config. Raises InvalidParameter for options that mean nothing beside each other."""
         if self.method != "dflash":
-            _refuse(self, f"{self.method} has one shape", "num_layers", "num_features", "mask_token_id", "head", "head_rank")
+            fixed = ("num_features", "mask_token_id", "head", "head_rank") + ("num_layers",) * (self.method != "draft_model")
+            _refuse(self, f"{self.method} has no such thing", *fixed)
         if self.head is None:
             _refuse(self, "no head is added without --head", "head_rank")
         names = ("num_layers", "block_size", "num_features", "mask_token_id")

@@ -4,6 +4,7 @@ A copy starts with the target's own attention keys: fc passes the last feature t
 values are those of the copied layer, and the draft's norms take over the scale that the target's heads had.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from flashdraft.types import require
 __all__ = ["copied_from_target", "draft_config", "feature_layers", "random_weights", "taken_from"]
 
 MASK_TOKENS = {"smollm2-135m": 16}  # unused ids of the built-in targets' vocabularies
-_BLOCKS = {"dflash": 4, "eagle3": 6, "medusa": 5}
+_BLOCKS = {"dflash": 4, "eagle3": 6, "medusa": 5, "draft_model": 2}
 
 
 def draft_config(
@@ -47,9 +48,9 @@ def draft_config(
     total, vocab = target.num_layers, target.vocab_size
     block_size = _BLOCKS[method] if block_size is None else block_size
     if method != "dflash":
-        num_layers, mask_token_id = 1, 0  # neither has masks
+        num_layers, mask_token_id = num_layers if method == "draft_model" else 1, 0  # none has masks
         num_features = min(3, max(total - 3, 1))  # of eagle3: low, middle and high, all of them among dflash's five
-    layers = (total,) if method == "medusa" else feature_layers(total, num_features)
+    layers: tuple[int, ...] = {"medusa": (total,), "draft_model": ()}.get(method, feature_layers(total, num_features))
     mask = MASK_TOKENS.get(target.name) if mask_token_id is None else mask_token_id
     if mask is None or not 0 <= mask < vocab:
         hint = f"give --mask-token-id: an id below {vocab} that `{target.name}` never reads or writes"
@@ -116,7 +117,13 @@ def copied_from_target(config: DraftConfig, target: str, sample: Sample, seed: i
     model = random_weights(config, seed)
     if config.method == "medusa":
         return model
-    copied = _last_layers(target, replace(config, method="dflash"))
+    total, count = config.num_target_layers, config.num_hidden_layers
+    if config.method == "draft_model":  # the first ones and the last ones
+        model.load_state_dict(
+            _layers_of(target, config, [n if n < (count + 1) // 2 else total - count + n for n in range(count)])
+        )
+        return model
+    copied = _layers_of(target, replace(config, method="dflash"), range(total - count, total))
     if config.method == "eagle3":
         _copy_eagle3(model, copied)
         return model
@@ -145,14 +152,14 @@ def _copy_eagle3(model: Any, copied: dict[str, Tensor]) -> None:
     state["midlayer.hidden_norm.weight"].copy_(copied["layers.0.input_layernorm.weight"])
 
 
-def _last_layers(target: str, config: DraftConfig) -> dict[str, Tensor]:
-    """The target's last layers in float32, named as the draft's. Raises CheckpointError where its shapes are not the draft's."""
+def _layers_of(target: str, config: DraftConfig, chosen: Sequence[int]) -> dict[str, Tensor]:
+    """These layers of the target in float32 under the draft's names. Raises CheckpointError where shapes differ."""
     folder, shapes, tensors = hub.resolve(target), config.shapes(), dict[str, Tensor]()
     names = {"model.norm.weight": "norm.weight"}  # theirs -> ours
     for name in shapes:
         if name.endswith(("proj.weight", "layernorm.weight")):
             _, n, rest = name.split(".", 2)
-            names[f"model.layers.{config.num_target_layers - config.num_hidden_layers + int(n)}.{rest}"] = name
+            names[f"model.layers.{chosen[int(n)]}.{rest}"] = name
     for path in sorted(folder.glob("*.safetensors")) if isinstance(folder, Path) else ():
         with safe_open(path, framework="pt") as file:
             tensors |= {names[name]: file.get_tensor(name).float() for name in names.keys() & set(file.keys())}

@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flashdraft.methods.draft_model import CutDraftModel
 from flashdraft.methods.eagle3 import Eagle3DraftModel
 from flashdraft.methods.medusa import MedusaDraftModel
 from flashdraft.train.batch import Batch, Blocks
 
-__all__ = ["PASSES", "Eagle3Pass", "MedusaPass"]
+__all__ = ["PASSES", "CausalPass", "Eagle3Pass", "MedusaPass"]
 
 
 class MedusaPass(nn.Module):
@@ -61,6 +62,23 @@ class Eagle3Pass(nn.Module):
         return torch.stack(outputs, dim=1).flatten(0, 1)
 
 
+class CausalPass(nn.Module):
+    """A causal LM over whole texts; a block's one row behind the anchor is guessed by the state at the anchor."""
+
+    def __init__(self, model: CutDraftModel, embed: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.model, self.embed = model, embed
+
+    def forward(self, batch: Batch) -> Tensor:
+        """[rows, hidden]"""
+        outputs, anchors = [], batch.positions[1][::2]
+        for c0, c1, r0, r1 in batch.spans:
+            text = torch.cat((batch.tokens[c0:c1], batch.next_tokens[c1 - 1 : c1]))  # up to the last anchor
+            states = self.model(self.embed(text))[anchors[r0 // 2 : r1 // 2]]
+            outputs.append(states.repeat_interleave(2, 0))
+        return torch.cat(outputs)
+
+
 def _before_anchors(batch: Batch, size: int) -> tuple[Tensor, Tensor]:
     """Of every block: the row of batch.features before its anchor, and that row's position."""
     before = batch.positions[1][::size] - 1
@@ -88,4 +106,5 @@ PASSES: dict[str, Callable[[Any, Callable[[Tensor], Tensor]], nn.Module]] = {
     "dflash": Blocks,
     "eagle3": Eagle3Pass,
     "medusa": MedusaPass,
+    "draft_model": CausalPass,
 }
