@@ -112,8 +112,8 @@ def taken_from(config: DraftConfig, donor: DraftNetwork, seed: int) -> DraftNetw
 
 
 @torch.no_grad()
-def copied_from_target(config: DraftConfig, target: str, sample: Sample, seed: int) -> DraftNetwork:
-    """Draft layers from the target's last ones; `sample` calibrates the scale of queries and keys."""
+def copied_from_target(config: DraftConfig, target: str, sample: Sample | None, seed: int) -> DraftNetwork:
+    """Draft layers from the target's own; dflash wants a `sample` to calibrate the scale of queries and keys."""
     model = random_weights(config, seed)
     if config.method == "medusa":
         return model
@@ -128,6 +128,7 @@ def copied_from_target(config: DraftConfig, target: str, sample: Sample, seed: i
         _copy_eagle3(model, copied)
         return model
     assert isinstance(model, DFlashDraftModel)
+    assert sample is not None
     last = sample.features[:, -config.hidden_size :].float()
     unit = last / last.pow(2).mean(-1, keepdim=True).add(config.rms_norm_eps).sqrt()
     model.fc.weight[:, -config.hidden_size :] += torch.eye(config.hidden_size)
