@@ -92,7 +92,8 @@ def _options(
 def flat(function: Callable[..., None]) -> Callable[..., None]:
     """The function with the fields of its dataclass parameters in their place, as typer wants to see it.
 
-    A field's metadata has its `help` and range; a tuple of strings becomes an option that may be given several times.
+    A field's metadata has its `help` and range; a field without stays at its default. A tuple of strings becomes an option
+    that may be given several times.
     """
     groups: dict[str, Any] = {}
     parameters: list[inspect.Parameter] = []
@@ -105,7 +106,7 @@ def flat(function: Callable[..., None]) -> Callable[..., None]:
 
     def call(**values: Any) -> None:
         for name, group in groups.items():
-            values[name] = group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group)})
+            values[name] = group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group) if field.metadata})
             check_options(values[name])
         function(**values)
 
@@ -117,6 +118,8 @@ def flat(function: Callable[..., None]) -> Callable[..., None]:
 def _fields(group: Any) -> Iterator[inspect.Parameter]:
     hints = get_type_hints(group)
     for field in dataclasses.fields(group):
+        if not field.metadata:
+            continue
         hint = list[str] if hints[field.name] == tuple[str, ...] else hints[field.name]
         option = typer.Option(f"--{field.name.replace('_', '-')}", help=field.metadata["help"])
         default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default

@@ -19,7 +19,7 @@ from flashdraft.bench.tasks import read_ids, write_tasks
 from flashdraft.errors import ContextLengthError
 from flashdraft.generate import KERNELS, Model, load
 from flashdraft.methods.autoregressive import Autoregressive
-from flashdraft.types import Chunk, Result, SamplingParams, option
+from flashdraft.types import Chunk, Result, SamplingParams, option, require
 
 transformers.logging.set_verbosity_error()
 
@@ -85,7 +85,10 @@ def generate(
     params: SamplingParams,
     max_rows: Annotated[int, Option(help="prompts decoded together, at most")] = 8,
     json: Annotated[bool, Option("--json", help="one JSON object per answer")] = False,
+    logprobs: Annotated[bool, Option("--logprobs", help="log-probabilities of the tokens, in the JSON object")] = False,
 ) -> None:
+    require(json or not logprobs, "logprobs", logprobs, "left out without --json, which shows them")
+    params = replace(params, logprobs=logprobs)
     texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts]
     lm = model.load(max_rows=max_rows)
     if len(texts) == 1 and not json:

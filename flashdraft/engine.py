@@ -7,6 +7,7 @@ its tokens, up to an end-of-text token, a stop string or the token limit, at any
 observes what was committed, or forgets the row if it is finished.
 """
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,11 +18,11 @@ from torch import Tensor
 
 from flashdraft.control import Control
 from flashdraft.errors import ContextLengthError, InvalidPrompt
-from flashdraft.sampling import coins, draw, likeliest, target_probs, uniforms
+from flashdraft.sampling import adjusted, coins, draw, likeliest, logprob, precision, target_probs, uniforms
 from flashdraft.target import Target
 from flashdraft.text import TextDecoder
 from flashdraft.tree import check as check_proposal
-from flashdraft.types import Chunk, Drafter, FinishReason, Piece, Proposal, Result, Rows, SamplingParams, Stats, Verdict
+from flashdraft.types import Chunk, Drafter, FinishReason, Piece, Proposal, Result, Rows, SamplingParams, Stats, Verdict, require
 from flashdraft.verify import follow, verify
 
 __all__ = ["Engine", "Request", "check"]
@@ -39,17 +40,25 @@ class Request:
     history: list[int] = field(default_factory=list)  # prompt and committed tokens; the last one is the anchor
     finish_reason: FinishReason | None = None
     stats: Stats = field(default_factory=Stats)
+    logprobs: list[float] = field(default_factory=list)  # of the committed tokens, if params asks for them
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """The tokens that end the text."""
+        return frozenset() if self.params.ignore_eos else self.eos
 
     @property
     def num_left(self) -> int:
         return self.params.max_new_tokens - (len(self.history) - len(self.prompt))
 
-    def commit(self, tokens: Sequence[int], num_drafted: int) -> Chunk:
-        """Take tokens until one of them ends the request; the first `num_drafted` were the drafter's."""
+    def commit(self, tokens: Sequence[int], num_drafted: int, logits: Sequence[Tensor] = ()) -> Chunk:
+        """Take tokens until one ends the request; the first `num_drafted` were drafted. logits: [vocab] each, for logprobs."""
         pieces = []
         for i, token in enumerate(tokens):
             self.history.append(token)
-            if token in self.eos and not self.params.ignore_eos:
+            own = logprob(logits[i], token) if self.params.logprobs else None
+            self.logprobs += [] if own is None else [own]
+            if token in self.ends:
                 self.finish_reason = "stop"
                 text = self.decoder.flush()
             else:
@@ -59,14 +68,15 @@ class Request:
                 elif self.num_left == 0:
                     self.finish_reason = "length"
                     text += self.decoder.flush()
-            pieces.append(Piece(text, drafted=i < num_drafted))
+            pieces.append(Piece(text, drafted=i < num_drafted, logprob=own))
             if self.finish_reason is not None:
                 break
         self.stats.num_tokens += len(pieces)
         self.stats.num_accepted += sum(piece.drafted for piece in pieces)
         result = None
         if self.finish_reason is not None:
-            result = Result(self.decoder.text, tuple(self.history[len(self.prompt) :]), self.finish_reason, self.stats)
+            new, logprobs = tuple(self.history[len(self.prompt) :]), tuple(self.logprobs) if self.params.logprobs else None
+            result = Result(self.decoder.text, new, self.finish_reason, self.stats, logprobs)
         return Chunk(self.index, tuple(pieces), tuple(tokens[: len(pieces)]), result)
 
 
@@ -103,12 +113,12 @@ class Engine:
         self._cache.reserve(len(request.prompt) + request.params.max_new_tokens + 64)
         self.running[slot] = request
         try:
-            first = self._prefill(slot, request)
+            first, logits = self._prefill(slot, request)
         except BaseException:
             self._release([slot])  # what it has left in the caches would change the row's next text
             raise
         request.stats.seconds = dict(self._part)
-        chunk = request.commit(first.tolist(), 0)
+        chunk = request.commit(first.tolist(), 0, [logits])
         if request.finish_reason is not None:
             self._release([slot])
         return chunk
@@ -117,7 +127,7 @@ class Engine:
         """One target pass over every running row."""
         self._part = {}
         slots, requests = list(self.running), list(self.running.values())
-        rows = Rows(slots, [request.history for request in requests], [request.params for request in requests])
+        rows = self._rows(slots)
         limits = torch.tensor([request.num_left for request in requests])
         with self._timed("draft"):
             proposal = _cut(self.drafter.propose(rows, int(limits.max()) if self._drafting else 1), limits)
@@ -135,7 +145,8 @@ class Engine:
                 self._cache.keep(slot, path)
             drafts, bonus = proposal.tokens.tolist(), verdict.bonus.tolist()
             texts = [[*map(own.__getitem__, path[1:]), last] for own, path, last in zip(drafts, paths, bonus, strict=True)]
-            chunks = [request.commit(text, len(text) - 1) for request, text in zip(requests, texts, strict=True)]
+            read = [list(logits[i, path]) if requests[i].params.logprobs else [] for i, path in enumerate(paths)]
+            chunks = [request.commit(text, len(text) - 1, own) for request, text, own in zip(requests, texts, read, strict=True)]
         drafted = self._drafting
         with self._timed("draft"):
             self._observe(slots, proposal, features, paths)
@@ -150,17 +161,24 @@ class Engine:
         """Forget the running request with this number, if there is one."""
         self._release([slot for slot, request in self.running.items() if request.index == index])
 
-    def _prefill(self, slot: int, request: Request) -> Tensor:
-        """Read the prompt, show it to the drafter and draw the token after it: [1]."""
-        rows = Rows([slot], [request.history], [request.params])
+    def _rows(self, slots: list[int]) -> Rows:
+        own = [self.running[slot] for slot in slots]
+        return Rows(slots, [r.history for r in own], [r.params for r in own], [len(r.prompt) for r in own])
+
+    def _prefill(self, slot: int, request: Request) -> tuple[Tensor, Tensor]:
+        """Read the prompt, show it to the drafter and draw the token after it: [1], and the target's logits for it, [vocab]."""
+        rows, params = self._rows([slot]), request.params
         with self._timed("prefill"):
             tokens = torch.tensor(request.prompt)
             logits, features = self.target.prefill(self._cache, slot, tokens, self.drafter.layers)
             self.drafter.observe(rows, [tokens], None if features is None else [features])
-            law = target_probs(logits[None, None], [request.params], torch.ones(1, dtype=torch.long))[:, 0].cpu()
-            return draw(law, uniforms([request.params.seed], [len(request.prompt)], 1)[:, 0])
+            wanted = adjusted(logits, params, request.prompt, len(request.prompt))
+            law = target_probs(wanted[None, None], [params], torch.ones(1, dtype=torch.long))[:, 0].cpu()
+            return draw(law, uniforms([params.seed], [len(request.prompt)], 1)[:, 0]), logits
 
     def _judge(self, proposal: Proposal, logits: Tensor, rows: Rows) -> Verdict:
+        if any(params.adjusts for params in rows.params):
+            logits = self._adjusted(proposal, logits, rows)
         any_drawn = proposal.drawn is not None and bool(proposal.drawn.any())
         if not any_drawn and all(params.temperature == 0 for params in rows.params):
             return follow(proposal, likeliest(logits))
@@ -168,6 +186,22 @@ class Engine:
         law = target_probs(logits, rows.params, proposal.sizes).cpu()  # where proposals and uniforms are
         draws = uniforms(seeds, [position + 1 for position in rows.positions], proposal.num_nodes)
         return verify(proposal, law, draws, coins(seeds, rows.positions, proposal.num_nodes) if any_drawn else None)
+
+    def _adjusted(self, proposal: Proposal, logits: Tensor, rows: Rows) -> Tensor:
+        """`adjusted` at every node of the rows that ask for it, by the row's history and the node's own path.
+
+        Nodes that no text can reach (behind a token without mass, or an end of text) keep their logits; no hook sees them.
+        """
+        wanted = logits.to(precision(logits), copy=True)
+        for row in (row for row, params in enumerate(rows.params) if params.adjusts):
+            tokens, parents = proposal.tokens[row].tolist(), proposal.parents[row].tolist()
+            paths, ends = {-1: rows.histories[row][:-1]}, self.running[rows.slots[row]].ends
+            for node in range(int(proposal.sizes[row])):
+                above, token = parents[node], tokens[node]
+                if node == 0 or (above in paths and token not in ends and wanted[row, above, token] > -math.inf):
+                    paths[node] = [*paths[above], token]
+                    wanted[row, node] = adjusted(logits[row, node], rows.params[row], paths[node], rows.num_prompts[row])
+        return wanted
 
     def _observe(self, slots: list[int], proposal: Proposal, features: Tensor | None, paths: list[list[int]]) -> None:
         """Show the drafter what was committed, as soon as it is asked to draft again."""
@@ -180,18 +214,18 @@ class Engine:
         if not self._drafting or not self._unseen:
             return
         waiting, self._unseen = self._unseen, {}
-        requests = [self.running[slot] for slot in waiting]
-        rows = Rows(list(waiting), [r.history for r in requests], [r.params for r in requests])
+        rows = self._rows(list(waiting))
         tokens = [torch.cat([part for part, _ in parts]) for parts in waiting.values()]
         states = [[part for _, part in parts if part is not None] for parts in waiting.values()]
         self.drafter.observe(rows, tokens, None if features is None else [torch.cat(each) for each in states])
 
     def _release(self, slots: list[int]) -> None:
         for slot in slots:
-            request = self.running.pop(slot)
+            rows = self._rows([slot])
+            del self.running[slot]
             self._unseen.pop(slot, None)
             self._cache.free(slot)
-            self.drafter.end(Rows([slot], [request.history], [request.params]))
+            self.drafter.end(rows)
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:
@@ -201,9 +235,11 @@ class Engine:
 
 
 def check(target: Target, request: Request) -> None:
-    """Raises InvalidPrompt or ContextLengthError for a request that could never run."""
+    """Raises InvalidPrompt, InvalidParameter or ContextLengthError for a request that could never run."""
     if not request.prompt:
         raise InvalidPrompt("the prompt is empty", hint="give at least one token of text")
+    highest = max(request.params.logit_bias, default=0)
+    require(highest < target.vocab_size, "logit_bias", f"{{{highest}: ...}}", f"by token ids below {target.vocab_size}")
     asked, limit = request.params.max_new_tokens, target.context_length
     if len(request.prompt) + asked > limit:
         wanted = f"the prompt has {len(request.prompt)} tokens and {asked} new ones were asked for"

@@ -9,16 +9,51 @@ Every result row depends on its own input row alone, bit for bit: sums are taken
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from flashdraft.errors import InvalidParameter
 from flashdraft.types import SamplingParams
 
-__all__ = ["coins", "draw", "likeliest", "probabilities", "target_probs", "total", "uniforms"]
+__all__ = ["adjusted", "coins", "draw", "likeliest", "logprob", "precision", "probabilities", "target_probs", "total", "uniforms"]
 
 _ONE = 2.0**62  # probability 1 in fixed point: room for a sum of nearly 2 below 2**63
 _HEADS = (64, 1024)  # numbers of likeliest tokens among which a top-p set is looked for before all are sorted
+
+
+@torch.no_grad()  # a hook may be a network
+def adjusted(logits: Tensor, params: SamplingParams, history: Sequence[int], num_prompt: int) -> Tensor:
+    """The logits [vocab] after `history`, whose first `num_prompt` tokens are the prompt; `probabilities` of it is the law.
+
+    Bias first, then repetition, frequency and presence penalty, then the hook: the order of transformers and, but for the
+    hook, of vLLM. The hook is last, so that nothing changes what it returns. The very same tensor comes back where `params`
+    changes nothing, otherwise a new one. Raises InvalidParameter for a hook's result that gives no law over the vocabulary.
+    """
+    if not params.adjusts:
+        return logits
+    logits, ids = logits.to(precision(logits), copy=True), partial(torch.tensor, dtype=torch.int64, device=logits.device)
+    if bias := params.logit_bias:
+        logits[ids(list(bias))] += torch.tensor(list(bias.values())).to(logits)
+    if (penalty := params.repetition_penalty) != 1:
+        seen = ids(history)  # a token that is there twice gets the same value twice
+        logits[seen] = torch.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+    if params.frequency_penalty != 0 or params.presence_penalty != 0:
+        seen, counts = ids(history[num_prompt:]).unique(return_counts=True)
+        logits[seen] -= params.frequency_penalty * counts.to(logits) + params.presence_penalty
+    if params.logits_processor is not None:
+        given, logits = logits, params.logits_processor(list(history), logits)
+        if not (isinstance(logits, Tensor) and logits.shape == given.shape and bool(logits.amax().isfinite())):
+            got = f"logits_processor returned no law after {len(history)} tokens"
+            raise InvalidParameter(got, hint=f"return logits [{len(given)}] without NaN or +inf, and not -inf for every token")
+        logits = logits.to(given)
+    return logits
+
+
+def logprob(logits: Tensor, token: int) -> float:
+    """The natural logarithm of a token's probability by the model's own logits [vocab]; alone, so that company changes no bit."""
+    return float(logits.to(precision(logits)).log_softmax(-1)[token])
 
 
 def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
@@ -29,7 +64,7 @@ def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
     Temperature 0 is a point mass at the likeliest token, the lowest id among equals, whatever the cuts.
     Logits may be -inf (a mask), not +inf or NaN: those make a row of NaN, which `draw` refuses.
     """
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = precision(logits)
     if params.temperature == 0:
         best = logits.max(-1, keepdim=True)
         one = (best.values * 0 + 1).to(dtype)  # NaN where the best logit is not finite
@@ -51,7 +86,7 @@ def target_probs(logits: Tensor, params: Sequence[SamplingParams], sizes: Tensor
     """The law after every node [rows, nodes, vocab], each row by its own `params`; zeros at padding, beyond `sizes` [rows]."""
     if len(params) == 1 and sizes.tolist() == [logits.shape[1]]:
         return probabilities(logits, params[0])  # no second copy in the case where every millisecond is seen
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = precision(logits)
     laws = torch.zeros(logits.shape, dtype=dtype, device=logits.device)
     for row, (own, size) in enumerate(zip(params, sizes.tolist(), strict=True)):
         laws[row, :size] = probabilities(logits[row, :size], own)
@@ -99,6 +134,11 @@ def coins(seeds: Sequence[int], anchors: Sequence[int], num_nodes: int) -> Tenso
     anchor plus the node's index, a coin that rejected a sibling could come back in the next step.
     """
     return _hash(_column(seeds), torch.arange(1, num_nodes + 1), _column(anchors)).double() * 2.0**-53
+
+
+def precision(logits: Tensor) -> torch.dtype:
+    """In which laws are computed: float64 for float64 logits, float32 for all others."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def _nucleus_floor(law: Tensor, top_p: float) -> Tensor:

@@ -9,7 +9,7 @@ of a batch. *tau* is the number of committed tokens per target pass.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from flashdraft.cache import SlotCache
 
-__all__ = ["Chunk", "Drafter", "FinishReason", "Piece", "Proposal", "Result", "Rows", "SamplingParams", "Stats"]
-__all__ += ["Verdict", "check_options", "option", "require"]
+__all__ = ["Chunk", "Drafter", "FinishReason", "LogitsProcessor", "Piece", "Proposal", "Result", "Rows"]
+__all__ += ["SamplingParams", "Stats", "Verdict", "check_options", "option", "require"]
 
 FinishReason = Literal["stop", "length"]
 
@@ -46,6 +46,16 @@ def require(ok: bool, name: str, value: object, allowed: str) -> None:
         raise InvalidParameter(f"{name} is {value!r}", hint=f"{name} must be {allowed}")
 
 
+class LogitsProcessor(Protocol):
+    """The hook that masks or changes the logits of a node, as a grammar does: a function of its arguments and nothing else."""
+
+    def __call__(self, tokens: Sequence[int], logits: Tensor, /) -> Tensor:
+        """Logits [vocab] after `tokens`: prompt, text, and draft up to the node itself; -inf forbids, one token must stay.
+
+        Both arguments are copies, which it may change.
+        """
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How one request is sampled and when it ends. Raises InvalidParameter for a value outside its range."""
@@ -58,19 +68,41 @@ class SamplingParams:
     max_new_tokens: int = option(256, "the text ends after this many tokens", least=1)
     stop: tuple[str, ...] = option((), "the text ends before this string; may be given several times")
     ignore_eos: bool = option(False, "go on after an end-of-text token")
+    repetition_penalty: float = option(1.0, "divide positive logits of tokens in prompt and text, multiply negative ones")
+    presence_penalty: float = option(0.0, "subtract this from the logits of tokens in the text; -2 to 2")
+    frequency_penalty: float = option(0.0, "subtract this once for every time that a token is in the text; -2 to 2")
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)  # by token id, added to its logit
+    logits_processor: LogitsProcessor | None = field(default=None, hash=False)
+    logprobs: bool = False  # log-probabilities of the tokens, by the target's law before any of these fields changed it
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, Sequence):
             object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         check_options(self)
-        for name in ("temperature", "top_p", "min_p"):
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
             require(isinstance(getattr(self, name), (int, float)), name, getattr(self, name), "a number")
         require(self.temperature >= 0 and math.isfinite(self.temperature), "temperature", self.temperature, "0 or more")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         require(0 <= self.min_p < 1, "min_p", self.min_p, "at least 0 and below 1")
         require(type(self.seed) is int and 0 <= self.seed < 2**63, "seed", self.seed, "an integer from 0 to 2**63 - 1")
+        require(0.01 <= self.repetition_penalty <= 100, "repetition_penalty", self.repetition_penalty, "from 0.01 to 100")
+        for name in ("presence_penalty", "frequency_penalty"):
+            require(-2 <= getattr(self, name) <= 2, name, getattr(self, name), "from -2 to 2")
+        pairs = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else [(None, None)]
+        numbers = all(type(t) is int and t >= 0 and isinstance(b, (int, float)) and -100 <= b <= 100 for t, b in pairs)
+        require(numbers, "logit_bias", self.logit_bias, "numbers from -100 to 100 by token id")
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+        hook = self.logits_processor
+        require(hook is None or callable(hook), "logits_processor", hook, "a function of tokens and logits")
+        require(isinstance(self.logprobs, bool), "logprobs", self.logprobs, "True or False")
         strings = isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop)
         require(strings, "stop", self.stop, "non-empty strings")
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether `sampling.adjusted` changes logits."""
+        penalties = self.repetition_penalty - 1, self.presence_penalty, self.frequency_penalty
+        return any(penalties) or bool(self.logit_bias) or self.logits_processor is not None
 
 
 @dataclass(frozen=True)
@@ -105,6 +137,7 @@ class Rows:
     slots: list[int]  # row index in every cache
     histories: list[list[int]]  # prompt and committed tokens; the last one is the anchor
     params: list[SamplingParams]
+    num_prompts: list[int]  # how many tokens of each history are the prompt's
 
     def __len__(self) -> int:
         return len(self.slots)
@@ -170,6 +203,7 @@ class Piece:
 
     text: str
     drafted: bool  # the drafter proposed the token; False: the target's own bonus token
+    logprob: float | None = None  # of the token; None: not asked for
 
 
 @dataclass(frozen=True)
@@ -194,6 +228,8 @@ class Result:
     tokens: tuple[int, ...]  # new tokens, an end-of-text token included
     finish_reason: FinishReason
     stats: Stats
+    logprobs: tuple[float, ...] | None = None  # of every token, natural logarithms; None: not asked for
 
     def to_dict(self) -> dict[str, Any]:
-        return {"text": self.text, "tokens": list(self.tokens), "finish_reason": self.finish_reason, "tau": self.stats.tau}
+        facts = {"text": self.text, "tokens": list(self.tokens), "finish_reason": self.finish_reason, "tau": self.stats.tau}
+        return facts if self.logprobs is None else facts | {"logprobs": list(self.logprobs)}

@@ -306,9 +306,9 @@ def proposals(model: DFlashDraftModel, target: LeanTarget) -> list[int]:
     history, drafted = [1], []
     for token in torch.randint(3, 60, (40,), generator=generator).tolist():
         features = torch.randn(1, 2 * HIDDEN, generator=generator, dtype=torch.float64)
-        drafter.observe(Rows([0], [history], [SamplingParams()]), [torch.tensor(history[-1:])], [features])
+        drafter.observe(Rows([0], [history], [SamplingParams()], [1]), [torch.tensor(history[-1:])], [features])
         history.append(token)
-        drafted += drafter.propose(Rows([0], [history], [SamplingParams()]), 8).tokens[0, 1:].tolist()
+        drafted += drafter.propose(Rows([0], [history], [SamplingParams()], [1]), 8).tokens[0, 1:].tolist()
     return drafted
 
 

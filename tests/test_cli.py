@@ -241,6 +241,32 @@ def test_generate_prints_what_the_library_writes(run: Run, folders: Path) -> Non
     assert [line["tokens"] for line in lines] == [list(result.tokens) for result in expected]
     assert [line["text"] for line in lines] == [result.text for result in expected]
     assert set(lines[0]) >= {"text", "tokens", "finish_reason", "tau", "tokens_per_second"}
+    assert "logprobs" not in lines[0]
+
+
+def test_generate_takes_penalties_and_shows_logprobs(run: Run, folders: Path) -> None:
+    penalties = {"repetition_penalty": 1.3, "presence_penalty": -0.5, "frequency_penalty": 0.9}
+    expected = flashdraft.load(folders / "target").generate("hi", max_new_tokens=20, logprobs=True, **penalties)
+    options = "hi --target T --draft D/draft --max-new-tokens 20"
+    spelled = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in penalties.items())
+    line = json.loads(run(f"generate {options} {spelled} --json --logprobs")[1])
+    assert line["tokens"] == list(expected.tokens)
+    assert line["logprobs"] == pytest.approx(expected.logprobs, abs=1e-5)
+    assert line["text"] + "\n" != run(f"generate {options}")[1]
+
+
+def test_logprobs_without_json_and_penalties_out_of_range_are_refused(run: Run) -> None:
+    for words, name in (("--logprobs", "logprobs"), ("--presence-penalty 3", "presence_penalty")):
+        status, out, err = run(f"generate hi --target T {words}")
+        assert (status, out) == (1, "")
+        assert err.startswith(f"error: {name} is ")
+
+
+def test_what_a_command_line_cannot_express_is_no_option(run: Run) -> None:
+    text = run("generate --help")[1]
+    assert "--frequency-penalty" in text
+    assert "--logit-bias" not in text
+    assert "--logits-processor" not in text
 
 
 def test_generate_reads_standard_input_and_stops(run: Run, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,7 +157,8 @@ def features_of(history: Sequence[int], layers: Sequence[int] = FEATURES) -> Ten
 
 
 def rows_of(histories: Sequence[Sequence[int]], slots: Sequence[int] | None = None) -> Rows:
-    return Rows(list(slots or range(len(histories))), [list(h) for h in histories], [SamplingParams()] * len(histories))
+    count = len(histories)
+    return Rows(list(slots or range(count)), [list(h) for h in histories], [SamplingParams()] * count, [1] * count)
 
 
 def observed(drafter: DFlashDrafter, histories: Sequence[Sequence[int]], *, pieces: int = 3) -> Rows:

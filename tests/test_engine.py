@@ -520,7 +520,7 @@ def test_a_text_ends_where_it_must_at_every_offset_of_a_block(check: Callable[[i
     check(block)
 
 
-def whole_block(self: Request, tokens: Sequence[int], num_drafted: int) -> Chunk:
+def whole_block(self: Request, tokens: Sequence[int], num_drafted: int, logits: Sequence[Tensor]) -> Chunk:
     """Looks for the end after the block, not in it."""
     chunks = [commit(self, [token], int(i < num_drafted)) for i, token in enumerate(tokens)]
     pieces = tuple(piece for chunk in chunks for piece in chunk.pieces)
@@ -532,7 +532,7 @@ def whole_block(self: Request, tokens: Sequence[int], num_drafted: int) -> Chunk
 commit = Request.commit
 
 
-def pushes_eos(self: Request, tokens: Sequence[int], num_drafted: int) -> Chunk:
+def pushes_eos(self: Request, tokens: Sequence[int], num_drafted: int, logits: Sequence[Tensor]) -> Chunk:
     """The end-of-text token's own text leaks."""
     chunk = commit(self, tokens, num_drafted)
     if chunk.result is None or chunk.tokens[-1] not in self.eos:

@@ -70,7 +70,7 @@ def test_drafts_of_known_texts(history: list[int], draft: list[int]) -> None:
 
 def test_rows_without_a_match_send_their_anchor_alone() -> None:
     histories = [[5, 6, 7, 5], [1, 2, 3], [8, 8, 8, 8]]
-    rows = Rows([0, 1, 2], histories, [SamplingParams()] * 3)
+    rows = Rows([0, 1, 2], histories, [SamplingParams()] * 3, [1] * 3)
     proposal = PromptLookup(block_size=4).propose(rows, 99)
     check(proposal)
     assert proposal.sizes.tolist() == [4, 1, 2]
@@ -80,5 +80,5 @@ def test_rows_without_a_match_send_their_anchor_alone() -> None:
 
 @pytest.mark.parametrize(("block_size", "max_nodes", "width"), [(4, 99, 4), (4, 2, 2), (1, 99, 1), (9, 1, 1)])
 def test_a_proposal_fits_into_the_block_and_the_budget(block_size: int, max_nodes: int, width: int) -> None:
-    rows = Rows([0], [[5, 6, 7, 8, 5]], [SamplingParams()])
+    rows = Rows([0], [[5, 6, 7, 8, 5]], [SamplingParams()], [5])
     assert PromptLookup(block_size=block_size).propose(rows, max_nodes).num_nodes == width

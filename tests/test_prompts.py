@@ -478,11 +478,11 @@ def test_server_answers_in_the_same_lines(tmp_path: Path, api: Api, monkeypatch:
     rows = [{"source": "s", "row": 0, "prompt": "a", "thinking": False}, {"source": "s", "row": 1, "prompt": TALK}]
     path, out = write_lines(tmp_path / "p.jsonl", rows), tmp_path / "answers.jsonl"
     server = Server(api.url + "/", "big", max_rows=2)
-    assert regenerate(server, path, out, params=replace(PARAMS, stop=("END",)), quiet=True) == 2
+    assert regenerate(server, path, out, params=replace(PARAMS, stop=("END",), presence_penalty=0.5), quiet=True) == 2
     answers = [row | {"response": f"to {text}", "finish": "stop", "num_tokens": 7} for row, text in zip(rows, "ac", strict=True)]
     assert sorted(read_jsonl(out), key=lambda row: int(row["row"])) == answers
     assert set(api.headers) == {("/v1/chat/completions", "Bearer secret")}
-    common = {"model": "big", "temperature": 0.7, "top_p": 0.9, "max_tokens": 12, "stop": ["END"]}
+    common = {"model": "big", "temperature": 0.7, "top_p": 0.9, "max_tokens": 12, "stop": ["END"], "presence_penalty": 0.5}
     assert sorted(api.bodies, key=lambda body: int(body["seed"])) == [
         common | {"seed": 5, "messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"enable_thinking": False}},
         common | {"seed": 6, "messages": TALK},
@@ -595,7 +595,17 @@ def test_prompt_beyond_the_servers_context_is_left_out(tmp_path: Path, api: Api)
     assert {row["prompt"] for row in read_jsonl(tmp_path / "out.jsonl")} == {"a", "c"}
 
 
-@pytest.mark.parametrize(("name", "value"), [("top_k", 5), ("min_p", 0.1), ("ignore_eos", True)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("top_k", 5),
+        ("min_p", 0.1),
+        ("ignore_eos", True),
+        ("repetition_penalty", 1.2),
+        ("logit_bias", {3: 1.0}),
+        ("logprobs", True),
+    ],
+)
 def test_sampling_that_the_api_has_not_is_refused(tmp_path: Path, api: Api, name: str, value: Any) -> None:
     params = replace(PARAMS, **{name: value})
     with pytest.raises(InvalidParameter, match=f"^{name} is set"):

@@ -94,7 +94,7 @@ def _proposal_after(model: Model, tokens: list[int]) -> tuple[Proposal, Tensor, 
     cache = model.target.new_cache(1, 512)
     _, features = model.target.prefill(cache, 0, torch.tensor(tokens[:-1]), drafter.layers)
     assert features is not None
-    rows = Rows([0], [tokens], [SamplingParams(temperature=1.0)])
+    rows = Rows([0], [tokens], [SamplingParams(temperature=1.0)], [len(tokens)])
     drafter.observe(rows, [torch.tensor(tokens[:-1])], [features])
     states: list[Tensor] = []
     scored = drafter.network.scored

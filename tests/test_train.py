@@ -363,10 +363,10 @@ def test_training_computes_what_decoding_computes(shift: int, monkeypatch: pytes
     for anchor, trained in zip(anchors, states, strict=True):
         drafter = DFlashDrafter(PackedDraft(model, target))
         history = tokens[: anchor + 1].tolist()
-        drafter.observe(Rows([0], [history], [ANSWER]), [tokens[:anchor]], [features[:anchor]])
+        drafter.observe(Rows([0], [history], [ANSWER], [1]), [tokens[:anchor]], [features[:anchor]])
         caught: list[Tensor] = []
         drafter.network.scored = lambda hidden, *_, into=caught: (into.append(hidden[0]), hidden.topk(1, -1)[::-1])[1]  # type: ignore
-        drafter.propose(Rows([0], [history], [ANSWER]), BLOCK)
+        drafter.propose(Rows([0], [history], [ANSWER], [1]), BLOCK)
         differences.append(float((caught[0] - trained[1:]).abs().max()))
     assert max(differences) < 1e-4 if shift == 0 else min(differences) > 0.05
 

@@ -27,6 +27,7 @@ __all__ = ["Server", "mixed", "regenerate"]
 _WINDOW = 1024  # prompts handed to the engine at a time
 _PAUSES = (0.5, 2.0, 8.0)  # seconds before a request is sent again
 _TIMEOUT = 1800.0  # seconds for one answer of a server
+_OURS = ("top_k", "min_p", "ignore_eos", "repetition_penalty", "logit_bias", "logits_processor", "logprobs")
 
 Row = dict[str, Any]
 Law = Callable[[int], SamplingParams]  # how prompt number n is answered
@@ -122,10 +123,11 @@ class Server:
 
     def _ask(self, row: Row, params: SamplingParams) -> Row | None:
         """The answer's fields; None for a prompt beyond the server's context."""
-        if unknown := [name for name in ("top_k", "min_p", "ignore_eos") if getattr(params, name)]:
+        if unknown := [name for name in _OURS if getattr(params, name) != getattr(SamplingParams(), name)]:
             raise InvalidParameter(f"{unknown[0]} is set, but the API of a server has none", hint="leave it out")
         prompt = row["prompt"]
         body: Row = {"model": self.model, "temperature": params.temperature, "top_p": params.top_p, "seed": params.seed}
+        body |= {name: value for name in ("presence_penalty", "frequency_penalty") if (value := getattr(params, name))}
         body |= {"max_tokens": params.max_new_tokens} | ({"stop": params.stop} if params.stop else {})
         body |= {"chat_template_kwargs": {"enable_thinking": row["thinking"]}} if "thinking" in row else {}
         body |= {"messages": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt}
