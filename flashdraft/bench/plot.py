@@ -72,10 +72,13 @@ def _pictures(header: dict[str, Any], lines: list[Line]) -> Iterator[tuple[str, 
             taus.setdefault(panel, {})[row.method] = {"": row.tau}
     batches = settings([line | {"max_rows": None, "rows": line.get("max_rows")} for line in lines])
     drawn: dict[str, tuple[dict[str, Panel], str]] = {
-        "speedup": (ratios, "Speed-up (medians of pairs)|times plain decoding"),
-        "tau": (taus, "tau (means)|tokens per target pass"),
+        "speedup": (ratios, "Speed-up over plain decoding (medians of pairs)|times plain decoding"),
+        "tau": (taus, "tau: tokens committed per target pass (means)|tokens per target pass"),
         "acceptance": (_panels(named, _accepted), "Drafts accepted by position|position in the draft|share of steps"),
-        "batch": (_panels(batches, _rates), "Throughput (medians)|prompts decoded together|tokens/s, all of them"),
+        "batch": (
+            _panels(batches, _rates),
+            "Throughput over batch sizes (medians)|prompts decoded together|tokens/s, all of them",
+        ),
         "step": (_panels(named, _parts), "Where a decoding step's time goes|ms per target pass"),
     }
     about = " · ".join([*(f"{name} {config[name]}" for name in ("target", "max_new_tokens") if config), header["device"]])
@@ -142,7 +145,9 @@ def _bars(axis: Axes, panel: Panel, names: list[str]) -> None:
         axis.barh(places, widths, 0.7, ends, color=[_colour(part or name) for name in panel], label=part or None)
         ends = [end + width for end, width in zip(ends, widths, strict=True)]
     for place, end in zip(places, ends, strict=True):
-        axis.annotate(f"{end:.3g}", (end, place), (3, 0), textcoords="offset points", va="center", fontsize=8)
+        axis.annotate(
+            f"{end:.2f}" if end < 10 else f"{end:.1f}", (end, place), (3, 0), textcoords="offset points", va="center", fontsize=8
+        )
     axis.set_yticks(range(len(names)), names)
     axis.set_ylim(len(names) - 0.5, -0.5)
     axis.grid(visible=False, axis="y")
@@ -151,7 +156,7 @@ def _bars(axis: Axes, panel: Panel, names: list[str]) -> None:
 def _curves(axis: Axes, panel: Panel, _: list[str]) -> None:
     for name, points in panel.items():
         axis.plot([*points], [*points.values()], color=_colour(name), label=name)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def _colour(name: str) -> tuple[float, ...]:
