@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 from typer.exceptions import TyperException
@@ -92,8 +92,8 @@ def _options(
 def flat(function: Callable[..., None]) -> Callable[..., None]:
     """The function with the fields of its dataclass parameters in their place, as typer wants to see it.
 
-    A field's metadata has its `help` and range; a field without stays at its default. A tuple of strings becomes an option
-    that may be given several times.
+    A field's metadata has its `help` and range; a field without stays at its default. A tuple becomes an option that may be
+    given several times.
     """
     groups: dict[str, Any] = {}
     parameters: list[inspect.Parameter] = []
@@ -120,7 +120,8 @@ def _fields(group: Any) -> Iterator[inspect.Parameter]:
     for field in dataclasses.fields(group):
         if not field.metadata:
             continue
-        hint = list[str] if hints[field.name] == tuple[str, ...] else hints[field.name]
+        hint = hints[field.name]
+        hint = list[get_args(hint)[0]] if get_origin(hint) is tuple else hint  # type: ignore[misc]
         option = typer.Option(f"--{field.name.replace('_', '-')}", help=field.metadata["help"])
         default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
         default = list(default) if isinstance(default, tuple) else default

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,9 +15,9 @@ from typer import Argument, Option
 from flashdraft import hub
 from flashdraft.bench.profile import profile as measure
 from flashdraft.bench.report import print_table, show
-from flashdraft.bench.run import BenchConfig, run_bench
-from flashdraft.bench.tasks import read_ids, write_tasks
-from flashdraft.errors import ContextLengthError
+from flashdraft.bench.run import BenchConfig, run_bench, run_peers
+from flashdraft.bench.tasks import TASKS, read_ids, write_tasks
+from flashdraft.errors import ContextLengthError, InvalidParameter
 from flashdraft.generate import KERNELS, Model, load
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.types import Chunk, Result, SamplingParams, option, require
@@ -141,13 +142,35 @@ def report(
         show(path, base)
 
 
+def plot(
+    results: Annotated[list[Path], Argument(help="files that `flashdraft bench` wrote")],
+    out: Annotated[Path, Option(help="folder of report.md, report.html and the pictures")],
+) -> None:
+    try:
+        pictures = import_module("flashdraft.bench.plot")
+    except ImportError as error:
+        raise InvalidParameter(f"pictures need matplotlib: {error}", hint="pip install 'flashdraft[plot]'") from None
+    print(*pictures.draw(results, out), sep="\n")
+
+
+def peers(
+    config: BenchConfig,
+    gguf: Annotated[list[Path], Option(help="the target's weights for llama.cpp and OpenVINO; may be given several times")] = [],  # noqa: B006
+    engines: Annotated[Path, Option(help="file whose functions run other engines")] = Path("recipes/engines.py"),
+) -> None:
+    files = run_peers(config, gguf, engines)
+    report(files)
+    plot(files, config.out.with_suffix(""))
+
+
 def tasks(
-    data: Annotated[Path, Option(envvar="FLASHDRAFT_DATA", help="folder of the public data sets")],
     out: Out,
+    data: Annotated[Path | None, Option(envvar="FLASHDRAFT_DATA", help="folder of the public data sets; else the hub")] = None,
     ids: Annotated[Path, Option(help="entry numbers of every set")] = Path("recipes/bench_ids.json"),
     first: Annotated[int | None, Option(help="only each set's first ones")] = None,
+    task: Annotated[list[str], Option(help=f"of {', '.join(TASKS)}; several times")] = ["gsm8k", "humaneval", "mt_bench"],  # noqa: B006
 ) -> None:
-    print(f"{write_tasks(data, out, read_ids(ids), first=first)} prompts in {out}")
+    print(f"{write_tasks(data, out, read_ids(ids), tasks=task, first=first)} prompts in {out}")
 
 
 def profile(

@@ -35,9 +35,9 @@ def check_options(options: Any) -> None:
     """Raises InvalidParameter for a field that is no integer from its `least` up, or none of its `choices`."""
     for f in fields(options):
         value, least, choices = getattr(options, f.name), f.metadata.get("least"), f.metadata.get("choices")
-        if value is not None or f.default is not None:
-            require(least is None or (type(value) is int and value >= least), f.name, value, f"{least} or more")
-            require(not choices or value in choices, f.name, value, f"one of {', '.join(choices or ())}")
+        for one in value if isinstance(value, tuple) else (value,) if value is not None or f.default is not None else ():
+            require(least is None or (type(one) is int and one >= least), f.name, one, f"{least} or more")
+            require(not choices or one in choices, f.name, one, f"one of {', '.join(choices or ())}")
 
 
 def require(ok: bool, name: str, value: object, allowed: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import matplotlib
 
-from flashdraft.bench.report import summarise
+from flashdraft.bench.report import read_results, summarise
 
 matplotlib.use("svg")
 from matplotlib import pyplot
@@ -23,7 +23,7 @@ options = parser.parse_args()
 
 speeds: dict[str, float] = {}
 for path in options.results:
-    found = {row.method: row.decode_tokens_per_second or 0.0 for row in summarise(path) if row.task == "all"}
+    found = {row.method: row.decode_tokens_per_second or 0.0 for row in summarise(read_results(path)[1]) if row.task == "all"}
     scale = speeds.get(options.common, found[options.common]) / found[options.common]
     speeds |= {name: scale * speed for name, speed in found.items() if name not in speeds}
 methods = sorted(speeds, key=lambda name: speeds[name])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import random
 import runpy
 import sys
 from collections import Counter
@@ -15,18 +13,19 @@ from typing import Any
 import pytest
 from toy_folders import save_target, save_zlab
 
+import flashdraft
 from flashdraft.bench import run as bench_run
 from flashdraft.bench.profile import PARTS, profile
-from flashdraft.bench.report import show, summarise
-from flashdraft.bench.run import METHODS, BenchConfig, run_bench
-from flashdraft.bench.tasks import read_ids, read_prompts, write_tasks
+from flashdraft.bench.report import read_results, settings, show, summarise
+from flashdraft.bench.run import METHODS, OURS, THEIRS, BenchConfig, acceptance, run_bench
 from flashdraft.cli import main
-from flashdraft.errors import DataError, InvalidParameter
+from flashdraft.errors import ContextLengthError, InvalidParameter
 from flashdraft.types import SamplingParams
 
 IDS = Path(__file__).parent.parent / "recipes" / "bench_ids.json"
 KEYS = {"task", "prompt", "method", "repeat", "num_prompt_tokens", "num_tokens", "seconds", "tokens_per_second", "tau"}
-KEYS |= {"decode_seconds", "decode_tokens_per_second", "identical", "first_difference"}
+KEYS |= {"decode_seconds", "decode_tokens_per_second", "identical", "first_difference", "temperature", "max_rows", "threads"}
+KEYS |= {"turns", "time_to_first_token", "batch_tokens_per_second", "accepted_lengths", "acceptance", "peak_memory", "shares"}
 
 
 @pytest.fixture(scope="module")
@@ -52,25 +51,33 @@ def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def test_every_method_answers_every_prompt_in_every_repeat(config: dict[str, Any]) -> None:
-    methods = ",".join(METHODS)
-    assert run_bench(BenchConfig(**config, methods=methods, repeats=2, transformers_prompts=1), quiet=True) == 28
+    options = {"methods": ",".join(METHODS), "repeats": 2, "transformers_prompts": 1, "assistant": config["target"]}
+    assert run_bench(BenchConfig(**config, **options), quiet=True) == 40
     header, lines = read(config["out"])
     assert header["config"]["max_new_tokens"] == 24
     assert {"command", "commit", "versions", "device", "threads", "kernel", "row_exact", "transformers_threads"} <= set(header)
     assert all(line.keys() >= KEYS for line in lines)
     asked = Counter((line["prompt"], line["method"]) for line in lines)
-    everywhere = {(prompt, method): 2 for prompt in range(3) for method in METHODS[:-1]}
-    assert asked == everywhere | {(0, "transformers"): 2, (2, "transformers"): 2}
+    everywhere = {(prompt, method): 2 for prompt in range(3) for method in OURS}
+    assert asked == everywhere | {(prompt, method): 2 for prompt in (0, 2) for method in THEIRS}
     assert {line["prompt"]: line["task"] for line in lines} == {0: "a", 1: "a", 2: "b"}
     for line in lines:
         assert line["identical"] is True
         assert 0 < line["decode_seconds"] < line["seconds"]
         assert line["tokens_per_second"] == pytest.approx(line["num_tokens"] / line["seconds"])
-        assert line["decode_tokens_per_second"] == pytest.approx((line["num_tokens"] - 1) / line["decode_seconds"])
-        if line["method"] != "transformers":
+        assert line["decode_tokens_per_second"] == pytest.approx(sum(line["accepted_lengths"]) / line["decode_seconds"])
+        assert line["time_to_first_token"] == pytest.approx(line["seconds"] - line["decode_seconds"])
+        assert line["tau"] == pytest.approx(sum(line["accepted_lengths"]) / line["target_passes"])
+        assert line["acceptance"] == acceptance(line["accepted_lengths"])
+        assert line["batch_tokens_per_second"] == pytest.approx(line["tokens_per_second"], rel=0.2)  # a batch of one
+        assert line["peak_memory"] > 2**26
+        if line["method"] in OURS:
             assert {"prefill", "draft", "target", "host"} == set(line["parts"])
             assert sum(line["parts"].values()) <= line["seconds"]
             assert sum(line["accepted_lengths"]) == line["num_tokens"] - 1
+            assert sum(line["shares"].values()) == pytest.approx(1)
+            steps = sum(line["parts"].values()) - line["parts"]["prefill"]
+            assert line["shares"]["target"] == pytest.approx(line["parts"]["target"] / steps)
 
 
 def test_methods_take_turns_at_going_first(config: dict[str, Any]) -> None:
@@ -92,7 +99,7 @@ def test_sampled_text_is_compared_except_with_transformers_own_draws(config: dic
 def test_without_plain_decoding_nothing_is_called_identical(config: dict[str, Any]) -> None:
     run_bench(BenchConfig(**config, methods="dflash"), quiet=True)
     assert {line["identical"] for line in read(config["out"])[1]} == {None}
-    assert [row.ratio for row in summarise(config["out"])] == [None] * 3
+    assert [row.ratio for row in summarise(read_results(config["out"])[1])] == [None] * 3
 
 
 @pytest.mark.parametrize("fault", ["other token", "cut short"])
@@ -115,7 +122,7 @@ def test_planted_other_text_is_not_identical(fault: str, config: dict[str, Any],
     run_bench(BenchConfig(**config, methods="autoregressive,dflash,prompt_lookup"), quiet=True)
     found = {(line["method"], line["identical"], line["first_difference"]) for line in read(config["out"])[1]}
     assert found == {("autoregressive", True, None), ("dflash", True, None), ("prompt_lookup", False, 5)}
-    assert {row.method: row.identical for row in summarise(config["out"])} == {
+    assert {row.method: row.identical for row in summarise(read_results(config["out"])[1])} == {
         "autoregressive": 1.0,
         "dflash": 1.0,
         "prompt_lookup": 0.0,
@@ -132,6 +139,95 @@ def test_prompts_decoded_together_get_the_same_answers(config: dict[str, Any]) -
         for path in (config["out"], together)
     ]
     assert found[0] == found[1]
+
+
+def test_acceptance_by_position_is_the_share_of_steps_that_committed_it() -> None:
+    assert acceptance([1, 3, 2, 3]) == [0.75, 0.5]  # 3 tokens: two drafts and the target's own
+    assert acceptance([1, 1]) == acceptance([]) == []
+
+
+# --- several settings, several turns -----------------------------------------------------------------------------------------
+
+
+def test_settings_are_taken_in_turn_and_never_compared_with_each_other(config: dict[str, Any]) -> None:
+    config |= {"methods": "autoregressive,dflash", "temperature": (0.0, 0.9), "max_rows": (1, 2), "threads": [1]}
+    assert run_bench(BenchConfig(**config), quiet=True) == 24
+    header, lines = read(config["out"])
+    assert (header["config"]["temperature"], header["config"]["max_rows"]) == ([0.0, 0.9], [1, 2])
+    units = [(line["prompt"], line["temperature"], line["max_rows"]) for line in lines if line["method"] == "dflash"]
+    assert units[:8] == [  # prompts 0 and 1 are of one task: where two are decoded together, they come first
+        (0, 0.0, 1), (0, 0.0, 2), (1, 0.0, 2), (0, 0.9, 1), (0, 0.9, 2), (1, 0.9, 2), (1, 0.0, 1), (1, 0.9, 1)
+    ]  # fmt: skip
+    firsts = {}
+    for line in lines:
+        firsts.setdefault((line["temperature"], line["max_rows"], line["prompt"]), line["method"])
+    for temperature in (0.0, 0.9):  # every method goes first in every setting
+        assert [firsts[temperature, 1, prompt] for prompt in range(3)] == ["autoregressive", "dflash", "autoregressive"]
+        assert [firsts[temperature, 2, prompt] for prompt in (0, 2)] == ["autoregressive", "dflash"]
+    assert {line["identical"] for line in lines} == {True}
+    _, paired = read_results(config["out"])
+    assert all(line["pair"][key] == line[key] for line in paired for key in ("temperature", "max_rows", "threads", "prompt"))
+    assert list(settings(paired)) == [f"T = {t}, batch {n}, threads 1" for t, n in (("0", 1), ("0", 2), ("0.9", 1), ("0.9", 2))]
+
+
+def test_a_later_turn_follows_the_methods_own_answer(config: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "talk.jsonl").write_text('{"task": "b", "turns": ["hi", "and you", "so"]}\n{"task": "b", "prompt": "why"}\n')
+    config |= {"prompts": tmp_path / "talk.jsonl", "turns": 2, "max_rows": 2}
+    config |= {"methods": "autoregressive,prompt_lookup", "draft": "auto"}
+    run_bench(BenchConfig(**config), quiet=True)
+    lines = {(line["prompt"], line["method"]): line for line in read(config["out"])[1]}
+    model = flashdraft.load(config["target"], draft="autoregressive")
+    first = model.generate("hi", max_new_tokens=24, seed=0)
+    talk = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": first.text},
+        {"role": "user", "content": "and you"},
+    ]
+    second = model.generate(talk, max_new_tokens=24, seed=0)
+    for method in ("autoregressive", "prompt_lookup"):
+        line = lines[0, method]
+        assert (line["turns"], line["identical"]) == (2, True)
+        assert line["num_tokens"] == len(first.tokens) + len(second.tokens)
+        assert line["num_prompt_tokens"] == first.stats.num_prompt_tokens + second.stats.num_prompt_tokens
+        assert sum(line["accepted_lengths"]) == line["num_tokens"] - 2
+        assert line["time_to_first_token"] == pytest.approx((line["seconds"] - line["decode_seconds"]) / 2)
+        assert lines[1, method]["turns"] == 1
+    one = config | {"turns": 1, "out": tmp_path / "one.jsonl"}
+    run_bench(BenchConfig(**one), quiet=True)
+    assert {line["turns"] for line in read(one["out"])[1]} == {1}
+
+
+def test_planted_difference_in_the_second_turn_is_found(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = bench_run._timed
+
+    def faulty(model: Any) -> Any:
+        method = timed(model)
+
+        def answer(prompts: list[list[int]], params: Any) -> Any:
+            second = any(len(prompt) > 20 for prompt in prompts)
+            return [
+                bench_run.replace(a, tokens=(*a.tokens[:-1], 3 + a.tokens[-1] % 5)) if second else a
+                for a in method(prompts, params)
+            ]
+
+        return answer if model.new_drafter().name == "prompt_lookup" else method
+
+    monkeypatch.setattr(bench_run, "_timed", faulty)
+    run_bench(BenchConfig(**config | {"methods": "autoregressive,prompt_lookup", "draft": "auto", "turns": 2}), quiet=True)
+    found = {(line["method"], line["turns"], line["identical"]) for line in read(config["out"])[1]}
+    assert found == {
+        ("autoregressive", 1, True),
+        ("autoregressive", 2, True),
+        ("prompt_lookup", 1, True),
+        ("prompt_lookup", 2, False),
+    }
+
+
+def test_a_talk_that_would_outgrow_the_context_is_refused_before_the_file_appears(config: dict[str, Any]) -> None:
+    run = BenchConfig(**config | {"max_new_tokens": 130, "methods": "autoregressive", "draft": "auto"}, turns=2)
+    with pytest.raises(ContextLengthError):
+        run_bench(run, quiet=True)
+    assert not config["out"].exists()
 
 
 def test_results_are_not_overwritten(config: dict[str, Any]) -> None:
@@ -168,7 +264,7 @@ def test_ratio_is_the_median_of_pairs_not_the_ratio_of_medians(tmp_path: Path, c
             ("b", 3, "dflash", 0, 90.0, 2.0, None),  # no pair
         ],
     )
-    rows = {(row.task, row.method): row for row in summarise(path)}
+    rows = {(row.task, row.method): row for row in summarise(read_results(path)[1])}
     assert list(rows)[:2] == [("a", "autoregressive"), ("a", "dflash")]
     a, b, both = (rows[task, "dflash"] for task in ("a", "b", "all"))
     assert (a.tokens_per_second, a.ratio, a.decode_tokens_per_second, a.decode_ratio) == (30.0, 1.5, 60.0, 1.5)
@@ -180,8 +276,8 @@ def test_ratio_is_the_median_of_pairs_not_the_ratio_of_medians(tmp_path: Path, c
     show(path)
     out = capsys.readouterr().out
     table = [line.split() for line in out.splitlines()]
-    assert ["a", "dflash", "3", "30.0", "1.50", "60.0", "1.50", "3.00", "67%"] in table
-    assert ["b", "transformers", "1", "4.0", "0.40", "8.0", "0.40", "1.00", "-"] in table
+    assert ["a", "dflash", "3", "30.0", "1.50", "60.0", "1.50", "3.00", "67%", "-"] in table
+    assert ["b", "transformers", "1", "4.0", "0.40", "8.0", "0.40", "1.00", "-", "-"] in table
 
 
 def test_command_writes_results_and_shows_their_table_again(config: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,52 +288,6 @@ def test_command_writes_results_and_shows_their_table_again(config: dict[str, An
     assert main(["report", str(config["out"])]) == 0
     assert capsys.readouterr().out == first
     assert "100%" in first
-
-
-# --- tasks ---------------------------------------------------------------------------------------------------------------
-
-
-def test_committed_ids_are_the_drawn_ones() -> None:
-    sizes = {"gsm8k": 1319, "humaneval": 164, "mt_bench": 80}
-    assert read_ids(IDS) == {task: random.Random(0).sample(range(size), 40) for task, size in sizes.items()}
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    folder = tmp_path / "data"
-    for name in ("gsm8k", "humaneval", "mt_bench"):
-        (folder / name).mkdir(parents=True)
-    (folder / "gsm8k/test.jsonl").write_text('{"question": "1 + 1?"}\n{"question": "2 + 2?"}\n')
-    with gzip.open(folder / "humaneval/HumanEval.jsonl.gz", "wt") as file:
-        file.write('{"prompt": "def f():\\n"}\n{"prompt": "def g():\\n"}\n')
-    (folder / "mt_bench/question.jsonl").write_text('{"turns": ["Write.", "Again."]}\n{"turns": ["Say.", "Why?"]}\n')
-    return folder
-
-
-def test_tasks_are_written_in_the_order_of_their_ids(data: Path, tmp_path: Path) -> None:
-    ids = {"gsm8k": [1, 0], "humaneval": [0, 1], "mt_bench": [1, 0]}
-    assert write_tasks(data, tmp_path / "deep/all.jsonl", ids) == 6
-    prompts = read_prompts(tmp_path / "deep/all.jsonl")
-    assert [prompt.task for prompt in prompts] == ["gsm8k", "gsm8k", "humaneval", "humaneval", "mt_bench", "mt_bench"]
-    assert prompts[0].text.startswith("2 + 2?\nPlease reason step by step")
-    assert prompts[2].text == "Complete this Python function:\n```python\ndef f():\n```"
-    assert [prompt.text for prompt in prompts[4:]] == ["Say.", "Write."]
-    assert write_tasks(data, tmp_path / "first.jsonl", ids, first=1) == 3
-    assert [prompt.text for prompt in read_prompts(tmp_path / "first.jsonl")] == [prompt.text for prompt in prompts[::2]]
-
-
-@pytest.mark.parametrize(
-    ("ids", "first", "message"),
-    [
-        ({"gsm8k": [2], "humaneval": [0], "mt_bench": [0]}, None, "no entry 2"),
-        ({"gsm8k": [0], "humaneval": [-1], "mt_bench": [0]}, None, "no entry -1"),
-        ({"gsm8k": [0], "humaneval": [0], "mt_bench": [0]}, 0, "first is 0"),
-    ],
-)
-def test_wrong_ids_write_nothing(data: Path, tmp_path: Path, ids: dict[str, list[int]], first: int | None, message: str) -> None:
-    with pytest.raises((DataError, InvalidParameter), match=message):
-        write_tasks(data, tmp_path / "out.jsonl", ids, first=first)
-    assert not (tmp_path / "out.jsonl").exists()
 
 
 # --- profile -------------------------------------------------------------------------------------------------------------
@@ -294,7 +344,9 @@ def test_methods_of_one_kernel_are_compared_with_its_own_plain_decoding(config: 
     }
     assert {line["identical"] for line in lines if line["method"] == "dflash:torch"} == {True}
     assert {line["identical"] for line in lines if line["method"] == "dflash"} == {None}
-    by_base = {row.method: row.decode_ratio for row in summarise(config["out"], "dflash:torch") if row.task != "all"}
+    by_base = {
+        row.method: row.decode_ratio for row in summarise(read_results(config["out"], "dflash:torch")[1]) if row.task != "all"
+    }
     assert by_base["dflash:torch"] == 1
 
 
@@ -318,6 +370,16 @@ def test_a_temperature_or_kernel_that_nobody_would_use_is_refused(config: dict[s
     file.touch()
     with pytest.raises(InvalidParameter, match=r"temperature is 0\.5"):
         BenchConfig(**config | {"methods": f"dflash,mine={file}:run", "temperature": 0.5})
+    with pytest.raises(InvalidParameter, match=r"threads is \(1, 2\)"):
+        BenchConfig(**config | {"methods": f"dflash,mine={file}:run", "threads": (1, 2)})
+    with pytest.raises(InvalidParameter, match="assistant is None"):
+        BenchConfig(**config | {"methods": "dflash,transformers_assisted"})
+    with pytest.raises(InvalidParameter, match="assistant is here, but no method uses it"):
+        BenchConfig(**config | {"assistant": "here"})
+    with pytest.raises(InvalidParameter, match="max_rows is 0"):
+        BenchConfig(**config | {"max_rows": (1, 0)})
+    with pytest.raises(InvalidParameter, match="temperature is -1"):
+        BenchConfig(**config | {"temperature": (0, -1)})
     with pytest.raises(InvalidParameter, match="engine is 'run'"):
         run_bench(BenchConfig(**config | {"methods": f"mine={file}:run", "draft": "auto"}), quiet=True)
     with pytest.raises(InvalidParameter, match="kernel is 'torch', but every method names its own"):

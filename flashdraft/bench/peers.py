@@ -1,19 +1,32 @@
-"""What any engine says of its answers, and transformers as one of them; recipes/engines.py has more."""
+"""What any engine says of its answers, and transformers' own loops as engines; recipes/engines.py has more.
+
+Knows how transformers' generate is called, drafters included; does not know prompts, pairs or files.
+"""
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import Qwen3Config
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from flashdraft.checkpoint import check_target
+from flashdraft.errors import ContextLengthError, DraftMismatch, UnsupportedTarget
 from flashdraft.generate import load_target
+from flashdraft.methods.dflash import DFlashDraftModel
 from flashdraft.target import HFTarget
 from flashdraft.types import SamplingParams
 
-__all__ = ["Answer", "Method", "Transformers"]
+__all__ = ["Answer", "DFlashAssistant", "Method", "Transformers", "joined"]
+
+_LOOKUP = 10  # tokens that transformers' prompt lookup drafts, as its documentation has it
 
 
 @dataclass(frozen=True)
@@ -22,37 +35,79 @@ class Answer:
 
     tokens: tuple[int, ...]
     seconds: float  # from token ids to text
-    decode_seconds: float  # the part after the first token
-    tau: float = 1.0
+    decode_seconds: float  # the part after the first tokens
+    steps: tuple[int, ...] = ()  # tokens of every target pass after the one that read the prompt; left out: one each
     figures: dict[str, Any] = field(default_factory=dict)  # what only our own methods can tell
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "steps", self.steps or (1,) * (len(self.tokens) - 1))
+
+    @property
+    def tau(self) -> float:
+        return sum(self.steps) / len(self.steps) if self.steps else 1.0
+
+
+def joined(turns: Sequence[Answer]) -> Answer:
+    """The turns of a conversation as one answer: what can be added up is added up, the rest is the last turn's."""
+    figures = dict(turns[-1].figures)
+    for name, value in figures.items():
+        every = [turn.figures[name] for turn in turns]
+        if isinstance(value, dict):
+            figures[name] = {part: sum(one.get(part, 0) for one in every) for part in dict.fromkeys(chain(*every))}
+        elif isinstance(value, int | float):
+            figures[name] = sum(every)
+    tokens, steps = (
+        tuple(chain.from_iterable(part)) for part in zip(*((turn.tokens, turn.steps) for turn in turns), strict=True)
+    )
+    return Answer(tokens, sum(turn.seconds for turn in turns), sum(turn.decode_seconds for turn in turns), steps, figures)
 
 
 Method = Callable[[list[list[int]], list[SamplingParams]], list[Answer]]
 
 
 class Transformers:
-    """transformers' own generate with its own cache on the same weights, at the better of 1 and 2 threads."""
+    """transformers' own generate with its own cache on the same weights, shared by its methods.
 
-    def __init__(self, target_name: str, dtype: str) -> None:
+    tuned: at the better of 1 and 2 threads; else at those that torch has.
+    """
+
+    def __init__(self, target_name: str, dtype: str, *, tuned: bool = True) -> None:
         target, self.tokenizer, eos = load_target(target_name, dtype=dtype, kernel="transformers")
         assert isinstance(target, HFTarget)
-        self.model = target.model
+        self.target, self.model, self.dtype = target, target.model, dtype
         self.ends = {"eos_token_id": sorted(eos), "pad_token_id": min(eos)} if eos else {}
+        self.threads: int | None = None
         seconds = {}
-        for self.threads in (1, 2)[: os.cpu_count()]:
-            seconds[self.threads] = min(self._one(list(range(8)), SamplingParams(max_new_tokens=16)).seconds for _ in range(2))
-        self.threads = min(seconds, key=lambda threads: seconds[threads])
+        for self.threads in (1, 2)[: os.cpu_count()] if tuned else ():
+            seconds[self.threads] = min(
+                self._one(list(range(8)), SamplingParams(max_new_tokens=16), {}).seconds for _ in range(2)
+            )
+        self.threads = min(seconds, key=lambda threads: seconds[threads]) if tuned else None
 
-    def __call__(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[Answer]:
-        return [self._one(prompt, one) for prompt, one in zip(prompts, params, strict=True)]
+    def method(self, kind: str, *, draft: str = "", assistant: str = "") -> Method:
+        """`transformers`, or with `_lookup`, `_assisted` (by the causal LM `assistant`) or `_dflash` (by the drafter `draft`)."""
+        how: dict[str, Any] = {}
+        if kind == "transformers_lookup":
+            how = {"prompt_lookup_num_tokens": _LOOKUP}
+        elif kind == "transformers_assisted":
+            small, _, _ = load_target(assistant, dtype=self.dtype, kernel="transformers")
+            if small.vocab_size != self.target.vocab_size:
+                got = f"`{assistant}` has {small.vocab_size} tokens, `{self.target.name}` has {self.target.vocab_size}"
+                raise DraftMismatch(got, hint="name a smaller model of the same family with --assistant")
+            assert isinstance(small, HFTarget)
+            how = {"assistant_model": small.model}
+        elif kind == "transformers_dflash":
+            how = {"assistant_model": DFlashAssistant(draft, self.target), "speculation_type": "dflash"}
+        return lambda prompts, params: [self._one(prompt, one, how) for prompt, one in zip(prompts, params, strict=True)]
 
-    def _one(self, prompt: list[int], params: SamplingParams) -> Answer:
+    def _one(self, prompt: list[int], params: SamplingParams, how: dict[str, Any]) -> Answer:
         sampled = {"do_sample": True, "temperature": params.temperature, "top_k": 0, "top_p": 1.0}
-        options = (sampled if params.temperature > 0 else {"do_sample": False}) | self.ends
-        times: list[float] = []  # of the prompt and of every token
-        options["streamer"] = SimpleNamespace(put=lambda _: times.append(time.perf_counter()), end=lambda: None)
+        options = (sampled if params.temperature > 0 else {"do_sample": False}) | self.ends | how
+        clock: list[tuple[float, int]] = []  # when the prompt and every pass's tokens were there, and how many they are
+        put = lambda tokens: clock.append((time.perf_counter(), tokens.numel()))  # noqa: E731
+        options["streamer"] = SimpleNamespace(put=put, end=lambda: None)
         before = torch.get_num_threads()
-        torch.set_num_threads(self.threads)
+        torch.set_num_threads(self.threads or before)
         torch.manual_seed(params.seed)
         started = time.perf_counter()
         ids = torch.tensor([prompt])
@@ -61,4 +116,43 @@ class Transformers:
         self.tokenizer.decode(tokens, skip_special_tokens=True)
         ended = time.perf_counter()
         torch.set_num_threads(before)
-        return Answer(tokens, ended - started, ended - times[1])
+        return Answer(tokens, ended - started, ended - clock[1][0], tuple(count for _, count in clock[2:]))
+
+
+class DFlashAssistant(nn.Module):
+    """A drafter as transformers' generate(speculation_type="dflash") calls it.
+
+    That loop owns the cache of keys and values, embeds the block and applies the target's whole lm_head: a sequential head and a
+    reduced vocabulary have no part in it. Raises UnsupportedTarget for a drafter that such a loop cannot carry.
+    """
+
+    def __init__(self, draft: str, target: HFTarget) -> None:
+        super().__init__()
+        network = DFlashDraftModel.from_pretrained(draft)
+        shape = network.config
+        check_target(shape, target)
+        if "sliding_attention" in shape.layer_types or "embed_tokens.weight" in network.extras:
+            got = f"`{draft}` has windowed layers or an embedding of its own"
+            raise UnsupportedTarget(got, hint="transformers' loop has neither; leave transformers_dflash out")
+        self.network, self.device = network.to(target.model.dtype), target.model.device
+        read: Any = {"target_layer_ids": list(shape.target_layer_ids), "num_hidden_layers": shape.num_hidden_layers}
+        read |= {"block_size": shape.block_size, "mask_token_id": shape.mask_token_id}
+        self.config = Qwen3Config(**read)  # what the loop and its cache read
+
+    def forward(
+        self, noise_embeds: Tensor, context_hidden_states: Tensor, position_ids: Tensor, past_key_values: Any, **_: Any
+    ) -> Any:
+        """States [1, block, hidden] of a block of embeddings behind new features [1, n, F * hidden]; positions [1, n + block]."""
+        context, positions = self.network.context(context_hidden_states[0]), position_ids[0]
+        if (last := int(positions[-1])) >= (limit := self.network.config.max_position_embeddings):
+            got = f"a block ends at position {last}, but the drafter knows {limit}"
+            raise ContextLengthError(got, hint="shorten prompts or answers, or leave transformers_dflash out")
+
+        def attend(layer: int, queries: Tensor, *kv: tuple[Tensor, Tensor]) -> Tensor:
+            new = (torch.cat(parts).transpose(0, 1)[None] for parts in zip(*kv, strict=True))  # the context's, then the block's
+            keys, values = past_key_values.update(*new, layer)
+            out = scaled_dot_product_attention(queries.transpose(0, 1)[None], keys, values, enable_gqa=True)
+            return out[0].transpose(0, 1).flatten(1)
+
+        split = positions[: len(context)], positions[len(context) :]
+        return BaseModelOutputWithPast(last_hidden_state=self.network(context, noise_embeds[0], split, attend)[None])

@@ -14,30 +14,50 @@ from rich.table import Table
 from flashdraft.errors import DataError
 from flashdraft.train.prompts import read_jsonl
 
-__all__ = ["Summary", "print_table", "read_results", "show", "summarise"]
+__all__ = ["COLUMNS", "Summary", "origin", "print_table", "read_results", "settings", "show", "summarise"]
 
 Line = dict[str, Any]
-_SPEEDS = ("tokens_per_second", "decode_tokens_per_second")
+_SPEEDS = ("batch_tokens_per_second", "decode_tokens_per_second")
+_SETTING = {"temperature": "T = {:g}", "max_rows": "batch {}", "threads": "threads {}"}
+COLUMNS = ["task", "method", "answers", "tokens/s", "ratio", "decode tokens/s", "decode ratio", "tau", "identical", "first, ms"]
 
 
 @dataclass(frozen=True)
 class Summary:
-    """One method on one task. Ratios, to plain decoding or a chosen method, are medians of pairs of one prompt and repeat."""
+    """One method on one task. Ratios, to plain decoding or a chosen method, are medians of pairs of one prompt and repeat.
+
+    tokens_per_second: of all prompts decoded together, prefill included; decode_tokens_per_second: of one, after its first token.
+    """
 
     task: str
     method: str
     answers: int
-    tokens_per_second: float | None  # medians, prefill included
+    tokens_per_second: float | None  # medians
     ratio: float | None
-    decode_tokens_per_second: float | None  # medians, after the first token
+    decode_tokens_per_second: float | None
     decode_ratio: float | None
     tau: float  # mean
     identical: float | None  # share of the answers that equal plain decoding; None: not compared
+    first_token_ms: float | None  # median
+
+    @property
+    def cells(self) -> list[str]:
+        """As COLUMNS want it."""
+        words, figures = astuple(self)[:3], zip(astuple(self)[3:], (".1f", ".2f", ".1f", ".2f", ".2f", ".0%", ".0f"), strict=True)
+        return [*map(str, words), *("-" if value is None else format(value, form) for value, form in figures)]
 
 
-def summarise(path: Path, base: str | None = None) -> list[Summary]:
-    """Every task's methods in the order of the file; with several tasks, all of them together come last. base: see `show`."""
-    _, lines = read_results(path, base)
+def settings(lines: Sequence[Line]) -> dict[str, list[Line]]:
+    """The lines by temperature, batch size and number of threads, as far as they tell them."""
+    found: dict[str, list[Line]] = {}
+    for line in lines:
+        told = (form.format(line[name]) for name, form in _SETTING.items() if line.get(name) is not None)
+        found.setdefault(", ".join(told), []).append(line)
+    return found
+
+
+def summarise(lines: Sequence[Line]) -> list[Summary]:
+    """Every task's methods, in the order of the lines; with several tasks, all of them together come last."""
     tasks = list(dict.fromkeys(line["task"] for line in lines))
     parts = [(task, [line for line in lines if line["task"] == task]) for task in tasks]
     rows = []
@@ -50,25 +70,33 @@ def summarise(path: Path, base: str | None = None) -> list[Summary]:
 def read_results(path: Path, base: str | None = None) -> tuple[dict[str, Any], list[Line]]:
     """The header and the answers, each with its `pair`: the answer of `base`, or of plain decoding, to the same prompt."""
     rows = list(read_jsonl(path))
-    wanted = {"task", "prompt", "method", "repeat", "tau", "identical", *_SPEEDS}
+    wanted = {"task", "prompt", "method", "repeat", "tau", "identical", "tokens_per_second", _SPEEDS[1]}
     if not rows or "header" not in rows[0] or not all(wanted <= row.keys() for row in rows[1:]):
         raise DataError(f"`{path}` is not a results file", hint="give a file that `flashdraft bench` wrote")
-    answers = {(line["prompt"], line["repeat"], line["method"]): line for line in rows[1:]}
-    pairs = [answers.get((line["prompt"], line["repeat"], base or line.get("plain", "autoregressive"))) for line in rows[1:]]
-    return rows[0]["header"], [line | {"pair": pair} for line, pair in zip(rows[1:], pairs, strict=True)]
+    lines = [{_SPEEDS[0]: line["tokens_per_second"]} | line for line in rows[1:]]
+    answers = {(line["method"], *_key(line)): line for line in lines}
+    pairs = [answers.get((base or line.get("plain", "autoregressive"), *_key(line))) for line in lines]
+    return rows[0]["header"], [line | {"pair": pair} for line, pair in zip(lines, pairs, strict=True)]
+
+
+def _key(line: Line) -> tuple[Any, ...]:
+    return line["prompt"], line["repeat"], *map(line.get, _SETTING)
+
+
+def origin(header: dict[str, Any]) -> list[str]:
+    """What a results file was measured with and on, in two lines."""
+    versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items())
+    threads = f"{header['threads']} threads" + (f", transformers {t}" if (t := header.get("transformers_threads")) else "")
+    return [header["command"], f"{header['device']}; {threads}; {header['kernel']}; {versions}; commit {header['commit']}"]
 
 
 def show(path: Path, base: str | None = None) -> None:
-    """Print the table of a results file, with what it was measured on. base: the method that ratios are to; plain decoding."""
-    header, _ = read_results(path, base)
-    versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items())
-    threads = f"{header['threads']} threads" + (f", transformers {t}" if (t := header.get("transformers_threads")) else "")
-    print(f"{header['command']}\n{header['device']}; {threads}; {header['kernel']}; {versions}; commit {header['commit']}")
-    columns = ["task", "method", "answers", "tokens/s", "ratio", "decode tokens/s", "decode ratio", "tau", "identical"]
-    forms, rows = (".1f", ".2f", ".1f", ".2f", ".2f", ".0%"), []
-    for task, method, answers, *figures in map(astuple, summarise(path, base)):
-        rows.append([task, method, str(answers), *map(_number, figures, forms)])
-    print_table(columns, rows)
+    """Print the tables of a results file, with what it was measured on. base: the method that ratios are to; plain decoding."""
+    header, lines = read_results(path, base)
+    print(*origin(header), sep="\n")
+    for setting, own in settings(lines).items():
+        print(f"\n{setting}\n" if setting else "", end="")
+        print_table(COLUMNS, (row.cells for row in summarise(own)))
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -85,7 +113,8 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 def _summary(task: str, method: str, lines: list[Line]) -> Summary:
     speed, decode = ((_known(median, (line[name] for line in lines)), _ratio(lines, name)) for name in _SPEEDS)
     identical = _known(fmean, (line["identical"] for line in lines))
-    return Summary(task, method, len(lines), *speed, *decode, fmean(line["tau"] for line in lines), identical)
+    first = _known(median, (1000 * t if (t := line.get("time_to_first_token")) else None for line in lines))
+    return Summary(task, method, len(lines), *speed, *decode, fmean(line["tau"] for line in lines), identical, first)
 
 
 def _ratio(lines: Iterable[Line], name: str) -> float | None:
@@ -96,7 +125,3 @@ def _ratio(lines: Iterable[Line], name: str) -> float | None:
 def _known(middle: Callable[[list[float]], float], values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return middle(known) if known else None
-
-
-def _number(value: float | None, form: str = ".2f") -> str:
-    return "-" if value is None else format(value, form)

@@ -1,83 +1,113 @@
 """Methods side by side: every prompt by every method in turn, in one process, one line of results for each answer.
 
-The wall clock runs from token ids to text, alike for all methods, at batch 1. The methods take turns at going first, and
-every ratio is made of two answers to the same prompt in the same repeat, so that a machine's drift hits both.
+The wall clock runs from token ids to text, alike for all methods. The methods take turns at going first, settings (temperature,
+batch size, threads) take turns prompt by prompt, and every ratio is made of two answers to the same prompt in the same repeat and
+setting, so that a machine's drift hits both.
 """
 
 import json
+import resource
 import runpy
+import sys
 import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from itertools import zip_longest
+from importlib.util import find_spec
+from itertools import product, starmap, zip_longest
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.progress import track
 
 from flashdraft import hub
-from flashdraft.bench.peers import Answer, Method, Transformers
-from flashdraft.bench.tasks import read_prompts
+from flashdraft.bench.peers import Answer, Method, Transformers, joined
+from flashdraft.bench.tasks import BenchPrompt, read_prompts
 from flashdraft.engine import check
 from flashdraft.errors import InvalidParameter, ModelNotFound
-from flashdraft.generate import KERNELS, Model, drafters, load_target
+from flashdraft.generate import KERNELS, Model, Prompt, drafters, load_target
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.provenance import provenance
 from flashdraft.types import SamplingParams, check_options, option, require
 
-__all__ = ["METHODS", "Answer", "BenchConfig", "run_bench"]
+__all__ = ["METHODS", "Answer", "BenchConfig", "acceptance", "run_bench", "run_peers"]
 
-METHODS = ("autoregressive", "dflash", "dflash_tree", "prompt_lookup", "transformers")
-METHODS_HELP = (
-    f"comma-separated, of {', '.join(METHODS)}; ours may name a kernel, dflash:int8; others: NAME=FILE.py:FUNCTION:TEXT"
-)
+OURS = ("autoregressive", "dflash", "dflash_tree", "prompt_lookup")
+THEIRS = ("transformers", "transformers_lookup", "transformers_assisted", "transformers_dflash")
+METHODS = OURS + THEIRS
+METHODS_HELP = f"comma-separated, of {', '.join(METHODS)}; ours may name a kernel, dflash:int8; others: NAME=FILE.py:FUNCTION:ARG"
+# function of the engines' file -> the engine's name, its package and what is given to it; else GGUF files
+ENGINES: dict[str, tuple[str, ...]] = {"llama_cpp": ("llama.cpp", "llama_cpp"), "openvino": ("OpenVINO", "openvino_genai")}
+ENGINES |= {"ctranslate2": ("CTranslate2", "ctranslate2", "float32", "int8")}
 _TREE_NODES = 16  # of dflash_tree
 _REST = 0.3  # seconds between methods beside other engines, whose threads may still spin
-_COUNTED = ("accepted_lengths", "target_passes", "num_drafted", "num_accepted")  # of a request's Stats
+
+
+class Setting(NamedTuple):  # answers of two settings are never compared
+    temperature: float
+    max_rows: int
+    threads: int
 
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """One run. Raises InvalidParameter for a value outside its range."""
+    """One run. Raises InvalidParameter for a value outside its range; temperature, max_rows and threads may be single numbers."""
 
     prompts: Path = field(metadata={"help": "JSON Lines with `prompt` or `turns`, and `task`"})
     out: Path = field(metadata={"help": "results file to write; it must not exist"})
     methods: str = option("autoregressive,dflash,prompt_lookup,transformers", METHODS_HELP)
     target: str = option("smollm2-135m", "built-in name, hub id, folder or GGUF file")
     draft: str = option("auto", "folder or hub id of dflash's drafter; auto is the one shipped for the target")
+    assistant: str | None = option(None, "folder or hub id of transformers_assisted's small model, which has the same tokenizer")
     block_size: int | None = option(None, "nodes of a chain, the anchor included; a tree is as deep", least=1)
     dtype: str = option("float32", "float32, bfloat16, float16 or auto (as stored), for all methods alike")
     kernel: str = option("auto", "what runs our methods' weights, where a method names none", choices=KERNELS)
-    max_new_tokens: int = option(128, "tokens per answer, at most")
-    temperature: float = option(0.0, "0 is greedy")
+    max_new_tokens: int = option(128, "tokens per answer and turn, at most")
+    turns: int = option(1, "turns of a prompt with several that are asked at most, each after the method's own answer", least=1)
+    temperature: tuple[float, ...] = option((0.0,), "0 is greedy; may be given several times")
     seed: int = option(0, "seed of the first prompt; the others count on from it")
     repeats: int = option(1, "times that every prompt is answered by every method", least=1)
     transformers_prompts: int | None = option(None, "run transformers on each task's first prompts only", least=1)
-    threads: int | None = option(None, "threads of our methods; by default what torch takes", least=1)
-    max_rows: int = option(1, "prompts our methods decode together; above 1 compare tau and texts, not times", least=1)
+    threads: tuple[int, ...] = option(
+        (), "of all methods, or several; else torch's own, and transformers' better of 1, 2", least=1
+    )
+    max_rows: tuple[int, ...] = option((1,), "prompts of a task that ours decode together; may be given several times", least=1)
 
     def __post_init__(self) -> None:
+        for name in Setting._fields:
+            value = getattr(self, name)
+            object.__setattr__(self, name, tuple(dict.fromkeys(value if isinstance(value, list | tuple) else (value,))))
         check_options(self)
         for kind, variant in self.specs.values():
             if kind.endswith(".py"):
                 require(Path(kind).is_file(), "an engine's file", kind, "there: NAME=FILE.py:FUNCTION:TEXT")
-                require(self.temperature == 0, "temperature", self.temperature, "0 beside engines that run greedily here")
+                require(not any(self.temperature), "temperature", max(self.temperature), "0 beside engines that are greedy here")
+                require(len(self.threads) < 2, "threads", self.threads, "one number beside engines that keep theirs")
             elif kind not in METHODS:
                 raise InvalidParameter(f"no method {kind!r}", hint=f"methods are {', '.join(METHODS)}")
-            elif variant not in (("",) if kind == "transformers" else ("", *KERNELS)):
+            elif variant not in (("", *KERNELS) if kind in OURS else ("",)):
                 raise InvalidParameter(f"no kernel {variant!r}", hint=f"kernels are {', '.join(KERNELS)}")
         if self.draft in METHODS:
             raise InvalidParameter(f"draft is {self.draft!r}", hint="draft names dflash's drafter; other methods go into methods")
         if len(self.specs) < len({part.strip() for part in self.methods.split(",")}):
             raise InvalidParameter(f"two of `{self.methods}` have one name", hint="write NAME=METHOD with names of their own")
-        kinds, chains = {kind.removesuffix("_tree") for kind, _ in self.specs.values()}, {"dflash", "prompt_lookup"}
-        for name, users in {"draft": {"dflash"}, "block_size": chains, "transformers_prompts": {"transformers"}}.items():
-            if getattr(self, name) not in (None, "auto") and not users & kinds:
-                raise InvalidParameter(f"{name} is {getattr(self, name)}, but no method uses it", hint=f"for {', '.join(users)}")
-        if self.kernel != "auto" and all(variant or kind == "transformers" for kind, variant in self.specs.values()):
+        kinds, drafted = {kind for kind, _ in self.specs.values()}, {"dflash", "dflash_tree"}
+        users = {"draft": {*drafted, "transformers_dflash"}, "block_size": {*drafted, "prompt_lookup"}}
+        users |= {"assistant": {"transformers_assisted"}, "transformers_prompts": {*THEIRS}}
+        for name, those in users.items():
+            if getattr(self, name) not in (None, "auto") and not those & kinds:
+                hint = f"for {', '.join(sorted(those))}"
+                raise InvalidParameter(f"{name} is {getattr(self, name)}, but no method uses it", hint=hint)
+        need = self.assistant is not None or "transformers_assisted" not in kinds
+        require(need, "assistant", None, "the folder of transformers_assisted's small model")
+        if self.kernel != "auto" and all(variant or kind in THEIRS for kind, variant in self.specs.values()):
             raise InvalidParameter(f"kernel is {self.kernel!r}, but every method names its own", hint="leave one out")
-        self.params(0)
+        for temperature in self.temperature:
+            self.params(0, temperature)
 
     @property
     def specs(self) -> dict[str, tuple[str, str]]:
@@ -86,60 +116,145 @@ class BenchConfig:
         parts = ((name or spec, spec.partition(":")) for name, _, spec in named)
         return {name: (kind, variant) for name, (kind, _, variant) in parts}
 
-    def params(self, number: int) -> SamplingParams:
-        return SamplingParams(temperature=self.temperature, seed=self.seed + number, max_new_tokens=self.max_new_tokens)
+    def params(self, number: int, temperature: float) -> SamplingParams:
+        return SamplingParams(temperature=temperature, seed=self.seed + number, max_new_tokens=self.max_new_tokens)
 
 
 def run_bench(config: BenchConfig, *, quiet: bool = False) -> int:
-    """Write the header and one line per prompt, method and repeat to config.out; returns the number of answers.
+    """Write the header and one line per prompt, method, repeat and setting to config.out; returns the number of answers.
 
     Everything that can be refused is refused before the file appears; it grows prompt by prompt.
     """
     prompts = read_prompts(config.prompts)
     if config.out.exists():
         raise InvalidParameter(f"`{config.out}` exists", hint="name another file; results are not overwritten")
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    torch.set_num_threads(next(iter(config.threads), torch.get_num_threads()))
     methods, model, facts = _load(config)
-    encoded = [model.encode(prompt.text) for prompt in prompts]
-    for tokens in encoded:
-        check(model.target, model.request(tokens, config.params(0)))
+    for prompt in prompts:
+        _check(config, model, prompt)
+    short = replace(config.params(0, 0.0), max_new_tokens=min(8, config.max_new_tokens))
     for method in methods.values():  # first calls build kernels
-        method(encoded[:1], [replace(config.params(0), max_new_tokens=min(8, config.max_new_tokens))])
-    groups = [range(i, min(i + config.max_rows, len(prompts))) for i in range(0, len(prompts), config.max_rows)]
-    plan = [(repeat, repeat + turn, group) for repeat in range(config.repeats) for turn, group in enumerate(groups)]
+        method([model.encode(prompts[0].text)], [short])
     count, foreign = 0, any(kind.endswith(".py") for kind, _ in config.specs.values())
     config.out.parent.mkdir(parents=True, exist_ok=True)
     with config.out.open("x", encoding="utf-8") as file:
         file.write(json.dumps({"header": provenance() | {"config": asdict(config)} | facts}, default=str) + "\n")
-        for repeat, turn, group in track(plan, "bench", console=Console(stderr=True), disable=quiet):
+        for repeat, turn, setting, group in track(_plan(config, prompts), "bench", console=Console(stderr=True), disable=quiet):
+            torch.set_num_threads(setting.threads)
             first = turn % len(methods)
             answers: dict[tuple[int, str], Answer] = {}
             for name in [*methods][first:] + [*methods][:first]:
-                most = config.transformers_prompts if name == "transformers" else None
-                if todo := [i for i in group if most is None or prompts[i].rank < most]:
+                most = config.transformers_prompts if config.specs[name][0] in THEIRS else None
+                if todo := [prompt for prompt in group if most is None or prompt.rank < most]:
                     time.sleep(_REST if foreign else 0.0)
-                    found = methods[name]([encoded[i] for i in todo], [config.params(prompts[i].number) for i in todo])
-                    answers |= {(i, name): answer for i, answer in zip(todo, found, strict=True)}
-            for (i, name), answer in answers.items():
-                key = {"task": prompts[i].task, "prompt": prompts[i].number, "method": name, "repeat": repeat}
+                    found = _ask(methods[name], model, todo, config, setting.temperature)
+                    answers |= {(prompt.number, name): answer for prompt, answer in zip(todo, found, strict=True)}
+            for (number, name), answer in answers.items():
+                key = {"task": prompts[number].task, "prompt": number, "method": name, "repeat": repeat} | setting._asdict()
                 kind, kernel = config.specs[name]
-                ours = kind in METHODS and kind != "transformers"
-                plain = "autoregressive" + (f":{kernel}" if kernel and ours else "")
-                comparable = config.temperature == 0 or ours  # others' draws are of other generators
-                figures = {"plain": plain} | _figures(answer, answers.get((i, plain)) if comparable else None)
-                file.write(json.dumps(key | {"num_prompt_tokens": len(encoded[i])} | figures) + "\n")
+                plain = "autoregressive" + (f":{kernel}" if kernel and kind in OURS else "")
+                comparable = setting.temperature == 0 or kind in OURS  # others' draws are of other generators
+                figures = {"plain": plain} | _figures(answer, answers.get((number, plain)) if comparable else None)
+                file.write(json.dumps(key | figures) + "\n")
                 count += 1
             file.flush()
     return count
 
 
+def run_peers(config: BenchConfig, gguf: Sequence[Path], engines: Path) -> list[Path]:
+    """Run our methods beside every engine that is installed, and name the others; returns the results files.
+
+    An engine's file is config.out with its name in it; one that exists is not measured again. Each runs in a process of its own,
+    because in one process the thread pools of engines slow each other down by half. transformers is an engine, too.
+    """
+    asked = dict(zip(config.specs, config.methods.split(","), strict=True))
+    ours = [spec for name, spec in asked.items() if config.specs[name][0] not in THEIRS]
+    runs = {"transformers": [spec for spec in asked.values() if spec not in ours]}
+    for function, (name, package, *given) in ENGINES.items():
+        texts = given or gguf
+        if missing := f"{package} is not installed" if find_spec(package) is None else "" if texts else "it needs --gguf":
+            print(f"{name} is left out: {missing}")
+        runs[function] = [f"{name} {Path(text).stem}={engines}:{function}:{text}" for text in texts if not missing]
+    configs = []
+    for engine, specs in ((engine, specs) for engine, specs in runs.items() if specs and ours):
+        own: dict[str, Any] = {} if engine == "transformers" else {"assistant": None, "transformers_prompts": None}
+        own |= {"methods": ",".join([*ours, *specs]), "out": config.out.with_stem(f"{config.out.stem}-{engine}")}
+        configs.append(replace(config, **own))
+    if not configs:
+        raise InvalidParameter("nothing to compare", hint="name a method of ours, and install an engine or name transformers")
+    for one in (one for one in configs if not one.out.exists()):
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            process.submit(run_bench, one, quiet=True).result()
+    return [one.out for one in configs]
+
+
+def _check(config: BenchConfig, model: Model, prompt: BenchPrompt) -> None:
+    """Raises what a turn of the prompt would raise, its answers as long as they may become."""
+    talk: list[dict[str, str]] = []
+    for turn, text in enumerate(prompt.turns[: config.turns]):
+        talk += [{"role": "assistant", "content": ""}] * bool(turn) + [{"role": "user", "content": text}]
+        tokens = model.encode(talk if turn else text) + [0] * (turn * config.max_new_tokens)
+        check(model.target, model.request(tokens, config.params(0, 0.0)))
+
+
+def _plan(config: BenchConfig, prompts: Sequence[BenchPrompt]) -> list[tuple[int, int, Setting, list[BenchPrompt]]]:
+    """(repeat, turn, setting, prompts decoded together) in order: a repeat's settings go through the prompts side by side.
+
+    A group is of one task; `turn` counts a setting's groups, so that every method goes first in each setting.
+    """
+    tasks: dict[str, list[BenchPrompt]] = {}
+    for prompt in prompts:
+        tasks.setdefault(prompt.task, []).append(prompt)
+    units = []
+    for setting in starmap(Setting, product(config.temperature, config.max_rows, config.threads or (torch.get_num_threads(),))):
+        groups = [task[i : i + setting.max_rows] for task in tasks.values() for i in range(0, len(task), setting.max_rows)]
+        units += [(turn, setting, group) for turn, group in enumerate(sorted(groups, key=lambda group: group[0].number))]
+    units.sort(key=lambda unit: unit[2][0].number)
+    return [(repeat, repeat + turn, setting, group) for repeat in range(config.repeats) for turn, setting, group in units]
+
+
+def _ask(method: Method, model: Model, prompts: Sequence[BenchPrompt], config: BenchConfig, temperature: float) -> list[Answer]:
+    """The answers to prompts that are decoded together; every turn after the first one follows the method's own answers."""
+    talks: list[list[dict[str, str]]] = [[] for _ in prompts]
+    found: list[list[Answer]] = [[] for _ in prompts]
+    read, seconds = [0] * len(prompts), 0.0
+    for turn in range(config.turns):
+        live = [i for i, prompt in enumerate(prompts) if turn < len(prompt.turns)]
+        for i in live:
+            talks[i].append({"role": "user", "content": prompts[i].turns[turn]})
+        asked: list[Prompt] = [talks[i] if turn else prompts[i].text for i in live]
+        encoded = [model.encode(one) for one in asked]
+        started = time.perf_counter()
+        answers = method(encoded, [config.params(prompts[i].number, temperature) for i in live]) if live else []
+        seconds += time.perf_counter() - started
+        for i, tokens, answer in zip(live, encoded, answers, strict=True):
+            found[i].append(answer)
+            read[i] += len(tokens)
+            talks[i].append({"role": "assistant", "content": model.tokenizer.decode(answer.tokens, skip_special_tokens=True)})
+    whole = [joined(turns) for turns in found]
+    rate = sum(len(answer.tokens) for answer in whole) / seconds
+    own = ({"turns": len(t), "num_prompt_tokens": n, "batch_tokens_per_second": rate} for t, n in zip(found, read, strict=True))
+    return [replace(answer, figures=answer.figures | told) for answer, told in zip(whole, own, strict=True)]
+
+
+def acceptance(steps: Sequence[int]) -> list[float]:
+    """By draft position from 1: the share of steps that committed it. steps: tokens of each, the target's own one included."""
+    return [fmean(count > position for count in steps) for position in range(1, max(steps, default=1))]
+
+
 def _figures(answer: Answer, plain: Answer | None) -> dict[str, Any]:
-    """`identical`: whether the tokens are those of plain decoding; the first index where they are not; null: not compared."""
-    count, seconds, decode_seconds = len(answer.tokens), answer.seconds, answer.decode_seconds
-    decode_speed = (count - 1) / decode_seconds if count > 1 and decode_seconds else None
+    """`identical`: whether the tokens are those of plain decoding; the first index where they are not; null: not compared.
+
+    `shares`: of the steps' time after the first token; `peak_memory`: the most bytes that the whole process ever held.
+    """
+    count, seconds, decode_seconds, steps = len(answer.tokens), answer.seconds, answer.decode_seconds, answer.steps
     figures = {"num_tokens": count, "seconds": seconds, "decode_seconds": decode_seconds, "tau": answer.tau, **answer.figures}
-    figures |= {"tokens_per_second": count / seconds, "decode_tokens_per_second": decode_speed}
+    figures |= {"accepted_lengths": steps, "acceptance": acceptance(steps), "target_passes": len(steps)}
+    figures |= {"time_to_first_token": (seconds - decode_seconds) / answer.figures["turns"], "tokens_per_second": count / seconds}
+    figures["decode_tokens_per_second"] = sum(steps) / decode_seconds if steps and decode_seconds else None
+    figures["peak_memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    parts = {part: spent for part, spent in answer.figures.get("parts", {}).items() if part != "prefill"}
+    figures["shares"] = {part: spent / sum(parts.values()) for part, spent in parts.items()}
     pairs = enumerate(zip_longest(answer.tokens, plain.tokens if plain else answer.tokens))
     different = next((i for i, (a, b) in pairs if a != b), None)
     return figures | {"identical": None if plain is None else different is None, "first_difference": different}
@@ -147,8 +262,9 @@ def _figures(answer: Answer, plain: Answer | None) -> dict[str, Any]:
 
 def _load(config: BenchConfig) -> tuple[dict[str, Method], Model, dict[str, Any]]:
     """The methods, a model that encodes prompts, and what the header tells about them."""
-    drafting = any(kind.startswith("dflash") for kind, _ in config.specs.values())
-    if drafting and config.draft == "auto" and hub.builtin_draft(config.target) is None:
+    drafting = any("dflash" in kind for kind, _ in config.specs.values())
+    drafter = str(hub.builtin_draft(config.target) or "" if config.draft == "auto" else config.draft)
+    if drafting and not drafter:
         raise ModelNotFound(f"no drafter is shipped for `{config.target}`", hint="name one with --draft, or leave out dflash")
     models: dict[str, Model] = {}
     facts: dict[str, Any] = {"kernel": {}, "row_exact": {}}
@@ -156,15 +272,17 @@ def _load(config: BenchConfig) -> tuple[dict[str, Method], Model, dict[str, Any]
     def ours(kernel: str) -> Model:
         if kernel not in models:
             target, tokenizer, eos = load_target(config.target, dtype=config.dtype, kernel=kernel)
-            models[kernel] = Model(target, tokenizer, Autoregressive, eos=eos, max_rows=config.max_rows)
+            models[kernel] = Model(target, tokenizer, Autoregressive, eos=eos, max_rows=max(config.max_rows))
             facts["kernel"][kernel], facts["row_exact"][kernel] = target.kernel, target.row_exact
         return models[kernel]
 
     methods: dict[str, Method] = {}
+    theirs: Transformers | None = None
     for name, (kind, variant) in config.specs.items():
-        if kind == "transformers":
-            methods[name] = plain = Transformers(config.target, config.dtype)
-            facts["transformers_threads"] = plain.threads
+        if kind in THEIRS:
+            theirs = theirs or Transformers(config.target, config.dtype, tuned=not config.threads)
+            facts["transformers_threads"] = theirs.threads
+            methods[name] = theirs.method(kind, draft=drafter, assistant=config.assistant or "")
         elif kind.endswith(".py"):
             function, _, argument = variant.partition(":")
             engines = runpy.run_path(kind)
@@ -173,7 +291,7 @@ def _load(config: BenchConfig) -> tuple[dict[str, Method], Model, dict[str, Any]
         else:
             model, block_size = ours(variant or config.kernel), None if kind == "autoregressive" else config.block_size
             method, tree, _ = kind.partition("_tree")
-            draft, nodes = config.draft if method == "dflash" else kind, _TREE_NODES if tree else None
+            draft, nodes = drafter if method == "dflash" else kind, _TREE_NODES if tree else None
             made = drafters(draft, model.target, config.target, block_size, nodes)
             adaptive = kind != "autoregressive" and block_size is None
             methods[name] = _timed(replace(model, new_drafter=made, adaptive=adaptive))
@@ -189,9 +307,9 @@ def _timed(model: Model) -> Method:
             first = firsts.setdefault(chunk.index, time.perf_counter())
             if (result := chunk.result) is not None:
                 now, stats = time.perf_counter(), result.stats
-                figures = {"finish_reason": result.finish_reason, "parts": stats.seconds}
-                figures |= {name: getattr(stats, name) for name in _COUNTED}
-                found[chunk.index] = Answer(result.tokens, now - started, now - first, stats.tau, figures)
+                figures: dict[str, Any] = {"finish_reason": result.finish_reason, "parts": stats.seconds}
+                figures |= {"num_drafted": stats.num_drafted, "num_accepted": stats.num_accepted}
+                found[chunk.index] = Answer(result.tokens, now - started, now - first, tuple(stats.accepted_lengths), figures)
         return [found[index] for index in sorted(found)]
 
     return answer

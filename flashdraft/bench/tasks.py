@@ -1,15 +1,22 @@
-"""The benchmark's prompts: fixed entries of three public evaluation sets, as one JSON Lines file of {task, row, prompt}."""
+"""The benchmark's prompts: fixed entries of public evaluation sets, as one JSON Lines file of {task, row, prompt or turns}.
+
+A set is a file below the data folder or, where no folder is named, a data set of the Hugging Face hub. Knows where a set lies
+and how its entries ask; does not know who answers.
+"""
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
+
 from flashdraft.checkpoint import write_file
-from flashdraft.errors import DataError
-from flashdraft.train.prompts import MATHS_SUFFIX, read_jsonl
+from flashdraft.errors import DataError, InvalidParameter, first_line
+from flashdraft.train.prompts import hub_rows, json_list, read_jsonl
 from flashdraft.types import require
 
 __all__ = ["TASKS", "BenchPrompt", "read_ids", "read_prompts", "write_tasks"]
@@ -22,55 +29,93 @@ class BenchPrompt:
     number: int  # among the file's entries, from 0
     task: str
     rank: int  # among its task's entries, from 0
-    text: str
+    turns: tuple[str, ...]  # what is asked, one after the other; mostly one
+
+    @property
+    def text(self) -> str:
+        return self.turns[0]
 
 
-# task -> file below the data folder, and an entry's prompt; an MT-Bench entry is its first turn
-TASKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
-    "gsm8k": ("gsm8k/test.jsonl", lambda row: row["question"] + MATHS_SUFFIX),
-    "humaneval": ("humaneval/HumanEval.jsonl.gz", lambda row: _COMPLETE.format(row["prompt"].rstrip())),
-    "mt_bench": ("mt_bench/question.jsonl", lambda row: row["turns"][0]),
-}
-_COMPLETE = "Complete this Python function:\n```python\n{}\n```"
+# task -> `file` below the data folder; `hub`, a data set as name:split or name:config:split, or a JSON file in one; `prompt`,
+# made of an entry's fields (without it, an entry has turns); `categories`: those of the file's entries that are the task's
+TASKS: dict[str, dict[str, Any]] = json.loads(files("flashdraft").joinpath("assets/tasks.json").read_text(encoding="utf-8"))
 
 
 def read_ids(path: Path) -> dict[str, list[int]]:
-    """The entry numbers of every task. Raises DataError for a file that is no such table."""
+    """The entry numbers of tasks. Raises DataError for a file that is no such table."""
     try:
         ids = json.loads(path.read_text(encoding="utf-8"))
-        return {task: [int(i) for i in ids[task]] for task in TASKS}
+        if not (found := {task: [int(i) for i in ids[task]] for task in TASKS if task in ids}):
+            raise ValueError("none of its keys is a task")
+        return found
     except FileNotFoundError:
         raise DataError(f"no file `{path}`", hint="name recipes/bench_ids.json of the source tree with --ids") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"`{path}` is not a table of entry numbers: {error!r}", hint=f"it needs {', '.join(TASKS)}") from None
+        raise DataError(f"`{path}` is not a table of entry numbers: {error!r}", hint=f"tasks are {', '.join(TASKS)}") from None
 
 
-def write_tasks(data: Path, out: Path, ids: Mapping[str, Sequence[int]], *, first: int | None = None) -> int:
-    """Write the prompts of `ids`, or only each task's first ones; returns how many."""
+def write_tasks(
+    data: Path | None, out: Path, ids: Mapping[str, Sequence[int]], *, tasks: Collection[str] = TASKS, first: int | None = None
+) -> int:
+    """Write the prompts of `ids`, or only each task's first ones; returns how many.
+
+    data: the folder of the sets; None: they come from the hub. tasks: names, or what stands before the slash of several.
+    """
     require(first is None or first >= 1, "first", first, "1 or more")
+    if unknown := {*tasks} - {*TASKS, *(task.split("/")[0] for task in TASKS)}:
+        raise InvalidParameter(f"no task {min(unknown)!r}", hint=f"tasks are {', '.join(TASKS)}")
     lines = []
-    for task, (file, prompt) in TASKS.items():
-        if not (data / file).is_file():
-            raise DataError(f"no file `{data / file}`", hint="name the evaluation sets' folder with --data or FLASHDRAFT_DATA")
-        entries = list(read_jsonl(data / file))
+    for task in (task for task in TASKS if {task, task.split("/")[0]} & {*tasks}):
+        if task not in ids:
+            raise DataError(f"no entry numbers for {task}", hint="add them to the file of --ids, or leave the task out")
+        entries = [
+            row for row in _rows(task, data) if row.get("category") in TASKS[task].get("categories", [row.get("category")])
+        ]
         if beyond := [i for i in ids[task] if not 0 <= i < len(entries)]:
             raise DataError(f"{task} has no entry {beyond[0]}, only {len(entries)}", hint="the ids are of another version of it")
-        rows = [{"task": task, "row": i, "prompt": prompt(entries[i])} for i in ids[task][:first]]
-        lines += [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        for i in ids[task][:first]:
+            asked = _asked(entries[i], TASKS[task].get("prompt"))
+            lines.append(json.dumps({"task": task, "row": i} | asked, ensure_ascii=False) + "\n")
     out.parent.mkdir(parents=True, exist_ok=True)
     write_file(out, "".join(lines).encode())
     return len(lines)
 
 
+def _asked(row: dict[str, Any], prompt: str | None) -> dict[str, Any]:
+    if prompt is not None:
+        texts = {name: "\n".join(value) if isinstance(value, list) else str(value).rstrip() for name, value in row.items()}
+        return {"prompt": prompt.format(**texts)}
+    turns = row.get("turns") or row["prompt"]
+    return {"turns": turns} if len(turns) > 1 else {"prompt": turns[0]}
+
+
+def _rows(task: str, data: Path | None) -> Sequence[dict[str, Any]]:
+    hint, name = "name the evaluation sets' folder with --data or FLASHDRAFT_DATA", str(TASKS[task].get("hub", ""))
+    if data is None and not name:
+        raise DataError(f"the hub has no set for {task}", hint=hint)
+    if data is None and not name.endswith(".json"):
+        return list(hub_rows(name))
+    path = (data or Path()) / TASKS[task]["file"]
+    if data is None:
+        repo, _, file = name.rpartition("/")
+        try:
+            path = Path(hf_hub_download(repo, file, repo_type="dataset"))
+        except Exception as error:  # the hub's client raises what its connection does
+            raise DataError(f"cannot fetch `{name}`: {first_line(error)}", hint=hint) from None
+    if not path.is_file():
+        raise DataError(f"no file `{path}`", hint=hint)
+    return json_list(path) if path.suffix == ".json" else list(read_jsonl(path))
+
+
 def read_prompts(path: Path) -> list[BenchPrompt]:
-    """Lines with `prompt`, or with `turns`, of which the first is taken; `task` groups them, the file's name if it is missing."""
+    """Lines with `prompt`, or with `turns`; `task` groups them, the file's name if it is missing."""
     prompts, seen = list[BenchPrompt](), Counter[str]()
     for number, row in enumerate(read_jsonl(path)):
-        text = row["prompt"] if "prompt" in row else next(iter(row.get("turns") or ()), None)
-        if not isinstance(text, str) or not text.strip():
+        turns = [row["prompt"]] if "prompt" in row else row.get("turns")
+        if not (isinstance(turns, list) and turns and all(isinstance(text, str) and text.strip() for text in turns)):
             raise DataError(f"{path}, entry {number + 1}: no text in `prompt` or `turns`", hint="mend or remove that line")
         task = str(row.get("task", path.stem))
-        prompts.append(BenchPrompt(number, task, seen[task], text))
+        prompts.append(BenchPrompt(number, task, seen[task], tuple(turns)))
         seen[task] += 1
     if not prompts:
         raise DataError(f"`{path}` holds no prompts", hint='a line is {"task": "chat", "prompt": "Hello"}')

@@ -18,7 +18,7 @@ from flashdraft.checkpoint import write_file
 from flashdraft.errors import DataError, InvalidParameter
 from flashdraft.types import require
 
-__all__ = ["SOURCES", "as_prompt", "numbered_lines", "read_jsonl", "write_prompts"]
+__all__ = ["SOURCES", "as_prompt", "hub_rows", "json_list", "numbered_lines", "read_jsonl", "write_prompts"]
 
 # source -> file below the data folder; of gsm8k only the train split
 SOURCES = {
@@ -152,7 +152,7 @@ def _prompts(name: str, known: Path | None = None) -> Iterator[str | list[dict[s
     if path.suffix == ".jsonl":
         rows, unit = numbered_lines(path), "line"
     else:
-        rows = enumerate(_json_list(path) if path.suffix == ".json" else _hub_rows(name), 1)
+        rows = enumerate(json_list(path) if path.suffix == ".json" else hub_rows(name), 1)
     for number, row in rows:
         try:
             prompt = as_prompt(row)
@@ -162,7 +162,7 @@ def _prompts(name: str, known: Path | None = None) -> Iterator[str | list[dict[s
                 raise DataError(f"{known or name}, {unit} {number}: {error}", hint=f"mend or remove that {unit}") from None
 
 
-def _json_list(path: Path) -> list[Any]:
+def json_list(path: Path) -> list[Any]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError):
@@ -175,7 +175,7 @@ def _json_list(path: Path) -> list[Any]:
     return rows
 
 
-def _hub_rows(name: str) -> Any:
+def hub_rows(name: str) -> Any:
     parts = re.split(r":(?![^\[]*\])", name)  # a slice, train[:1000], has a colon of its own
     repo, *config, split = parts if len(parts) > 1 else (name, "train")
     try:
