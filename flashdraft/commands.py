@@ -37,7 +37,7 @@ class TargetOptions:
     target: str = option("smollm2-135m", TARGET_HELP)
     dtype: str = option("auto", DTYPE_HELP)
     device: str = option("cpu", "where the target runs: cpu, cuda, cuda:1, mps")
-    kernel: str = option("auto", "what runs a float32 target on a CPU; auto is the fastest exact one", choices=KERNELS)
+    kernel: str = option("auto", "what runs the weights; auto is the fastest exact one; compiled: CUDA graphs", choices=KERNELS)
 
     def load(self, **options: Any) -> Model:
         return load(**{"draft": "autoregressive", **vars(self), **options})

@@ -1,8 +1,8 @@
 """The blocks of a llama-shaped network, for targets and draft networks alike: one pass over tokens of many sequences.
 
 Two ways to run them, equal to 1e-4: a whole pass in one call of the C++ kernels (native.py), which is row-exact, so that the
-text of a draft and plain text agree bit for bit; or torch operations on packed linears, which are not. Does not know
-embeddings, heads, drafters or what a token means.
+text of a draft and plain text agree bit for bit; or torch operations on packed linears, which are not, and which
+compiled.py traces. Does not know embeddings, heads, drafters or what a token means.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -65,13 +65,14 @@ class Decoder:
         self.windows = [block.window for block in kept]
         sizes = self.hidden_size % 32, self.head_dim % 16, self.heads * self.head_dim % 32, self.inner % 32, self.head_dim > 256
         fits = native.usable(norm) and not any(self.windows) and not any(sizes)
-        self.kernel = kernel if fits else "torch"
+        self.native = fits and kernel not in ("torch", "compiled")
+        self.kernel = kernel if self.native or kernel == "compiled" else "torch"
         self.linears = [{name: self._packed(name, *pair) for name, pair in block.linears.items()} for block in kept]
         everything = [linear for linears in self.linears for linear in linears.values()]
         self.row_exact = all(linear.row_exact for linear in everything)
         self.nbytes = sum(linear.nbytes for linear in everything)
         self.formats = sorted({linear.format for linear in everything})
-        self._model = None if self.kernel == "torch" else self._native_model()
+        self._model = self._native_model() if self.native else None
         self.attention: Callable[..., Tensor] = F.scaled_dot_product_attention
         self.seconds: Tensor | None = None  # set it to a float64 [3]: linears, attention and the rest add up there
 
@@ -96,13 +97,26 @@ class Decoder:
         if self._model is not None:
             out = self._native(cache, packed, (torch.tensor(slots), starts, sizes, depths, seen), layers)
         else:
-            positions = (starts[:, None] + depths)[real]
-            out = self._run(packed, positions, self._attention(cache, slots, starts, seen, real), layers)
+            out = self.run(packed, *self._torch(cache, slots, (starts, depths, seen, real)), layers)
         if whole:
             return out[0].view_as(x), None if out[1] is None else out[1].view(*x.shape[:2], -1)
         return _spread(out[0], real), None if out[1] is None else _spread(out[1], real)
 
-    def _run(self, x: Tensor, positions: Tensor, attend: Attend, layers: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    def _torch(self, cache: SlotCache, slots: Sequence[int], shape: tuple[Tensor, ...]) -> tuple[Tensor, Attend]:
+        """Positions [tokens] without padding, and attention to what the rows from the first slot to the last one hold."""
+        starts, depths, seen, real = shape
+        first, rows, width = min(slots), max(slots) - min(slots) + 1, real.shape[1]
+        reads = min(round_up(int(starts.max()) + width), cache.slots)
+        kv = [(k[first : first + rows, :, :reads], v[first : first + rows, :, :reads]) for k, v in self.slots_of(cache)]
+        row, (which, node) = torch.tensor(slots) - first, real.nonzero(as_tuple=True)
+        lengths, own = starts.new_zeros(rows), seen.new_zeros(rows, width, width)
+        lengths[row], own[row] = starts, seen
+        given = (starts[which] + depths[which, node], lengths, own, row[which], node, starts[which] + node)
+        positions, lengths, own, row, node, place = (t.to(self.norm.device) for t in given)
+        return positions, self.attend_to(kv, lengths, own, (row, node, place))
+
+    def run(self, x: Tensor, positions: Tensor, attend: Attend, layers: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """x [tokens, hidden], positions [tokens] -> the final normed states and the wanted layers' outputs side by side."""
         cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]
         wanted: dict[int, Tensor] = {}
         num_qk = self.heads + self.kv_heads
@@ -125,42 +139,45 @@ class Decoder:
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self.eps)
 
-    def _attention(self, cache: SlotCache, slots: Sequence[int], starts: Tensor, seen: Tensor, real: Tensor) -> Attend:
-        """One call for all rows and nodes; a layer with a window is causal."""
-        first, rows, width = min(slots), max(slots) - min(slots) + 1, real.shape[1]
-        groups, reads = self.heads // self.kv_heads, min(round_up(int(starts.max()) + width), cache.slots)
-        row = torch.tensor(slots)[:, None].expand_as(real)[real]
-        node = torch.arange(width).expand_as(real)[real]
-        place = (starts[:, None] + torch.arange(width))[real]
+    def attend_to(
+        self, kv: list[tuple[Tensor, Tensor]], starts: Tensor, seen: Tensor, at: tuple[Tensor, Tensor | None, Tensor]
+    ) -> Attend:
+        """One call for all rows and nodes; a layer with a window is causal.
+
+        kv: every layer's keys and values [rows, kv_heads, slots, head_dim]; starts: what the rows hold [rows]; seen [rows,
+        nodes, nodes]; at: of each token its row, node and slot; node is None where all nodes of all rows come in order.
+        """
+        (row, node, place), (rows, width), slots = at, seen.shape[:2], torch.arange(kv[0][0].shape[2], device=starts.device)
+        groups, behind = self.heads // self.kv_heads, (slots - starts[:, None])[:, None]
         masks = {}
-        for window in set(self.windows):
-            visible = torch.zeros(rows, width, reads, dtype=torch.bool)
-            visible[:, :, 0] = True  # whoever is padding reads something
-            for slot, start, own in zip(slots, starts.tolist(), seen, strict=True):
-                visible[slot - first, :, :start] = True
-                visible[slot - first, :, start : start + width] |= (own if window is None else own.tril())[:, : reads - start]
-                if window is not None:
-                    own_slots = start + torch.arange(width)[:, None]
-                    visible[slot - first] &= torch.arange(reads) > own_slots - window
-            mask = torch.zeros(visible.shape, dtype=self.cos.dtype).masked_fill_(~visible, -torch.inf)
-            masks[window] = mask.repeat(1, groups, 1)[:, None].to(self.cos.device)
+        for window in dict.fromkeys(self.windows):
+            own = (seen if window is None else seen.tril()).gather(2, behind.clamp(0, width - 1).expand(rows, width, -1))
+            visible = (behind < 0) | ((behind < width) & own)
+            if window is not None:
+                visible = visible & (behind > torch.arange(width, device=starts.device)[:, None] - window)
+            visible = visible | (~visible.any(-1, keepdim=True) & (slots == 0))  # whoever is padding reads something
+            mask = torch.zeros_like(visible, dtype=self.cos.dtype).masked_fill(~visible, -torch.inf)
+            masks[window] = mask.repeat(1, groups, 1)[:, None]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values = cache.layer(layer, k.transpose(0, 1))
+            keys, values = kv[layer]
             keys[row, :, place], values[row, :, place] = k, v
-            query = q.new_zeros(rows, width, *q.shape[1:])
-            query[row - first, node] = q
+            query = q if node is None else q.new_zeros(rows, width, *q.shape[1:]).index_put((row, node), q)
             query = query.view(rows, width, self.kv_heads, groups, -1).permute(0, 2, 3, 1, 4)
             folded = query.reshape(rows, self.kv_heads, groups * width, -1)
-            some = slice(first, first + rows)
-            kv = keys[some, :, :reads], values[some, :, :reads]
-            out = self.attention(folded, *kv, attn_mask=masks[self.windows[layer]])
-            return out.view(rows, self.heads, width, -1).transpose(1, 2)[row - first, node].flatten(1)
+            out = self.attention(folded, keys, values, attn_mask=masks[self.windows[layer]])
+            out = out.view(rows, self.heads, width, -1).transpose(1, 2)
+            return (out.flatten(0, 1) if node is None else out[row, node]).flatten(1)
 
         return attend
 
+    def slots_of(self, cache: SlotCache) -> list[tuple[Tensor, Tensor]]:
+        """Every layer's keys and values."""
+        like = self.norm.new_empty(self.kv_heads, 0, self.head_dim)
+        return [cache.layer(index, like) for index in range(len(self.norms))]
+
     def _packed(self, name: str, weight: Tensor, bias: Tensor | None) -> Linear:
-        if self.kernel == "torch":
+        if not self.native:
             return TorchLinear(weight, bias)
         if name == "gate_up":  # the kernel multiplies a panel of one with a panel of the other
             weight, bias = _interleaved(weight), None if bias is None else _interleaved(bias)
@@ -187,9 +204,7 @@ class Decoder:
         for i, layer in enumerate(layers):
             wanted[layer] = i * self.hidden_size
         if cache.addresses is None:
-            cache.addresses = native.addresses(
-                [cache.layer(i, x.new_empty(self.kv_heads, 0, self.head_dim)) for i in range(len(self.linears))]
-            )
+            cache.addresses = native.addresses(self.slots_of(cache))
         sizes = (self.heads + 2 * self.kv_heads) * self.head_dim, self.heads * self.head_dim, self.inner
         tensors = [x, *(x.new_empty(n, size) for size in sizes), features]
         native.step(self._model, cache.slots, shape, cache.addresses, torch.tensor(wanted), tensors, self.seconds)

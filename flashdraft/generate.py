@@ -34,7 +34,7 @@ Prompts = Prompt | Sequence[Prompt]
 Params = SamplingParams | Sequence[SamplingParams] | None
 Size = int | None
 Loaded = tuple[Target, Any, frozenset[int]]
-KERNELS = ("auto", "compact", "float32", "int8", "torch", "transformers")
+KERNELS = ("auto", "compact", "float32", "int8", "torch", "compiled", "transformers")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
@@ -168,7 +168,8 @@ def load(
     tree_nodes: the draft network proposes a tree of so many nodes; None: a chain. how: `device`, "cpu" by default;
     `dtype`, "auto" (as stored), "float32", "bfloat16" or "float16"; `kernel`, what runs a float32 target on a CPU: "auto" (the
     fastest exact one, measured once a machine), "compact" (the same numbers in fewer bytes), "float32", "torch",
-    "transformers", or "int8", which rounds weights and activations and so makes another target.
+    "transformers", or "int8", which rounds weights and activations and so makes another target. "torch" and "compiled" (static
+    shapes for CUDA graphs, docs/gpu.md) run llama-shaped targets in any dtype on any device.
     Raises a FlashDraftError that says what to do.
     """
     require(max_rows >= 1, "max_rows", max_rows, "1 or more")
@@ -199,11 +200,11 @@ def load_target(name: str, *, device: str = "cpu", dtype: str = "auto", kernel: 
         raise InvalidParameter(got, hint="device must be one that torch can use") from None
     eos = model.generation_config.eos_token_id
     ids = [eos] if isinstance(eos, int) else list(eos or [])
-    lean = kernel != "transformers" and (device == "cpu" or kernel == "torch") and LeanTarget.fits(model.config)
+    lean = kernel != "transformers" and (device == "cpu" or kernel in ("torch", "compiled")) and LeanTarget.fits(model.config)
     made = LeanTarget(model, name, kernel=fastest(model) if kernel == "auto" else kernel) if lean else HFTarget(model, name)
     if kernel not in ("auto", made.kernel_name):
         got = f"kernel is {kernel!r}, but `{name}` in {model.dtype} on {device} runs by {made.kernel_name}"
-        raise InvalidParameter(got, hint="native kernels need a float32 llama-shaped target, a CPU and a C++ compiler; or auto")
+        raise InvalidParameter(got, hint="ours need a llama-shaped target, native ones float32, a CPU and a compiler; or auto")
     return made, tokenizer, frozenset(ids)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from flashdraft import hub, native
 from flashdraft.cache import SlotCache
 from flashdraft.checkpoint import write_file
+from flashdraft.compiled import CompiledStep
 from flashdraft.decoder import Block, Decoder
 from flashdraft.layers import ROPE_TYPES, Linear, TorchLinear, rotary_table
 from flashdraft.target import Indices, Output, Target
@@ -29,7 +30,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 class LeanTarget(Target):
-    """llama, mistral, qwen2 or qwen3 behind the Target contract (target.py). `kernel`: compact, float32, int8 or torch."""
+    """llama, mistral, qwen2 or qwen3 behind the Target contract (target.py). kernel: compact, float32, int8, torch, compiled."""
 
     def __init__(self, model: Any, name: str, *, kernel: str = "compact") -> None:
         config, decoder = model.config, model.model
@@ -50,29 +51,35 @@ class LeanTarget(Target):
         )
         self._head_rows: Tensor = model.lm_head.weight.detach()  # the embedding itself where the two are tied
         bias = None if model.lm_head.bias is None else model.lm_head.bias.detach()
-        self.blocked_keys = self.decoder.kernel != "torch"
+        self.blocked_keys = self.decoder.native
         make = partial(native.NativeLinear, kernel=self.decoder.kernel) if self.blocked_keys else TorchLinear
         self.head: Linear = make(self._head_rows, bias)
         self.row_exact = self.decoder.row_exact and self.head.row_exact
         formats = sorted({*self.decoder.formats, self.head.format})
         self.kernel_name = self.decoder.kernel
         dtype = str(self.embedding.dtype).removeprefix("torch.")
-        self.kernel = f"native {' + '.join(formats)}" if self.decoder.kernel != "torch" else f"{' + '.join(formats)} {dtype}"
+        self.kernel = f"native {' + '.join(formats)}" if self.decoder.native else f"{' + '.join(formats)} {dtype}"
+        self._step = None
+        if kernel == "compiled":
+            self.kernel = f"compiled {dtype}"
+            self._step = CompiledStep(self.decoder, self.embed, self.head, [self.embedding, self._head_rows, bias])
         self.nbytes = self.decoder.nbytes + self.head.nbytes + self.embedding.nbytes
 
     @property
     def step_seconds(self) -> dict[int, float]:
         """Measured once per model shape, kernel, number of threads and machine."""
-        facts = [self.config.to_diff_dict(), self.kernel, torch.get_num_threads(), torch.__version__, native.fingerprint()]
+        gpu = torch.cuda.get_device_name(self.embedding.device) if self.embedding.is_cuda else ""
+        facts = [self.config.to_diff_dict(), self.kernel, gpu, torch.get_num_threads(), torch.__version__, native.fingerprint()]
         key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
         path = hub.cache_dir() / f"seconds-{key}.json"
         try:
             return {int(count): seconds for count, seconds in json.loads(path.read_text()).items()}
         except (OSError, ValueError):
-            cache, table = self.new_cache(1, 64), {}
+            cache, table = self.new_cache(1, 256), {}
         for count in (1, 2, 4, 8, 16, 32):
             shape = torch.ones(1, count, dtype=torch.long), chain(count)[None], torch.tensor([count])
-            times = timeit.repeat(partial(self.forward, cache, [0], *shape, ()), number=1, repeat=6)
+            step = partial(self.forward, cache, [0], *shape, ())
+            times = timeit.repeat(lambda step=step: float(step()[0][0, 0, 0]), number=1, repeat=6)  # type: ignore[misc]  # waits
             table[count] = median(times[1:])
         with suppress(OSError):  # a cache that cannot be written costs this measurement again, no more
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,6 +95,15 @@ class LeanTarget(Target):
         static = rope.get("rope_type", "default") in ROPE_TYPES and float(rope.get("partial_rotary_factor", 1.0)) == 1.0
         windowed = config.model_type == "mistral" and getattr(config, "sliding_window", None)
         return config.model_type in FAMILIES and plain and static and not windowed
+
+    @torch.inference_mode()
+    def forward(
+        self, cache: SlotCache, slots: Indices, tokens: Tensor, parents: Tensor, sizes: Tensor, layers: Indices
+    ) -> Output:
+        if self._step is None:
+            return super().forward(cache, slots, tokens, parents, sizes, layers)
+        tree = ancestors(parents)
+        return self._step(cache, slots, tokens, (tree, tree.sum(-1) - 1, sizes), layers)
 
     def _read(self, cache: SlotCache, slots: Indices, tokens: Tensor, parents: Tensor, sizes: Tensor, layers: Indices) -> Output:
         tree = ancestors(parents)

@@ -92,9 +92,11 @@ def check_against_naive(
     decoder: Any = SimpleNamespace(
         heads=heads[0], kv_heads=heads[1], windows=(wide,), cos=query, attention=F.scaled_dot_product_attention
     )
+    kv = [tuple(stored[1:2] for stored in cache.layer(0, keys))]
     seen = visible if fault != "siblings" else torch.ones_like(visible).tril()
     starts = torch.tensor([length + (fault == "slot")])
-    attend = Decoder._attention(decoder, cache, [1], starts, seen[None], torch.ones(1, num_nodes, dtype=torch.bool))
+    at = torch.zeros(num_nodes, dtype=torch.long), None, starts + torch.arange(num_nodes)
+    attend = Decoder.attend_to(decoder, kv, starts, seen[None], at)
     got = attend(0, query, keys[:, new].transpose(0, 1), values[:, new].transpose(0, 1))
     assert torch.allclose(got, wanted, atol=1e-9), (length, num_nodes, shape, heads, window)
 

@@ -43,8 +43,8 @@ def profile(
     """Measure steps behind `context` tokens; one node is plain decoding. An untrained drafter stands in where none is shipped."""
     require(min(nodes, context, steps) >= 1, "one of nodes, context and steps", min(nodes, context, steps), "1 or more")
     model = load(target, draft="autoregressive", kernel=kernel)
-    if not isinstance(model.target, LeanTarget):
-        raise UnsupportedTarget(f"`{target}` runs in transformers' forward, which has no parts to time", hint="profile a llama")
+    if not isinstance(model.target, LeanTarget) or kernel == "compiled":
+        raise UnsupportedTarget(f"`{target}` runs by {model.target.kernel}, which has no parts to time", hint="profile a llama")
     drafter: Drafter = Autoregressive()
     network = None
     if nodes > 1:

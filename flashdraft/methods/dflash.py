@@ -24,6 +24,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RotaryEmbedd
 from flashdraft import native
 from flashdraft.cache import SlotCache
 from flashdraft.checkpoint import DraftConfig
+from flashdraft.compiled import CompiledStep
 from flashdraft.decoder import Block, Decoder
 from flashdraft.errors import CheckpointError
 from flashdraft.heads import SwigluHead
@@ -154,7 +155,7 @@ class PackedDraft(DraftHead):
             rotary=(model.cos.to(probe), model.sin.to(probe)),
             heads=heads,
             eps=config.rms_norm_eps,
-            kernel=DRAFT_KERNEL,
+            kernel="compiled" if target.kernel_name == "compiled" else DRAFT_KERNEL,
         )
         first = heads[0] * heads[2]  # behind the queries: keys and values, of all layers in one linear
         weights, biases = zip(*(block.linears["qkv"] for block in blocks), strict=True)
@@ -162,7 +163,9 @@ class PackedDraft(DraftHead):
         self.context_kv = pack(torch.cat([weight[first:] for weight in weights]), bias, kernel=DRAFT_KERNEL)
         self.k_norm = torch.stack([block.norms["k_norm"] for block in blocks])
         self.hidden_norm = model.hidden_norm.weight.detach().to(probe)
-        self.mask_embedding = self.embed(torch.tensor([model.config.mask_token_id]))
+        self.step = None
+        if self.decoder.kernel == "compiled":
+            self.step = CompiledStep(self.decoder, self.embed, nn.Identity(), [self.embedding])  # the target pins its own
         self.sequential = None if model.sequential_head is None else deepcopy(model.sequential_head).to(probe).eval()
         self.tables: tuple[Tensor, Tensor] | None = None  # what the C++ kernel of the sequential head reads, by draft id
         if self.sequential is not None and self.vocabulary is not None and native.usable(probe):
@@ -216,7 +219,7 @@ class DFlashDrafter:
         self.network, self.tree_nodes = network, tree_nodes
         self.block_size = block_size or config.block_size
         self.layers = config.target_layer_ids
-        self.cache = SlotCache(config.num_hidden_layers, 1, 256, blocked=network.decoder.kernel != "torch")
+        self.cache = SlotCache(config.num_hidden_layers, 1, 256, blocked=network.decoder.native)
         self.caches: tuple[SlotCache, ...] = (self.cache,)
 
     @torch.inference_mode()
@@ -260,9 +263,10 @@ class DFlashDrafter:
         """Tokens and scores [rows, width - 1, n] for the masked positions; the block is always fed whole, as in training."""
         net, size, count = self.network, self.block_size, len(slots)
         self.cache.reserve(max(self.cache.lengths[slot] for slot in slots) + size)
-        masks = net.mask_embedding.expand(count, size - 1, -1)
-        x = torch.cat((net.embed(torch.tensor(anchors))[:, None], masks), dim=1)
+        tokens = torch.full((count, size), net.config.mask_token_id)
+        tokens[:, 0] = torch.tensor(anchors)
         everything = torch.ones(count, size, size, dtype=torch.bool)  # a layer with a window is causal all the same
         shape = everything, torch.arange(size).expand(count, size), torch.full((count,), size)
-        hidden, _ = net.decoder(self.cache, slots, x, shape, ())
+        run, x = (net.step, tokens) if net.step else (net.decoder, net.embed(tokens))
+        hidden, _ = run(self.cache, slots, x, shape, ())
         return net.scored(hidden[:, 1:width], torch.tensor(anchors), _BRANCHES if self.tree_nodes else 1)

@@ -167,7 +167,7 @@ def _prompts(lm: Model, samples: list[Sample]) -> Iterator[Finding]:
 @torch.inference_mode()
 def _drafts(model: DFlashDraftModel, network: PackedDraft, samples: list[Sample]) -> list[Tensor]:
     """What is drafted behind every token of every answer but the last [anchors, block - 1], as the network is trained."""
-    drafts, weight, like = [], model.norm.weight, network.mask_embedding
+    drafts, weight, like = [], model.norm.weight, network.hidden_norm
     blocks = Blocks(model, lambda tokens: network.embed(tokens).to(weight))
     for sample in samples:
         batch = make_batch([(0, sample)], model.config, len(sample.tokens), 0).to(weight.device)
