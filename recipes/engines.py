@@ -3,12 +3,20 @@
     flashdraft bench ... --methods "dflash,Q8_0=recipes/engines.py:llama_cpp:q8_0.gguf,CT2=recipes/engines.py:ctranslate2:int8"
 
 A function gets the text behind its name and our Model, and returns what answers a list of prompts; yours may stand in a file
-of your own. pip install llama-cpp-python ctranslate2 openvino-genai, or some of them.
+of your own. pip install llama-cpp-python ctranslate2 openvino-genai, or some of them; llama_server wants a server that
+recipes/llama_cpp_dflash.sh builds.
 """
 
+import atexit
+import json
+import os
+import shutil
+import socket
+import subprocess
 import tempfile
 import time
 from ctypes import c_int32
+from http.client import HTTPConnection
 
 import torch
 
@@ -49,6 +57,68 @@ def llama_cpp(path, model):
         llama.detokenize(tokens)
         ended = time.perf_counter()
         return Answer(tuple(tokens), ended - started, ended - first)
+
+    return one_by_one(answer)
+
+
+def ask(port, path, body=None):
+    """(status, answer) of a server on this machine; (0, None) while nobody listens."""
+    connection = HTTPConnection("127.0.0.1", port)
+    try:
+        connection.request("GET" if body is None else "POST", path, None if body is None else json.dumps(body))
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+    except ConnectionRefusedError:
+        return 0, None
+    finally:
+        connection.close()
+
+
+def serve(arguments):
+    """The port of a llama-server with these arguments. It answers requests, and ends with this process."""
+    binary = os.environ.get("LLAMA_SERVER", "llama-server")
+    require(shutil.which(binary) is not None, "LLAMA_SERVER", binary, "llama.cpp's server: recipes/llama_cpp_dflash.sh")
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    process = subprocess.Popen([binary, *arguments, "--port", str(port)], stdout=subprocess.DEVNULL)
+    atexit.register(process.kill)
+    while ask(port, "/health")[0] != 200:
+        require(process.poll() is None, "llama-server's exit status", process.returncode, "0: its message stands above")
+        time.sleep(0.1)
+    return port
+
+
+def llama_server(text, model):
+    """llama.cpp's own server, alone or with its own DFlash. text: TARGET.gguf[+DRAFT.gguf[+DRAFTS]].
+
+    DRAFTS: tokens drafted a step, at most the block less one; 3 is llama.cpp's default. The environment's LLAMA_SERVER names the
+    binary. Answer.decode_seconds and the counts are the server's; Answer.seconds is ours, with the request's way there and back.
+    """
+    (path, _, rest), threads = text.partition("+"), str(torch.get_num_threads())
+    draft, _, drafts = rest.partition("+")
+    options = f"-c {CONTEXT} -b {CONTEXT} -np 1 -t {threads} -tb {threads} --cache-ram 0 --fit off --log-verbosity 1".split()
+    if draft:
+        drafts = drafts or "3"
+        options += ["-md", draft, "--spec-type", "draft-dflash", "--spec-draft-n-max", drafts, "-td", threads, "-tbd", threads]
+    port = serve(["-m", path, *options])
+    greedy = {"temperature": 0, "samplers": ["top_k"], "top_k": 1, "cache_prompt": False, "return_tokens": True}
+
+    def answer(prompt, params):
+        length = len(prompt) + params.max_new_tokens
+        require(length <= CONTEXT, "the length of prompt and answer", length, f"at most {CONTEXT} beside llama.cpp")
+        started = time.perf_counter()
+        status, result = ask(port, "/completion", {"prompt": prompt, "n_predict": params.max_new_tokens, **greedy})
+        seconds = time.perf_counter() - started
+        require(status == 200, "llama-server's answer", result, "a completion")
+        tokens, times = tuple(result["tokens"]), result["timings"]
+        drafted, accepted = times.get("draft_n", 0), times.get("draft_n_accepted", 0)
+        # It does not tell its passes. Each commits its accepted drafts and one token, but an end inside a block drops accepted
+        # drafts, and then every pass had drafted in full: of two lower bounds the greater.
+        passes = max(len(tokens) - 1 - accepted, -(-drafted // int(drafts)) if draft else 0)
+        tau = (len(tokens) - 1) / passes if passes else 1.0
+        figures = {"target_passes": passes, "num_drafted": drafted, "num_accepted": accepted}
+        return Answer(tokens, seconds, times["predicted_ms"] / 1000, tau, figures)
 
     return one_by_one(answer)
 
