@@ -14,7 +14,7 @@ LEVELS = {  # a module imports only its own level and those below; `.*` stands f
         (
             "types errors",
             "text verify tree sampling control diffusion.coupling",
-            "target lean cache layers decoder native heads checkpoint hub",
+            "target lean cache layers decoder native heads checkpoint hub cut",
             "methods.*",
             "engine scheduler",
             "generate __init__",

@@ -1,0 +1,126 @@
+"""Speculative decoding with a smaller causal LM of the same tokenizer (Leviathan 2211.17192), drafting token by token.
+
+The draft LM is any network behind the Target protocol. Its cache holds what it has read, its own drafts included; a new
+text keeps the prefix that matches, so that only tokens are read which were not drafted, or were drafted wrong.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flashdraft.errors import DraftMismatch
+from flashdraft.sampling import draw, probabilities, uniforms
+from flashdraft.target import Target
+from flashdraft.tree import chain
+from flashdraft.types import Drafter, Proposal, Rows, SamplingParams
+
+__all__ = ["DraftModelDrafter", "check_tokenizers"]
+
+_UNCUT = SamplingParams(temperature=1.0)  # of greedy rows: how sure the draft is of its argmax
+
+
+class DraftModelDrafter(Drafter):
+    """Drafts a chain per row. drawn: rows with a temperature draw their drafts, as the target would; else all are the argmax.
+
+    vocab_size: the target's; a smaller network knows nothing of the last ids, and a row that holds one gets its anchor alone.
+    Chosen drafts leave seeded text as it is without drafts; drawn ones keep its law, and the same drafts give the same text.
+    """
+
+    name = "draft_model"
+
+    def __init__(self, network: Target, *, block_size: int = 5, drawn: bool = True, vocab_size: int | None = None) -> None:
+        self.network, self.block_size, self.drawn = network, block_size, drawn
+        self.vocab_size = vocab_size or network.vocab_size
+        self.cache = network.new_cache(1, 256)
+        self.caches = (self.cache,)
+        self._read: dict[int, list[int]] = {}  # by slot: the tokens in the cache
+
+    @torch.inference_mode()
+    def observe(self, rows: Rows, tokens: Sequence[Tensor], features: Sequence[Tensor] | None) -> None:
+        """Read what is longer than a block, such as a prompt; a step's few tokens wait for the next draft's first pass."""
+        for slot, history, position in zip(rows.slots, rows.histories, rows.positions, strict=True):
+            *fresh, _ = self._unread(slot, history)
+            if len(fresh) > self.block_size and self._fits(position, fresh):
+                self.cache.reserve(len(history))
+                self.network.prefill(self.cache, slot, torch.tensor(fresh), ())
+                self._read[slot] += fresh
+
+    @torch.inference_mode()
+    def propose(self, rows: Rows, max_nodes: int) -> Proposal:
+        """One pass over all rows per drafted token. A row beyond the network's positions gets its anchor alone.
+
+        A node's score is the log of the largest probability in the law that it comes from: an argmax's own, and known of a
+        drawn node before its token is. Draws are keyed by the anchor's position and the node: no step sees another's.
+        """
+        unread = [self._unread(slot, history) for slot, history in zip(rows.slots, rows.histories, strict=True)]
+        places = rows.positions
+        live = [i for i, fits in enumerate(map(self._fits, places, unread)) if fits and max_nodes > 1]
+        slots, positions = [rows.slots[i] for i in live], [places[i] for i in live]
+        params, fresh = [rows.params[i] for i in live], [unread[i] for i in live]
+        width = min(self.block_size, max_nodes) if live else 1
+        tokens = torch.tensor(rows.anchors)[:, None].repeat(1, width)
+        sizes, scores = torch.ones(len(rows), dtype=torch.long), torch.zeros(len(rows), width)
+        sizes[live] = width
+        draws = torch.tensor([self.drawn and own.temperature > 0 for own in params], dtype=torch.bool)
+        probs = torch.zeros(len(rows), width, self.vocab_size) if bool(draws.any()) else None
+        for node in range(1, width):
+            pairs = zip(self._forward(slots, fresh), params, strict=True)
+            laws = torch.stack([probabilities(logits, own if own.temperature else _UNCUT) for logits, own in pairs])
+            largest, token = laws.max(-1)
+            if probs is not None:
+                level = uniforms([own.seed for own in params], positions, 1, lane=-node)[:, 0]
+                token, probs[live, node - 1] = torch.where(draws, draw(laws, level), token), laws
+            tokens[live, node], scores[live, node] = token, largest.log()
+            fresh = [[one] for one in token.tolist()]
+        drawn = torch.zeros_like(tokens, dtype=torch.bool)
+        drawn[live, 1:] = draws[:, None]
+        return Proposal(tokens, chain(width).expand_as(tokens), sizes, scores, probs, None if probs is None else drawn)
+
+    def end(self, rows: Rows) -> None:
+        for slot in {*rows.slots} & {*self._read}:
+            self.cache.free(slot)
+            del self._read[slot]
+
+    def _unread(self, slot: int, history: list[int]) -> list[int]:
+        """Cut the row to what it shares with the history before its anchor; returns the rest of the history."""
+        self.cache.reserve(0, rows=slot + 1)
+        read = self._read.setdefault(slot, [])
+        same = min(len(read), len(history) - 1)
+        while read[:same] != history[:same]:  # they differ near the end, if at all
+            same -= 1
+        del read[same:]
+        self.cache.lengths[slot] = same
+        return history[same:]
+
+    def _fits(self, position: int, unread: list[int]) -> bool:
+        """Whether the network has positions for a whole block behind an anchor at `position`, and knows all tokens before."""
+        return position + self.block_size - 1 <= self.network.context_length and max(unread, default=0) < self.network.vocab_size
+
+    def _forward(self, slots: list[int], fresh: list[list[int]]) -> Tensor:
+        """Read every row's tokens in one pass: the logits after its last one, [rows, vocab] float32 on the host."""
+        width, sizes = max(map(len, fresh)), torch.tensor([len(own) for own in fresh])
+        self.cache.reserve(max(self.cache.lengths[slot] for slot in slots) + width)
+        tokens = torch.tensor([own + [0] * (width - len(own)) for own in fresh])
+        logits, _ = self.network.forward(self.cache, slots, tokens, chain(width).expand_as(tokens), sizes, ())
+        for slot, own in zip(slots, fresh, strict=True):
+            self.cache.keep(slot, range(len(own)))
+            self._read[slot] += own
+        last = logits[torch.arange(len(slots)), sizes - 1].float().cpu()
+        return F.pad(last, (0, self.vocab_size - last.shape[-1]), value=-math.inf)
+
+
+def check_tokenizers(target_tokenizer: Any, draft_tokenizer: Any, target: Target, network: Target) -> None:
+    """Raises DraftMismatch unless every id means the same token to both, and the draft has none that the target lacks."""
+    hint = f"a draft LM shares its target's tokenizer: take a smaller model of the family of `{target.name}`"
+    own, other = ({i: token for token, i in t.get_vocab().items()} for t in (target_tokenizer, draft_tokenizer))
+    means = [f"`{network.name}` has {len(other)} tokens, but `{target.name}` has {len(own)}"] if len(own) != len(other) else []
+    for i in [i for i in sorted(own | other) if own.get(i) != other.get(i)][:1]:
+        means += [f"token {i} is {other.get(i)!r} to `{network.name}`, but {own.get(i)!r} to `{target.name}`"]
+    if network.vocab_size > target.vocab_size:
+        means += [f"`{network.name}` has logits of {network.vocab_size} tokens, but `{target.name}` of {target.vocab_size}"]
+    if means:
+        raise DraftMismatch("; ".join(means), hint=hint)
