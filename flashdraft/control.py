@@ -48,6 +48,8 @@ class Control:
             hope += chance
             if (rate := hope / (self.cost(rows + count) + spent)) > best:
                 best, kept = rate, count
+            elif proposal.drawn is not None:  # what comes behind a drawn node may not speak for it: it has seen its token
+                break
         self._gain = _SMOOTH * self._gain + (1 - _SMOOTH) * best / plain if order else self._gain
         if self._gain < 1:  # one poor proposal says little of the next
             self._pause = _PAUSES[min(self._vain, len(_PAUSES) - 1)]

@@ -31,11 +31,11 @@ class DraftNetwork(nn.Module):
     """A draft network; its modules carry the tensor names of its method's published format (checkpoint.py)."""
 
     method: str
-    sequential_head: nn.Module | None = None
 
     def __init__(self, config: DraftConfig) -> None:
         super().__init__()
         self.config = replace(config, method=self.method)
+        self.sequential_head: Any = None  # dflash's addition
         self.extras: dict[str, Tensor] = {}  # the format's optional tensors: lm_head.weight, embed_tokens.weight, d2t, t2d
 
     @classmethod

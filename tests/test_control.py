@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 import torch
@@ -60,6 +61,14 @@ def test_nearly_free_nodes_are_read_and_dear_ones_are_not() -> None:
     sure = proposal([0.9, 0.9, 0.9], [0.9, 0.01, 0.9])
     assert Control(FLAT).trim(sure).tolist() == [4, 2]
     assert Control(STEEP).trim(sure).tolist() == [1, 1]
+
+
+def test_a_drawn_node_is_not_kept_for_the_sake_of_those_behind_it() -> None:
+    """They have seen its token; a chosen node is. The law: tests/test_draft_model.py."""
+    control, made = Control({1: 1.0, 2: 1.9, 3: 1.9, 4: 1.9}), proposal([0.8, 0.9, 0.9])
+    drawn = torch.tensor([[False, True, True, True]])
+    assert control.trim(made).tolist() == [4]
+    assert control.trim(replace(made, drawn=drawn)).tolist() == [1]
 
 
 def test_a_node_is_never_kept_without_its_parent() -> None:

@@ -69,7 +69,7 @@ def features_of(tokens: Sequence[int], layers: Sequence[int]) -> Tensor:
 
 
 def rows_of(history: Sequence[int]) -> Rows:
-    return Rows([0], [list(history)], [GREEDY])
+    return Rows([0], [list(history)], [GREEDY], [1])
 
 
 def drafts(method: str, history: Sequence[int], *, pieces: int = 3, max_nodes: int = 99, **options: Any) -> Any:

@@ -89,7 +89,6 @@ class DFlashDraftModel(DraftNetwork):
         tables = rotary_table(rotary.inv_freq, config.max_position_embeddings, float(rotary.attention_scaling), torch.float32)
         for name, table in zip(("cos", "sin"), tables, strict=True):
             self.register_buffer(name, table, persistent=False)
-        self.sequential_head: SwigluHead | None = None
         if config.sequential_head is not None:
             self.add_head(config.sequential_head, config.head_rank)
 

@@ -6,6 +6,7 @@ text keeps the prefix that matches, so that only tokens are read which were not 
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -16,10 +17,10 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
 from flashdraft.checkpoint import DraftConfig, check_target
-from flashdraft.errors import DraftMismatch
+from flashdraft.errors import DraftMismatch, InvalidParameter
 from flashdraft.lean import LeanTarget
 from flashdraft.network import DRAFT_KERNEL, DraftNetwork
-from flashdraft.sampling import draw, probabilities, uniforms
+from flashdraft.sampling import adjusted, draw, probabilities, uniforms
 from flashdraft.target import Target
 from flashdraft.tree import chain
 from flashdraft.types import Drafter, Proposal, Rows, SamplingParams, require
@@ -74,8 +75,8 @@ class DraftModelDrafter(Drafter):
         draws = torch.tensor([self.drawn and own.temperature > 0 for own in params], dtype=torch.bool)
         probs = torch.zeros(len(rows), width, self.vocab_size) if bool(draws.any()) else None
         for node in range(1, width):
-            pairs = zip(self._forward(slots, fresh), params, strict=True)
-            laws = torch.stack([probabilities(logits, own if own.temperature else _UNCUT) for logits, own in pairs])
+            read = zip(self._forward(slots, fresh), slots, live, strict=True)
+            laws = torch.stack([self._law(logits, slot, rows.params[i], rows.num_prompts[i]) for logits, slot, i in read])
             largest, token = laws.max(-1)
             if probs is not None:
                 level = uniforms([own.seed for own in params], positions, 1, lane=-node)[:, 0]
@@ -85,6 +86,12 @@ class DraftModelDrafter(Drafter):
         drawn = torch.zeros_like(tokens, dtype=torch.bool)
         drawn[live, 1:] = draws[:, None]
         return Proposal(tokens, chain(width).expand_as(tokens), sizes, scores, probs, None if probs is None else drawn)
+
+    def _law(self, logits: Tensor, slot: int, params: SamplingParams, num_prompt: int) -> Tensor:
+        """The law that the row's own parameters make of logits [vocab] behind what it has read."""
+        with suppress(InvalidParameter):  # nothing is allowed behind this draft: the target will not come here
+            logits = adjusted(logits, params, self._read[slot], num_prompt)
+        return probabilities(logits, params if params.temperature else _UNCUT)
 
     def end(self, rows: Rows) -> None:
         for slot in {*rows.slots} & {*self._read}:
@@ -152,7 +159,7 @@ class CutDraftModel(DraftNetwork):
 
 def _chains(network: Target, block_size: int | None = None, tree_nodes: int | None = None) -> DraftModelDrafter:
     require(tree_nodes is None, "tree_nodes", tree_nodes, "left out: a draft model drafts chains")
-    return DraftModelDrafter(network, block_size=block_size or 5)
+    return DraftModelDrafter(network, block_size=block_size or 5, vocab_size=network.vocab_size)
 
 
 def _llama(config: DraftConfig, *, vocab_size: int) -> LlamaConfig:
