@@ -69,7 +69,7 @@ class LeanTarget(Target):
     def step_seconds(self) -> dict[int, float]:
         """Measured once per model shape, kernel, number of threads and machine."""
         gpu = torch.cuda.get_device_name(self.embedding.device) if self.embedding.is_cuda else ""
-        facts = [self.config.to_diff_dict(), self.kernel, gpu, torch.get_num_threads(), torch.__version__, native.fingerprint()]
+        facts = [self.config.to_diff_dict(), self.kernel + gpu, torch.get_num_threads(), torch.__version__, native.fingerprint()]
         key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
         path = hub.cache_dir() / f"seconds-{key}.json"
         try:
