@@ -164,6 +164,8 @@ def _as_dflash(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
     """config.json in DFlash's terms, and the method that it is of."""
     named = " ".join(map(str, config.get("architectures") or ())).lower()
     own = config.get("flashdraft_config") or {}
+    if not isinstance(own, Mapping):
+        return config, "dflash"  # whose reader will say so
     unnamed = config.get("model_type") == "llama" and config.get("num_hidden_layers") == 1 and "draft_vocab_size" in config
     method = own.get("method") or ("eagle3" if unnamed or "eagle3" in named else "dflash")
     if method == "dflash":

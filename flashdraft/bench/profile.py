@@ -10,7 +10,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from flashdraft import hub
 from flashdraft.engine import Engine
@@ -19,6 +18,7 @@ from flashdraft.generate import load
 from flashdraft.lean import LeanTarget
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDraft
+from flashdraft.train.flops import FlopCount
 from flashdraft.train.initialise import draft_config, random_weights
 from flashdraft.types import Drafter, SamplingParams, require
 
@@ -72,7 +72,7 @@ def profile_training(trainer: Any, steps: int) -> list[list[str]]:
 
     The rate is block positions a second; the machine's is a float32 product of 1024 x 1024 matrices, at its best of five.
     """
-    with FlopCounterMode(display=False) as flops:  # the first step builds kernels: it is counted, not timed
+    with FlopCount() as flops:  # the first step builds kernels: it is counted, not timed
         trainer.train_step()
     trainer.seconds.clear()
     started = time.perf_counter()
@@ -83,7 +83,7 @@ def profile_training(trainer: Any, steps: int) -> list[list[str]]:
     rows += [["step", f"{1000 * seconds / steps:.1f}", "100%"], [f"{positions / seconds:.0f} positions/s", "", ""]]
     x = torch.randn(1024, 1024)
     best = min(timeit.repeat(lambda: x @ x, number=1))
-    rate = flops.get_total_flops() * steps / seconds / (2 * 1024**3 / best)
+    rate = flops.total * steps / seconds / (2 * 1024**3 / best)
     return [*rows, [f"{rate:.0%} of the float32 matmul rate", "", ""]]
 
 

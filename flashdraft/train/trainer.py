@@ -25,7 +25,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch.utils.flop_counter import FlopCounterMode
 
 from flashdraft.checkpoint import write_file, write_tensors
 from flashdraft.engine import check
@@ -38,6 +37,7 @@ from flashdraft.target import Target
 from flashdraft.train.batch import Batch, make_batch
 from flashdraft.train.config import TrainConfig, model_card
 from flashdraft.train.features import Data
+from flashdraft.train.flops import FlopCount
 from flashdraft.train.objectives import Loss, accuracy, common_tokens
 from flashdraft.train.passes import PASSES
 from flashdraft.train.state import full_disk_named, last_checkpoint, load_checkpoint, save_checkpoint
@@ -115,10 +115,10 @@ class Trainer:
             task = bar.add_task("train", total=config.steps, completed=self.step)
             while self.step < config.steps:
                 started = time.perf_counter()
-                with FlopCounterMode(display=False) if self.step % _COUNTED == 0 else nullcontext() as counter:
+                with FlopCount() if self.step % _COUNTED == 0 else nullcontext() as counted:
                     figures = self.train_step()
-                if counter is not None:  # the steps between are alike
-                    self.flops_a_step = counter.get_total_flops() * self.acc.num_processes
+                if counted is not None:  # the steps between are alike
+                    self.flops_a_step = counted.total * self.acc.num_processes
                 self.flops += self.flops_a_step
                 figures["positions_per_second"] = figures["positions"] / (time.perf_counter() - started)
                 ended = self.step == config.steps
