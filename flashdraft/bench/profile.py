@@ -84,7 +84,7 @@ def profile_training(trainer: Any, steps: int) -> list[list[str]]:
     x = torch.randn(1024, 1024)
     best = min(timeit.repeat(lambda: x @ x, number=1))
     rate = flops.total * steps / seconds / (2 * 1024**3 / best)
-    return [*rows, [f"{rate:.0%} of the float32 matmul rate", "", ""]]
+    return [*rows, [f"{rate:.0%} of the float32 matmul rate", "", ""], [f"{flops.total / 1e12:.4f} TFLOP a step", "", ""]]
 
 
 def _times(engine: Engine, target: LeanTarget, steps: int) -> list[dict[str, float]]:
