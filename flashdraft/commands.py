@@ -13,8 +13,10 @@ import transformers
 from typer import Argument, Option
 
 from flashdraft import hub
+from flashdraft.bench.calibrate import calibrate
 from flashdraft.bench.profile import profile as measure
 from flashdraft.bench.report import print_table, show
+from flashdraft.bench.roofline import RooflineConfig, named, predict, shape, verdict
 from flashdraft.bench.run import BenchConfig, run_bench, run_peers
 from flashdraft.bench.tasks import TASKS, read_ids, write_tasks
 from flashdraft.errors import ContextLengthError, InvalidParameter
@@ -191,6 +193,16 @@ def profile(
     held = [[str(one.nodes), name, f"{count / 1e6:.1f}"] for one in profiles for name, count in one.nbytes.items()]
     print()
     print_table(["nodes", "memory", "MB"], held)
+
+
+def roofline(target: Annotated[str, Argument(help=f"{TARGET_HELP}, or qwen3-8b and its like")], config: RooflineConfig) -> None:
+    cells, rows = [], predict(shape(target), config, calibrate(config.weights) if config.device == "this" else named(config))
+    for row in rows:
+        best = "best" * (row.gain == max(each.gain for each in rows if each.drafter == row.drafter))
+        figures = f"{1000 * row.draft:.2f} {1000 * row.verify:.2f} {row.tau:.2f} {row.speed:.1f} {row.gain:.2f}".split()
+        cells.append([row.drafter, str(row.block), *figures, best])
+    print_table(["drafter", "block", "draft ms", "target ms", "tau", "tokens/s", "to plain", ""], cells)
+    print(f"\n{verdict(rows)}")
 
 
 def _show(chunks: Iterable[Chunk], *, origin: bool = False) -> Result:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,11 +79,11 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flashdraft"
 
 
-def resolve(name: str) -> Path | GgufFile:
+def resolve(name: str, wanted: Sequence[str] = _WANTED) -> Path | GgufFile:
     """The files of the model called `name`: a built-in name, a local folder, a `.gguf` file, or a hub id `org/name`.
 
-    What lies on this disk wins over the hub. A folder that is returned holds config.json. A GGUF file of the llama
-    architecture is converted once into the cache; another one comes back as a GgufFile.
+    What lies on this disk wins over the hub, of which only `wanted` is fetched. A folder that is returned holds config.json.
+    A GGUF file of the llama architecture is converted once into the cache; another one comes back as a GgufFile.
     Raises ModelNotFound, or CheckpointError for a damaged file or one with parts that cannot be converted.
     """
     if name in BUILTIN:
@@ -101,7 +101,7 @@ def resolve(name: str) -> Path | GgufFile:
             raise ModelNotFound(f"`{name}` is a file, not a model folder", hint=_NAMES)
         return _gguf(path)
     if _HUB_ID.fullmatch(name) and not is_gguf:
-        return _from_hub(name)
+        return _from_hub(name, wanted)
     raise ModelNotFound(f"no folder or file `{name}`", hint=_NAMES)
 
 
@@ -139,7 +139,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"cannot read `{path}`: {first_line(error)}", hint="fetch or write it again") from None
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, wanted: Sequence[str]) -> Path:
     """The hub model's folder in the hub client's own cache, fetched if need be; what was fetched before works offline."""
     unreachable: Exception | None = None
     try:  # snapshot_download asks the same without a time limit, which takes minutes on a silent network
@@ -147,7 +147,7 @@ def _from_hub(name: str) -> Path:
     except Exception as error:  # the HTTP library's errors pass through, and which library that is depends on the version
         unreachable = error
     try:
-        patterns: Any = {"allow_patterns": _WANTED, "ignore_patterns": _TWICE}
+        patterns: Any = {"allow_patterns": wanted, "ignore_patterns": _TWICE}
         folder = Path(huggingface_hub.snapshot_download(name, **patterns, local_files_only=unreachable is not None))
     except Exception as error:
         message, hint = f"it cannot be fetched: {first_line(unreachable or error)}", "what was fetched before works offline"
@@ -156,7 +156,7 @@ def _from_hub(name: str) -> Path:
         elif isinstance(unreachable, RepositoryNotFoundError):
             message, hint = "the hub shows no such model", _NAMES
         raise ModelNotFound(f"no folder `{name}`, and as a hub id: {message}", hint=hint) from None
-    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+    if not (folder / "config.json").is_file() or (wanted is _WANTED and not any(folder.glob("*.safetensors"))):
         hint = "it must hold config.json and safetensors weights; pickled weights are never read"
         raise ModelNotFound(f"hub model `{name}` holds no model that can be read", hint=hint)
     return folder
