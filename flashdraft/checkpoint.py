@@ -22,7 +22,17 @@ from flashdraft.heads import HEADS
 from flashdraft.hub import appears_whole, read_config
 from flashdraft.target import Target
 
-__all__ = ["OPTIONAL", "DraftConfig", "check_target", "read_draft", "spread_layers", "write_draft", "write_file", "write_tensors"]
+__all__ = [
+    "OPTIONAL",
+    "DraftConfig",
+    "check_target",
+    "is_draft",
+    "read_draft",
+    "spread_layers",
+    "write_draft",
+    "write_file",
+    "write_tensors",
+]
 
 _FOREIGN = ("dflash2", "dspark", "domino")
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "num_target_layers")
@@ -158,6 +168,12 @@ class DraftConfig:
         shapes |= {"fc.weight": (h, len(self.target_layer_ids) * h), "hidden_norm.weight": (h,), "norm.weight": (h,)}
         head = {"gate_up": (2 * r, 2 * h), "down": (h, r)} if self.sequential_head else {}
         return shapes | {f"sequential_head.{name}.weight": shape for name, shape in head.items()}
+
+
+def is_draft(config: Mapping[str, Any]) -> bool:
+    """Whether this config.json is a drafter's, and not a language model's own."""
+    lm = any(str(name).endswith("ForCausalLM") for name in config.get("architectures") or ())
+    return not lm or any(key in config for key in ("dflash_config", "flashdraft_config", "draft_vocab_size"))
 
 
 def _as_dflash(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:

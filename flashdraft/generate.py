@@ -15,14 +15,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flashdraft import hub
-from flashdraft.checkpoint import DraftConfig
+from flashdraft.checkpoint import DraftConfig, is_draft
 from flashdraft.engine import Engine, Request, check
 from flashdraft.errors import CheckpointError, InvalidParameter, InvalidPrompt, ModelNotFound, first_line
 from flashdraft.lean import LeanTarget, fastest
 from flashdraft.methods import NETWORKS
 from flashdraft.methods.autoregressive import Autoregressive
+from flashdraft.methods.draft_model import chains, check_tokenizers
 from flashdraft.methods.prompt_lookup import PromptLookup
-from flashdraft.network import DraftNetwork
+from flashdraft.methods.union import Union
 from flashdraft.target import HFTarget, Target
 from flashdraft.text import TextDecoder
 from flashdraft.types import Chunk, Drafter, SamplingParams, require
@@ -163,7 +164,8 @@ def load(
     """A target by built-in name, hub id, folder or GGUF file, with a drafter, ready to generate.
 
     draft: "auto" (the drafter shipped for this target, or none), "autoregressive", "prompt_lookup", a drafter's folder or hub id
-    (its config says which method it is of), or "dflash", "eagle3", "medusa" for the one that is shipped.
+    (its config says which method it is of), a smaller causal LM with the same tokenizer, "dflash", "eagle3", "medusa" or
+    "draft_model" for the one that is shipped, or two of these joined by +, whose proposals become one tree.
     block_size: nodes per proposal, the anchor included; by default as many of what the drafter was trained for as pay.
     tree_nodes: the draft network proposes a tree of so many nodes; None: a chain. how: `device`, "cpu" by default;
     `dtype`, "auto" (as stored), "float32", "bfloat16" or "float16"; `kernel`, what runs a float32 target on a CPU: "auto" (the
@@ -174,7 +176,7 @@ def load(
     """
     require(max_rows >= 1, "max_rows", max_rows, "1 or more")
     loaded, tokenizer, eos = load_target(str(target), **how)
-    new_drafter = drafters(draft, loaded, str(target), block_size, tree_nodes)
+    new_drafter = drafters(draft, loaded, str(target), block_size, tree_nodes, tokenizer=tokenizer)
     adaptive = block_size is None and draft != "autoregressive"
     return Model(loaded, tokenizer, new_drafter, eos=eos, max_rows=max_rows, adaptive=adaptive)
 
@@ -209,34 +211,36 @@ def load_target(name: str, *, device: str = "cpu", dtype: str = "auto", kernel: 
 
 
 def drafters(
-    draft: str | Path, target: Target, name: str, block_size: Size = None, tree_nodes: Size = None
+    draft: str | Path, target: Target, name: str, block_size: Size = None, tree_nodes: Size = None, *, tokenizer: Any = None
 ) -> Callable[[], Drafter]:
-    """What makes new drafters of the kind called `draft` for this target; see `load`."""
+    """What makes new drafters of the kind called `draft` for this target; see `load`. tokenizer: the target's, if it is known."""
     require(block_size is None or block_size >= 1, "block_size", block_size, "1 or more; 1 drafts nothing")
     require(tree_nodes is None or tree_nodes >= 2, "tree_nodes", tree_nodes, "2 or more: the anchor and drafts")
     if draft == "auto":
         draft = hub.builtin_draft(name) or "autoregressive"
-    require(
-        tree_nodes is None or draft not in ("autoregressive", "prompt_lookup"),
-        "tree_nodes",
-        tree_nodes,
-        "left out: a draft network makes trees",
-    )
-    if draft == "autoregressive":
-        if block_size is not None:
-            raise InvalidParameter(f"block_size is {block_size}, but plain decoding drafts nothing", hint="leave it out")
-        return Autoregressive
+    first, joined, rest = str(draft).partition("+")
+    if joined and rest and not Path(draft).exists():
+        one, other = (drafters(part, target, name, block_size, tree_nodes, tokenizer=tokenizer) for part in (first, rest))
+        return lambda: Union(one(), other())
     if draft == "prompt_lookup":
-        return lambda: PromptLookup(block_size=block_size or 8)
-    return partial(_network(str(draft), name).drafters(target), block_size=block_size, tree_nodes=tree_nodes)
+        return lambda: PromptLookup(block_size=block_size or 8)  # within a tree it is a branch
+    if draft == "autoregressive":
+        require(tree_nodes is None, "tree_nodes", tree_nodes, "left out: plain decoding drafts nothing")
+        require(block_size is None, "block_size", block_size, "left out: plain decoding drafts nothing")
+        return Autoregressive
+    return partial(_network(str(draft), target, name, tokenizer), block_size=block_size, tree_nodes=tree_nodes)
 
 
-def _network(draft: str, target_name: str) -> DraftNetwork:
-    """The draft network of a folder or hub id, of whichever method it is; a method's name is the one shipped for the target."""
+def _network(draft: str, target: Target, target_name: str, tokenizer: Any) -> Callable[..., Drafter]:
+    """The drafters of a folder or hub id, of whichever method it is; a method's name is the one shipped for the target."""
     if draft in NETWORKS:
         if (shipped := hub.builtin_draft(target_name, draft)) is None:
             raise ModelNotFound(f"no {draft} drafter is shipped for `{target_name}`", hint="give a drafter's folder or hub id")
         draft = str(shipped)
     files = hub.resolve(draft)
-    method = DraftConfig.from_json(hub.read_config(files), draft).method if isinstance(files, Path) else "dflash"
-    return NETWORKS[method].from_pretrained(draft)
+    config = hub.read_config(files) if isinstance(files, Path) else {}
+    if is_draft(config):
+        return NETWORKS[DraftConfig.from_json(config, draft).method].from_pretrained(draft).drafters(target)
+    small, own, _ = load_target(draft, dtype="float32" if target.kernel_name != "transformers" else "auto")  # a causal LM
+    check_tokenizers(tokenizer or own, own, target, small)
+    return partial(chains, small, vocab_size=target.vocab_size)

@@ -14,7 +14,6 @@ from flashdraft.errors import UnsupportedTarget
 from flashdraft.generate import Model
 from flashdraft.lean import LeanTarget
 from flashdraft.methods.autoregressive import Autoregressive
-from flashdraft.methods.dflash import DFlashDrafter, PackedDraft
 from flashdraft.train.initialise import draft_config, random_weights
 
 __all__ = ["calibrate"]
@@ -28,9 +27,9 @@ def calibrate(weights: str) -> tuple[Device, Device]:
     bandwidth = large.nbytes / min(timeit.repeat(partial(large, torch.ones(1, 1024)), number=1, repeat=8))
     sizes = LlamaConfig(hidden_size=64, intermediate_size=64, vocab_size=64, num_hidden_layers=8, num_attention_heads=4)
     target = LeanTarget(LlamaForCausalLM(sizes).eval(), "tiny", kernel="float32")
-    network = PackedDraft(random_weights(draft_config(target, num_layers=8, mask_token_id=0), 0), target)  # as deep: as dear
+    make = random_weights(draft_config(target, num_layers=8, mask_token_id=0), 0).drafters(target)  # as deep: as dear
     tokenizer, steps = SimpleNamespace(decode=lambda ids, **_: "a" * len(ids)), []
-    for drafter in (Autoregressive, partial(DFlashDrafter, network)):
+    for drafter in (Autoregressive, make):
         model = Model(target, tokenizer, drafter, eos=frozenset(), max_rows=1)
         runs = (model.generate([1] * 8, max_new_tokens=24).stats for _ in range(20))
         steps.append(min(stats.decode_seconds / stats.target_passes for stats in runs))

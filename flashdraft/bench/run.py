@@ -36,14 +36,17 @@ from flashdraft.types import SamplingParams, check_options, option, require
 
 __all__ = ["METHODS", "Answer", "BenchConfig", "acceptance", "run_bench", "run_peers"]
 
-OURS = ("autoregressive", "dflash", "dflash_tree", "prompt_lookup")
+OURS = ("autoregressive", "dflash", "eagle3", "medusa", "draft_model", "prompt_lookup")
 THEIRS = ("transformers", "transformers_lookup", "transformers_assisted", "transformers_dflash")
 METHODS = OURS + THEIRS
-METHODS_HELP = f"comma-separated, of {', '.join(METHODS)}; ours may name a kernel, dflash:int8; others: NAME=FILE.py:FUNCTION:ARG"
+METHODS_HELP = (
+    f"comma-separated, of {', '.join(METHODS)}; trees: dflash_tree; two at once: dflash+prompt_lookup; another drafter: "
+)
+METHODS_HELP += "NAME=FOLDER; ours may name a kernel, dflash:int8; other engines: NAME=FILE.py:FUNCTION:ARG"
 # function of the engines' file -> the engine's name, its package and what is given to it; else GGUF files
 ENGINES: dict[str, tuple[str, ...]] = {"llama_cpp": ("llama.cpp", "llama_cpp"), "openvino": ("OpenVINO", "openvino_genai")}
 ENGINES |= {"ctranslate2": ("CTranslate2", "ctranslate2", "float32", "int8")}
-_TREE_NODES = 16  # of dflash_tree
+_TREE_NODES = 16  # of dflash_tree and its like
 _REST = 0.3  # seconds between methods beside other engines, whose threads may still spin
 
 
@@ -87,16 +90,17 @@ class BenchConfig:
                 require(Path(kind).is_file(), "an engine's file", kind, "there: NAME=FILE.py:FUNCTION:TEXT")
                 require(not any(self.temperature), "temperature", max(self.temperature), "0 beside engines that are greedy here")
                 require(len(self.threads) < 2, "threads", self.threads, "one number beside engines that keep theirs")
-            elif kind not in METHODS:
-                raise InvalidParameter(f"no method {kind!r}", hint=f"methods are {', '.join(METHODS)}")
-            elif variant not in (("", *KERNELS) if kind in OURS else ("",)):
+            elif kind not in THEIRS and (odd := [part for part in _parts(kind) if part not in OURS and not Path(part).is_dir()]):
+                raise InvalidParameter(f"no method {odd[0]!r}", hint=f"methods are {', '.join(METHODS)}, or a drafter's folder")
+            elif variant not in (("", *KERNELS) if kind not in THEIRS else ("",)):
                 raise InvalidParameter(f"no kernel {variant!r}", hint=f"kernels are {', '.join(KERNELS)}")
         if self.draft in METHODS:
             raise InvalidParameter(f"draft is {self.draft!r}", hint="draft names dflash's drafter; other methods go into methods")
         if len(self.specs) < len({part.strip() for part in self.methods.split(",")}):
             raise InvalidParameter(f"two of `{self.methods}` have one name", hint="write NAME=METHOD with names of their own")
-        kinds, drafted = {kind for kind, _ in self.specs.values()}, {"dflash", "dflash_tree"}
-        users = {"draft": {*drafted, "transformers_dflash"}, "block_size": {*drafted, "prompt_lookup"}}
+        specs = self.specs.values()
+        kinds = {part for kind, _ in specs for part in ([kind] if kind in THEIRS else _parts(kind))}
+        users = {"draft": {"dflash", "transformers_dflash"}, "block_size": kinds - {"autoregressive", *THEIRS}}
         users |= {"assistant": {"transformers_assisted"}, "transformers_prompts": {*THEIRS}}
         for name, those in users.items():
             if getattr(self, name) not in (None, "auto") and not those & kinds:
@@ -118,6 +122,11 @@ class BenchConfig:
 
     def params(self, number: int, temperature: float) -> SamplingParams:
         return SamplingParams(temperature=temperature, seed=self.seed + number, max_new_tokens=self.max_new_tokens)
+
+
+def _parts(kind: str) -> list[str]:
+    """The methods that one of ours is joined of, trees or not."""
+    return [part.removesuffix("_tree") for part in kind.split("+")]
 
 
 def run_bench(config: BenchConfig, *, quiet: bool = False) -> int:
@@ -152,8 +161,10 @@ def run_bench(config: BenchConfig, *, quiet: bool = False) -> int:
             for (number, name), answer in answers.items():
                 key = {"task": prompts[number].task, "prompt": number, "method": name, "repeat": repeat} | setting._asdict()
                 kind, kernel = config.specs[name]
-                plain = "autoregressive" + (f":{kernel}" if kernel and kind in OURS else "")
-                comparable = setting.temperature == 0 or kind in OURS  # others' draws are of other generators
+                ours = kind not in THEIRS and not kind.endswith(".py")
+                plain = "autoregressive" + (f":{kernel}" if kernel and ours else "")
+                # others draw by other generators, and drawn drafts keep the law, not the text
+                comparable = setting.temperature == 0 or (ours and kind != "draft_model")
                 figures = {"plain": plain} | _figures(answer, answers.get((number, plain)) if comparable else None)
                 file.write(json.dumps(key | figures) + "\n")
                 count += 1
@@ -290,9 +301,9 @@ def _load(config: BenchConfig) -> tuple[dict[str, Method], Model, dict[str, Any]
             methods[name] = engines[function](argument, ours(config.kernel))
         else:
             model, block_size = ours(variant or config.kernel), None if kind == "autoregressive" else config.block_size
-            method, tree, _ = kind.partition("_tree")
-            draft, nodes = drafter if method == "dflash" else kind, _TREE_NODES if tree else None
-            made = drafters(draft, model.target, config.target, block_size, nodes)
+            draft = "+".join(drafter if part == "dflash" else part for part in _parts(kind))
+            nodes = _TREE_NODES if "_tree" in kind else None
+            made = drafters(draft, model.target, config.target, block_size, nodes, tokenizer=model.tokenizer)
             adaptive = kind != "autoregressive" and block_size is None
             methods[name] = _timed(replace(model, new_drafter=made, adaptive=adaptive))
     return methods, next(iter(models.values()), None) or ours(config.kernel), facts

@@ -25,7 +25,7 @@ from flashdraft.target import Target
 from flashdraft.tree import chain
 from flashdraft.types import Drafter, Proposal, Rows, SamplingParams, require
 
-__all__ = ["CutDraftModel", "DraftModelDrafter", "check_tokenizers"]
+__all__ = ["CutDraftModel", "DraftModelDrafter", "chains", "check_tokenizers"]
 
 _UNCUT = SamplingParams(temperature=1.0)  # of greedy rows: how sure the draft is of its argmax
 
@@ -154,12 +154,15 @@ class CutDraftModel(DraftNetwork):
         model = SimpleNamespace(embed_tokens=SimpleNamespace(weight=table), **inner)
         own = SimpleNamespace(weight=table if torch.equal(table, head) else head, bias=None)
         lm = SimpleNamespace(config=_llama(self.config, vocab_size=target.vocab_size), model=model, lm_head=own)
-        return partial(_chains, LeanTarget(lm, f"{self.config.num_hidden_layers} layers of {target.name}", kernel=DRAFT_KERNEL))
+        return partial(chains, LeanTarget(lm, f"{self.config.num_hidden_layers} layers of {target.name}", kernel=DRAFT_KERNEL))
 
 
-def _chains(network: Target, block_size: int | None = None, tree_nodes: int | None = None) -> DraftModelDrafter:
+def chains(
+    network: Target, *, block_size: int | None = None, tree_nodes: int | None = None, vocab_size: int | None = None
+) -> DraftModelDrafter:
+    """A drafter as options name it."""
     require(tree_nodes is None, "tree_nodes", tree_nodes, "left out: a draft model drafts chains")
-    return DraftModelDrafter(network, block_size=block_size or 5, vocab_size=network.vocab_size)
+    return DraftModelDrafter(network, block_size=block_size or 5, vocab_size=vocab_size)
 
 
 def _llama(config: DraftConfig, *, vocab_size: int) -> LlamaConfig:

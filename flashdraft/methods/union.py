@@ -24,6 +24,9 @@ class Union(Drafter):
 
     def __init__(self, first: Drafter, second: Drafter) -> None:
         self.drafters = first, second
+        for drafter in self.drafters:
+            if isinstance(getattr(drafter, "drawn", None), bool):
+                drafter.drawn = False  # type: ignore[attr-defined]  # see above
         self.name = f"{first.name}+{second.name}"
         self.layers = tuple(dict.fromkeys((*first.layers, *second.layers)))
         self.caches = (*first.caches, *second.caches)
