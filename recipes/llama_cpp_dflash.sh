@@ -41,13 +41,13 @@ END
 fi
 
 $flashdraft tasks --data "$FLASHDRAFT_DATA" --ids "$here/bench_ids.json" --first "${FIRST:-8}" --out "$results/prompts.jsonl"
-beside() {  # width, our methods; llama.cpp's default are 3 drafts a step, the whole block has 5
+beside() {  # width, our methods, options; llama.cpp's default are 3 drafts a step, the whole block has 5
     local out=$results/llama_dflash_$1.jsonl name="llama.cpp $1" engine=$here/engines.py:llama_server:$results/$1.gguf
     local drafting=$engine+$results/draft.gguf
-    [ -e "$out" ] || $flashdraft bench --prompts "$results/prompts.jsonl" --out "$out" --max-new-tokens 128 --repeats "${REPEATS:-1}" \
+    [ -e "$out" ] || $flashdraft bench --prompts "$results/prompts.jsonl" --out "$out" --max-new-tokens 128 --repeats "${REPEATS:-1}" "${@:3}" \
         ${DRAFT:+--draft "$DRAFT"} --methods "$2,$name=$engine,$name DFlash 3=$drafting+3,$name DFlash 5=$drafting+5" > "$results/llama_dflash_$1.log"
     $flashdraft report "$out"
     $flashdraft report "$out" --base "$name"
 }
-beside f32 autoregressive:float32,dflash:float32
-beside q8_0 autoregressive:int8,dflash:int8
+beside f32 autoregressive,dflash --kernel float32  # without kernels in the names `identical` compares llama.cpp's texts with ours too
+beside q8_0 autoregressive:int8,dflash:int8  # each is a target of its own
