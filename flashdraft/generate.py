@@ -220,12 +220,15 @@ def drafters(
         draft = hub.builtin_draft(name) or "autoregressive"
     first, joined, rest = str(draft).partition("+")
     if joined and rest and not Path(draft).exists():
-        one, other = (drafters(part, target, name, block_size, tree_nodes, tokenizer=tokenizer) for part in (first, rest))
+        options = [(block_size, None if part == "prompt_lookup" else tree_nodes) for part in (first, rest)]
+        parts = zip((first, rest), options, strict=True)
+        one, other = (drafters(part, target, name, *own, tokenizer=tokenizer) for part, own in parts)
         return lambda: Union(one(), other())
+    if draft in ("autoregressive", "prompt_lookup"):
+        require(tree_nodes is None, "tree_nodes", tree_nodes, "left out: a draft network makes trees")
     if draft == "prompt_lookup":
-        return lambda: PromptLookup(block_size=block_size or 8)  # within a tree it is a branch
+        return lambda: PromptLookup(block_size=block_size or 8)
     if draft == "autoregressive":
-        require(tree_nodes is None, "tree_nodes", tree_nodes, "left out: plain decoding drafts nothing")
         require(block_size is None, "block_size", block_size, "left out: plain decoding drafts nothing")
         return Autoregressive
     return partial(_network(str(draft), target, name, tokenizer), block_size=block_size, tree_nodes=tree_nodes)

@@ -25,7 +25,7 @@ from flashdraft.target import Target
 from flashdraft.train.config import TrainConfig
 from flashdraft.train.doctor import diagnose
 from flashdraft.train.features import Data, FeatureSet, OnlineFeatures, ShardWriter, write_features
-from flashdraft.train.initialise import copied_from_target, draft_config, random_weights, taken_from
+from flashdraft.train.initialise import copied_from_target, draft_config, layers_read, random_weights, taken_from
 from flashdraft.train.prompts import write_prompts
 from flashdraft.train.regenerate import Server, mixed
 from flashdraft.train.regenerate import regenerate as answer_prompts
@@ -85,15 +85,14 @@ class SourceOptions:
     online: bool = option(False, "FEATURES are answers: the target reads them at every use, and nothing is stored")
     max_length: int = option(512, "with --online: tokens of prompt and answer that are read, at most")
 
-    def open(self, paths: list[Path], lm: Model, layers: tuple[int, ...], *, final: bool) -> Data:
+    def open(self, paths: list[Path], lm: Model, draft: DraftOptions, *, final: bool) -> Data:
         if self.online:
+            layers = draft.shape(lm.target).target_layer_ids
             return OnlineFeatures(lm, paths, layers=layers, max_length=self.max_length, final=final)
         _refuse(self, "the folder of features has its own without --online", "max_length")
         if len(paths) > 1:
             raise InvalidParameter(f"got {len(paths)} folders of features", hint="give all answers to one `flashdraft features`")
-        data = FeatureSet(paths[0])
-        data.only(layers)
-        return data
+        return FeatureSet(paths[0])
 
 
 def _refuse(options: Any, reason: str, *names: str) -> None:
@@ -129,8 +128,7 @@ class FeatureOptions:
         layers = set[int]()
         for method in self.methods.split(","):
             require(method in NETWORKS, "methods", self.methods, f"of {', '.join(NETWORKS)}")
-            features = {"num_features": self.num_features, "mask_token_id": 0} if method == "dflash" else {}
-            layers |= {*draft_config(lm.target, method=method, **features).target_layer_ids}
+            layers |= {*layers_read(lm.target.num_layers, method, self.num_features)}
         return {"layers": tuple(sorted(layers)), "max_length": self.max_length, "final": self.soft_labels}
 
 
@@ -190,9 +188,10 @@ def train(
     except ModuleNotFoundError as error:
         raise FlashDraftError(f"training needs the package {error.name}", hint='pip install "flashdraft[train]"') from None
     lm = load(where.target, draft="autoregressive", dtype=where.dtype, device=str(process_device()))
+    data = where.open(source, lm, draft, final=bool(config.kl + config.tv))
     shape = draft.shape(lm.target)
     check_target(shape, lm.target)
-    data = where.open(source, lm, shape.target_layer_ids, final=bool(config.kl + config.tv))
+    data.only(shape.target_layer_ids)
     network = draft.network(shape, lm.target, data, config.seed)
     head = None if draft.head is None else (draft.head, draft.head_rank)
     trainer = Trainer(network, lm, data, out, config, head=head)

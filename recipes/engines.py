@@ -116,9 +116,10 @@ def llama_server(text, model):
         # It does not tell its passes. Each commits its accepted drafts and one token, but an end inside a block drops accepted
         # drafts, and then every pass had drafted in full: of two lower bounds the greater.
         passes = max(len(tokens) - 1 - accepted, -(-drafted // int(drafts)) if draft else 0)
-        tau = (len(tokens) - 1) / passes if passes else 1.0
+        count = len(tokens) - 1  # the passes' own shares are not told: all alike
+        steps = tuple(count * (i + 1) // passes - count * i // passes for i in range(passes))
         figures = {"target_passes": passes, "num_drafted": drafted, "num_accepted": accepted}
-        return Answer(tokens, seconds, times["predicted_ms"] / 1000, tau, figures)
+        return Answer(tokens, seconds, times["predicted_ms"] / 1000, steps, figures)
 
     return one_by_one(answer)
 

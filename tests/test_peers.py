@@ -86,7 +86,7 @@ def test_transformers_loop_gets_the_drafts_of_our_own_drafter(
     assert len(found) > 8
     for history, drafts in found:
         drafter, cache = DFlashDrafter(network), theirs.target.new_cache(1, 64)
-        rows = Rows([0], [history], [SamplingParams()])
+        rows = Rows([0], [history], [SamplingParams()], [1])
         read = torch.tensor(history[:-1])
         _, features = theirs.target.prefill(cache, 0, read, drafter.layers)
         assert features is not None

@@ -214,7 +214,7 @@ def test_push_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 # The card.
 
 RUN = provenance() | {"config": asdict(TrainConfig(lr=3e-4, gamma=5.5))}
-FIGURES = {"step": 40, "positions_seen": 12345, "num_prompts": 6, "taus": [(20, 1.5), (40, 2.345)]}
+FIGURES = {"step": 40, "positions_seen": 12345, "num_prompts": 6, "flops": 1.5e14, "taus": [(20, 1.5), (40, 2.345)]}
 
 
 def test_card_names_target_figures_command_and_versions() -> None:
@@ -225,6 +225,7 @@ def test_card_names_target_figures_command_and_versions() -> None:
     assert table["draft vocabulary"] == "20 of 61 tokens"
     assert table["training data"].startswith("77 answers")
     assert table["steps, block positions"] == "40, 12345"
+    assert "| training FLOPs | 1.5e+14," in card
     assert table["features"].endswith("layers 1, 2")
     assert table["sequential head"] == "none"
     assert "| 20 | 1.50 |\n| 40 | 2.35 |\n" in card or "| 20 | 1.50 |\n| 40 | 2.34 |\n" in card

@@ -21,6 +21,7 @@ from toy_folders import letter_tokenizer, save_target
 from toy_training import language_model, one_line_and_hint, write_lines
 
 import flashdraft.methods.dflash
+import flashdraft.network
 from flashdraft import checkpoint
 from flashdraft.checkpoint import DraftConfig
 from flashdraft.errors import CheckpointError, DataError, FlashDraftError, InvalidParameter
@@ -350,7 +351,8 @@ def test_blocks_beyond_the_draft_positions_are_not_trained(limit: int) -> None:
 @pytest.mark.parametrize("shift", [0, -1, 1], ids=["as-it-is", "features-one-late", "features-one-early"])
 def test_training_computes_what_decoding_computes(shift: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else accuracy is high in training and nothing is accepted when served. The planted faults shift the features by one."""
-    monkeypatch.setattr(flashdraft.methods.dflash, "_KERNEL", "float32")  # a draft is rounded to 8 bits otherwise
+    monkeypatch.setattr(flashdraft.methods.dflash, "DRAFT_KERNEL", "float32")
+    monkeypatch.setattr(flashdraft.network, "DRAFT_KERNEL", "float32")  # a draft is rounded to 8 bits otherwise
     model, target = network(), language_model().target
     tokens = torch.tensor([1, 9, 17, 30, 4, 22, 41, 8, 15, 33, 27, 5])
     _, features = target.prefill(target.new_cache(1, 64), 0, tokens, LAYERS)

@@ -203,7 +203,10 @@ def test_a_union_keeps_to_the_budget_and_to_what_was_proposed(max_nodes: int) ->
 
 
 def test_drawn_drafts_are_refused() -> None:
-    union = Union(draft_model(drawn=True), PromptLookup())
+    drawing = draft_model(drawn=True)
+    union = Union(drawing, PromptLookup())
+    assert union.propose(rows_of(PROMPTS, SAMPLED[0]), 9).drawn is None  # told to choose
+    drawing.drawn = True
     assert union.propose(rows_of(PROMPTS), 9).drawn is None
     with pytest.raises(InvalidParameter, match="drawn drafts cannot be joined") as raised:
         union.propose(rows_of(PROMPTS, SAMPLED[0]), 9)

@@ -24,7 +24,7 @@ from flashdraft.target import Target
 from flashdraft.train.features import Sample
 from flashdraft.types import require
 
-__all__ = ["copied_from_target", "draft_config", "feature_layers", "random_weights", "taken_from"]
+__all__ = ["copied_from_target", "draft_config", "feature_layers", "layers_read", "random_weights", "taken_from"]
 
 MASK_TOKENS = {"smollm2-135m": 16}  # unused ids of the built-in targets' vocabularies
 _BLOCKS = {"dflash": 4, "eagle3": 6, "medusa": 5, "draft_model": 2}
@@ -49,8 +49,7 @@ def draft_config(
     block_size = _BLOCKS[method] if block_size is None else block_size
     if method != "dflash":
         num_layers, mask_token_id = num_layers if method == "draft_model" else 1, 0  # none has masks
-        num_features = min(3, max(total - 3, 1))  # of eagle3: low, middle and high, all of them among dflash's five
-    layers: tuple[int, ...] = {"medusa": (total,), "draft_model": ()}.get(method, feature_layers(total, num_features))
+    layers = layers_read(total, method, num_features)
     mask = MASK_TOKENS.get(target.name) if mask_token_id is None else mask_token_id
     if mask is None or not 0 <= mask < vocab:
         hint = f"give --mask-token-id: an id below {vocab} that `{target.name}` never reads or writes"
@@ -67,6 +66,15 @@ def draft_config(
     shape |= {"num_hidden_layers": num_layers, "num_target_layers": total, "block_size": block_size, "dflash_config": special}
     shape |= {"vocab_size": vocab, "max_position_embeddings": target.context_length, "rope_parameters": rope}
     return replace(DraftConfig.from_json(shape, target.name), method=method)
+
+
+def layers_read(num_target_layers: int, method: str, num_features: int) -> tuple[int, ...]:
+    """The target's layers that a draft network reads; num_features: of dflash."""
+    if method in ("medusa", "draft_model"):
+        return (num_target_layers,) if method == "medusa" else ()
+    if method == "eagle3":  # low, middle and high, all of them among dflash's five
+        num_features = min(3, max(num_target_layers - 3, 1))
+    return feature_layers(num_target_layers, num_features)
 
 
 def feature_layers(num_target_layers: int, num_features: int) -> tuple[int, ...]:
