@@ -12,7 +12,6 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -176,9 +175,10 @@ class Trainer:
 
     def measure(self, weights: dict[str, Tensor], prompts: Sequence[str]) -> dict[str, Any]:
         """tau of the drafter with these weights, on held-out prompts; the best one is kept as a drafter's folder."""
-        model = deepcopy(self.model).eval()
+        model = type(self.model)(self.model.config)
         model.load_state_dict(weights)
-        drafting = replace(self.lm, new_drafter=model.drafters(self.target))
+        model.extras = self.model.extras
+        drafting = replace(self.lm, new_drafter=model.eval().drafters(self.target))
         results: list[Result] = drafting.generate(list(prompts), _MEASURED)
         tau = sum(result.stats.tau for result in results) / len(results)
         self.taus.append((self.step, tau))
