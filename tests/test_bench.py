@@ -54,7 +54,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def test_every_method_answers_every_prompt_in_every_repeat(config: dict[str, Any]) -> None:
-    ours = ["autoregressive", "dflash", "dflash_tree", "prompt_lookup", "dflash+prompt_lookup"]
+    ours = ["autoregressive", "dflash", "dflash_tree", "dflash_tree9", "prompt_lookup", "dflash+prompt_lookup"]
     target = load(config["target"], draft="autoregressive").target
     folders = {method: config["out"].parent / method for method in NETWORKS if method != "dflash"}
     for method, folder in folders.items():  # none is shipped for a toy

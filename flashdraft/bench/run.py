@@ -6,6 +6,7 @@ setting, so that a machine's drift hits both.
 """
 
 import json
+import re
 import resource
 import runpy
 import sys
@@ -39,14 +40,13 @@ __all__ = ["METHODS", "Answer", "BenchConfig", "acceptance", "run_bench", "run_p
 OURS = ("autoregressive", "dflash", "eagle3", "medusa", "draft_model", "prompt_lookup")
 THEIRS = ("transformers", "transformers_lookup", "transformers_assisted", "transformers_dflash")
 METHODS = OURS + THEIRS
-METHODS_HELP = (
-    f"comma-separated, of {', '.join(METHODS)}; trees: dflash_tree; two at once: dflash+prompt_lookup; another drafter: "
-)
-METHODS_HELP += "NAME=FOLDER; ours may name a kernel, dflash:int8; other engines: NAME=FILE.py:FUNCTION:ARG"
+METHODS_HELP = f"comma-separated, of {', '.join(METHODS)}; trees: dflash_tree, dflash_tree32; two at once: "
+METHODS_HELP += "dflash+prompt_lookup; another drafter: NAME=FOLDER; ours may name a kernel, dflash:int8; "
+METHODS_HELP += "other engines: NAME=FILE.py:FUNCTION:ARG"
 # function of the engines' file -> the engine's name, its package and what is given to it; else GGUF files
 ENGINES: dict[str, tuple[str, ...]] = {"llama_cpp": ("llama.cpp", "llama_cpp"), "openvino": ("OpenVINO", "openvino_genai")}
 ENGINES |= {"ctranslate2": ("CTranslate2", "ctranslate2", "float32", "int8")}
-_TREE_NODES = 16  # of dflash_tree and its like
+_TREE_NODES = 16  # of a tree that names none
 _REST = 0.3  # seconds between methods beside other engines, whose threads may still spin
 
 
@@ -126,7 +126,7 @@ class BenchConfig:
 
 def _parts(kind: str) -> list[str]:
     """The methods that one of ours is joined of, trees or not."""
-    return [part.removesuffix("_tree") for part in kind.split("+")]
+    return [re.sub(r"_tree\d*$", "", part) for part in kind.split("+")]
 
 
 def run_bench(config: BenchConfig, *, quiet: bool = False) -> int:
@@ -302,7 +302,8 @@ def _load(config: BenchConfig) -> tuple[dict[str, Method], Model, dict[str, Any]
         else:
             model, block_size = ours(variant or config.kernel), None if kind == "autoregressive" else config.block_size
             draft = "+".join(drafter if part == "dflash" else part for part in _parts(kind))
-            nodes = _TREE_NODES if "_tree" in kind else None
+            tree = re.search(r"_tree(\d*)", kind)
+            nodes = int(tree[1] or _TREE_NODES) if tree else None
             made = drafters(draft, model.target, config.target, block_size, nodes, tokenizer=model.tokenizer)
             adaptive = kind != "autoregressive" and block_size is None
             methods[name] = _timed(replace(model, new_drafter=made, adaptive=adaptive))
