@@ -16,6 +16,7 @@ __all__ = ["Control"]
 
 _MEMORY = 0.98  # what a calibration keeps of its past at every observation
 _SMOOTH = 0.8  # the same for times and gains
+_BATCH = 1.25  # what drafting must promise in a batch: the table is one row's, and several rows' caches cost more
 _PAUSES = (4, 8, 16, 32, 64)  # steps without drafts after each vain try
 
 
@@ -27,7 +28,7 @@ class Control:
         self._sums: dict[int, list[float]] = {}  # by depth: nodes accepted and hoped for behind accepted parents, faded
         self._draft = 0.0  # seconds of drafting in a step
         self._rest: dict[bool, float] = {}  # of steps without and with drafts: seconds beyond drafting and the target's own
-        self._pause, self._vain, self._gain = 0, 0, 1.0  # the last: what drafting promised of late, to plain decoding
+        self._pause, self._vain, self._gain = 0, 0, 0.0  # the last: what drafting promised of late, to plain decoding
 
     def wants_drafts(self) -> bool:
         """Whether this step should draft at all; asked once a step."""
@@ -50,8 +51,10 @@ class Control:
                 best, kept = rate, count
             elif proposal.drawn is not None:  # what comes behind a drawn node may not speak for it: it has seen its token
                 break
-        self._gain = _SMOOTH * self._gain + (1 - _SMOOTH) * best / plain if order else self._gain
-        if self._gain < 1:  # one poor proposal says little of the next
+        if order:
+            faded = _SMOOTH * (self._gain or 1.0) + (1 - _SMOOTH) * best / plain
+            self._gain = faded if self._gain else max(faded, best / plain)  # a first promise is all that is known
+        if self._gain < (1 if rows == 1 else _BATCH):  # one poor proposal says little of the next
             self._pause = _PAUSES[min(self._vain, len(_PAUSES) - 1)]
             self._vain += 1
         else:

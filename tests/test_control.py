@@ -97,6 +97,14 @@ def test_vain_drafting_pauses_for_longer_and_longer() -> None:
         assert good.trim(made).tolist() == [3]
 
 
+def test_a_batch_wants_more_of_a_promise_than_one_row() -> None:
+    """The table is one row's; what it promises a batch is not kept in full."""
+    for rows, chance, drafts in ((1, 0.3, True), (2, 0.3, False), (2, 0.9, True)):
+        control, made = Control({1: 1.1, 8: 1.8}), proposal(*[[chance]] * rows)
+        assert control.trim(made).tolist() == [2] * rows
+        assert control.wants_drafts() is drafts
+
+
 def test_one_poor_proposal_among_good_ones_is_no_reason_to_pause() -> None:
     control = Control({1: 1.0, 8: 1.7})
     for confidence in (0.9, 0.9, 0.9, 0.01, 0.9):
