@@ -220,6 +220,7 @@ def drafters(
         draft = hub.builtin_draft(name) or "autoregressive"
     first, joined, rest = str(draft).partition("+")
     if joined and rest and not Path(draft).exists():
+        require("autoregressive" not in (first, rest), "draft", draft, "two methods that both draft")
         options = [(block_size, None if part == "prompt_lookup" else tree_nodes) for part in (first, rest)]
         parts = zip((first, rest), options, strict=True)
         one, other = (drafters(part, target, name, *own, tokenizer=tokenizer) for part, own in parts)

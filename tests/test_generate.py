@@ -376,6 +376,11 @@ BAD_LOADS: dict[str, tuple[dict[str, Any], type[FlashDraftError], str]] = {
     "max_rows": ({"max_rows": 0}, InvalidParameter, "max_rows is 0"),
     "tree_nodes": ({"tree_nodes": 1}, InvalidParameter, "tree_nodes is 1"),
     "tree_nodes without a block": ({"draft": "prompt_lookup", "tree_nodes": 8}, InvalidParameter, "tree_nodes is 8"),
+    "a union with nothing": (
+        {"draft": "prompt_lookup+autoregressive"},
+        InvalidParameter,
+        "draft is 'prompt_lookup+autoregressive'",
+    ),
     "block_size": ({"block_size": 0}, InvalidParameter, "block_size is 0"),
     "device": ({"device": "warp"}, InvalidParameter, "device is 'warp'"),
     "draft": ({"draft": "/nowhere/at/all"}, ModelNotFound, "/nowhere/at/all"),
