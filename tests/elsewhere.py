@@ -17,6 +17,8 @@ DEVICE = torch.device("privateuseone:0")
 MOVES = ("aten.copy_.", "aten._copy_from.")  # into the first argument
 COPIES = (*MOVES, "aten._to_copy.", "aten.to.")
 INDEXING = ("aten.index.", "aten.index_put", "aten._index_put_impl_.", "aten._unsafe_index.")  # may have indices on the CPU
+# The first backward pass of a process starts a thread for every device, and no fork may then train (tests/test_crash.py does):
+torch.ones(1, requires_grad=True).sum().backward()  # it comes while there is only the CPU
 _setup_privateuseone_for_python_backend()
 
 
