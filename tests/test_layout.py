@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "flashdraft"
+MAX_LINES_NOW = 7957  # the budget is 6,000 of all lines: what is above it is a debt, and this number may only fall
 MAX_PACKAGE_LINES, MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 6000, 400, 60, 7
 LEVELS = {  # a module imports only its own level and those below; `.*` stands for every file of a folder
     name: level
@@ -96,6 +97,8 @@ def check_package(sources: dict[str, str]) -> list[str]:
     problems = [problem for name, source in sources.items() for problem in check(name, source)]
     if (lines := sum(map(source_lines, sources.values()))) > MAX_PACKAGE_LINES:
         problems.append(f"the package has {lines} lines of code, the limit is {MAX_PACKAGE_LINES}")
+    if (lines := sum(len(source.splitlines()) for source in sources.values())) > MAX_LINES_NOW:
+        problems.append(f"the package has grown to {lines} lines in all; take as many away as you add")
     users = [n for n, s in sources.items() if any(i.split(".")[0] == "accelerate" for i in runtime_imports(ast.parse(s)))]
     return problems + ([f"accelerate is imported in {users}, one file is allowed"] if len(users) > 1 else [])
 
@@ -139,6 +142,11 @@ def test_planted_faults_across_files_are_reported() -> None:
     assert check_package(long) == ["the package has 6400 lines of code, the limit is 6000"]
     twice = check_package({"train.a": "import accelerate", "train.b": "from accelerate import Accelerator"})
     assert twice == ["accelerate is imported in ['train.a', 'train.b'], one file is allowed"]
+
+
+def test_more_lines_of_any_kind_are_reported() -> None:
+    blank = {f"train.file{i}": "\n" * 400 for i in range(20)}
+    assert check_package(blank) == ["the package has grown to 8000 lines in all; take as many away as you add"]
 
 
 def test_lines_of_code_are_neither_blank_nor_comment_nor_docstring() -> None:
