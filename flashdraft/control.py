@@ -5,8 +5,10 @@ of their paths' confidence as long as that brings more committed tokens a second
 fixed before its own token is drawn, so that trimming changes no law; chosen nodes may go for any reason.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,25 +17,36 @@ from flashdraft.types import Proposal
 __all__ = ["Control"]
 
 _MEMORY = 0.98  # what a calibration keeps of its past at every observation
-_SMOOTH = 0.8  # the same for times and gains
-_BATCH = 1.25  # what drafting must promise in a batch: the table is one row's, and several rows' caches cost more
+_SMOOTH = 0.8  # the same for drafting's times and gains
+_WORTH = 1.05  # what drafting must promise, to plain decoding: the best of many promises is kept a little less than in full
+_FIRST = 2  # plain steps before the first drafts: what those are compared with
 _PAUSES = (4, 8, 16, 32, 64)  # steps without drafts after each vain try
+_DRIFT, _NOISE = np.diag([4e-4, 1e-6]), 1e-2  # variances, a step: how `_Batch.beyond` moves, and of what is seen of it
+
+
+class _Batch:
+    """What is known of steps of about as many rows: 1, 2 or 3, 4 to 7, and so on."""
+
+    def __init__(self) -> None:
+        self.draft = 0.0  # seconds of drafting in a step
+        self.beyond, self.doubt = np.zeros(2), np.eye(2) * 0.1  # of all steps, and of drafted ones more: see `learn`
+        self.pause, self.vain, self.gain = _FIRST, 0, 0.0  # the last: what drafting promised of late, to plain decoding
 
 
 class Control:
-    """`seconds`: of a target's step, by its number of tokens (two or more entries)."""
+    """One for a target with its drafter: what it has learned from one text serves the next.
+
+    seconds: of a target's step of one row, by its number of tokens (two or more entries).
+    """
 
     def __init__(self, seconds: Mapping[int, float]) -> None:
         self._known = sorted(seconds.items())
         self._sums: dict[int, list[float]] = {}  # by depth: nodes accepted and hoped for behind accepted parents, faded
-        self._draft = 0.0  # seconds of drafting in a step
-        self._rest: dict[bool, float] = {}  # of steps without and with drafts: seconds beyond drafting and the target's own
-        self._pause, self._vain, self._gain = 0, 0, 0.0  # the last: what drafting promised of late, to plain decoding
+        self._batches: dict[int, _Batch] = defaultdict(_Batch)  # by the bits of the number of rows
 
-    def wants_drafts(self) -> bool:
-        """Whether this step should draft at all; asked once a step."""
-        self._pause -= 1
-        return self._pause < 0
+    def wants_drafts(self, rows: int) -> bool:
+        """Whether the next step of so many rows should draft at all."""
+        return self._batches[rows.bit_length()].pause <= 0
 
     def trim(self, proposal: Proposal) -> Tensor:
         """How many nodes of each row pay: [rows], 1 or more and no more than there are."""
@@ -42,8 +55,9 @@ class Control:
             ((confidence[row][node], row) for row, size in enumerate(sizes) for node in range(1, size)), key=lambda pair: -pair[0]
         )
         rows = len(sizes)
-        rest = self._rest.get(True, 0.0)
-        plain, spent = rows / (self.cost(rows) + self._rest.get(False, rest)), self._draft + rest
+        batch = self._batches[rows.bit_length()]
+        always, more = (self.cost(rows) * batch.beyond).tolist()
+        plain, spent = rows / (self.cost(rows) + always), batch.draft + always + more
         best, kept, hope = rows / (self.cost(rows) + spent), 0, float(rows)
         for count, (chance, _) in enumerate(order, 1):
             hope += chance
@@ -52,25 +66,36 @@ class Control:
             elif proposal.drawn is not None:  # what comes behind a drawn node may not speak for it: it has seen its token
                 break
         if order:
-            faded = _SMOOTH * (self._gain or 1.0) + (1 - _SMOOTH) * best / plain
-            self._gain = faded if self._gain else max(faded, best / plain)  # a first promise is all that is known
-        if self._gain < (1 if rows == 1 else _BATCH):  # one poor proposal says little of the next
-            self._pause = _PAUSES[min(self._vain, len(_PAUSES) - 1)]
-            self._vain += 1
+            past = _SMOOTH**rows if batch.gain else 0.0  # one row's poor proposal says little of the next one
+            batch.gain = past * batch.gain + (1 - past) * best / plain
+        if batch.gain < _WORTH:
+            batch.pause = _PAUSES[min(batch.vain, len(_PAUSES) - 1)]
+            batch.vain += 1
         else:
-            self._vain = 0
+            batch.vain = 0
         trimmed = [1] * rows
         for _, row in order[:kept]:
             trimmed[row] += 1
         return torch.tensor(trimmed)
 
     def learn(self, proposal: Proposal, paths: Sequence[Sequence[int]], draft_seconds: float | None, seconds: float) -> None:
-        """What became of a proposal that `trim` gave: seconds of the whole step; of propose and observe, None without drafts."""
-        target, drafted = self.cost(int(proposal.sizes.sum())), draft_seconds is not None
-        if draft_seconds is not None:
-            self._draft = draft_seconds if self._draft == 0 else _SMOOTH * self._draft + (1 - _SMOOTH) * draft_seconds
-        rest = min(max(seconds - target - (draft_seconds or 0.0), 0.0), target)  # a step that was held up says nothing
-        self._rest[drafted] = _SMOOTH * self._rest.get(drafted, rest) + (1 - _SMOOTH) * rest
+        """What became of a proposal that `trim` gave: seconds of the whole step; of propose and observe, None without drafts.
+
+        What steps take beyond the table, in steps of the table: a share of all of them (a longer context, a machine that slows
+        down) and one of drafted ones (several rows' caches). Only a Kalman filter tells the two apart while one kind is seen.
+        """
+        rows = len(paths)
+        batch, drafted = self._batches[rows.bit_length()], draft_seconds is not None
+        if draft_seconds is None:
+            batch.pause -= 1
+        else:
+            batch.draft = draft_seconds if batch.draft == 0 else _SMOOTH * batch.draft + (1 - _SMOOTH) * draft_seconds
+        beyond = (seconds - (draft_seconds or 0.0) - self.cost(int(proposal.sizes.sum()))) / self.cost(rows)
+        kind = np.array([1.0, drafted])
+        batch.doubt = batch.doubt + _DRIFT
+        weight = batch.doubt @ kind / (kind @ batch.doubt @ kind + _NOISE)
+        batch.beyond = batch.beyond + weight * (min(max(beyond, -0.8), 1.0) - kind @ batch.beyond)  # a step may be held up
+        batch.doubt = batch.doubt - np.outer(weight, kind @ batch.doubt)
         shape = proposal.parents.tolist(), proposal.sizes.tolist()
         for path, own, parents, size in zip(paths, _scores(proposal), *shape, strict=True):
             depths = {node: depth for depth, node in enumerate(path)}

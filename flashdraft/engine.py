@@ -83,11 +83,9 @@ class Request:
 class Engine:
     """Rows that are decoded together. `target` and `drafter` keep their own caches; a row has the same place in all of them."""
 
-    def __init__(self, target: Target, drafter: Drafter, *, max_rows: int = 1, adaptive: bool = False) -> None:
-        """adaptive: as many nodes are read as pay, by the target's own step times; without those, all of them."""
-        self.target, self.drafter, self.max_rows = target, drafter, max_rows
-        self.control = Control(target.step_seconds) if adaptive and target.step_seconds else None
-        self._drafting = True  # in the next step
+    def __init__(self, target: Target, drafter: Drafter, *, max_rows: int = 1, control: Control | None = None) -> None:
+        """control: says how many nodes are read; None: all of them."""
+        self.target, self.drafter, self.max_rows, self.control = target, drafter, max_rows, control
         self._unseen: dict[int, list[tuple[Tensor, Tensor | None]]] = {}  # by row: tokens, features that wait for the drafter
         self.running: dict[int, Request] = {}  # by row
         self._cache = target.new_cache(max_rows, 256)
@@ -129,9 +127,12 @@ class Engine:
         slots, requests = list(self.running), list(self.running.values())
         rows = self._rows(slots)
         limits = torch.tensor([request.num_left for request in requests])
+        drafted = self.control is None or self.control.wants_drafts(len(slots))
         with self._timed("draft"):
-            proposal = _cut(self.drafter.propose(rows, int(limits.max()) if self._drafting else 1), limits)
-            if self.control is not None:
+            if drafted:
+                self._observe()
+            proposal = _cut(self.drafter.propose(rows, int(limits.max()) if drafted else 1), limits)
+            if drafted and self.control is not None:
                 proposal = _cut(proposal, self.control.trim(proposal))
             self._cache.reserve(max(self._cache.lengths) + proposal.num_nodes)
             check_proposal(proposal)  # a faulty drafter would change the law in silence
@@ -147,9 +148,16 @@ class Engine:
             texts = [[*map(own.__getitem__, path[1:]), last] for own, path, last in zip(drafts, paths, bonus, strict=True)]
             read = [list(logits[i, path]) if requests[i].params.logprobs else [] for i, path in enumerate(paths)]
             chunks = [request.commit(text, len(text) - 1, own) for request, text, own in zip(requests, texts, read, strict=True)]
-        drafted = self._drafting
         with self._timed("draft"):
-            self._observe(slots, proposal, features, paths)
+            for i, slot in enumerate(slots):
+                if requests[i].finish_reason is None:
+                    kept: slice | list[int] = paths[i]
+                    if paths[i][-1] < len(paths[i]):  # nothing was left out: a view will do
+                        kept = slice(len(paths[i]))
+                    seen = proposal.tokens[i, kept], None if features is None else features[i, kept]
+                    self._unseen.setdefault(slot, []).append(seen)
+            if drafted:
+                self._observe()
         if self.control is not None:
             self.control.learn(proposal, paths, self._part["draft"] if drafted else None, sum(self._part.values()))
         for i, request in enumerate(requests):
@@ -203,21 +211,15 @@ class Engine:
                     wanted[row, node] = adjusted(logits[row, node], rows.params[row], paths[node], rows.num_prompts[row])
         return wanted
 
-    def _observe(self, slots: list[int], proposal: Proposal, features: Tensor | None, paths: list[list[int]]) -> None:
-        """Show the drafter what was committed, as soon as it is asked to draft again."""
-        for i, slot in enumerate(slots):
-            if self.running[slot].finish_reason is None:
-                path = slice(len(paths[i])) if paths[i][-1] < len(paths[i]) else paths[i]  # a view where nothing was left out
-                seen = proposal.tokens[i, path], None if features is None else features[i, path]
-                self._unseen.setdefault(slot, []).append(seen)
-        self._drafting = self.control is None or self.control.wants_drafts()
-        if not self._drafting or not self._unseen:
-            return
-        waiting, self._unseen = self._unseen, {}
-        rows = self._rows(list(waiting))
-        tokens = [torch.cat([part for part, _ in parts]) for parts in waiting.values()]
-        states = [[part for _, part in parts if part is not None] for parts in waiting.values()]
-        self.drafter.observe(rows, tokens, None if features is None else [torch.cat(each) for each in states])
+    def _observe(self) -> None:
+        """Show the drafter what was committed; while it is not asked to draft, that waits."""
+        if self._unseen:
+            waiting, self._unseen = self._unseen, {}
+            tokens = [torch.cat([part for part, _ in parts]) for parts in waiting.values()]
+            states = [
+                torch.cat([part for _, part in parts if part is not None]) for parts in waiting.values() if self.drafter.layers
+            ]
+            self.drafter.observe(self._rows(list(waiting)), tokens, states if self.drafter.layers else None)
 
     def _release(self, slots: list[int]) -> None:
         for slot in slots:

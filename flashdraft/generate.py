@@ -6,7 +6,7 @@ The stream is the primitive: `generate` collects it, and the command line and th
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field, fields
-from functools import partial
+from functools import cached_property, partial
 from io import StringIO
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flashdraft import hub
 from flashdraft.checkpoint import DraftConfig, is_draft
+from flashdraft.control import Control
 from flashdraft.engine import Engine, Request, check
 from flashdraft.errors import CheckpointError, InvalidParameter, InvalidPrompt, ModelNotFound, first_line
 from flashdraft.lean import LeanTarget, fastest
@@ -48,7 +49,12 @@ class Model:
     new_drafter: Callable[[], Drafter]  # every stream has a drafter of its own; the weights are shared
     eos: frozenset[int] = field(kw_only=True)
     max_rows: int = field(kw_only=True)
-    adaptive: bool = field(default=False, kw_only=True)  # see Engine
+    adaptive: bool = field(default=False, kw_only=True)  # as many nodes are read as pay, where the target's step times are known
+
+    @cached_property
+    def control(self) -> Control | None:
+        """Of all streams: what was learned in one serves the next. See Engine."""
+        return Control(seconds) if self.adaptive and (seconds := self.target.step_seconds) else None
 
     def generate(self, prompts: Prompts, params: Params = None, **options: Any) -> Any:
         """The Result of one prompt, or a list of Results in the order of a list of prompts.
@@ -64,7 +70,7 @@ class Model:
         """One Chunk per prompt and step, as they come; a prompt's last one carries its Result."""
         batch = [prompts] if _is_one(prompts) else list(prompts)
         rows = min(self.max_rows, max(len(batch), 1))
-        engine = Engine(self.target, self.new_drafter(), max_rows=rows, adaptive=self.adaptive)
+        engine = Engine(self.target, self.new_drafter(), max_rows=rows, control=self.control)
         pairs: Any = zip(batch, _params(params, options, len(batch)), strict=True)
         requests = [self.request(prompt, one, index=i) for i, (prompt, one) in enumerate(pairs)]
         for request in requests:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flashdraft.control import Control
 from flashdraft.engine import Engine, Request
+from flashdraft.generate import Model
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.text import TextDecoder
 from flashdraft.tree import chain
@@ -78,41 +79,80 @@ def test_a_node_is_never_kept_without_its_parent() -> None:
         assert set(made.parents[0, 1:size].tolist()) <= set(range(size))
 
 
+def pause(control: Control, rows: int = 1) -> int:
+    """Take plain steps until drafts are wanted; returns how many."""
+    steps = 0
+    while not control.wants_drafts(rows):
+        control.learn(proposal(*[[]] * rows), [[0]] * rows, None, control.cost(rows))
+        steps += 1
+    return steps
+
+
+def tried_in_vain(control: Control, rows: int = 1) -> int:
+    made = proposal(*[[0.3]] * rows)
+    control.trim(made)
+    control.learn(made, [[0]] * rows, 0.5, 0.5 + control.cost(2 * rows))
+    return pause(control, rows)
+
+
 def test_vain_drafting_pauses_for_longer_and_longer() -> None:
     control = Control(STEEP)
-    pauses = []
-    for _ in range(3):
-        steps = 0
-        while not control.wants_drafts():
-            steps += 1
-        pauses.append(steps)
-        control.learn(proposal([0.3]), [[0]], 0.5, 2.5)
-        control.trim(proposal([0.3]))
-    assert pauses == [0, 4, 8]
+    assert [pause(control), *(tried_in_vain(control) for _ in range(2))] == [2, 4, 8]
     good = Control(FLAT)
+    pause(good)
     for _ in range(20):
-        assert good.wants_drafts()
+        assert good.wants_drafts(1)
         made = proposal([0.9, 0.9])
         good.learn(made, [[0, 1, 2]], 0.01, 1.03)
         assert good.trim(made).tolist() == [3]
 
 
-def test_a_batch_wants_more_of_a_promise_than_one_row() -> None:
-    """The table is one row's; what it promises a batch is not kept in full."""
-    for rows, chance, drafts in ((1, 0.3, True), (2, 0.3, False), (2, 0.9, True)):
-        control, made = Control({1: 1.1, 8: 1.8}), proposal(*[[chance]] * rows)
-        assert control.trim(made).tolist() == [2] * rows
-        assert control.wants_drafts() is drafts
+def test_what_a_large_batch_has_taught_says_nothing_of_one_row() -> None:
+    """The table is one row's; several rows' caches cost more, which is learned beside it."""
+    control = Control({1: 1.0, 8: 1.7})
+    for _ in range(8):
+        for rows, late in ((1, 0.0), (4, 2.0)):
+            pause(control, rows)
+            made = proposal(*[[0.6]] * rows)
+            size = torch.tensor([2] * rows)
+            control.trim(made)
+            control.learn(replace(made, sizes=size), [[0, 1]] * rows, 0.1, 0.1 + control.cost(2 * rows) + late)
+    assert control.wants_drafts(1)
+    assert not control.wants_drafts(4)
+    assert not control.wants_drafts(64)  # nobody has tried it yet
+
+
+def test_a_machine_that_slows_down_slows_plain_steps_too() -> None:
+    """Long after the last plain step: the time that all drafted steps now take is no argument against drafting."""
+    control, made = Control({1: 1.0, 8: 1.7}), proposal([0.8])
+    pause(control)
+    for i in range(400):
+        assert control.wants_drafts(1), i
+        control.trim(made)
+        control.learn(made, [[0, 1]], 0.1, 1.2 + min(i / 300, 0.9))
+
+
+def test_a_table_of_a_busy_machine_is_seen_through() -> None:
+    """Steps take half of what the table says; drafting, at its true price, pays no more."""
+    control, made = Control({1: 2.0, 8: 3.4}), proposal([0.5])
+    for _ in range(30):
+        if control.wants_drafts(1):
+            control.trim(made)
+            control.learn(made, [[0, 1]], 0.7, 2.1)
+        else:
+            control.learn(proposal([]), [[0]], None, 1.0)
+    assert not control.wants_drafts(1)
 
 
 def test_one_poor_proposal_among_good_ones_is_no_reason_to_pause() -> None:
     control = Control({1: 1.0, 8: 1.7})
+    pause(control)
     for confidence in (0.9, 0.9, 0.9, 0.01, 0.9):
-        assert control.wants_drafts()
+        assert control.wants_drafts(1)
         made = proposal([confidence] * 3)
         control.learn(made, [[0, 1, 2, 3] if confidence > 0.5 else [0]], 0.2, 1.5)
         control.trim(made)
-    assert control.wants_drafts()
+    assert control.wants_drafts(1)
 
 
 def test_what_was_accepted_corrects_what_is_claimed() -> None:
@@ -142,7 +182,7 @@ def test_what_a_drafted_step_really_takes_counts_against_it() -> None:
             control.learn(made, [[0]], None, 1.0)
             control.learn(made, [[0, 1]], 0.1, 1.2 + late)
             control.trim(made)
-        assert control.wants_drafts() is not pauses
+        assert control.wants_drafts(1) is not pauses
 
 
 class Timed:
@@ -206,10 +246,10 @@ def test_texts_are_plain_and_the_drafter_misses_nothing(seconds: Mapping[int, fl
     plain = text_of(Engine(tiny_target("llama", lean=True), Autoregressive()), prompt)
     target: object = Timed(seconds)
     drafter = Halves([*plain, 0, 0, 0, 0])
-    engine = Engine(target, drafter, adaptive=True)  # type: ignore[arg-type]
+    engine = Engine(target, drafter, control=Control(seconds))  # type: ignore[arg-type]
     assert text_of(engine, prompt) == plain
     assert (drafter.calls >= 18) == drafted  # else it is asked now and then
-    assert drafter.calls >= 2
+    assert drafter.calls >= 3
     assert drafter.seen == plain[: len(drafter.seen)]
 
 
@@ -218,13 +258,23 @@ def test_adaptive_rows_of_a_batch_write_their_plain_texts(temperature: float) ->
     prompts = [[3, 7, 11, 5], [9, 4], [8, 8, 8, 21, 30, 2 + 4]]
     plain = tiny_target("llama", lean=True)
     texts = []
-    for target, drafter, adaptive in ((plain, Autoregressive(), False), (Timed(FLAT), tiny_drafter(plain), True)):
-        engine = Engine(target, drafter, max_rows=3, adaptive=adaptive)  # type: ignore[arg-type]
+    for drafter, control in ((Autoregressive(), None), (tiny_drafter(plain), Control(FLAT))):
+        engine = Engine(plain, drafter, max_rows=3, control=control)
         texts.append([request.history for request in finished(engine, prompts, temperature)])
-        assert (engine.control is not None) == adaptive
     assert texts[0] == texts[1]
 
 
 def test_without_step_times_every_node_is_read() -> None:
-    engine = Engine(tiny_target("llama"), Autoregressive(), adaptive=True)
-    assert engine.control is None
+    model = Model(tiny_target("llama"), Silent(), Autoregressive, eos=frozenset(), max_rows=1, adaptive=True)
+    assert model.control is None
+
+
+def test_what_one_text_teaches_serves_the_next() -> None:
+    drafter = Halves([0] * 300)
+    model = Model(Timed({1: 1e-9, 8: 8e-9}), Silent(), lambda: drafter, eos=frozenset(), max_rows=1, adaptive=True)  # type: ignore[arg-type]
+    for _ in range(4):
+        drafter.seen.clear()
+        model.generate([3, 7, 11, 5], max_new_tokens=30, ignore_eos=True)
+    assert model.control is model.control
+    assert drafter.calls <= 6  # in 120 steps; each alone would try twice
+    assert replace(model, new_drafter=Autoregressive).control is not model.control

@@ -421,7 +421,7 @@ class Alone:
     seconds: dict[int, float]
     kind: type[Control] = Control
 
-    def wants_drafts(self) -> bool:
+    def wants_drafts(self, rows: int) -> bool:
         return True
 
     def trim(self, proposal: Proposal) -> Tensor:
