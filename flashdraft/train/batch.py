@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from flashdraft.checkpoint import DraftConfig
 from flashdraft.errors import DataError
-from flashdraft.methods.dflash import DFlashDraftModel
 from flashdraft.train.features import Sample
 
-__all__ = ["Batch", "Blocks", "block_mask", "block_positions", "draw_anchors", "flex_mask", "make_batch"]
+__all__ = ["Batch", "block_mask", "block_positions", "draw_anchors", "flex_mask", "make_batch"]
 
 Numbered = Iterable[tuple[int, Sample]]  # samples with their global numbers, which key their anchors
 
@@ -93,7 +91,7 @@ class Batch:
                 return type(value)(map(moved, value))
             return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
-        return replace(self, **{field.name: moved(getattr(self, field.name)) for field in fields(self)})
+        return replace(self, **{name: moved(value) for name, value in vars(self).items()})
 
     def number_of(self, row: int) -> int:
         """The global number of the sample that this block row is of."""
@@ -104,8 +102,8 @@ def make_batch(
     samples: Numbered, config: DraftConfig, num_anchors: int, seed: int, *, min_context: int = 0, flex: torch.device | None = None
 ) -> Batch:
     """No answer without two tokens, no anchor with fewer than `min_context` before it. flex: where to make one sparse mask."""
-    size, numbers = config.block_size, list[int]()
-    chosen, contexts, parts = list[Tensor](), list[int](), list[dict[str, Tensor]]()
+    size = config.block_size
+    numbers, chosen, parts = list[int](), list[Tensor](), list[dict[str, Tensor]]()
     for number, sample in samples:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
         room = config.max_position_embeddings - size + 2  # decoding drafts nothing where a block would not fit
@@ -115,11 +113,11 @@ def make_batch(
         if len(anchors):
             numbers.append(number)
             chosen.append(anchors)
-            contexts.append(int(anchors[-1]))  # nothing sees further than the last anchor
             parts.append(_part(sample, anchors, config))
     if not chosen:
         raise DataError("no answer in this batch has two tokens", hint="regenerate longer answers")
     joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    contexts = [int(anchors[-1]) for anchors in chosen]  # nothing sees further than the last anchor
     c, r = ([0, *itertools.accumulate(counts)] for counts in (contexts, [size * len(anchors) for anchors in chosen]))
     dense = [block_mask(anchors, context, size) for anchors, context in zip(chosen, contexts, strict=True) if flex is None]
     sparse = None if flex is None else flex_mask(chosen, contexts, size, flex)
@@ -148,41 +146,3 @@ def _part(sample: Sample, anchors: Tensor, config: DraftConfig) -> dict[str, Ten
         part["final"] = sample.final[(positions - 1).clamp(max=len(sample.final) - 1)]
         part["labels"] = part["labels"].masked_fill(positions > len(sample.final), -1)
     return part
-
-
-class Blocks(nn.Module):
-    """A draft network's pass over a batch: all blocks of all sequences at once."""
-
-    def __init__(self, model: DFlashDraftModel, embed: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.model, self.embed = model, embed
-
-    def forward(self, batch: Batch) -> Tensor:
-        """Normed states of every block row [rows, hidden]."""
-        context = self.model.context(batch.features.to(self.model.norm.weight.dtype))
-        attend = functools.partial(_flex_attend if batch.flex is not None else _dense_attend, batch)
-        return self.model(context, self.embed(batch.block_tokens), batch.positions, attend)  # type: ignore[no-any-return]
-
-
-def _dense_attend(batch: Batch, _layer: int, q: Tensor, context_kv: tuple[Tensor, ...], block_kv: tuple[Tensor, ...]) -> Tensor:
-    outputs = []
-    for (c0, c1, r0, r1), mask in zip(batch.spans, batch.masks, strict=True):
-        keys, values = (torch.cat((c[c0:c1], b[r0:r1])).transpose(0, 1) for c, b in zip(context_kv, block_kv, strict=True))
-        out = F.scaled_dot_product_attention(
-            q[r0:r1].transpose(0, 1)[None], keys[None].to(q.dtype), values[None].to(q.dtype), attn_mask=mask, enable_gqa=True
-        )
-        outputs.append(out[0].transpose(0, 1).flatten(1))
-    return torch.cat(outputs)
-
-
-def _flex_attend(batch: Batch, _layer: int, q: Tensor, context_kv: tuple[Tensor, ...], block_kv: tuple[Tensor, ...]) -> Tensor:
-    keys, values = (torch.cat(both).transpose(0, 1)[None].to(q.dtype) for both in zip(context_kv, block_kv, strict=True))
-    out: Tensor = _flex(q.is_cuda)(q.transpose(0, 1)[None], keys, values, block_mask=batch.flex, enable_gqa=True)
-    return out[0].transpose(0, 1).flatten(1)
-
-
-@functools.cache
-def _flex(compiled: bool) -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention

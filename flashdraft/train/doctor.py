@@ -13,8 +13,9 @@ from torch import Tensor
 from flashdraft.errors import DataError, FlashDraftError
 from flashdraft.generate import Model
 from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDraft
-from flashdraft.train.batch import Blocks, make_batch
+from flashdraft.train.batch import make_batch
 from flashdraft.train.features import FeatureSet, Sample
+from flashdraft.train.passes import Pass
 from flashdraft.types import SamplingParams
 
 __all__ = ["Finding", "diagnose"]
@@ -168,7 +169,7 @@ def _prompts(lm: Model, samples: list[Sample]) -> Iterator[Finding]:
 def _drafts(model: DFlashDraftModel, network: PackedDraft, samples: list[Sample]) -> list[Tensor]:
     """What is drafted behind every token of every answer but the last [anchors, block - 1], as the network is trained."""
     drafts, weight, like = [], model.norm.weight, network.hidden_norm
-    blocks = Blocks(model, lambda tokens: network.embed(tokens).to(weight))
+    blocks = Pass(model, lambda tokens: network.embed(tokens).to(weight))
     for sample in samples:
         batch = make_batch([(0, sample)], model.config, len(sample.tokens), 0).to(weight.device)
         rows = blocks(batch).unflatten(0, (-1, model.config.block_size))[:, 1:].to(like)

@@ -36,9 +36,8 @@ from flashdraft.target import Target
 from flashdraft.train.batch import Batch, make_batch
 from flashdraft.train.config import TrainConfig, model_card
 from flashdraft.train.features import Data
-from flashdraft.train.flops import FlopCount
 from flashdraft.train.objectives import Loss, accuracy, common_tokens
-from flashdraft.train.passes import PASSES
+from flashdraft.train.passes import FlopCount, Pass
 from flashdraft.train.state import full_disk_named, last_checkpoint, load_checkpoint, save_checkpoint
 from flashdraft.types import Result, SamplingParams
 
@@ -80,7 +79,7 @@ class Trainer:
                 model.add_head(*head)
         if model.sequential_head is not None and self.acc.distributed_type == "FSDP":
             raise InvalidParameter("a sequential head cannot be trained under FSDP", hint="use recipes/accelerate/ddp.yaml")
-        self.net: Any = PASSES[model.method](model, self.target.embed)
+        self.net: Any = Pass(model, self.target.embed)
         matrices, norms = ([p for p in model.parameters() if (p.ndim > 1) is wanted] for wanted in (True, False))
         groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": norms, "weight_decay": 0.0}]
         self.optimizer: Any = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
