@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from flashdraft.checkpoint import DraftConfig
 from flashdraft.errors import DataError
@@ -50,21 +51,18 @@ def flex_mask(anchors: Sequence[Tensor], num_context: Sequence[int], block_size:
     """
     from torch.nn.attention.flex_attention import create_block_mask
 
-    owner = torch.cat([torch.full((n,), s) for s, n in enumerate(num_context)])
-    place = torch.cat([torch.arange(n) for n in num_context])
-    block_owner = torch.cat([torch.full((len(a),), s) for s, a in enumerate(anchors)]).repeat_interleave(block_size)
-    anchor = torch.cat(list(anchors)).repeat_interleave(block_size)
-    block = torch.arange(len(anchor)) // block_size
-    key_owner = torch.cat((owner, torch.full_like(anchor, -1))).to(device)  # of context keys
-    key_place = torch.cat((place, torch.zeros_like(anchor))).to(device)
-    key_block = torch.cat((torch.full_like(owner, -1), block)).to(device)  # of block keys
-    block_owner, anchor, block = (t.to(device) for t in (block_owner, anchor, block))
+    *starts, num_keys = itertools.accumulate(num_context, initial=0)
+    counts = torch.tensor([len(each) for each in anchors])
+    first = torch.tensor(starts).repeat_interleave(counts).to(device)  # of every block: its first context key
+    end = first + torch.cat(list(anchors)).to(device)
 
     def seen(_batch: Tensor, _head: Tensor, row: Tensor, key: Tensor) -> Tensor:
-        in_context = (key_owner[key] == block_owner[row]) & (key_place[key] < anchor[row])
-        return in_context | (key_block[key] == block[row])
+        block = row // block_size
+        in_context = (first[block] <= key) & (key < end[block])
+        return in_context | ((key >= num_keys) & ((key - num_keys) // block_size == block))
 
-    return create_block_mask(seen, None, None, len(anchor), len(key_owner), device=device)
+    num_rows = len(first) * block_size
+    return create_block_mask(seen, None, None, num_rows, num_keys + num_rows, device=device)
 
 
 @dataclass(frozen=True)
@@ -86,12 +84,7 @@ class Batch:
     flex: Any = None
 
     def to(self, device: torch.device) -> Batch:
-        def moved(value: Any) -> Any:
-            if isinstance(value, (list, tuple)):
-                return type(value)(map(moved, value))
-            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-
-        return replace(self, **{name: moved(value) for name, value in vars(self).items()})
+        return Batch(**tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), vars(self)))
 
     def number_of(self, row: int) -> int:
         """The global number of the sample that this block row is of."""

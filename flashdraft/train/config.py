@@ -15,10 +15,7 @@ _CARD = Path(flashdraft.__file__).with_name("assets").joinpath("card.md").read_t
 _WHAT = {  # by method: its name, and what the network is
     "dflash": ("DFlash", "A block-diffusion draft network (DFlash, arXiv 2602.06036)."),
     "eagle3": ("EAGLE-3", "A draft layer on fused features (EAGLE-3, arXiv 2503.01840), trained by training-time test."),
-    "draft_model": (
-        "Draft model",
-        "A causal LM of some layers of its target, with its embedding and lm_head (2211.17192).",
-    ),
+    "draft_model": ("Draft model", "A causal LM of some layers of its target, with its embedding and lm_head (2211.17192)."),
     "medusa": ("Medusa", "Residual heads on the last state (Medusa, arXiv 2401.10774), before the target's own lm_head."),
 }
 

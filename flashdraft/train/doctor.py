@@ -174,9 +174,8 @@ def _drafts(model: DFlashDraftModel, network: PackedDraft, samples: list[Sample]
         batch = make_batch([(0, sample)], model.config, len(sample.tokens), 0).to(weight.device)
         rows = blocks(batch).unflatten(0, (-1, model.config.block_size))[:, 1:].to(like)
         anchors = batch.block_tokens[:: model.config.block_size].to(like.device)
-        drafts.append(
-            torch.cat([network.scored(r, a)[0][..., 0].cpu() for r, a in zip(rows.split(16), anchors.split(16), strict=True)])
-        )
+        parts = zip(rows.split(16), anchors.split(16), strict=True)
+        drafts.append(torch.cat([network.scored(*part)[0][..., 0].cpu() for part in parts]))
     return drafts
 
 

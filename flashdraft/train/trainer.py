@@ -47,15 +47,13 @@ _MEASURED = SamplingParams(max_new_tokens=128)  # the texts on which tau is meas
 _WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
 _COUNTED = 50  # steps between two whose FLOPs are counted
 _FREE = ("steps", "eval_every", "save_every", "tracker")  # what may change when a run goes on
-Head = tuple[str, int]  # kind and rank of a sequential head to add
+Head = tuple[str, int] | None  # kind and rank of a sequential head to add
 
 
 class Trainer:
     """One run in one folder: `checkpoints/`, `best/` (a drafter's folder), metrics.jsonl, tensorboard/, run.json."""
 
-    def __init__(
-        self, model: DraftNetwork, lm: Model, data: Data, out: Path, config: TrainConfig, *, head: Head | None = None
-    ) -> None:
+    def __init__(self, model: DraftNetwork, lm: Model, data: Data, out: Path, config: TrainConfig, *, head: Head = None) -> None:
         self.model, self.lm, self.data, self.out, self.config = model, lm, data, out, config
         self.target: Target = lm.target
         self.origin = provenance() | {"config": asdict(config)}
@@ -183,13 +181,8 @@ class Trainer:
         self.taus.append((self.step, tau))
         if tau > self.best:
             self.best = tau
-            facts = {
-                "step": self.step,
-                "positions_seen": self.positions,
-                "flops": self.flops,
-                "taus": self.taus,
-                "num_prompts": len(prompts),
-            }
+            facts: dict[str, Any] = {"step": self.step, "positions_seen": self.positions, "flops": self.flops}
+            facts |= {"taus": self.taus, "num_prompts": len(prompts)}
             card = model_card(model.config, self.target.name, self.origin, facts, num_samples=len(self.data))
             model.save_pretrained(self.out / "best", readme=card)
         return {"tau": tau}
@@ -269,12 +262,12 @@ class Trainer:
             raise InvalidParameter(got, hint="name another folder, or the settings of its run.json")
         if state["draft"] != self.model.config.to_json():
             raise InvalidParameter(f"`{self.out}` was begun with another draft network", hint="name another folder")
+        ours = self.net, self.optimizer.optimizer
+        model: Any = groups["model"]
         entries: dict[str, dict[str, Tensor]] = {}
         for name, value in groups["optimizer"].items():
             parameter, _, key = name.rpartition(".")
             entries.setdefault(parameter, {})[key] = value
-        ours = self.net, self.optimizer.optimizer
-        model: Any = groups["model"]
         optimizer: Any = {"state": entries, "param_groups": dcp.get_optimizer_state_dict(*ours)["param_groups"]}
         if self.average:  # by way of the network, which knows how it is sharded
             average: Any = {f"model.{name}": tensor for name, tensor in groups["average"].items()}
