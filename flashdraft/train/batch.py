@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._pytree import tree_map_only
 
 from flashdraft.checkpoint import DraftConfig
@@ -49,8 +50,6 @@ def flex_mask(anchors: Sequence[Tensor], num_context: Sequence[int], block_size:
 
     Keys are all contexts, then all blocks; rows are all blocks. Sequence s has anchors[s] and num_context[s] context rows.
     """
-    from torch.nn.attention.flex_attention import create_block_mask
-
     *starts, num_keys = itertools.accumulate(num_context, initial=0)
     counts = torch.tensor([len(each) for each in anchors])
     first = torch.tensor(starts).repeat_interleave(counts).to(device)  # of every block: its first context key

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -26,6 +27,7 @@ from flashdraft.train.batch import Batch
 __all__ = ["FlopCount", "Pass"]
 
 Embed = Callable[[Tensor], Tensor]  # the target's embedding
+_compiled = functools.cache(functools.partial(torch.compile, dynamic=True))
 
 
 class Pass(nn.Module):
@@ -120,15 +122,9 @@ def _attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Any) -> Tens
     if isinstance(mask, Tensor):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     else:
-        out = _flex(q.is_cuda)(q, k, v, block_mask=mask, enable_gqa=True)
+        attend: Any = _compiled(flex_attention) if q.is_cuda else flex_attention
+        out = attend(q, k, v, block_mask=mask, enable_gqa=True)
     return out[0].transpose(0, 1).flatten(1)
-
-
-@functools.cache
-def _flex(compiled: bool) -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
 
 
 class FlopCount(TorchDispatchMode):

@@ -32,14 +32,12 @@ from flashdraft.generate import Model
 from flashdraft.methods.dflash import DFlashDraftModel
 from flashdraft.network import DraftNetwork
 from flashdraft.provenance import provenance
-from flashdraft.target import Target
 from flashdraft.train.batch import Batch, make_batch
-from flashdraft.train.config import TrainConfig, model_card
+from flashdraft.train.config import TrainConfig, full_disk_named, last_checkpoint, load_checkpoint, model_card, save_checkpoint
 from flashdraft.train.features import Data
 from flashdraft.train.objectives import Loss, accuracy, common_tokens
 from flashdraft.train.passes import FlopCount, Pass
-from flashdraft.train.state import full_disk_named, last_checkpoint, load_checkpoint, save_checkpoint
-from flashdraft.types import Result, SamplingParams
+from flashdraft.types import SamplingParams
 
 __all__ = ["Trainer", "process_device"]
 
@@ -55,7 +53,7 @@ class Trainer:
 
     def __init__(self, model: DraftNetwork, lm: Model, data: Data, out: Path, config: TrainConfig, *, head: Head = None) -> None:
         self.model, self.lm, self.data, self.out, self.config = model, lm, data, out, config
-        self.target: Target = lm.target
+        self.target = lm.target
         self.origin = provenance() | {"config": asdict(config)}
         self._check()
         out.mkdir(parents=True, exist_ok=True)
@@ -176,7 +174,7 @@ class Trainer:
         model.load_state_dict(weights)
         model.extras = self.model.extras
         drafting = replace(self.lm, new_drafter=model.eval().drafters(self.target))
-        results: list[Result] = drafting.generate(list(prompts), _MEASURED)
+        results = drafting.generate(list(prompts), _MEASURED)
         tau = sum(result.stats.tau for result in results) / len(results)
         self.taus.append((self.step, tau))
         if tau > self.best:
