@@ -20,13 +20,12 @@ from flashdraft.lean import LeanTarget
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel
 from flashdraft.target import HFTarget
-from flashdraft.train.batch import Batch, make_batch
+from flashdraft.train.batch import Batch, Pass, make_batch
 from flashdraft.train.config import TrainConfig
 from flashdraft.train.doctor import Finding, diagnose
 from flashdraft.train.features import FeatureSet, Reader, Sample, ShardWriter
 from flashdraft.train.initialise import random_weights
 from flashdraft.train.objectives import Loss, common_tokens
-from flashdraft.train.passes import Pass
 from flashdraft.types import SamplingParams
 
 LAYERS = (1, 2)

@@ -31,12 +31,11 @@ from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDra
 from flashdraft.target import HFTarget
 from flashdraft.train import features as features_stage
 from flashdraft.train import regenerate as regenerate_stage
-from flashdraft.train.batch import Batch, block_mask, block_positions, draw_anchors, make_batch
+from flashdraft.train.batch import Batch, Pass, block_mask, block_positions, draw_anchors, make_batch
 from flashdraft.train.config import TrainConfig
 from flashdraft.train.features import FeatureSet, Sample, write_features
 from flashdraft.train.initialise import copied_from_target, draft_config, random_weights
 from flashdraft.train.objectives import position_weights, row_loss
-from flashdraft.train.passes import Pass
 from flashdraft.train.prompts import SOURCES, read_jsonl, write_prompts
 from flashdraft.train.regenerate import regenerate
 from flashdraft.train.trainer import Trainer

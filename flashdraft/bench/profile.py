@@ -18,8 +18,8 @@ from flashdraft.generate import load
 from flashdraft.lean import LeanTarget
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDraft
+from flashdraft.train.batch import FlopCount
 from flashdraft.train.initialise import draft_config, random_weights
-from flashdraft.train.passes import FlopCount
 from flashdraft.types import Drafter, SamplingParams, require
 
 __all__ = ["PARTS", "Profile", "profile", "profile_training"]

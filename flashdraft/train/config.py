@@ -137,10 +137,9 @@ def model_card(config: DraftConfig, target: str, run: dict[str, Any], figures: d
     head = "none" if config.sequential_head is None else f"{config.sequential_head}, inner size {config.head_rank}"
     settings = ", ".join(f"{name} {value}" for name, value in run["config"].items())
     measured = "\n".join(f"| {step} | {tau:.2f} |" for step, tau in figures["taus"])
-    facts = {"target": target, "head": head, "settings": settings, "measured": measured, "num_samples": num_samples}
-    facts |= {"num_layers": config.num_hidden_layers, "block_size": config.block_size, "num_drafts": config.block_size - 1}
-    facts |= dict(zip(("title", "what"), _WHAT[config.method], strict=True)) | {"method": config.method}
-    facts |= {"masks": f"; mask token {config.mask_token_id}" if config.method == "dflash" else ""}
-    facts |= {"layers": ", ".join(map(str, config.target_layer_ids))}
-    facts |= {"draft_vocabulary": config.draft_vocab_size or config.vocab_size, "vocabulary": config.vocab_size}
-    return _CARD.format_map(facts | figures | run["versions"] | run)
+    title, what = _WHAT[config.method]
+    facts: dict[str, Any] = {"title": title, "what": what, "target": target, "head": head, "settings": settings}
+    facts |= {"masks": f"; mask token {config.mask_token_id}" if config.method == "dflash" else "", "measured": measured}
+    facts |= {"layers": ", ".join(map(str, config.target_layer_ids)), "num_samples": num_samples}
+    facts |= {"num_drafts": config.block_size - 1, "draft_vocabulary": config.draft_vocab_size or config.vocab_size}
+    return _CARD.format_map(vars(config) | facts | figures | run["versions"] | run)

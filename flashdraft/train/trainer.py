@@ -32,11 +32,10 @@ from flashdraft.generate import Model
 from flashdraft.methods.dflash import DFlashDraftModel
 from flashdraft.network import DraftNetwork
 from flashdraft.provenance import provenance
-from flashdraft.train.batch import Batch, make_batch
+from flashdraft.train.batch import Batch, FlopCount, Pass, make_batch
 from flashdraft.train.config import TrainConfig, full_disk_named, last_checkpoint, load_checkpoint, model_card, save_checkpoint
 from flashdraft.train.features import Data
 from flashdraft.train.objectives import Loss, accuracy, common_tokens
-from flashdraft.train.passes import FlopCount, Pass
 from flashdraft.types import SamplingParams
 
 __all__ = ["Trainer", "process_device"]
@@ -149,7 +148,8 @@ class Trainer:
                 with self._timed("loss"), autocast:
                     surrogate, part, figures = self.loss(states, batch, self.step)
                 if len(bad := figures["row"][~figures["loss"].isfinite()]):
-                    raise self._not_finite("loss", float("nan"), [batch.number_of(int(bad[0]))])
+                    spans = zip(batch.numbers, batch.spans, strict=True)
+                    raise self._not_finite("loss", torch.nan, [n for n, (*_, start, end) in spans if start <= int(bad[0]) < end])
                 with self._timed("backward"):
                     self.acc.backward(surrogate * (self.acc.num_processes / total))
             loss += part / total
@@ -254,9 +254,9 @@ class Trainer:
         if (path := last_checkpoint(self.out / "checkpoints")) is None:
             return
         groups, state = load_checkpoint(path)
-        held = {name: value for name, value in state["config"].items() if name not in _FREE}
-        if differing := [name for name, value in asdict(self.config).items() if name not in _FREE and held.get(name) != value]:
-            got = f"`{self.out}` was begun with {differing[0]} {held.get(differing[0])}"
+        begun = state["config"]
+        if differing := [name for name, value in asdict(self.config).items() if name not in _FREE and begun.get(name) != value]:
+            got = f"`{self.out}` was begun with {differing[0]} {begun.get(differing[0])}"
             raise InvalidParameter(got, hint="name another folder, or the settings of its run.json")
         if state["draft"] != self.model.config.to_json():
             raise InvalidParameter(f"`{self.out}` was begun with another draft network", hint="name another folder")
@@ -313,6 +313,5 @@ def process_device() -> torch.device:
 def _schedule(step: int, steps: int, warmup: float) -> float:
     """Linear warm-up, then a cosine to zero."""
     rising = max(1, round(steps * warmup))
-    if step < rising:
-        return (step + 1) / rising
-    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+    falling = math.pi * max(0, step - rising) / max(1, steps - rising)
+    return min((step + 1) / rising, 0.5 * (1 + math.cos(falling)))
