@@ -110,7 +110,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     return next((path for path in sorted(folder.glob("step-*"), reverse=True) if _is_whole(path)), None)
 
 
-def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+def load_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """What `save_checkpoint` was given."""
     state: dict[str, Any] = json.loads((path / "state.json").read_text())
     return {name.removesuffix(".safetensors"): load_file(path / name) for name in state["files"]}, state

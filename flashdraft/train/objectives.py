@@ -3,8 +3,6 @@
 Does not know optimizers, files or the order of the steps.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence

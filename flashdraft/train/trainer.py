@@ -4,8 +4,6 @@ Everything random is keyed by (seed, sample number), so that a resumed run sees 
 so that P processes with A micro-batches each see what one process with P * A sees.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import signal
@@ -59,8 +57,7 @@ class Trainer:
         self.step, self.positions, self.best, self.stopped = 0, 0, 0.0, 0
         self.flops, self.flops_a_step = 0.0, 0.0  # of all steps, forward and backward; of the last step that was counted
         self.taus: list[tuple[int, float]] = []  # step and tau of every measurement
-        cuda = torch.cuda.is_available()
-        native = torch.cuda.is_bf16_supported() if cuda else torch.cpu._is_avx512_bf16_supported()
+        native = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.cpu._is_avx512_bf16_supported()
         self.bf16 = config.precision == "bf16" or (config.precision == "auto" and native)
         self.acc = Accelerator(log_with=sorted({"tensorboard", config.tracker}), project_dir=out)
         self.coverage: float | None = None  # share of the answers' tokens that the draft vocabulary has
@@ -261,17 +258,16 @@ class Trainer:
         if state["draft"] != self.model.config.to_json():
             raise InvalidParameter(f"`{self.out}` was begun with another draft network", hint="name another folder")
         ours = self.net, self.optimizer.optimizer
-        model: Any = groups["model"]
         entries: dict[str, dict[str, Tensor]] = {}
         for name, value in groups["optimizer"].items():
             parameter, _, key = name.rpartition(".")
             entries.setdefault(parameter, {})[key] = value
         optimizer: Any = {"state": entries, "param_groups": dcp.get_optimizer_state_dict(*ours)["param_groups"]}
         if self.average:  # by way of the network, which knows how it is sharded
-            average: Any = {f"model.{name}": tensor for name, tensor in groups["average"].items()}
+            average = {f"model.{name}": tensor for name, tensor in groups["average"].items()}
             dcp.set_model_state_dict(self.net, average, options=_WHOLE)
             self.average = {n: p.detach().clone() for n, p in self.model.named_parameters()}
-        dcp.set_state_dict(*ours, model_state_dict=model, optim_state_dict=optimizer, options=_WHOLE)
+        dcp.set_state_dict(*ours, model_state_dict=groups["model"], optim_state_dict=optimizer, options=_WHOLE)
         self.step, self.positions, self.best = state["step"], state["positions"], state["best"]
         self.flops, self.flops_a_step = state["flops"]
         self.taus = [(step, tau) for step, tau in state["taus"]]
