@@ -160,9 +160,8 @@ class FeatureSet:
         self.folder, self.name, self.target = folder, str(folder), str(manifest["target"])
         self.layers = self.stored = tuple(manifest["layers"])
         self.hidden_size, self.final = int(manifest["hidden_size"]), bool(manifest.get("final", False))
-        shards: list[tuple[str, dict[str, Any]]] = sorted(manifest["shards"].items())
-        self.shards = {folder / f"{key}.safetensors": entry for key, entry in shards}
-        self.index = [(path, n, start) for path, entry in self.shards.items() for n, start in enumerate(entry["starts"])]
+        self.shards: dict[str, dict[str, Any]] = dict(sorted(manifest["shards"].items()))
+        self.index = [(key, n, start) for key, entry in self.shards.items() for n, start in enumerate(entry["starts"])]
         if not self.index:
             raise DataError(f"`{folder}` holds no samples", hint="run `flashdraft features` on a file with answers")
 
@@ -178,7 +177,8 @@ class FeatureSet:
 
     def check(self, *, contents: bool = False) -> None:
         """Raises DataError naming a shard that is gone or cut short; with `contents`, also one whose checksum differs."""
-        for path, entry in self.shards.items():
+        for key, entry in self.shards.items():
+            path = self.folder / f"{key}.safetensors"
             size = path.stat().st_size if path.exists() else 0
             wrong = "is gone" if not size else f"has {size} bytes of {entry['bytes']}" if size != entry["bytes"] else ""
             if not wrong and contents and _sha256(path) != entry["sha256"]:
@@ -187,8 +187,8 @@ class FeatureSet:
                 raise DataError(f"`{path}` {wrong}", hint="remove it and run `flashdraft features` again")
 
     def describe(self, i: int) -> str:
-        path, n, _ = self.index[i]
-        return f"sample {n} of `{path}`"
+        key, n, _ = self.index[i]
+        return f"sample {n} of `{self.folder / key}.safetensors`"
 
     def answer_tokens(self, i: int) -> list[int]:
         return self._read(i, "tokens")[0][self.index[i][2] :].tolist()
@@ -201,7 +201,8 @@ class FeatureSet:
         return Sample(tokens.long(), features, self.index[i][2], *final)
 
     def _read(self, i: int, *names: str) -> list[Tensor]:
-        path, n, _ = self.index[i]
+        key, n, _ = self.index[i]
+        path = self.folder / f"{key}.safetensors"
         try:
             with safe_open(path, framework="pt") as file:
                 return [file.get_tensor(f"{n}.{name}") for name in names]
