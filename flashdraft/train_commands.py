@@ -125,10 +125,9 @@ class FeatureOptions:
 
     def kind(self, lm: Model) -> dict[str, Any]:
         """As flashdraft.train.features takes it."""
-        layers = set[int]()
-        for method in self.methods.split(","):
-            require(method in NETWORKS, "methods", self.methods, f"of {', '.join(NETWORKS)}")
-            layers |= {*layers_read(lm.target.num_layers, method, self.num_features)}
+        methods = self.methods.split(",")
+        require({*methods} <= NETWORKS.keys(), "methods", self.methods, f"of {', '.join(NETWORKS)}")
+        layers = {layer for method in methods for layer in layers_read(lm.target.num_layers, method, self.num_features)}
         return {"layers": tuple(sorted(layers)), "max_length": self.max_length, "final": self.soft_labels}
 
 

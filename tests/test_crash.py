@@ -40,12 +40,11 @@ from flashdraft.errors import FlashDraftError
 from flashdraft.generate import Model
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.methods.dflash import DFlashDraftModel
-from flashdraft.train import state as state_module
+from flashdraft.train import config as config_module
 from flashdraft.train import trainer as trainer_module
-from flashdraft.train.config import TrainConfig
+from flashdraft.train.config import TrainConfig, last_checkpoint, load_checkpoint, save_checkpoint
 from flashdraft.train.features import FeatureSet, Sample, write_features
 from flashdraft.train.initialise import draft_config, random_weights
-from flashdraft.train.state import last_checkpoint, load_checkpoint, save_checkpoint
 from flashdraft.train.trainer import Trainer
 from flashdraft.types import SamplingParams
 
@@ -273,10 +272,10 @@ def is_synced(monkeypatch: pytest.MonkeyPatch, folder: Path) -> bool:
 def test_checkpoint_is_on_the_disk_before_its_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert is_synced(monkeypatch, tmp_path / "a")
     with monkeypatch.context() as patch:
-        patch.setattr(state_module, "_sync", lambda _: None)
+        patch.setattr(config_module, "_sync", lambda _: None)
         assert not is_synced(monkeypatch, tmp_path / "b")
     with monkeypatch.context() as patch:
-        patch.setattr(state_module, "write_tensors", lambda path, tensors: safetensors.torch.save_file(tensors, path))
+        patch.setattr(config_module, "write_tensors", lambda path, tensors: safetensors.torch.save_file(tensors, path))
         assert not is_synced(monkeypatch, tmp_path / "c")
 
 
@@ -722,7 +721,7 @@ FULL: dict[str, Callable[[], Exception]] = {
 def fill_disk(patch: pytest.MonkeyPatch, name: str, error: Callable[[], Exception]) -> None:
     """No space is left when the file of that name is written behind the first checkpoint."""
     place, _, name = name.rpartition("/")
-    real, log = {"checkpoint": checkpoint.save_file, "state": state_module.write_file}, Trainer._log
+    real, log = {"checkpoint": checkpoint.save_file, "state": config_module.write_file}, Trainer._log
 
     def full(path: Any) -> bool:
         here = (".tmp-save" if place == "" else f"/{place}/") in str(Path(path).absolute())
@@ -747,7 +746,7 @@ def fill_disk(patch: pytest.MonkeyPatch, name: str, error: Callable[[], Exceptio
             raise error()
 
     patch.setattr(checkpoint, "save_file", save_file)
-    patch.setattr(state_module, "write_file", write_file)
+    patch.setattr(config_module, "write_file", write_file)
     patch.setattr(Trainer, "_log", logged)
 
 
@@ -780,7 +779,7 @@ def test_another_trouble_of_the_disk_is_not_called_full(tmp_path: Path, monkeypa
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     write(save_checkpoint, tmp_path, 1)
-    monkeypatch.setattr(state_module, "write_file", refused)
+    monkeypatch.setattr(config_module, "write_file", refused)
     with pytest.raises(PermissionError):
         write(save_checkpoint, tmp_path, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-0000001"]

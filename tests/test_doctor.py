@@ -20,7 +20,7 @@ from flashdraft.lean import LeanTarget
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel
 from flashdraft.target import HFTarget
-from flashdraft.train.batch import Batch, Blocks, make_batch
+from flashdraft.train.batch import Batch, Pass, make_batch
 from flashdraft.train.config import TrainConfig
 from flashdraft.train.doctor import Finding, diagnose
 from flashdraft.train.features import FeatureSet, Reader, Sample, ShardWriter
@@ -101,7 +101,7 @@ def trained(
         model.add_head(head, 8)
     settings = TrainConfig(vocab=0, precision="fp32", gamma=100.0)
     tokens = torch.arange(VOCAB) if vocabulary is None else vocabulary
-    blocks, loss = Blocks(model, lm.target.embed), Loss(model, lm.target, tokens, settings, torch.device("cpu"))
+    blocks, loss = Pass(model, lm.target.embed), Loss(model, lm.target, tokens, settings, torch.device("cpu"))
     batch = plant(make_batch(list(enumerate(samples)), config, 64, 0))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     weight = loss.weight(batch)

@@ -18,7 +18,7 @@ from torch import Tensor
 from toy_training import BLOCK, CONFIG, HIDDEN, language_model, network, toy_sample
 
 from flashdraft.train import objectives as loss_stage
-from flashdraft.train.batch import Batch, Blocks, flex_mask, make_batch
+from flashdraft.train.batch import Batch, Pass, flex_mask, make_batch
 from flashdraft.train.config import TrainConfig
 from flashdraft.train.objectives import Loss, chunked_loss, position_weights, row_loss
 
@@ -491,7 +491,7 @@ def test_flex_mask_skips_only_tiles_that_nobody_sees() -> None:
 
 def states_of(batch: Batch) -> Tensor:
     with torch.no_grad():
-        return Blocks(network(), language_model().target.embed)(batch)
+        return Pass(network(), language_model().target.embed)(batch)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

@@ -31,11 +31,10 @@ from flashdraft.methods.eagle3 import Eagle3DraftModel, fused_layers
 from flashdraft.methods.medusa import MedusaDraftModel
 from flashdraft.target import Target
 from flashdraft.text import TextDecoder
-from flashdraft.train.batch import make_batch
+from flashdraft.train.batch import Pass, make_batch
 from flashdraft.train.config import TrainConfig
 from flashdraft.train.features import FeatureSet, Sample, write_features
 from flashdraft.train.initialise import copied_from_target, draft_config, random_weights
-from flashdraft.train.passes import PASSES
 from flashdraft.train.trainer import Trainer
 from flashdraft.types import Rows, SamplingParams
 
@@ -347,7 +346,7 @@ def served_and_trained(method: str, shift: int = 0) -> tuple[list[int], list[int
     features = features_of(tokens, model.config.target_layer_ids).roll(shift, 0)
     batch = make_batch([(0, Sample(torch.tensor(tokens), features.float(), 12))], model.config, 99, 0)
     at = batch.positions[1][:: model.config.block_size].tolist().index(12)
-    states = PASSES[method](model, lambda ids: the_target().embed(ids).float())(batch).view(-1, model.config.block_size, 32)[at]
+    states = Pass(model, lambda ids: the_target().embed(ids).float())(batch).view(-1, model.config.block_size, 32)[at]
     return chain[1:], the_target().lm_head(states[1:].double()).argmax(-1).tolist()
 
 

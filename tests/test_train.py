@@ -31,7 +31,7 @@ from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDra
 from flashdraft.target import HFTarget
 from flashdraft.train import features as features_stage
 from flashdraft.train import regenerate as regenerate_stage
-from flashdraft.train.batch import Batch, Blocks, block_mask, block_positions, draw_anchors, make_batch
+from flashdraft.train.batch import Batch, Pass, block_mask, block_positions, draw_anchors, make_batch
 from flashdraft.train.config import TrainConfig
 from flashdraft.train.features import FeatureSet, Sample, write_features
 from flashdraft.train.initialise import copied_from_target, draft_config, random_weights
@@ -273,7 +273,7 @@ def network(seed: int = 0, **changes: Any) -> DFlashDraftModel:
 
 def states_of(batch: Batch, model: DFlashDraftModel) -> Tensor:
     with torch.no_grad():
-        return Blocks(model, language_model().target.embed)(batch)
+        return Pass(model, language_model().target.embed)(batch)
 
 
 def test_labels_are_the_tokens_at_their_own_positions() -> None:

@@ -18,7 +18,7 @@ from flashdraft.generate import load
 from flashdraft.lean import LeanTarget
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDraft
-from flashdraft.train.flops import FlopCount
+from flashdraft.train.batch import FlopCount
 from flashdraft.train.initialise import draft_config, random_weights
 from flashdraft.types import Drafter, SamplingParams, require
 

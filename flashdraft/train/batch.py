@@ -1,25 +1,40 @@
-"""Random anchors, and sequences packed one behind the other, isolated by masks (SDPA's dense or FlexAttention's sparse)."""
+"""Random anchors, sequences packed one behind the other and isolated by masks, and every method's training pass over them.
+
+A block is an anchor and the positions behind it; a pass gives a state for every block row, which the lm_head turns into a guess
+of the row's own token. What stands in a block's first row, the anchor's, is never looked at. All methods have the same blocks,
+labels and losses, and FLOPs are counted by one function, so that they can be compared.
+"""
 
 from __future__ import annotations
 
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import flop_registry
 
 from flashdraft.checkpoint import DraftConfig
 from flashdraft.errors import DataError
 from flashdraft.methods.dflash import DFlashDraftModel
+from flashdraft.methods.draft_model import CutDraftModel
+from flashdraft.methods.eagle3 import Eagle3DraftModel
+from flashdraft.methods.medusa import MedusaDraftModel
+from flashdraft.network import DraftNetwork
 from flashdraft.train.features import Sample
 
-__all__ = ["Batch", "Blocks", "block_mask", "block_positions", "draw_anchors", "flex_mask", "make_batch"]
+__all__ = ["Batch", "FlopCount", "Pass", "block_mask", "block_positions", "draw_anchors", "flex_mask", "make_batch"]
 
+Embed = Callable[[Tensor], Tensor]  # the target's embedding
 Numbered = Iterable[tuple[int, Sample]]  # samples with their global numbers, which key their anchors
+_compiled = functools.cache(functools.partial(torch.compile, dynamic=True))
 
 
 def draw_anchors(num_prompt: int, num_tokens: int, count: int, generator: torch.Generator) -> Tensor:
@@ -50,23 +65,18 @@ def flex_mask(anchors: Sequence[Tensor], num_context: Sequence[int], block_size:
 
     Keys are all contexts, then all blocks; rows are all blocks. Sequence s has anchors[s] and num_context[s] context rows.
     """
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    owner = torch.cat([torch.full((n,), s) for s, n in enumerate(num_context)])
-    place = torch.cat([torch.arange(n) for n in num_context])
-    block_owner = torch.cat([torch.full((len(a),), s) for s, a in enumerate(anchors)]).repeat_interleave(block_size)
-    anchor = torch.cat(list(anchors)).repeat_interleave(block_size)
-    block = torch.arange(len(anchor)) // block_size
-    key_owner = torch.cat((owner, torch.full_like(anchor, -1))).to(device)  # of context keys
-    key_place = torch.cat((place, torch.zeros_like(anchor))).to(device)
-    key_block = torch.cat((torch.full_like(owner, -1), block)).to(device)  # of block keys
-    block_owner, anchor, block = (t.to(device) for t in (block_owner, anchor, block))
+    *starts, num_keys = itertools.accumulate(num_context, initial=0)
+    counts = torch.tensor([len(each) for each in anchors])
+    first = torch.tensor(starts).repeat_interleave(counts).to(device)  # of every block: its first context key
+    end = first + torch.cat(list(anchors)).to(device)
 
     def seen(_batch: Tensor, _head: Tensor, row: Tensor, key: Tensor) -> Tensor:
-        in_context = (key_owner[key] == block_owner[row]) & (key_place[key] < anchor[row])
-        return in_context | (key_block[key] == block[row])
+        block = row // block_size
+        in_context = (first[block] <= key) & (key < end[block])
+        return in_context | ((key >= num_keys) & ((key - num_keys) // block_size == block))
 
-    return create_block_mask(seen, None, None, len(anchor), len(key_owner), device=device)
+    num_rows = len(first) * block_size
+    return create_block_mask(seen, None, None, num_rows, num_keys + num_rows, device=device)
 
 
 @dataclass(frozen=True)
@@ -88,24 +98,15 @@ class Batch:
     flex: Any = None
 
     def to(self, device: torch.device) -> Batch:
-        def moved(value: Any) -> Any:
-            if isinstance(value, (list, tuple)):
-                return type(value)(map(moved, value))
-            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-
-        return replace(self, **{field.name: moved(getattr(self, field.name)) for field in fields(self)})
-
-    def number_of(self, row: int) -> int:
-        """The global number of the sample that this block row is of."""
-        return next(n for n, (_, _, first, last) in zip(self.numbers, self.spans, strict=True) if first <= row < last)
+        return Batch(**tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), vars(self)))
 
 
 def make_batch(
     samples: Numbered, config: DraftConfig, num_anchors: int, seed: int, *, min_context: int = 0, flex: torch.device | None = None
 ) -> Batch:
     """No answer without two tokens, no anchor with fewer than `min_context` before it. flex: where to make one sparse mask."""
-    size, numbers = config.block_size, list[int]()
-    chosen, contexts, parts = list[Tensor](), list[int](), list[dict[str, Tensor]]()
+    size = config.block_size
+    numbers, chosen, parts = list[int](), list[Tensor](), list[dict[str, Tensor]]()
     for number, sample in samples:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
         room = config.max_position_embeddings - size + 2  # decoding drafts nothing where a block would not fit
@@ -115,11 +116,11 @@ def make_batch(
         if len(anchors):
             numbers.append(number)
             chosen.append(anchors)
-            contexts.append(int(anchors[-1]))  # nothing sees further than the last anchor
             parts.append(_part(sample, anchors, config))
     if not chosen:
         raise DataError("no answer in this batch has two tokens", hint="regenerate longer answers")
     joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    contexts = [int(anchors[-1]) for anchors in chosen]  # nothing sees further than the last anchor
     c, r = ([0, *itertools.accumulate(counts)] for counts in (contexts, [size * len(anchors) for anchors in chosen]))
     dense = [block_mask(anchors, context, size) for anchors, context in zip(chosen, contexts, strict=True) if flex is None]
     sparse = None if flex is None else flex_mask(chosen, contexts, size, flex)
@@ -150,39 +151,128 @@ def _part(sample: Sample, anchors: Tensor, config: DraftConfig) -> dict[str, Ten
     return part
 
 
-class Blocks(nn.Module):
-    """A draft network's pass over a batch: all blocks of all sequences at once."""
+class Pass(nn.Module):
+    """A draft network's pass over a batch, all blocks of all sequences at once: what is trained."""
 
-    def __init__(self, model: DFlashDraftModel, embed: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, model: DraftNetwork, embed: Embed) -> None:
         super().__init__()
         self.model, self.embed = model, embed
 
     def forward(self, batch: Batch) -> Tensor:
-        """Normed states of every block row [rows, hidden]."""
-        context = self.model.context(batch.features.to(self.model.norm.weight.dtype))
-        attend = functools.partial(_flex_attend if batch.flex is not None else _dense_attend, batch)
-        return self.model(context, self.embed(batch.block_tokens), batch.positions, attend)  # type: ignore[no-any-return]
+        """States of every block row [rows, hidden], normed where the network has a last norm."""
+        return _PASSES[self.model.method](self.model, self.embed, batch)
 
 
-def _dense_attend(batch: Batch, _layer: int, q: Tensor, context_kv: tuple[Tensor, ...], block_kv: tuple[Tensor, ...]) -> Tensor:
-    outputs = []
-    for (c0, c1, r0, r1), mask in zip(batch.spans, batch.masks, strict=True):
-        keys, values = (torch.cat((c[c0:c1], b[r0:r1])).transpose(0, 1) for c, b in zip(context_kv, block_kv, strict=True))
-        out = F.scaled_dot_product_attention(
-            q[r0:r1].transpose(0, 1)[None], keys[None].to(q.dtype), values[None].to(q.dtype), attn_mask=mask, enable_gqa=True
-        )
-        outputs.append(out[0].transpose(0, 1).flatten(1))
+def _dflash(model: DFlashDraftModel, embed: Embed, batch: Batch) -> Tensor:
+    context = model.context(batch.features.to(model.norm.weight.dtype))
+    return model(context, embed(batch.block_tokens), batch.positions, functools.partial(_attend, batch))  # type: ignore[no-any-return]
+
+
+def _medusa(model: MedusaDraftModel, _embed: Embed, batch: Batch) -> Tensor:
+    """Every head reads the target's last state before the anchor."""
+    states = batch.features[_before_anchors(batch, model.config.block_size)[0]].float()
+    return torch.cat((states[:, None], model(states)), dim=1).flatten(0, 1)
+
+
+def _eagle3(model: Eagle3DraftModel, embed: Embed, batch: Batch) -> Tensor:
+    """Training-time test (2503.01840, section 3.2): behind every anchor the layer reads its own outputs, step by step.
+
+    Of the sampled tokens only the states are the layer's own; the tokens are the answer's.
+    """
+    size = model.config.block_size
+    places, before = _before_anchors(batch, size)
+    fused = model.fc(batch.features.to(model.norm.weight.dtype))
+    _, *context = model.project(embed(batch.next_tokens), fused, batch.positions[0])
+    states, tokens = fused[places], batch.previous.view(-1, size)
+    own: list[tuple[Tensor, ...]] = []  # by step: keys and values of every block [blocks, kv_heads, head_dim]
+    outputs = [states]
+    for step in range(1, size):
+        q, *kv = model.project(embed(tokens[:, step]), states, before + step - 1)
+        own.append(tuple(kv))
+        attended = []
+        for c0, c1, r0, r1 in batch.spans:  # each block's query over the pairs before its first own one, and its own
+            blocks = slice(r0 // size, r1 // size)
+            past = torch.arange(c1 - c0, device=before.device) < before[blocks, None]
+            mask = torch.cat((past, torch.eye(len(past), dtype=torch.bool, device=before.device).repeat(1, step)), dim=1)
+            sides: Any = zip(context, *own, strict=True)
+            keys, values = (torch.cat((old[c0:c1], *(new[blocks] for new in news))) for old, *news in sides)
+            attended.append(_attention(q[blocks], keys, values, mask))
+        states = model.finish(states, torch.cat(attended))
+        outputs.append(model.norm(states))
+    return torch.stack(outputs, dim=1).flatten(0, 1)
+
+
+def _draft_model(model: CutDraftModel, embed: Embed, batch: Batch) -> Tensor:
+    """A causal LM over whole texts; a block's one row behind the anchor is guessed by the state at the anchor."""
+    outputs, anchors = [], batch.positions[1][::2]
+    for c0, c1, r0, r1 in batch.spans:
+        text = torch.cat((batch.tokens[c0:c1], batch.next_tokens[c1 - 1 : c1]))  # up to the last anchor
+        outputs.append(model(embed(text))[anchors[r0 // 2 : r1 // 2]].repeat_interleave(2, 0))
     return torch.cat(outputs)
 
 
-def _flex_attend(batch: Batch, _layer: int, q: Tensor, context_kv: tuple[Tensor, ...], block_kv: tuple[Tensor, ...]) -> Tensor:
-    keys, values = (torch.cat(both).transpose(0, 1)[None].to(q.dtype) for both in zip(context_kv, block_kv, strict=True))
-    out: Tensor = _flex(q.is_cuda)(q.transpose(0, 1)[None], keys, values, block_mask=batch.flex, enable_gqa=True)
+_PASSES: dict[str, Callable[[Any, Embed, Batch], Tensor]] = {
+    "dflash": _dflash,
+    "eagle3": _eagle3,
+    "medusa": _medusa,
+    "draft_model": _draft_model,
+}
+
+
+def _before_anchors(batch: Batch, size: int) -> tuple[Tensor, Tensor]:
+    """Of every block: the row of batch.features before its anchor, and that row's position."""
+    before = batch.positions[1][::size] - 1
+    firsts = [torch.full(((r1 - r0) // size,), c0) for c0, _, r0, r1 in batch.spans]
+    return before + torch.cat(firsts).to(before.device), before
+
+
+def _attend(batch: Batch, _layer: int, q: Tensor, context_kv: tuple[Tensor, ...], block_kv: tuple[Tensor, ...]) -> Tensor:
+    pairs = list(zip(context_kv, block_kv, strict=True))  # of keys, of values
+    if batch.flex is not None:
+        return _attention(q, torch.cat(pairs[0]), torch.cat(pairs[1]), batch.flex)
+    outputs = []
+    for (c0, c1, r0, r1), mask in zip(batch.spans, batch.masks, strict=True):
+        keys, values = (torch.cat((context[c0:c1], block[r0:r1])) for context, block in pairs)
+        outputs.append(_attention(q[r0:r1], keys, values, mask))
+    return torch.cat(outputs)
+
+
+def _attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Any) -> Tensor:
+    """[n, heads, head_dim] over [m, kv_heads, head_dim] -> [n, heads * head_dim]; mask: bool [n, m], or FlexAttention's."""
+    q, k, v = (x.transpose(0, 1)[None].to(queries.dtype) for x in (queries, keys, values))
+    if isinstance(mask, Tensor):
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    else:
+        attend: Any = _compiled(flex_attention) if q.is_cuda else flex_attention
+        out = attend(q, k, v, block_mask=mask, enable_gqa=True)
     return out[0].transpose(0, 1).flatten(1)
 
 
-@functools.cache
-def _flex(compiled: bool) -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
+class FlopCount(TorchDispatchMode):
+    """`total` grows while this mode is entered: FLOPs of matrix products and attention, forward and backward.
 
-    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
+    By torch's own formulas; elementwise work is left out. torch's FlopCounterMode cannot be used: it follows modules, which
+    fails inside `torch.autograd.grad`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if (formula := _FORMULAS.get(func._overloadpacket)) is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def _cpu_attention(q: Tensor, k: Tensor, *_: Any, **__: Any) -> float:
+    """Two products: of queries and keys, of weights and values. q: [b, heads, n, d], k: [b, any heads, m, d]"""
+    return 4.0 * q.shape[:3].numel() * k.shape[2] * q.shape[3]
+
+
+_FORMULAS: dict[Any, Callable[..., float]] = flop_registry | {  # torch's table, and two that it lacks
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:  # the scores once more, and four products for two
+    lambda _, q, k, *rest, **options: 2.5 * _cpu_attention(q, k),
+}

@@ -1,24 +1,37 @@
-"""The settings of a training run, and the model card that tells of one."""
+"""A training run as its folder tells of it: the settings, the checkpoints, the model card.
 
+A checkpoint is whole or not there: it is filled in `.tmp-save`, every file and the folder are synced, state.json (which lists
+the others' sizes) comes last, and one rename puts it in place. Older ones go only after that.
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
 import flashdraft
-from flashdraft.checkpoint import DraftConfig
+from flashdraft.checkpoint import DraftConfig, write_file, write_tensors
+from flashdraft.errors import FlashDraftError
 from flashdraft.types import check_options, option, require
 
-__all__ = ["TrainConfig", "model_card"]
+__all__ = ["TrainConfig", "full_disk_named", "last_checkpoint", "load_checkpoint", "model_card", "save_checkpoint"]
 
 _CARD = Path(flashdraft.__file__).with_name("assets").joinpath("card.md").read_text(encoding="utf-8")
-
+_KEPT = 2
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _WHAT = {  # by method: its name, and what the network is
     "dflash": ("DFlash", "A block-diffusion draft network (DFlash, arXiv 2602.06036)."),
     "eagle3": ("EAGLE-3", "A draft layer on fused features (EAGLE-3, arXiv 2503.01840), trained by training-time test."),
-    "draft_model": (
-        "Draft model",
-        "A causal LM of some layers of its target, with its embedding and lm_head (2211.17192).",
-    ),
+    "draft_model": ("Draft model", "A causal LM of some layers of its target, with its embedding and lm_head (2211.17192)."),
     "medusa": ("Medusa", "Residual heads on the last state (Medusa, arXiv 2401.10774), before the target's own lm_head."),
 }
 
@@ -56,15 +69,77 @@ class TrainConfig:
         require(min(self.kl, self.tv) >= 0 and self.kl + self.tv <= 1, "kl, tv", (self.kl, self.tv), "shares of 1")
 
 
+def save_checkpoint(folder: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+    """`groups`: name of a file -> its tensors. Raises FlashDraftError for a full disk; the last whole one stays."""
+    scratch, final = folder / ".tmp-save", folder / f"step-{step:07d}"
+    with full_disk_named(folder, f"`{final}`"):
+        try:
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
+            for name, tensors in groups.items():
+                write_tensors(scratch / f"{name}.safetensors", {key: tensor.contiguous() for key, tensor in tensors.items()})
+            sizes = {path.name: path.stat().st_size for path in scratch.glob("*.safetensors")}
+            write_file(scratch / "state.json", json.dumps({**state, "step": step, "files": sizes}).encode())
+            _sync(scratch)
+            shutil.rmtree(final, ignore_errors=True)  # a damaged one of an earlier run
+            os.replace(scratch, final)
+            _sync(folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    whole = [path for path in sorted(folder.glob("step-*")) if _is_whole(path)]
+    for old in folder.glob("step-*"):
+        if old < whole[-_KEPT:][0]:  # whole, damaged, or half gone: a kill while it was removed
+            shutil.rmtree(old)
+
+
+@contextmanager
+def full_disk_named(folder: Path, what: str) -> Iterator[None]:
+    """Turns a full disk, met while `what` is written, into a FlashDraftError that names the last checkpoint of `folder`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) not in _FULL and not any(f"os error {number})" in str(error) for number in _FULL):
+            raise
+        last = last_checkpoint(folder)
+        hint = f"make room and run it again: it goes on from {last.name}" if last else "make room and run it again"
+        raise FlashDraftError(f"the disk is full: {what} was not written", hint=hint) from None
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole one; damaged ones are passed over."""
+    return next((path for path in sorted(folder.glob("step-*"), reverse=True) if _is_whole(path)), None)
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `save_checkpoint` was given."""
+    state: dict[str, Any] = json.loads((path / "state.json").read_text())
+    return {name.removesuffix(".safetensors"): load_file(path / name) for name in state["files"]}, state
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        sizes = json.loads((path / "state.json").read_text())["files"]
+        return all((path / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def model_card(config: DraftConfig, target: str, run: dict[str, Any], figures: dict[str, Any], *, num_samples: int) -> str:
     """A drafter's README. run: run.json; figures: `step`, `positions_seen`, `num_prompts`, `taus`: measured (step, tau)s."""
     head = "none" if config.sequential_head is None else f"{config.sequential_head}, inner size {config.head_rank}"
     settings = ", ".join(f"{name} {value}" for name, value in run["config"].items())
     measured = "\n".join(f"| {step} | {tau:.2f} |" for step, tau in figures["taus"])
-    facts = {"target": target, "head": head, "settings": settings, "measured": measured, "num_samples": num_samples}
-    facts |= {"num_layers": config.num_hidden_layers, "block_size": config.block_size, "num_drafts": config.block_size - 1}
-    facts |= dict(zip(("title", "what"), _WHAT[config.method], strict=True)) | {"method": config.method}
-    facts |= {"masks": f"; mask token {config.mask_token_id}" if config.method == "dflash" else ""}
-    facts |= {"layers": ", ".join(map(str, config.target_layer_ids))}
-    facts |= {"draft_vocabulary": config.draft_vocab_size or config.vocab_size, "vocabulary": config.vocab_size}
-    return _CARD.format_map(facts | figures | run["versions"] | run)
+    title, what = _WHAT[config.method]
+    facts: dict[str, Any] = {"title": title, "what": what, "target": target, "head": head, "settings": settings}
+    facts |= {"masks": f"; mask token {config.mask_token_id}" if config.method == "dflash" else "", "measured": measured}
+    facts |= {"layers": ", ".join(map(str, config.target_layer_ids)), "num_samples": num_samples}
+    facts |= {"num_drafts": config.block_size - 1, "draft_vocabulary": config.draft_vocab_size or config.vocab_size}
+    return _CARD.format_map(vars(config) | facts | figures | run["versions"] | run)

@@ -13,7 +13,7 @@ from torch import Tensor
 from flashdraft.errors import DataError, FlashDraftError
 from flashdraft.generate import Model
 from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDraft
-from flashdraft.train.batch import Blocks, make_batch
+from flashdraft.train.batch import Pass, make_batch
 from flashdraft.train.features import FeatureSet, Sample
 from flashdraft.types import SamplingParams
 
@@ -168,14 +168,13 @@ def _prompts(lm: Model, samples: list[Sample]) -> Iterator[Finding]:
 def _drafts(model: DFlashDraftModel, network: PackedDraft, samples: list[Sample]) -> list[Tensor]:
     """What is drafted behind every token of every answer but the last [anchors, block - 1], as the network is trained."""
     drafts, weight, like = [], model.norm.weight, network.hidden_norm
-    blocks = Blocks(model, lambda tokens: network.embed(tokens).to(weight))
+    blocks = Pass(model, lambda tokens: network.embed(tokens).to(weight))
     for sample in samples:
         batch = make_batch([(0, sample)], model.config, len(sample.tokens), 0).to(weight.device)
         rows = blocks(batch).unflatten(0, (-1, model.config.block_size))[:, 1:].to(like)
         anchors = batch.block_tokens[:: model.config.block_size].to(like.device)
-        drafts.append(
-            torch.cat([network.scored(r, a)[0][..., 0].cpu() for r, a in zip(rows.split(16), anchors.split(16), strict=True)])
-        )
+        parts = zip(rows.split(16), anchors.split(16), strict=True)
+        drafts.append(torch.cat([network.scored(*part)[0][..., 0].cpu() for part in parts]))
     return drafts
 
 

@@ -20,12 +20,10 @@ from torch import Tensor
 from flashdraft.checkpoint import write_file, write_tensors
 from flashdraft.errors import DataError
 from flashdraft.generate import Model
-from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.train.prompts import read_jsonl
-from flashdraft.types import Rows
 
-__all__ = ["SHARD", "Data", "FeatureSet", "OnlineFeatures", "Reader", "Recorder", "Sample", "ShardWriter"]
-__all__ += ["encode", "shard_key", "write_features"]
+__all__ = ["SHARD", "Data", "FeatureSet", "OnlineFeatures", "Reader", "Sample", "ShardWriter", "encode", "shard_key"]
+__all__ += ["write_features"]
 
 SHARD = 64  # answers a shard; every answer file is cut anew
 Layers = tuple[int, ...]
@@ -75,8 +73,8 @@ class ShardWriter(Reader):
         self.manifest = _read_manifest(out) if (out / "manifest.json").exists() else kind | {"shards": {}, "unused": {}}
         if any(self.manifest.get(key, False) != kind[key] for key in kind):
             raise DataError(f"`{out}` holds features of another kind", hint="name another folder, or remove that one")
-        found: dict[str, dict[str, Any]] = self.manifest["unused"] | self.manifest["shards"]
-        self.known = {key: entry for key, entry in found.items() if (out / f"{key}.safetensors").exists()}
+        found = (self.manifest["unused"] | self.manifest["shards"]).items()
+        self.known: dict[str, dict[str, Any]] = {key: entry for key, entry in found if (out / f"{key}.safetensors").exists()}
 
     def use(self, keys: Sequence[str]) -> list[str]:
         """Make the set these shards; returns those that are not there yet. The others stay in the folder, unused."""
@@ -114,24 +112,6 @@ def write_features(
     for key in track(writer.use(list(parts)), description="features", disable=quiet):
         writer.add(key, [writer.read(row) for row in parts[key]])
     return len(parts)
-
-
-class Recorder(Autoregressive):
-    """Plain decoding that keeps what the target saw: the features of answers while they are written, at no second reading."""
-
-    def __init__(self, layers: Layers) -> None:
-        self.layers = layers
-        self.finished: dict[tuple[int, ...], Tensor] = {}  # prompt and answer -> features of all that was read
-        self._seen: dict[int, list[Tensor]] = {}
-
-    def observe(self, rows: Rows, tokens: Sequence[Tensor], features: Sequence[Tensor] | None) -> None:
-        assert features is not None
-        for slot, new in zip(rows.slots, features, strict=True):
-            self._seen.setdefault(slot, []).append(new.to(torch.bfloat16, copy=True))
-
-    def end(self, rows: Rows) -> None:
-        for slot, history in zip(rows.slots, rows.histories, strict=True):
-            self.finished[tuple(history)] = torch.cat(self._seen.pop(slot))
 
 
 def shard_key(rows: list[dict[str, Any]]) -> str:
@@ -178,9 +158,8 @@ class FeatureSet:
     def __init__(self, folder: Path) -> None:
         manifest = _read_manifest(folder)
         self.folder, self.name, self.target = folder, str(folder), str(manifest["target"])
-        self.stored, self.hidden_size = tuple(manifest["layers"]), int(manifest["hidden_size"])
-        self.layers = self.stored
-        self.final = bool(manifest.get("final", False))
+        self.layers = self.stored = tuple(manifest["layers"])
+        self.hidden_size, self.final = int(manifest["hidden_size"]), bool(manifest.get("final", False))
         self.shards: dict[str, dict[str, Any]] = dict(sorted(manifest["shards"].items()))
         self.index = [(key, n, start) for key, entry in self.shards.items() for n, start in enumerate(entry["starts"])]
         if not self.index:
@@ -212,22 +191,21 @@ class FeatureSet:
         return f"sample {n} of `{self.folder / key}.safetensors`"
 
     def answer_tokens(self, i: int) -> list[int]:
-        return self._read(i, "tokens")[self.index[i][2] :].tolist()
+        return self._read(i, "tokens")[0][self.index[i][2] :].tolist()
 
     def __getitem__(self, i: int) -> Sample:
-        final = self._read(i, "final") if self.final else None
-        features = self._read(i, "features")
+        tokens, features, *final = self._read(i, "tokens", "features", *("final",) * self.final)
         if self.layers != self.stored:
             places = [self.stored.index(layer) for layer in self.layers]
             features = features.view(len(features), len(self.stored), -1)[:, places].flatten(1)
-        return Sample(self._read(i, "tokens").long(), features, self.index[i][2], final)
+        return Sample(tokens.long(), features, self.index[i][2], *final)
 
-    def _read(self, i: int, name: str) -> Tensor:
+    def _read(self, i: int, *names: str) -> list[Tensor]:
         key, n, _ = self.index[i]
         path = self.folder / f"{key}.safetensors"
         try:
             with safe_open(path, framework="pt") as file:
-                return file.get_tensor(f"{n}.{name}")  # type: ignore[no-any-return]
+                return [file.get_tensor(f"{n}.{name}") for name in names]
         except (SafetensorError, OSError) as error:
             raise DataError(f"`{path}` cannot be read: {error}", hint="remove it and run `flashdraft features` again") from None
 

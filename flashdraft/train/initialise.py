@@ -24,7 +24,7 @@ from flashdraft.target import Target
 from flashdraft.train.features import Sample
 from flashdraft.types import require
 
-__all__ = ["copied_from_target", "draft_config", "feature_layers", "layers_read", "random_weights", "taken_from"]
+__all__ = ["copied_from_target", "draft_config", "layers_read", "random_weights", "taken_from"]
 
 MASK_TOKENS = {"smollm2-135m": 16}  # unused ids of the built-in targets' vocabularies
 _BLOCKS = {"dflash": 4, "eagle3": 6, "medusa": 5, "draft_model": 2}
@@ -49,7 +49,6 @@ def draft_config(
     block_size = _BLOCKS[method] if block_size is None else block_size
     if method != "dflash":
         num_layers, mask_token_id = num_layers if method == "draft_model" else 1, 0  # none has masks
-    layers = layers_read(total, method, num_features)
     mask = MASK_TOKENS.get(target.name) if mask_token_id is None else mask_token_id
     if mask is None or not 0 <= mask < vocab:
         hint = f"give --mask-token-id: an id below {vocab} that `{target.name}` never reads or writes"
@@ -62,37 +61,28 @@ def draft_config(
     rope = rope.get("full_attention") or rope  # gemma3 has one set for each kind of layer
     if rope.get("rope_type", "default") not in ROPE_TYPES:  # the draft's positions need not be the target's
         rope = {"rope_theta": rope.get("rope_theta", 10000.0)}
-    special = {"mask_token_id": mask, "target_layer_ids": layers}
+    special = {"mask_token_id": mask, "target_layer_ids": layers_read(total, method, num_features)}
     shape |= {"num_hidden_layers": num_layers, "num_target_layers": total, "block_size": block_size, "dflash_config": special}
     shape |= {"vocab_size": vocab, "max_position_embeddings": target.context_length, "rope_parameters": rope}
     return replace(DraftConfig.from_json(shape, target.name), method=method)
 
 
 def layers_read(num_target_layers: int, method: str, num_features: int) -> tuple[int, ...]:
-    """The target's layers that a draft network reads; num_features: of dflash."""
+    """The target's layers that a draft network reads, all different; num_features: of dflash. Raises InvalidParameter."""
     if method in ("medusa", "draft_model"):
         return (num_target_layers,) if method == "medusa" else ()
-    if method == "eagle3":  # low, middle and high, all of them among dflash's five
-        num_features = min(3, max(num_target_layers - 3, 1))
-    return feature_layers(num_target_layers, num_features)
-
-
-def feature_layers(num_target_layers: int, num_features: int) -> tuple[int, ...]:
-    """`spread_layers`, all different. Raises InvalidParameter where the target has not as many to spread over."""
-    layers = spread_layers(num_target_layers, num_features) if num_features >= 1 else ()
-    fits, most = layers and len(set(layers)) == num_features, max(num_target_layers - 3, 1)
-    require(bool(fits), "num_features", num_features, f"from 1 to {most} for this target")
+    most = max(num_target_layers - 3, 1)
+    count = min(3, most) if method == "eagle3" else num_features  # eagle3: low, middle and high, all among dflash's five
+    layers = spread_layers(num_target_layers, count) if count >= 1 else ()
+    require(0 < len(set(layers)) == count, "num_features", count, f"from 1 to {most} for this target")
     return layers
 
 
 def random_weights(config: DraftConfig, seed: int) -> DraftNetwork:
     """Of the config's method: matrices from N(0, 0.02), norms at one; Medusa's heads at zero, as in its paper."""
-    model = NETWORKS[config.method](config)
-    generator = torch.Generator().manual_seed(seed)
-    if config.method == "medusa":
-        return model
+    model, generator = NETWORKS[config.method](config), torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
-        if parameter.ndim > 1:
+        if parameter.ndim > 1 and config.method != "medusa":
             torch.nn.init.normal_(parameter, 0.0, 0.02, generator=generator)
     return model
 
@@ -127,9 +117,8 @@ def copied_from_target(config: DraftConfig, target: str, sample: Sample | None, 
         return model
     total, count = config.num_target_layers, config.num_hidden_layers
     if config.method == "draft_model":  # the first ones and the last ones
-        model.load_state_dict(
-            _layers_of(target, config, [n if n < (count + 1) // 2 else total - count + n for n in range(count)])
-        )
+        first = (count + 1) // 2
+        model.load_state_dict(_layers_of(target, config, [*range(first), *range(total - count + first, total)]))
         return model
     copied = _layers_of(target, replace(config, method="dflash"), range(total - count, total))
     if config.method == "eagle3":

@@ -3,8 +3,6 @@
 Does not know optimizers, files or the order of the steps.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -66,10 +64,9 @@ def chunked_loss(
         leaf = states[chunk].detach().requires_grad_()
         with torch.enable_grad():
             loss, figure = part(leaf, chunk)
-        grads[0][chunk], *others = torch.autograd.grad(loss, (leaf, *parameters), allow_unused=True)
+        grads[0][chunk], *others = torch.autograd.grad(loss, (leaf, *parameters), materialize_grads=True)
         for sum_, grad in zip(grads[1:], others, strict=True):
-            if grad is not None:
-                sum_ += grad
+            sum_ += grad
         total += float(loss.detach())
         figures.append(figure)
     surrogate: Any = sum((x * grad).sum() for x, grad in zip((states, *parameters), grads, strict=True))

@@ -13,14 +13,17 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+import torch
 from rich.progress import track
+from torch import Tensor
 
 from flashdraft.engine import check
 from flashdraft.errors import ContextLengthError, DataError, FlashDraftError, InvalidParameter, InvalidPrompt
 from flashdraft.generate import Model
-from flashdraft.train.features import SHARD, Recorder, Sample, ShardWriter, encode, shard_key
+from flashdraft.methods.autoregressive import Autoregressive
+from flashdraft.train.features import SHARD, Sample, ShardWriter, encode, shard_key
 from flashdraft.train.prompts import as_prompt, numbered_lines, read_jsonl
-from flashdraft.types import SamplingParams, require
+from flashdraft.types import Rows, SamplingParams, require
 
 __all__ = ["Server", "mixed", "regenerate"]
 
@@ -190,18 +193,28 @@ def _read(prompts: Path) -> list[Row]:
     return rows
 
 
-class _Keeper:
-    """Groups finished answers into the shards that `flashdraft features` would cut the file into."""
+class _Keeper(Autoregressive):
+    """Plain decoding that keeps what the target sees, in the shards that `flashdraft features` would cut the file into."""
 
     def __init__(self, shards: ShardWriter, num_done: int) -> None:
-        self.shards = shards
+        self.shards, self.layers = shards, shards.wanted
         self.skip = -num_done % SHARD  # the rest of a shard that an earlier run began
-        self.recorder = Recorder(shards.wanted)
+        self.seen: dict[int, list[Tensor]] = {}  # by slot
+        self.finished: dict[tuple[int, ...], Tensor] = {}  # prompt and answer -> features of all that was read
         self.kept: list[tuple[Row, Sample]] = []
+
+    def observe(self, rows: Rows, tokens: Sequence[Tensor], features: Sequence[Tensor] | None) -> None:
+        assert features is not None
+        for slot, new in zip(rows.slots, features, strict=True):
+            self.seen.setdefault(slot, []).append(new.to(torch.bfloat16, copy=True))
+
+    def end(self, rows: Rows) -> None:
+        for slot, history in zip(rows.slots, rows.histories, strict=True):
+            self.finished[tuple(history)] = torch.cat(self.seen.pop(slot))
 
     def take(self, line: Row) -> None:
         tokens, num_prompt = encode(self.shards.model, line)
-        features = self.recorder.finished.pop(tuple(tokens), None)
+        features = self.finished.pop(tuple(tokens), None)
         if self.skip:
             self.skip -= 1
             return
@@ -214,7 +227,7 @@ class _Keeper:
 
 def _decoded(model: Model, rows: Sequence[Row], law: Law, keep: _Keeper | None) -> Iterator[tuple[Row, Row]]:
     """Rows that fit into the context and the fields of their answers, as they end."""
-    lm = replace(model, new_drafter=lambda: keep.recorder) if keep else model
+    lm = replace(model, new_drafter=lambda: keep) if keep else model
     fitting = []
     for row in rows:
         try:

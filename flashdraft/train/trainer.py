@@ -4,8 +4,6 @@ Everything random is keyed by (seed, sample number), so that a resumed run sees 
 so that P processes with A micro-batches each see what one process with P * A sees.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import signal
@@ -32,15 +30,11 @@ from flashdraft.generate import Model
 from flashdraft.methods.dflash import DFlashDraftModel
 from flashdraft.network import DraftNetwork
 from flashdraft.provenance import provenance
-from flashdraft.target import Target
-from flashdraft.train.batch import Batch, make_batch
-from flashdraft.train.config import TrainConfig, model_card
+from flashdraft.train.batch import Batch, FlopCount, Pass, make_batch
+from flashdraft.train.config import TrainConfig, full_disk_named, last_checkpoint, load_checkpoint, model_card, save_checkpoint
 from flashdraft.train.features import Data
-from flashdraft.train.flops import FlopCount
 from flashdraft.train.objectives import Loss, accuracy, common_tokens
-from flashdraft.train.passes import PASSES
-from flashdraft.train.state import full_disk_named, last_checkpoint, load_checkpoint, save_checkpoint
-from flashdraft.types import Result, SamplingParams
+from flashdraft.types import SamplingParams
 
 __all__ = ["Trainer", "process_device"]
 
@@ -48,25 +42,22 @@ _MEASURED = SamplingParams(max_new_tokens=128)  # the texts on which tau is meas
 _WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
 _COUNTED = 50  # steps between two whose FLOPs are counted
 _FREE = ("steps", "eval_every", "save_every", "tracker")  # what may change when a run goes on
-Head = tuple[str, int]  # kind and rank of a sequential head to add
+Head = tuple[str, int] | None  # kind and rank of a sequential head to add
 
 
 class Trainer:
     """One run in one folder: `checkpoints/`, `best/` (a drafter's folder), metrics.jsonl, tensorboard/, run.json."""
 
-    def __init__(
-        self, model: DraftNetwork, lm: Model, data: Data, out: Path, config: TrainConfig, *, head: Head | None = None
-    ) -> None:
+    def __init__(self, model: DraftNetwork, lm: Model, data: Data, out: Path, config: TrainConfig, *, head: Head = None) -> None:
         self.model, self.lm, self.data, self.out, self.config = model, lm, data, out, config
-        self.target: Target = lm.target
+        self.target = lm.target
         self.origin = provenance() | {"config": asdict(config)}
         self._check()
         out.mkdir(parents=True, exist_ok=True)
         self.step, self.positions, self.best, self.stopped = 0, 0, 0.0, 0
         self.flops, self.flops_a_step = 0.0, 0.0  # of all steps, forward and backward; of the last step that was counted
         self.taus: list[tuple[int, float]] = []  # step and tau of every measurement
-        cuda = torch.cuda.is_available()
-        native = torch.cuda.is_bf16_supported() if cuda else torch.cpu._is_avx512_bf16_supported()
+        native = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.cpu._is_avx512_bf16_supported()
         self.bf16 = config.precision == "bf16" or (config.precision == "auto" and native)
         self.acc = Accelerator(log_with=sorted({"tensorboard", config.tracker}), project_dir=out)
         self.coverage: float | None = None  # share of the answers' tokens that the draft vocabulary has
@@ -80,7 +71,7 @@ class Trainer:
                 model.add_head(*head)
         if model.sequential_head is not None and self.acc.distributed_type == "FSDP":
             raise InvalidParameter("a sequential head cannot be trained under FSDP", hint="use recipes/accelerate/ddp.yaml")
-        self.net: Any = PASSES[model.method](model, self.target.embed)
+        self.net: Any = Pass(model, self.target.embed)
         matrices, norms = ([p for p in model.parameters() if (p.ndim > 1) is wanted] for wanted in (True, False))
         groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": norms, "weight_decay": 0.0}]
         self.optimizer: Any = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
@@ -154,7 +145,8 @@ class Trainer:
                 with self._timed("loss"), autocast:
                     surrogate, part, figures = self.loss(states, batch, self.step)
                 if len(bad := figures["row"][~figures["loss"].isfinite()]):
-                    raise self._not_finite("loss", float("nan"), [batch.number_of(int(bad[0]))])
+                    spans = zip(batch.numbers, batch.spans, strict=True)
+                    raise self._not_finite("loss", torch.nan, [n for n, (*_, start, end) in spans if start <= int(bad[0]) < end])
                 with self._timed("backward"):
                     self.acc.backward(surrogate * (self.acc.num_processes / total))
             loss += part / total
@@ -179,18 +171,13 @@ class Trainer:
         model.load_state_dict(weights)
         model.extras = self.model.extras
         drafting = replace(self.lm, new_drafter=model.eval().drafters(self.target))
-        results: list[Result] = drafting.generate(list(prompts), _MEASURED)
+        results = drafting.generate(list(prompts), _MEASURED)
         tau = sum(result.stats.tau for result in results) / len(results)
         self.taus.append((self.step, tau))
         if tau > self.best:
             self.best = tau
-            facts = {
-                "step": self.step,
-                "positions_seen": self.positions,
-                "flops": self.flops,
-                "taus": self.taus,
-                "num_prompts": len(prompts),
-            }
+            facts: dict[str, Any] = {"step": self.step, "positions_seen": self.positions, "flops": self.flops}
+            facts |= {"taus": self.taus, "num_prompts": len(prompts)}
             card = model_card(model.config, self.target.name, self.origin, facts, num_samples=len(self.data))
             model.save_pretrained(self.out / "best", readme=card)
         return {"tau": tau}
@@ -264,24 +251,23 @@ class Trainer:
         if (path := last_checkpoint(self.out / "checkpoints")) is None:
             return
         groups, state = load_checkpoint(path)
-        held = {name: value for name, value in state["config"].items() if name not in _FREE}
-        if differing := [name for name, value in asdict(self.config).items() if name not in _FREE and held.get(name) != value]:
-            got = f"`{self.out}` was begun with {differing[0]} {held.get(differing[0])}"
+        begun = state["config"]
+        if differing := [name for name, value in asdict(self.config).items() if name not in _FREE and begun.get(name) != value]:
+            got = f"`{self.out}` was begun with {differing[0]} {begun.get(differing[0])}"
             raise InvalidParameter(got, hint="name another folder, or the settings of its run.json")
         if state["draft"] != self.model.config.to_json():
             raise InvalidParameter(f"`{self.out}` was begun with another draft network", hint="name another folder")
+        ours = self.net, self.optimizer.optimizer
         entries: dict[str, dict[str, Tensor]] = {}
         for name, value in groups["optimizer"].items():
             parameter, _, key = name.rpartition(".")
             entries.setdefault(parameter, {})[key] = value
-        ours = self.net, self.optimizer.optimizer
-        model: Any = groups["model"]
         optimizer: Any = {"state": entries, "param_groups": dcp.get_optimizer_state_dict(*ours)["param_groups"]}
         if self.average:  # by way of the network, which knows how it is sharded
-            average: Any = {f"model.{name}": tensor for name, tensor in groups["average"].items()}
+            average = {f"model.{name}": tensor for name, tensor in groups["average"].items()}
             dcp.set_model_state_dict(self.net, average, options=_WHOLE)
             self.average = {n: p.detach().clone() for n, p in self.model.named_parameters()}
-        dcp.set_state_dict(*ours, model_state_dict=model, optim_state_dict=optimizer, options=_WHOLE)
+        dcp.set_state_dict(*ours, model_state_dict=groups["model"], optim_state_dict=optimizer, options=_WHOLE)
         self.step, self.positions, self.best = state["step"], state["positions"], state["best"]
         self.flops, self.flops_a_step = state["flops"]
         self.taus = [(step, tau) for step, tau in state["taus"]]
@@ -323,6 +309,5 @@ def process_device() -> torch.device:
 def _schedule(step: int, steps: int, warmup: float) -> float:
     """Linear warm-up, then a cosine to zero."""
     rising = max(1, round(steps * warmup))
-    if step < rising:
-        return (step + 1) / rising
-    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+    falling = math.pi * max(0, step - rising) / max(1, steps - rising)
+    return min((step + 1) / rising, 0.5 * (1 + math.cos(falling)))
