@@ -13,7 +13,7 @@ import transformers
 from typer import Argument, Option
 
 from flashdraft import hub
-from flashdraft.bench.calibrate import calibrate
+from flashdraft.bench.profile import calibrate
 from flashdraft.bench.profile import profile as measure
 from flashdraft.bench.report import print_table, show
 from flashdraft.bench.roofline import RooflineConfig, named, predict, shape, verdict

@@ -1,7 +1,7 @@
 """Predicted tokens/s from shapes and rates: is a drafter worth training for this model on that hardware, and with which block?
 
 A pass costs its bytes over the bandwidth and its FLOPs over the rate, part by part, mostly the larger, and fixed seconds for
-each layer and pass (docs/roofline.md). Knows shapes, devices and acceptance. Measures nothing: calibrate.py does.
+each layer and pass (docs/roofline.md). Knows shapes, devices and acceptance. Measures nothing: profile.py does.
 """
 
 import json
