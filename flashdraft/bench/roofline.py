@@ -50,9 +50,8 @@ class Device:
         layer = net.hidden * (2 * (net.heads + net.kv_heads) * net.head_dim + 3 * net.inner)
         seen = (context + tokens) * net.layers * net.head_dim
         attention = self.part(rows * 2 * seen * net.kv_heads * self.cached, 4 * seen * net.heads, rows * tokens)
-        linears = sum(
-            self.part(n * self.weight, 2 * n, rows * tokens) for n in (net.layers * layer + extra, net.hidden * net.vocab)
-        )
+        weights = net.layers * layer + extra, net.hidden * net.vocab
+        linears = sum(self.part(n * self.weight, 2 * n, rows * tokens) for n in weights)
         return linears + attention + float(net.layers * self.layer + self.host)
 
 

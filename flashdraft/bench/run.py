@@ -102,7 +102,7 @@ class BenchConfig:
         if len(self.specs) < len({part.strip() for part in self.methods.split(",")}):
             raise InvalidParameter(f"two of `{self.methods}` have one name", hint="write NAME=METHOD with names of their own")
         specs = self.specs.values()
-        kinds = {part for kind, _ in specs for part in ([kind] if kind in THEIRS else _parts(kind))}
+        kinds = {part for kind, _ in specs for part in _parts(kind)}
         users = {"draft": {"dflash", "transformers_dflash"}, "block_size": kinds - {"autoregressive", *THEIRS}}
         users |= {"assistant": {"transformers_assisted"}, "transformers_prompts": {*THEIRS}}
         for name, those in users.items():
@@ -230,8 +230,8 @@ def _ask(method: Method, model: Model, prompts: Sequence[BenchPrompt], config: B
     seconds = 0.0
     for turn in range(config.turns):
         live = [i for i, prompt in enumerate(prompts) if turn < len(prompt.turns)]
-        texts = [[model.tokenizer.decode(answer.tokens, skip_special_tokens=True) for answer in found[i]] for i in live]
-        encoded = [model.encode(_talk(prompts[i], answers)) for i, answers in zip(live, texts, strict=True)]
+        said = [[model.tokenizer.decode(answer.tokens, skip_special_tokens=True) for answer in found[i]] for i in live]
+        encoded = [model.encode(_talk(prompts[i], texts)) for i, texts in zip(live, said, strict=True)]
         started = time.perf_counter()
         answers = method(encoded, [config.params(prompts[i].number, temperature) for i in live]) if live else []
         seconds += time.perf_counter() - started
