@@ -183,14 +183,13 @@ def profile(
     steps: Annotated[int, Option(help="steps measured; medians are shown")] = 20,
     kernel: Annotated[str, Option(help=f"what runs the weights: {', '.join(KERNELS)}")] = "auto",
 ) -> None:
-    options: Any = {"draft": draft, "context": context, "steps": steps, "kernel": kernel}
-    profiles = [measure(target, nodes=count, **options) for count in nodes]
-    rows = []
-    for one in profiles:
+    times, held = [], []
+    for count in nodes:
+        one = measure(target, draft=draft, nodes=count, context=context, steps=steps, kernel=kernel)
         parts = one.milliseconds | {"step": sum(one.milliseconds.values())}
-        rows += [[str(one.nodes), part, f"{ms:.2f}", f"{ms / parts['step']:.0%}"] for part, ms in parts.items()]
-    print_table(["nodes", "part", "ms", "share"], rows)
-    held = [[str(one.nodes), name, f"{count / 1e6:.1f}"] for one in profiles for name, count in one.nbytes.items()]
+        times += [[str(count), part, f"{ms:.2f}", f"{ms / parts['step']:.0%}"] for part, ms in parts.items()]
+        held += [[str(count), name, f"{nbytes / 1e6:.1f}"] for name, nbytes in one.nbytes.items()]
+    print_table(["nodes", "part", "ms", "share"], times)
     print()
     print_table(["nodes", "memory", "MB"], held)
 

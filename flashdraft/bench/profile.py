@@ -34,9 +34,8 @@ _WARM_UP = 3
 
 @dataclass(frozen=True)
 class Profile:
-    """One number of nodes: median milliseconds by part, and bytes by what holds them."""
+    """Of one number of nodes: median milliseconds by part, and bytes by what holds them."""
 
-    nodes: int
     milliseconds: dict[str, float]
     nbytes: dict[str, int]
 
@@ -63,7 +62,7 @@ def profile(
     times, caches = _times(engine, model.target, steps), sum(cache.nbytes for cache in drafter.caches)
     nbytes = {"weights": model.target.nbytes, "cache": engine.cache_nbytes - caches}
     nbytes |= {"drafter weights": drafter.network.nbytes if nodes > 1 else 0, "drafter cache": caches}
-    return Profile(nodes, {part: 1000 * median(step[part] for step in times) for part in PARTS}, nbytes)
+    return Profile({part: 1000 * median(step[part] for step in times) for part in PARTS}, nbytes)
 
 
 def profile_training(trainer: Any, steps: int) -> list[list[str]]:

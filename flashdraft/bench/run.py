@@ -42,7 +42,7 @@ __all__ = ["METHODS", "Answer", "BenchConfig", "acceptance", "run_bench", "run_p
 
 OURS = ("autoregressive", "dflash", "eagle3", "medusa", "draft_model", "prompt_lookup")
 THEIRS = ("transformers", "transformers_lookup", "transformers_assisted", "transformers_dflash")
-METHODS = OURS + THEIRS
+METHODS, DFLASH = OURS + THEIRS, {"dflash", "transformers_dflash"}
 METHODS_HELP = f"comma-separated, of {', '.join(METHODS)}; trees: dflash_tree, dflash_tree32; two at once: "
 METHODS_HELP += "dflash+prompt_lookup; another drafter: NAME=FOLDER; ours may name a kernel, dflash:int8; "
 METHODS_HELP += "other engines: NAME=FILE.py:FUNCTION:ARG"
@@ -88,7 +88,8 @@ class BenchConfig:
             value = getattr(self, name)
             object.__setattr__(self, name, tuple(dict.fromkeys(value if isinstance(value, list | tuple) else (value,))))
         check_options(self)
-        for kind, variant in self.specs.values():
+        specs = self.specs.values()
+        for kind, variant in specs:
             if kind.endswith(".py"):
                 require(Path(kind).is_file(), "an engine's file", kind, "there: NAME=FILE.py:FUNCTION:TEXT")
                 require(not any(self.temperature), "temperature", max(self.temperature), "0 beside engines that are greedy here")
@@ -99,19 +100,18 @@ class BenchConfig:
                 raise InvalidParameter(f"no kernel {variant!r}", hint=f"kernels are {', '.join(KERNELS)}")
         if self.draft in METHODS:
             raise InvalidParameter(f"draft is {self.draft!r}", hint="draft names dflash's drafter; other methods go into methods")
-        if len(self.specs) < len({part.strip() for part in self.methods.split(",")}):
+        if len(specs) < len({part.strip() for part in self.methods.split(",")}):
             raise InvalidParameter(f"two of `{self.methods}` have one name", hint="write NAME=METHOD with names of their own")
-        specs = self.specs.values()
         kinds = {part for kind, _ in specs for part in _parts(kind)}
-        users = {"draft": {"dflash", "transformers_dflash"}, "block_size": kinds - {"autoregressive", *THEIRS}}
+        users = {"draft": DFLASH, "block_size": kinds - {"autoregressive", *THEIRS}}
         users |= {"assistant": {"transformers_assisted"}, "transformers_prompts": {*THEIRS}}
         for name, those in users.items():
             if getattr(self, name) not in (None, "auto") and not those & kinds:
-                hint = f"for {', '.join(sorted(those))}"
-                raise InvalidParameter(f"{name} is {getattr(self, name)}, but no method uses it", hint=hint)
+                got = f"{name} is {getattr(self, name)}, but no method uses it"
+                raise InvalidParameter(got, hint=f"for {', '.join(sorted(those))}")
         need = self.assistant is not None or "transformers_assisted" not in kinds
         require(need, "assistant", None, "the folder of transformers_assisted's small model")
-        if self.kernel != "auto" and all(variant or kind in THEIRS for kind, variant in self.specs.values()):
+        if self.kernel != "auto" and all(variant or kind in THEIRS for kind, variant in specs):
             raise InvalidParameter(f"kernel is {self.kernel!r}, but every method names its own", hint="leave one out")
         for temperature in self.temperature:
             self.params(0, temperature)
@@ -267,9 +267,8 @@ def _figures(answer: Answer, plain: Answer | None) -> dict[str, Any]:
 
 def _load(config: BenchConfig) -> tuple[dict[str, Method], Model, dict[str, Any]]:
     """The methods, a model that encodes prompts, and what the header tells about them."""
-    drafting = any("dflash" in kind for kind, _ in config.specs.values())
     drafter = str(hub.builtin_draft(config.target) or "" if config.draft == "auto" else config.draft)
-    if drafting and not drafter:
+    if not drafter and any(part in DFLASH for kind, _ in config.specs.values() for part in _parts(kind)):
         raise ModelNotFound(f"no drafter is shipped for `{config.target}`", hint="name one with --draft, or leave out dflash")
     facts: dict[str, Any] = {"kernel": {}, "row_exact": {}}
 
