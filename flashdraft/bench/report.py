@@ -81,13 +81,11 @@ def read_results(path: Path, base: str | None = None) -> tuple[dict[str, Any], l
     if not rows or "header" not in rows[0] or not all(wanted <= row.keys() for row in rows[1:]):
         raise DataError(f"`{path}` is not a results file", hint="give a file that `flashdraft bench` wrote")
     lines = [{_SPEEDS[0]: line["tokens_per_second"]} | line for line in rows[1:]]
-    answers = {(line["method"], *_key(line)): line for line in lines}
-    pairs = [answers.get((base or line.get("plain", "autoregressive"), *_key(line))) for line in lines]
+    keys = [(line["prompt"], line["repeat"], *map(line.get, _SETTING)) for line in lines]
+    answers = {(line["method"], key): line for line, key in zip(lines, keys, strict=True)}
+    plain = (base or line.get("plain", "autoregressive") for line in lines)
+    pairs = map(answers.get, zip(plain, keys, strict=True))
     return rows[0]["header"], [line | {"pair": pair} for line, pair in zip(lines, pairs, strict=True)]
-
-
-def _key(line: Line) -> tuple[Any, ...]:
-    return line["prompt"], line["repeat"], *map(line.get, _SETTING)
 
 
 def origin(header: dict[str, Any]) -> list[str]:
