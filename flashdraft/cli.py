@@ -92,8 +92,7 @@ def _options(
 def flat(function: Callable[..., None]) -> Callable[..., None]:
     """The function with the fields of its dataclass parameters in their place, as typer wants to see it.
 
-    A field's metadata has its `help` and range; a field without stays at its default. A tuple becomes an option that may be
-    given several times.
+    A field without metadata stays at its default; a tuple becomes an option that may be given several times.
     """
     groups: dict[str, Any] = {}
     parameters: list[inspect.Parameter] = []

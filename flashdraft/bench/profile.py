@@ -5,11 +5,11 @@ Real steps of the engine, with clocks around the lean target's linears, its atte
 
 import time
 import timeit
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from statistics import median
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -32,8 +32,7 @@ PARTS = ("weights", "attention", "lm_head", "drafting", "host")
 _WARM_UP = 3
 
 
-@dataclass(frozen=True)
-class Profile:
+class Profile(NamedTuple):
     """Of one number of nodes: median milliseconds by part, and bytes by what holds them."""
 
     milliseconds: dict[str, float]

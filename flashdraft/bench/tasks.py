@@ -7,9 +7,8 @@ and how its entries ask; does not know who answers.
 import json
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import hf_hub_download
 
@@ -21,8 +20,7 @@ from flashdraft.types import require
 __all__ = ["TASKS", "BenchPrompt", "read_ids", "read_prompts", "write_tasks"]
 
 
-@dataclass(frozen=True)
-class BenchPrompt:
+class BenchPrompt(NamedTuple):
     """One line of a prompts file."""
 
     number: int  # among the file's entries, from 0
