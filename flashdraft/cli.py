@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
 from typer.exceptions import TyperException
@@ -92,17 +92,14 @@ def _options(
 def flat(function: Callable[..., None]) -> Callable[..., None]:
     """The function with the fields of its dataclass parameters in their place, as typer wants to see it.
 
-    A field's metadata has its `help` and range; a field without stays at its default. A tuple becomes an option that may be
-    given several times.
+    A field without metadata stays at its default; a tuple becomes an option that may be given several times.
     """
     groups: dict[str, Any] = {}
     parameters: list[inspect.Parameter] = []
-    for parameter in inspect.signature(function, eval_str=True).parameters.values():
+    for parameter in inspect.signature(function).parameters.values():
         if dataclasses.is_dataclass(parameter.annotation):
             groups[parameter.name] = parameter.annotation
-            parameters += _fields(parameter.annotation)
-        else:
-            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+        parameters += _fields(parameter.annotation) if parameter.name in groups else [parameter]
 
     def call(**values: Any) -> None:
         for name, group in groups.items():
@@ -110,19 +107,18 @@ def flat(function: Callable[..., None]) -> Callable[..., None]:
             check_options(values[name])
         function(**values)
 
-    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    signature = inspect.Signature([parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters])
+    call.__signature__ = signature  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return call
 
 
 def _fields(group: Any) -> Iterator[inspect.Parameter]:
-    hints = get_type_hints(group)
+    parameters = inspect.signature(group, eval_str=True).parameters
     for field in dataclasses.fields(group):
-        if not field.metadata:
-            continue
-        hint = hints[field.name]
-        hint = list[get_args(hint)[0]] if get_origin(hint) is tuple else hint  # type: ignore[misc]
-        option = typer.Option(f"--{field.name.replace('_', '-')}", help=field.metadata["help"])
-        default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
-        default = list(default) if isinstance(default, tuple) else default
-        yield inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, option])
+        if field.metadata:
+            hint, default = parameters[field.name].annotation, parameters[field.name].default
+            if get_origin(hint) is tuple:
+                hint, default = list[get_args(hint)[0]], list(default)  # type: ignore[misc]
+            option = typer.Option(f"--{field.name.replace('_', '-')}", help=field.metadata["help"])
+            yield parameters[field.name].replace(default=default, annotation=Annotated[hint, option])

@@ -4,6 +4,7 @@ import json as jsonlib
 import os
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -13,7 +14,7 @@ import transformers
 from typer import Argument, Option
 
 from flashdraft import hub
-from flashdraft.bench.calibrate import calibrate
+from flashdraft.bench.profile import calibrate
 from flashdraft.bench.profile import profile as measure
 from flashdraft.bench.report import print_table, show
 from flashdraft.bench.roofline import RooflineConfig, named, predict, shape, verdict
@@ -75,10 +76,12 @@ def demo(
         each.generate(tokens, replace(params, max_new_tokens=min(8, max_new_tokens)))
     with_drafts = _show(chunks, origin=True)
     alone: Result = plain.generate(tokens, params)
-    for label, result in ((drafting.new_drafter().name, with_drafts), ("autoregressive", alone)):
-        print(f"{label:<15} {_decode_speed(result):6.1f} tokens/s")
-    ratio = _decode_speed(with_drafts) / (_decode_speed(alone) or 1.0)
-    print(f"{'ratio':<15} {ratio:6.2f}\n{'tau':<15} {with_drafts.stats.tau:6.2f} tokens per target pass")
+    both = with_drafts.stats, alone.stats
+    speeds = [(one.num_tokens - 1) / one.decode_seconds if one.decode_seconds else 0.0 for one in both]
+    for label, speed in zip((drafting.new_drafter().name, "autoregressive"), speeds, strict=True):
+        print(f"{label:<15} {speed:6.1f} tokens/s")
+    print(f"{'ratio':<15} {speeds[0] / (speeds[1] or 1.0):6.2f}")
+    print(f"{'tau':<15} {with_drafts.stats.tau:6.2f} tokens per target pass")
     print(f"texts identical: {'yes' if with_drafts.tokens == alone.tokens else 'no'}")
 
 
@@ -106,28 +109,23 @@ def chat(model: ModelOptions, params: SamplingParams) -> None:
     lm = model.load(max_rows=1)
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     turns: list[dict[str, str]] = []
-    while True:
-        try:
-            line = input("> " if interactive else "").strip()
-        except EOFError:
-            return
-        if line == "/exit":
-            return
-        if line == "/reset":
-            turns = []
-        if line in ("", "/reset"):
-            continue
-        asked = [*turns, {"role": "user", "content": line}]
-        try:
-            result = _show(lm.stream(asked, params))
-        except ContextLengthError as error:
-            if not interactive:
-                raise
-            print(f"error: {error.args[0]}\nhint: begin again with /reset, or ask for fewer new tokens", file=sys.stderr)
-            continue
-        turns = [*asked, {"role": "assistant", "content": result.text}]
-        figures = f"tau {result.stats.tau:.2f}, {_speed(result):.1f} tokens/s"
-        print(f"\033[2m{figures}\033[0m" if _styled() else f"({figures})")
+    with suppress(EOFError):
+        while (line := input("> " if interactive else "").strip()) != "/exit":
+            if line == "/reset":
+                turns = []
+            if line in ("", "/reset"):
+                continue
+            asked = [*turns, {"role": "user", "content": line}]
+            try:
+                result = _show(lm.stream(asked, params))
+            except ContextLengthError as error:
+                if not interactive:
+                    raise
+                print(f"error: {error.args[0]}\nhint: begin again with /reset, or ask for fewer new tokens", file=sys.stderr)
+                continue
+            turns = [*asked, {"role": "assistant", "content": result.text}]
+            figures = f"tau {result.stats.tau:.2f}, {_speed(result):.1f} tokens/s"
+            print(f"\033[2m{figures}\033[0m" if _styled() else f"({figures})")
 
 
 def bench(config: BenchConfig) -> None:
@@ -183,14 +181,13 @@ def profile(
     steps: Annotated[int, Option(help="steps measured; medians are shown")] = 20,
     kernel: Annotated[str, Option(help=f"what runs the weights: {', '.join(KERNELS)}")] = "auto",
 ) -> None:
-    options: Any = {"draft": draft, "context": context, "steps": steps, "kernel": kernel}
-    profiles = [measure(target, nodes=count, **options) for count in nodes]
-    rows = []
-    for one in profiles:
+    times, held = [], []
+    for count in nodes:
+        one = measure(target, draft=draft, nodes=count, context=context, steps=steps, kernel=kernel)
         parts = one.milliseconds | {"step": sum(one.milliseconds.values())}
-        rows += [[str(one.nodes), part, f"{ms:.2f}", f"{ms / parts['step']:.0%}"] for part, ms in parts.items()]
-    print_table(["nodes", "part", "ms", "share"], rows)
-    held = [[str(one.nodes), name, f"{count / 1e6:.1f}"] for one in profiles for name, count in one.nbytes.items()]
+        times += [[str(count), part, f"{ms:.2f}", f"{ms / parts['step']:.0%}"] for part, ms in parts.items()]
+        held += [[str(count), name, f"{nbytes / 1e6:.1f}"] for name, nbytes in one.nbytes.items()]
+    print_table(["nodes", "part", "ms", "share"], times)
     print()
     print_table(["nodes", "memory", "MB"], held)
 
@@ -229,9 +226,3 @@ def _styled() -> bool:
 
 def _speed(result: Result) -> float:
     return result.stats.num_tokens / sum(result.stats.seconds.values())
-
-
-def _decode_speed(result: Result) -> float:
-    """Tokens after the first one per second after the prefill; 0 where there were none."""
-    seconds = result.stats.decode_seconds
-    return (result.stats.num_tokens - 1) / seconds if seconds else 0.0

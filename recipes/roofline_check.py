@@ -17,7 +17,7 @@ import torch
 
 import flashdraft
 from flashdraft import hub
-from flashdraft.bench.calibrate import calibrate
+from flashdraft.bench.profile import calibrate
 from flashdraft.bench.report import print_table
 from flashdraft.bench.roofline import RooflineConfig, named, predict, shape
 from flashdraft.engine import Engine

@@ -361,6 +361,13 @@ def test_methods_of_one_kernel_are_compared_with_its_own_plain_decoding(config: 
     assert by_base["dflash:torch"] == 1
 
 
+def test_a_folder_whose_name_has_dflash_in_it_wants_no_shipped_drafter(config: dict[str, Any], tmp_path: Path) -> None:
+    folder = save_zlab(tmp_path / "my-dflash")
+    config |= {"draft": "auto", "methods": f"autoregressive,mine={folder}"}
+    assert run_bench(BenchConfig(**config), quiet=True) == 6
+    assert {line["identical"] for line in read(config["out"])[1]} == {True}
+
+
 @pytest.mark.parametrize(
     ("methods", "message"),
     [

@@ -14,7 +14,7 @@ from conftest import VOCAB, tiny_model
 from toy_folders import save_target
 
 from flashdraft import commands
-from flashdraft.bench.calibrate import calibrate
+from flashdraft.bench.profile import calibrate
 from flashdraft.bench.roofline import (
     FACTS,
     Device,

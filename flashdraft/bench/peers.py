@@ -26,8 +26,6 @@ from flashdraft.types import SamplingParams
 
 __all__ = ["Answer", "DFlashAssistant", "Method", "Transformers", "joined"]
 
-_LOOKUP = 10  # tokens that transformers' prompt lookup drafts, as its documentation has it
-
 
 @dataclass(frozen=True)
 class Answer:
@@ -48,18 +46,18 @@ class Answer:
 
 
 def joined(turns: Sequence[Answer]) -> Answer:
-    """The turns of a conversation as one answer: what can be added up is added up, the rest is the last turn's."""
-    figures = dict(turns[-1].figures)
-    for name, value in figures.items():
-        every = [turn.figures[name] for turn in turns]
-        if isinstance(value, dict):
-            figures[name] = {part: sum(one.get(part, 0) for one in every) for part in dict.fromkeys(chain(*every))}
-        elif isinstance(value, int | float):
-            figures[name] = sum(every)
-    tokens, steps = (
-        tuple(chain.from_iterable(part)) for part in zip(*((turn.tokens, turn.steps) for turn in turns), strict=True)
-    )
-    return Answer(tokens, sum(turn.seconds for turn in turns), sum(turn.decode_seconds for turn in turns), steps, figures)
+    """The turns of a conversation as one answer."""
+    return Answer(**_added([vars(turn) for turn in turns]))
+
+
+def _added(values: Sequence[Any]) -> Any:
+    """Numbers and tuples are added up, and dicts name by name; of what cannot be added up the last one stands."""
+    last = values[-1]
+    if isinstance(last, dict):
+        return {name: _added([one[name] for one in values if name in one]) for name in dict.fromkeys(chain(*values))}
+    if isinstance(last, tuple):
+        return tuple(chain(*values))
+    return sum(values) if isinstance(last, int | float) else last
 
 
 Method = Callable[[list[list[int]], list[SamplingParams]], list[Answer]]
@@ -77,18 +75,16 @@ class Transformers:
         self.target, self.model, self.dtype = target, target.model, dtype
         self.ends = {"eos_token_id": sorted(eos), "pad_token_id": min(eos)} if eos else {}
         self.threads: int | None = None
-        seconds = {}
+        seconds, short = dict[int, float](), SamplingParams(max_new_tokens=16)
         for self.threads in (1, 2)[: os.cpu_count()] if tuned else ():
-            seconds[self.threads] = min(
-                self._one(list(range(8)), SamplingParams(max_new_tokens=16), {}).seconds for _ in range(2)
-            )
-        self.threads = min(seconds, key=lambda threads: seconds[threads]) if tuned else None
+            seconds[self.threads] = min(self._one(list(range(8)), short, {}).seconds for _ in range(2))
+        self.threads = min(seconds, key=seconds.__getitem__, default=None)
 
     def method(self, kind: str, *, draft: str = "", assistant: str = "") -> Method:
         """`transformers`, or with `_lookup`, `_assisted` (by the causal LM `assistant`) or `_dflash` (by the drafter `draft`)."""
         how: dict[str, Any] = {}
         if kind == "transformers_lookup":
-            how = {"prompt_lookup_num_tokens": _LOOKUP}
+            how = {"prompt_lookup_num_tokens": 10}  # as its documentation has it
         elif kind == "transformers_assisted":
             small, _, _ = load_target(assistant, dtype=self.dtype, kernel="transformers")
             if small.vocab_size != self.target.vocab_size:
@@ -104,14 +100,14 @@ class Transformers:
         sampled = {"do_sample": True, "temperature": params.temperature, "top_k": 0, "top_p": 1.0}
         options = (sampled if params.temperature > 0 else {"do_sample": False}) | self.ends | how
         clock: list[tuple[float, int]] = []  # when the prompt and every pass's tokens were there, and how many they are
-        put = lambda tokens: clock.append((time.perf_counter(), tokens.numel()))  # noqa: E731
-        options["streamer"] = SimpleNamespace(put=put, end=lambda: None)
+        noted = SimpleNamespace(put=lambda tokens: clock.append((time.perf_counter(), tokens.numel())), end=lambda: None)
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads or before)
         torch.manual_seed(params.seed)
         started = time.perf_counter()
         ids = torch.tensor([prompt])
-        output = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=params.max_new_tokens, **options)
+        options |= {"attention_mask": torch.ones_like(ids), "max_new_tokens": params.max_new_tokens, "streamer": noted}
+        output = self.model.generate(ids, **options)
         tokens = tuple(output[0, len(prompt) :].tolist())
         self.tokenizer.decode(tokens, skip_special_tokens=True)
         ended = time.perf_counter()
@@ -135,8 +131,8 @@ class DFlashAssistant(nn.Module):
             got = f"`{draft}` has windowed layers or an embedding of its own"
             raise UnsupportedTarget(got, hint="transformers' loop has neither; leave transformers_dflash out")
         self.network, self.device = network.to(target.model.dtype), target.model.device
-        read: Any = {"target_layer_ids": list(shape.target_layer_ids), "num_hidden_layers": shape.num_hidden_layers}
-        read |= {"block_size": shape.block_size, "mask_token_id": shape.mask_token_id}
+        read = {name: getattr(shape, name) for name in ("num_hidden_layers", "block_size", "mask_token_id")}
+        read |= {"target_layer_ids": list(shape.target_layer_ids)}
         self.config = Qwen3Config(**read)  # what the loop and its cache read
 
     def forward(

@@ -5,9 +5,11 @@ know models.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from html import escape
 from io import StringIO
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,7 +21,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from flashdraft.bench.report import COLUMNS, Line, origin, read_results, settings, summarise
+from flashdraft.bench.report import COLUMNS, Line, grouped, origin, read_results, settings, summarise
 from flashdraft.bench.run import acceptance
 from flashdraft.checkpoint import write_file
 
@@ -30,6 +32,13 @@ _ASSETS = Path(__file__).parents[1] / "assets"
 _COLOURS = json.loads((_ASSETS / "colours.json").read_text(encoding="utf-8"))
 _OTHERS = ("#b8a100", "#c0392b", "#5d6d7e", "#7d9a3c", "#a04e77")
 _TINTS = {"compact": 0.25, "int8": 0.45, "torch": 0.6, "transformers": 0.7}
+_LABELS = {  # of pictures, in their order: the title and the axes' labels
+    "speedup": ("Speed-up over plain decoding (medians of pairs)", "times plain decoding"),
+    "tau": ("tau: tokens committed per target pass (means)", "tokens per target pass"),
+    "acceptance": ("Drafts accepted by position", "position in the draft", "share of steps"),
+    "batch": ("Throughput over batch sizes (medians)", "prompts decoded together", "tokens/s, all of them"),
+    "step": ("Where a decoding step's time goes", "ms per target pass"),
+}
 Panel = dict[str, dict[Any, float]]  # by method: a bar's parts, or a curve's points
 
 
@@ -62,39 +71,22 @@ def draw(files: Sequence[Path], out: Path) -> list[Path]:
 
 def _pictures(header: dict[str, Any], lines: list[Line]) -> Iterator[tuple[str, str, str]]:
     """Name, title and SVG of those that the lines have figures for."""
-    config, named = header.get("config", {}), settings(lines)
-    ratios, taus = dict[str, Panel](), dict[str, Panel]()
-    for name, own in named.items():
-        for row in summarise(own):
-            ratios.setdefault(panel := f"{row.task}\n{name}".strip(), {}).update(
-                {row.method: {"": row.ratio}} if row.ratio else {}
-            )
-            taus.setdefault(panel, {})[row.method] = {"": row.tau}
+    config, named, panels = header.get("config", {}), settings(lines), defaultdict[str, dict[str, Panel]](dict)
+    for setting, own in named.items():
+        for task, rows in grouped(summarise(own), attrgetter("task")).items():
+            panel = f"{task}\n{setting}".strip()
+            panels["speedup"][panel] = {row.method: {"": row.ratio} for row in rows if row.ratio}
+            panels["tau"][panel] = {row.method: {"": row.tau} for row in rows}
     batches = settings([line | {"max_rows": None, "rows": line.get("max_rows")} for line in lines])
-    drawn: dict[str, tuple[dict[str, Panel], str]] = {
-        "speedup": (ratios, "Speed-up over plain decoding (medians of pairs)|times plain decoding"),
-        "tau": (taus, "tau: tokens committed per target pass (means)|tokens per target pass"),
-        "acceptance": (_panels(named, _accepted), "Drafts accepted by position|position in the draft|share of steps"),
-        "batch": (
-            _panels(batches, _rates),
-            "Throughput over batch sizes (medians)|prompts decoded together|tokens/s, all of them",
-        ),
-        "step": (_panels(named, _parts), "Where a decoding step's time goes|ms per target pass"),
-    }
+    for name, groups, value in (("acceptance", named, _accepted), ("batch", batches, _rates), ("step", named, _parts)):
+        for setting, own in groups.items():
+            found = {method: value(those) for method, those in grouped(own, itemgetter("method")).items()}
+            panels[name][setting] = {method: figures for method, figures in found.items() if figures}
     about = " · ".join([*(f"{name} {config[name]}" for name in ("target", "max_new_tokens") if config), header["device"]])
-    for name, (panels, labels) in drawn.items():
-        if any(panels.values()):
-            columns = each if 1 < (each := len(panels) // len(named)) < 6 else 4  # a setting's tasks in a row of their own
-            yield name, labels.split("|")[0], _svg(panels, labels.split("|"), about, columns)
-
-
-def _panels(named: dict[str, list[Line]], value: Callable[[list[Line]], dict[Any, float]]) -> dict[str, Panel]:
-    """By name of a panel and method: what `value` makes of its lines, where that is something."""
-    made: dict[str, Panel] = {}
-    for name, own in named.items():
-        lines = {method: [line for line in own if line["method"] == method] for method in dict.fromkeys(x["method"] for x in own)}
-        made[name] = {method: found for method, those in lines.items() if (found := value(those))}
-    return made
+    for name, labels in _LABELS.items():
+        if any(panels[name].values()):
+            columns = each if 1 < (each := len(panels[name]) // len(named)) < 6 else 4  # a setting's tasks in a row of their own
+            yield name, labels[0], _svg(panels[name], labels, about, columns)
 
 
 def _accepted(lines: list[Line]) -> dict[Any, float]:
@@ -102,8 +94,9 @@ def _accepted(lines: list[Line]) -> dict[Any, float]:
 
 
 def _rates(lines: list[Line]) -> dict[Any, float]:
-    rates = {n: [line["batch_tokens_per_second"] for line in lines if line["rows"] == n] for n in {x["rows"] for x in lines}}
-    return {n: median(rates[n]) for n in sorted(rates)} if len(rates) > 1 else {}
+    sizes = grouped(lines, itemgetter("rows"))
+    rates = {n: median(line["batch_tokens_per_second"] for line in sizes[n]) for n in sorted(sizes)}
+    return rates if len(rates) > 1 else {}
 
 
 def _parts(lines: list[Line]) -> dict[Any, float]:
@@ -142,12 +135,10 @@ def _bars(axis: Axes, panel: Panel, names: list[str]) -> None:
     places, ends = [names.index(name) for name in panel], [0.0] * len(panel)
     for part in dict.fromkeys(part for bar in panel.values() for part in bar):
         widths = [bar.get(part, 0.0) for bar in panel.values()]
-        axis.barh(places, widths, 0.7, ends, color=[_colour(part or name) for name in panel], label=part or None)
+        bars = axis.barh(places, widths, 0.7, ends, color=[_colour(part or name) for name in panel], label=part or None)
         ends = [end + width for end, width in zip(ends, widths, strict=True)]
-    for place, end in zip(places, ends, strict=True):
-        axis.annotate(
-            f"{end:.2f}" if end < 10 else f"{end:.1f}", (end, place), (3, 0), textcoords="offset points", va="center", fontsize=8
-        )
+    if panel:
+        axis.bar_label(bars, [f"{end:.2f}" if end < 10 else f"{end:.1f}" for end in ends], padding=3, fontsize=8)
     axis.set_yticks(range(len(names)), names)
     axis.set_ylim(len(names) - 0.5, -0.5)
     axis.grid(visible=False, axis="y")

@@ -1,38 +1,40 @@
-"""Where a decoding step's time goes: weights, attention, lm_head, drafting, and the host's rest; and what is in memory.
+"""What is measured on this machine: where a step's time and the memory go, and the CPU as a Device of roofline.py.
 
 Real steps of the engine, with clocks around the lean target's linears, its attention, its head and the drafter.
 """
 
 import time
 import timeit
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from statistics import median
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from flashdraft import hub
+from flashdraft import hub, native
+from flashdraft.bench.roofline import BYTES, Device
 from flashdraft.engine import Engine
 from flashdraft.errors import UnsupportedTarget
-from flashdraft.generate import load
+from flashdraft.generate import Model, load
 from flashdraft.lean import LeanTarget
 from flashdraft.methods.autoregressive import Autoregressive
-from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDraft
+from flashdraft.methods.dflash import DFlashDraftModel
 from flashdraft.train.batch import FlopCount
 from flashdraft.train.initialise import draft_config, random_weights
-from flashdraft.types import Drafter, SamplingParams, require
+from flashdraft.types import SamplingParams, require
 
-__all__ = ["PARTS", "Profile", "profile", "profile_training"]
+__all__ = ["PARTS", "Profile", "calibrate", "profile", "profile_training"]
 
 PARTS = ("weights", "attention", "lm_head", "drafting", "host")
 _WARM_UP = 3
 
 
-@dataclass(frozen=True)
-class Profile:
-    """One number of nodes: median milliseconds by part, and bytes by what holds them."""
+class Profile(NamedTuple):
+    """Of one number of nodes: median milliseconds by part, and bytes by what holds them."""
 
-    nodes: int
     milliseconds: dict[str, float]
     nbytes: dict[str, int]
 
@@ -45,26 +47,21 @@ def profile(
     model = load(target, draft="autoregressive", kernel=kernel)
     if not isinstance(model.target, LeanTarget) or kernel == "compiled":
         raise UnsupportedTarget(f"`{target}` runs by {model.target.kernel}, which has no parts to time", hint="profile a llama")
-    drafter: Drafter = Autoregressive()
-    network = None
+    drafter: Any = Autoregressive()
     if nodes > 1:
-        shipped = hub.builtin_draft(target) if draft == "auto" else draft
-        most = max(model.target.num_layers - 3, 1)
+        shipped, most = hub.builtin_draft(target) if draft == "auto" else draft, max(model.target.num_layers - 3, 1)
         shape: Any = {"num_layers": min(3, most), "num_features": min(5, most), "mask_token_id": 0}
-        untrained = random_weights(draft_config(model.target, **shape), 0) if shipped is None else None
-        drafting = untrained or DFlashDraftModel.from_pretrained(shipped or "")
-        assert isinstance(drafting, DFlashDraftModel)
-        network = PackedDraft(drafting, model.target)
-        drafter = DFlashDrafter(network, block_size=nodes)
+        config = draft_config(model.target, **shape)
+        network = random_weights(config, 0) if shipped is None else DFlashDraftModel.from_pretrained(shipped)
+        drafter = network.drafters(model.target)(block_size=nodes)
     engine = Engine(model.target, drafter)
     prompt = torch.randint(model.target.vocab_size, (context,), generator=torch.Generator().manual_seed(0)).tolist()
     params = SamplingParams(max_new_tokens=(steps + _WARM_UP + 1) * nodes + nodes, ignore_eos=True)
     engine.admit(model.request(prompt, params))
-    times = _times(engine, model.target, steps)
-    caches = sum(cache.nbytes for cache in drafter.caches)
+    times, caches = _times(engine, model.target, steps), sum(cache.nbytes for cache in drafter.caches)
     nbytes = {"weights": model.target.nbytes, "cache": engine.cache_nbytes - caches}
-    nbytes |= {"drafter weights": network.nbytes if network else 0, "drafter cache": caches}
-    return Profile(nodes, {part: 1000 * median(step[part] for step in times) for part in PARTS}, nbytes)
+    nbytes |= {"drafter weights": drafter.network.nbytes if nodes > 1 else 0, "drafter cache": caches}
+    return Profile({part: 1000 * median(step[part] for step in times) for part in PARTS}, nbytes)
 
 
 def profile_training(trainer: Any, steps: int) -> list[list[str]]:
@@ -85,6 +82,24 @@ def profile_training(trainer: Any, steps: int) -> list[list[str]]:
     best = min(timeit.repeat(lambda: x @ x, number=1))
     rate = flops.total * steps / seconds / (2 * 1024**3 / best)
     return [*rows, [f"{rate:.0%} of the float32 matmul rate", "", ""], [f"{flops.total / 1e12:.4f} TFLOP a step", "", ""]]
+
+
+def calibrate(weights: str) -> tuple[Device, Device]:
+    """What runs a target with weights of that format, and drafts in 8 bits; takes seconds. Raises UnsupportedTarget."""
+    if not native.usable(torch.zeros(1)):
+        raise UnsupportedTarget("the C++ kernels do not run on this machine", hint="install g++ or clang++, or name a GPU")
+    large = native.NativeLinear(torch.zeros(1 << 15, 1024), kernel="float32")  # 128 MiB: beyond the caches
+    bandwidth = large.nbytes / min(timeit.repeat(partial(large, torch.ones(1, 1024)), number=1, repeat=8))
+    sizes = LlamaConfig(hidden_size=64, intermediate_size=64, vocab_size=64, num_hidden_layers=8, num_attention_heads=4)
+    target = LeanTarget(LlamaForCausalLM(sizes).eval(), "tiny", kernel="float32")
+    make = random_weights(draft_config(target, num_layers=8, mask_token_id=0), 0).drafters(target)  # as deep: as dear
+    tokenizer, steps = SimpleNamespace(decode=lambda ids, **_: "a" * len(ids)), []
+    for drafter in (Autoregressive, make):
+        model = Model(target, tokenizer, drafter, eos=frozenset(), max_rows=1)
+        runs = (model.generate([1] * 8, max_new_tokens=24).stats for _ in range(20))
+        steps.append(min(stats.decode_seconds / stats.target_passes for stats in runs))
+    device = Device(bandwidth, _rates(weights), BYTES[weights], 4.0, 0.0, steps[0], max(steps[1] - 2 * steps[0], 0.0))
+    return device, replace(device, rates=_rates("int8"), weight=BYTES["int8"])
 
 
 def _times(engine: Engine, target: LeanTarget, steps: int) -> list[dict[str, float]]:
@@ -121,13 +136,17 @@ class _Clock:
 
     def wrap(self, part: str, call: Any) -> Any:
         def timed(*args: Any, **options: Any) -> Any:
-            if self.busy:
-                return call(*args, **options)
-            self.busy, started = True, time.perf_counter()
-            try:
-                return call(*args, **options)
-            finally:
-                self.busy = False
-                self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
+            inside, self.busy, started = self.busy, True, time.perf_counter()
+            result = call(*args, **options)
+            self.busy = inside
+            self.seconds[part] += 0.0 if inside else time.perf_counter() - started
+            return result
 
         return timed
+
+
+def _rates(kernel: str) -> dict[int, float]:
+    """FLOP/s by number of tokens, on a matrix that stays in the cache; zeros fit every format."""
+    linear, widths = native.NativeLinear(torch.zeros(1536, 576), kernel=kernel), (1, 2, 4, 8, 16, 32)
+    times = [min(timeit.repeat(partial(linear, torch.ones(n, 576)), number=1, repeat=60)) for n in widths]
+    return {n: 2 * n * 1536 * 576 / seconds for n, seconds in zip(widths, times, strict=True)}

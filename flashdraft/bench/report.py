@@ -2,10 +2,10 @@
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import astuple, dataclass
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich import box
 from rich.console import Console
@@ -14,7 +14,7 @@ from rich.table import Table
 from flashdraft.errors import DataError
 from flashdraft.train.prompts import read_jsonl
 
-__all__ = ["COLUMNS", "Summary", "origin", "print_table", "read_results", "settings", "show", "summarise"]
+__all__ = ["COLUMNS", "Summary", "grouped", "origin", "print_table", "read_results", "settings", "show", "summarise"]
 
 Line = dict[str, Any]
 _SPEEDS = ("batch_tokens_per_second", "decode_tokens_per_second")
@@ -22,8 +22,7 @@ _SETTING = {"temperature": "T = {:g}", "max_rows": "batch {}", "threads": "threa
 COLUMNS = ["task", "method", "answers", "tokens/s", "ratio", "decode tokens/s", "decode ratio", "tau", "identical", "first, ms"]
 
 
-@dataclass(frozen=True)
-class Summary:
+class Summary(NamedTuple):
     """One method on one task. Ratios, to plain decoding or a chosen method, are medians of pairs of one prompt and repeat.
 
     tokens_per_second: of all prompts decoded together, prefill included; decode_tokens_per_second: of one, after its first token.
@@ -43,27 +42,35 @@ class Summary:
     @property
     def cells(self) -> list[str]:
         """As COLUMNS want it."""
-        words, figures = astuple(self)[:3], zip(astuple(self)[3:], (".1f", ".2f", ".1f", ".2f", ".2f", ".0%", ".0f"), strict=True)
-        return [*map(str, words), *("-" if value is None else format(value, form) for value, form in figures)]
+        forms = ("", "", "", ".1f", ".2f", ".1f", ".2f", ".2f", ".0%", ".0f")
+        return ["-" if value is None else format(value, form) for value, form in zip(self, forms, strict=True)]
+
+
+def grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
+    """The items by what `key` says of them, in the order in which it first says it."""
+    found: dict[Any, list[Any]] = {}
+    for item in items:
+        found.setdefault(key(item), []).append(item)
+    return found
 
 
 def settings(lines: Sequence[Line]) -> dict[str, list[Line]]:
     """The lines by temperature, batch size and number of threads, as far as they tell them."""
-    found: dict[str, list[Line]] = {}
-    for line in lines:
-        told = (form.format(line[name]) for name, form in _SETTING.items() if line.get(name) is not None)
-        found.setdefault(", ".join(told), []).append(line)
-    return found
+
+    def setting(line: Line) -> str:
+        return ", ".join(form.format(line[name]) for name, form in _SETTING.items() if line.get(name) is not None)
+
+    return grouped(lines, setting)
 
 
 def summarise(lines: Sequence[Line]) -> list[Summary]:
     """Every task's methods, in the order of the lines; with several tasks, all of them together come last."""
-    tasks = list(dict.fromkeys(line["task"] for line in lines))
-    parts = [(task, [line for line in lines if line["task"] == task]) for task in tasks]
+    parts = [*grouped(lines, itemgetter("task")).items()]
     rows = []
-    for task, part in [*parts, ("all", lines)] if len(tasks) > 1 else parts:
-        for method in sorted({line["method"] for line in part}, key=lambda name: (not name.startswith("autoregressive"), name)):
-            rows.append(_summary(task, method, [line for line in part if line["method"] == method]))
+    for task, part in [*parts, ("all", lines)] if len(parts) > 1 else parts:
+        methods = grouped(part, itemgetter("method"))
+        for method in sorted(methods, key=lambda name: (not name.startswith("autoregressive"), name)):
+            rows.append(_summary(task, method, methods[method]))
     return rows
 
 
@@ -74,13 +81,11 @@ def read_results(path: Path, base: str | None = None) -> tuple[dict[str, Any], l
     if not rows or "header" not in rows[0] or not all(wanted <= row.keys() for row in rows[1:]):
         raise DataError(f"`{path}` is not a results file", hint="give a file that `flashdraft bench` wrote")
     lines = [{_SPEEDS[0]: line["tokens_per_second"]} | line for line in rows[1:]]
-    answers = {(line["method"], *_key(line)): line for line in lines}
-    pairs = [answers.get((base or line.get("plain", "autoregressive"), *_key(line))) for line in lines]
+    keys = [(line["prompt"], line["repeat"], *map(line.get, _SETTING)) for line in lines]
+    answers = {(line["method"], key): line for line, key in zip(lines, keys, strict=True)}
+    plain = (base or line.get("plain", "autoregressive") for line in lines)
+    pairs = map(answers.get, zip(plain, keys, strict=True))
     return rows[0]["header"], [line | {"pair": pair} for line, pair in zip(lines, pairs, strict=True)]
-
-
-def _key(line: Line) -> tuple[Any, ...]:
-    return line["prompt"], line["repeat"], *map(line.get, _SETTING)
 
 
 def origin(header: dict[str, Any]) -> list[str]:

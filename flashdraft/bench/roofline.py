@@ -1,7 +1,7 @@
 """Predicted tokens/s from shapes and rates: is a drafter worth training for this model on that hardware, and with which block?
 
 A pass costs its bytes over the bandwidth and its FLOPs over the rate, part by part, mostly the larger, and fixed seconds for
-each layer and pass (docs/roofline.md). Knows shapes, devices and acceptance. Measures nothing: calibrate.py does.
+each layer and pass (docs/roofline.md). Knows shapes, devices and acceptance. Measures nothing: profile.py does.
 """
 
 import json
@@ -50,9 +50,8 @@ class Device:
         layer = net.hidden * (2 * (net.heads + net.kv_heads) * net.head_dim + 3 * net.inner)
         seen = (context + tokens) * net.layers * net.head_dim
         attention = self.part(rows * 2 * seen * net.kv_heads * self.cached, 4 * seen * net.heads, rows * tokens)
-        linears = sum(
-            self.part(n * self.weight, 2 * n, rows * tokens) for n in (net.layers * layer + extra, net.hidden * net.vocab)
-        )
+        weights = net.layers * layer + extra, net.hidden * net.vocab
+        linears = sum(self.part(n * self.weight, 2 * n, rows * tokens) for n in weights)
         return linears + attention + float(net.layers * self.layer + self.host)
 
 

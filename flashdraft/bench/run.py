@@ -14,9 +14,11 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from importlib.util import find_spec
-from itertools import product, starmap, zip_longest
+from itertools import chain, product, starmap, zip_longest
 from multiprocessing import get_context
+from operator import attrgetter
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -27,6 +29,7 @@ from rich.progress import track
 
 from flashdraft import hub
 from flashdraft.bench.peers import Answer, Method, Transformers, joined
+from flashdraft.bench.report import grouped
 from flashdraft.bench.tasks import BenchPrompt, read_prompts
 from flashdraft.engine import check
 from flashdraft.errors import InvalidParameter, ModelNotFound
@@ -39,7 +42,7 @@ __all__ = ["METHODS", "Answer", "BenchConfig", "acceptance", "run_bench", "run_p
 
 OURS = ("autoregressive", "dflash", "eagle3", "medusa", "draft_model", "prompt_lookup")
 THEIRS = ("transformers", "transformers_lookup", "transformers_assisted", "transformers_dflash")
-METHODS = OURS + THEIRS
+METHODS, DFLASH = OURS + THEIRS, {"dflash", "transformers_dflash"}
 METHODS_HELP = f"comma-separated, of {', '.join(METHODS)}; trees: dflash_tree, dflash_tree32; two at once: "
 METHODS_HELP += "dflash+prompt_lookup; another drafter: NAME=FOLDER; ours may name a kernel, dflash:int8; "
 METHODS_HELP += "other engines: NAME=FILE.py:FUNCTION:ARG"
@@ -85,7 +88,8 @@ class BenchConfig:
             value = getattr(self, name)
             object.__setattr__(self, name, tuple(dict.fromkeys(value if isinstance(value, list | tuple) else (value,))))
         check_options(self)
-        for kind, variant in self.specs.values():
+        specs = self.specs.values()
+        for kind, variant in specs:
             if kind.endswith(".py"):
                 require(Path(kind).is_file(), "an engine's file", kind, "there: NAME=FILE.py:FUNCTION:TEXT")
                 require(not any(self.temperature), "temperature", max(self.temperature), "0 beside engines that are greedy here")
@@ -96,19 +100,18 @@ class BenchConfig:
                 raise InvalidParameter(f"no kernel {variant!r}", hint=f"kernels are {', '.join(KERNELS)}")
         if self.draft in METHODS:
             raise InvalidParameter(f"draft is {self.draft!r}", hint="draft names dflash's drafter; other methods go into methods")
-        if len(self.specs) < len({part.strip() for part in self.methods.split(",")}):
+        if len(specs) < len({part.strip() for part in self.methods.split(",")}):
             raise InvalidParameter(f"two of `{self.methods}` have one name", hint="write NAME=METHOD with names of their own")
-        specs = self.specs.values()
-        kinds = {part for kind, _ in specs for part in ([kind] if kind in THEIRS else _parts(kind))}
-        users = {"draft": {"dflash", "transformers_dflash"}, "block_size": kinds - {"autoregressive", *THEIRS}}
+        kinds = {part for kind, _ in specs for part in _parts(kind)}
+        users = {"draft": DFLASH, "block_size": kinds - {"autoregressive", *THEIRS}}
         users |= {"assistant": {"transformers_assisted"}, "transformers_prompts": {*THEIRS}}
         for name, those in users.items():
             if getattr(self, name) not in (None, "auto") and not those & kinds:
-                hint = f"for {', '.join(sorted(those))}"
-                raise InvalidParameter(f"{name} is {getattr(self, name)}, but no method uses it", hint=hint)
+                got = f"{name} is {getattr(self, name)}, but no method uses it"
+                raise InvalidParameter(got, hint=f"for {', '.join(sorted(those))}")
         need = self.assistant is not None or "transformers_assisted" not in kinds
         require(need, "assistant", None, "the folder of transformers_assisted's small model")
-        if self.kernel != "auto" and all(variant or kind in THEIRS for kind, variant in self.specs.values()):
+        if self.kernel != "auto" and all(variant or kind in THEIRS for kind, variant in specs):
             raise InvalidParameter(f"kernel is {self.kernel!r}, but every method names its own", hint="leave one out")
         for temperature in self.temperature:
             self.params(0, temperature)
@@ -140,7 +143,9 @@ def run_bench(config: BenchConfig, *, quiet: bool = False) -> int:
     torch.set_num_threads(next(iter(config.threads), torch.get_num_threads()))
     methods, model, facts = _load(config)
     for prompt in prompts:
-        _check(config, model, prompt)
+        for turn in range(len(prompt.turns[: config.turns])):  # its answers as long as they may become
+            tokens = model.encode(_talk(prompt, [""] * turn)) + [0] * (turn * config.max_new_tokens)
+            check(model.target, model.request(tokens, config.params(0, 0.0)))
     short = replace(config.params(0, 0.0), max_new_tokens=min(8, config.max_new_tokens))
     for method in methods.values():  # first calls build kernels
         method([model.encode(prompts[0].text)], [short])
@@ -199,24 +204,12 @@ def run_peers(config: BenchConfig, gguf: Sequence[Path], engines: Path) -> list[
     return [one.out for one in configs]
 
 
-def _check(config: BenchConfig, model: Model, prompt: BenchPrompt) -> None:
-    """Raises what a turn of the prompt would raise, its answers as long as they may become."""
-    talk: list[dict[str, str]] = []
-    for turn, text in enumerate(prompt.turns[: config.turns]):
-        talk += [{"role": "assistant", "content": ""}] * bool(turn) + [{"role": "user", "content": text}]
-        tokens = model.encode(talk if turn else text) + [0] * (turn * config.max_new_tokens)
-        check(model.target, model.request(tokens, config.params(0, 0.0)))
-
-
 def _plan(config: BenchConfig, prompts: Sequence[BenchPrompt]) -> list[tuple[int, int, Setting, list[BenchPrompt]]]:
     """(repeat, turn, setting, prompts decoded together) in order: a repeat's settings go through the prompts side by side.
 
     A group is of one task; `turn` counts a setting's groups, so that every method goes first in each setting.
     """
-    tasks: dict[str, list[BenchPrompt]] = {}
-    for prompt in prompts:
-        tasks.setdefault(prompt.task, []).append(prompt)
-    units = []
+    tasks, units = grouped(prompts, attrgetter("task")), []
     for setting in starmap(Setting, product(config.temperature, config.max_rows, config.threads or (torch.get_num_threads(),))):
         groups = [task[i : i + setting.max_rows] for task in tasks.values() for i in range(0, len(task), setting.max_rows)]
         units += [(turn, setting, group) for turn, group in enumerate(sorted(groups, key=lambda group: group[0].number))]
@@ -224,28 +217,29 @@ def _plan(config: BenchConfig, prompts: Sequence[BenchPrompt]) -> list[tuple[int
     return [(repeat, repeat + turn, setting, group) for repeat in range(config.repeats) for turn, setting, group in units]
 
 
+def _talk(prompt: BenchPrompt, answers: Sequence[str]) -> Prompt:
+    """What is asked behind the answers to the turns before: the text alone, or the conversation so far."""
+    told = [*chain(*zip(prompt.turns, answers, strict=False)), prompt.turns[len(answers)]]
+    roles = ("user", "assistant") * len(prompt.turns)
+    return [{"role": role, "content": text} for role, text in zip(roles, told, strict=False)] if answers else prompt.text
+
+
 def _ask(method: Method, model: Model, prompts: Sequence[BenchPrompt], config: BenchConfig, temperature: float) -> list[Answer]:
     """The answers to prompts that are decoded together; every turn after the first one follows the method's own answers."""
-    talks: list[list[dict[str, str]]] = [[] for _ in prompts]
     found: list[list[Answer]] = [[] for _ in prompts]
-    read, seconds = [0] * len(prompts), 0.0
+    seconds = 0.0
     for turn in range(config.turns):
         live = [i for i, prompt in enumerate(prompts) if turn < len(prompt.turns)]
-        for i in live:
-            talks[i].append({"role": "user", "content": prompts[i].turns[turn]})
-        asked: list[Prompt] = [talks[i] if turn else prompts[i].text for i in live]
-        encoded = [model.encode(one) for one in asked]
+        said = [[model.tokenizer.decode(answer.tokens, skip_special_tokens=True) for answer in found[i]] for i in live]
+        encoded = [model.encode(_talk(prompts[i], texts)) for i, texts in zip(live, said, strict=True)]
         started = time.perf_counter()
         answers = method(encoded, [config.params(prompts[i].number, temperature) for i in live]) if live else []
         seconds += time.perf_counter() - started
         for i, tokens, answer in zip(live, encoded, answers, strict=True):
-            found[i].append(answer)
-            read[i] += len(tokens)
-            talks[i].append({"role": "assistant", "content": model.tokenizer.decode(answer.tokens, skip_special_tokens=True)})
+            found[i].append(replace(answer, figures=answer.figures | {"turns": 1, "num_prompt_tokens": len(tokens)}))
     whole = [joined(turns) for turns in found]
     rate = sum(len(answer.tokens) for answer in whole) / seconds
-    own = ({"turns": len(t), "num_prompt_tokens": n, "batch_tokens_per_second": rate} for t, n in zip(found, read, strict=True))
-    return [replace(answer, figures=answer.figures | told) for answer, told in zip(whole, own, strict=True)]
+    return [replace(answer, figures=answer.figures | {"batch_tokens_per_second": rate}) for answer in whole]
 
 
 def acceptance(steps: Sequence[int]) -> list[float]:
@@ -273,19 +267,16 @@ def _figures(answer: Answer, plain: Answer | None) -> dict[str, Any]:
 
 def _load(config: BenchConfig) -> tuple[dict[str, Method], Model, dict[str, Any]]:
     """The methods, a model that encodes prompts, and what the header tells about them."""
-    drafting = any("dflash" in kind for kind, _ in config.specs.values())
     drafter = str(hub.builtin_draft(config.target) or "" if config.draft == "auto" else config.draft)
-    if drafting and not drafter:
+    if not drafter and any(part in DFLASH for kind, _ in config.specs.values() for part in _parts(kind)):
         raise ModelNotFound(f"no drafter is shipped for `{config.target}`", hint="name one with --draft, or leave out dflash")
-    models: dict[str, Model] = {}
     facts: dict[str, Any] = {"kernel": {}, "row_exact": {}}
 
+    @cache
     def ours(kernel: str) -> Model:
-        if kernel not in models:
-            target, tokenizer, eos = load_target(config.target, dtype=config.dtype, kernel=kernel)
-            models[kernel] = Model(target, tokenizer, Autoregressive, eos=eos, max_rows=max(config.max_rows))
-            facts["kernel"][kernel], facts["row_exact"][kernel] = target.kernel, target.row_exact
-        return models[kernel]
+        target, tokenizer, eos = load_target(config.target, dtype=config.dtype, kernel=kernel)
+        facts["kernel"][kernel], facts["row_exact"][kernel] = target.kernel, target.row_exact
+        return Model(target, tokenizer, Autoregressive, eos=eos, max_rows=max(config.max_rows))
 
     methods: dict[str, Method] = {}
     theirs: Transformers | None = None
@@ -300,14 +291,12 @@ def _load(config: BenchConfig) -> tuple[dict[str, Method], Model, dict[str, Any]
             require(callable(engines.get(function)), "an engine", function, f"a function of `{kind}`")
             methods[name] = engines[function](argument, ours(config.kernel))
         else:
-            model, block_size = ours(variant or config.kernel), None if kind == "autoregressive" else config.block_size
+            model, plain, tree = ours(variant or config.kernel), kind == "autoregressive", re.search(r"_tree(\d*)", kind)
+            sizes = None if plain else config.block_size, int(tree[1] or _TREE_NODES) if tree else None
             draft = "+".join(drafter if part == "dflash" else part for part in _parts(kind))
-            tree = re.search(r"_tree(\d*)", kind)
-            nodes = int(tree[1] or _TREE_NODES) if tree else None
-            made = drafters(draft, model.target, config.target, block_size, nodes, tokenizer=model.tokenizer)
-            adaptive = kind != "autoregressive" and block_size is None
-            methods[name] = _timed(replace(model, new_drafter=made, adaptive=adaptive))
-    return methods, next(iter(models.values()), None) or ours(config.kernel), facts
+            made = drafters(draft, model.target, config.target, *sizes, tokenizer=model.tokenizer)
+            methods[name] = _timed(replace(model, new_drafter=made, adaptive=not plain and config.block_size is None))
+    return methods, ours(next(iter(facts["kernel"]), config.kernel)), facts
 
 
 def _timed(model: Model) -> Method:

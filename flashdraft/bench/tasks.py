@@ -7,10 +7,8 @@ and how its entries ask; does not know who answers.
 import json
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import hf_hub_download
 
@@ -22,8 +20,7 @@ from flashdraft.types import require
 __all__ = ["TASKS", "BenchPrompt", "read_ids", "read_prompts", "write_tasks"]
 
 
-@dataclass(frozen=True)
-class BenchPrompt:
+class BenchPrompt(NamedTuple):
     """One line of a prompts file."""
 
     number: int  # among the file's entries, from 0
@@ -38,7 +35,7 @@ class BenchPrompt:
 
 # task -> `file` below the data folder; `hub`, a data set as name:split or name:config:split, or a JSON file in one; `prompt`,
 # made of an entry's fields (without it, an entry has turns); `categories`: those of the file's entries that are the task's
-TASKS: dict[str, dict[str, Any]] = json.loads(files("flashdraft").joinpath("assets/tasks.json").read_text(encoding="utf-8"))
+TASKS: dict[str, dict[str, Any]] = json.loads(Path(__file__).parents[1].joinpath("assets/tasks.json").read_text(encoding="utf-8"))
 
 
 def read_ids(path: Path) -> dict[str, list[int]]:
@@ -68,9 +65,8 @@ def write_tasks(
     for task in (task for task in TASKS if {task, task.split("/")[0]} & {*tasks}):
         if task not in ids:
             raise DataError(f"no entry numbers for {task}", hint="add them to the file of --ids, or leave the task out")
-        entries = [
-            row for row in _rows(task, data) if row.get("category") in TASKS[task].get("categories", [row.get("category")])
-        ]
+        kinds = TASKS[task].get("categories")
+        entries = [row for row in _rows(task, data) if kinds is None or row.get("category") in kinds]
         if beyond := [i for i in ids[task] if not 0 <= i < len(entries)]:
             raise DataError(f"{task} has no entry {beyond[0]}, only {len(entries)}", hint="the ids are of another version of it")
         for i in ids[task][:first]:
@@ -91,13 +87,14 @@ def _asked(row: dict[str, Any], prompt: str | None) -> dict[str, Any]:
 
 def _rows(task: str, data: Path | None) -> Sequence[dict[str, Any]]:
     hint, name = "name the evaluation sets' folder with --data or FLASHDRAFT_DATA", str(TASKS[task].get("hub", ""))
-    if data is None and not name:
+    repo, _, file = name.rpartition("/")
+    if data is not None:
+        path = data / TASKS[task]["file"]
+    elif not name:
         raise DataError(f"the hub has no set for {task}", hint=hint)
-    if data is None and not name.endswith(".json"):
+    elif not file.endswith(".json"):
         return list(hub_rows(name))
-    path = (data or Path()) / TASKS[task]["file"]
-    if data is None:
-        repo, _, file = name.rpartition("/")
+    else:
         try:
             path = Path(hf_hub_download(repo, file, repo_type="dataset"))
         except Exception as error:  # the hub's client raises what its connection does
