@@ -136,7 +136,7 @@ def chain_by_definition(history: Sequence[int], depth: int, fault: str = "") -> 
         base = rms(state, layer.hidden_norm.weight) if fault == "the residual is the normed state" else state
         x = base + torch.cat(outputs) @ layer.self_attn.o_proj.weight.double().T
         y = rms(x, layer.post_attention_layernorm.weight)
-        gate, up = (y @ layer.mlp[name].weight.double().T for name in ("gate_proj", "up_proj"))
+        gate, up = (y @ linear.weight.double().T for linear in (layer.mlp.gate_proj, layer.mlp.up_proj))
         x = x + (gate * torch.sigmoid(gate) * up) @ layer.mlp.down_proj.weight.double().T
         law = target.lm_head(rms(x, model.norm.weight)).log_softmax(-1)
         found.append(int(law.argmax()))

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaModel
 from flashdraft.checkpoint import DraftConfig, check_target
 from flashdraft.errors import DraftMismatch, InvalidParameter
 from flashdraft.lean import LeanTarget
-from flashdraft.network import DRAFT_KERNEL, DraftNetwork
+from flashdraft.network import DRAFT_KERNEL, DraftNetwork, network_shape
 from flashdraft.sampling import adjusted, draw, probabilities, uniforms
 from flashdraft.target import Target
 from flashdraft.tree import chain
@@ -166,12 +166,8 @@ def chains(
 
 
 def _llama(config: DraftConfig, *, vocab_size: int) -> LlamaConfig:
-    names = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"]
-    names += ["rms_norm_eps", "max_position_embeddings", "attention_bias"]
-    rope = {"rope_type": "default", **config.rope_parameters}
-    given = {name: getattr(config, name) for name in names}
     nothing: Any = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))  # what the engine asks a target
-    return LlamaConfig(**given, vocab_size=vocab_size, rope_parameters=rope, **nothing, tie_word_embeddings=True)
+    return LlamaConfig(**network_shape(config), vocab_size=vocab_size, **nothing, tie_word_embeddings=True)
 
 
 def check_tokenizers(target_tokenizer: Any, draft_tokenizer: Any, target: Target, network: Target) -> None:
