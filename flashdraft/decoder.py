@@ -18,6 +18,7 @@ from flashdraft.layers import Linear, TorchLinear, apply_rotary
 
 __all__ = ["Block", "Decoder"]
 
+Output = tuple[Tensor, Tensor | None]  # states, and the wanted layers' outputs side by side if there are any
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer; q, k, v [tokens, heads, head_dim] -> [tokens, heads * head_dim]
 
 
@@ -55,14 +56,12 @@ class Decoder:
         eps: float,
         kernel: str = "compact",
     ) -> None:
-        self.norm, self.eps = norm.contiguous(), eps
+        self.norm, self.eps, self.hidden_size = norm.contiguous(), eps, len(norm)
         self.cos, self.sin = (table.contiguous() for table in rotary)
         self.heads, self.kv_heads, self.head_dim = heads
-        self.hidden_size = len(norm)
         kept = list(blocks)
-        self.norms = [block.norms for block in kept]
+        self.norms, self.windows = [block.norms for block in kept], [block.window for block in kept]
         self.inner = kept[0].linears["down"][0].shape[1]
-        self.windows = [block.window for block in kept]
         sizes = self.hidden_size % 32, self.head_dim % 16, self.heads * self.head_dim % 32, self.inner % 32, self.head_dim > 256
         fits = native.usable(norm) and not any(self.windows) and not any(sizes)
         self.native = fits and kernel not in ("torch", "compiled")
@@ -78,7 +77,7 @@ class Decoder:
 
     def __call__(
         self, cache: SlotCache, slots: Sequence[int], x: Tensor, shape: tuple[Tensor, Tensor, Tensor], layers: Sequence[int]
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Output:
         """Read nodes behind the rows' lengths, which stay. x: [rows, nodes, hidden].
 
         shape: who sees whom, bool [rows, nodes, nodes]; positions behind the length [rows, nodes]; sizes [rows], the rest is
@@ -91,16 +90,13 @@ class Decoder:
         counts = sizes.tolist()
         needed = max(map(sum, zip(lengths, counts, strict=True)))
         assert needed <= cache.slots, "the cache has too few slots"  # the kernels write unchecked
-        whole = min(counts) == x.shape[1]
         real = torch.arange(x.shape[1]) < sizes[:, None]  # nothing below sees padding
-        packed = x.flatten(0, 1) if whole else x[real]
+        packed = x.flatten(0, 1) if min(counts) == x.shape[1] else x[real]
         if self._model is not None:
-            out = self._native(cache, packed, (torch.tensor(slots), starts, sizes, depths, seen), layers)
+            states, features = self._native(cache, packed, (torch.tensor(slots), starts, sizes, depths, seen), layers)
         else:
-            out = self.run(packed, *self._torch(cache, slots, (starts, depths, seen, real)), layers)
-        if whole:
-            return out[0].view_as(x), None if out[1] is None else out[1].view(*x.shape[:2], -1)
-        return _spread(out[0], real), None if out[1] is None else _spread(out[1], real)
+            states, features = self.run(packed, *self._torch(cache, slots, (starts, depths, seen, real)), layers)
+        return _spread(states, real), None if features is None else _spread(features, real)
 
     def _torch(self, cache: SlotCache, slots: Sequence[int], shape: tuple[Tensor, ...]) -> tuple[Tensor, Attend]:
         """Positions [tokens] without padding, and attention to what the rows from the first slot to the last one hold."""
@@ -115,19 +111,19 @@ class Decoder:
         positions, lengths, own, row, node, place = (t.to(self.norm.device) for t in given)
         return positions, self.attend_to(kv, lengths, own, (row, node, place))
 
-    def run(self, x: Tensor, positions: Tensor, attend: Attend, layers: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    def run(self, x: Tensor, positions: Tensor, attend: Attend, layers: Sequence[int]) -> Output:
         """x [tokens, hidden], positions [tokens] -> the final normed states and the wanted layers' outputs side by side."""
         cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]
         wanted: dict[int, Tensor] = {}
-        num_qk = self.heads + self.kv_heads
+        split = self.heads, self.kv_heads
         for index, (norms, linears) in enumerate(zip(self.norms, self.linears, strict=True)):
             qkv = linears["qkv"](self._normed(x, norms["input_norm"])).view(len(x), -1, self.head_dim)
-            qk, v = qkv[:, :num_qk], qkv[:, num_qk:]
+            qk, v = qkv.split((sum(split), self.kv_heads), dim=1)
             if "q_norm" in norms:
-                q, k = self._normed(qk[:, : self.heads], norms["q_norm"]), self._normed(qk[:, self.heads :], norms["k_norm"])
-                qk = torch.cat((q, k), dim=1)
-            qk = apply_rotary(qk, cos, sin)
-            x = x + linears["out"](attend(index, qk[:, : self.heads], qk[:, self.heads :], v))
+                q, k = qk.split(split, dim=1)
+                qk = torch.cat((self._normed(q, norms["q_norm"]), self._normed(k, norms["k_norm"])), dim=1)
+            q, k = apply_rotary(qk, cos, sin).split(split, dim=1)
+            x = x + linears["out"](attend(index, q, k, v))
             gate, up = linears["gate_up"](self._normed(x, norms["post_norm"])).chunk(2, dim=-1)
             x = x + linears["down"](F.silu(gate) * up)
             if index in layers:
@@ -194,20 +190,17 @@ class Decoder:
         sizes = len(self.linears), self.hidden_size, self.heads, self.kv_heads, self.head_dim, self.inner, self.eps
         return native.Model(*sizes, self._layers, *(t.data_ptr() for t in (self.norm, self.cos, self.sin)))
 
-    def _native(
-        self, cache: SlotCache, x: Tensor, shape: tuple[Tensor, ...], layers: Sequence[int]
-    ) -> tuple[Tensor, Tensor | None]:
+    def _native(self, cache: SlotCache, x: Tensor, shape: Sequence[Tensor], layers: Sequence[int]) -> Output:
         assert self._model is not None
-        n = len(x)
-        features = x.new_empty(n, len(layers) * self.hidden_size)
         wanted = [-1] * (len(self.linears) + 1)
         for i, layer in enumerate(layers):
             wanted[layer] = i * self.hidden_size
         if cache.addresses is None:
             cache.addresses = native.addresses(self.slots_of(cache))
         sizes = (self.heads + 2 * self.kv_heads) * self.head_dim, self.heads * self.head_dim, self.inner
-        tensors = [x, *(x.new_empty(n, size) for size in sizes), features]
-        native.step(self._model, cache.slots, shape, cache.addresses, torch.tensor(wanted), tensors, self.seconds)
+        *work, features = (x.new_empty(len(x), size) for size in (*sizes, len(layers) * self.hidden_size))
+        tensors = torch.tensor(wanted), x, *work, features
+        native.step(self._model, cache.slots, shape, cache.addresses, tensors, self.seconds)
         return x, features if layers else None
 
 
@@ -217,7 +210,9 @@ def _interleaved(pair: Tensor) -> Tensor:
 
 
 def _spread(packed: Tensor, real: Tensor) -> Tensor:
-    """[tokens, ...] back to [rows, nodes, ...]; padding is zero."""
-    out = packed.new_zeros((*real.shape, packed.shape[-1]))
+    """[tokens, size] back to [rows, nodes, size]; padding is zero."""
+    if len(packed) == real.numel():
+        return packed.view(*real.shape, -1)
+    out = packed.new_zeros(*real.shape, packed.shape[-1])
     out[real] = packed
     return out
