@@ -68,7 +68,7 @@ class DraftConfig:
     def from_json(cls, config: Mapping[str, Any], where: str) -> Self:
         """Read config.json. Raises CheckpointError naming the missing or foreign key."""
         config, method = _as_dflash(config)
-        named = " ".join(str(x) for x in (*(config.get("architectures") or ()), config.get("model_type", ""))).lower()
+        named = " ".join(map(str, (*(config.get("architectures") or ()), config.get("model_type", "")))).lower()
         special = config.get("dflash_config") or {}
         found = [name for name in _FOREIGN if name in named or f"{name}_config" in config]
         found += ["sample_from_anchor"] if config.get("sample_from_anchor") or special.get("sample_from_anchor") else []

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from flashdraft.cache import SlotCache
-from flashdraft.decoder import Decoder
+from flashdraft.decoder import Decoder, Output, Pair
 
 __all__ = ["CompiledStep", "padded"]
 
-Pair = tuple[Tensor, Tensor | None]
 _LIMITS: Any = {"recompile_limit": 64, "isolate_recompiles": True}  # widths times sizes of the cache; beyond 64 torch raises
 
 
@@ -43,7 +42,7 @@ class CompiledStep:
 
     def __call__(
         self, cache: SlotCache, slots: Sequence[int], tokens: Tensor, shape: tuple[Tensor, Tensor, Tensor], layers: Sequence[int]
-    ) -> Pair:
+    ) -> Output:
         """As Decoder.__call__, but of tokens [rows, nodes], and with the head behind the final state."""
         seen, depths, sizes = shape
         lengths, at, n = torch.tensor([cache.lengths[slot] for slot in slots]), torch.tensor(slots), tokens.shape[1]
@@ -62,7 +61,7 @@ class CompiledStep:
         at = at.to(self.device)  # indexing copies, and it has to: the next replay overwrites what a graph gave
         return out[at, :n], None if features is None else features[at, :n]
 
-    def _trace(self, shape: list[Tensor], kv: list[tuple[Tensor, Tensor]], layers: Sequence[int]) -> Pair:
+    def _trace(self, shape: list[Tensor], kv: Sequence[Pair], layers: Sequence[int]) -> Output:
         """All rows and nodes, padding included; a row that is not in this pass has size 0."""
         (tokens, lengths, sizes, depths, seen), (rows, width) = shape, shape[0].shape
         node, row = (torch.arange(n, device=tokens.device) for n in (width, rows))

@@ -16,8 +16,9 @@ from flashdraft import native
 from flashdraft.cache import SlotCache, round_up
 from flashdraft.layers import Linear, TorchLinear, apply_rotary
 
-__all__ = ["Block", "Decoder"]
+__all__ = ["Block", "Decoder", "Output", "Pair"]
 
+Pair = tuple[Tensor, Tensor]
 Output = tuple[Tensor, Tensor | None]  # states, and the wanted layers' outputs side by side if there are any
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer; q, k, v [tokens, heads, head_dim] -> [tokens, heads * head_dim]
 
@@ -32,12 +33,8 @@ class Block:
             return weight, torch.cat(biases).to(like) if biases else None
 
         attention, mlp, self.window = block.self_attn, block.mlp, window
-        self.linears = {
-            "qkv": fused(attention.q_proj, attention.k_proj, attention.v_proj),
-            "out": fused(attention.o_proj),
-            "gate_up": fused(mlp.gate_proj, mlp.up_proj),
-            "down": fused(mlp.down_proj),
-        }
+        self.linears = {"qkv": fused(attention.q_proj, attention.k_proj, attention.v_proj), "out": fused(attention.o_proj)}
+        self.linears |= {"gate_up": fused(mlp.gate_proj, mlp.up_proj), "down": fused(mlp.down_proj)}
         norms = {"input_norm": block.input_layernorm, "post_norm": block.post_attention_layernorm}
         norms |= {name: getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)}
         self.norms = {name: norm.weight.detach().to(like).contiguous() for name, norm in norms.items()}
@@ -47,14 +44,7 @@ class Decoder:
     """Blocks and the norm behind them, packed. `heads`: query heads, key heads, size; `rotary`: layers.rotary_table's."""
 
     def __init__(
-        self,
-        blocks: Iterable[Block],
-        norm: Tensor,
-        *,
-        rotary: tuple[Tensor, Tensor],
-        heads: tuple[int, int, int],
-        eps: float,
-        kernel: str = "compact",
+        self, blocks: Iterable[Block], norm: Tensor, *, rotary: Pair, heads: Sequence[int], eps: float, kernel: str = "compact"
     ) -> None:
         self.norm, self.eps, self.hidden_size = norm.contiguous(), eps, len(norm)
         self.cos, self.sin = (table.contiguous() for table in rotary)
@@ -68,8 +58,7 @@ class Decoder:
         self.kernel = kernel if self.native or kernel == "compiled" else "torch"
         self.linears = [{name: self._packed(name, *pair) for name, pair in block.linears.items()} for block in kept]
         everything = [linear for linears in self.linears for linear in linears.values()]
-        self.row_exact = all(linear.row_exact for linear in everything)
-        self.nbytes = sum(linear.nbytes for linear in everything)
+        self.row_exact, self.nbytes = all(one.row_exact for one in everything), sum(one.nbytes for one in everything)
         self.formats = sorted({linear.format for linear in everything})
         self._model = self._native_model() if self.native else None
         self.attention: Callable[..., Tensor] = F.scaled_dot_product_attention
@@ -107,9 +96,9 @@ class Decoder:
         row, (which, node) = torch.tensor(slots) - first, real.nonzero(as_tuple=True)
         lengths, own = starts.new_zeros(rows), seen.new_zeros(rows, width, width)
         lengths[row], own[row] = starts, seen
-        given = (starts[which] + depths[which, node], lengths, own, row[which], node, starts[which] + node)
-        positions, lengths, own, row, node, place = (t.to(self.norm.device) for t in given)
-        return positions, self.attend_to(kv, lengths, own, (row, node, place))
+        given = starts[which] + depths[which, node], lengths, own, row[which], node, starts[which] + node
+        positions, lengths, own, *at = (t.to(self.norm.device) for t in given)
+        return positions, self.attend_to(kv, lengths, own, at)
 
     def run(self, x: Tensor, positions: Tensor, attend: Attend, layers: Sequence[int]) -> Output:
         """x [tokens, hidden], positions [tokens] -> the final normed states and the wanted layers' outputs side by side."""
@@ -135,9 +124,7 @@ class Decoder:
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self.eps)
 
-    def attend_to(
-        self, kv: list[tuple[Tensor, Tensor]], starts: Tensor, seen: Tensor, at: tuple[Tensor, Tensor | None, Tensor]
-    ) -> Attend:
+    def attend_to(self, kv: Sequence[Pair], starts: Tensor, seen: Tensor, at: Sequence[Tensor | None]) -> Attend:
         """One call for all rows and nodes; a layer with a window is causal.
 
         kv: every layer's keys and values [rows, kv_heads, slots, head_dim]; starts: what the rows hold [rows]; seen [rows,

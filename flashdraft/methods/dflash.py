@@ -85,8 +85,7 @@ class DFlashDraftModel(DraftNetwork):
 
     def context(self, features: Tensor) -> Tensor:
         """features [n, F * hidden] -> C [n, hidden], from which every layer makes its context keys and values."""
-        fused: Tensor = self.hidden_norm(self.fc(features))
-        return fused
+        return self.hidden_norm(self.fc(features))  # type: ignore[no-any-return]
 
     def forward(self, context: Tensor, block: Tensor, positions: tuple[Tensor, Tensor], attend: Any) -> Tensor:
         """The whole network on packed rows.
@@ -121,14 +120,9 @@ class PackedDraft(DraftHead):
         kinds = config.layer_types or ("full_attention",) * len(model.layers)
         windows = [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
         blocks = [Block(layer, probe, window=window) for layer, window in zip(model.layers, windows, strict=True)]
-        self.decoder = Decoder(
-            blocks,
-            model.norm.weight.detach().to(probe),
-            rotary=(model.cos.to(probe), model.sin.to(probe)),
-            heads=heads,
-            eps=config.rms_norm_eps,
-            kernel="compiled" if target.kernel_name == "compiled" else DRAFT_KERNEL,
-        )
+        norm, rotary = model.norm.weight.detach().to(probe), (model.cos.to(probe), model.sin.to(probe))
+        kernel = "compiled" if target.kernel_name == "compiled" else DRAFT_KERNEL
+        self.decoder = Decoder(blocks, norm, rotary=rotary, heads=heads, eps=config.rms_norm_eps, kernel=kernel)
         first = heads[0] * heads[2]  # behind the queries: keys and values, of all layers in one linear
         weights, biases = zip(*(block.linears["qkv"] for block in blocks), strict=True)
         bias = None if biases[0] is None else torch.cat([b[first:] for b in biases])

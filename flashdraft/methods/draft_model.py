@@ -149,9 +149,8 @@ class CutDraftModel(DraftNetwork):
         check_target(self.config, target)
         everything = torch.arange(target.vocab_size)
         table, head = target.embed(everything), target.head_weight(everything)
-        norm = SimpleNamespace(weight=self.norm.weight.detach().to(table))
-        inner = {"layers": self.layers, "norm": norm, "rotary_emb": self.rotary_emb}
-        model = SimpleNamespace(embed_tokens=SimpleNamespace(weight=table), **inner)
+        norm, tokens = (SimpleNamespace(weight=weight) for weight in (self.norm.weight.detach().to(table), table))
+        model = SimpleNamespace(embed_tokens=tokens, layers=self.layers, norm=norm, rotary_emb=self.rotary_emb)
         own = SimpleNamespace(weight=table if torch.equal(table, head) else head, bias=None)
         lm = SimpleNamespace(config=_llama(self.config, vocab_size=target.vocab_size), model=model, lm_head=own)
         return partial(chains, LeanTarget(lm, f"{self.config.num_hidden_layers} layers of {target.name}", kernel=DRAFT_KERNEL))
