@@ -122,11 +122,9 @@ class DraftHead:
         self.embedding = None if embedding is None else embedding.to(self.probe)
         self.own_head = None if own is None or model.sequential_head is None else own.to(self.probe)
         self.vocabulary: Tensor | None = None  # target ids of a reduced draft vocabulary; None: the target's
-        if "d2t" in model.extras:  # target id - draft id
-            offsets = model.extras["d2t"].long()
-            self.vocabulary = (offsets + torch.arange(len(offsets))).to(self.probe.device)
-        if own is None and self.vocabulary is not None:
-            own = target.head_weight(self.vocabulary)
+        if (offsets := model.extras.get("d2t")) is not None:  # target id - draft id
+            self.vocabulary = (offsets.long() + torch.arange(len(offsets))).to(self.probe.device)
+            own = target.head_weight(self.vocabulary) if own is None else own
         self.head: Linear | None = None if own is None else self.packed(own)
         self.nbytes = sum(t.nbytes for t in (self.embedding, self.head) if t is not None)
 

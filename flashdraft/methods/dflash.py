@@ -24,8 +24,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from flashdraft import native
 from flashdraft.cache import SlotCache
 from flashdraft.checkpoint import DraftConfig
-from flashdraft.compiled import CompiledStep
-from flashdraft.decoder import Block, Decoder
+from flashdraft.decoder import Block, CompiledStep, Decoder
 from flashdraft.layers import RMSNorm, SwigluHead, apply_rotary, pack
 from flashdraft.network import DRAFT_KERNEL, DraftHead, DraftNetwork
 from flashdraft.target import Target

@@ -20,6 +20,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from flashdraft.cache import SlotCache
 from flashdraft.checkpoint import DraftConfig
+from flashdraft.decoder import Block
 from flashdraft.layers import RMSNorm, apply_rotary
 from flashdraft.network import DraftHead, DraftNetwork
 from flashdraft.target import Target
@@ -79,15 +80,12 @@ class _Packed(DraftHead):
         if not self.config.num_target_layers:
             layers = model.config.target_layer_ids or fused_layers(target.num_layers)
             self.config = replace(model.config, num_target_layers=target.num_layers, target_layer_ids=layers)
-        layer = model.midlayer
-        self.fc = self.packed(model.fc.weight)
-        self.qkv = self.packed(torch.cat([layer.self_attn[f"{x}_proj"].weight for x in "qkv"]))
-        self.out, self.down = self.packed(layer.self_attn.o_proj.weight), self.packed(layer.mlp.down_proj.weight)
-        self.gate_up = self.packed(torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight]))
-        norms = {name: norm for name, norm in (*layer.items(), ("norm", model.norm)) if isinstance(norm, RMSNorm)}
-        self.norms = {name: norm.weight.detach().to(self.probe) for name, norm in norms.items()}
-        self.cos, self.sin = model.cos.to(self.probe), model.sin.to(self.probe)
-        self.nbytes += sum(linear.nbytes for linear in (self.fc, self.qkv, self.out, self.down, self.gate_up))
+        layer = Block(model.midlayer, self.probe)
+        self.fc, self.cos, self.sin = self.packed(model.fc.weight), model.cos.to(self.probe), model.sin.to(self.probe)
+        self.linears = {name: self.packed(weight) for name, (weight, _) in layer.linears.items()}
+        states, final = (norm.weight.detach().to(self.probe) for norm in (model.midlayer.hidden_norm, model.norm))
+        self.norms = layer.norms | {"states": states, "final": final}
+        self.nbytes += sum(linear.nbytes for linear in (self.fc, *self.linears.values()))
 
     def normed(self, x: Tensor, name: str) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], self.norms[name], self.config.rms_norm_eps)
@@ -95,19 +93,19 @@ class _Packed(DraftHead):
     def project(self, tokens: Tensor, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As Eagle3DraftModel.project, from token ids."""
         heads, kv_heads, head_dim = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
-        both = torch.cat((self.normed(self.embed(tokens), "input_layernorm"), self.normed(states, "hidden_norm")), dim=-1)
-        qk, v = self.qkv(both).view(len(both), -1, head_dim).split((heads + kv_heads, kv_heads), dim=1)
+        both = torch.cat((self.normed(self.embed(tokens), "input_norm"), self.normed(states, "states")), dim=-1)
+        qk, v = self.linears["qkv"](both).view(len(both), -1, head_dim).split((heads + kv_heads, kv_heads), dim=1)
         q, k = apply_rotary(qk, self.cos[positions][:, None], self.sin[positions][:, None]).split((heads, kv_heads), dim=1)
         return q, k, v
 
     def finish(self, states: Tensor, attended: Tensor) -> Tensor:
-        x = states + self.out(attended)
-        gate, up = self.gate_up(self.normed(x, "post_attention_layernorm")).chunk(2, dim=-1)
-        return x + self.down(F.silu(gate) * up)
+        x = states + self.linears["out"](attended)
+        gate, up = self.linears["gate_up"](self.normed(x, "post_norm")).chunk(2, dim=-1)
+        return x + self.linears["down"](F.silu(gate) * up)
 
     def likely(self, hidden: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Of un-normed states."""
-        return super().likely(self.normed(hidden, "norm"), count)
+        return super().likely(self.normed(hidden, "final"), count)
 
 
 class Eagle3Drafter(Drafter):
@@ -134,11 +132,9 @@ class Eagle3Drafter(Drafter):
         limit = self.network.config.max_position_embeddings
         for slot, new, seen in zip(rows.slots, tokens, features, strict=True):
             states = self.network.fc(seen)
-            before = [self._states[slot]] if slot in self._states else []
-            paired = torch.cat((*before, states))[:-1]
+            paired = torch.cat((self._states.get(slot, states[:0]), states))[:-1]
             start = self.cache.lengths[slot]
-            count = max(min(len(paired), limit - start), 0)
-            if count:
+            if (count := max(min(len(paired), limit - start), 0)) > 0:
                 first = new[len(new) - len(paired) :]
                 _, k, v = self.network.project(first[:count], paired[:count], torch.arange(start, start + count))
                 self.cache.reserve(start + count)
