@@ -42,17 +42,16 @@ class Block:
 
 
 class Decoder:
-    """Blocks and the norm behind them, packed. `heads`: query heads, key heads, size; `rotary`: layers.rotary_table's."""
+    """Blocks and the norm behind them, packed. `rotary`: layers.rotary_table's."""
 
-    def __init__(
-        self, blocks: Iterable[Block], norm: Tensor, *, rotary: Pair, heads: Sequence[int], eps: float, kernel: str = "compact"
-    ) -> None:
+    def __init__(self, blocks: Iterable[Block], norm: Tensor, *, rotary: Pair, eps: float, kernel: str = "compact") -> None:
         self.norm, self.eps, self.hidden_size = norm.contiguous(), eps, len(norm)
         self.cos, self.sin = (table.contiguous() for table in rotary)
-        self.heads, self.kv_heads, self.head_dim = heads
         kept = list(blocks)
         self.norms, self.windows = [block.norms for block in kept], [block.window for block in kept]
-        self.inner = kept[0].linears["down"][0].shape[1]
+        qkv, out, down = (kept[0].linears[name][0].shape for name in ("qkv", "out", "down"))
+        self.inner, self.head_dim = down[1], self.cos.shape[1]
+        self.heads, self.kv_heads = out[1] // self.head_dim, (qkv[0] - out[1]) // self.head_dim // 2
         sizes = self.hidden_size % 32, self.head_dim % 16, self.heads * self.head_dim % 32, self.inner % 32, self.head_dim > 256
         fits = native.usable(norm) and not any(self.windows) and not any(sizes)
         self.native = fits and kernel not in ("torch", "compiled")

@@ -115,14 +115,13 @@ class PackedDraft(DraftHead):
         super().__init__(model, target)
         probe, config = self.probe, model.config
         self.fc = self.packed(model.fc.weight)
-        heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         kinds = config.layer_types or ("full_attention",) * len(model.layers)
         windows = [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
         blocks = [Block(layer, probe, window=window) for layer, window in zip(model.layers, windows, strict=True)]
         norm, rotary = model.norm.weight.detach().to(probe), (model.cos.to(probe), model.sin.to(probe))
         kernel = "compiled" if target.kernel_name == "compiled" else DRAFT_KERNEL
-        self.decoder = Decoder(blocks, norm, rotary=rotary, heads=heads, eps=config.rms_norm_eps, kernel=kernel)
-        first = heads[0] * heads[2]  # behind the queries: keys and values, of all layers in one linear
+        self.decoder = Decoder(blocks, norm, rotary=rotary, eps=config.rms_norm_eps, kernel=kernel)
+        first = config.num_attention_heads * config.head_dim  # behind the queries: keys and values, of all layers in one linear
         weights, biases = zip(*(block.linears["qkv"] for block in blocks), strict=True)
         bias = None if biases[0] is None else torch.cat([b[first:] for b in biases])
         self.context_kv = pack(torch.cat([weight[first:] for weight in weights]), bias, kernel=DRAFT_KERNEL)
