@@ -30,9 +30,7 @@ class SlotCache:
     """
 
     def __init__(self, num_layers: int, rows: int, slots: int, *, blocked: bool = False) -> None:
-        self.num_layers, self.blocked = num_layers, blocked
-        self.rows = rows
-        self.slots = round_up(slots)
+        self.num_layers, self.rows, self.slots, self.blocked = num_layers, rows, round_up(slots), blocked
         self.lengths = [0] * rows
         self.keys: list[Tensor | None] = [None] * num_layers
         self.values: list[Tensor | None] = [None] * num_layers

@@ -18,21 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flashdraft.errors import CheckpointError, DraftMismatch
-from flashdraft.heads import HEADS
 from flashdraft.hub import appears_whole, read_config
+from flashdraft.layers import HEADS
 from flashdraft.target import Target
 
-__all__ = [
-    "OPTIONAL",
-    "DraftConfig",
-    "check_target",
-    "is_draft",
-    "read_draft",
-    "spread_layers",
-    "write_draft",
-    "write_file",
-    "write_tensors",
-]
+__all__ = ["OPTIONAL", "DraftConfig", "check_target", "is_draft", "read_draft", "spread_layers"]
+__all__ += ["write_draft", "write_file", "write_tensors"]
 
 _FOREIGN = ("dflash2", "dspark", "domino")
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "num_target_layers")
@@ -69,7 +60,7 @@ class DraftConfig:
     attention_bias: bool = False
     draft_vocab_size: int | None = None  # rows of the reduced vocabulary d2t, if there is one
     dtype: str = "bfloat16"
-    sequential_head: str | None = None  # an addition of ours: `swiglu` (heads.py); not in the plain format
+    sequential_head: str | None = None  # an addition of ours: `swiglu` (layers.py); not in the plain format
     head_rank: int = 64
     method: str = "dflash"
 
@@ -77,7 +68,7 @@ class DraftConfig:
     def from_json(cls, config: Mapping[str, Any], where: str) -> Self:
         """Read config.json. Raises CheckpointError naming the missing or foreign key."""
         config, method = _as_dflash(config)
-        named = " ".join(str(x) for x in (*(config.get("architectures") or ()), config.get("model_type", ""))).lower()
+        named = " ".join(map(str, (*(config.get("architectures") or ()), config.get("model_type", "")))).lower()
         special = config.get("dflash_config") or {}
         found = [name for name in _FOREIGN if name in named or f"{name}_config" in config]
         found += ["sample_from_anchor"] if config.get("sample_from_anchor") or special.get("sample_from_anchor") else []
@@ -137,36 +128,25 @@ class DraftConfig:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor that the file must hold, with its shape."""
-        h, i, d, r = self.hidden_size, self.intermediate_size, self.head_dim, self.head_rank
-        q, kv = self.num_attention_heads * d, self.num_key_value_heads * d
-        mlp = {"mlp.gate_proj": (i, h), "mlp.up_proj": (i, h), "mlp.down_proj": (h, i)}
+        h, i, d, r, eagle3 = self.hidden_size, self.intermediate_size, self.head_dim, self.head_rank, self.method == "eagle3"
         if self.method == "medusa":
             heads: dict[str, tuple[int, ...]] = {"weight": (h, h), "bias": (h,)}
             return {f"heads.{k}.{name}": shape for k in range(self.block_size - 1) for name, shape in heads.items()}
-        if self.method == "eagle3":  # q, k and v read the embedding and the state
-            own: dict[str, tuple[int, ...]] = {f"self_attn.{x}_proj": (n, 2 * h) for x, n in (("q", q), ("k", kv), ("v", kv))}
-            own |= (
-                mlp
-                | {"self_attn.o_proj": (h, q)}
-                | {x: (h,) for x in ("input_layernorm", "hidden_norm", "post_attention_layernorm")}
-            )
-            outer = {"fc.weight": (h, (len(self.target_layer_ids) or 3) * h), "norm.weight": (h,)}
-            return outer | {f"midlayer.{name}.weight": shape for name, shape in own.items()}
-        norms = {"input_layernorm": (h,), "post_attention_layernorm": (h,)}
-        norms |= {"self_attn.q_norm": (d,), "self_attn.k_norm": (d,)} if self.method == "dflash" else {}
-        linears = {f"self_attn.{x}_proj": shape for x, shape in {"q": (q, h), "k": (kv, h), "v": (kv, h), "o": (h, q)}.items()}
-        layer: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in (norms | linears | mlp).items()}
-        if self.attention_bias:
-            layer |= {f"{name}.bias": shape[:1] for name, shape in linears.items()}
-        if self.method == "draft_model":  # llama's layers
-            layer = {
-                name: shape for name, shape in layer.items() if not name.startswith(("self_attn.q_norm", "self_attn.k_norm"))
-            }
-        shapes = {f"layers.{n}.{name}": shape for n in range(self.num_hidden_layers) for name, shape in layer.items()}
-        if self.method == "draft_model":
-            return shapes | {"norm.weight": (h,)}
-        shapes |= {"fc.weight": (h, len(self.target_layer_ids) * h), "hidden_norm.weight": (h,), "norm.weight": (h,)}
-        head = {"gate_up": (2 * r, 2 * h), "down": (h, r)} if self.sequential_head else {}
+        q, kv, read = self.num_attention_heads * d, self.num_key_value_heads * d, 2 * h if eagle3 else h  # embedding and state
+        attention = {"q_proj": (q, read), "k_proj": (kv, read), "v_proj": (kv, read), "o_proj": (h, q)}
+        layer: dict[str, tuple[int, ...]] = {f"self_attn.{name}.weight": shape for name, shape in attention.items()}
+        if self.attention_bias and not eagle3:
+            layer |= {f"self_attn.{name}.bias": shape[:1] for name, shape in attention.items()}
+        layer |= {"mlp.gate_proj.weight": (i, h), "mlp.up_proj.weight": (i, h), "mlp.down_proj.weight": (h, i)}
+        layer |= {"input_layernorm.weight": (h,), "post_attention_layernorm.weight": (h,)}
+        layer |= {"hidden_norm.weight": (h,)} if eagle3 else {}
+        layer |= {"self_attn.q_norm.weight": (d,), "self_attn.k_norm.weight": (d,)} if self.method == "dflash" else {}
+        places = ["midlayer"] if eagle3 else [f"layers.{n}" for n in range(self.num_hidden_layers)]
+        shapes = {f"{place}.{name}": shape for place in places for name, shape in layer.items()} | {"norm.weight": (h,)}
+        if self.method != "draft_model":
+            shapes["fc.weight"] = (h, (len(self.target_layer_ids) or 3 * eagle3) * h)
+        shapes |= {"hidden_norm.weight": (h,)} if self.method == "dflash" else {}
+        head = {"gate_up": (2 * r, 2 * h), "down": (h, r)} if self.sequential_head and self.method == "dflash" else {}
         return shapes | {f"sequential_head.{name}.weight": shape for name, shape in head.items()}
 
 

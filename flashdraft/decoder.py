@@ -1,8 +1,8 @@
 """The blocks of a llama-shaped network, for targets and draft networks alike: one pass over tokens of many sequences.
 
 Two ways to run them, equal to 1e-4: a whole pass in one call of the C++ kernels (native.py), which is row-exact, so that the
-text of a draft and plain text agree bit for bit; or torch operations on packed linears, which are not, and which
-compiled.py traces. Does not know embeddings, heads, drafters or what a token means.
+text of a draft and plain text agree bit for bit; or torch operations on packed linears, which are not, and which CompiledStep
+traces. Does not know drafters or what a token means.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -16,9 +16,12 @@ from flashdraft import native
 from flashdraft.cache import SlotCache, round_up
 from flashdraft.layers import Linear, TorchLinear, apply_rotary
 
-__all__ = ["Block", "Decoder"]
+__all__ = ["Block", "CompiledStep", "Decoder", "padded"]
 
+Pair = tuple[Tensor, Tensor]
+Output = tuple[Tensor, Tensor | None]  # states, and the wanted layers' outputs side by side if there are any
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer; q, k, v [tokens, heads, head_dim] -> [tokens, heads * head_dim]
+_LIMITS: Any = {"recompile_limit": 64, "isolate_recompiles": True}  # widths times sizes of the cache; beyond 64 torch raises
 
 
 class Block:
@@ -31,46 +34,31 @@ class Block:
             return weight, torch.cat(biases).to(like) if biases else None
 
         attention, mlp, self.window = block.self_attn, block.mlp, window
-        self.linears = {
-            "qkv": fused(attention.q_proj, attention.k_proj, attention.v_proj),
-            "out": fused(attention.o_proj),
-            "gate_up": fused(mlp.gate_proj, mlp.up_proj),
-            "down": fused(mlp.down_proj),
-        }
+        self.linears = {"qkv": fused(attention.q_proj, attention.k_proj, attention.v_proj), "out": fused(attention.o_proj)}
+        self.linears |= {"gate_up": fused(mlp.gate_proj, mlp.up_proj), "down": fused(mlp.down_proj)}
         norms = {"input_norm": block.input_layernorm, "post_norm": block.post_attention_layernorm}
         norms |= {name: getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)}
         self.norms = {name: norm.weight.detach().to(like).contiguous() for name, norm in norms.items()}
 
 
 class Decoder:
-    """Blocks and the norm behind them, packed. `heads`: query heads, key heads, size; `rotary`: layers.rotary_table's."""
+    """Blocks and the norm behind them, packed. `rotary`: layers.rotary_table's."""
 
-    def __init__(
-        self,
-        blocks: Iterable[Block],
-        norm: Tensor,
-        *,
-        rotary: tuple[Tensor, Tensor],
-        heads: tuple[int, int, int],
-        eps: float,
-        kernel: str = "compact",
-    ) -> None:
-        self.norm, self.eps = norm.contiguous(), eps
+    def __init__(self, blocks: Iterable[Block], norm: Tensor, *, rotary: Pair, eps: float, kernel: str = "compact") -> None:
+        self.norm, self.eps, self.hidden_size = norm.contiguous(), eps, len(norm)
         self.cos, self.sin = (table.contiguous() for table in rotary)
-        self.heads, self.kv_heads, self.head_dim = heads
-        self.hidden_size = len(norm)
         kept = list(blocks)
-        self.norms = [block.norms for block in kept]
-        self.inner = kept[0].linears["down"][0].shape[1]
-        self.windows = [block.window for block in kept]
+        self.norms, self.windows = [block.norms for block in kept], [block.window for block in kept]
+        qkv, out, down = (kept[0].linears[name][0].shape for name in ("qkv", "out", "down"))
+        self.inner, self.head_dim = down[1], self.cos.shape[1]
+        self.heads, self.kv_heads = out[1] // self.head_dim, (qkv[0] - out[1]) // self.head_dim // 2
         sizes = self.hidden_size % 32, self.head_dim % 16, self.heads * self.head_dim % 32, self.inner % 32, self.head_dim > 256
         fits = native.usable(norm) and not any(self.windows) and not any(sizes)
         self.native = fits and kernel not in ("torch", "compiled")
         self.kernel = kernel if self.native or kernel == "compiled" else "torch"
         self.linears = [{name: self._packed(name, *pair) for name, pair in block.linears.items()} for block in kept]
         everything = [linear for linears in self.linears for linear in linears.values()]
-        self.row_exact = all(linear.row_exact for linear in everything)
-        self.nbytes = sum(linear.nbytes for linear in everything)
+        self.row_exact, self.nbytes = all(one.row_exact for one in everything), sum(one.nbytes for one in everything)
         self.formats = sorted({linear.format for linear in everything})
         self._model = self._native_model() if self.native else None
         self.attention: Callable[..., Tensor] = F.scaled_dot_product_attention
@@ -78,7 +66,7 @@ class Decoder:
 
     def __call__(
         self, cache: SlotCache, slots: Sequence[int], x: Tensor, shape: tuple[Tensor, Tensor, Tensor], layers: Sequence[int]
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Output:
         """Read nodes behind the rows' lengths, which stay. x: [rows, nodes, hidden].
 
         shape: who sees whom, bool [rows, nodes, nodes]; positions behind the length [rows, nodes]; sizes [rows], the rest is
@@ -91,16 +79,13 @@ class Decoder:
         counts = sizes.tolist()
         needed = max(map(sum, zip(lengths, counts, strict=True)))
         assert needed <= cache.slots, "the cache has too few slots"  # the kernels write unchecked
-        whole = min(counts) == x.shape[1]
         real = torch.arange(x.shape[1]) < sizes[:, None]  # nothing below sees padding
-        packed = x.flatten(0, 1) if whole else x[real]
+        packed = x.flatten(0, 1) if min(counts) == x.shape[1] else x[real]
         if self._model is not None:
-            out = self._native(cache, packed, (torch.tensor(slots), starts, sizes, depths, seen), layers)
+            states, features = self._native(cache, packed, (torch.tensor(slots), starts, sizes, depths, seen), layers)
         else:
-            out = self.run(packed, *self._torch(cache, slots, (starts, depths, seen, real)), layers)
-        if whole:
-            return out[0].view_as(x), None if out[1] is None else out[1].view(*x.shape[:2], -1)
-        return _spread(out[0], real), None if out[1] is None else _spread(out[1], real)
+            states, features = self.run(packed, *self._torch(cache, slots, (starts, depths, seen, real)), layers)
+        return _spread(states, real), None if features is None else _spread(features, real)
 
     def _torch(self, cache: SlotCache, slots: Sequence[int], shape: tuple[Tensor, ...]) -> tuple[Tensor, Attend]:
         """Positions [tokens] without padding, and attention to what the rows from the first slot to the last one hold."""
@@ -111,23 +96,23 @@ class Decoder:
         row, (which, node) = torch.tensor(slots) - first, real.nonzero(as_tuple=True)
         lengths, own = starts.new_zeros(rows), seen.new_zeros(rows, width, width)
         lengths[row], own[row] = starts, seen
-        given = (starts[which] + depths[which, node], lengths, own, row[which], node, starts[which] + node)
-        positions, lengths, own, row, node, place = (t.to(self.norm.device) for t in given)
-        return positions, self.attend_to(kv, lengths, own, (row, node, place))
+        given = starts[which] + depths[which, node], lengths, own, row[which], node, starts[which] + node
+        positions, lengths, own, *at = (t.to(self.norm.device) for t in given)
+        return positions, self.attend_to(kv, lengths, own, at)
 
-    def run(self, x: Tensor, positions: Tensor, attend: Attend, layers: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    def run(self, x: Tensor, positions: Tensor, attend: Attend, layers: Sequence[int]) -> Output:
         """x [tokens, hidden], positions [tokens] -> the final normed states and the wanted layers' outputs side by side."""
         cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]
         wanted: dict[int, Tensor] = {}
-        num_qk = self.heads + self.kv_heads
+        split = self.heads, self.kv_heads
         for index, (norms, linears) in enumerate(zip(self.norms, self.linears, strict=True)):
             qkv = linears["qkv"](self._normed(x, norms["input_norm"])).view(len(x), -1, self.head_dim)
-            qk, v = qkv[:, :num_qk], qkv[:, num_qk:]
+            qk, v = qkv.split((sum(split), self.kv_heads), dim=1)
             if "q_norm" in norms:
-                q, k = self._normed(qk[:, : self.heads], norms["q_norm"]), self._normed(qk[:, self.heads :], norms["k_norm"])
-                qk = torch.cat((q, k), dim=1)
-            qk = apply_rotary(qk, cos, sin)
-            x = x + linears["out"](attend(index, qk[:, : self.heads], qk[:, self.heads :], v))
+                q, k = qk.split(split, dim=1)
+                qk = torch.cat((self._normed(q, norms["q_norm"]), self._normed(k, norms["k_norm"])), dim=1)
+            q, k = apply_rotary(qk, cos, sin).split(split, dim=1)
+            x = x + linears["out"](attend(index, q, k, v))
             gate, up = linears["gate_up"](self._normed(x, norms["post_norm"])).chunk(2, dim=-1)
             x = x + linears["down"](F.silu(gate) * up)
             if index in layers:
@@ -139,9 +124,7 @@ class Decoder:
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self.eps)
 
-    def attend_to(
-        self, kv: list[tuple[Tensor, Tensor]], starts: Tensor, seen: Tensor, at: tuple[Tensor, Tensor | None, Tensor]
-    ) -> Attend:
+    def attend_to(self, kv: Sequence[Pair], starts: Tensor, seen: Tensor, at: Sequence[Tensor | None]) -> Attend:
         """One call for all rows and nodes; a layer with a window is causal.
 
         kv: every layer's keys and values [rows, kv_heads, slots, head_dim]; starts: what the rows hold [rows]; seen [rows,
@@ -194,20 +177,17 @@ class Decoder:
         sizes = len(self.linears), self.hidden_size, self.heads, self.kv_heads, self.head_dim, self.inner, self.eps
         return native.Model(*sizes, self._layers, *(t.data_ptr() for t in (self.norm, self.cos, self.sin)))
 
-    def _native(
-        self, cache: SlotCache, x: Tensor, shape: tuple[Tensor, ...], layers: Sequence[int]
-    ) -> tuple[Tensor, Tensor | None]:
+    def _native(self, cache: SlotCache, x: Tensor, shape: Sequence[Tensor], layers: Sequence[int]) -> Output:
         assert self._model is not None
-        n = len(x)
-        features = x.new_empty(n, len(layers) * self.hidden_size)
         wanted = [-1] * (len(self.linears) + 1)
         for i, layer in enumerate(layers):
             wanted[layer] = i * self.hidden_size
         if cache.addresses is None:
             cache.addresses = native.addresses(self.slots_of(cache))
         sizes = (self.heads + 2 * self.kv_heads) * self.head_dim, self.heads * self.head_dim, self.inner
-        tensors = [x, *(x.new_empty(n, size) for size in sizes), features]
-        native.step(self._model, cache.slots, shape, cache.addresses, torch.tensor(wanted), tensors, self.seconds)
+        *work, features = (x.new_empty(len(x), size) for size in (*sizes, len(layers) * self.hidden_size))
+        tensors = torch.tensor(wanted), x, *work, features
+        native.step(self._model, cache.slots, shape, cache.addresses, tensors, self.seconds)
         return x, features if layers else None
 
 
@@ -217,7 +197,70 @@ def _interleaved(pair: Tensor) -> Tensor:
 
 
 def _spread(packed: Tensor, real: Tensor) -> Tensor:
-    """[tokens, ...] back to [rows, nodes, ...]; padding is zero."""
-    out = packed.new_zeros((*real.shape, packed.shape[-1]))
+    """[tokens, size] back to [rows, nodes, size]; padding is zero."""
+    if len(packed) == real.numel():
+        return packed.view(*real.shape, -1)
+    out = packed.new_zeros(*real.shape, packed.shape[-1])
     out[real] = packed
     return out
+
+
+def padded(num_nodes: int) -> int:
+    """1, 2, 4, 8, 16, or a multiple of 32."""
+    return next((width for width in (1, 2, 4, 8, 16) if num_nodes <= width), -(-num_nodes // 32) * 32)
+
+
+def _pin(tensors: list[Any]) -> None:
+    """A graph reads these where they lie, instead of copying them in; if one lies elsewhere, the graph is recorded again."""
+    for tensor in filter(torch.is_tensor, tensors):
+        torch._dynamo.mark_static_address(tensor)
+
+
+class CompiledStep:
+    """Static shapes around a decoder: one compiled function from tokens to logits and features, which a CUDA graph can replay.
+
+    Nodes are padded to a few widths, rows are all rows of the cache, all slots are read under a mask made of length tensors; so
+    one trace serves every length and proposal of a width. A cache that grows is traced again.
+    embed: tokens [n] -> [n, hidden]; head: what follows the final state, [n, hidden] -> [n, out]; weights: of both.
+    """
+
+    def __init__(self, decoder: Decoder, embed: Any, head: Any, weights: list[Any]) -> None:
+        self.decoder, self.embed, self.head, self.device = decoder, embed, head, decoder.norm.device
+        linears = [linear for linears in decoder.linears for linear in linears.values()]
+        weights += [decoder.norm, decoder.cos, decoder.sin, *(norm for norms in decoder.norms for norm in norms.values())]
+        _pin(weights + [tensor for linear in linears for tensor in (linear.weight, linear.bias)])
+        mode = "reduce-overhead" if self.device.type == "cuda" else None  # CUDA graphs
+        self._step: Any = torch.compile(self._trace, fullgraph=True, dynamic=False, mode=mode, **_LIMITS)
+
+    def __call__(
+        self, cache: SlotCache, slots: Sequence[int], tokens: Tensor, shape: tuple[Tensor, Tensor, Tensor], layers: Sequence[int]
+    ) -> Output:
+        """As Decoder.__call__, but of tokens [rows, nodes], and with the head behind the final state."""
+        seen, depths, sizes = shape
+        lengths, at, n = torch.tensor([cache.lengths[slot] for slot in slots]), torch.tensor(slots), tokens.shape[1]
+        cache.reserve(int((lengths + sizes).max()) + 1)  # the last slot takes what padding writes
+        if cache.addresses is None:
+            cache.addresses = self.decoder.slots_of(cache)
+            _pin([tensor for pair in cache.addresses for tensor in pair])
+        whole = []
+        for own in (tokens, lengths, sizes, depths, seen):
+            whole.append(own.new_zeros(cache.rows, *[padded(n)] * (own.ndim - 1)))
+            inner: Any = [slice(n)] * (own.ndim - 1)
+            whole[-1][(at, *inner)] = own
+        if self.device.type == "cuda":
+            torch.compiler.cudagraph_mark_step_begin()  # what the last replay gave is no longer needed
+        out, features = self._step([t.to(self.device) for t in whole], cache.addresses, tuple(layers))
+        at = at.to(self.device)  # indexing copies, and it has to: the next replay overwrites what a graph gave
+        return out[at, :n], None if features is None else features[at, :n]
+
+    def _trace(self, shape: list[Tensor], kv: Sequence[Pair], layers: Sequence[int]) -> Output:
+        """All rows and nodes, padding included; a row that is not in this pass has size 0."""
+        (tokens, lengths, sizes, depths, seen), (rows, width) = shape, shape[0].shape
+        node, row = (torch.arange(n, device=tokens.device) for n in (width, rows))
+        real = node < sizes[:, None]
+        place = torch.where(real, lengths[:, None] + node, kv[0][0].shape[2] - 1).flatten()
+        positions = torch.where(real, lengths[:, None] + depths, 0).flatten()
+        attend = self.decoder.attend_to(kv, lengths, seen, (row[:, None].expand(rows, width).flatten(), None, place))
+        states, features = self.decoder.run(self.embed(tokens.flatten()), positions, attend, layers)
+        out = self.head(states).view(rows, width, -1).masked_fill(~real[..., None], 0)
+        return out, None if features is None else features.view(rows, width, -1).masked_fill(~real[..., None], 0)

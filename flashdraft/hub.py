@@ -258,12 +258,8 @@ def _convert(path: Path, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
-# fmt: off
-_SHAPE = (
-    "block_count", "context_length", "embedding_length", "feed_forward_length", "rope.dimension_count",
-    "attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon",
-)
-# fmt: on
+_SHAPE: tuple[str, ...] = ("block_count", "context_length", "embedding_length", "feed_forward_length", "rope.dimension_count")
+_SHAPE += ("attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon")
 _IMPLIED = ("rope.freq_base", "vocab_size", "attention.key_length", "attention.value_length")
 _TENSOR = re.compile(r"(blk\.\d+\.(attn_(norm|q|k|v|output)|ffn_(norm|gate|up|down))|token_embd|output_norm|output)\.weight")
 _SPLITS_DIGITS = {"smollm": True, "gpt-2": False}  # the pre-tokenizers that are rebuilt here

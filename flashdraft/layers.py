@@ -1,4 +1,4 @@
-"""What draft networks and targets are made of: linears, RMSNorm, rotary positions. Knows tensors and weights only."""
+"""What draft networks and targets are made of: linears, RMSNorm, rotary positions, sequential heads. Knows tensors only."""
 
 import torch
 import torch.nn.functional as F
@@ -6,8 +6,9 @@ from torch import Tensor, nn
 
 from flashdraft import native
 
-__all__ = ["ROPE_TYPES", "Linear", "RMSNorm", "TorchLinear", "apply_rotary", "pack", "rotary_table"]
+__all__ = ["HEADS", "ROPE_TYPES", "Linear", "RMSNorm", "SwigluHead", "TorchLinear", "apply_rotary", "pack", "rotary_table"]
 
+HEADS = ("swiglu",)
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # static: a position's angles do not depend on the length
 
 
@@ -52,3 +53,22 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x: [..., heads, head_dim]; cos, sin: [..., 1, head_dim] of `rotary_table` (RoFormer 2104.09864, half-split layout)."""
     half = x.shape[-1] // 2
     return x * cos + torch.cat((x[..., half:], x[..., :half]), dim=-1) * sin
+
+
+class SwigluHead(nn.Module):
+    """A sequential head, left to right: h_k += W_down (silu(W_gate [h_k ; e]) * W_up [h_k ; e]), e the embedding of x_(k-1).
+
+    The network's marginals are independent per position; so the drafts of a block come to depend on each other (as in TreeFlash).
+    An addition to DFlash v1, in tensors of its own; a new one changes nothing.
+    """
+
+    def __init__(self, hidden_size: int, rank: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(2 * hidden_size, 2 * rank, bias=False)
+        self.down = nn.Linear(rank, hidden_size, bias=False)
+        nn.init.zeros_(self.down.weight)
+
+    def forward(self, states: Tensor, embedded: Tensor) -> Tensor:
+        """states [n, hidden], embedded [n, hidden] -> [n, hidden]."""
+        gate, up = self.gate_up(torch.cat((states, embedded.to(states.dtype)), dim=-1)).chunk(2, dim=-1)
+        return states + self.down(F.silu(gate) * up)  # type: ignore[no-any-return]

@@ -18,8 +18,7 @@ from torch import Tensor
 from flashdraft import hub, native
 from flashdraft.cache import SlotCache
 from flashdraft.checkpoint import write_file
-from flashdraft.compiled import CompiledStep
-from flashdraft.decoder import Block, Decoder
+from flashdraft.decoder import Block, CompiledStep, Decoder
 from flashdraft.layers import ROPE_TYPES, Linear, TorchLinear, rotary_table
 from flashdraft.target import Indices, Output, Target
 from flashdraft.tree import ancestors, chain
@@ -37,18 +36,10 @@ class LeanTarget(Target):
         self.name, self.config = name, config
         self.vocab_size, self.hidden_size = int(config.vocab_size), int(config.hidden_size)
         self.num_layers, self.context_length = int(config.num_hidden_layers), int(config.max_position_embeddings)
-        heads, kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
-        head_dim = int(getattr(config, "head_dim", None) or self.hidden_size // heads)
-        self.embedding = decoder.embed_tokens.weight.detach()
-        rope = decoder.rotary_emb
-        self.decoder = Decoder(
-            (Block(block, self.embedding) for block in decoder.layers),
-            decoder.norm.weight.detach(),
-            rotary=rotary_table(rope.inv_freq, self.context_length, rope.attention_scaling, self.embedding.dtype),
-            heads=(heads, kv_heads, head_dim),
-            eps=float(config.rms_norm_eps),
-            kernel=kernel,
-        )
+        self.embedding, norm, rope = decoder.embed_tokens.weight.detach(), decoder.norm.weight.detach(), decoder.rotary_emb
+        rotary = rotary_table(rope.inv_freq, self.context_length, rope.attention_scaling, self.embedding.dtype)
+        blocks = (Block(block, self.embedding) for block in decoder.layers)
+        self.decoder = Decoder(blocks, norm, rotary=rotary, eps=float(config.rms_norm_eps), kernel=kernel)
         self._head_rows: Tensor = model.lm_head.weight.detach()  # the embedding itself where the two are tied
         bias = None if model.lm_head.bias is None else model.lm_head.bias.detach()
         self.blocked_keys = self.decoder.native

@@ -25,6 +25,7 @@ from flashdraft.hub import cache_dir
 
 __all__ = ["PANEL", "Layer", "Model", "NativeLinear", "addresses", "chain", "library", "step", "usable"]
 
+Tensors = Sequence[Tensor]
 PANEL = 32  # outputs that lie side by side, and inputs that share a scale
 _EXACT = ("q4", "q8", "bfloat16", "float32")  # the same numbers in ever more bytes
 # in csrc's order: bits of a number, inputs that go together, bits of each output's scales for 32 inputs
@@ -33,32 +34,33 @@ _FILES = sorted((Path(__file__).parent / "csrc").glob("*.[ch]*"))
 _FLAGS = ("-O3", "-march=native", "-fno-signed-zeros", "-fopenmp", "-fPIC", "-shared", "-std=c++17", "-w")
 
 
+def _fields(kind: Any, *names: str) -> list[tuple[str, Any]]:
+    return [(name, kind) for name in names]
+
+
 class _Linear(Structure):
-    _fields_ = [("format", c_int64), ("outputs", c_int64), ("inputs", c_int64)]
-    _fields_ += [(name, c_void_p) for name in ("weight", "bias", "scale")]
+    _fields_ = _fields(c_int64, "format", "outputs", "inputs") + _fields(c_void_p, "weight", "bias", "scale")
 
 
 class Layer(Structure):
-    _fields_ = [(name, c_void_p) for name in ("input_norm", "post_norm", "q_norm", "k_norm")]
-    _fields_ += [(name, _Linear) for name in ("qkv", "out", "gate_up", "down")]
+    _fields_ = _fields(c_void_p, "input_norm", "post_norm", "q_norm", "k_norm")
+    _fields_ += _fields(_Linear, "qkv", "out", "gate_up", "down")
 
 
 class Model(Structure):
-    _fields_ = [(name, c_int64) for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "inner")]
-    _fields_ += [("eps", c_float), ("layer", POINTER(Layer)), ("norm", c_void_p), ("cos", c_void_p), ("sin", c_void_p)]
+    _fields_ = [*_fields(c_int64, "layers", "hidden", "heads", "kv_heads", "head_dim", "inner"), ("eps", c_float)]
+    _fields_ += [("layer", POINTER(Layer)), *_fields(c_void_p, "norm", "cos", "sin")]
 
 
 class _Step(Structure):
-    _fields_ = [(name, c_int64) for name in ("rows", "nodes", "tokens", "slots", "feature_size", "threads")]
-    _fields_ += [(name, c_void_p) for name in ("row", "start", "size", "depth", "seen")]
-    _fields_ += [(name, c_void_p) for name in ("keys", "values", "wanted", "x", "qkv", "mixed", "inner", "features", "seconds")]
+    _fields_ = _fields(c_int64, "rows", "nodes", "tokens", "slots", "feature_size", "threads")
+    _fields_ += _fields(c_void_p, "row", "start", "size", "depth", "seen", "keys", "values")
+    _fields_ += _fields(c_void_p, "wanted", "x", "qkv", "mixed", "inner", "features", "seconds")
 
 
 class _Chain(Structure):
-    _fields_ = [(name, c_int64) for name in ("rows", "nodes", "likely", "hidden", "rank", "threads")]
-    _fields_ += [
-        (name, c_void_p) for name in ("states", "anchors", "head", "embedding", "gate_up", "down", "ids", "chosen", "scores")
-    ]
+    _fields_ = _fields(c_int64, "rows", "nodes", "likely", "hidden", "rank", "threads")
+    _fields_ += _fields(c_void_p, "states", "anchors", "head", "embedding", "gate_up", "down", "ids", "scores")
 
 
 @functools.cache
@@ -155,25 +157,17 @@ def addresses(kv: Sequence[tuple[Tensor, Tensor]]) -> list[Any]:
     return [(c_void_p * len(kv))(*(tensor.data_ptr() for tensor in tensors)) for tensors in zip(*kv, strict=True)]
 
 
-def step(
-    model: Model,
-    slots: int,
-    shape: Sequence[Tensor],
-    kv: Sequence[Any],
-    wanted: Tensor,
-    tensors: Sequence[Tensor],
-    seconds: Tensor | None,
-) -> None:
+def step(model: Model, slots: int, shape: Tensors, kv: Sequence[Any], tensors: Tensors, seconds: Tensor | None) -> None:
     """One pass of csrc/step.cpp. slots: of a cache row; shape: cache rows, their lengths, sizes, and `depths`, `seen` of trees.
 
-    kv: `addresses`; tensors: x, which becomes the final state, three to work in, and the features.
+    kv: `addresses`; tensors: the wanted layers' places, x, which becomes the final state, three to work in, and the features.
     """
-    held = [t.contiguous() for t in shape]
-    sizes = *held[-2].shape, len(tensors[0]), slots, tensors[-1].shape[1], torch.get_num_threads()
-    addresses: list[Any] = [*(t.data_ptr() for t in held), *(ctypes.addressof(array) for array in kv), wanted.data_ptr()]
-    addresses += [*(t.data_ptr() for t in tensors), None if seconds is None else seconds.data_ptr()]
+    held, (_, x, *_, features) = [t.contiguous() for t in shape], tensors
+    sizes = *held[-2].shape, len(x), slots, features.shape[1], torch.get_num_threads()
+    pointers: list[Any] = [*(t.data_ptr() for t in held), *map(ctypes.addressof, kv), *(t.data_ptr() for t in tensors)]
+    pointers += [None if seconds is None else seconds.data_ptr()]
     kernels: Any = library()
-    kernels.flashdraft_step(ctypes.byref(model), ctypes.byref(_Step(*sizes, *addresses)))
+    kernels.flashdraft_step(ctypes.byref(model), ctypes.byref(_Step(*sizes, *pointers)))
 
 
 def chain(states: Tensor, anchors: Tensor, tables: tuple[Tensor, Tensor], head: tuple[Tensor, Tensor], ids: Tensor) -> Tensor:

@@ -14,15 +14,17 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from flashdraft import hub
 from flashdraft.checkpoint import OPTIONAL, DraftConfig, check_target, read_draft, write_draft
 from flashdraft.errors import CheckpointError, DraftMismatch
-from flashdraft.layers import Linear, pack
+from flashdraft.layers import ROPE_TYPES, Linear, pack, rotary_table
 from flashdraft.target import Target
 from flashdraft.types import Drafter
 
-__all__ = ["DRAFT_KERNEL", "DraftHead", "DraftNetwork"]
+__all__ = ["DRAFT_KERNEL", "DraftHead", "DraftNetwork", "network_shape"]
 
 DRAFT_KERNEL = "int8"  # a draft may be rounded: that can cost accepted length, never the text
 
@@ -31,6 +33,8 @@ class DraftNetwork(nn.Module):
     """A draft network; its modules carry the tensor names of its method's published format (checkpoint.py)."""
 
     method: str
+    cos: Tensor  # of every position, where a method has positions: see `add_rotary`
+    sin: Tensor
 
     def __init__(self, config: DraftConfig) -> None:
         super().__init__()
@@ -75,9 +79,33 @@ class DraftNetwork(nn.Module):
         self.extras |= {"d2t": tokens - torch.arange(len(tokens)), "t2d": known}
         self.config = replace(self.config, draft_vocab_size=len(tokens))
 
+    def add_rotary(self) -> Qwen3Config:
+        """The buffers that `rotary` reads; returns what transformers needs to know for the parts that are Qwen3's own."""
+        if (kind := self.config.rope_parameters.get("rope_type", "default")) not in ROPE_TYPES:
+            known = f"known: {', '.join(ROPE_TYPES)}"
+            raise CheckpointError(f"rotary scaling {kind!r} is not supported in a drafter", hint=known)
+        qwen3 = Qwen3Config(**network_shape(self.config))
+        made = Qwen3RotaryEmbedding(qwen3)
+        cos, sin = rotary_table(made.inv_freq, qwen3.max_position_embeddings, made.attention_scaling, torch.float32)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        return qwen3
+
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """What `apply_rotary` takes for [n, heads, head_dim] at positions [n]."""
+        return self.cos[positions][:, None], self.sin[positions][:, None]
+
     def drafters(self, target: Target) -> Callable[..., Drafter]:
         """What makes drafters beside this target: the weights are packed once; takes block_size and tree_nodes, or None."""
         raise NotImplementedError
+
+
+def network_shape(config: DraftConfig) -> dict[str, Any]:
+    """What transformers' config of a network of this shape takes."""
+    names = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
+    names += ["head_dim", "rms_norm_eps", "max_position_embeddings", "attention_bias"]
+    shape = {name: getattr(config, name) for name in names}
+    return shape | {"rope_parameters": {"rope_type": "default", **config.rope_parameters}}
 
 
 class DraftHead:
@@ -94,11 +122,9 @@ class DraftHead:
         self.embedding = None if embedding is None else embedding.to(self.probe)
         self.own_head = None if own is None or model.sequential_head is None else own.to(self.probe)
         self.vocabulary: Tensor | None = None  # target ids of a reduced draft vocabulary; None: the target's
-        if "d2t" in model.extras:  # target id - draft id
-            offsets = model.extras["d2t"].long()
-            self.vocabulary = (offsets + torch.arange(len(offsets))).to(self.probe.device)
-        if own is None and self.vocabulary is not None:
-            own = target.head_weight(self.vocabulary)
+        if (offsets := model.extras.get("d2t")) is not None:  # target id - draft id
+            self.vocabulary = (offsets.long() + torch.arange(len(offsets))).to(self.probe.device)
+            own = target.head_weight(self.vocabulary) if own is None else own
         self.head: Linear | None = None if own is None else self.packed(own)
         self.nbytes = sum(t.nbytes for t in (self.embedding, self.head) if t is not None)
 
@@ -111,6 +137,12 @@ class DraftHead:
         """[..., hidden] -> [..., draft vocabulary]; the target's own lm_head where the draft has none."""
         flat = hidden.reshape(-1, hidden.shape[-1])
         return (self.target.lm_head if self.head is None else self.head)(flat).view(*hidden.shape[:-1], -1)
+
+    def likely(self, hidden: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The likeliest tokens and their log-probabilities: [..., hidden] -> [..., count] each."""
+        logits = self.logits(hidden)
+        best = logits.topk(min(count, logits.shape[-1]), dim=-1)
+        return self.ids(best.indices), best.values - logits.logsumexp(-1, keepdim=True)
 
     def ids(self, drafts: Tensor) -> Tensor:
         """Target ids of draft ids."""

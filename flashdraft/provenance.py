@@ -20,14 +20,10 @@ __all__ = ["provenance"]
 def provenance() -> dict[str, Any]:
     """A JSON object for run.json and the header of results."""
     versions = {"flashdraft": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "commit": _commit(),
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions | {"python": platform.python_version()},
-        "device": _device(),
-        "threads": torch.get_num_threads(),
-    }
+    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    facts = {"command": command, "commit": _commit(), "time": datetime.now(UTC).isoformat(timespec="seconds")}
+    versions |= {"python": platform.python_version()}
+    return facts | {"versions": versions, "device": _device(), "threads": torch.get_num_threads()}
 
 
 def _device() -> str:

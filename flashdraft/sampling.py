@@ -86,8 +86,7 @@ def target_probs(logits: Tensor, params: Sequence[SamplingParams], sizes: Tensor
     """The law after every node [rows, nodes, vocab], each row by its own `params`; zeros at padding, beyond `sizes` [rows]."""
     if len(params) == 1 and sizes.tolist() == [logits.shape[1]]:
         return probabilities(logits, params[0])  # no second copy in the case where every millisecond is seen
-    dtype = precision(logits)
-    laws = torch.zeros(logits.shape, dtype=dtype, device=logits.device)
+    laws = torch.zeros(logits.shape, dtype=precision(logits), device=logits.device)
     for row, (own, size) in enumerate(zip(params, sizes.tolist(), strict=True)):
         laws[row, :size] = probabilities(logits[row, :size], own)
     return laws
@@ -124,7 +123,7 @@ def uniforms(seeds: Sequence[int], starts: Sequence[int], count: int, lane: int 
 
     splitmix64 (Steele, Lea and Flood, OOPSLA 2014): output `position` of the generator whose state hashes seed and lane.
     """
-    return _hash(_column(seeds), torch.tensor(lane), _column(starts) + torch.arange(count)).double() * 2.0**-53
+    return _hash(_column(seeds), torch.tensor(lane), _column(starts) + torch.arange(count))
 
 
 def coins(seeds: Sequence[int], anchors: Sequence[int], num_nodes: int) -> Tensor:
@@ -133,7 +132,7 @@ def coins(seeds: Sequence[int], anchors: Sequence[int], num_nodes: int) -> Tenso
     anchors: the anchors' absolute positions. They only grow, so no coin is tossed twice; keyed by the position of the
     anchor plus the node's index, a coin that rejected a sibling could come back in the next step.
     """
-    return _hash(_column(seeds), torch.arange(1, num_nodes + 1), _column(anchors)).double() * 2.0**-53
+    return _hash(_column(seeds), torch.arange(1, num_nodes + 1), _column(anchors))
 
 
 def precision(logits: Tensor) -> torch.dtype:
@@ -167,8 +166,8 @@ def _column(values: Sequence[int]) -> Tensor:
 
 
 def _hash(seed: Tensor, lane: Tensor, position: Tensor) -> Tensor:
-    """53 bits of (seed, lane, position), which broadcast; int64 wraps around."""
-    return (_step(_step(_step(seed * 0, seed), lane), position) >> 11) & (2**53 - 1)
+    """53 bits of (seed, lane, position), which broadcast, as a number in [0, 1); int64 wraps around."""
+    return ((_step(_step(_step(seed * 0, seed), lane), position) >> 11) & (2**53 - 1)).double() * 2.0**-53
 
 
 def _step(state: Tensor, word: Tensor) -> Tensor:

@@ -137,10 +137,12 @@ class HFTarget(Target):
         positions = lengths[:, None] + depths(parents) * real  # padding may reach beyond the context, its position may not
         num_slots = int(lengths.max()) + tokens.shape[1]
         seen = (torch.arange(num_slots) < lengths[:, None])[:, None].repeat(1, tokens.shape[1], 1)  # [rows, nodes, slots]
+        held = torch.arange(num_slots).repeat(len(slots), 1)  # [rows, slots] position of what is there
         for row, (start, tree) in enumerate(zip(lengths.tolist(), ancestors(parents), strict=True)):
-            seen[row, :, start : start + len(tree)] = tree  # behind what is committed, a node's own ancestors
+            here = slice(start, start + len(tree))  # behind what is committed: a node sees its own ancestors, as deep as they are
+            seen[row, :, here], held[row, here] = tree, positions[row]
         inputs = {"input_ids": tokens.to(device), "position_ids": positions.to(device)}
-        inputs |= {"attention_mask": self._masks(seen.to(device), lengths, positions)}
+        inputs |= {"attention_mask": self._masks(seen.to(device), positions, held)}
         captured = dict[int, Tensor]()
         blocks = self._decoder.layers if hasattr(self._decoder, "layers") else self._decoder.h  # h in gpt2 and its like
         with ExitStack() as hooks:  # a hook's handle takes it away again
@@ -151,26 +153,18 @@ class HFTarget(Target):
         features = torch.cat([captured[i] for i in layers], dim=-1) if layers else None
         return output.last_hidden_state, features
 
-    def _masks(self, seen: Tensor, lengths: Tensor, positions: Tensor) -> Any:
+    def _masks(self, seen: Tensor, positions: Tensor, held: Tensor) -> Any:
         """The 4-D additive mask, or one for each kind of attention layer where the family takes a dict of them."""
         lowest = torch.finfo(self.model.dtype).min
         full = near = torch.zeros(seen.shape, dtype=self.model.dtype, device=seen.device).masked_fill_(~seen, lowest)[:, None]
         if window := getattr(self.config, "sliding_window", None):
-            far = positions[:, :, None] - _slot_positions(lengths, positions, seen.shape[-1])[:, None] >= window
+            far = positions[:, :, None] - held[:, None] >= window
             near = full.masked_fill(far[:, None].to(seen.device), lowest)
         return near if getattr(self.config, "layer_types", None) is None else {"full_attention": full, "sliding_attention": near}
 
 
 def _capture(captured: dict[int, Tensor], index: int, _module: nn.Module, _inputs: Any, output: Any) -> None:
     captured[index] = output[0] if isinstance(output, tuple) else output
-
-
-def _slot_positions(lengths: Tensor, positions: Tensor, num_slots: int) -> Tensor:
-    """[rows, slots] absolute position of what a slot holds: its index, or its node's depth behind the length."""
-    held = torch.arange(num_slots).repeat(len(lengths), 1)
-    for row, start in enumerate(lengths.tolist()):
-        held[row, start : start + positions.shape[1]] = positions[row]
-    return held
 
 
 def _unsupported(target: HFTarget, reason: str) -> UnsupportedTarget:

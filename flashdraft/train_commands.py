@@ -17,7 +17,7 @@ from flashdraft.checkpoint import DraftConfig, check_target
 from flashdraft.commands import DTYPE_HELP, TARGET_HELP, ModelOptions, Out, TargetOptions
 from flashdraft.errors import FlashDraftError, InvalidParameter
 from flashdraft.generate import Model, load
-from flashdraft.heads import HEADS
+from flashdraft.layers import HEADS
 from flashdraft.methods import NETWORKS
 from flashdraft.methods.dflash import DFlashDraftModel
 from flashdraft.network import DraftNetwork

@@ -97,11 +97,11 @@ def check(proposal: Proposal) -> None:
     if proposal.drawn is None:
         return
     real = torch.arange(num_nodes, device=tokens.device) < sizes[:, None]
-    if not bool((proposal.drawn & real).any()):
+    row, node = (proposal.drawn & real).nonzero(as_tuple=True)
+    if not len(row):
         return
     assert proposal.probs is not None, "drawn nodes without their law"
     assert proposal.probs.shape[:2] == tokens.shape, f"probs do not fit tokens {tuple(tokens.shape)}"
     assert not bool(proposal.drawn[:, 0].any()), "the anchor is not drawn"
-    row, node = (proposal.drawn & real).nonzero(as_tuple=True)
     mass = proposal.probs[row, parents[row, node], tokens[row, node]]
     assert bool((mass > 0).all()), "a drawn token to which its law gives no mass"

@@ -50,10 +50,7 @@ class LogitsProcessor(Protocol):
     """The hook that masks or changes the logits of a node, as a grammar does: a function of its arguments and nothing else."""
 
     def __call__(self, tokens: Sequence[int], logits: Tensor, /) -> Tensor:
-        """Logits [vocab] after `tokens`: prompt, text, and draft up to the node itself; -inf forbids, one token must stay.
-
-        Both arguments are copies, which it may change.
-        """
+        """Logits [vocab] after prompt, text and draft up to the node; -inf forbids, one token must stay. Both may be changed."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,7 @@ class SamplingParams:
         check_options(self)
         for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
             require(isinstance(getattr(self, name), (int, float)), name, getattr(self, name), "a number")
-        require(self.temperature >= 0 and math.isfinite(self.temperature), "temperature", self.temperature, "0 or more")
+        require(0 <= self.temperature < math.inf, "temperature", self.temperature, "0 or more")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         require(0 <= self.min_p < 1, "min_p", self.min_p, "at least 0 and below 1")
         require(type(self.seed) is int and 0 <= self.seed < 2**63, "seed", self.seed, "an integer from 0 to 2**63 - 1")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import os
 import string
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -23,11 +24,15 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from flashdraft.cache import SlotCache
 from flashdraft.checkpoint import DraftConfig
+from flashdraft.engine import Engine, Request
 from flashdraft.lean import LeanTarget
 from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDraft
-from flashdraft.sampling import uniforms
+from flashdraft.sampling import probabilities, uniforms
 from flashdraft.target import HFTarget, Target
+from flashdraft.text import TextDecoder
+from flashdraft.types import Result, SamplingParams
 
 VOCAB, WINDOW, EOS, MASK = 61, 8, 2, 60
 SHAPE: dict[str, Any] = {
@@ -117,6 +122,53 @@ class LetterTokenizer:
         assert skip_special_tokens
         assert not clean_up_tokenization_spaces
         return "".join(self.LETTERS[token] for token in ids if token > EOS)
+
+
+def requests_of(
+    prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], eos: Iterable[int] = (), first: int = 0
+) -> list[Request]:
+    return [
+        Request(list(prompt), own, TextDecoder(LetterTokenizer(), own.stop), frozenset(eos), first + i)
+        for i, (prompt, own) in enumerate(zip(prompts, params, strict=True))
+    ]
+
+
+def run(engine: Engine, waiting: Sequence[Request]) -> list[Result]:
+    """Every result, in order; `engine` may have fewer rows than there are requests."""
+    left, results = list(waiting), {}
+    while left or engine.running:
+        chunks = [engine.admit(left.pop(0))] if left and engine.num_free else engine.step()
+        results |= {chunk.index: chunk.result for chunk in chunks if chunk.result is not None}
+    return [results[index] for index in sorted(results)]
+
+
+class Table:
+    """A language of four tokens whose logits are a table of the last one: exact laws, and thousands of rows in no time."""
+
+    name, kernel, row_exact, nbytes = "table", "table", True, 0
+    vocab_size, hidden_size, num_layers, context_length = 4, 1, 1, 1000
+
+    def __init__(self, seed: int, sharpness: float) -> None:
+        noise = torch.randn(4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        self.logits = noise * sharpness
+
+    def new_cache(self, rows: int, slots: int) -> SlotCache:
+        return SlotCache(0, rows, slots)
+
+    def prefill(self, cache: SlotCache, slot: int, tokens: Tensor, layers: Sequence[int]) -> tuple[Tensor, None]:
+        cache.keep(slot, range(len(tokens)))
+        return self.logits[tokens[-1]], None
+
+    def forward(self, cache: SlotCache, slots: Any, tokens: Tensor, parents: Any, sizes: Any, layers: Any) -> tuple[Tensor, None]:
+        return self.logits[tokens], None
+
+    def law(self, params: SamplingParams, length: int) -> Tensor:
+        """The law of the first `length` tokens after token 0, flat."""
+        table = probabilities(self.logits, params)
+        law = table[0]
+        for _ in range(length - 1):
+            law = law[..., None] * table
+        return law.flatten()
 
 
 @pytest.fixture(params=list(FAMILIES))

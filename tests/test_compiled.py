@@ -16,9 +16,8 @@ from toy_folders import save_target, save_zlab
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 import flashdraft
-import flashdraft.compiled
-from flashdraft.compiled import CompiledStep, padded
-from flashdraft.decoder import Decoder
+import flashdraft.decoder
+from flashdraft.decoder import CompiledStep, Decoder, padded
 from flashdraft.engine import Engine, Request
 from flashdraft.errors import InvalidParameter
 from flashdraft.lean import LeanTarget
@@ -173,7 +172,7 @@ def test_lengths_as_numbers_would_trace_again(traces: list[Any], monkeypatch: py
 @pytest.mark.parametrize("pinned", [True, False])
 def test_a_graph_copies_in_the_proposal_only(pinned: bool, traces: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     if not pinned:
-        monkeypatch.setattr(flashdraft.compiled, "_pin", lambda tensors: None)
+        monkeypatch.setattr(flashdraft.decoder, "_pin", lambda tensors: None)
     target = made("qwen2")
     drafter = tiny_drafter(target)
     texts(target, drafter, 3)

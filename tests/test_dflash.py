@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EOS, LetterTokenizer, tiny_target
+from conftest import EOS, requests_of, run, tiny_target
 from torch import Tensor
 from toy_folders import ZLAB, zlab_tensors
 
@@ -24,9 +24,8 @@ from flashdraft.engine import Engine, Request
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDraft
 from flashdraft.target import Target
-from flashdraft.text import TextDecoder
 from flashdraft.tree import check
-from flashdraft.types import Proposal, Result, Rows, SamplingParams
+from flashdraft.types import Proposal, Rows, SamplingParams
 
 BLOCK = 4
 FEATURES = (1, 2)
@@ -310,17 +309,7 @@ def test_window_of_all_layers_forgets_what_is_older() -> None:
 
 
 def requests(prompts: Sequence[Sequence[int]], params: SamplingParams = GREEDY) -> list[Request]:
-    decoders = [TextDecoder(LetterTokenizer(), params.stop) for _ in prompts]
-    return [Request(list(p), params, d, frozenset({EOS}), i) for i, (p, d) in enumerate(zip(prompts, decoders, strict=True))]
-
-
-def run(engine: Engine, waiting: Sequence[Request]) -> list[Result]:
-    """Every result, in order; `engine` may have fewer rows than there are requests."""
-    left, results = list(waiting), {}
-    while left or engine.running:
-        chunks = [engine.admit(left.pop(0))] if left and engine.num_free else engine.step()
-        results |= {chunk.index: chunk.result for chunk in chunks if chunk.result is not None}
-    return [results[index] for index in sorted(results)]
+    return requests_of(prompts, [params] * len(prompts), {EOS})
 
 
 @cache

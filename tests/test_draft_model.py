@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SHAPE, VOCAB, LetterTokenizer, tiny_model, tiny_target
+from conftest import SHAPE, VOCAB, Table, requests_of, run, tiny_model, tiny_target
 from scipy import stats
 from torch import Tensor
 from toy_folders import letter_tokenizer
@@ -27,7 +27,6 @@ from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.methods.draft_model import DraftModelDrafter, check_tokenizers
 from flashdraft.sampling import probabilities, uniforms
 from flashdraft.target import HFTarget, Target
-from flashdraft.text import TextDecoder
 from flashdraft.tree import check
 from flashdraft.types import Proposal, Result, Rows, SamplingParams
 
@@ -54,27 +53,14 @@ def network(lean: bool = False, noise: float = 0.01, **shape: Any) -> Target:
     return (LeanTarget if lean else HFTarget)(model, "small")
 
 
-def requests(prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[Request]:
-    pairs = zip(prompts, params, strict=True)
-    return [Request(list(prompt), own, TextDecoder(LetterTokenizer(), ()), index=i) for i, (prompt, own) in enumerate(pairs)]
-
-
-def run(engine: Engine, waiting: Sequence[Request]) -> list[Result]:
-    left, results = list(waiting), {}
-    while left or engine.running:
-        chunks = [engine.admit(left.pop(0))] if left and engine.num_free else engine.step()
-        results |= {chunk.index: chunk.result for chunk in chunks if chunk.result is not None}
-    return [results[index] for index in sorted(results)]
-
-
 @functools.cache
 def plain(params: tuple[SamplingParams, ...], prompts: tuple[tuple[int, ...], ...] = PROMPTS) -> list[tuple[int, ...]]:
     engine = Engine(tiny_target("llama"), Autoregressive(), max_rows=1)
-    return [result.tokens for result in run(engine, requests(prompts, params))]
+    return [result.tokens for result in run(engine, requests_of(prompts, params))]
 
 
 def texts(drafter: Any, params: Sequence[SamplingParams], *, max_rows: int = 4, lean: bool = False) -> list[Result]:
-    return run(Engine(tiny_target("llama", lean=lean), drafter, max_rows=max_rows), requests(PROMPTS, params))
+    return run(Engine(tiny_target("llama", lean=lean), drafter, max_rows=max_rows), requests_of(PROMPTS, params))
 
 
 def rows_of(histories: Sequence[Sequence[int]], params: SamplingParams = GREEDY) -> Rows:
@@ -110,7 +96,7 @@ def test_the_text_of_a_row_does_not_depend_on_its_neighbours(drawn: bool) -> Non
     together, pairs = (texts(DraftModelDrafter(network(), drawn=drawn), params, max_rows=n) for n in (4, 2))
     for i, own in enumerate(params):
         engine = Engine(tiny_target("llama"), DraftModelDrafter(network(), drawn=drawn))
-        (alone,) = run(engine, requests(PROMPTS[i : i + 1], [own]))
+        (alone,) = run(engine, requests_of(PROMPTS[i : i + 1], [own]))
         for result in (together[i], pairs[i]):
             assert (result.tokens, result.stats.accepted_lengths) == (alone.tokens, alone.stats.accepted_lengths)
 
@@ -161,7 +147,7 @@ class Uncut(DraftModelDrafter):
 
 def stepped(drafter: DraftModelDrafter, params: Sequence[SamplingParams]) -> Iterator[Engine]:
     engine = Engine(tiny_target("llama"), drafter, max_rows=4)
-    for request in requests(PROMPTS, [replace(own, max_new_tokens=60) for own in params]):
+    for request in requests_of(PROMPTS, [replace(own, max_new_tokens=60) for own in params]):
         engine.admit(request)
     yield engine
     for _ in range(6):
@@ -262,7 +248,7 @@ def test_no_token_is_read_twice_and_a_drafted_one_costs_one_pass(kind: type[Draf
     counting = Counting(network())
     drafter = kind(counting)  # type: ignore[arg-type]
     engine = Engine(tiny_target("llama"), drafter, max_rows=4)
-    for request in requests(PROMPTS, KINDS["mixed"]):
+    for request in requests_of(PROMPTS, KINDS["mixed"]):
         engine.admit(request)
     assert [len(drafter._read.get(slot, [])) for slot in range(4)][1:3] == [len(PROMPTS[1]) - 1, len(PROMPTS[2]) - 1]
     for step in range(1, 5):
@@ -276,7 +262,7 @@ def test_long_prompts_are_read_in_chunks_and_not_again(monkeypatch: pytest.Monke
     prompts = (tuple(3 + i * i % 50 for i in range(70)), PROMPTS[0])
     drafter = DraftModelDrafter(network(), drawn=False)
     engine = Engine(tiny_target("llama"), drafter, max_rows=2)
-    assert [r.tokens for r in run(engine, requests(prompts, [GREEDY] * 2))] == plain((GREEDY,) * 2, prompts)
+    assert [r.tokens for r in run(engine, requests_of(prompts, [GREEDY] * 2))] == plain((GREEDY,) * 2, prompts)
 
 
 def test_rows_that_join_and_leave_write_what_they_write_alone() -> None:
@@ -286,13 +272,13 @@ def test_rows_that_join_and_leave_write_what_they_write_alone() -> None:
     for drawn in (False, True):
         drafter = DraftModelDrafter(network(), drawn=drawn)
         engine = Engine(tiny_target("llama"), drafter, max_rows=2)
-        rounds = [[r.tokens for r in run(engine, requests(prompts, params))] for _ in range(3)]
+        rounds = [[r.tokens for r in run(engine, requests_of(prompts, params))] for _ in range(3)]
         assert rounds[0] == rounds[1] == rounds[2]
         assert drafter.cache.lengths == [0, 0]
         assert not drafter._read
         fresh = [
             run(Engine(tiny_target("llama"), DraftModelDrafter(network(), drawn=drawn)), [r])[0]
-            for r in requests(prompts, params)
+            for r in requests_of(prompts, params)
         ]
         assert rounds[0] == [result.tokens for result in fresh]
 
@@ -300,7 +286,7 @@ def test_rows_that_join_and_leave_write_what_they_write_alone() -> None:
 def test_a_draft_that_failed_can_be_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     drafter = DraftModelDrafter(network())
     engine = Engine(tiny_target("llama"), drafter, max_rows=4)
-    for request in requests(PROMPTS, KINDS["greedy"]):
+    for request in requests_of(PROMPTS, KINDS["greedy"]):
         engine.admit(request)
     forward, calls = HFTarget.forward, [0]
 
@@ -389,31 +375,6 @@ LAWS = {"plain": HOT, "top_k": replace(HOT, top_k=2), "top_p": replace(HOT, temp
 JUMP = {1: 1.0, 2: 1.65, 3: 1.7, 4: 1.75}  # a second token is dear, more of them are not
 
 
-class Table:
-    """A language of four tokens whose logits are a table of the last one: thousands of rows in no time."""
-
-    name, kernel, row_exact, nbytes = "table", "table", True, 0
-    vocab_size, hidden_size, num_layers, context_length = LETTERS, 1, 1, 1000
-
-    def __init__(self, seed: int, sharpness: float = 1.5) -> None:
-        noise = torch.randn(LETTERS, LETTERS, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        self.logits = noise * sharpness
-
-    def new_cache(self, rows: int, slots: int) -> SlotCache:
-        return SlotCache(0, rows, slots)
-
-    def forward(self, cache: Any, slots: Any, tokens: Tensor, parents: Any, sizes: Any, layers: Any) -> tuple[Tensor, None]:
-        return self.logits[tokens], None
-
-    def law(self, params: SamplingParams, length: int) -> Tensor:
-        """The law of the first `length` tokens after token 0, flat."""
-        table = probabilities(self.logits, params)
-        law = table[0]
-        for _ in range(length - 1):
-            law = law[..., None] * table
-        return law.flatten()
-
-
 @dataclass
 class Alone:
     """The controller of many engines of one row each, new in every step."""
@@ -464,10 +425,10 @@ def excess(
 
     Every text begins at token 0, in a row of its own of one engine.
     """
-    target, params = Table(1), LAWS[kind]
+    target, params = Table(1, 1.5), LAWS[kind]
     patch.setattr(METHOD, "probabilities", remembered)  # for time
     patch.setattr(flashdraft.engine, "target_probs", lambda logits, own, sizes: probabilities(logits, params))
-    engine = Engine(target, drafter(Table(11), block_size=4), max_rows=runs)  # type: ignore[arg-type]
+    engine = Engine(target, drafter(Table(11, 1.5), block_size=4), max_rows=runs)  # type: ignore[arg-type]
     engine.control = control
     engine.drafter.cache.reserve(0, rows=runs)  # type: ignore[attr-defined]
     for seed in range(runs):
@@ -515,7 +476,7 @@ class Uncut_law(DraftModelDrafter):  # noqa: N801
 
     def propose(self, rows: Rows, max_nodes: int) -> Proposal:
         proposal = super().propose(rows, max_nodes)
-        return replace(proposal, probs=Table(11).logits[proposal.tokens].softmax(-1).float())
+        return replace(proposal, probs=Table(11, 1.5).logits[proposal.tokens].softmax(-1).float())
 
 
 class OwnScores(DraftModelDrafter):

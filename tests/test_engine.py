@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, VOCAB, LetterTokenizer, tiny_drafter, tiny_model, tiny_target, uniform
+from conftest import FAMILIES, VOCAB, LetterTokenizer, Table, requests_of, tiny_drafter, tiny_model, tiny_target, uniform
 from scipy import stats
 from torch import Tensor
 from transformers import GPT2Config
@@ -235,15 +235,6 @@ CHOSEN = [method for method in METHODS if method != "drawn"]
 
 
 # ---------------------------------------------------------------- running
-
-
-def requests_of(
-    prompts: Sequence[tuple[int, ...]], params: Sequence[SamplingParams], eos: Iterable[int] = (), first: int = 0
-) -> list[Request]:
-    return [
-        Request(list(prompt), own, TextDecoder(LETTERS, own.stop), frozenset(eos), first + i)
-        for i, (prompt, own) in enumerate(zip(prompts, params, strict=True))
-    ]
 
 
 def run(engine: Engine, requests: Sequence[Request]) -> list[Result]:
@@ -837,34 +828,6 @@ def test_a_faulty_proposal_is_an_error_and_not_a_text() -> None:
 # ---------------------------------------------------------------- the law of sampled text with drawn nodes
 
 
-class Table:
-    """A target whose logits are a table of the last token: exact laws, and thousands of rows in no time."""
-
-    name, kernel, row_exact, nbytes = "table", "table", True, 0
-    vocab_size, hidden_size, num_layers, context_length = 4, 1, 1, 1000
-
-    def __init__(self) -> None:
-        self.logits = torch.randn(4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
-    def new_cache(self, rows: int, slots: int) -> SlotCache:
-        return SlotCache(0, rows, slots)
-
-    def prefill(self, cache: SlotCache, slot: int, tokens: Tensor, layers: Sequence[int]) -> tuple[Tensor, None]:
-        cache.keep(slot, range(len(tokens)))
-        return self.logits[tokens[-1]], None
-
-    def forward(self, cache: SlotCache, slots: Any, tokens: Tensor, parents: Any, sizes: Any, layers: Any) -> tuple[Tensor, None]:
-        return self.logits[tokens], None
-
-    def law(self, length: int) -> Tensor:
-        """The law of the first `length` tokens after token 0, flat."""
-        table = self.logits.softmax(-1)
-        law = table[0]
-        for _ in range(length - 1):
-            law = law[..., None] * table
-        return law.flatten()
-
-
 @dataclass
 class DrawnTable:
     """Two drawn siblings and a drawn child of the first, from a draft that is wrong."""
@@ -901,7 +864,7 @@ def chi_square() -> tuple[float, int]:
 
     The first token comes with the prompt. The others are judged in whole trees, as the texts could go on.
     """
-    target, counts = Table(), torch.zeros(4**3)
+    target, counts = Table(1, 1.0), torch.zeros(4**3)
     engine = Engine(target, DrawnTable(), max_rows=500)
     waiting = [
         Request([0], SamplingParams(temperature=1.0, seed=seed, max_new_tokens=9), TextDecoder(LETTERS), index=seed)
@@ -915,7 +878,7 @@ def chi_square() -> tuple[float, int]:
             a, b, c = request.history[1:4]
             counts[16 * a + 4 * b + c] += 1
             engine.abort(request.index)
-    expected = target.law(3) * NUM_TEXTS
+    expected = target.law(SamplingParams(temperature=1.0), 3) * NUM_TEXTS
     assert float(expected.min()) > 5
     return float(((counts - expected) ** 2 / expected).sum()), len(expected) - 1
 

@@ -31,7 +31,7 @@ from toy_training import (
 from flashdraft.checkpoint import read_draft
 from flashdraft.errors import CheckpointError, InvalidParameter
 from flashdraft.generate import Model
-from flashdraft.heads import HEADS
+from flashdraft.layers import HEADS
 from flashdraft.methods import dflash
 from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDraft
 from flashdraft.target import Target
@@ -110,7 +110,7 @@ DECODING_FAULTS = (
 
 
 def slow_logits(model: DFlashDraftModel, state: Tensor, previous: int, drafted: Sequence[int]) -> Tensor:
-    """The corrected logits of one position over the drafted tokens, by the formulas of heads.py's docstring."""
+    """The corrected logits of one position over the drafted tokens, by the formulas of SwigluHead's docstring."""
     w = {name: t.double() for name, t in model.state_dict().items() if name.startswith("sequential_head.")}
     own, kind = model.extras.get("lm_head.weight"), model.config.sequential_head
     head = the_target().head_weight(torch.tensor(drafted)) if own is None else own.double()

@@ -17,7 +17,7 @@ LEVELS = {  # a module imports only its own level and those below; `.*` stands f
         (
             "types errors",
             "text verify tree sampling control diffusion.coupling",
-            "target lean cache layers decoder compiled native heads checkpoint network hub",
+            "target lean cache layers decoder native checkpoint network hub",
             "methods.*",
             "engine scheduler",
             "generate __init__",

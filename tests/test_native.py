@@ -19,8 +19,7 @@ from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from flashdraft import native
 from flashdraft.errors import InvalidParameter
-from flashdraft.heads import SwigluHead
-from flashdraft.layers import TorchLinear, pack
+from flashdraft.layers import SwigluHead, TorchLinear, pack
 from flashdraft.lean import LeanTarget, fastest
 from flashdraft.native import NativeLinear
 from flashdraft.target import HFTarget

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EOS, VOCAB, LetterTokenizer, tiny_target
+from conftest import EOS, VOCAB, requests_of, run, tiny_target
 from safetensors.torch import load_file
 from torch import Tensor
 from toy_folders import letter_tokenizer, save_target
@@ -21,7 +21,7 @@ from toy_training import one_line_and_hint
 
 from flashdraft.checkpoint import DraftConfig, read_draft
 from flashdraft.control import Control
-from flashdraft.engine import Engine, Request
+from flashdraft.engine import Engine
 from flashdraft.errors import CheckpointError, DraftMismatch, InvalidParameter
 from flashdraft.generate import Model, load
 from flashdraft.methods import NETWORKS
@@ -30,7 +30,6 @@ from flashdraft.methods.dflash import DFlashDraftModel
 from flashdraft.methods.eagle3 import Eagle3DraftModel, fused_layers
 from flashdraft.methods.medusa import MedusaDraftModel
 from flashdraft.target import Target
-from flashdraft.text import TextDecoder
 from flashdraft.train.batch import Pass, make_batch
 from flashdraft.train.config import TrainConfig
 from flashdraft.train.features import FeatureSet, Sample, write_features
@@ -135,7 +134,7 @@ def chain_by_definition(history: Sequence[int], depth: int, fault: str = "") -> 
         base = rms(state, layer.hidden_norm.weight) if fault == "the residual is the normed state" else state
         x = base + torch.cat(outputs) @ layer.self_attn.o_proj.weight.double().T
         y = rms(x, layer.post_attention_layernorm.weight)
-        gate, up = (y @ layer.mlp[name].weight.double().T for name in ("gate_proj", "up_proj"))
+        gate, up = (y @ linear.weight.double().T for linear in (layer.mlp.gate_proj, layer.mlp.up_proj))
         x = x + (gate * torch.sigmoid(gate) * up) @ layer.mlp.down_proj.weight.double().T
         law = target.lm_head(rms(x, model.norm.weight)).log_softmax(-1)
         found.append(int(law.argmax()))
@@ -212,21 +211,16 @@ def test_medusa_tree_is_static_and_holds_the_chain() -> None:
 # Losslessness.
 
 
-def run(drafter: Any, params: SamplingParams, *, max_rows: int, adaptive: Control | None = None) -> list[tuple[int, ...]]:
+def texts(drafter: Any, params: SamplingParams, *, max_rows: int, adaptive: Control | None = None) -> list[tuple[int, ...]]:
     """Every text, in order; rows join and leave where there are fewer of them than prompts."""
     engine = Engine(the_target(), drafter, max_rows=max_rows)
     engine.control = adaptive
-    waiting = [Request(list(p), params, TextDecoder(LetterTokenizer(), ()), frozenset({EOS}), i) for i, p in enumerate(PROMPTS)]
-    texts: dict[int, tuple[int, ...]] = {}
-    while waiting or engine.running:
-        chunks = [engine.admit(waiting.pop(0))] if waiting and engine.num_free else engine.step()
-        texts |= {chunk.index: chunk.result.tokens for chunk in chunks if chunk.result is not None}
-    return [texts[i] for i in sorted(texts)]
+    return [result.tokens for result in run(engine, requests_of(PROMPTS, [params] * len(PROMPTS), {EOS}))]
 
 
 @cache
 def plain(params: SamplingParams) -> list[tuple[int, ...]]:
-    return run(Autoregressive(), params, max_rows=1)
+    return texts(Autoregressive(), params, max_rows=1)
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
@@ -236,7 +230,7 @@ def test_text_equals_plain_text(method: str, tree_nodes: int | None, adaptive: b
     make = network(method).drafters(the_target())
     for params, max_rows in product((GREEDY, SAMPLED), (1, 2, 4)):
         control = Control({1: 1.0, 2: 1.01, 64: 1.5}) if adaptive else None
-        assert run(make(tree_nodes=tree_nodes), params, max_rows=max_rows, adaptive=control) == plain(params)
+        assert texts(make(tree_nodes=tree_nodes), params, max_rows=max_rows, adaptive=control) == plain(params)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -244,21 +238,21 @@ def test_drafts_while_decoding_are_those_of_a_fresh_drafter(method: str) -> None
     """A rejected draft leaves no trace, and a second request none of the first."""
     drafter = network(method).drafters(the_target())(tree_nodes=9)
     engine = Engine(the_target(), drafter, max_rows=1)
-    for prompt in PROMPTS[:2]:
-        engine.admit(Request(list(prompt), GREEDY, TextDecoder(LetterTokenizer(), ()), frozenset({EOS})))
+    for request in requests_of(PROMPTS[:2], [GREEDY] * 2, {EOS}):
+        engine.admit(request)
         for _ in range(4):
             engine.step()
             (request,) = engine.running.values()
             got, fresh = drafter.propose(rows_of(request.history), 9), drafts(method, request.history, tree_nodes=9, max_nodes=9)
             assert got.tokens.tolist() == fresh.tokens.tolist()
             torch.testing.assert_close(got.scores, fresh.scores, rtol=0, atol=1e-5)
-        engine.abort(0)
+        engine.abort(request.index)
 
 
 @pytest.mark.parametrize("limit", [1, 8, 22, 40])
 def test_eagle3_beyond_its_positions_drafts_nothing_and_the_text_stays(limit: int) -> None:
     drafter = network("eagle3", max_position_embeddings=limit).drafters(the_target())()
-    assert run(drafter, GREEDY, max_rows=4) == plain(GREEDY)
+    assert texts(drafter, GREEDY, max_rows=4) == plain(GREEDY)
     proposal = drafter.propose(rows_of([5]), 1)
     assert proposal.sizes.tolist() == [1]
 
@@ -305,8 +299,8 @@ def test_our_folder_is_read_back_as_it_was_written(tmp_path: Path, method: str) 
     again = NETWORKS[method].from_pretrained(tmp_path)
     assert again.config == model.config
     assert all(torch.equal(t, again.state_dict()[name]) for name, t in model.state_dict().items())
-    texts = run(again.drafters(the_target())(), GREEDY, max_rows=2)
-    assert texts == plain(GREEDY)
+    drafted = texts(again.drafters(the_target())(), GREEDY, max_rows=2)
+    assert drafted == plain(GREEDY)
     if method == "eagle3":
         stored = json.loads((tmp_path / "config.json").read_text())
         assert stored["architectures"] == ["LlamaForCausalLMEagle3"]

@@ -197,10 +197,10 @@ def test_a_tree_read_as_a_chain_is_far_off(name: str, monkeypatch: pytest.Monkey
 def test_a_window_counted_in_slots_is_far_off(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a tree, a node's slot is not its position."""
 
-    def by_slot(lengths: Tensor, _: Tensor, num_slots: int) -> Tensor:
-        return torch.arange(num_slots).expand(len(lengths), num_slots)
+    def by_slot(self: HFTarget, seen: Tensor, positions: Tensor, held: Tensor, masks: Any = HFTarget._masks) -> Any:
+        return masks(self, seen, positions, torch.arange(held.shape[1]).expand_as(held))
 
-    monkeypatch.setattr(flashdraft.target, "_slot_positions", by_slot)
+    monkeypatch.setattr(HFTarget, "_masks", by_slot)
     assert worst_after_all(made(family), own_model(family)) > FAR
 
 

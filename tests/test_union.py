@@ -11,21 +11,20 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SHAPE, LetterTokenizer, tiny_drafter, tiny_model, tiny_target
+from conftest import SHAPE, requests_of, run, tiny_drafter, tiny_model, tiny_target
 from torch import Tensor
 from transformers import LlamaConfig
 
 from flashdraft.control import Control
-from flashdraft.engine import Engine, Request
+from flashdraft.engine import Engine
 from flashdraft.errors import InvalidParameter
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.methods.draft_model import DraftModelDrafter
 from flashdraft.methods.prompt_lookup import PromptLookup
 from flashdraft.methods.union import Union, merge
 from flashdraft.target import HFTarget, Target
-from flashdraft.text import TextDecoder
 from flashdraft.tree import Nodes, check
-from flashdraft.types import Drafter, Proposal, Result, Rows, SamplingParams
+from flashdraft.types import Drafter, Proposal, Rows, SamplingParams
 
 NEW = 16
 PROMPTS = ((5, 9, 7), (9, 8, 30, 4, 11, 9, 8), (*range(10, 21), *range(10, 16)), (33,))
@@ -58,23 +57,10 @@ UNIONS: dict[str, Callable[[Target], Union]] = {
 }
 
 
-def requests(prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[Request]:
-    pairs = zip(prompts, params, strict=True)
-    return [Request(list(prompt), own, TextDecoder(LetterTokenizer(), ()), index=i) for i, (prompt, own) in enumerate(pairs)]
-
-
-def run(engine: Engine, waiting: Sequence[Request]) -> list[Result]:
-    left, results = list(waiting), {}
-    while left or engine.running:
-        chunks = [engine.admit(left.pop(0))] if left and engine.num_free else engine.step()
-        results |= {chunk.index: chunk.result for chunk in chunks if chunk.result is not None}
-    return [results[index] for index in sorted(results)]
-
-
 @functools.cache
 def plain(params: tuple[SamplingParams, ...]) -> list[tuple[int, ...]]:
     engine = Engine(tiny_target("llama"), Autoregressive(), max_rows=1)
-    return [result.tokens for result in run(engine, requests(PROMPTS, params))]
+    return [result.tokens for result in run(engine, requests_of(PROMPTS, params))]
 
 
 # ---------------------------------------------------------------- the merged tree
@@ -222,7 +208,7 @@ def test_texts_are_the_plain_texts_while_rows_join_and_leave(name: str, kind: st
     union = UNIONS[name](tiny_target("llama"))
     engine = Engine(tiny_target("llama"), union, max_rows=3)
     for _ in range(2):
-        results = run(engine, requests(PROMPTS, KINDS[kind]))
+        results = run(engine, requests_of(PROMPTS, KINDS[kind]))
         assert [result.tokens for result in results] == plain(KINDS[kind])
         assert all(not any(cache.lengths) for cache in union.caches)
     accepted = sum(result.stats.num_accepted for result in results)
@@ -233,7 +219,7 @@ def test_a_shared_budget_under_the_controller_leaves_texts_alone() -> None:
     for seconds in ({1: 1.0, 8: 1.1}, {1: 1.0, 8: 2.0}):
         engine = Engine(tiny_target("llama"), UNIONS["prompt_lookup+draft_model"](tiny_target("llama")), max_rows=3)
         engine.control = Control(seconds)
-        results = run(engine, requests(PROMPTS, KINDS["mixed"]))
+        results = run(engine, requests_of(PROMPTS, KINDS["mixed"]))
         assert [result.tokens for result in results] == plain(KINDS["mixed"])
 
 
@@ -241,7 +227,7 @@ def test_a_union_accepts_what_either_would() -> None:
     texts = {}
     for name, drafter in {"one": draft_model(), "two": PromptLookup(), "both": Union(draft_model(), PromptLookup())}.items():
         engine = Engine(tiny_target("llama"), drafter, max_rows=4)
-        requested = requests(PROMPTS, KINDS["greedy"])
+        requested = requests_of(PROMPTS, KINDS["greedy"])
         for request in requested:
             engine.admit(request)
         engine.step()  # from the same texts
@@ -284,7 +270,7 @@ def check_features(first: tuple[int, ...], second: tuple[int, ...]) -> None:
     pair = Listener(first), Listener(second)
     union = Union(*pair)
     assert sorted(union.layers) == sorted({*first, *second})
-    run(Engine(tiny_target("llama"), union, max_rows=2), requests(PROMPTS, KINDS["greedy"]))
+    run(Engine(tiny_target("llama"), union, max_rows=2), requests_of(PROMPTS, KINDS["greedy"]))
     assert [one.checked for one in pair] == [len(PROMPTS)] * 2
 
 
@@ -309,7 +295,7 @@ def test_name_and_memory_are_those_of_both() -> None:
     union = Union(first, second)
     assert union.name == "dflash+draft_model"
     engine = Engine(tiny_target("llama"), union, max_rows=2)
-    run(engine, requests(PROMPTS, KINDS["greedy"]))
+    run(engine, requests_of(PROMPTS, KINDS["greedy"]))
     assert first.cache.nbytes > 0 < second.cache.nbytes
     assert engine.cache_nbytes == engine._cache.nbytes + first.cache.nbytes + second.cache.nbytes
 

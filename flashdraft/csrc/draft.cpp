@@ -1,4 +1,4 @@
-// The sequential head of a drafter (heads.py), left to right: each token corrects the state of the next one.
+// The sequential head of a drafter (layers.py), left to right: each token corrects the state of the next one.
 
 #include "linear.h"
 

@@ -8,6 +8,5 @@ from flashdraft.network import DraftNetwork
 
 __all__ = ["NETWORKS"]
 
-NETWORKS: dict[str, type[DraftNetwork]] = {
-    network.method: network for network in (DFlashDraftModel, Eagle3DraftModel, MedusaDraftModel, CutDraftModel)
-}
+_ALL = DFlashDraftModel, Eagle3DraftModel, MedusaDraftModel, CutDraftModel
+NETWORKS: dict[str, type[DraftNetwork]] = {network.method: network for network in _ALL}

@@ -19,16 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Qwen3Config
-from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RotaryEmbedding
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from flashdraft import native
 from flashdraft.cache import SlotCache
 from flashdraft.checkpoint import DraftConfig
-from flashdraft.compiled import CompiledStep
-from flashdraft.decoder import Block, Decoder
-from flashdraft.errors import CheckpointError
-from flashdraft.heads import SwigluHead
-from flashdraft.layers import ROPE_TYPES, RMSNorm, apply_rotary, pack, rotary_table
+from flashdraft.decoder import Block, CompiledStep, Decoder
+from flashdraft.layers import RMSNorm, SwigluHead, apply_rotary, pack
 from flashdraft.network import DRAFT_KERNEL, DraftHead, DraftNetwork
 from flashdraft.target import Target
 from flashdraft.tree import NOTHING, best_first, planted
@@ -40,35 +37,29 @@ _BRANCHES = 8  # tokens of a position that a tree may hold
 _LIKELY = 64  # tokens among which a corrected state chooses
 
 
-class _Attention(nn.Module):
-    def __init__(self, config: DraftConfig) -> None:
-        super().__init__()
-        hidden, head_dim, bias = config.hidden_size, config.head_dim, config.attention_bias
-        self.q_proj = nn.Linear(hidden, config.num_attention_heads * head_dim, bias=bias)
-        self.k_proj = nn.Linear(hidden, config.num_key_value_heads * head_dim, bias=bias)
-        self.v_proj = nn.Linear(hidden, config.num_key_value_heads * head_dim, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * head_dim, hidden, bias=bias)
-        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps)
-        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps)
-        self.head_dim = head_dim
+class _Layer(Qwen3DecoderLayer):
+    """Qwen3's modules, but for the norms; they are called one by one, since the context joins in between."""
+
+    self_attn: Any
+    input_layernorm: Any
+    post_attention_layernorm: Any
+
+    def __init__(self, qwen3: Qwen3Config, index: int) -> None:
+        super().__init__(qwen3, index)
+        hidden, head, eps = qwen3.hidden_size, qwen3.head_dim, qwen3.rms_norm_eps
+        self.input_layernorm, self.post_attention_layernorm = RMSNorm(hidden, eps), RMSNorm(hidden, eps)
+        self.self_attn.q_norm, self.self_attn.k_norm = RMSNorm(head, eps), RMSNorm(head, eps)
 
     def queries(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """[n, hidden] -> [n, heads, head_dim]"""
-        return apply_rotary(self.q_norm(self.q_proj(x).view(len(x), -1, self.head_dim)), *rotary)
+        own = self.self_attn
+        return apply_rotary(own.q_norm(own.q_proj(x).view(len(x), -1, own.head_dim)), *rotary)
 
     def keys_values(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """[n, hidden] -> [n, kv_heads, head_dim] each; the same weights serve the context and the block."""
-        keys = self.k_norm(self.k_proj(x).view(len(x), -1, self.head_dim))
-        return apply_rotary(keys, *rotary), self.v_proj(x).view(len(x), -1, self.head_dim)
-
-
-class _Layer(nn.Module):
-    def __init__(self, config: DraftConfig, qwen3: Qwen3Config) -> None:
-        super().__init__()
-        self.self_attn = _Attention(config)
-        self.mlp = Qwen3MLP(qwen3)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        own = self.self_attn
+        keys, values = (linear(x).view(len(x), -1, own.head_dim) for linear in (own.k_proj, own.v_proj))
+        return apply_rotary(own.k_norm(keys), *rotary), values
 
 
 class DFlashDraftModel(DraftNetwork):
@@ -80,15 +71,9 @@ class DFlashDraftModel(DraftNetwork):
         super().__init__(config)
         self.fc = nn.Linear(len(config.target_layer_ids) * config.hidden_size, config.hidden_size, bias=False)
         self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        qwen3 = _qwen3(config)
-        self.layers = nn.ModuleList(_Layer(config, qwen3) for _ in range(config.num_hidden_layers))
+        qwen3 = self.add_rotary()
+        self.layers = nn.ModuleList(_Layer(qwen3, n) for n in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.cos: Tensor
-        self.sin: Tensor
-        rotary = Qwen3RotaryEmbedding(qwen3)
-        tables = rotary_table(rotary.inv_freq, config.max_position_embeddings, float(rotary.attention_scaling), torch.float32)
-        for name, table in zip(("cos", "sin"), tables, strict=True):
-            self.register_buffer(name, table, persistent=False)
         if config.sequential_head is not None:
             self.add_head(config.sequential_head, config.head_rank)
 
@@ -97,13 +82,9 @@ class DFlashDraftModel(DraftNetwork):
         self.config = replace(self.config, sequential_head=kind, head_rank=rank)
         self.sequential_head = SwigluHead(self.config.hidden_size, rank)
 
-    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        return self.cos[positions][:, None], self.sin[positions][:, None]
-
     def context(self, features: Tensor) -> Tensor:
         """features [n, F * hidden] -> C [n, hidden], from which every layer makes its context keys and values."""
-        fused: Tensor = self.hidden_norm(self.fc(features))
-        return fused
+        return self.hidden_norm(self.fc(features))  # type: ignore[no-any-return]
 
     def forward(self, context: Tensor, block: Tensor, positions: tuple[Tensor, Tensor], attend: Any) -> Tensor:
         """The whole network on packed rows.
@@ -117,24 +98,14 @@ class DFlashDraftModel(DraftNetwork):
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, _Layer)
             normed = layer.input_layernorm(x)
-            context_kv = layer.self_attn.keys_values(context, context_rotary)
-            block_kv = layer.self_attn.keys_values(normed, block_rotary)
-            out = attend(index, layer.self_attn.queries(normed, block_rotary), context_kv, block_kv)
+            context_kv, block_kv = layer.keys_values(context, context_rotary), layer.keys_values(normed, block_rotary)
+            out = attend(index, layer.queries(normed, block_rotary), context_kv, block_kv)
             x = x + layer.self_attn.o_proj(out)
             x = x + layer.mlp(layer.post_attention_layernorm(x))
         return self.norm(x)  # type: ignore[no-any-return]
 
     def drafters(self, target: Target) -> Callable[..., Drafter]:
         return functools.partial(DFlashDrafter, PackedDraft(self, target))
-
-
-def _qwen3(config: DraftConfig) -> Qwen3Config:
-    """What transformers needs to know for the parts that are Qwen3's own."""
-    if (kind := config.rope_parameters.get("rope_type", "default")) not in ROPE_TYPES:
-        raise CheckpointError(f"rotary scaling {kind!r} is not supported in a drafter", hint=f"known: {', '.join(ROPE_TYPES)}")
-    names = ("hidden_size", "intermediate_size", "num_attention_heads", "head_dim", "max_position_embeddings")
-    rope = {"rope_type": kind, **config.rope_parameters}
-    return Qwen3Config(**{name: getattr(config, name) for name in names}, rope_parameters=rope)
 
 
 class PackedDraft(DraftHead):
@@ -144,19 +115,13 @@ class PackedDraft(DraftHead):
         super().__init__(model, target)
         probe, config = self.probe, model.config
         self.fc = self.packed(model.fc.weight)
-        heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         kinds = config.layer_types or ("full_attention",) * len(model.layers)
         windows = [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
         blocks = [Block(layer, probe, window=window) for layer, window in zip(model.layers, windows, strict=True)]
-        self.decoder = Decoder(
-            blocks,
-            model.norm.weight.detach().to(probe),
-            rotary=(model.cos.to(probe), model.sin.to(probe)),
-            heads=heads,
-            eps=config.rms_norm_eps,
-            kernel="compiled" if target.kernel_name == "compiled" else DRAFT_KERNEL,
-        )
-        first = heads[0] * heads[2]  # behind the queries: keys and values, of all layers in one linear
+        norm, rotary = model.norm.weight.detach().to(probe), (model.cos.to(probe), model.sin.to(probe))
+        kernel = "compiled" if target.kernel_name == "compiled" else DRAFT_KERNEL
+        self.decoder = Decoder(blocks, norm, rotary=rotary, eps=config.rms_norm_eps, kernel=kernel)
+        first = config.num_attention_heads * config.head_dim  # behind the queries: keys and values, of all layers in one linear
         weights, biases = zip(*(block.linears["qkv"] for block in blocks), strict=True)
         bias = None if biases[0] is None else torch.cat([b[first:] for b in biases])
         self.context_kv = pack(torch.cat([weight[first:] for weight in weights]), bias, kernel=DRAFT_KERNEL)
@@ -186,11 +151,9 @@ class PackedDraft(DraftHead):
 
         With a sequential head from left to right, each position seeing the likeliest token before it.
         """
-        logits = self.logits(hidden)
-        count = min(count, logits.shape[-1])
         if self.sequential is None:
-            best = logits.topk(count, dim=-1)
-            return self.ids(best.indices), best.values - logits.logsumexp(-1, keepdim=True)
+            return self.likely(hidden, count)
+        logits = self.logits(hidden)
         likely = logits.topk(min(_LIKELY, logits.shape[-1]), dim=-1).indices  # to ask about all would cost a second lm_head
         previous = self.embed(anchors)
         if self.tables is not None:
@@ -201,7 +164,7 @@ class PackedDraft(DraftHead):
             for k in range(hidden.shape[1]):
                 laws[:, k] = (rows[:, k] @ self.sequential(hidden[:, k], previous)[..., None])[..., 0].log_softmax(-1)
                 previous = self.embed(self.ids(likely[:, k].gather(1, laws[:, k].argmax(-1, keepdim=True))[:, 0]))
-        best = laws.topk(count, dim=-1)
+        best = laws.topk(min(count, likely.shape[-1]), dim=-1)
         return self.ids(likely.gather(-1, best.indices)), best.values
 
 

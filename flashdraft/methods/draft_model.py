@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaModel
 from flashdraft.checkpoint import DraftConfig, check_target
 from flashdraft.errors import DraftMismatch, InvalidParameter
 from flashdraft.lean import LeanTarget
-from flashdraft.network import DRAFT_KERNEL, DraftNetwork
+from flashdraft.network import DRAFT_KERNEL, DraftNetwork, network_shape
 from flashdraft.sampling import adjusted, draw, probabilities, uniforms
 from flashdraft.target import Target
 from flashdraft.tree import chain
@@ -149,9 +149,8 @@ class CutDraftModel(DraftNetwork):
         check_target(self.config, target)
         everything = torch.arange(target.vocab_size)
         table, head = target.embed(everything), target.head_weight(everything)
-        norm = SimpleNamespace(weight=self.norm.weight.detach().to(table))
-        inner = {"layers": self.layers, "norm": norm, "rotary_emb": self.rotary_emb}
-        model = SimpleNamespace(embed_tokens=SimpleNamespace(weight=table), **inner)
+        norm, tokens = (SimpleNamespace(weight=weight) for weight in (self.norm.weight.detach().to(table), table))
+        model = SimpleNamespace(embed_tokens=tokens, layers=self.layers, norm=norm, rotary_emb=self.rotary_emb)
         own = SimpleNamespace(weight=table if torch.equal(table, head) else head, bias=None)
         lm = SimpleNamespace(config=_llama(self.config, vocab_size=target.vocab_size), model=model, lm_head=own)
         return partial(chains, LeanTarget(lm, f"{self.config.num_hidden_layers} layers of {target.name}", kernel=DRAFT_KERNEL))
@@ -166,12 +165,8 @@ def chains(
 
 
 def _llama(config: DraftConfig, *, vocab_size: int) -> LlamaConfig:
-    names = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"]
-    names += ["rms_norm_eps", "max_position_embeddings", "attention_bias"]
-    rope = {"rope_type": "default", **config.rope_parameters}
-    given = {name: getattr(config, name) for name in names}
     nothing: Any = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))  # what the engine asks a target
-    return LlamaConfig(**given, vocab_size=vocab_size, rope_parameters=rope, **nothing, tie_word_embeddings=True)
+    return LlamaConfig(**network_shape(config), vocab_size=vocab_size, **nothing, tie_word_embeddings=True)
 
 
 def check_tokenizers(target_tokenizer: Any, draft_tokenizer: Any, target: Target, network: Target) -> None:

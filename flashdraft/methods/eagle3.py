@@ -16,13 +16,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from flashdraft.cache import SlotCache
 from flashdraft.checkpoint import DraftConfig
-from flashdraft.errors import CheckpointError
-from flashdraft.layers import ROPE_TYPES, RMSNorm, apply_rotary, rotary_table
+from flashdraft.decoder import Block
+from flashdraft.layers import RMSNorm, apply_rotary
 from flashdraft.network import DraftHead, DraftNetwork
 from flashdraft.target import Target
 from flashdraft.tree import NOTHING, Nodes, planted
@@ -46,48 +45,31 @@ class Eagle3DraftModel(DraftNetwork):
 
     def __init__(self, config: DraftConfig) -> None:
         super().__init__(config)
-        h, d, i = config.hidden_size, config.head_dim, config.intermediate_size
+        h, d = config.hidden_size, config.head_dim
         sizes = {"q": config.num_attention_heads * d, "k": config.num_key_value_heads * d, "v": config.num_key_value_heads * d}
         attention = {f"{name}_proj": nn.Linear(2 * h, size, bias=False) for name, size in sizes.items()}
         attention["o_proj"] = nn.Linear(sizes["q"], h, bias=False)
-        mlp = {"gate_proj": nn.Linear(h, i, bias=False), "up_proj": nn.Linear(h, i, bias=False)}
-        layer: dict[str, nn.Module] = {"self_attn": nn.ModuleDict(attention)}
-        layer["mlp"] = nn.ModuleDict(mlp | {"down_proj": nn.Linear(i, h, bias=False)})
-        for name in ("input_layernorm", "hidden_norm", "post_attention_layernorm"):
-            layer[name] = RMSNorm(h, config.rms_norm_eps)
+        norms = {name: RMSNorm(h, config.rms_norm_eps) for name in ("input_layernorm", "hidden_norm", "post_attention_layernorm")}
+        layer = {"self_attn": nn.ModuleDict(attention), "mlp": Qwen3MLP(self.add_rotary()), **norms}
         self.midlayer: Any = nn.ModuleDict(layer)
         self.fc = nn.Linear((len(config.target_layer_ids) or 3) * h, h, bias=False)
         self.norm = RMSNorm(h, config.rms_norm_eps)
-        self.cos: Tensor
-        self.sin: Tensor
-        for name, table in zip(("cos", "sin"), _rotary(config), strict=True):
-            self.register_buffer(name, table, persistent=False)
 
     def project(self, embedded: Tensor, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v [n, heads, head_dim] of pairs: embeddings and states [n, hidden] at positions [n]."""
-        layer, cos, sin = self.midlayer, self.cos[positions][:, None], self.sin[positions][:, None]
+        layer, rotary = self.midlayer, self.rotary(positions)
         both = torch.cat((layer.input_layernorm(embedded), layer.hidden_norm(states)), dim=-1)
         q, k, v = (layer.self_attn[f"{x}_proj"](both).view(len(both), -1, self.config.head_dim) for x in "qkv")
-        return apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v
+        return apply_rotary(q, *rotary), apply_rotary(k, *rotary), v
 
     def finish(self, states: Tensor, attended: Tensor) -> Tensor:
         """The layer's output, un-normed: states [n, hidden] and what attention gave [n, heads * head_dim]."""
         layer = self.midlayer
         x = states + layer.self_attn.o_proj(attended)
-        y = layer.post_attention_layernorm(x)
-        return x + layer.mlp.down_proj(F.silu(layer.mlp.gate_proj(y)) * layer.mlp.up_proj(y))  # type: ignore[no-any-return]
+        return x + layer.mlp(layer.post_attention_layernorm(x))  # type: ignore[no-any-return]
 
     def drafters(self, target: Target) -> Callable[..., Drafter]:
         return functools.partial(Eagle3Drafter, _Packed(self, target))
-
-
-def _rotary(config: DraftConfig) -> tuple[Tensor, Tensor]:
-    if (kind := config.rope_parameters.get("rope_type", "default")) not in ROPE_TYPES:
-        raise CheckpointError(f"rotary scaling {kind!r} is not supported in a drafter", hint=f"known: {', '.join(ROPE_TYPES)}")
-    names = ("hidden_size", "num_attention_heads", "head_dim", "max_position_embeddings")
-    rope = {"rope_type": kind, **config.rope_parameters}
-    rotary = LlamaRotaryEmbedding(LlamaConfig(**{name: getattr(config, name) for name in names}, rope_parameters=rope))
-    return rotary_table(rotary.inv_freq, config.max_position_embeddings, float(rotary.attention_scaling), torch.float32)
 
 
 class _Packed(DraftHead):
@@ -98,41 +80,32 @@ class _Packed(DraftHead):
         if not self.config.num_target_layers:
             layers = model.config.target_layer_ids or fused_layers(target.num_layers)
             self.config = replace(model.config, num_target_layers=target.num_layers, target_layer_ids=layers)
-        layer = model.midlayer
-        self.fc = self.packed(model.fc.weight)
-        self.qkv = self.packed(torch.cat([layer.self_attn[f"{x}_proj"].weight for x in "qkv"]))
-        self.out, self.down = self.packed(layer.self_attn.o_proj.weight), self.packed(layer.mlp.down_proj.weight)
-        self.gate_up = self.packed(torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight]))
-        norms = {name: layer[name] for name in ("input_layernorm", "hidden_norm", "post_attention_layernorm")} | {
-            "norm": model.norm
-        }
-        self.norms = {name: norm.weight.detach().to(self.probe) for name, norm in norms.items()}
-        self.cos, self.sin = model.cos.to(self.probe), model.sin.to(self.probe)
-        self.nbytes += sum(linear.nbytes for linear in (self.fc, self.qkv, self.out, self.down, self.gate_up))
+        layer = Block(model.midlayer, self.probe)
+        self.fc, self.cos, self.sin = self.packed(model.fc.weight), model.cos.to(self.probe), model.sin.to(self.probe)
+        self.linears = {name: self.packed(weight) for name, (weight, _) in layer.linears.items()}
+        states, final = (norm.weight.detach().to(self.probe) for norm in (model.midlayer.hidden_norm, model.norm))
+        self.norms = layer.norms | {"states": states, "final": final}
+        self.nbytes += sum(linear.nbytes for linear in (self.fc, *self.linears.values()))
 
     def normed(self, x: Tensor, name: str) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], self.norms[name], self.config.rms_norm_eps)
 
     def project(self, tokens: Tensor, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As Eagle3DraftModel.project, from token ids."""
-        c = self.config
-        both = torch.cat((self.normed(self.embed(tokens), "input_layernorm"), self.normed(states, "hidden_norm")), dim=-1)
-        heads = c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads
-        qkv = self.qkv(both).view(len(both), -1, c.head_dim)
-        qk, v = qkv[:, : heads[0] + heads[1]], qkv[:, heads[0] + heads[1] :]
-        qk = apply_rotary(qk, self.cos[positions][:, None], self.sin[positions][:, None])
-        return qk[:, : heads[0]], qk[:, heads[0] :], v
+        heads, kv_heads, head_dim = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
+        both = torch.cat((self.normed(self.embed(tokens), "input_norm"), self.normed(states, "states")), dim=-1)
+        qk, v = self.linears["qkv"](both).view(len(both), -1, head_dim).split((heads + kv_heads, kv_heads), dim=1)
+        q, k = apply_rotary(qk, self.cos[positions][:, None], self.sin[positions][:, None]).split((heads, kv_heads), dim=1)
+        return q, k, v
 
     def finish(self, states: Tensor, attended: Tensor) -> Tensor:
-        x = states + self.out(attended)
-        gate, up = self.gate_up(self.normed(x, "post_attention_layernorm")).chunk(2, dim=-1)
-        return x + self.down(F.silu(gate) * up)
+        x = states + self.linears["out"](attended)
+        gate, up = self.linears["gate_up"](self.normed(x, "post_norm")).chunk(2, dim=-1)
+        return x + self.linears["down"](F.silu(gate) * up)
 
-    def likely(self, states: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Un-normed states [n, hidden] -> likeliest tokens and their log-probabilities [n, count]."""
-        logits = self.logits(self.normed(states, "norm"))
-        best = logits.topk(min(count, logits.shape[-1]), dim=-1)
-        return self.ids(best.indices), best.values - logits.logsumexp(-1, keepdim=True)
+    def likely(self, hidden: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Of un-normed states."""
+        return super().likely(self.normed(hidden, "final"), count)
 
 
 class Eagle3Drafter(Drafter):
@@ -159,11 +132,9 @@ class Eagle3Drafter(Drafter):
         limit = self.network.config.max_position_embeddings
         for slot, new, seen in zip(rows.slots, tokens, features, strict=True):
             states = self.network.fc(seen)
-            before = [self._states[slot]] if slot in self._states else []
-            paired = torch.cat((*before, states))[:-1]
+            paired = torch.cat((self._states.get(slot, states[:0]), states))[:-1]
             start = self.cache.lengths[slot]
-            count = max(min(len(paired), limit - start), 0)
-            if count:
+            if (count := max(min(len(paired), limit - start), 0)) > 0:
                 first = new[len(new) - len(paired) :]
                 _, k, v = self.network.project(first[:count], paired[:count], torch.arange(start, start + count))
                 self.cache.reserve(start + count)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from flashdraft.checkpoint import DraftConfig
 from flashdraft.network import DraftHead, DraftNetwork
 from flashdraft.target import Target
-from flashdraft.tree import NOTHING, Nodes, best_first, planted
+from flashdraft.tree import NOTHING, best_first, planted
 from flashdraft.types import Drafter, Proposal, Rows
 
 __all__ = ["MedusaDraftModel", "MedusaDrafter"]
@@ -53,12 +53,10 @@ class _Packed(DraftHead):
         self.bias = torch.cat([head.bias.detach() for head in model.heads]).to(self.probe)
         self.nbytes += self.weight.nbytes + self.bias.nbytes
 
-    def likely(self, states: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """States [n, hidden] -> the likeliest tokens of every head and their log-probabilities, [n, heads, count] each."""
-        corrected = states[:, None] + F.silu(self.weight(states) + self.bias).view(len(states), -1, states.shape[1])
-        logits = self.logits(corrected)
-        best = logits.topk(min(count, logits.shape[-1]), dim=-1)
-        return self.ids(best.indices), best.values - logits.logsumexp(-1, keepdim=True)
+    def likely(self, hidden: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Of every head: states [n, hidden] -> [n, heads, count] each."""
+        corrected = hidden[:, None] + F.silu(self.weight(hidden) + self.bias).view(len(hidden), -1, hidden.shape[1])
+        return super().likely(corrected, count)
 
 
 class MedusaDrafter(Drafter):
@@ -84,9 +82,9 @@ class MedusaDrafter(Drafter):
             return planted(rows.anchors, [NOTHING] * len(rows))
         states = torch.stack([self._states[slot] for slot in rows.slots])
         found = self.network.likely(states, _BRANCHES if self.tree_nodes else 1)
-        laws = zip(*(t[:, :depth].tolist() for t in found), strict=True)
-        shape = _static(depth, found[0].shape[-1], min(self.tree_nodes or depth + 1, max_nodes) - 1)
-        return planted(rows.anchors, [_filled(shape, *law) for law in laws])
+        places, parents = _static(depth, found[0].shape[-1], min(self.tree_nodes or depth + 1, max_nodes) - 1)
+        laws = zip(*(t.flatten(1)[:, places].tolist() for t in found), strict=True)
+        return planted(rows.anchors, [(tokens, parents, scores) for tokens, scores in laws])
 
     def end(self, rows: Rows) -> None:
         for slot in rows.slots:
@@ -94,16 +92,8 @@ class MedusaDrafter(Drafter):
 
 
 @functools.cache
-def _static(depth: int, branches: int, count: int) -> tuple[list[tuple[int, int]], list[int]]:
-    """A tree's depths (from 0) and ranks, and its parents: the best one under one fixed law of ranks at every depth."""
-    law = (torch.tensor([_FIRST * _FALL**rank for rank in range(branches)])).log().tolist()
-    ranks, parents, _ = best_first([list(range(branches))] * depth, [law] * depth, count)
-    depths: list[int] = []
-    for parent in parents:
-        depths.append(depths[parent - 1] + 1 if parent else 0)
-    return list(zip(depths, ranks, strict=True)), parents
-
-
-def _filled(shape: tuple[list[tuple[int, int]], list[int]], tokens: list[list[int]], scores: list[list[float]]) -> Nodes:
-    places, parents = shape
-    return [tokens[d][r] for d, r in places], list(parents), [scores[d][r] for d, r in places]
+def _static(depth: int, branches: int, count: int) -> tuple[list[int], list[int]]:
+    """A tree's places in [depth * branches], and its parents: the best one under one fixed law of ranks at every depth."""
+    law = torch.tensor([_FIRST * _FALL**rank for rank in range(branches)]).log().tolist()
+    places, parents, _ = best_first(torch.arange(depth * branches).view(depth, branches).tolist(), [law] * depth, count)
+    return places, parents

@@ -5,9 +5,9 @@ recent earlier occurrence are the draft (Saxena 2023, https://github.com/apoorvu
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-import torch
-
+from flashdraft.tree import planted
 from flashdraft.types import Drafter, Proposal, Rows
 
 __all__ = ["PromptLookup", "lookup"]
@@ -20,13 +20,10 @@ class PromptLookup(Drafter):
         self.max_ngram, self.block_size = max_ngram, block_size
 
     def propose(self, rows: Rows, max_nodes: int) -> Proposal:
-        count = min(self.block_size, max_nodes)
-        drafts = [lookup(history, self.max_ngram, count - 1) for history in rows.histories]
-        width = 1 + max(len(draft) for draft in drafts)
-        padded = [draft + [0] * (width - 1 - len(draft)) for draft in drafts]
-        tokens = torch.tensor([[anchor, *draft] for anchor, draft in zip(rows.anchors, padded, strict=True)])
-        sizes = torch.tensor([1 + len(draft) for draft in drafts])
-        return Proposal(tokens, torch.arange(-1, width - 1).expand(len(rows), width), sizes)
+        count = min(self.block_size, max_nodes) - 1
+        drafts = [lookup(history, self.max_ngram, count) for history in rows.histories]
+        chains = [(draft, list(range(len(draft))), [0.0] * len(draft)) for draft in drafts]
+        return replace(planted(rows.anchors, chains), scores=None)  # how sure they are is not known
 
 
 def lookup(history: Sequence[int], max_ngram: int, count: int) -> list[int]:
