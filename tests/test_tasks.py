@@ -135,6 +135,17 @@ def test_a_set_that_cannot_be_had_is_named(tmp_path: Path, monkeypatch: pytest.M
         write_tasks(tmp_path, tmp_path / "out.jsonl", ids, tasks=["math500"])
 
 
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [('["Name a colour."]', "entry 0 is no JSON object"), ('[{"text": "?"}]', r"entry 0 of alpaca cannot be asked: KeyError")],
+)
+def test_a_damaged_set_is_named(tmp_path: Path, rows: str, message: str) -> None:
+    (tmp_path / "alpaca_eval").mkdir()
+    (tmp_path / "alpaca_eval/alpaca_eval.json").write_text(rows)
+    with pytest.raises(DataError, match=message):
+        write_tasks(tmp_path, tmp_path / "out.jsonl", {"alpaca": [0]}, tasks=["alpaca"])
+
+
 @pytest.mark.parametrize("line", ['{"turns": []}', '{"turns": ["a", " "]}', '{"prompt": 3}', '{"turns": "ab"}'])
 def test_a_line_that_asks_nothing_is_refused(tmp_path: Path, line: str) -> None:
     (tmp_path / "p.jsonl").write_text(line)

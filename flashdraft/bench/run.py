@@ -169,7 +169,7 @@ def run_bench(config: BenchConfig, *, quiet: bool = False) -> int:
                 ours = kind not in THEIRS and not kind.endswith(".py")
                 plain = "autoregressive" + (f":{kernel}" if kernel and ours else "")
                 # others draw by other generators, and drawn drafts keep the law, not the text
-                comparable = setting.temperature == 0 or (ours and kind != "draft_model")
+                comparable = setting.temperature == 0 or (ours and name not in facts["drawn"])
                 figures = {"plain": plain} | _figures(answer, answers.get((number, plain)) if comparable else None)
                 file.write(json.dumps(key | figures) + "\n")
                 count += 1
@@ -270,7 +270,7 @@ def _load(config: BenchConfig) -> tuple[dict[str, Method], Model, dict[str, Any]
     drafter = str(hub.builtin_draft(config.target) or "" if config.draft == "auto" else config.draft)
     if not drafter and any(part in DFLASH for kind, _ in config.specs.values() for part in _parts(kind)):
         raise ModelNotFound(f"no drafter is shipped for `{config.target}`", hint="name one with --draft, or leave out dflash")
-    facts: dict[str, Any] = {"kernel": {}, "row_exact": {}}
+    facts: dict[str, Any] = {"kernel": {}, "row_exact": {}, "drawn": []}
 
     @cache
     def ours(kernel: str) -> Model:
@@ -295,6 +295,7 @@ def _load(config: BenchConfig) -> tuple[dict[str, Method], Model, dict[str, Any]
             sizes = None if plain else config.block_size, int(tree[1] or _TREE_NODES) if tree else None
             draft = "+".join(drafter if part == "dflash" else part for part in _parts(kind))
             made = drafters(draft, model.target, config.target, *sizes, tokenizer=model.tokenizer)
+            facts["drawn"] += [name] * (getattr(made(), "drawn", None) is True)
             methods[name] = _timed(replace(model, new_drafter=made, adaptive=not plain and config.block_size is None))
     return methods, ours(next(iter(facts["kernel"]), config.kernel)), facts
 

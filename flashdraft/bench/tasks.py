@@ -70,7 +70,11 @@ def write_tasks(
         if beyond := [i for i in ids[task] if not 0 <= i < len(entries)]:
             raise DataError(f"{task} has no entry {beyond[0]}, only {len(entries)}", hint="the ids are of another version of it")
         for i in ids[task][:first]:
-            asked = _asked(entries[i], TASKS[task].get("prompt"))
+            try:
+                asked = _asked(entries[i], TASKS[task].get("prompt"))
+            except (KeyError, TypeError, AttributeError) as error:
+                hint = "the set is of another version, or damaged: fetch it again"
+                raise DataError(f"entry {i} of {task} cannot be asked: {error!r}", hint=hint) from None
             lines.append(json.dumps({"task": task, "row": i} | asked, ensure_ascii=False) + "\n")
     out.parent.mkdir(parents=True, exist_ok=True)
     write_file(out, "".join(lines).encode())
@@ -101,7 +105,10 @@ def _rows(task: str, data: Path | None) -> Sequence[dict[str, Any]]:
             raise DataError(f"cannot fetch `{name}`: {first_line(error)}", hint=hint) from None
     if not path.is_file():
         raise DataError(f"no file `{path}`", hint=hint)
-    return json_list(path) if path.suffix == ".json" else list(read_jsonl(path))
+    rows = json_list(path) if path.suffix == ".json" else list(read_jsonl(path))
+    if odd := [i for i, row in enumerate(rows) if not isinstance(row, dict)]:
+        raise DataError(f"{path}, entry {odd[0]} is no JSON object", hint="fetch it again")
+    return rows
 
 
 def read_prompts(path: Path) -> list[BenchPrompt]:
