@@ -61,7 +61,7 @@ class SamplingParams:
     top_k: int = option(0, "keep the k likeliest tokens; 0 keeps all", least=0)
     top_p: float = option(1.0, "keep the smallest set of tokens with at least this mass")
     min_p: float = option(0.0, "drop tokens below this fraction of the likeliest one's probability")
-    seed: int = option(0, "the same seed gives the same text, with any drafter")
+    seed: int = option(0, "the same seed gives the same text, with any drafter that draws none of its drafts")
     max_new_tokens: int = option(256, "the text ends after this many tokens", least=1)
     stop: tuple[str, ...] = option((), "the text ends before this string; may be given several times")
     ignore_eos: bool = option(False, "go on after an end-of-text token")
