@@ -149,13 +149,7 @@ class Engine:
             read = [list(logits[i, path]) if requests[i].params.logprobs else [] for i, path in enumerate(paths)]
             chunks = [request.commit(text, len(text) - 1, own) for request, text, own in zip(requests, texts, read, strict=True)]
         with self._timed("draft"):
-            for i, slot in enumerate(slots):
-                if requests[i].finish_reason is None:
-                    kept: slice | list[int] = paths[i]
-                    if paths[i][-1] < len(paths[i]):  # nothing was left out: a view will do
-                        kept = slice(len(paths[i]))
-                    seen = proposal.tokens[i, kept], None if features is None else features[i, kept]
-                    self._unseen.setdefault(slot, []).append(seen)
+            self._collect(slots, proposal, features, paths)
             if drafted:
                 self._observe()
         if self.control is not None:
@@ -211,8 +205,16 @@ class Engine:
                     wanted[row, node] = adjusted(logits[row, node], rows.params[row], paths[node], rows.num_prompts[row])
         return wanted
 
+    def _collect(self, slots: list[int], proposal: Proposal, features: Tensor | None, paths: list[list[int]]) -> None:
+        """What was committed in rows that go on, for the drafter."""
+        for i, slot in enumerate(slots):
+            if self.running[slot].finish_reason is None:
+                path = slice(len(paths[i])) if paths[i][-1] < len(paths[i]) else paths[i]  # a view where nothing was left out
+                seen = proposal.tokens[i, path], None if features is None else features[i, path]
+                self._unseen.setdefault(slot, []).append(seen)
+
     def _observe(self) -> None:
-        """Show the drafter what was committed; while it is not asked to draft, that waits."""
+        """Show it to the drafter; while that is not asked to draft, it waits."""
         if self._unseen:
             waiting, self._unseen = self._unseen, {}
             tokens = [torch.cat([part for part, _ in parts]) for parts in waiting.values()]

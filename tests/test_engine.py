@@ -383,22 +383,22 @@ def one_for_all(patch: pytest.MonkeyPatch) -> None:
 
 
 def observe_the_first_nodes(patch: pytest.MonkeyPatch) -> None:
-    observe = Engine._observe
+    collect = Engine._collect
 
     def first(self: Engine, slots: list[int], proposal: Proposal, features: Tensor, paths: list[list[int]]) -> None:
-        observe(self, slots, proposal, features, [list(range(len(path))) for path in paths])
+        collect(self, slots, proposal, features, [list(range(len(path))) for path in paths])
 
-    patch.setattr(Engine, "_observe", first)
+    patch.setattr(Engine, "_collect", first)
 
 
 def roll_features(patch: pytest.MonkeyPatch) -> None:
     """Tokens right, features of the node before."""
-    observe = Engine._observe
+    collect = Engine._collect
 
     def late(self: Engine, slots: list[int], proposal: Proposal, features: Tensor, paths: list[list[int]]) -> None:
-        observe(self, slots, proposal, features.roll(1, dims=1), paths)
+        collect(self, slots, proposal, features.roll(1, dims=1), paths)
 
-    patch.setattr(Engine, "_observe", late)
+    patch.setattr(Engine, "_collect", late)
 
 
 def count_what_was_cut(patch: pytest.MonkeyPatch) -> None:

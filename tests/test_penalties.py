@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EOS, SHAPE, VOCAB, tiny_model, uniform
+from conftest import EOS, SHAPE, VOCAB, Table, tiny_model, uniform
 from scipy import stats
-from test_engine import METHODS, NEW, PROMPTS, Cheater, Oracle, Table, Tree, letters, made, requests_of, run
+from test_engine import METHODS, NEW, PROMPTS, Cheater, Oracle, Tree, letters, made, requests_of, run
 from torch import Tensor
 from transformers import LlamaConfig
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor, SequenceBiasLogitsProcessor
@@ -484,7 +484,7 @@ def remembering(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def chi_square(shape: Sequence[tuple[int, str]], changes: dict[str, Any], patch: pytest.MonkeyPatch) -> tuple[float, float]:
     """Of the first three tokens of texts against the law, and the level that one in 10,000 right rules exceeds; fixed seeds."""
     patch.setattr(flashdraft.engine, "adjusted", remembering(flashdraft.engine.adjusted))
-    target, counts = Table(), torch.zeros(64)
+    target, counts = Table(1, 1.0), torch.zeros(64)
     engine = Engine(target, Mixed([], shape=shape), max_rows=500)
     params = SamplingParams(temperature=1.0, max_new_tokens=12, **changes)
     waiting = [Request(SHORT, replace(params, seed=i), TextDecoder(None), index=i) for i in range(NUM_TEXTS)]
