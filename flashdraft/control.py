@@ -21,6 +21,7 @@ _SMOOTH = 0.8  # the same for drafting's times and gains
 _WORTH = 1.05  # what drafting must promise, to plain decoding: the best of many promises is kept a little less than in full
 _FIRST = 2  # plain steps before the first drafts: what those are compared with
 _PAUSES = (4, 8, 16, 32, 64)  # steps without drafts after each vain try
+_DOUBTS = 2  # vain tries of the texts before that count for the next one
 _DRIFT, _NOISE = np.diag([4e-4, 1e-6]), 1e-2  # variances, a step: how `_Batch.beyond` moves, and of what is seen of it
 
 
@@ -43,6 +44,12 @@ class Control:
         self._known = sorted(seconds.items())
         self._sums: dict[int, list[float]] = {}  # by depth: nodes accepted and hoped for behind accepted parents, faded
         self._batches: dict[int, _Batch] = defaultdict(_Batch)  # by the bits of the number of rows
+
+    def begin(self) -> None:
+        """A text begins that is alone: what steps cost is known, but what others accepted says little of what it will."""
+        for batch in self._batches.values():
+            batch.vain, batch.gain = min(batch.vain, _DOUBTS), 0.0
+            batch.pause = min(batch.pause, _PAUSES[_DOUBTS])
 
     def wants_drafts(self, rows: int) -> bool:
         """Whether the next step of so many rows should draft at all."""

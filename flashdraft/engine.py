@@ -109,6 +109,8 @@ class Engine:
         request.stats = Stats(num_prompt_tokens=len(request.prompt))
         self._part = {}
         self._cache.reserve(len(request.prompt) + request.params.max_new_tokens + 64)
+        if self.control is not None and not self.running:
+            self.control.begin()
         self.running[slot] = request
         try:
             first, logits = self._prefill(slot, request)

@@ -88,11 +88,11 @@ def pause(control: Control, rows: int = 1) -> int:
     return steps
 
 
-def tried_in_vain(control: Control, rows: int = 1) -> int:
-    made = proposal(*[[0.3]] * rows)
+def tried_in_vain(control: Control) -> int:
+    made = proposal([0.3])
     control.trim(made)
-    control.learn(made, [[0]] * rows, 0.5, 0.5 + control.cost(2 * rows))
-    return pause(control, rows)
+    control.learn(made, [[0]], 0.5, 0.5 + control.cost(2))
+    return pause(control)
 
 
 def test_vain_drafting_pauses_for_longer_and_longer() -> None:
@@ -120,6 +120,21 @@ def test_what_a_large_batch_has_taught_says_nothing_of_one_row() -> None:
     assert control.wants_drafts(1)
     assert not control.wants_drafts(4)
     assert not control.wants_drafts(64)  # nobody has tried it yet
+
+
+def test_a_new_text_is_tried_sooner_than_a_poor_one_again() -> None:
+    control = Control({1: 1.0, 8: 1.7})
+    pause(control)
+    pauses = [tried_in_vain(control) for _ in range(9)][-3:]
+    assert pauses == [64, 64, 64]
+    control.trim(proposal([0.01]))
+    control.begin()
+    assert pause(control) == 16
+    for _ in range(9):
+        control.trim(proposal([0.9] * 4))
+        control.learn(proposal([0.9] * 4), [[0, 1, 2, 3, 4]], 0.01, 1.41)
+    control.begin()
+    assert pause(control) == 0
 
 
 def test_a_machine_that_slows_down_slows_plain_steps_too() -> None:
@@ -276,5 +291,5 @@ def test_what_one_text_teaches_serves_the_next() -> None:
         drafter.seen.clear()
         model.generate([3, 7, 11, 5], max_new_tokens=30, ignore_eos=True)
     assert model.control is model.control
-    assert drafter.calls <= 6  # in 120 steps; each alone would try twice
+    assert drafter.calls <= 9  # each alone would try three times
     assert replace(model, new_drafter=Autoregressive).control is not model.control
