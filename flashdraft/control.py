@@ -8,7 +8,6 @@ fixed before its own token is drawn, so that trimming changes no law; chosen nod
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +21,8 @@ _WORTH = 1.05  # what drafting must promise, to plain decoding: the best of many
 _FIRST = 2  # plain steps before the first drafts: what those are compared with
 _PAUSES = (4, 8, 16, 32, 64)  # steps without drafts after each vain try
 _DOUBTS = 2  # vain tries of the texts before that count for the next one
-_DRIFT, _NOISE = np.diag([4e-4, 1e-6]), 1e-2  # variances, a step: how `_Batch.beyond` moves, and of what is seen of it
+_CLEAR, _LOOK = 1.5, 16  # below this gain every so many drafted steps a plain one shows what it takes by now
+_DRIFT, _NOISE = (4e-4, 1e-5), 1e-2  # variances, a step: how `always` and `more` move, and of what is seen of them
 
 
 class _Batch:
@@ -30,8 +30,19 @@ class _Batch:
 
     def __init__(self) -> None:
         self.draft = 0.0  # seconds of drafting in a step
-        self.beyond, self.doubt = np.zeros(2), np.eye(2) * 0.1  # of all steps, and of drafted ones more: see `learn`
+        self.always = self.more = 0.0  # of all steps, and of drafted ones more: see `learn`
+        self.doubt = 0.1, 0.0, 0.1  # their variances, and covariance in between
         self.pause, self.vain, self.gain = _FIRST, 0, 0.0  # the last: what drafting promised of late, to plain decoding
+        self.since = 0  # drafted steps since the last plain one
+
+    def observe(self, beyond: float, drafted: bool) -> None:
+        """One step's time beyond the table: a Kalman filter's update."""
+        (own, both, other), error = self.doubt, beyond - self.always - drafted * self.more
+        own, other = own + _DRIFT[0], other + _DRIFT[1]
+        first, second = own + drafted * both, both + drafted * other
+        scale = 1 / (first + drafted * second + _NOISE)
+        self.always, self.more = self.always + scale * first * error, self.more + scale * second * error
+        self.doubt = own - scale * first**2, both - scale * first * second, other - scale * second**2
 
 
 class Control:
@@ -47,6 +58,8 @@ class Control:
 
     def begin(self) -> None:
         """A text begins that is alone: what steps cost is known, but what others accepted says little of what it will."""
+        for sums in self._sums.values():
+            sums[:] = 2 * sums[0] / sums[1], 2.0
         for batch in self._batches.values():
             batch.vain, batch.gain = min(batch.vain, _DOUBTS), 0.0
             batch.pause = min(batch.pause, _PAUSES[_DOUBTS])
@@ -63,7 +76,7 @@ class Control:
         )
         rows = len(sizes)
         batch = self._batches[rows.bit_length()]
-        always, more = (self.cost(rows) * batch.beyond).tolist()
+        always, more = self.cost(rows) * batch.always, self.cost(rows) * batch.more
         plain, spent = rows / (self.cost(rows) + always), batch.draft + always + more
         best, kept, hope = rows / (self.cost(rows) + spent), 0, float(rows)
         for count, (chance, _) in enumerate(order, 1):
@@ -89,20 +102,20 @@ class Control:
         """What became of a proposal that `trim` gave: seconds of the whole step; of propose and observe, None without drafts.
 
         What steps take beyond the table, in steps of the table: a share of all of them (a longer context, a machine that slows
-        down) and one of drafted ones (several rows' caches). Only a Kalman filter tells the two apart while one kind is seen.
+        down) and one of drafted ones (several rows' caches). A step may be held up: no time counts
+        for more than twice what is usual.
         """
         rows = len(paths)
-        batch, drafted = self._batches[rows.bit_length()], draft_seconds is not None
-        if draft_seconds is None:
-            batch.pause -= 1
-        else:
-            batch.draft = draft_seconds if batch.draft == 0 else _SMOOTH * batch.draft + (1 - _SMOOTH) * draft_seconds
+        batch = self._batches[rows.bit_length()]
         beyond = (seconds - (draft_seconds or 0.0) - self.cost(int(proposal.sizes.sum()))) / self.cost(rows)
-        kind = np.array([1.0, drafted])
-        batch.doubt = batch.doubt + _DRIFT
-        weight = batch.doubt @ kind / (kind @ batch.doubt @ kind + _NOISE)
-        batch.beyond = batch.beyond + weight * (min(max(beyond, -0.8), 1.0) - kind @ batch.beyond)  # a step may be held up
-        batch.doubt = batch.doubt - np.outer(weight, kind @ batch.doubt)
+        batch.observe(min(max(beyond, -0.8), 1.0), draft_seconds is not None)
+        if draft_seconds is None:
+            batch.pause, batch.since = batch.pause - 1, 0
+            return
+        usual = batch.draft or draft_seconds
+        batch.draft, batch.since = _SMOOTH * usual + (1 - _SMOOTH) * min(draft_seconds, 2 * usual), batch.since + 1
+        if batch.since >= _LOOK and batch.gain < _CLEAR:
+            batch.pause = max(batch.pause, 1)
         shape = proposal.parents.tolist(), proposal.sizes.tolist()
         for path, own, parents, size in zip(paths, _scores(proposal), *shape, strict=True):
             depths = {node: depth for depth, node in enumerate(path)}

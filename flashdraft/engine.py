@@ -21,6 +21,7 @@ from flashdraft.errors import ContextLengthError, InvalidPrompt
 from flashdraft.sampling import adjusted, coins, draw, likeliest, logprob, precision, target_probs, uniforms
 from flashdraft.target import Target
 from flashdraft.text import TextDecoder
+from flashdraft.tree import alone
 from flashdraft.tree import check as check_proposal
 from flashdraft.types import Chunk, Drafter, FinishReason, Piece, Proposal, Result, Rows, SamplingParams, Stats, Verdict, require
 from flashdraft.verify import follow, verify
@@ -131,11 +132,12 @@ class Engine:
         limits = torch.tensor([request.num_left for request in requests])
         drafted = self.control is None or self.control.wants_drafts(len(slots))
         with self._timed("draft"):
+            proposal = alone(rows.anchors)
             if drafted:
                 self._observe()
-            proposal = _cut(self.drafter.propose(rows, int(limits.max()) if drafted else 1), limits)
-            if drafted and self.control is not None:
-                proposal = _cut(proposal, self.control.trim(proposal))
+                proposal = _cut(self.drafter.propose(rows, int(limits.max())), limits)
+                if self.control is not None:
+                    proposal = _cut(proposal, self.control.trim(proposal))
             self._cache.reserve(max(self._cache.lengths) + proposal.num_nodes)
             check_proposal(proposal)  # a faulty drafter would change the law in silence
         with self._timed("target"):

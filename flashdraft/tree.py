@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flashdraft.types import Proposal
 
-__all__ = ["NOTHING", "Nodes", "ancestors", "best_first", "chain", "check", "depths", "planted"]
+__all__ = ["NOTHING", "Nodes", "alone", "ancestors", "best_first", "chain", "check", "depths", "planted"]
 
 
 Nodes = tuple[list[int], list[int], list[float]]  # behind the anchor: tokens, parents, log-confidence given the parent
@@ -60,6 +60,12 @@ def best_first(tokens: Sequence[Sequence[int]], scores: Sequence[Sequence[float]
         if depth + 1 < len(tokens):
             heappush(heap, (cost - scores[depth + 1][0], depth + 1, 0, len(nodes)))
     return [node[0] for node in nodes], [node[1] for node in nodes], [node[2] for node in nodes]
+
+
+def alone(anchors: Sequence[int]) -> Proposal:
+    """Nothing behind the anchors: plain decoding."""
+    tokens = torch.tensor(anchors)[:, None]
+    return Proposal(tokens, torch.full_like(tokens, -1), torch.ones(len(tokens), dtype=torch.long))
 
 
 def planted(anchors: Sequence[int], grown: Sequence[Nodes]) -> Proposal:

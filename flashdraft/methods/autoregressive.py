@@ -1,7 +1,6 @@
 """Plain decoding: the drafter that proposes nothing. Every proposal is the anchor alone."""
 
-import torch
-
+from flashdraft.tree import alone
 from flashdraft.types import Drafter, Proposal, Rows
 
 __all__ = ["Autoregressive"]
@@ -11,5 +10,4 @@ class Autoregressive(Drafter):
     name = "autoregressive"
 
     def propose(self, rows: Rows, max_nodes: int) -> Proposal:
-        tokens = torch.tensor(rows.anchors)[:, None]
-        return Proposal(tokens, torch.full_like(tokens, -1), torch.ones(len(rows), dtype=torch.long))
+        return alone(rows.anchors)
