@@ -20,7 +20,6 @@ _SMOOTH = 0.8  # the same for drafting's times and gains
 _WORTH = 1.05  # what drafting must promise, to plain decoding: the best of many promises is kept a little less than in full
 _FIRST = 2  # plain steps before the first drafts: what those are compared with
 _PAUSES = (4, 8, 16, 32, 64)  # steps without drafts after each vain try
-_DOUBTS = 2  # vain tries of the texts before that count for the next one
 _CLEAR, _LOOK = 1.5, 16  # below this gain every so many drafted steps a plain one shows what it takes by now
 _DRIFT, _NOISE = (4e-4, 1e-5), 1e-2  # variances, a step: how `always` and `more` move, and of what is seen of them
 
@@ -57,12 +56,15 @@ class Control:
         self._batches: dict[int, _Batch] = defaultdict(_Batch)  # by the bits of the number of rows
 
     def begin(self) -> None:
-        """A text begins that is alone: what steps cost is known, but what others accepted says little of what it will."""
+        """A text begins that is alone: what steps cost is known, but what others accepted says little of what it will.
+
+        It says more of a batch, in which texts mix.
+        """
         for sums in self._sums.values():
             sums[:] = 2 * sums[0] / sums[1], 2.0
-        for batch in self._batches.values():
-            batch.vain, batch.gain = min(batch.vain, _DOUBTS), 0.0
-            batch.pause = min(batch.pause, _PAUSES[_DOUBTS])
+        for bits, batch in self._batches.items():
+            most = min(1 + bits, len(_PAUSES) - 1)
+            batch.vain, batch.pause, batch.gain = min(batch.vain, most), min(batch.pause, _PAUSES[most]), 0.0
 
     def wants_drafts(self, rows: int) -> bool:
         """Whether the next step of so many rows should draft at all."""
