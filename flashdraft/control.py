@@ -20,7 +20,7 @@ _SMOOTH = 0.8  # the same for drafting's times and gains
 _WORTH = 1.05  # what drafting must promise, to plain decoding: the best of many promises is kept a little less than in full
 _FIRST = 2  # plain steps before the first drafts: what those are compared with
 _PAUSES = (4, 8, 16, 32, 64)  # steps without drafts after each vain try
-_CLEAR, _LOOK = 1.5, 16  # below this gain every so many drafted steps a plain one shows what it takes by now
+_LOOK = 16  # drafted steps until a plain one shows what it takes by now, where they hardly pay; more where they do
 _DRIFT, _NOISE = (4e-4, 1e-5), 1e-2  # variances, a step: how `always` and `more` move, and of what is seen of them
 
 
@@ -61,7 +61,7 @@ class Control:
         It says more of a batch, in which texts mix.
         """
         for sums in self._sums.values():
-            sums[:] = 2 * sums[0] / sums[1], 2.0
+            sums[:] = 2 * sums[0] / max(sums[1], 1e-9), 2.0
         for bits, batch in self._batches.items():
             most = min(1 + bits, len(_PAUSES) - 1)
             batch.vain, batch.pause, batch.gain = min(batch.vain, most), min(batch.pause, _PAUSES[most]), 0.0
@@ -116,7 +116,7 @@ class Control:
             return
         usual = batch.draft or draft_seconds
         batch.draft, batch.since = _SMOOTH * usual + (1 - _SMOOTH) * min(draft_seconds, 2 * usual), batch.since + 1
-        if batch.since >= _LOOK and batch.gain < _CLEAR:
+        if batch.since >= _LOOK * max(batch.gain, 1.0) ** 3:
             batch.pause = max(batch.pause, 1)
         shape = proposal.parents.tolist(), proposal.sizes.tolist()
         for path, own, parents, size in zip(paths, _scores(proposal), *shape, strict=True):

@@ -11,6 +11,7 @@ import torch
 from conftest import tiny_drafter, tiny_target
 from torch import Tensor
 
+import flashdraft.control
 from flashdraft.control import Control
 from flashdraft.engine import Engine, Request
 from flashdraft.generate import Model
@@ -139,12 +140,47 @@ def test_a_new_text_is_tried_sooner_than_a_poor_one_again() -> None:
 
 def test_a_machine_that_slows_down_slows_plain_steps_too() -> None:
     """Long after the last plain step: the time that all drafted steps now take is no argument against drafting."""
-    control, made = Control({1: 1.0, 8: 1.7}), proposal([0.8])
+    control, made, drafted = Control({1: 1.0, 8: 1.7}), proposal([0.8]), 0
     pause(control)
     for i in range(400):
-        assert control.wants_drafts(1), i
-        control.trim(made)
-        control.learn(made, [[0, 1]], 0.1, 1.2 + min(i / 300, 0.9))
+        slow = min(i / 300, 0.9)
+        if control.wants_drafts(1):
+            drafted += 1
+            control.trim(made)
+            control.learn(made, [[0, 1]], 0.1, 1.2 + slow)
+        else:
+            control.learn(proposal([]), [[0]], None, 1.0 + slow)
+    assert 380 < drafted < 400
+
+
+def drafts_after_a_slow_start() -> int:
+    """Drafted ones among the last 40 of 300 steps, where the first plain steps were slow and drafting really loses."""
+    control, made, drafted = Control({1: 1.0, 8: 1.7}), proposal([0.6]), []
+    for step in range(300):
+        drafted.append(control.wants_drafts(1))
+        if drafted[-1]:
+            control.trim(made)
+            control.learn(made, [[0, 1] if step % 2 else [0]], 0.5, 1.7)
+        else:
+            control.learn(proposal([]), [[0]], None, 1.0 if step > 2 else 1.8)
+    return sum(drafted[260:])
+
+
+def test_a_plain_step_now_and_then_shows_that_drafting_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert drafts_after_a_slow_start() <= 4
+    monkeypatch.setattr(flashdraft.control, "_LOOK", 1000)
+    assert drafts_after_a_slow_start() == 40
+
+
+def test_a_step_that_was_held_up_for_long_says_little() -> None:
+    control, made = Control({1: 1.0, 8: 1.07}), proposal([0.9, 0.9])
+    pause(control)
+    for step in range(40):
+        if control.wants_drafts(1):
+            control.trim(made)
+            late = 100.0 if step == 20 else 0.0
+            control.learn(made, [[0, 1, 2]], 0.1 + late, 1.13 + 2 * late)
+        assert control.wants_drafts(1), step
 
 
 def test_a_table_of_a_busy_machine_is_seen_through() -> None:
