@@ -56,10 +56,7 @@ class Control:
         self._batches: dict[int, _Batch] = defaultdict(_Batch)  # by the bits of the number of rows
 
     def begin(self) -> None:
-        """A text begins that is alone: what steps cost is known, but what others accepted says little of what it will.
-
-        It says more of a batch, in which texts mix.
-        """
+        """A text begins that is alone: what others accepted says little of it, and more of a batch, in which texts mix."""
         for sums in self._sums.values():
             sums[:] = 2 * sums[0] / max(sums[1], 1e-9), 2.0
         for bits, batch in self._batches.items():
@@ -78,9 +75,9 @@ class Control:
         )
         rows = len(sizes)
         batch = self._batches[rows.bit_length()]
-        always, more = self.cost(rows) * batch.always, self.cost(rows) * batch.more
-        plain, spent = rows / (self.cost(rows) + always), batch.draft + always + more
-        best, kept, hope = rows / (self.cost(rows) + spent), 0, float(rows)
+        step = self.cost(rows)
+        plain, spent = rows / (step * (1 + batch.always)), batch.draft + step * (batch.always + batch.more)
+        best, kept, hope = rows / (step + spent), 0, float(rows)
         for count, (chance, _) in enumerate(order, 1):
             hope += chance
             if (rate := hope / (self.cost(rows + count) + spent)) > best:
@@ -104,8 +101,8 @@ class Control:
         """What became of a proposal that `trim` gave: seconds of the whole step; of propose and observe, None without drafts.
 
         What steps take beyond the table, in steps of the table: a share of all of them (a longer context, a machine that slows
-        down) and one of drafted ones (several rows' caches). A step may be held up: no time counts
-        for more than twice what is usual.
+        down) and one of drafted ones (several rows' caches). No time counts for more than twice what
+        is usual: a step may be held up.
         """
         rows = len(paths)
         batch = self._batches[rows.bit_length()]

@@ -222,10 +222,9 @@ class Engine:
         if self._unseen:
             waiting, self._unseen = self._unseen, {}
             tokens = [torch.cat([part for part, _ in parts]) for parts in waiting.values()]
-            states = [
-                torch.cat([part for _, part in parts if part is not None]) for parts in waiting.values() if self.drafter.layers
-            ]
-            self.drafter.observe(self._rows(list(waiting)), tokens, states if self.drafter.layers else None)
+            states = [[part for _, part in parts if part is not None] for parts in waiting.values()]
+            features = [torch.cat(own) for own in states] if self.drafter.layers else None
+            self.drafter.observe(self._rows(list(waiting)), tokens, features)
 
     def _release(self, slots: list[int]) -> None:
         for slot in slots:

@@ -153,6 +153,15 @@ def test_a_machine_that_slows_down_slows_plain_steps_too() -> None:
     assert 380 < drafted < 400
 
 
+def test_a_machine_that_changes_after_a_long_time_is_noticed() -> None:
+    """Where all steps take longer, a node more is a smaller share of one."""
+    control, made = Control(STEEP), proposal([0.9])
+    for count, seconds, size in ((2000, 1.0, 1), (100, 1.8, 2)):
+        for _ in range(count):
+            control.learn(proposal([]), [[0]], None, seconds)
+        assert control.trim(made).tolist() == [size]
+
+
 def drafts_after_a_slow_start() -> int:
     """Drafted ones among the last 40 of 300 steps, where the first plain steps were slow and drafting really loses."""
     control, made, drafted = Control({1: 1.0, 8: 1.7}), proposal([0.6]), []
