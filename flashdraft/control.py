@@ -7,6 +7,7 @@ fixed before its own token is drawn, so that trimming changes no law; chosen nod
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from operator import mul
 
 import torch
 from torch import Tensor
@@ -16,12 +17,16 @@ from flashdraft.types import Proposal
 __all__ = ["Control"]
 
 _MEMORY = 0.98  # what a calibration keeps of its past at every observation
-_SMOOTH = 0.8  # the same for drafting's times and gains
-_WORTH = 1.05  # what drafting must promise, to plain decoding: the best of many promises is kept a little less than in full
+_SMOOTH = 0.8  # the same for drafting's times
+_WORTH = 1.02  # what drafting might gain at least, to plain decoding, to be done
 _FIRST = 2  # plain steps before the first drafts: what those are compared with
-_PAUSES = (4, 8, 16, 32, 64)  # steps without drafts after each vain try
 _LOOK = 16  # drafted steps until a plain one shows what it takes by now, where they hardly pay; more where they do
-_DRIFT, _NOISE = (4e-4, 1e-5), 1e-2  # variances, a step: how `always` and `more` move, and of what is seen of them
+_NOISE = 1e-2  # variance of one step's time, in plain steps
+_UNSURE = (0.1, 0.1, 0.003)  # variances of what steps take beyond the table (see `learn`), before any was seen
+_DRIFT = (4e-4, 1e-5, 1e-6)  # and how they grow, a step
+_GAIN, _GAIN_DRIFT = 0.16, 1e-4  # the same of drafting's gain
+_POOR = 0.7  # no proposal counts for less
+_SPREAD, _LEAST, _FADE = 0.25, 0.02, 0.9  # of single promises around it: at first, at least, and what is kept of it
 
 
 class _Batch:
@@ -29,19 +34,29 @@ class _Batch:
 
     def __init__(self) -> None:
         self.draft = 0.0  # seconds of drafting in a step
-        self.always = self.more = 0.0  # of all steps, and of drafted ones more: see `learn`
-        self.doubt = 0.1, 0.0, 0.1  # their variances, and covariance in between
-        self.pause, self.vain, self.gain = _FIRST, 0, 0.0  # the last: what drafting promised of late, to plain decoding
-        self.since = 0  # drafted steps since the last plain one
+        self.beyond = [0.0] * len(_UNSURE)  # see `learn`
+        self.doubt = [[variance * (i == k) for k in range(len(_UNSURE))] for i, variance in enumerate(_UNSURE)]
+        self.plain, self.since = _FIRST, 0  # plain steps that come next, drafted ones since the last plain one
+        self.gain, self.unsure, self.spread = 1.0, _GAIN, _SPREAD  # tokens a second, to plain decoding: mean and variances
 
-    def observe(self, beyond: float, drafted: bool) -> None:
+    def took(self, beyond: float, *known: float) -> None:
         """One step's time beyond the table: a Kalman filter's update."""
-        (own, both, other), error = self.doubt, beyond - self.always - drafted * self.more
-        own, other = own + _DRIFT[0], other + _DRIFT[1]
-        first, second = own + drafted * both, both + drafted * other
-        scale = 1 / (first + drafted * second + _NOISE)
-        self.always, self.more = self.always + scale * first * error, self.more + scale * second * error
-        self.doubt = own - scale * first**2, both - scale * first * second, other - scale * second**2
+        for k, drift in enumerate(_DRIFT):
+            self.doubt[k][k] += drift
+        moves = [sum(map(mul, row, known)) for row in self.doubt]
+        scale = 1 / (sum(map(mul, moves, known)) + _NOISE)
+        error = beyond - sum(map(mul, self.beyond, known))
+        self.beyond = [old + scale * move * error for old, move in zip(self.beyond, moves, strict=True)]
+        for row, move in zip(self.doubt, moves, strict=True):
+            row[:] = [old - scale * move * other for old, other in zip(row, moves, strict=True)]
+
+    def promised(self, gain: float, share: float) -> None:
+        """One proposal's gain, for a step that takes `share` of a plain one's time: the same with one number."""
+        gain = max(gain, _POOR)  # a first draft may take seconds: it must not look hopeless for ever
+        self.spread = max(_FADE * self.spread + (1 - _FADE) * (gain - self.gain) ** 2, _LEAST)
+        weight = self.unsure / (self.unsure + self.spread / share)
+        self.gain += weight * (gain - self.gain)
+        self.unsure *= 1 - weight
 
 
 class Control:
@@ -60,12 +75,15 @@ class Control:
         for sums in self._sums.values():
             sums[:] = 2 * sums[0] / max(sums[1], 1e-9), 2.0
         for bits, batch in self._batches.items():
-            most = min(1 + bits, len(_PAUSES) - 1)
-            batch.vain, batch.pause, batch.gain = min(batch.vain, most), min(batch.pause, _PAUSES[most]), 0.0
+            batch.unsure = max(batch.unsure, _GAIN / 2 ** (bits - 1))
 
     def wants_drafts(self, rows: int) -> bool:
-        """Whether the next step of so many rows should draft at all."""
-        return self._batches[rows.bit_length()].pause <= 0
+        """Whether the next step of so many rows should draft at all: it may well gain something, for all that is known.
+
+        What is not tried grows less sure with every step, and is tried again: soon where little was lost, seldom where much was.
+        """
+        batch = self._batches[rows.bit_length()]
+        return not batch.plain and batch.gain + batch.unsure**0.5 > _WORTH
 
     def trim(self, proposal: Proposal) -> Tensor:
         """How many nodes of each row pay: [rows], 1 or more and no more than there are."""
@@ -75,23 +93,18 @@ class Control:
         )
         rows = len(sizes)
         batch = self._batches[rows.bit_length()]
-        step = self.cost(rows)
-        plain, spent = rows / (step * (1 + batch.always)), batch.draft + step * (batch.always + batch.more)
-        best, kept, hope = rows / (step + spent), 0, float(rows)
-        for count, (chance, _) in enumerate(order, 1):
+        step, (always, more, node) = self.cost(rows), batch.beyond
+        plain, spent = step * (1 + always), batch.draft + step * (always + more)
+        best, kept, share, hope = 0.0, 0, 1.0, 0.0
+        for count, (chance, _) in enumerate([(float(rows), 0), *order]):
             hope += chance
-            if (rate := hope / (self.cost(rows + count) + spent)) > best:
-                best, kept = rate, count
+            time = max(self.cost(rows + count) + spent + step * node * count / rows, plain)
+            if (rate := hope / time) > best:
+                best, kept, share = rate, count, time / plain
             elif proposal.drawn is not None:  # what comes behind a drawn node may not speak for it: it has seen its token
                 break
         if order:
-            past = _SMOOTH**rows if batch.gain else 0.0  # one row's poor proposal says little of the next one
-            batch.gain = past * batch.gain + (1 - past) * best / plain
-        if batch.gain < _WORTH:
-            batch.pause = _PAUSES[min(batch.vain, len(_PAUSES) - 1)]
-            batch.vain += 1
-        else:
-            batch.vain = 0
+            batch.promised(best * plain / rows, share)
         trimmed = [1] * rows
         for _, row in order[:kept]:
             trimmed[row] += 1
@@ -100,21 +113,23 @@ class Control:
     def learn(self, proposal: Proposal, paths: Sequence[Sequence[int]], draft_seconds: float | None, seconds: float) -> None:
         """What became of a proposal that `trim` gave: seconds of the whole step; of propose and observe, None without drafts.
 
-        What steps take beyond the table, in steps of the table: a share of all of them (a longer context, a machine that slows
-        down) and one of drafted ones (several rows' caches). No time counts for more than twice what
-        is usual: a step may be held up.
+        Steps take more or less than the table says, in steps of the table: all of them (a longer context, a machine that slows
+        down), drafted ones (several rows' caches) and each drafted node a row (a busy machine multiplies more slowly than it
+        reads). No time counts for more than twice what is usual, the first draft's for no more than a step: one may be held up.
         """
         rows = len(paths)
         batch = self._batches[rows.bit_length()]
-        beyond = (seconds - (draft_seconds or 0.0) - self.cost(int(proposal.sizes.sum()))) / self.cost(rows)
-        batch.observe(min(max(beyond, -0.8), 1.0), draft_seconds is not None)
+        nodes, drafted = int(proposal.sizes.sum()), draft_seconds is not None
+        beyond = (seconds - (draft_seconds or 0.0) - self.cost(nodes)) / self.cost(rows)
+        batch.took(min(max(beyond, -0.8), 1.0), 1.0, float(drafted), nodes / rows - 1)
+        batch.unsure = min(batch.unsure + _GAIN_DRIFT, _GAIN)
         if draft_seconds is None:
-            batch.pause, batch.since = batch.pause - 1, 0
+            batch.plain, batch.since = max(batch.plain - 1, 0), 0
             return
-        usual = batch.draft or draft_seconds
+        usual = batch.draft or min(draft_seconds, self.cost(rows))
         batch.draft, batch.since = _SMOOTH * usual + (1 - _SMOOTH) * min(draft_seconds, 2 * usual), batch.since + 1
         if batch.since >= _LOOK * max(batch.gain, 1.0) ** 3:
-            batch.pause = max(batch.pause, 1)
+            batch.plain = max(batch.plain, 1)
         shape = proposal.parents.tolist(), proposal.sizes.tolist()
         for path, own, parents, size in zip(paths, _scores(proposal), *shape, strict=True):
             depths = {node: depth for depth, node in enumerate(path)}
