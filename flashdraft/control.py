@@ -5,9 +5,10 @@ of their paths' confidence as long as that brings more committed tokens a second
 fixed before its own token is drawn, so that trimming changes no law; chosen nodes may go for any reason.
 """
 
-from collections import defaultdict
+from bisect import bisect_left
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from operator import mul
+from operator import itemgetter, mul
 
 import torch
 from torch import Tensor
@@ -24,9 +25,8 @@ _LOOK = 16  # drafted steps until a plain one shows what it takes by now, where 
 _NOISE = 1e-2  # variance of one step's time, in plain steps
 _UNSURE = (0.1, 0.1, 0.003)  # variances of what steps take beyond the table (see `learn`), before any was seen
 _DRIFT = (4e-4, 1e-5, 1e-6)  # and how they grow, a step
-_GAIN, _GAIN_DRIFT = 0.16, 1e-4  # the same of drafting's gain
-_POOR = 0.7  # no proposal counts for less
-_SPREAD, _LEAST, _FADE = 0.25, 0.02, 0.9  # of single promises around it: at first, at least, and what is kept of it
+_GAIN, _GAIN_DRIFT, _POOR = 0.16, 1e-4, 0.7  # the same of drafting's gain; no proposal counts for less than the last
+_SPREAD, _LEAST, _FADE = 0.25, 0.02, 0.9  # of single proposals around it: at first, at least, and what is kept of it
 
 
 class _Batch:
@@ -36,7 +36,7 @@ class _Batch:
         self.draft = 0.0  # seconds of drafting in a step
         self.beyond = [0.0] * len(_UNSURE)  # see `learn`
         self.doubt = [[variance * (i == k) for k in range(len(_UNSURE))] for i, variance in enumerate(_UNSURE)]
-        self.plain, self.since = _FIRST, 0  # plain steps that come next, drafted ones since the last plain one
+        self.since = -_FIRST  # drafted steps since the last plain one; below 0: plain ones that come first
         self.gain, self.unsure, self.spread = 1.0, _GAIN, _SPREAD  # tokens a second, to plain decoding: mean and variances
 
     def took(self, beyond: float, *known: float) -> None:
@@ -67,7 +67,8 @@ class Control:
 
     def __init__(self, seconds: Mapping[int, float]) -> None:
         self._known = sorted(seconds.items())
-        self._sums: dict[int, list[float]] = {}  # by depth: nodes accepted and hoped for behind accepted parents, faded
+        # by depth: nodes accepted and hoped for behind accepted parents, faded
+        self._sums: dict[int, list[float]] = defaultdict(lambda: [2.0, 2.0])
         self._batches: dict[int, _Batch] = defaultdict(_Batch)  # by the bits of the number of rows
 
     def begin(self) -> None:
@@ -83,15 +84,13 @@ class Control:
         What is not tried grows less sure with every step, and is tried again: soon where little was lost, seldom where much was.
         """
         batch = self._batches[rows.bit_length()]
-        return not batch.plain and batch.gain + batch.unsure**0.5 > _WORTH
+        return batch.since >= 0 and batch.gain + batch.unsure**0.5 > _WORTH
 
     def trim(self, proposal: Proposal) -> Tensor:
         """How many nodes of each row pay: [rows], 1 or more and no more than there are."""
         confidence, sizes = self._confidence(proposal), proposal.sizes.tolist()
-        order = sorted(
-            ((confidence[row][node], row) for row, size in enumerate(sizes) for node in range(1, size)), key=lambda pair: -pair[0]
-        )
-        rows = len(sizes)
+        chances = ((confidence[row][node], row) for row, size in enumerate(sizes) for node in range(1, size))
+        order, rows = sorted(chances, key=itemgetter(0), reverse=True), len(sizes)
         batch = self._batches[rows.bit_length()]
         step, (always, more, node) = self.cost(rows), batch.beyond
         plain, spent = step * (1 + always), batch.draft + step * (always + more)
@@ -105,10 +104,8 @@ class Control:
                 break
         if order:
             batch.promised(best * plain / rows, share)
-        trimmed = [1] * rows
-        for _, row in order[:kept]:
-            trimmed[row] += 1
-        return torch.tensor(trimmed)
+        more_of = Counter(row for _, row in order[:kept])
+        return torch.tensor([1 + more_of[row] for row in range(rows)])
 
     def learn(self, proposal: Proposal, paths: Sequence[Sequence[int]], draft_seconds: float | None, seconds: float) -> None:
         """What became of a proposal that `trim` gave: seconds of the whole step; of propose and observe, None without drafts.
@@ -124,25 +121,25 @@ class Control:
         batch.took(min(max(beyond, -0.8), 1.0), 1.0, float(drafted), nodes / rows - 1)
         batch.unsure = min(batch.unsure + _GAIN_DRIFT, _GAIN)
         if draft_seconds is None:
-            batch.plain, batch.since = max(batch.plain - 1, 0), 0
+            batch.since = min(batch.since + 1, 0)
             return
         usual = batch.draft or min(draft_seconds, self.cost(rows))
         batch.draft, batch.since = _SMOOTH * usual + (1 - _SMOOTH) * min(draft_seconds, 2 * usual), batch.since + 1
         if batch.since >= _LOOK * max(batch.gain, 1.0) ** 3:
-            batch.plain = max(batch.plain, 1)
+            batch.since = -1
         shape = proposal.parents.tolist(), proposal.sizes.tolist()
         for path, own, parents, size in zip(paths, _scores(proposal), *shape, strict=True):
             depths = {node: depth for depth, node in enumerate(path)}
             for node in range(1, size):
                 if (depth := depths.get(parents[node])) is not None:
-                    sums = self._sums.setdefault(depth, [2.0, 2.0])
+                    sums = self._sums[depth]
                     sums[0] = _MEMORY * sums[0] + (node in depths)
                     sums[1] = _MEMORY * sums[1] + own[node]
 
     def cost(self, tokens: int) -> float:
         """Seconds of a step of so many tokens, on the line through the two known numbers around it or the last two."""
-        above = next((i for i, (count, _) in enumerate(self._known) if count >= tokens), len(self._known) - 1)
-        (low, first), (high, second) = self._known[max(above, 1) - 1], self._known[max(above, 1)]
+        above = min(max(bisect_left(self._known, (tokens,)), 1), len(self._known) - 1)
+        (low, first), (high, second) = self._known[above - 1 : above + 1]
         return first + (second - first) * (tokens - low) / (high - low)
 
     def _confidence(self, proposal: Proposal) -> list[list[float]]:
@@ -152,7 +149,7 @@ class Control:
         for own, above in zip(_scores(proposal), parents, strict=True):
             path, depths = [1.0], [0]
             for node in range(1, proposal.num_nodes):
-                accepted, hoped = self._sums.get(depths[above[node]], (1.0, 1.0))
+                accepted, hoped = self._sums[depths[above[node]]]
                 depths.append(depths[above[node]] + 1)
                 path.append(path[above[node]] * min(own[node] * accepted / max(hoped, 1e-9), 1.0))
             chances.append(path)

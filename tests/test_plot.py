@@ -115,7 +115,7 @@ def test_the_same_figures_make_the_same_picture() -> None:
 def test_a_method_keeps_its_colour_and_a_kernel_is_a_tint_of_it() -> None:
     assert plot._colour("dflash") == plot._colour("dflash:float32") != plot._colour("dflash:int8")
     assert plot._colour("llama.cpp q8_0") == plot._colour("llama.cpp q8_0")
-    known = json.loads((Path(plot.__file__).parents[1] / "assets/colours.json").read_text())
+    known = json.loads((Path(plot.__file__).parents[1] / "assets/plot.json").read_text())["colours"]
     methods = {name: colour for name, colour in known.items() if name not in ("draft", "target", "host")}
     assert len(set(methods.values())) == len(methods)
 

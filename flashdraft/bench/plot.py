@@ -28,17 +28,9 @@ from flashdraft.checkpoint import write_file
 __all__ = ["draw"]
 
 _ASSETS = Path(__file__).parents[1] / "assets"
-# of methods, one in every picture, and of a step's parts; a method's kernels are tints of its colour
-_COLOURS = json.loads((_ASSETS / "colours.json").read_text(encoding="utf-8"))
-_OTHERS = ("#b8a100", "#c0392b", "#5d6d7e", "#7d9a3c", "#a04e77")
-_TINTS = {"compact": 0.25, "int8": 0.45, "torch": 0.6, "transformers": 0.7}
-_LABELS = {  # of pictures, in their order: the title and the axes' labels
-    "speedup": ("Speed-up over plain decoding (medians of pairs)", "times plain decoding"),
-    "tau": ("tau: tokens committed per target pass (means)", "tokens per target pass"),
-    "acceptance": ("Drafts accepted by position", "position in the draft", "share of steps"),
-    "batch": ("Throughput over batch sizes (medians)", "prompts decoded together", "tokens/s, all of them"),
-    "step": ("Where a decoding step's time goes", "ms per target pass"),
-}
+# colours of methods, one in every picture, and of a step's parts; others'; how much lighter a kernel makes a method's; of the
+# pictures in their order: the title and the axes' labels
+_LOOK: dict[str, Any] = json.loads((_ASSETS / "plot.json").read_text(encoding="utf-8"))
 Panel = dict[str, dict[Any, float]]  # by method: a bar's parts, or a curve's points
 
 
@@ -83,7 +75,7 @@ def _pictures(header: dict[str, Any], lines: list[Line]) -> Iterator[tuple[str, 
             found = {method: value(those) for method, those in grouped(own, itemgetter("method")).items()}
             panels[name][setting] = {method: figures for method, figures in found.items() if figures}
     about = " · ".join([*(f"{name} {config[name]}" for name in ("target", "max_new_tokens") if config), header["device"]])
-    for name, labels in _LABELS.items():
+    for name, labels in _LOOK["labels"].items():
         if any(panels[name].values()):
             columns = each if 1 < (each := len(panels[name]) // len(named)) < 6 else 4  # a setting's tasks in a row of their own
             yield name, labels[0], _svg(panels[name], labels, about, columns)
@@ -152,5 +144,6 @@ def _curves(axis: Axes, panel: Panel, _: list[str]) -> None:
 
 def _colour(name: str) -> tuple[float, ...]:
     kind, _, kernel = name.partition(":")
-    tint = _TINTS.get(kernel, 0.0)
-    return tuple(c + (1 - c) * tint for c in to_rgb(_COLOURS.get(kind) or _OTHERS[crc32(kind.encode()) % len(_OTHERS)]))
+    tint, others = _LOOK["tints"].get(kernel, 0.0), _LOOK["others"]
+    own = _LOOK["colours"].get(kind) or others[crc32(kind.encode()) % len(others)]
+    return tuple(c + (1 - c) * tint for c in to_rgb(own))

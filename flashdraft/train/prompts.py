@@ -21,13 +21,7 @@ from flashdraft.types import require
 __all__ = ["SOURCES", "as_prompt", "hub_rows", "json_list", "numbered_lines", "read_jsonl", "write_prompts"]
 
 # source -> file below the data folder; of gsm8k only the train split
-SOURCES = {
-    "gsm8k/train": "gsm8k/train.jsonl",
-    "gpteacher/codegen": "gpteacher/codegen-instruct.json",
-    "gpteacher/roleplay": "gpteacher/roleplay-similarity_0.6-instruct-dataset.json",
-    "self_instruct/seed": "self_instruct/seed_tasks.jsonl",
-    "self_instruct/user": "self_instruct/user_oriented_instructions.jsonl",
-}
+SOURCES: dict[str, str] = json.loads(Path(__file__).parents[1].joinpath("assets/sources.json").read_text(encoding="utf-8"))
 Names = Collection[str]
 MATHS_SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 FORMS = ("messages", "conversations", "question", "instruction", "prompt")  # a row's field; the first one that it has counts
