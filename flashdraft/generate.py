@@ -22,7 +22,7 @@ from flashdraft.errors import CheckpointError, InvalidParameter, InvalidPrompt, 
 from flashdraft.lean import LeanTarget, fastest
 from flashdraft.methods import NETWORKS
 from flashdraft.methods.autoregressive import Autoregressive
-from flashdraft.methods.draft_model import chains, check_tokenizers
+from flashdraft.methods.draft_model import DraftModelDrafter, check_tokenizers
 from flashdraft.methods.prompt_lookup import PromptLookup
 from flashdraft.methods.union import Union
 from flashdraft.target import HFTarget, Target
@@ -253,4 +253,4 @@ def _network(draft: str, target: Target, target_name: str, tokenizer: Any) -> Ca
         return NETWORKS[DraftConfig.from_json(config, draft).method].from_pretrained(draft).drafters(target)
     small, own, _ = load_target(draft, dtype="float32" if target.kernel_name != "transformers" else "auto")  # a causal LM
     check_tokenizers(tokenizer or own, own, target, small)
-    return partial(chains, small, vocab_size=target.vocab_size)
+    return partial(DraftModelDrafter, small, vocab_size=target.vocab_size)

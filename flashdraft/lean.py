@@ -115,6 +115,4 @@ def fastest(model: Any) -> str:
     if not native.usable(model.lm_head.weight):
         return "torch"
     compact, plain = (LeanTarget(model, "", kernel=kernel) for kernel in ("compact", "torch"))
-    if compact.kernel_name == "torch":
-        return "torch"
     return min(compact, plain, key=lambda target: target.step_seconds[1] + target.step_seconds[8]).kernel_name

@@ -170,14 +170,14 @@ def step(model: Model, slots: int, shape: Tensors, kv: Sequence[Any], tensors: T
     kernels.flashdraft_step(ctypes.byref(model), ctypes.byref(_Step(*sizes, *pointers)))
 
 
-def chain(states: Tensor, anchors: Tensor, tables: tuple[Tensor, Tensor], head: tuple[Tensor, Tensor], ids: Tensor) -> Tensor:
+def chain(states: Tensor, anchors: Tensor, tables: Sequence[Tensor], ids: Tensor) -> Tensor:
     """A sequential head's log-probabilities of `ids`, the likely ones [rows, nodes, n]: each node's best corrects the next state.
 
     states: [rows, nodes, hidden]; anchors: their embeddings [rows, hidden]; tables: lm_head's rows and embeddings of the draft
-    ids [ids, hidden]; head: gate_up [2 * rank, 2 * hidden] and down [hidden, rank].
+    ids [ids, hidden], gate_up [2 * rank, 2 * hidden] and down [hidden, rank].
     """
-    scores, held = states.new_empty(ids.shape), [t.contiguous() for t in (states, anchors, *tables, *head, ids)]
-    sizes = *ids.shape, states.shape[2], head[1].shape[1], torch.get_num_threads()
+    scores, held = states.new_empty(ids.shape), [t.contiguous() for t in (states, anchors, *tables, ids)]
+    sizes = *ids.shape, states.shape[2], tables[-1].shape[1], torch.get_num_threads()
     kernels: Any = library()
     kernels.flashdraft_chain(ctypes.byref(_Chain(*sizes, *(tensor.data_ptr() for tensor in (*held, scores)))))
     return scores

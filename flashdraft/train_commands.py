@@ -158,8 +158,7 @@ def regenerate(
     file: Prompts, out: Out, options: ModelOptions, params: SamplingParams, answer: AnswerOptions, stored: FeatureOptions
 ) -> None:
     law = mixed(params, answer.greedy_share)
-    folder = answer.keep_features
-    if folder is None and answer.url is None:
+    if (folder := answer.keep_features) is None and answer.url is None:
         _refuse(stored, "nothing is kept without --keep-features")
     lm = answer.server(options, stored) or options.load(max_rows=answer.max_rows)
     shards = ShardWriter(lm, Path(folder), **stored.kind(lm)) if folder is not None and isinstance(lm, Model) else None

@@ -4,7 +4,7 @@ Knows node indices only. Does not know what their tokens mean, who proposed them
 `parents` is [rows, nodes] int64: -1 at the anchor (node 0), otherwise a smaller index; a chain is -1, 0, 1, 2, ...
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from heapq import heappop, heappush
 
 import torch
@@ -12,10 +12,11 @@ from torch import Tensor
 
 from flashdraft.types import Proposal
 
-__all__ = ["NOTHING", "Nodes", "alone", "ancestors", "best_first", "chain", "check", "depths", "planted"]
+__all__ = ["NOTHING", "Laws", "Nodes", "alone", "ancestors", "best_first", "chain", "check", "depths", "independent", "planted"]
 
 
 Nodes = tuple[list[int], list[int], list[float]]  # behind the anchor: tokens, parents, log-confidence given the parent
+Laws = Mapping[int, tuple[Sequence[int], Sequence[float]]]  # one depth's: token before -> tokens, log-probabilities, descending
 NOTHING: Nodes = ([], [], [])
 
 
@@ -44,21 +45,28 @@ def depths(parents: Tensor) -> Tensor:
     return ancestors(parents).sum(-1) - 1
 
 
-def best_first(tokens: Sequence[Sequence[int]], scores: Sequence[Sequence[float]], count: int) -> Nodes:
+def independent(anchor: int, tokens: Sequence[Sequence[int]], scores: Sequence[Sequence[float]]) -> list[Laws]:
+    """The laws of depths that do not see each other, from each depth's tokens and log-probabilities."""
+    return [
+        dict.fromkeys(before, own) for before, own in zip([[anchor], *tokens[:-1]], zip(tokens, scores, strict=True), strict=True)
+    ]
+
+
+def best_first(anchor: int, laws: Sequence[Laws], count: int) -> Nodes:
     """The `count` nodes behind the anchor with the likeliest paths: their tokens, parents and own scores, likeliest first.
 
-    tokens, scores: of each depth from 1 on, with log-probabilities in descending order; depths count as independent. A prefix
-    of the result is the best smaller tree; with one token a depth it is a chain.
+    laws: of each depth from 1 on; behind a token that they do not know nothing grows. A prefix of the result is the best smaller
+    tree; with one token a law it is a chain.
     """
-    heap, nodes = [(-scores[0][0], 0, 0, 0)], list[tuple[int, int, float]]()  # of a path: -log-probability, depth, rank, parent
+    first, nodes = laws[0][anchor], list[tuple[int, int, float]]()
+    heap = [(-first[1][0], 0, 0, 0, first)]  # of a path: -log-probability, depth, rank, parent, law
     while heap and len(nodes) < count:
-        cost, depth, rank, parent = heappop(heap)
-        own = scores[depth][rank]
-        nodes.append((tokens[depth][rank], parent, own))
-        if rank + 1 < len(tokens[depth]):
-            heappush(heap, (cost + own - scores[depth][rank + 1], depth, rank + 1, parent))
-        if depth + 1 < len(tokens):
-            heappush(heap, (cost - scores[depth + 1][0], depth + 1, 0, len(nodes)))
+        cost, depth, rank, parent, (tokens, scores) = heappop(heap)
+        nodes.append((tokens[rank], parent, scores[rank]))
+        if rank + 1 < len(tokens):
+            heappush(heap, (cost + scores[rank] - scores[rank + 1], depth, rank + 1, parent, (tokens, scores)))
+        if depth + 1 < len(laws) and (below := laws[depth + 1].get(tokens[rank])):
+            heappush(heap, (cost - below[1][0], depth + 1, 0, len(nodes), below))
     return [node[0] for node in nodes], [node[1] for node in nodes], [node[2] for node in nodes]
 
 

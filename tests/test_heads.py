@@ -43,6 +43,7 @@ from flashdraft.train.initialise import random_weights
 from flashdraft.train.objectives import Loss
 from flashdraft.train.regenerate import regenerate
 from flashdraft.train.trainer import Trainer
+from flashdraft.tree import best_first
 from flashdraft.types import SamplingParams
 
 RANK = 5
@@ -176,6 +177,60 @@ def test_rows_of_a_batch_are_drafted_like_each_alone(kind: str) -> None:
     packed, (hidden, anchors) = PackedDraft(model_with(kind), the_target()), hidden_states()
     alone = [packed.scored(hidden[i : i + 1], anchors[i : i + 1])[0][..., 0][0].tolist() for i in range(len(hidden))]
     assert packed.scored(hidden, anchors)[0][..., 0].tolist() == alone
+
+
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+def test_every_node_of_a_tree_is_judged_behind_its_own_parent(vocabulary: str) -> None:
+    """The planted fault is the law behind the main path's token, for all nodes of a depth."""
+    model, (hidden, anchors) = model_with("swiglu", vocabulary), hidden_states(8)
+    drafted, main = list(KEPT) if "d2t" in model.extras else list(range(VOCAB)), slow_predict(model, hidden, anchors)
+    wrong, side = 0, 0
+    for i, laws in enumerate(PackedDraft(model, the_target()).laws(hidden, anchors, trees=True)):
+        tokens, parents, scores = best_first(int(anchors[i]), laws, 24)
+        texts, depths = [int(anchors[i]), *tokens], [-1]
+        for token, parent, score in zip(tokens, parents, scores, strict=True):
+            depths.append(depths[parent] + 1)
+            likeliest = texts[0] if parent == 0 else main[i][depths[parent]]
+            law, fault = (
+                slow_logits(model, hidden[i, depths[-1]], before, drafted).log_softmax(-1)[drafted.index(token)]
+                for before in (texts[parent], likeliest)
+            )
+            assert score == pytest.approx(float(law), abs=1e-9)
+            wrong += score != pytest.approx(float(fault), abs=1e-6)
+            side += texts[parent] != likeliest
+        at = [next(n for n, p in enumerate(parents) if p == 0)]
+        while (below := [n for n, p in enumerate(parents) if p == at[-1] + 1]) and len(at) < BLOCK - 1:
+            at.append(below[0])
+        assert [tokens[n] for n in at] == main[i][: len(at)], "the likeliest path is the chain"
+    assert wrong >= side / 2 > 0
+
+
+@pytest.mark.parametrize("paths", [1, 2, 5])
+def test_trees_go_on_from_the_likeliest_paths(monkeypatch: pytest.MonkeyPatch, paths: int) -> None:
+    """The planted faults follow the first path alone, or forget how likely a path was up to its last token."""
+    monkeypatch.setattr(dflash, "_PATHS", paths)
+    model, (hidden, anchors) = model_with("swiglu", "reduced"), hidden_states(8)
+    whole, first, forgetful = (
+        [likeliest_ends(model, states, int(anchor), paths, fault) for states, anchor in zip(hidden, anchors, strict=True)]
+        for fault in ("", "first", "forgetful")
+    )
+    laws = PackedDraft(model, the_target()).laws(hidden, anchors, trees=True)
+    assert [[list(depth) for depth in own] for own in laws] == whole
+    assert (whole == first) == (whole == forgetful) == (paths == 1)
+
+
+def likeliest_ends(model: DFlashDraftModel, states: Tensor, anchor: int, paths: int, fault: str) -> list[list[int]]:
+    """By depth: the tokens before, those of the likeliest paths."""
+    reached, ends = {anchor: 0.0}, []
+    for state in states:
+        ends.append(list(reached))
+        best: dict[int, float] = {}
+        for before, score in list(reached.items())[: 1 if fault == "first" else None]:
+            law = slow_logits(model, state, before, KEPT).log_softmax(-1).tolist()
+            for token, own in zip(KEPT, law, strict=True):
+                best[token] = max(best.get(token, -math.inf), own + (0.0 if fault == "forgetful" else score))
+        reached = dict(sorted(best.items(), key=lambda pair: -pair[1])[:paths])
+    return ends
 
 
 def test_bytes_of_a_head_are_counted() -> None:

@@ -120,14 +120,14 @@ def test_a_sequential_head_goes_from_left_to_right(hidden: int) -> None:
     states, anchors = noise(3, 5, hidden, seed=2), noise(3, hidden, seed=3)
     ids = torch.stack([torch.randperm(90)[:16] for _ in range(15)]).view(3, 5, 16)
     weights = head.gate_up.weight.detach(), head.down.weight.detach()
-    laws = native.chain(states, anchors, tables, weights, ids)
+    laws = native.chain(states, anchors, (*tables, *weights), ids)
     previous = anchors
     with torch.no_grad():
         for k in range(5):
             logits = (tables[0][ids[:, k]] @ head(states[:, k], previous)[..., None])[..., 0]
             assert torch.allclose(laws[:, k], logits.log_softmax(-1), rtol=1e-4, atol=1e-2)
             previous = tables[1][ids[:, k].gather(1, logits.argmax(-1, keepdim=True))[:, 0]]
-    assert not torch.allclose(native.chain(states, anchors.roll(1, 0), tables, weights, ids), laws, atol=1e-2)
+    assert not torch.allclose(native.chain(states, anchors.roll(1, 0), (*tables, *weights), ids), laws, atol=1e-2)
 
 
 def made(name: str, kernel: str = "float32") -> LeanTarget:

@@ -462,7 +462,7 @@ class Api:
 
 @pytest.fixture
 def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
-    monkeypatch.setattr(stage, "_PAUSES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(stage._AGAIN, "backoff_factor", 0.0)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     api = Api()
     thread = threading.Thread(target=api.http.serve_forever, kwargs={"poll_interval": 0.01})
@@ -575,8 +575,8 @@ def test_answers_of_a_server_are_written_as_they_end(tmp_path: Path, api: Api) -
 
 def test_dead_port_is_named_after_its_retries(tmp_path: Path, api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr(stage, "_PAUSES", (0.1, 0.2, 0.3))
-    monkeypatch.setattr(stage.time, "sleep", pauses.append)
+    monkeypatch.setattr(stage._AGAIN, "backoff_factor", 0.1)
+    monkeypatch.setattr("time.sleep", pauses.append)
     with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as closed:
         url = f"http://127.0.0.1:{closed.server_port}/v1"
     path, out = prompt_file(tmp_path, "ab"), tmp_path / "out.jsonl"
@@ -584,7 +584,7 @@ def test_dead_port_is_named_after_its_retries(tmp_path: Path, api: Api, monkeypa
         regenerate(Server(url, "big", 1), path, out, params=PARAMS, quiet=True)
     assert f"`{url}` gave no answer" in one_line(error)
     assert "refused" in one_line(error)
-    assert pauses[:3] == [0.1, 0.2, 0.3]
+    assert pauses == [0.2, 0.4]
     assert out.read_bytes() == b""
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flashdraft.tree import ancestors, best_first, chain, check, depths
+from flashdraft.tree import ancestors, best_first, chain, check, depths, independent
 from flashdraft.types import Proposal
 
 
@@ -61,7 +61,7 @@ def paths_by_force(scores: list[list[float]]) -> list[float]:
 def test_best_first_holds_the_likeliest_paths_and_every_prefix_is_a_tree(scores: list[list[float]], count: int) -> None:
     scores = [sorted(depth, reverse=True) for depth in scores]
     names = [[10 * depth + rank for rank in range(len(own))] for depth, own in enumerate(scores)]
-    tokens, parents, own = best_first(names, scores, count)
+    tokens, parents, own = best_first(-1, independent(-1, names, scores), count)
     whole = [0.0]
     for parent, score in zip(parents, own, strict=True):
         whole.append(whole[parent] + score)  # a parent stands before its child
@@ -73,7 +73,14 @@ def test_best_first_holds_the_likeliest_paths_and_every_prefix_is_a_tree(scores:
 
 
 def test_one_token_a_depth_makes_a_chain() -> None:
-    assert best_first([[5], [6], [7]], [[-1.0], [-0.1], [-2.0]], 2) == ([5, 6], [0, 1], [-1.0, -0.1])
+    laws = independent(9, [[5], [6], [7]], [[-1.0], [-0.1], [-2.0]])
+    assert best_first(9, laws, 2) == ([5, 6], [0, 1], [-1.0, -0.1])
+
+
+def test_every_branch_goes_on_by_its_own_token() -> None:
+    laws = [{9: ([1, 2, 5], [-0.5, -0.6, -9.0])}, {1: ([3, 4], [-2.0, -2.1]), 2: ([4, 3], [-0.1, -3.0])}]
+    assert best_first(9, laws, 4) == ([1, 2, 4, 3], [0, 0, 2, 1], [-0.5, -0.6, -0.1, -2.0])
+    assert len(best_first(9, laws, 9)[0]) == 7, "nothing grows behind a token that the laws do not know"
 
 
 def good() -> Proposal:

@@ -69,7 +69,7 @@ def profile_training(trainer: Any, steps: int) -> list[list[str]]:
 
     The rate is block positions a second; the machine's is a float32 product of 1024 x 1024 matrices, at its best of five.
     """
-    with FlopCount() as flops:  # the first step builds kernels: it is counted, not timed
+    with FlopCount() as flops:  # type: ignore[no-untyped-call]  # the first step builds kernels: counted, not timed
         trainer.train_step()
     trainer.seconds.clear()
     started = time.perf_counter()

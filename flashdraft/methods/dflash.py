@@ -10,8 +10,7 @@ Embedding and lm_head are the target's.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from copy import deepcopy
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,16 +24,17 @@ from flashdraft import native
 from flashdraft.cache import SlotCache
 from flashdraft.checkpoint import DraftConfig
 from flashdraft.decoder import Block, CompiledStep, Decoder
-from flashdraft.layers import RMSNorm, SwigluHead, apply_rotary, pack
+from flashdraft.layers import RMSNorm, SwigluHead, apply_rotary, pack, swiglu
 from flashdraft.network import DRAFT_KERNEL, DraftHead, DraftNetwork
 from flashdraft.target import Target
-from flashdraft.tree import NOTHING, best_first, planted
+from flashdraft.tree import NOTHING, Laws, best_first, independent, planted
 from flashdraft.types import Drafter, Proposal, Rows
 
 __all__ = ["DFlashDraftModel", "DFlashDrafter"]
 
 _BRANCHES = 8  # tokens of a position that a tree may hold
 _LIKELY = 64  # tokens among which a corrected state chooses
+_PATHS = 3  # of a depth whose tokens a tree goes on from, where each token sees the one before it
 
 
 class _Layer(Qwen3DecoderLayer):
@@ -127,16 +127,16 @@ class PackedDraft(DraftHead):
         self.context_kv = pack(torch.cat([weight[first:] for weight in weights]), bias, kernel=DRAFT_KERNEL)
         self.k_norm = torch.stack([block.norms["k_norm"] for block in blocks])
         self.hidden_norm = model.hidden_norm.weight.detach().to(probe)
-        self.step = None
-        if self.decoder.kernel == "compiled":
-            self.step = CompiledStep(self.decoder, self.embed, nn.Identity(), [self.embedding])  # the target pins its own
-        self.sequential = None if model.sequential_head is None else deepcopy(model.sequential_head).to(probe).eval()
-        self.tables: tuple[Tensor, Tensor] | None = None  # what the C++ kernel of the sequential head reads, by draft id
-        if self.sequential is not None and self.vocabulary is not None and native.usable(probe):
+        compiled = self.decoder.kernel == "compiled"  # the target pins its own embedding
+        self.step = CompiledStep(self.decoder, self.embed, nn.Identity(), [self.embedding]) if compiled else None
+        head = [] if model.sequential_head is None else [part.detach().to(probe) for part in model.sequential_head.parameters()]
+        self.sequential = [self.packed(weight) for weight in head]
+        self.tables: tuple[Tensor, ...] = ()  # what the C++ kernel of the sequential head reads: of every draft id, and weights
+        if head and self.vocabulary is not None and native.usable(probe):
             rows, embedded = self.head_rows(torch.arange(len(self.vocabulary))), self.embed(self.vocabulary)
-            self.tables = rows, rows if torch.equal(rows, embedded) else embedded
-        tensors = list(dict.fromkeys(self.tables or ())) + (list(self.sequential.parameters()) if self.sequential else [])
-        self.nbytes += sum(part.nbytes for part in (self.decoder, self.fc, self.context_kv, *tensors))
+            self.tables = rows, rows if torch.equal(rows, embedded) else embedded, *head
+        parts = self.decoder, self.fc, self.context_kv, *self.sequential, *dict.fromkeys(self.tables)
+        self.nbytes += sum(part.nbytes for part in parts)
 
     def context(self, features: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of every layer for features [n, F * hidden]: [n, layers, kv_heads, head_dim] each."""
@@ -146,32 +146,52 @@ class PackedDraft(DraftHead):
         keys = F.rms_norm(kv[:, :, 0], (config.head_dim,), None, config.rms_norm_eps) * self.k_norm[:, None]
         return apply_rotary(keys, decoder.cos[positions][:, None, None], decoder.sin[positions][:, None, None]), kv[:, :, 1]
 
-    def scored(self, hidden: Tensor, anchors: Tensor, count: int = 1) -> tuple[Tensor, Tensor]:
-        """Likeliest tokens behind the anchors [rows], and their log-probabilities: hidden [rows, n, hidden] -> [rows, n, count].
+    def scored(self, hidden: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
+        """Chains: the likeliest tokens behind the anchors [rows], and their scores: hidden [rows, n, hidden] -> [rows, n, 1].
 
         With a sequential head from left to right, each position seeing the likeliest token before it.
         """
-        if self.sequential is None:
-            return self.likely(hidden, count)
-        logits = self.logits(hidden)
-        likely = logits.topk(min(_LIKELY, logits.shape[-1]), dim=-1).indices  # to ask about all would cost a second lm_head
-        previous = self.embed(anchors)
-        if self.tables is not None:
-            head = self.sequential.gate_up.weight.detach(), self.sequential.down.weight.detach()
-            laws = native.chain(hidden, previous, self.tables, head, likely)
-        else:
-            laws, rows = torch.empty_like(likely, dtype=hidden.dtype), self.head_rows(likely)
-            for k in range(hidden.shape[1]):
-                laws[:, k] = (rows[:, k] @ self.sequential(hidden[:, k], previous)[..., None])[..., 0].log_softmax(-1)
-                previous = self.embed(self.ids(likely[:, k].gather(1, laws[:, k].argmax(-1, keepdim=True))[:, 0]))
-        best = laws.topk(min(count, likely.shape[-1]), dim=-1)
+        if not self.sequential:
+            return self.likely(hidden, 1)
+        if not self.tables:
+            _, tokens, scores = zip(*self._beam(hidden, anchors, 1), strict=True)
+            return torch.cat(tokens, dim=1), torch.cat(scores, dim=1)
+        likely = self._candidates(hidden)
+        best = native.chain(hidden, self.embed(anchors), self.tables, likely).max(-1, keepdim=True)
         return self.ids(likely.gather(-1, best.indices)), best.values
+
+    def laws(self, hidden: Tensor, anchors: Tensor, *, trees: bool) -> Sequence[list[Laws]]:
+        """By row, the laws of every depth; of trees with a sequential head, those behind the tokens of the likeliest paths."""
+        if trees and self.sequential:
+            beam = [zip(*map(Tensor.tolist, depth), strict=True) for depth in list(self._beam(hidden, anchors, _PATHS))]
+            return [
+                [dict(zip(own[0], zip(*own[1:], strict=True), strict=True)) for own in row] for row in zip(*beam, strict=True)
+            ]
+        found = anchors, *(self.likely(hidden, _BRANCHES) if trees else self.scored(hidden, anchors))
+        return [independent(*own) for own in zip(*map(Tensor.tolist, found), strict=True)]
+
+    def _beam(self, hidden: Tensor, anchors: Tensor, paths: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """By depth: the likeliest paths' last tokens [rows, m], the likeliest tokens behind each, their scores [rows, m, n]."""
+        likely, before, reached = self._candidates(hidden), anchors[:, None], hidden.new_zeros(1, 1, 1)
+        heads = self.head_rows(likely)
+        for k in range(hidden.shape[1]):
+            states = swiglu(hidden[:, k].repeat_interleave(before.shape[1], 0), self.embed(before.flatten()), *self.sequential)
+            laws, ids = (states.view(*before.shape, -1) @ heads[:, k].mT).log_softmax(-1), self.ids(likely[:, k])
+            best = laws.topk(min(_BRANCHES if paths > 1 else 1, laws.shape[-1]), dim=-1)
+            yield before, ids[:, None].expand_as(laws).gather(-1, best.indices), best.values
+            ways = (reached + laws).amax(1).topk(min(paths, laws.shape[-1]), dim=-1)
+            before, reached = ids.gather(-1, ways.indices), ways.values[..., None]
+
+    def _candidates(self, hidden: Tensor) -> Tensor:
+        """Draft ids [..., n] that the sequential head is asked about: to ask it about all would cost a second lm_head."""
+        logits = self.logits(hidden)
+        return logits.topk(min(_LIKELY, logits.shape[-1]), dim=-1).indices
 
 
 class DFlashDrafter:
     """Drafts a chain per row, the likeliest token of every masked position, or a tree of them; all are chosen, not drawn.
 
-    tree_nodes: the anchor's tree has that many nodes, best first over the positions' own laws (DDTree, 2604.12989).
+    tree_nodes: the anchor's tree has that many nodes, best first over the positions' laws (DDTree, 2604.12989).
     """
 
     name = "dflash"
@@ -190,9 +210,8 @@ class DFlashDrafter:
         assert features is not None
         net, config = self.network, self.network.config
         self.cache.reserve(0, rows=max(rows.slots) + 1)
-        limit = config.max_position_embeddings
         starts = [self.cache.lengths[slot] for slot in rows.slots]
-        fits = [max(min(len(f), limit - start), 0) for f, start in zip(features, starts, strict=True)]
+        fits = [max(min(len(f), config.max_position_embeddings - start), 0) for f, start in zip(features, starts, strict=True)]
         if not sum(fits):
             return
         positions = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, fits, strict=True)])
@@ -207,28 +226,26 @@ class DFlashDrafter:
     def propose(self, rows: Rows, max_nodes: int) -> Proposal:
         """One forward of the network over every row's block. A row beyond the draft's positions gets its anchor alone."""
         anchors, size = rows.anchors, self.block_size
-        limit = self.network.config.max_position_embeddings
-        live = [i for i, position in enumerate(rows.positions) if position + size <= limit]
+        live = [i for i, start in enumerate(rows.positions) if start + size <= self.network.config.max_position_embeddings]
         grown = [NOTHING] * len(rows)
-        if live and min(size, max_nodes) > 1:
-            laws = self._fill([rows.slots[i] for i in live], [anchors[i] for i in live], min(size, max_nodes))
-            budget = min(self.tree_nodes or size, max_nodes) - 1
-            for i, tokens, scores in zip(live, *map(Tensor.tolist, laws), strict=True):
-                grown[i] = best_first(tokens, scores, budget)
+        if live and (width := min(size, max_nodes)) > 1:
+            hidden = self._states([rows.slots[i] for i in live], own := torch.tensor([anchors[i] for i in live]))[:, 1:width]
+            laws = self.network.laws(hidden, own, trees=self.tree_nodes is not None)
+            for i, each in zip(live, laws, strict=True):
+                grown[i] = best_first(anchors[i], each, min(self.tree_nodes or size, max_nodes) - 1)
         return planted(anchors, grown)
 
     def end(self, rows: Rows) -> None:
         for slot in set(rows.slots) & set(range(self.cache.rows)):
             self.cache.free(slot)
 
-    def _fill(self, slots: list[int], anchors: list[int], width: int) -> tuple[Tensor, Tensor]:
-        """Tokens and scores [rows, width - 1, n] for the masked positions; the block is always fed whole, as in training."""
+    def _states(self, slots: list[int], anchors: Tensor) -> Tensor:
+        """Of the rows' blocks [rows, block, hidden]; a block is always fed whole, as in training."""
         net, size, count = self.network, self.block_size, len(slots)
         self.cache.reserve(max(self.cache.lengths[slot] for slot in slots) + size)
         tokens = torch.full((count, size), net.config.mask_token_id)
-        tokens[:, 0] = torch.tensor(anchors)
+        tokens[:, 0] = anchors
         everything = torch.ones(count, size, size, dtype=torch.bool)  # a layer with a window is causal all the same
         shape = everything, torch.arange(size).expand(count, size), torch.full((count,), size)
         run, x = (net.step, tokens) if net.step else (net.decoder, net.embed(tokens))
-        hidden, _ = run(self.cache, slots, x, shape, ())
-        return net.scored(hidden[:, 1:width], torch.tensor(anchors), _BRANCHES if self.tree_nodes else 1)
+        return run(self.cache, slots, x, shape, ())[0]

@@ -25,8 +25,9 @@ from flashdraft.target import Target
 from flashdraft.tree import chain
 from flashdraft.types import Drafter, Proposal, Rows, SamplingParams, require
 
-__all__ = ["CutDraftModel", "DraftModelDrafter", "chains", "check_tokenizers"]
+__all__ = ["CutDraftModel", "DraftModelDrafter", "check_tokenizers"]
 
+Size = int | None
 _UNCUT = SamplingParams(temperature=1.0)  # of greedy rows: how sure the draft is of its argmax
 
 
@@ -39,8 +40,11 @@ class DraftModelDrafter(Drafter):
 
     name = "draft_model"
 
-    def __init__(self, network: Target, *, block_size: int = 5, drawn: bool = True, vocab_size: int | None = None) -> None:
-        self.network, self.block_size, self.drawn = network, block_size, drawn
+    def __init__(
+        self, network: Target, *, block_size: Size = None, tree_nodes: Size = None, drawn: bool = True, vocab_size: Size = None
+    ) -> None:
+        require(tree_nodes is None, "tree_nodes", tree_nodes, "left out: a draft model drafts chains")
+        self.network, self.block_size, self.drawn = network, block_size or 5, drawn
         self.vocab_size = vocab_size or network.vocab_size
         self.cache = network.new_cache(1, 256)
         self.caches = (self.cache,)
@@ -153,15 +157,7 @@ class CutDraftModel(DraftNetwork):
         model = SimpleNamespace(embed_tokens=tokens, layers=self.layers, norm=norm, rotary_emb=self.rotary_emb)
         own = SimpleNamespace(weight=table if torch.equal(table, head) else head, bias=None)
         lm = SimpleNamespace(config=_llama(self.config, vocab_size=target.vocab_size), model=model, lm_head=own)
-        return partial(chains, LeanTarget(lm, f"{self.config.num_hidden_layers} layers of {target.name}", kernel=DRAFT_KERNEL))
-
-
-def chains(
-    network: Target, *, block_size: int | None = None, tree_nodes: int | None = None, vocab_size: int | None = None
-) -> DraftModelDrafter:
-    """A drafter as options name it."""
-    require(tree_nodes is None, "tree_nodes", tree_nodes, "left out: a draft model drafts chains")
-    return DraftModelDrafter(network, block_size=block_size or 5, vocab_size=vocab_size)
+        return partial(DraftModelDrafter, LeanTarget(lm, f"a cut of {target.name}", kernel=DRAFT_KERNEL))
 
 
 def _llama(config: DraftConfig, *, vocab_size: int) -> LlamaConfig:

@@ -50,8 +50,7 @@ class Eagle3DraftModel(DraftNetwork):
         attention = {f"{name}_proj": nn.Linear(2 * h, size, bias=False) for name, size in sizes.items()}
         attention["o_proj"] = nn.Linear(sizes["q"], h, bias=False)
         norms = {name: RMSNorm(h, config.rms_norm_eps) for name in ("input_layernorm", "hidden_norm", "post_attention_layernorm")}
-        layer = {"self_attn": nn.ModuleDict(attention), "mlp": Qwen3MLP(self.add_rotary()), **norms}
-        self.midlayer: Any = nn.ModuleDict(layer)
+        self.midlayer: Any = nn.ModuleDict({"self_attn": nn.ModuleDict(attention), "mlp": Qwen3MLP(self.add_rotary()), **norms})
         self.fc = nn.Linear((len(config.target_layer_ids) or 3) * h, h, bias=False)
         self.norm = RMSNorm(h, config.rms_norm_eps)
 

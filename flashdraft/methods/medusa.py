@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from flashdraft.checkpoint import DraftConfig
 from flashdraft.network import DraftHead, DraftNetwork
 from flashdraft.target import Target
-from flashdraft.tree import NOTHING, best_first, planted
+from flashdraft.tree import NOTHING, best_first, independent, planted
 from flashdraft.types import Drafter, Proposal, Rows
 
 __all__ = ["MedusaDraftModel", "MedusaDrafter"]
@@ -95,5 +95,5 @@ class MedusaDrafter(Drafter):
 def _static(depth: int, branches: int, count: int) -> tuple[list[int], list[int]]:
     """A tree's places in [depth * branches], and its parents: the best one under one fixed law of ranks at every depth."""
     law = torch.tensor([_FIRST * _FALL**rank for rank in range(branches)]).log().tolist()
-    places, parents, _ = best_first(torch.arange(depth * branches).view(depth, branches).tolist(), [law] * depth, count)
-    return places, parents
+    places = torch.arange(depth * branches).view(depth, branches).tolist()
+    return best_first(-1, independent(-1, places, [law] * depth), count)[:2]

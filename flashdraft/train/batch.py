@@ -160,7 +160,7 @@ class Pass(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """States of every block row [rows, hidden], normed where the network has a last norm."""
-        return _PASSES[self.model.method](self.model, self.embed, batch)
+        return _PASSES[self.model.method](self.model, self.embed, batch)  # type: ignore[no-any-return]
 
 
 def _dflash(model: DFlashDraftModel, embed: Embed, batch: Batch) -> Tensor:
@@ -211,12 +211,7 @@ def _draft_model(model: CutDraftModel, embed: Embed, batch: Batch) -> Tensor:
     return torch.cat(outputs)
 
 
-_PASSES: dict[str, Callable[[Any, Embed, Batch], Tensor]] = {
-    "dflash": _dflash,
-    "eagle3": _eagle3,
-    "medusa": _medusa,
-    "draft_model": _draft_model,
-}
+_PASSES: dict[str, Any] = {"dflash": _dflash, "eagle3": _eagle3, "medusa": _medusa, "draft_model": _draft_model}
 
 
 def _before_anchors(batch: Batch, size: int) -> tuple[Tensor, Tensor]:
@@ -255,9 +250,7 @@ class FlopCount(TorchDispatchMode):
     fails inside `torch.autograd.grad`.
     """
 
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.total = 0.0
+    total = 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

@@ -2,9 +2,9 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,7 @@ _DATE = re.compile(r"\d{1,2} [A-Z][a-z]+ \d{4}|\d{4}-\d\d-\d\d")  # some templat
 _SHIFTS = {(0, 0): "", (-1, 0): "layer lower", (1, 0): "layer higher", (0, -1): "token earlier", (0, 1): "token later"}
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     test: str
     passed: bool
     text: str

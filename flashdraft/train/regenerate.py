@@ -3,19 +3,18 @@
 import json
 import os
 import random
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from http.client import HTTPException
+from functools import cached_property
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
+import requests
 import torch
 from rich.progress import track
 from torch import Tensor
+from urllib3.util import Retry
 
 from flashdraft.engine import check
 from flashdraft.errors import ContextLengthError, DataError, FlashDraftError, InvalidParameter, InvalidPrompt
@@ -28,7 +27,7 @@ from flashdraft.types import Rows, SamplingParams, require
 __all__ = ["Server", "mixed", "regenerate"]
 
 _WINDOW = 1024  # prompts handed to the engine at a time
-_PAUSES = (0.5, 2.0, 8.0)  # seconds before a request is sent again
+_AGAIN = Retry(3, allowed_methods=None, status_forcelist=[429, *range(500, 600)], backoff_factor=2.0, raise_on_status=False)
 _TIMEOUT = 1800.0  # seconds for one answer of a server
 _OURS = ("top_k", "min_p", "ignore_eos", "repetition_penalty", "logit_bias", "logits_processor", "logprobs")
 
@@ -101,6 +100,13 @@ class Server:
         require(self.url.startswith(("http://", "https://")), "url", self.url, "like http://host:port/v1")
         require(self.max_rows >= 1, "max_rows", self.max_rows, "1 or more")
 
+    @cached_property
+    def session(self) -> requests.Session:
+        session, key = requests.Session(), os.environ.get("OPENAI_API_KEY", "").strip()
+        session.headers.update({"Authorization": f"Bearer {key}"} if key else {})
+        session.mount(self.url, requests.adapters.HTTPAdapter(pool_maxsize=self.max_rows, max_retries=_AGAIN))
+        return session
+
     def answers(self, rows: Sequence[Row], law: Law) -> Iterator[tuple[Row, Row]]:
         """Rows and the fields of their answers as they end. After an error nothing new is sent, and it is raised last."""
         errors: list[BaseException] = []
@@ -134,11 +140,16 @@ class Server:
         body |= {"max_tokens": params.max_new_tokens} | ({"stop": params.stop} if params.stop else {})
         body |= {"chat_template_kwargs": {"enable_thinking": row["thinking"]}} if "thinking" in row else {}
         body |= {"messages": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt}
-        content = self._post(json.dumps(body).encode(), row["place"])
-        if content is None:
-            return None
         try:
-            reply = json.loads(content)
+            got = self.session.post(f"{self.url.rstrip('/')}/chat/completions", json=body, timeout=_TIMEOUT)
+        except requests.RequestException as error:
+            raise self._error(row["place"], str(error)) from None
+        if got.status_code == 400 and "context" in got.text.lower():
+            return None
+        if got.status_code != 200:
+            raise self._error(row["place"], f"{got.status_code} {got.text}")
+        try:
+            reply = got.json()
             message, finish = reply["choices"][0]["message"], reply["choices"][0]["finish_reason"]
             if message.get("reasoning_content") or message.get("reasoning"):
                 raise ValueError("thoughts stand apart from the answer; start the server without a reasoning parser")
@@ -147,30 +158,6 @@ class Server:
             return {"response": message["content"], "finish": finish, "num_tokens": num_tokens}
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise self._error(row["place"], f"not a chat completion ({error!r})") from None
-
-    def _post(self, body: bytes, place: str) -> bytes | None:
-        key = os.environ.get("OPENAI_API_KEY", "").strip()
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        for pause in (*_PAUSES, 0.0):
-            try:
-                request = Request(f"{self.url.rstrip('/')}/chat/completions", body, headers)
-                try:
-                    reply = urlopen(request, timeout=_TIMEOUT)
-                except HTTPError as error:  # a reply of another status
-                    reply = error
-                with reply:
-                    content, status = bytes(reply.read()), reply.status
-                if status == 200:
-                    return content
-                cause = f"{status} {content.decode(errors='replace')}"
-                if status == 400 and "context" in cause.lower():
-                    return None
-            except (OSError, HTTPException) as error:
-                cause, status = str(getattr(error, "reason", error)) or type(error).__name__, 503
-            if status != 429 and status < 500:
-                break
-            time.sleep(pause)
-        raise self._error(place, cause)
 
     def _error(self, place: str, cause: str) -> FlashDraftError:
         message = f"`{self.url}` gave no answer to {place}: {' '.join(cause.split()):.300}"

@@ -105,7 +105,7 @@ class Trainer:
             task = bar.add_task("train", total=config.steps, completed=self.step)
             while self.step < config.steps:
                 started = time.perf_counter()
-                with FlopCount() if self.step % _COUNTED == 0 else nullcontext() as counted:
+                with FlopCount() if self.step % _COUNTED == 0 else nullcontext() as counted:  # type: ignore[no-untyped-call]
                     figures = self.train_step()
                 if counted is not None:  # the steps between are alike
                     self.flops_a_step = counted.total * self.acc.num_processes
