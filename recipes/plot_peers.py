@@ -35,7 +35,7 @@ bars = axis.barh(
     color=colours,
 )
 axis.bar_label(bars, fmt="%.0f", padding=3)
-axis.set_xlabel("tokens/s after the first token, median of 24 prompts")
+axis.set_xlabel("tokens/s after the first token, median of all answers")
 axis.spines[["top", "right"]].set_visible(False)
 figure.tight_layout()
 figure.savefig(options.out)
