@@ -27,28 +27,35 @@ struct Chain {
 
 extern "C" void flashdraft_chain(const Chain* chain) {
     const Chain& c = *chain;
-    const int64_t H = c.hidden, R = c.rank;
-#pragma omp parallel for num_threads(c.threads)
-    for (int64_t r = 0; r < c.rows; r++) {
-        std::vector<float> x(2 * H), inner(R);
-        memcpy(&x[H], c.anchors + r * H, H * 4);
-        for (int64_t k = 0; k < c.nodes; k++) {
-            const int64_t at = r * c.nodes + k, *ids = c.ids + at * c.likely;
+    const int64_t H = c.hidden, R = c.rank, places = c.rows * c.nodes;
+    std::vector<float> inner(R), state(H);
+#pragma omp parallel num_threads(c.threads)
+    {
+        const int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
+        auto share = [&](int64_t count, auto work) { for (int64_t i = count * me / team; i < count * (me + 1) / team; i++) work(i); };
+        const float* before = nullptr;  // the embedding of the token that the thread saw last, which all of them found
+        for (int64_t at = 0; at < places; at++) {
+            if (at % c.nodes == 0) before = c.anchors + at / c.nodes * H;
+            const float* x = c.states + at * H;
+            const int64_t* ids = c.ids + at * c.likely;
             float* logits = c.scores + at * c.likely;
-            memcpy(x.data(), c.states + at * H, H * 4);
-            for (int64_t i = 0; i < R; i++) {
-                const float gate = dot(c.gate_up + i * 2 * H, x.data(), 2 * H);
-                inner[i] = gate / (1 + std::exp(-gate)) * dot(c.gate_up + (R + i) * 2 * H, x.data(), 2 * H);
-            }
-            for (int64_t i = 0; i < H; i++) x[i] += dot(c.down + i * R, inner.data(), R);
-            int64_t best = 0;
-            for (int64_t i = 0; i < c.likely; i++)
-                if ((logits[i] = dot(c.head + ids[i] * H, x.data(), H)) > logits[best]) best = i;
-            float mass = 0;
-            for (int64_t i = 0; i < c.likely; i++) mass += std::exp(logits[i] - logits[best]);
-            const float whole = logits[best] + std::log(mass);
-            for (int64_t i = 0; i < c.likely; i++) logits[i] -= whole;
-            memcpy(&x[H], c.embedding + ids[best] * H, H * 4);
+            share(R, [&](int64_t i) {  // a thread's part of the weights is its own for all places, and may stay in its cache
+                auto both = [&](const float* w) { return dot(w, x, H) + dot(w + H, before, H); };
+                const float gate = both(c.gate_up + i * 2 * H);
+                inner[i] = gate / (1 + std::exp(-gate)) * both(c.gate_up + (R + i) * 2 * H);
+            });
+#pragma omp barrier
+            share(H, [&](int64_t i) { state[i] = x[i] + dot(c.down + i * R, inner.data(), R); });
+#pragma omp barrier
+            share(c.likely, [&](int64_t i) { logits[i] = dot(c.head + ids[i] * H, state.data(), H); });
+#pragma omp barrier
+            before = c.embedding + ids[std::max_element(logits, logits + c.likely) - logits] * H;
         }
+#pragma omp barrier
+        share(places, [&](int64_t at) {
+            float *logits = c.scores + at * c.likely, most = *std::max_element(logits, logits + c.likely), mass = 0;
+            for (int64_t i = 0; i < c.likely; i++) mass += std::exp(logits[i] - most);
+            for (int64_t i = 0; i < c.likely; i++) logits[i] -= most + std::log(mass);
+        });
     }
 }

@@ -42,6 +42,7 @@ void attend(const Token* token, const float* q, int64_t q_stride, const float* k
         vf acc[T][Q][SLOTS / W] = {};
         for (int64_t i = 0; i < d; i++) {
             const float* k = keys + (block * d + i) * SLOTS;
+            fetch_ahead(k, 4 * SLOTS);
             for (int v = 0; v < SLOTS / W; v++) {
                 vf lanes = load<vf>(k + v * W);
                 for (int t = 0; t < T; t++)
@@ -75,12 +76,14 @@ void attend(const Token* token, const float* q, int64_t q_stride, const float* k
     for (int64_t i = 0; i < d; i += 4 * W) {
         auto mix = [&](int parts) __attribute__((always_inline)) {  // unrolled where `parts` is a constant
             vf acc[T][Q][4] = {};
-            for (int64_t j = 0; j < start; j++)
+            for (int64_t j = 0; j < start; j++) {
+                fetch_ahead(values + j * d + i, parts * 4 * W);
                 for (int part = 0; part < parts; part++) {
                     vf lanes = load<vf>(values + j * d + i + part * W);
                     for (int t = 0; t < T; t++)
                         for (int h = 0; h < Q; h++) acc[t][h][part] += lanes * splat(scores[(t * Q + h) * width + j]);
                 }
+            }
             for (int t = 0; t < T; t++) {
                 for (size_t j = 0; j < token[t].nodes.size(); j++)
                     for (int part = 0; part < parts; part++) {
@@ -139,6 +142,7 @@ extern "C" void flashdraft_step(const Model* model, const Step* step) {
         }
     firsts.push_back(tokens.size());
     const int64_t H = m.hidden, d = m.head_dim, heads = m.heads, kv = m.kv_heads, group = heads / kv, n = s.tokens;
+    const int64_t together = firsts.size() - 1;
     const int64_t row_size = (heads + 2 * kv) * d;
 #pragma omp parallel num_threads(s.threads)
     {
@@ -179,8 +183,8 @@ extern "C" void flashdraft_step(const Model* model, const Step* step) {
                 }
             });
 #pragma omp barrier
-            share(kv * (firsts.size() - 1), [&](int64_t unit) {
-                const int64_t g = unit % kv, t = firsts[unit / kv], count = firsts[unit / kv + 1] - t;
+            share(kv * together, [&](int64_t unit) {  // the tokens of a row one after the other: its keys and values may stay in a cache
+                const int64_t g = unit / together, t = firsts[unit % together], count = firsts[unit % together + 1] - t;
                 const int64_t from = (tokens[t].row * kv + g) * s.slots * d, width = s.slots + SLOTS;
                 for (int64_t h = g * group; h < (g + 1) * group; h += 3) {
                     const int64_t left = (g + 1) * group - h;
