@@ -78,15 +78,13 @@ def alone(anchors: Sequence[int]) -> Proposal:
 
 def planted(anchors: Sequence[int], grown: Sequence[Nodes]) -> Proposal:
     """One proposal of chosen nodes from what was grown behind every anchor."""
-    width = 1 + max((len(own) for own, _, _ in grown), default=0)
-    tokens, parents = torch.zeros(len(anchors), width, dtype=torch.long), chain(width).repeat(len(anchors), 1)
-    tokens[:, 0] = torch.tensor(anchors)
-    sizes, scores = torch.ones(len(anchors), dtype=torch.long), torch.zeros(len(anchors), width)
-    for i, nodes in enumerate(grown):
-        sizes[i] = 1 + len(nodes[0])
-        if nodes[0]:
-            tokens[i, 1 : sizes[i]], parents[i, 1 : sizes[i]], scores[i, 1 : sizes[i]] = map(torch.tensor, nodes)
-    return Proposal(tokens, parents, sizes, scores)
+    rows = [([a, *own], [-1, *above], [0.0, *scores]) for a, (own, above, scores) in zip(anchors, grown, strict=True)]
+    width = max(len(own) for own, _, _ in rows)
+    blank: tuple[Sequence[float], ...] = [0] * width, range(-1, width - 1), [0.0] * width
+    tokens, parents, scores = (
+        torch.tensor([[*own, *padding[len(own) :]] for own in part]) for part, padding in zip(zip(*rows, strict=True), blank, strict=True)
+    )
+    return Proposal(tokens, parents, torch.tensor([len(own) for own, _, _ in rows]), scores)
 
 
 def check(proposal: Proposal) -> None:
