@@ -6,6 +6,7 @@ Knows node indices only. Does not know what their tokens mean, who proposed them
 
 from collections.abc import Mapping, Sequence
 from heapq import heappop, heappush
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,10 +81,9 @@ def planted(anchors: Sequence[int], grown: Sequence[Nodes]) -> Proposal:
     """One proposal of chosen nodes from what was grown behind every anchor."""
     rows = [([a, *own], [-1, *above], [0.0, *scores]) for a, (own, above, scores) in zip(anchors, grown, strict=True)]
     width = max(len(own) for own, _, _ in rows)
-    blank: tuple[Sequence[float], ...] = [0] * width, range(-1, width - 1), [0.0] * width
-    tokens, parents, scores = (
-        torch.tensor([[*own, *padding[len(own) :]] for own in part]) for part, padding in zip(zip(*rows, strict=True), blank, strict=True)
-    )
+    blank = [0] * width, [*range(-1, width - 1)], [0.0] * width
+    parts: Any = zip(zip(*rows, strict=True), blank, strict=True)
+    tokens, parents, scores = (torch.tensor([own + padding[len(own) :] for own in part]) for part, padding in parts)
     return Proposal(tokens, parents, torch.tensor([len(own) for own, _, _ in rows]), scores)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "flashdraft"
-MAX_LINES_NOW = 7699  # the budget is 6,000 of all lines: what is above it is a debt, and this number may only fall
+MAX_LINES_NOW = 7697  # the budget is 6,000 of all lines: what is above it is a debt, and this number may only fall
 MAX_PACKAGE_LINES, MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 6000, 400, 60, 7
 LEVELS = {  # a module imports only its own level and those below; `.*` stands for every file of a folder
     name: level
