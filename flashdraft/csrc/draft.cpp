@@ -31,8 +31,6 @@ extern "C" void flashdraft_chain(const Chain* chain) {
     std::vector<float> inner(R), state(H);
 #pragma omp parallel num_threads(c.threads)
     {
-        const int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
-        auto share = [&](int64_t count, auto work) { for (int64_t i = count * me / team; i < count * (me + 1) / team; i++) work(i); };
         const float* before = nullptr;  // the embedding of the token that the thread saw last, which all of them found
         for (int64_t at = 0; at < places; at++) {
             if (at % c.nodes == 0) before = c.anchors + at / c.nodes * H;
@@ -55,7 +53,8 @@ extern "C" void flashdraft_chain(const Chain* chain) {
         share(places, [&](int64_t at) {
             float *logits = c.scores + at * c.likely, most = *std::max_element(logits, logits + c.likely), mass = 0;
             for (int64_t i = 0; i < c.likely; i++) mass += std::exp(logits[i] - most);
-            for (int64_t i = 0; i < c.likely; i++) logits[i] -= most + std::log(mass);
+            const float whole = most + std::log(mass);
+            for (int64_t i = 0; i < c.likely; i++) logits[i] -= whole;
         });
     }
 }

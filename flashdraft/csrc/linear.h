@@ -30,8 +30,8 @@ typedef int32_t vi __attribute__((vector_size(W * 4)));
 
 template <class T> inline T load(const void* p) { T v; memcpy(&v, p, sizeof v); return v; }
 template <class T> inline void store(void* p, T v) { memcpy(p, &v, sizeof v); }
-// Asks for what will be read 8 KiB later, into the second cache: the hardware's own look ahead is too short to hide memory
-// behind arithmetic. Never faults, wherever it points.
+// Asks for what will be read 8 KiB later, into the second cache: so that memory and arithmetic overlap (docs/log.md has what
+// other distances gave). Never faults, wherever it points.
 inline void fetch_ahead(const void* p, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)p + 8192 + i, 0, 2);
 }
@@ -234,6 +234,11 @@ void tiles(const Linear& l, int64_t p, const float* x, const Block8* q, float* y
     if constexpr (M > 1) if (rows) tiles<M - 1>(l, p, x, q, y, rows, mode);
 }
 
+template <class Work> void share(int64_t count, Work work) {  // a thread's part of what the team does
+    const int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
+    for (int64_t i = count * me / team; i < count * (me + 1) / team; i++) work(i);
+}
+
 struct Scratch { std::vector<float> x, scores; std::vector<Block8> q; };
 
 void linear(const Linear& l, const float* x, int64_t rows, float* y, Mode mode, Scratch& own) {
@@ -242,9 +247,7 @@ void linear(const Linear& l, const float* x, int64_t rows, float* y, Mode mode, 
         quantise(x, rows * l.inputs, own.q.data());
     }
     const int64_t step = mode == SILU ? 2 : 1, units = (l.outputs + P - 1) / P / step;
-    const int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
-    for (int64_t u = units * me / team; u < units * (me + 1) / team; u++)
-        tiles<TILE>(l, u * step, x, own.q.data(), y, rows, mode);
+    share(units, [&](int64_t unit) { tiles<TILE>(l, unit * step, x, own.q.data(), y, rows, mode); });
 }
 
 }  // namespace

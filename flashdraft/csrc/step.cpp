@@ -148,15 +148,14 @@ extern "C" void flashdraft_step(const Model* model, const Step* step) {
     {
         Scratch own;
         own.x.resize(n * H), own.scores.resize(3 * TOGETHER * (s.slots + SLOTS));
-        const int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
+        const bool first = omp_get_thread_num() == 0;
         double last = omp_get_wtime();
         auto mark = [&](int part) {
-            if (!s.seconds || me) return;
+            if (!s.seconds || !first) return;
             double now = omp_get_wtime();
             s.seconds[part] += now - last;
             last = now;
         };
-        auto share = [&](int64_t count, auto work) { for (int64_t i = count * me / team; i < count * (me + 1) / team; i++) work(i); };
         auto keep = [&](int64_t id) {  // the state that a drafter asked for
             if (s.wanted[id] >= 0)
                 share(n, [&](int64_t t) { memcpy(s.features + t * s.feature_size + s.wanted[id], s.x + t * H, H * 4); });
