@@ -14,16 +14,16 @@ from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from flashdraft.errors import CheckpointError, DraftMismatch
-from flashdraft.hub import appears_whole, read_config
+from flashdraft.files import write_file, write_tensors
+from flashdraft.hub import read_config
 from flashdraft.layers import HEADS
 from flashdraft.target import Target
 
 __all__ = ["OPTIONAL", "DraftConfig", "check_target", "is_draft", "read_draft", "spread_layers"]
-__all__ += ["write_draft", "write_file", "write_tensors"]
+__all__ += ["write_draft"]
 
 _FOREIGN = ("dflash2", "dspark", "domino")
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "num_target_layers")
@@ -241,18 +241,6 @@ def write_draft(folder: Path, config: DraftConfig, tensors: Mapping[str, Tensor]
         write_file(folder / "README.md", readme.encode())
     write_tensors(folder / "model.safetensors", stored)
     write_file(folder / "config.json", (json.dumps(config.to_json(), indent=2) + "\n").encode())
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file so that it appears whole or not at all."""
-    with appears_whole(path) as made:
-        save_file(dict(tensors), made, metadata={"format": "pt"})
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file so that it appears whole or not at all."""
-    with appears_whole(path) as made:
-        made.write_bytes(content)
 
 
 def check_target(config: DraftConfig, target: Target) -> None:

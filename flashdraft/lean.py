@@ -17,8 +17,8 @@ from torch import Tensor
 
 from flashdraft import hub, native
 from flashdraft.cache import SlotCache
-from flashdraft.checkpoint import write_file
 from flashdraft.decoder import Block, CompiledStep, Decoder
+from flashdraft.files import write_file
 from flashdraft.layers import ROPE_TYPES, Linear, TorchLinear, rotary_table
 from flashdraft.target import Indices, Output, Target
 from flashdraft.tree import ancestors, chain

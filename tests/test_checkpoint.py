@@ -19,9 +19,10 @@ from toy_folders import HIDDEN, ZLAB, save_target, save_zlab, zlab_tensors
 from toy_training import one_line_and_hint
 
 import flashdraft
-from flashdraft import DFlashDraftModel, checkpoint
-from flashdraft.checkpoint import DraftConfig, check_target, read_draft, spread_layers, write_draft, write_file
+from flashdraft import DFlashDraftModel, checkpoint, files
+from flashdraft.checkpoint import DraftConfig, check_target, read_draft, spread_layers, write_draft
 from flashdraft.errors import CheckpointError, DraftMismatch
+from flashdraft.files import write_file
 from flashdraft.lean import LeanTarget
 from flashdraft.methods.dflash import DFlashDrafter, PackedDraft
 from flashdraft.types import Rows, SamplingParams
@@ -453,7 +454,7 @@ def test_stopped_save_leaves_the_old_drafter_or_none(
     before = {p.name: p.read_bytes() for p in folder.glob("*")}
     with monkeypatch.context() as patch:
         if where == "save_file":
-            patch.setattr(checkpoint, "save_file", half_save)
+            patch.setattr(files, "save_file", half_save)
         else:
             patch.setattr(os, where, unplug)
         with pytest.raises(Unplugged):

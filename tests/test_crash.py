@@ -34,7 +34,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from toy_folders import letter_tokenizer, save_target
 
-from flashdraft import checkpoint
+from flashdraft import files
 from flashdraft.cli import main
 from flashdraft.errors import FlashDraftError
 from flashdraft.generate import Model
@@ -188,7 +188,7 @@ def deaths(save: Save, before: Path, work: Path) -> list[str]:
 def test_save_that_dies_at_any_operation_leaves_the_old_or_the_new(
     before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "save_file", torn_save_file)
+    monkeypatch.setattr(files, "save_file", torn_save_file)
     found = deaths(save_checkpoint, before, tmp_path / "work")
     assert set(found) == {"old", "new"}
     assert found == sorted(found, reverse=True)  # at one operation the new one takes the old one's place
@@ -721,7 +721,7 @@ FULL: dict[str, Callable[[], Exception]] = {
 def fill_disk(patch: pytest.MonkeyPatch, name: str, error: Callable[[], Exception]) -> None:
     """No space is left when the file of that name is written behind the first checkpoint."""
     place, _, name = name.rpartition("/")
-    real, log = {"checkpoint": checkpoint.save_file, "state": config_module.write_file}, Trainer._log
+    real, log = {"checkpoint": files.save_file, "state": config_module.write_file}, Trainer._log
 
     def full(path: Any) -> bool:
         here = (".tmp-save" if place == "" else f"/{place}/") in str(Path(path).absolute())
@@ -745,7 +745,7 @@ def fill_disk(patch: pytest.MonkeyPatch, name: str, error: Callable[[], Exceptio
             path.write_bytes(path.read_bytes()[:-20])
             raise error()
 
-    patch.setattr(checkpoint, "save_file", save_file)
+    patch.setattr(files, "save_file", save_file)
     patch.setattr(config_module, "write_file", write_file)
     patch.setattr(Trainer, "_log", logged)
 

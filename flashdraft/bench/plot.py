@@ -23,7 +23,7 @@ from matplotlib.ticker import MaxNLocator
 
 from flashdraft.bench.report import COLUMNS, Line, grouped, origin, read_results, settings, summarise
 from flashdraft.bench.run import acceptance
-from flashdraft.checkpoint import write_file
+from flashdraft.files import write_file
 
 __all__ = ["draw"]
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import hf_hub_download
 
-from flashdraft.checkpoint import write_file
 from flashdraft.errors import DataError, InvalidParameter, first_line
+from flashdraft.files import write_file
 from flashdraft.train.prompts import hub_rows, json_list, read_jsonl
 from flashdraft.types import require
 

@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import flashdraft
-from flashdraft.checkpoint import DraftConfig, write_file, write_tensors
+from flashdraft.checkpoint import DraftConfig
 from flashdraft.errors import FlashDraftError
+from flashdraft.files import write_file, write_tensors
 from flashdraft.types import check_options, option, require
 
 __all__ = ["TrainConfig", "full_disk_named", "last_checkpoint", "load_checkpoint", "model_card", "save_checkpoint"]

@@ -17,8 +17,8 @@ from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from flashdraft.checkpoint import write_file, write_tensors
 from flashdraft.errors import DataError
+from flashdraft.files import write_file, write_tensors
 from flashdraft.generate import Model
 from flashdraft.train.prompts import read_jsonl
 

@@ -14,8 +14,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from flashdraft.checkpoint import write_file
 from flashdraft.errors import DataError, InvalidParameter
+from flashdraft.files import write_file
 from flashdraft.types import require
 
 __all__ = ["SOURCES", "as_prompt", "hub_rows", "json_list", "numbered_lines", "read_jsonl", "write_prompts"]

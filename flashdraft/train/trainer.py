@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from flashdraft.checkpoint import write_file, write_tensors
 from flashdraft.engine import check
 from flashdraft.errors import DataError, FlashDraftError, InvalidParameter
+from flashdraft.files import write_file, write_tensors
 from flashdraft.generate import Model
 from flashdraft.methods.dflash import DFlashDraftModel
 from flashdraft.network import DraftNetwork
