@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from flashdraft.cache import SlotCache
 
 __all__ = ["Chunk", "Drafter", "FinishReason", "LogitsProcessor", "Piece", "Proposal", "Result", "Rows"]
-__all__ += ["SamplingParams", "Stats", "Verdict", "check_options", "option", "require"]
+__all__ += ["SamplingParams", "Stats", "Verdict", "as_number", "check_options", "option", "require", "take_numbers"]
 
 FinishReason = Literal["stop", "length"]
 
@@ -31,8 +31,29 @@ def option(default: Any, text: str, *, least: int | None = None, choices: Sequen
     return field(default=default, metadata={"help": text, "least": least, "choices": choices})
 
 
+def as_number(value: Any) -> Any:
+    """The Python number that a scalar of numpy or torch, or an array without dimensions, stands for; all else as it is."""
+    is_scalar = getattr(value, "shape", None) == () and callable(getattr(value, "item", None))
+    return value.item() if is_scalar else value
+
+
+def take_numbers(options: Any) -> None:
+    """Put Python's own numbers where a dataclass has numpy's or torch's, also inside tuples and lists."""
+    for f in fields(options):
+        given = getattr(options, f.name)
+        taken = as_number(given)
+        if type(given) in (tuple, list):
+            taken = type(given)(map(as_number, given))
+        if taken is not given:
+            object.__setattr__(options, f.name, taken)
+
+
 def check_options(options: Any) -> None:
-    """Raises InvalidParameter for a field that is no integer from its `least` up, or none of its `choices`."""
+    """Raises InvalidParameter for a field that is no integer from its `least` up, or none of its `choices`.
+
+    Numbers of numpy and torch are taken as Python's first.
+    """
+    take_numbers(options)
     for f in fields(options):
         value, least, choices = getattr(options, f.name), f.metadata.get("least"), f.metadata.get("choices")
         for one in value if isinstance(value, tuple) else (value,) if value is not None or f.default is not None else ():
@@ -85,6 +106,9 @@ class SamplingParams:
         require(0.01 <= self.repetition_penalty <= 100, "repetition_penalty", self.repetition_penalty, "from 0.01 to 100")
         for name in ("presence_penalty", "frequency_penalty"):
             require(-2 <= getattr(self, name) <= 2, name, getattr(self, name), "from -2 to 2")
+        if isinstance(self.logit_bias, Mapping):
+            plain = {as_number(token): as_number(bias) for token, bias in self.logit_bias.items()}
+            object.__setattr__(self, "logit_bias", plain)
         pairs = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else [(None, None)]
         numbers = all(type(t) is int and t >= 0 and isinstance(b, (int, float)) and -100 <= b <= 100 for t, b in pairs)
         require(numbers, "logit_bias", self.logit_bias, "numbers from -100 to 100 by token id")

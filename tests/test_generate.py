@@ -9,7 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from conftest import EOS, VOCAB
 from toy_folders import letter_tokenizer, save_target, save_zlab
 
@@ -193,6 +195,27 @@ def test_wrong_option_is_refused_before_anything_runs(model: Model, arguments: d
     with pytest.raises(InvalidParameter) as error:
         model.stream("zebra", **arguments)
     assert expected in one_line(error)
+
+
+NUMBERS: list[dict[str, Any]] = [
+    {"temperature": np.float32(0.5), "seed": np.int64(3), "max_new_tokens": np.uint8(4)},
+    {"temperature": torch.tensor(0.5), "seed": torch.tensor(3), "max_new_tokens": torch.tensor(4, dtype=torch.int16)},
+    {"temperature": np.array(0.5), "seed": np.array(3), "max_new_tokens": np.array(4)},
+]
+
+
+@pytest.mark.parametrize("numbers", NUMBERS, ids=["numpy", "torch", "arrays"])
+def test_numbers_of_numpy_and_torch_are_numbers(numbers: dict[str, Any]) -> None:
+    params = SamplingParams(**numbers, ignore_eos=np.True_, logit_bias={np.int64(5): np.float32(1.5)})  # type: ignore[arg-type]
+    assert params == SamplingParams(temperature=0.5, seed=3, max_new_tokens=4, ignore_eos=True, logit_bias={5: 1.5})
+    assert {type(getattr(params, name)) for name in numbers} == {int, float}
+    assert json.loads(json.dumps({name: getattr(params, name) for name in numbers}))["seed"] == 3
+
+
+@pytest.mark.parametrize("value", [np.array([3]), torch.tensor([3]), np.float64(3.5), "3"], ids=repr)
+def test_arrays_and_fractions_are_no_whole_numbers(value: Any) -> None:
+    with pytest.raises(InvalidParameter, match="max_new_tokens is"):
+        SamplingParams(max_new_tokens=value)
 
 
 def test_every_prompt_may_have_its_own_parameters(model: Model) -> None:
