@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flashdraft.process import INTS
+
 __all__ = ["SLOT_STEP", "SlotCache", "round_up"]
 
 SLOT_STEP = 64  # slots come, and are read, in multiples of this
@@ -66,7 +68,7 @@ class SlotCache:
     def write(self, index: int, row: int, keys: Tensor, values: Tensor) -> None:
         """Store [heads, n, head_dim] behind the row's length, which stays."""
         all_keys, all_values = self.layer(index, keys)
-        slots = self.lengths[row] + torch.arange(keys.shape[1])
+        slots = self.lengths[row] + torch.arange(keys.shape[1], **INTS)
         all_values[row][:, slots] = values
         if self.blocked:
             all_keys[row][:, slots // SLOT_STEP, :, slots % SLOT_STEP] = keys.transpose(0, 1)
@@ -78,7 +80,7 @@ class SlotCache:
         """Commit the nodes of `path` (indices into what was written last, in ascending order); the rest is forgotten."""
         start = self.lengths[row]
         if list(path) != list(range(len(path))):
-            to, source = start + torch.arange(len(path)), start + torch.tensor(path)
+            to, source = start + torch.arange(len(path), **INTS), start + torch.tensor(path, **INTS)
             for tensor in (*([] if self.blocked else self.keys), *self.values):
                 if tensor is not None:
                     tensor[row][:, to] = tensor[row][:, source]

@@ -20,6 +20,7 @@ from flashdraft.errors import CheckpointError, DraftMismatch
 from flashdraft.files import write_file, write_tensors
 from flashdraft.hub import read_config
 from flashdraft.layers import HEADS
+from flashdraft.process import INTS
 from flashdraft.target import Target
 
 __all__ = ["OPTIONAL", "DraftConfig", "check_target", "is_draft", "read_draft", "spread_layers"]
@@ -207,7 +208,7 @@ def read_draft(folder: Path) -> tuple[DraftConfig, dict[str, Tensor]]:
     if unknown := sorted(set(tensors) - set(wanted) - set(optional)):
         raise CheckpointError(f"`{folder}` has a tensor {unknown[0]}, unknown to {config.method}", hint="it is of another method")
     if "d2t" in tensors:
-        leads = tensors["d2t"].long() + torch.arange(len(tensors["d2t"]))
+        leads = tensors["d2t"].long() + torch.arange(len(tensors["d2t"]), **INTS)
         if bad := [int(token) for token in leads if not 0 <= token < config.vocab_size]:
             found = f"d2t leads to token {bad[0]} of a vocabulary of {config.vocab_size}"
             raise CheckpointError(f"`{folder}` is damaged: {found}", hint="fetch or write it again")

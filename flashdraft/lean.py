@@ -20,6 +20,7 @@ from flashdraft.cache import SlotCache
 from flashdraft.decoder import Block, CompiledStep, Decoder
 from flashdraft.files import write_file
 from flashdraft.layers import ROPE_TYPES, Linear, TorchLinear, rotary_table
+from flashdraft.process import INTS, undisturbed
 from flashdraft.target import Indices, Output, Target
 from flashdraft.tree import ancestors, chain
 
@@ -68,7 +69,7 @@ class LeanTarget(Target):
         except (OSError, ValueError):
             cache, table = self.new_cache(1, 256), {}
         for count in (1, 2, 4, 8, 16, 32):
-            shape = torch.ones(1, count, dtype=torch.long), chain(count)[None], torch.tensor([count])
+            shape = torch.ones(1, count, **INTS), chain(count)[None], torch.tensor([count], **INTS)
             step = partial(self.forward, cache, [0], *shape, ())
             times = timeit.repeat(lambda step=step: float(step()[0][0, 0, 0]), number=1, repeat=6)  # type: ignore[misc]  # waits
             table[count] = median(times[1:])
@@ -87,6 +88,7 @@ class LeanTarget(Target):
         windowed = config.model_type == "mistral" and getattr(config, "sliding_window", None)
         return config.model_type in FAMILIES and plain and static and not windowed
 
+    @undisturbed
     @torch.inference_mode()
     def forward(
         self, cache: SlotCache, slots: Indices, tokens: Tensor, parents: Tensor, sizes: Tensor, layers: Indices

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashdraft.hub import cache_dir
+from flashdraft.process import FLOATS
 
 __all__ = ["PANEL", "Layer", "Model", "NativeLinear", "addresses", "chain", "library", "step", "usable"]
 
@@ -131,8 +132,8 @@ class NativeLinear:
             return False
         panels, kernels = -(-self.out_features // PANEL), library()
         number_bits = self.in_features * bits + self.in_features // PANEL * scales
-        self.weight = torch.empty(panels * PANEL * number_bits // 8, dtype=torch.uint8)
-        self.scale = torch.empty(panels * PANEL if format == "int8" else 0)
+        self.weight = torch.empty(panels * PANEL * number_bits // 8, dtype=torch.uint8, device="cpu")
+        self.scale = torch.empty(panels * PANEL if format == "int8" else 0, **FLOATS)
         source, *packed = (c_void_p(tensor.data_ptr()) for tensor in (weight, self.weight, self.scale))
         sizes = (c_int64(size) for size in (list(_FORMATS).index(format), *weight.shape))
         assert kernels is not None, "look at `usable` first"

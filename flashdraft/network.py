@@ -21,6 +21,7 @@ from flashdraft import hub
 from flashdraft.checkpoint import OPTIONAL, DraftConfig, check_target, read_draft, write_draft
 from flashdraft.errors import CheckpointError, DraftMismatch
 from flashdraft.layers import ROPE_TYPES, Linear, pack, rotary_table
+from flashdraft.process import BOOLS, INTS, undisturbed
 from flashdraft.target import Target
 from flashdraft.types import Drafter
 
@@ -43,6 +44,7 @@ class DraftNetwork(nn.Module):
         self.extras: dict[str, Tensor] = {}  # the format's optional tensors: lm_head.weight, embed_tokens.weight, d2t, t2d
 
     @classmethod
+    @undisturbed
     def from_pretrained(cls, name: str | Path) -> Self:
         """A drafter's folder or hub id, in float32. Raises CheckpointError or ModelNotFound."""
         files = hub.resolve(str(name))
@@ -74,9 +76,9 @@ class DraftNetwork(nn.Module):
 
     def reduce_vocabulary(self, tokens: Tensor) -> None:
         """Draft only these tokens [n] of the target's vocabulary (ascending): the lm_head's cost falls in proportion."""
-        known = torch.zeros(self.config.vocab_size, dtype=torch.bool)
+        known = torch.zeros(self.config.vocab_size, **BOOLS)
         known[tokens] = True
-        self.extras |= {"d2t": tokens - torch.arange(len(tokens)), "t2d": known}
+        self.extras |= {"d2t": tokens - torch.arange(len(tokens), **INTS), "t2d": known}
         self.config = replace(self.config, draft_vocab_size=len(tokens))
 
     def add_rotary(self) -> Qwen3Config:
@@ -114,7 +116,7 @@ class DraftHead:
     def __init__(self, model: DraftNetwork, target: Target) -> None:
         check_target(model.config, target)
         self.config, self.target = model.config, target
-        self.probe = target.embed(torch.zeros(1, dtype=torch.long))  # the dtype and device of everything here
+        self.probe = target.embed(torch.zeros(1, **INTS))  # the dtype and device of everything here
         embedding, own = model.extras.get("embed_tokens.weight"), model.extras.get("lm_head.weight")
         if embedding is not None and len(embedding) < target.vocab_size:
             got = f"an embedding of {len(embedding)} tokens, but `{target.name}` has {target.vocab_size}"
@@ -123,7 +125,7 @@ class DraftHead:
         self.own_head = None if own is None or model.sequential_head is None else own.to(self.probe)
         self.vocabulary: Tensor | None = None  # target ids of a reduced draft vocabulary; None: the target's
         if (offsets := model.extras.get("d2t")) is not None:  # target id - draft id
-            self.vocabulary = (offsets.long() + torch.arange(len(offsets))).to(self.probe.device)
+            self.vocabulary = (offsets.long() + torch.arange(len(offsets), **INTS)).to(self.probe.device)
             own = target.head_weight(self.vocabulary) if own is None else own
         self.head: Linear | None = None if own is None else self.packed(own)
         self.nbytes = sum(t.nbytes for t in (self.embedding, self.head) if t is not None)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flashdraft.errors import InvalidParameter
+from flashdraft.process import INTS
 from flashdraft.types import SamplingParams
 
 __all__ = ["adjusted", "coins", "draw", "likeliest", "logprob", "precision", "probabilities", "target_probs", "total", "uniforms"]
@@ -35,7 +36,7 @@ def adjusted(logits: Tensor, params: SamplingParams, history: Sequence[int], num
         return logits
     logits, ids = logits.to(precision(logits), copy=True), partial(torch.tensor, dtype=torch.int64, device=logits.device)
     if bias := params.logit_bias:
-        logits[ids(list(bias))] += torch.tensor(list(bias.values())).to(logits)
+        logits[ids(list(bias))] += torch.tensor(list(bias.values()), dtype=logits.dtype, device=logits.device)
     if (penalty := params.repetition_penalty) != 1:
         seen = ids(history)  # a token that is there twice gets the same value twice
         logits[seen] = torch.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
@@ -123,7 +124,7 @@ def uniforms(seeds: Sequence[int], starts: Sequence[int], count: int, lane: int 
 
     splitmix64 (Steele, Lea and Flood, OOPSLA 2014): output `position` of the generator whose state hashes seed and lane.
     """
-    return _hash(_column(seeds), torch.tensor(lane), _column(starts) + torch.arange(count))
+    return _hash(_column(seeds), torch.tensor(lane, **INTS), _column(starts) + torch.arange(count, **INTS))
 
 
 def coins(seeds: Sequence[int], anchors: Sequence[int], num_nodes: int) -> Tensor:
@@ -132,7 +133,7 @@ def coins(seeds: Sequence[int], anchors: Sequence[int], num_nodes: int) -> Tenso
     anchors: the anchors' absolute positions. They only grow, so no coin is tossed twice; keyed by the position of the
     anchor plus the node's index, a coin that rejected a sibling could come back in the next step.
     """
-    return _hash(_column(seeds), torch.arange(1, num_nodes + 1), _column(anchors))
+    return _hash(_column(seeds), torch.arange(1, num_nodes + 1, **INTS), _column(anchors))
 
 
 def precision(logits: Tensor) -> torch.dtype:
@@ -146,7 +147,7 @@ def _nucleus_floor(law: Tensor, top_p: float) -> Tensor:
     whole = _fixed(flat).sum(-1, keepdim=True)
     wanted = (whole.double() * top_p).long().minimum(whole)
     floor = torch.empty_like(flat[:, :1])
-    rows = torch.arange(len(flat), device=law.device)
+    rows = torch.arange(len(flat), dtype=torch.int64, device=law.device)
     for head in (*_HEADS, flat.shape[1]):
         largest = flat[rows].topk(min(head, flat.shape[1])).values
         last = (_fixed(largest).cumsum(-1) < wanted[rows]).sum(-1, keepdim=True)
@@ -162,7 +163,7 @@ def _fixed(probs: Tensor) -> Tensor:
 
 
 def _column(values: Sequence[int]) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64).reshape(-1, 1)
+    return torch.tensor(values, **INTS).reshape(-1, 1)
 
 
 def _hash(seed: Tensor, lane: Tensor, position: Tensor) -> Tensor:

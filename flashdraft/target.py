@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from flashdraft.cache import SlotCache
 from flashdraft.errors import UnsupportedTarget
+from flashdraft.process import INTS, undisturbed
 from flashdraft.tree import ancestors, chain, depths
 
 __all__ = ["HFTarget", "Target"]
@@ -49,17 +50,19 @@ class Target(Protocol):
     def new_cache(self, rows: int, slots: int) -> SlotCache:
         return SlotCache(self.num_layers, rows, slots, blocked=self.blocked_keys)
 
+    @undisturbed
     @torch.inference_mode()
     def prefill(self, cache: SlotCache, slot: int, tokens: Tensor, layers: Indices) -> Output:
         """Read and commit tokens [n] of one row: the last token's logits [vocab] and the features [n, layers * hidden]."""
         features = []
         for part in tokens.split(PREFILL_CHUNK):
             n = len(part)
-            hidden, feature = self._read(cache, [slot], part[None], chain(n)[None], torch.tensor([n]), layers)
+            hidden, feature = self._read(cache, [slot], part[None], chain(n)[None], torch.tensor([n], **INTS), layers)
             cache.keep(slot, range(n))
             features += [] if feature is None else [feature[0]]
         return self.lm_head(hidden[0, -1]), torch.cat(features) if features else None
 
+    @undisturbed
     @torch.inference_mode()
     def forward(
         self, cache: SlotCache, slots: Indices, tokens: Tensor, parents: Tensor, sizes: Tensor, layers: Indices
@@ -132,12 +135,12 @@ class HFTarget(Target):
         return self.model.get_output_embeddings().weight.detach()[tokens]  # type: ignore[no-any-return]
 
     def _read(self, cache: SlotCache, slots: Indices, tokens: Tensor, parents: Tensor, sizes: Tensor, layers: Indices) -> Output:
-        device, lengths = self.model.device, torch.tensor([cache.lengths[slot] for slot in slots])
-        real = torch.arange(tokens.shape[1]) < sizes[:, None]
+        device, lengths = self.model.device, torch.tensor([cache.lengths[slot] for slot in slots], **INTS)
+        real = torch.arange(tokens.shape[1], **INTS) < sizes[:, None]
         positions = lengths[:, None] + depths(parents) * real  # padding may reach beyond the context, its position may not
         num_slots = int(lengths.max()) + tokens.shape[1]
-        seen = (torch.arange(num_slots) < lengths[:, None])[:, None].repeat(1, tokens.shape[1], 1)  # [rows, nodes, slots]
-        held = torch.arange(num_slots).repeat(len(slots), 1)  # [rows, slots] position of what is there
+        seen = (torch.arange(num_slots, **INTS) < lengths[:, None])[:, None].repeat(1, tokens.shape[1], 1)  # [rows, nodes, slots]
+        held = torch.arange(num_slots, **INTS).repeat(len(slots), 1)  # [rows, slots] position of what is there
         for row, (start, tree) in enumerate(zip(lengths.tolist(), ancestors(parents), strict=True)):
             here = slice(start, start + len(tree))  # behind what is committed: a node sees its own ancestors, as deep as they are
             seen[row, :, here], held[row, here] = tree, positions[row]
@@ -189,7 +192,7 @@ def check_family(target: HFTarget) -> None:
 @torch.inference_mode()
 def _differences(target: HFTarget) -> tuple[float, float]:
     """The largest differences of normalised logits: between our pass and the model's own, and after a rejected draft."""
-    tokens, shape = torch.arange(8) % target.vocab_size, (chain(4)[None], torch.tensor([4]))
+    tokens, shape = torch.arange(8, **INTS) % target.vocab_size, (chain(4)[None], torch.tensor([4], **INTS))
     plain, cut = target.new_cache(1, 16), target.new_cache(1, 16)
     for cache in (plain, cut):
         target.prefill(cache, 0, tokens[:4], (0,))

@@ -6,11 +6,11 @@ Knows node indices only. Does not know what their tokens mean, who proposed them
 
 from collections.abc import Mapping, Sequence
 from heapq import heappop, heappush
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from flashdraft.process import FLOATS, INTS
 from flashdraft.types import Proposal
 
 __all__ = ["NOTHING", "Laws", "Nodes", "alone", "ancestors", "best_first", "chain", "check", "depths", "independent", "planted"]
@@ -23,12 +23,12 @@ NOTHING: Nodes = ([], [], [])
 
 def chain(num_nodes: int) -> Tensor:
     """Parents of a chain of `num_nodes`, the anchor included: [nodes] int64."""
-    return torch.arange(-1, num_nodes - 1)
+    return torch.arange(-1, num_nodes - 1, **INTS)
 
 
 def ancestors(parents: Tensor) -> Tensor:
     """What a node sees, itself and its ancestors: [rows, nodes] -> bool [rows, nodes, nodes]; at [r, i, j]: i sees j."""
-    nodes = torch.arange(parents.shape[1], device=parents.device)
+    nodes = torch.arange(parents.shape[1], dtype=torch.int64, device=parents.device)
     if bool((parents == nodes - 1).all()):  # chains; a prompt is one
         return (nodes[:, None] >= nodes).expand(len(parents), -1, -1)
     visible = torch.zeros(*parents.shape, len(nodes), dtype=torch.bool, device=parents.device)
@@ -73,18 +73,20 @@ def best_first(anchor: int, laws: Sequence[Laws], count: int) -> Nodes:
 
 def alone(anchors: Sequence[int]) -> Proposal:
     """Nothing behind the anchors: plain decoding."""
-    tokens = torch.tensor(anchors)[:, None]
-    return Proposal(tokens, torch.full_like(tokens, -1), torch.ones(len(tokens), dtype=torch.long))
+    tokens = torch.tensor(anchors, **INTS)[:, None]
+    return Proposal(tokens, torch.full_like(tokens, -1), torch.ones(len(tokens), **INTS))
 
 
 def planted(anchors: Sequence[int], grown: Sequence[Nodes]) -> Proposal:
     """One proposal of chosen nodes from what was grown behind every anchor."""
     rows = [([a, *own], [-1, *above], [0.0, *scores]) for a, (own, above, scores) in zip(anchors, grown, strict=True)]
     width = max(len(own) for own, _, _ in rows)
-    blank = [0] * width, [*range(-1, width - 1)], [0.0] * width
-    parts: Any = zip(zip(*rows, strict=True), blank, strict=True)
-    tokens, parents, scores = (torch.tensor([own + padding[len(own) :] for own in part]) for part, padding in parts)
-    return Proposal(tokens, parents, torch.tensor([len(own) for own, _, _ in rows]), scores)
+    above = [*range(-1, width - 1)]
+    tokens = torch.tensor([own + [0] * (width - len(own)) for own, _, _ in rows], **INTS)
+    parents = torch.tensor([own + above[len(own) :] for _, own, _ in rows], **INTS)
+    scores = torch.tensor([own + [0.0] * (width - len(own)) for _, _, own in rows], **FLOATS)
+    sizes = torch.tensor([len(own) for own, _, _ in rows], **INTS)
+    return Proposal(tokens, parents, sizes, scores)
 
 
 def check(proposal: Proposal) -> None:
@@ -108,7 +110,7 @@ def check(proposal: Proposal) -> None:
         assert values is None or values.shape == tokens.shape, f"{name} do not fit tokens {tuple(tokens.shape)}"
     if proposal.drawn is None:
         return
-    real = torch.arange(num_nodes, device=tokens.device) < sizes[:, None]
+    real = torch.arange(num_nodes, dtype=torch.int64, device=tokens.device) < sizes[:, None]
     row, node = (proposal.drawn & real).nonzero(as_tuple=True)
     if not len(row):
         return

@@ -8,6 +8,7 @@ one child per node, greedy is temperature 0, a deterministic draft is a point ma
 import torch
 from torch import Tensor
 
+from flashdraft.process import INTS
 from flashdraft.sampling import draw, total
 from flashdraft.types import Proposal, Verdict
 
@@ -29,12 +30,13 @@ def verify(proposal: Proposal, target_probs: Tensor, draws: Tensor, coins: Tenso
     fixed before their own tokens were drawn. Where all nodes are chosen, the text is the very text that `draws` alone give.
     """
     num_rows, num_nodes = proposal.tokens.shape
-    nodes = torch.arange(num_nodes, device=proposal.tokens.device)
+    nodes = torch.arange(num_nodes, dtype=torch.int64, device=proposal.tokens.device)
     parents = proposal.parents.masked_fill(nodes >= proposal.sizes[:, None], -1)  # padding is nobody's child
     drawn = proposal.drawn if proposal.drawn is not None else torch.zeros_like(parents, dtype=torch.bool)
     any_drawn = bool((drawn & (parents >= 0)).any())
 
-    rows = torch.arange(num_rows, device=nodes.device)  # the rows still walking, and the node where each of them stands
+    # the rows still walking, and the node where each of them stands
+    rows = torch.arange(num_rows, dtype=torch.int64, device=nodes.device)
     here = torch.zeros_like(rows)
     bonus = torch.zeros_like(rows)
     path = [here]
@@ -67,8 +69,9 @@ def follow(proposal: Proposal, tokens: Tensor) -> Verdict:
             path.append(child)
         paths.append(path)
         bonus.append(own[path[-1]])
-    full = torch.tensor([path + [-1] * (max(map(len, paths)) - len(path)) for path in paths])
-    return Verdict(full, torch.tensor([len(path) - 1 for path in paths]), torch.tensor(bonus))
+    full = torch.tensor([path + [-1] * (max(map(len, paths)) - len(path)) for path in paths], **INTS)
+    counts = torch.tensor([len(path) - 1 for path in paths], **INTS)
+    return Verdict(full, counts, torch.tensor(bonus, **INTS))
 
 
 def _judge(law: Tensor, draft: Tensor, siblings: Tensor, tokens: Tensor, coins: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ LEVELS = {  # a module imports only its own level and those below; `.*` stands f
     name: level
     for level, names in enumerate(
         (
-            "types errors files",
+            "types errors files process",
             "text verify tree sampling control diffusion.coupling",
             "target lean cache layers decoder native checkpoint network hub",
             "methods.*",

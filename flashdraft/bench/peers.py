@@ -21,6 +21,7 @@ from flashdraft.checkpoint import check_target
 from flashdraft.errors import ContextLengthError, DraftMismatch, UnsupportedTarget
 from flashdraft.generate import load_target
 from flashdraft.methods.dflash import DFlashDraftModel
+from flashdraft.process import INTS
 from flashdraft.target import HFTarget
 from flashdraft.types import SamplingParams
 
@@ -105,7 +106,7 @@ class Transformers:
         torch.set_num_threads(self.threads or before)
         torch.manual_seed(params.seed)
         started = time.perf_counter()
-        ids = torch.tensor([prompt])
+        ids = torch.tensor([prompt], **INTS)
         options |= {"attention_mask": torch.ones_like(ids), "max_new_tokens": params.max_new_tokens, "streamer": noted}
         output = self.model.generate(ids, **options)
         tokens = tuple(output[0, len(prompt) :].tolist())

@@ -22,6 +22,7 @@ from flashdraft.generate import Model, load
 from flashdraft.lean import LeanTarget
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.methods.dflash import DFlashDraftModel
+from flashdraft.process import FLOATS, INTS
 from flashdraft.train.batch import FlopCount
 from flashdraft.train.initialise import draft_config, random_weights
 from flashdraft.types import SamplingParams, require
@@ -55,7 +56,8 @@ def profile(
         network = random_weights(config, 0) if shipped is None else DFlashDraftModel.from_pretrained(shipped)
         drafter = network.drafters(model.target)(block_size=nodes)
     engine = Engine(model.target, drafter)
-    prompt = torch.randint(model.target.vocab_size, (context,), generator=torch.Generator().manual_seed(0)).tolist()
+    generator = torch.Generator("cpu").manual_seed(0)
+    prompt = torch.randint(model.target.vocab_size, (context,), generator=generator, **INTS).tolist()
     params = SamplingParams(max_new_tokens=(steps + _WARM_UP + 1) * nodes + nodes, ignore_eos=True)
     engine.admit(model.request(prompt, params))
     times, caches = _times(engine, model.target, steps), sum(cache.nbytes for cache in drafter.caches)
@@ -78,7 +80,7 @@ def profile_training(trainer: Any, steps: int) -> list[list[str]]:
     parts = {**trainer.seconds, "other": seconds - sum(trainer.seconds.values())}
     rows = [[part, f"{1000 * spent / steps:.1f}", f"{spent / seconds:.0%}"] for part, spent in parts.items()]
     rows += [["step", f"{1000 * seconds / steps:.1f}", "100%"], [f"{positions / seconds:.0f} positions/s", "", ""]]
-    x = torch.randn(1024, 1024)
+    x = torch.ones(1024, 1024, **FLOATS)
     best = min(timeit.repeat(lambda: x @ x, number=1))
     rate = flops.total * steps / seconds / (2 * 1024**3 / best)
     return [*rows, [f"{rate:.0%} of the float32 matmul rate", "", ""], [f"{flops.total / 1e12:.4f} TFLOP a step", "", ""]]
@@ -86,10 +88,10 @@ def profile_training(trainer: Any, steps: int) -> list[list[str]]:
 
 def calibrate(weights: str) -> tuple[Device, Device]:
     """What runs a target with weights of that format, and drafts in 8 bits; takes seconds. Raises UnsupportedTarget."""
-    if not native.usable(torch.zeros(1)):
+    if not native.usable(torch.zeros(1, **FLOATS)):
         raise UnsupportedTarget("the C++ kernels do not run on this machine", hint="install g++ or clang++, or name a GPU")
-    large = native.NativeLinear(torch.zeros(1 << 15, 1024), kernel="float32")  # 128 MiB: beyond the caches
-    bandwidth = large.nbytes / min(timeit.repeat(partial(large, torch.ones(1, 1024)), number=1, repeat=8))
+    large = native.NativeLinear(torch.zeros(1 << 15, 1024, **FLOATS), kernel="float32")  # 128 MiB: beyond the caches
+    bandwidth = large.nbytes / min(timeit.repeat(partial(large, torch.ones(1, 1024, **FLOATS)), number=1, repeat=8))
     sizes = LlamaConfig(hidden_size=64, intermediate_size=64, vocab_size=64, num_hidden_layers=8, num_attention_heads=4)
     target = LeanTarget(LlamaForCausalLM(sizes).eval(), "tiny", kernel="float32")
     make = random_weights(draft_config(target, num_layers=8, mask_token_id=0), 0).drafters(target)  # as deep: as dear
@@ -111,7 +113,7 @@ def _times(engine: Engine, target: LeanTarget, steps: int) -> list[dict[str, flo
                 linears[name] = clock.wrap("weights", linear)
         decoder.attention = clock.wrap("attention", decoder.attention)
     else:
-        decoder.seconds = torch.zeros(3, dtype=torch.float64)
+        decoder.seconds = torch.zeros(3, dtype=torch.float64, device="cpu")
     target.head = clock.wrap("lm_head", target.head)
     for name in ("propose", "observe"):
         setattr(engine.drafter, name, clock.wrap("drafting", getattr(engine.drafter, name)))
@@ -147,6 +149,6 @@ class _Clock:
 
 def _rates(kernel: str) -> dict[int, float]:
     """FLOP/s by number of tokens, on a matrix that stays in the cache; zeros fit every format."""
-    linear, widths = native.NativeLinear(torch.zeros(1536, 576), kernel=kernel), (1, 2, 4, 8, 16, 32)
-    times = [min(timeit.repeat(partial(linear, torch.ones(n, 576)), number=1, repeat=60)) for n in widths]
+    linear, widths = native.NativeLinear(torch.zeros(1536, 576, **FLOATS), kernel=kernel), (1, 2, 4, 8, 16, 32)
+    times = [min(timeit.repeat(partial(linear, torch.ones(n, 576, **FLOATS)), number=1, repeat=60)) for n in widths]
     return {n: 2 * n * 1536 * 576 / seconds for n, seconds in zip(widths, times, strict=True)}

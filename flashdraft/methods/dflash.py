@@ -26,6 +26,7 @@ from flashdraft.checkpoint import DraftConfig
 from flashdraft.decoder import Block, CompiledStep, Decoder
 from flashdraft.layers import RMSNorm, SwigluHead, apply_rotary, pack, swiglu
 from flashdraft.network import DRAFT_KERNEL, DraftHead, DraftNetwork
+from flashdraft.process import BOOLS, FLOATS, INTS, undisturbed
 from flashdraft.target import Target
 from flashdraft.tree import NOTHING, Laws, best_first, independent, planted
 from flashdraft.types import Drafter, Proposal, Rows
@@ -49,6 +50,7 @@ class _Layer(Qwen3DecoderLayer):
         hidden, head, eps = qwen3.hidden_size, qwen3.head_dim, qwen3.rms_norm_eps
         self.input_layernorm, self.post_attention_layernorm = RMSNorm(hidden, eps), RMSNorm(hidden, eps)
         self.self_attn.q_norm, self.self_attn.k_norm = RMSNorm(head, eps), RMSNorm(head, eps)
+        self.float()  # theirs are of the process's default dtype
 
     def queries(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """[n, hidden] -> [n, heads, head_dim]"""
@@ -67,9 +69,10 @@ class DFlashDraftModel(DraftNetwork):
 
     method = "dflash"
 
+    @undisturbed
     def __init__(self, config: DraftConfig) -> None:
         super().__init__(config)
-        self.fc = nn.Linear(len(config.target_layer_ids) * config.hidden_size, config.hidden_size, bias=False)
+        self.fc = nn.Linear(len(config.target_layer_ids) * config.hidden_size, config.hidden_size, bias=False, **FLOATS)
         self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         qwen3 = self.add_rotary()
         self.layers = nn.ModuleList(_Layer(qwen3, n) for n in range(config.num_hidden_layers))
@@ -104,6 +107,7 @@ class DFlashDraftModel(DraftNetwork):
             x = x + layer.mlp(layer.post_attention_layernorm(x))
         return self.norm(x)  # type: ignore[no-any-return]
 
+    @undisturbed
     def drafters(self, target: Target) -> Callable[..., Drafter]:
         return functools.partial(DFlashDrafter, PackedDraft(self, target))
 
@@ -133,7 +137,7 @@ class PackedDraft(DraftHead):
         self.sequential = [self.packed(weight) for weight in head]
         self.tables: tuple[Tensor, ...] = ()  # what the C++ kernel of the sequential head reads: of every draft id, and weights
         if head and self.vocabulary is not None and native.usable(probe):
-            rows, embedded = self.head_rows(torch.arange(len(self.vocabulary))), self.embed(self.vocabulary)
+            rows, embedded = self.head_rows(torch.arange(len(self.vocabulary), **INTS)), self.embed(self.vocabulary)
             self.tables = rows, rows if torch.equal(rows, embedded) else embedded, *head
         parts = self.decoder, self.fc, self.context_kv, *self.sequential, *dict.fromkeys(self.tables)
         self.nbytes += sum(part.nbytes for part in parts)
@@ -204,6 +208,7 @@ class DFlashDrafter:
         self.cache = SlotCache(config.num_hidden_layers, 1, 256, blocked=network.decoder.native)
         self.caches: tuple[SlotCache, ...] = (self.cache,)
 
+    @undisturbed
     @torch.inference_mode()
     def observe(self, rows: Rows, tokens: Sequence[Tensor], features: Sequence[Tensor] | None) -> None:
         """Turn new features into context keys and values, once."""
@@ -214,7 +219,7 @@ class DFlashDrafter:
         fits = [max(min(len(f), config.max_position_embeddings - start), 0) for f, start in zip(features, starts, strict=True)]
         if not sum(fits):
             return
-        positions = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, fits, strict=True)])
+        positions = torch.cat([torch.arange(start, start + n, **INTS) for start, n in zip(starts, fits, strict=True)])
         parts = net.context(torch.cat([f[:n] for f, n in zip(features, fits, strict=True)]), positions)
         self.cache.reserve(max(start + n for start, n in zip(starts, fits, strict=True)))
         for slot, keys, values in zip(rows.slots, *(part.split(fits) for part in parts), strict=True):
@@ -222,6 +227,7 @@ class DFlashDrafter:
                 self.cache.write(index, slot, keys[:, index].transpose(0, 1), values[:, index].transpose(0, 1))
             self.cache.keep(slot, range(len(keys)))
 
+    @undisturbed
     @torch.inference_mode()
     def propose(self, rows: Rows, max_nodes: int) -> Proposal:
         """One forward of the network over every row's block. A row beyond the draft's positions gets its anchor alone."""
@@ -229,7 +235,8 @@ class DFlashDrafter:
         live = [i for i, start in enumerate(rows.positions) if start + size <= self.network.config.max_position_embeddings]
         grown = [NOTHING] * len(rows)
         if live and (width := min(size, max_nodes)) > 1:
-            hidden = self._states([rows.slots[i] for i in live], own := torch.tensor([anchors[i] for i in live]))[:, 1:width]
+            own = torch.tensor([anchors[i] for i in live], **INTS)
+            hidden = self._states([rows.slots[i] for i in live], own)[:, 1:width]
             laws = self.network.laws(hidden, own, trees=self.tree_nodes is not None)
             for i, each in zip(live, laws, strict=True):
                 grown[i] = best_first(anchors[i], each, min(self.tree_nodes or size, max_nodes) - 1)
@@ -243,9 +250,9 @@ class DFlashDrafter:
         """Of the rows' blocks [rows, block, hidden]; a block is always fed whole, as in training."""
         net, size, count = self.network, self.block_size, len(slots)
         self.cache.reserve(max(self.cache.lengths[slot] for slot in slots) + size)
-        tokens = torch.full((count, size), net.config.mask_token_id)
+        tokens = torch.full((count, size), net.config.mask_token_id, **INTS)
         tokens[:, 0] = anchors
-        everything = torch.ones(count, size, size, dtype=torch.bool)  # a layer with a window is causal all the same
-        shape = everything, torch.arange(size).expand(count, size), torch.full((count,), size)
+        everything = torch.ones(count, size, size, **BOOLS)  # a layer with a window is causal all the same
+        shape = everything, torch.arange(size, **INTS).expand(count, size), torch.full((count,), size, **INTS)
         run, x = (net.step, tokens) if net.step else (net.decoder, net.embed(tokens))
         return run(self.cache, slots, x, shape, ())[0]

@@ -20,6 +20,7 @@ from flashdraft.checkpoint import DraftConfig, check_target
 from flashdraft.errors import DraftMismatch, InvalidParameter
 from flashdraft.lean import LeanTarget
 from flashdraft.network import DRAFT_KERNEL, DraftNetwork, network_shape
+from flashdraft.process import BOOLS, FLOATS, INTS, undisturbed
 from flashdraft.sampling import adjusted, draw, probabilities, uniforms
 from flashdraft.target import Target
 from flashdraft.tree import chain
@@ -50,6 +51,7 @@ class DraftModelDrafter(Drafter):
         self.caches = (self.cache,)
         self._read: dict[int, list[int]] = {}  # by slot: the tokens in the cache
 
+    @undisturbed
     @torch.inference_mode()
     def observe(self, rows: Rows, tokens: Sequence[Tensor], features: Sequence[Tensor] | None) -> None:
         """Read what is longer than a block, such as a prompt; a step's few tokens wait for the next draft's first pass."""
@@ -57,9 +59,10 @@ class DraftModelDrafter(Drafter):
             *fresh, _ = self._unread(slot, history)
             if len(fresh) > self.block_size and self._fits(position, fresh):
                 self.cache.reserve(len(history))
-                self.network.prefill(self.cache, slot, torch.tensor(fresh), ())
+                self.network.prefill(self.cache, slot, torch.tensor(fresh, **INTS), ())
                 self._read[slot] += fresh
 
+    @undisturbed
     @torch.inference_mode()
     def propose(self, rows: Rows, max_nodes: int) -> Proposal:
         """One pass over all rows per drafted token. A row beyond the network's positions gets its anchor alone.
@@ -73,11 +76,11 @@ class DraftModelDrafter(Drafter):
         slots, positions = [rows.slots[i] for i in live], [places[i] for i in live]
         params, fresh = [rows.params[i] for i in live], [unread[i] for i in live]
         width = min(self.block_size, max_nodes) if live else 1
-        tokens = torch.tensor(rows.anchors)[:, None].repeat(1, width)
-        sizes, scores = torch.ones(len(rows), dtype=torch.long), torch.zeros(len(rows), width)
+        tokens = torch.tensor(rows.anchors, **INTS)[:, None].repeat(1, width)
+        sizes, scores = torch.ones(len(rows), **INTS), torch.zeros(len(rows), width, **FLOATS)
         sizes[live] = width
-        draws = torch.tensor([self.drawn and own.temperature > 0 for own in params], dtype=torch.bool)
-        probs = torch.zeros(len(rows), width, self.vocab_size) if bool(draws.any()) else None
+        draws = torch.tensor([self.drawn and own.temperature > 0 for own in params], **BOOLS)
+        probs = torch.zeros(len(rows), width, self.vocab_size, **FLOATS) if bool(draws.any()) else None
         for node in range(1, width):
             read = zip(self._forward(slots, fresh), slots, live, strict=True)
             laws = torch.stack([self._law(logits, slot, rows.params[i], rows.num_prompts[i]) for logits, slot, i in read])
@@ -119,14 +122,14 @@ class DraftModelDrafter(Drafter):
 
     def _forward(self, slots: list[int], fresh: list[list[int]]) -> Tensor:
         """Read every row's tokens in one pass: the logits after its last one, [rows, vocab] float32 on the host."""
-        width, sizes = max(map(len, fresh)), torch.tensor([len(own) for own in fresh])
+        width, sizes = max(map(len, fresh)), torch.tensor([len(own) for own in fresh], **INTS)
         self.cache.reserve(max(self.cache.lengths[slot] for slot in slots) + width)
-        tokens = torch.tensor([own + [0] * (width - len(own)) for own in fresh])
+        tokens = torch.tensor([own + [0] * (width - len(own)) for own in fresh], **INTS)
         logits, _ = self.network.forward(self.cache, slots, tokens, chain(width).expand_as(tokens), sizes, ())
         for slot, own in zip(slots, fresh, strict=True):
             self.cache.keep(slot, range(len(own)))
             self._read[slot] += own
-        last = logits[torch.arange(len(slots)), sizes - 1].float().cpu()
+        last = logits[torch.arange(len(slots), **INTS), sizes - 1].float().cpu()
         return F.pad(last, (0, self.vocab_size - last.shape[-1]), value=-math.inf)
 
 
@@ -135,9 +138,10 @@ class CutDraftModel(DraftNetwork):
 
     method = "draft_model"
 
+    @undisturbed
     def __init__(self, config: DraftConfig) -> None:
         super().__init__(config)
-        lm: Any = LlamaModel(_llama(config, vocab_size=1))
+        lm: Any = LlamaModel(_llama(config, vocab_size=1)).float()
         lm.set_input_embeddings(nn.Identity())
         self.layers, self.norm, self.rotary_emb = lm.layers, lm.norm, lm.rotary_emb
         self._lm = (lm,)  # not a module of its own: its parts are
@@ -149,9 +153,10 @@ class CutDraftModel(DraftNetwork):
     def reduce_vocabulary(self, tokens: Tensor) -> None:
         """Training compares fewer tokens; all are drafted."""
 
+    @undisturbed
     def drafters(self, target: Target) -> Callable[..., Drafter]:
         check_target(self.config, target)
-        everything = torch.arange(target.vocab_size)
+        everything = torch.arange(target.vocab_size, **INTS)
         table, head = target.embed(everything), target.head_weight(everything)
         norm, tokens = (SimpleNamespace(weight=weight) for weight in (self.norm.weight.detach().to(table), table))
         model = SimpleNamespace(embed_tokens=tokens, layers=self.layers, norm=norm, rotary_emb=self.rotary_emb)

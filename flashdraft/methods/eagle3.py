@@ -23,6 +23,7 @@ from flashdraft.checkpoint import DraftConfig
 from flashdraft.decoder import Block
 from flashdraft.layers import RMSNorm, apply_rotary
 from flashdraft.network import DraftHead, DraftNetwork
+from flashdraft.process import BOOLS, FLOATS, INTS, undisturbed
 from flashdraft.target import Target
 from flashdraft.tree import NOTHING, Nodes, planted
 from flashdraft.types import Drafter, Proposal, Rows
@@ -43,15 +44,17 @@ class Eagle3DraftModel(DraftNetwork):
 
     method = "eagle3"
 
+    @undisturbed
     def __init__(self, config: DraftConfig) -> None:
         super().__init__(config)
         h, d = config.hidden_size, config.head_dim
         sizes = {"q": config.num_attention_heads * d, "k": config.num_key_value_heads * d, "v": config.num_key_value_heads * d}
-        attention = {f"{name}_proj": nn.Linear(2 * h, size, bias=False) for name, size in sizes.items()}
-        attention["o_proj"] = nn.Linear(sizes["q"], h, bias=False)
+        attention = {f"{name}_proj": nn.Linear(2 * h, size, bias=False, **FLOATS) for name, size in sizes.items()}
+        attention["o_proj"] = nn.Linear(sizes["q"], h, bias=False, **FLOATS)
         norms = {name: RMSNorm(h, config.rms_norm_eps) for name in ("input_layernorm", "hidden_norm", "post_attention_layernorm")}
-        self.midlayer: Any = nn.ModuleDict({"self_attn": nn.ModuleDict(attention), "mlp": Qwen3MLP(self.add_rotary()), **norms})
-        self.fc = nn.Linear((len(config.target_layer_ids) or 3) * h, h, bias=False)
+        mlp = Qwen3MLP(self.add_rotary()).float()  # theirs are of the process's default dtype
+        self.midlayer: Any = nn.ModuleDict({"self_attn": nn.ModuleDict(attention), "mlp": mlp, **norms})
+        self.fc = nn.Linear((len(config.target_layer_ids) or 3) * h, h, bias=False, **FLOATS)
         self.norm = RMSNorm(h, config.rms_norm_eps)
 
     def project(self, embedded: Tensor, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,6 +70,7 @@ class Eagle3DraftModel(DraftNetwork):
         x = states + layer.self_attn.o_proj(attended)
         return x + layer.mlp(layer.post_attention_layernorm(x))  # type: ignore[no-any-return]
 
+    @undisturbed
     def drafters(self, target: Target) -> Callable[..., Drafter]:
         return functools.partial(Eagle3Drafter, _Packed(self, target))
 
@@ -123,6 +127,7 @@ class Eagle3Drafter(Drafter):
         self.caches: tuple[SlotCache, ...] = (self.cache,)
         self._states: dict[int, Tensor] = {}  # by slot: g of the last position read
 
+    @undisturbed
     @torch.inference_mode()
     def observe(self, rows: Rows, tokens: Sequence[Tensor], features: Sequence[Tensor] | None) -> None:
         """Pairs of what was read: keys and values, once."""
@@ -135,12 +140,13 @@ class Eagle3Drafter(Drafter):
             start = self.cache.lengths[slot]
             if (count := max(min(len(paired), limit - start), 0)) > 0:
                 first = new[len(new) - len(paired) :]
-                _, k, v = self.network.project(first[:count], paired[:count], torch.arange(start, start + count))
+                _, k, v = self.network.project(first[:count], paired[:count], torch.arange(start, start + count, **INTS))
                 self.cache.reserve(start + count)
                 self.cache.write(0, slot, k.transpose(0, 1), v.transpose(0, 1))
                 self.cache.keep(slot, range(count))
             self._states[slot] = states[-1:]
 
+    @undisturbed
     @torch.inference_mode()
     def propose(self, rows: Rows, max_nodes: int) -> Proposal:
         """A forward of the layer for every depth. A row beyond the draft's positions gets its anchor alone."""
@@ -161,21 +167,21 @@ class Eagle3Drafter(Drafter):
     def _grow(self, slot: int, anchor: int, depth: int, budget: int) -> Nodes:
         """The likeliest tree of `budget` nodes among all that a beam looks at; with a beam of one, a chain."""
         net, start, width = self.network, self.cache.lengths[slot], _BEAM if self.tree_nodes else 1
-        tokens, states = torch.tensor([anchor]), self._states[slot]
-        paths, joint = [-1], torch.zeros(1, 1)  # of the beam: its nodes' numbers, and their paths' log-probabilities
+        tokens, states = torch.tensor([anchor], **INTS), self._states[slot]
+        paths, joint = [-1], torch.zeros(1, 1, **FLOATS)  # of the beam: its nodes' numbers, and their paths' log-probabilities
         found: list[_Found] = []
         own: tuple[Tensor, Tensor] | None = None  # keys and values [kv_heads, n, head_dim] of the beams, in order
-        seen = torch.zeros(1, 0, dtype=torch.bool)  # which of them each path of the beam goes through
+        seen = torch.zeros(1, 0, **BOOLS)  # which of them each path of the beam goes through
         for level in range(depth):
             q, k, v = net.project(tokens, states, torch.full_like(tokens, start + level))
             k, v = k.transpose(0, 1), v.transpose(0, 1)
             own = (k, v) if own is None else (torch.cat((own[0], k), 1), torch.cat((own[1], v), 1))
-            seen = torch.cat((seen, torch.eye(len(tokens), dtype=torch.bool)), 1)
+            seen = torch.cat((seen, torch.eye(len(tokens), **BOOLS)), 1)
             states = net.finish(states.expand(len(tokens), -1), self._attend(slot, q, own, seen))
             ids, scores = (t.cpu() for t in net.likely(states, width))
             total = joint + scores
-            numbers = len(found) + torch.arange(total.numel()).view_as(total)
-            parents = torch.tensor(paths)[:, None].expand_as(total)
+            numbers = len(found) + torch.arange(total.numel(), **INTS).view_as(total)
+            parents = torch.tensor(paths, **INTS)[:, None].expand_as(total)
             found += zip(*(t.flatten().tolist() for t in (-total, numbers, parents, ids, scores)), strict=True)
             best = total.flatten().topk(min(width, total.numel())).indices
             came = best // total.shape[1]
@@ -188,7 +194,7 @@ class Eagle3Drafter(Drafter):
         keys, values = self.cache.layer(0, own[0])
         length = self.cache.lengths[slot]
         k, v = (torch.cat((past[slot, :, :length], new), 1) for past, new in zip((keys, values), own, strict=True))
-        mask = torch.cat((torch.ones(len(q), length, dtype=torch.bool), seen), 1).to(q.device)
+        mask = torch.cat((torch.ones(len(q), length, **BOOLS), seen), 1).to(q.device)
         out = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k[None], v[None], attn_mask=mask, enable_gqa=True)
         return out[0].transpose(0, 1).flatten(1)
 

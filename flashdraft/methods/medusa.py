@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from flashdraft.checkpoint import DraftConfig
 from flashdraft.network import DraftHead, DraftNetwork
+from flashdraft.process import FLOATS, INTS, undisturbed
 from flashdraft.target import Target
 from flashdraft.tree import NOTHING, best_first, independent, planted
 from flashdraft.types import Drafter, Proposal, Rows
@@ -32,9 +33,11 @@ class MedusaDraftModel(DraftNetwork):
 
     method = "medusa"
 
+    @undisturbed
     def __init__(self, config: DraftConfig) -> None:
         super().__init__(config)
-        self.heads: Any = nn.ModuleList(nn.Linear(config.hidden_size, config.hidden_size) for _ in range(config.block_size - 1))
+        heads = [nn.Linear(config.hidden_size, config.hidden_size, **FLOATS) for _ in range(config.block_size - 1)]
+        self.heads: Any = nn.ModuleList(heads)
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
 
@@ -42,6 +45,7 @@ class MedusaDraftModel(DraftNetwork):
         """The target's final normed states [n, hidden] -> [n, heads, hidden], for the lm_head."""
         return torch.stack([states + F.silu(head(states)) for head in self.heads], dim=1)
 
+    @undisturbed
     def drafters(self, target: Target) -> Callable[..., Drafter]:
         return functools.partial(MedusaDrafter, _Packed(self, target))
 
@@ -75,6 +79,7 @@ class MedusaDrafter(Drafter):
         for slot, new in zip(rows.slots, features, strict=True):
             self._states[slot] = new[-1].clone()
 
+    @undisturbed
     @torch.inference_mode()
     def propose(self, rows: Rows, max_nodes: int) -> Proposal:
         depth = min(self.depth, max_nodes - 1)
@@ -94,6 +99,6 @@ class MedusaDrafter(Drafter):
 @functools.cache
 def _static(depth: int, branches: int, count: int) -> tuple[list[int], list[int]]:
     """A tree's places in [depth * branches], and its parents: the best one under one fixed law of ranks at every depth."""
-    law = torch.tensor([_FIRST * _FALL**rank for rank in range(branches)]).log().tolist()
-    places = torch.arange(depth * branches).view(depth, branches).tolist()
+    law = torch.tensor([_FIRST * _FALL**rank for rank in range(branches)], **FLOATS).log().tolist()
+    places = torch.arange(depth * branches, **INTS).view(depth, branches).tolist()
     return best_first(-1, independent(-1, places, [law] * depth), count)[:2]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flashdraft.errors import InvalidParameter
+from flashdraft.process import FLOATS
 from flashdraft.tree import Nodes, planted
 from flashdraft.types import Drafter, Proposal, Rows
 
@@ -67,6 +68,6 @@ def _nodes(proposal: Proposal) -> list[Nodes]:
     """By row: what lies behind the anchor."""
     if proposal.drawn is not None and bool(proposal.drawn.any()):
         raise InvalidParameter("drawn drafts cannot be joined", hint="make the drafter with drawn=False")
-    scores = torch.full(proposal.tokens.shape, _UNKNOWN) if proposal.scores is None else proposal.scores
+    scores = torch.full(proposal.tokens.shape, _UNKNOWN, **FLOATS) if proposal.scores is None else proposal.scores
     lists = (t.tolist() for t in (proposal.tokens, proposal.parents, scores, proposal.sizes))
     return [(own[1:size], parents[1:size], sure[1:size]) for own, parents, sure, size in zip(*lists, strict=True)]

@@ -28,6 +28,7 @@ from flashdraft.methods.draft_model import CutDraftModel
 from flashdraft.methods.eagle3 import Eagle3DraftModel
 from flashdraft.methods.medusa import MedusaDraftModel
 from flashdraft.network import DraftNetwork
+from flashdraft.process import BOOLS, INTS
 from flashdraft.train.features import Sample
 
 __all__ = ["Batch", "FlopCount", "Pass", "block_mask", "block_positions", "draw_anchors", "flex_mask", "make_batch"]
@@ -39,14 +40,14 @@ _compiled = functools.cache(functools.partial(torch.compile, dynamic=True))
 
 def draw_anchors(num_prompt: int, num_tokens: int, count: int, generator: torch.Generator) -> Tensor:
     """At most `count` random positions, sorted, of response tokens (2602.06036, section 4: the first, too) with a successor."""
-    candidates = torch.arange(num_prompt, max(num_prompt, num_tokens - 1))  # none where the answer was cut off
-    chosen = torch.randperm(len(candidates), generator=generator)[:count]
+    candidates = torch.arange(num_prompt, max(num_prompt, num_tokens - 1), **INTS)  # none where the answer was cut off
+    chosen = torch.randperm(len(candidates), generator=generator, **INTS)[:count]
     return candidates[chosen].sort().values
 
 
 def block_positions(anchors: Tensor, block_size: int) -> Tensor:
     """[anchors] -> [anchors * block_size] absolute positions; those past the sequence's end are masked out by the loss."""
-    return (anchors[:, None] + torch.arange(block_size)).flatten()
+    return (anchors[:, None] + torch.arange(block_size, **INTS)).flatten()
 
 
 def block_mask(anchors: Tensor, num_context: int, block_size: int) -> Tensor:
@@ -54,8 +55,8 @@ def block_mask(anchors: Tensor, num_context: int, block_size: int) -> Tensor:
 
     bool [anchors * block_size, num_context + anchors * block_size]; keys are the context, then all blocks.
     """
-    context = torch.arange(num_context) < anchors[:, None]
-    own = torch.eye(len(anchors), dtype=torch.bool)
+    context = torch.arange(num_context, **INTS) < anchors[:, None]
+    own = torch.eye(len(anchors), **BOOLS)
     rows = torch.cat((context, own.repeat_interleave(block_size, 1)), dim=1)
     return rows.repeat_interleave(block_size, 0)
 
@@ -66,8 +67,8 @@ def flex_mask(anchors: Sequence[Tensor], num_context: Sequence[int], block_size:
     Keys are all contexts, then all blocks; rows are all blocks. Sequence s has anchors[s] and num_context[s] context rows.
     """
     *starts, num_keys = itertools.accumulate(num_context, initial=0)
-    counts = torch.tensor([len(each) for each in anchors])
-    first = torch.tensor(starts).repeat_interleave(counts).to(device)  # of every block: its first context key
+    counts = torch.tensor([len(each) for each in anchors], **INTS)
+    first = torch.tensor(starts, **INTS).repeat_interleave(counts).to(device)  # of every block: its first context key
     end = first + torch.cat(list(anchors)).to(device)
 
     def seen(_batch: Tensor, _head: Tensor, row: Tensor, key: Tensor) -> Tensor:
@@ -108,7 +109,7 @@ def make_batch(
     size = config.block_size
     numbers, chosen, parts = list[int](), list[Tensor](), list[dict[str, Tensor]]()
     for number, sample in samples:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        generator = torch.Generator("cpu").manual_seed(seed * 1_000_003 + number)
         room = config.max_position_embeddings - size + 2  # decoding drafts nothing where a block would not fit
         first = max(sample.num_prompt, min_context)
         known = len(sample.tokens) if sample.final is None else len(sample.final) + 1  # an anchor has a label behind it
@@ -133,7 +134,7 @@ def _part(sample: Sample, anchors: Tensor, config: DraftConfig) -> dict[str, Ten
     size, num_context = config.block_size, int(anchors[-1])
     positions = block_positions(anchors, size)
     padded = F.pad(sample.tokens, (0, size), value=-1)
-    offsets = torch.arange(size).repeat(len(anchors))
+    offsets = torch.arange(size, **INTS).repeat(len(anchors))
     part = {
         "features": sample.features[:num_context],
         "block_tokens": torch.where(offsets == 0, padded[positions], config.mask_token_id),
@@ -141,7 +142,7 @@ def _part(sample: Sample, anchors: Tensor, config: DraftConfig) -> dict[str, Ten
         "previous": padded[positions - 1].clamp(min=0),
         "tokens": sample.tokens[:num_context],
         "next_tokens": sample.tokens[1 : num_context + 1],
-        "contexts": torch.arange(num_context),
+        "contexts": torch.arange(num_context, **INTS),
         "blocks": positions,
         "offsets": offsets,
     }
@@ -192,7 +193,7 @@ def _eagle3(model: Eagle3DraftModel, embed: Embed, batch: Batch) -> Tensor:
         attended = []
         for c0, c1, r0, r1 in batch.spans:  # each block's query over the pairs before its first own one, and its own
             blocks = slice(r0 // size, r1 // size)
-            past = torch.arange(c1 - c0, device=before.device) < before[blocks, None]
+            past = torch.arange(c1 - c0, dtype=torch.int64, device=before.device) < before[blocks, None]
             mask = torch.cat((past, torch.eye(len(past), dtype=torch.bool, device=before.device).repeat(1, step)), dim=1)
             sides: Any = zip(context, *own, strict=True)
             keys, values = (torch.cat((old[c0:c1], *(new[blocks] for new in news))) for old, *news in sides)
@@ -217,7 +218,7 @@ _PASSES: dict[str, Any] = {"dflash": _dflash, "eagle3": _eagle3, "medusa": _medu
 def _before_anchors(batch: Batch, size: int) -> tuple[Tensor, Tensor]:
     """Of every block: the row of batch.features before its anchor, and that row's position."""
     before = batch.positions[1][::size] - 1
-    firsts = [torch.full(((r1 - r0) // size,), c0) for c0, _, r0, r1 in batch.spans]
+    firsts = [torch.full(((r1 - r0) // size,), c0, **INTS) for c0, _, r0, r1 in batch.spans]
     return before + torch.cat(firsts).to(before.device), before
 
 

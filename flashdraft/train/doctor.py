@@ -13,6 +13,7 @@ from torch import Tensor
 from flashdraft.errors import DataError, FlashDraftError
 from flashdraft.generate import Model
 from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDraft
+from flashdraft.process import FLOATS, INTS, undisturbed
 from flashdraft.train.batch import Pass, make_batch
 from flashdraft.train.features import FeatureSet, Sample
 from flashdraft.types import SamplingParams
@@ -44,14 +45,16 @@ def diagnose(model: DFlashDraftModel, lm: Model, data: FeatureSet, *, num_sample
         yield Finding("files", False, error.args[0], error.hint or "")
         return
     yield Finding("files", True, f"the drafter fits `{lm.target.name}`; every shard of `{data.name}` has its checksum")
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
+    generator = torch.Generator("cpu").manual_seed(seed)
+    order = torch.randperm(len(data), generator=generator, **INTS).tolist()
     room = min(model.config.max_position_embeddings - model.config.block_size + 2, lm.target.context_length)
     cut = (_cut(data[i], lm.target.context_length) for i in order)
     samples = list(islice((s for s in cut if s.num_prompt + 1 < min(len(s.tokens), room)), num_samples))
     if not samples:
         yield Finding("answers", False, "no answer has two tokens that could be drafted", "regenerate longer answers")
         return
-    yield _mask_token(model, lm, [*(torch.tensor(data.answer_tokens(i)) for i in order[:512]), *(s.tokens for s in samples)])
+    answers = [torch.tensor(data.answer_tokens(i), **INTS) for i in order[:512]]
+    yield _mask_token(model, lm, [*answers, *(sample.tokens for sample in samples)])
     fits = data.layers == model.config.target_layer_ids
     text = f"the data holds layers {data.layers}, the drafter reads {model.config.target_layer_ids}"
     yield _layers(lm, data, samples) if fits else Finding("layers", False, text, "run `flashdraft features` for this drafter")
@@ -81,6 +84,7 @@ def _mask_token(model: DFlashDraftModel, lm: Model, texts: list[Tensor]) -> Find
     return _finding("mask token", mask not in special and not seen, f"the mask token {mask} {what}", "", hint)
 
 
+@undisturbed
 @torch.inference_mode()
 def _read(lm: Model, sample: Sample, layers: Sequence[int]) -> Tensor:
     _, features = lm.target.prefill(lm.target.new_cache(1, len(sample.tokens)), 0, sample.tokens, layers)
@@ -98,7 +102,7 @@ def _layers(lm: Model, data: FeatureSet, samples: list[Sample]) -> Finding:
             pairs = [(k, wanted.index(i + step)) for k, i in enumerate(data.layers) if i + step in wanted]
             mine, theirs = ours[:, [k for k, _ in pairs]], read[:, [k for _, k in pairs]].roll(-late, 0)[: len(ours)]
             apart = (mine - theirs).norm(dim=-1) / theirs.norm(dim=-1).clamp(min=1e-9)  # [tokens, layers]
-            errors[step, late].append(apart.median(0).values.max() if pairs else torch.tensor(torch.inf))
+            errors[step, late].append(apart.median(0).values.max() if pairs else torch.tensor(torch.inf, **FLOATS))
     worst = {shift: float(torch.stack(each).max()) for shift, each in errors.items()}  # nan if there is one
     own, best = worst[0, 0], min(worst, key=worst.__getitem__)
     text, hint = f"the features differ from the target's own by {own:.2%}", "make the features again with this target"
@@ -107,10 +111,12 @@ def _layers(lm: Model, data: FeatureSet, samples: list[Sample]) -> Finding:
     return _finding("layers", own < 0.1, text, ": they were made with other weights or tokens", hint)
 
 
+@undisturbed
 @torch.inference_mode()
 def _answers(lm: Model, samples: list[Sample]) -> Finding:
     """Under the target's own law surprise less entropy is a martingale of that variance; a greedy text has far less."""
-    sums, count = torch.zeros(3, dtype=torch.double), sum(len(sample.tokens) - sample.num_prompt for sample in samples)
+    sums = torch.zeros(3, dtype=torch.float64, device="cpu")
+    count = sum(len(sample.tokens) - sample.num_prompt for sample in samples)
     for sample in samples:
         states = _read(lm, sample, (lm.target.num_layers,))[sample.num_prompt - 1 : -1, 0]
         for rows, tokens in zip(states.split(128), sample.tokens[sample.num_prompt :].split(128), strict=True):
@@ -163,6 +169,7 @@ def _prompts(lm: Model, samples: list[Sample]) -> Iterator[Finding]:
         yield _finding("thinking", served > 0, text, "", "mix both: `flashdraft prompts --thinking`; or serve in the data's mode")
 
 
+@undisturbed
 @torch.inference_mode()
 def _drafts(model: DFlashDraftModel, network: PackedDraft, samples: list[Sample]) -> list[Tensor]:
     """What is drafted behind every token of every answer but the last [anchors, block - 1], as the network is trained."""
@@ -181,7 +188,7 @@ def _hits(samples: list[Sample], drafts: list[Tensor], shift: int = 0) -> Tensor
     """1 where a draft is the token `shift` behind its own position, 0 where not, nan behind the end [all anchors, block - 1]."""
     hits = []
     for sample, drafted in zip(samples, drafts, strict=True):
-        at = sample.num_prompt + 1 + shift + torch.arange(len(drafted))[:, None] + torch.arange(drafted.shape[1])
+        at = sample.num_prompt + 1 + shift + torch.arange(len(drafted), **INTS)[:, None] + torch.arange(drafted.shape[1], **INTS)
         tokens = F.pad(sample.tokens, (0, drafted.shape[1] + 1), value=-1)[at]
         hits.append((drafted == tokens).float().where(tokens >= 0, torch.nan))
     return torch.cat(hits)

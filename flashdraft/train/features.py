@@ -20,6 +20,7 @@ from torch import Tensor
 from flashdraft.errors import DataError
 from flashdraft.files import write_file, write_tensors
 from flashdraft.generate import Model
+from flashdraft.process import INTS
 from flashdraft.train.prompts import read_jsonl
 
 __all__ = ["SHARD", "Data", "FeatureSet", "OnlineFeatures", "Reader", "Sample", "ShardWriter", "encode", "shard_key"]
@@ -51,14 +52,14 @@ class Reader:
         """One answer, read by the target; rounded like what is stored."""
         tokens, num_prompt = encode(self.model, row)
         tokens, target = tokens[: self.max_length], self.model.target
-        _, features = target.prefill(target.new_cache(1, len(tokens)), 0, torch.tensor(tokens), self.wanted)
+        _, features = target.prefill(target.new_cache(1, len(tokens)), 0, torch.tensor(tokens, **INTS), self.wanted)
         assert features is not None
         return self.sample(tokens, features, num_prompt)
 
     def sample(self, tokens: list[int], features: Tensor, num_prompt: int) -> Sample:
         """features: of all `wanted` layers."""
         own, final = features.to(torch.bfloat16).tensor_split([len(self.layers) * self.hidden_size], dim=1)
-        return Sample(torch.tensor(tokens), own, num_prompt, final if self.final else None)
+        return Sample(torch.tensor(tokens, **INTS), own, num_prompt, final if self.final else None)
 
 
 class ShardWriter(Reader):

@@ -20,6 +20,7 @@ from flashdraft.layers import ROPE_TYPES
 from flashdraft.methods import NETWORKS
 from flashdraft.methods.dflash import DFlashDraftModel
 from flashdraft.network import DraftNetwork
+from flashdraft.process import FLOATS, undisturbed
 from flashdraft.target import Target
 from flashdraft.train.features import Sample
 from flashdraft.types import require
@@ -78,15 +79,17 @@ def layers_read(num_target_layers: int, method: str, num_features: int) -> tuple
     return layers
 
 
+@undisturbed
 def random_weights(config: DraftConfig, seed: int) -> DraftNetwork:
     """Of the config's method: matrices from N(0, 0.02), norms at one; Medusa's heads at zero, as in its paper."""
-    model, generator = NETWORKS[config.method](config), torch.Generator().manual_seed(seed)
+    model, generator = NETWORKS[config.method](config), torch.Generator("cpu").manual_seed(seed)
     for parameter in model.parameters():
         if parameter.ndim > 1 and config.method != "medusa":
             torch.nn.init.normal_(parameter, 0.0, 0.02, generator=generator)
     return model
 
 
+@undisturbed
 def taken_from(config: DraftConfig, donor: DraftNetwork, seed: int) -> DraftNetwork:
     """A network for one target that starts from another one's drafter: every tensor of the same shape, the others random.
 
@@ -109,6 +112,7 @@ def taken_from(config: DraftConfig, donor: DraftNetwork, seed: int) -> DraftNetw
     return model
 
 
+@undisturbed
 @torch.no_grad()
 def copied_from_target(config: DraftConfig, target: str, sample: Sample | None, seed: int) -> DraftNetwork:
     """Draft layers from the target's own; dflash wants a `sample` to calibrate the scale of queries and keys."""
@@ -128,7 +132,7 @@ def copied_from_target(config: DraftConfig, target: str, sample: Sample | None, 
     assert sample is not None
     last = sample.features[:, -config.hidden_size :].float()
     unit = last / last.pow(2).mean(-1, keepdim=True).add(config.rms_norm_eps).sqrt()
-    model.fc.weight[:, -config.hidden_size :] += torch.eye(config.hidden_size)
+    model.fc.weight[:, -config.hidden_size :] += torch.eye(config.hidden_size, **FLOATS)
     for n in range(config.num_hidden_layers):
         norm = copied.pop(f"layers.{n}.input_layernorm.weight")
         for name in ("q", "k", "v"):  # the context bypasses input_layernorm, so its scale moves into them
@@ -143,7 +147,7 @@ def copied_from_target(config: DraftConfig, target: str, sample: Sample | None, 
 def _copy_eagle3(model: Any, copied: dict[str, Tensor]) -> None:
     """The target's last layer: it reads the last feature in the state's half of its input, and little of the embedding yet."""
     hidden, state = model.config.hidden_size, model.state_dict()
-    model.fc.weight[:, -hidden:] += torch.eye(hidden)
+    model.fc.weight[:, -hidden:] += torch.eye(hidden, **FLOATS)
     for name, weight in copied.items():
         own = state["norm.weight" if name == "norm.weight" else f"midlayer.{name.removeprefix('layers.0.')}"]
         own[..., -weight.shape[-1] :] = weight

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashdraft.network import DraftNetwork
+from flashdraft.process import INTS
 from flashdraft.target import Target
 from flashdraft.train.batch import Batch
 from flashdraft.train.features import Data
@@ -80,7 +81,7 @@ class Loss:
     def __init__(self, model: DraftNetwork, target: Target, vocabulary: Tensor, config: Any, device: torch.device) -> None:
         self.model, self.target, self.config = model, target, config
         self.vocabulary = vocabulary.to(device)
-        self.head = target.head_weight(torch.arange(target.vocab_size)).to(device)
+        self.head = target.head_weight(torch.arange(target.vocab_size, **INTS)).to(device)
 
     def weight(self, batch: Batch) -> float:
         """What the loss of a micro-batch is divided by: known before the pass, so that micro-batches join exactly."""
@@ -109,7 +110,7 @@ class Loss:
             hit = (logits.detach().argmax(-1) == labels[chunk]).float()
             return (losses * weights).sum(), {"hit": hit, "loss": losses.detach(), "row": wanted[chunk]}
 
-        edges = torch.arange(0, int(blocks[-1]) + 1, max(1, _CHUNK // size), device=blocks.device)
+        edges = torch.arange(0, int(blocks[-1]) + 1, max(1, _CHUNK // size), dtype=torch.int64, device=blocks.device)
         starts = [*torch.searchsorted(blocks, edges).tolist(), len(wanted)]
         chunks = [slice(a, b) for a, b in itertools.pairwise(starts) if a < b]
         parameters = [] if sequential is None else list(sequential.parameters())
@@ -120,8 +121,8 @@ class Loss:
         vocabulary = self.vocabulary
         if len(vocabulary) == self.target.vocab_size:
             return vocabulary, labels
-        generator = torch.Generator().manual_seed(self.config.seed * 104_729 + step)
-        others = torch.randint(self.target.vocab_size, (self.config.negatives,), generator=generator).to(labels.device)
+        generator = torch.Generator("cpu").manual_seed(self.config.seed * 104_729 + step)
+        others = torch.randint(self.target.vocab_size, (self.config.negatives,), generator=generator, **INTS).to(labels.device)
         candidates = torch.cat((vocabulary, others, labels)).unique()
         return candidates, torch.searchsorted(candidates, labels)
 
@@ -130,7 +131,7 @@ def common_tokens(data: Data, count: int) -> tuple[Tensor, float]:
     """The commonest tokens of all answers, ascending, and the share of the answers that they cover."""
     counts = Counter(t for i in range(len(data)) for t in data.answer_tokens(i))
     common = sorted(token for token, _ in counts.most_common(count))
-    return torch.tensor(common), sum(counts[token] for token in common) / max(1, sum(counts.values()))
+    return torch.tensor(common, **INTS), sum(counts[token] for token in common) / max(1, sum(counts.values()))
 
 
 def accuracy(hits: Tensor, size: int) -> dict[str, Any]:

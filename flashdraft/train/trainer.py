@@ -29,6 +29,7 @@ from flashdraft.files import write_file, write_tensors
 from flashdraft.generate import Model
 from flashdraft.methods.dflash import DFlashDraftModel
 from flashdraft.network import DraftNetwork
+from flashdraft.process import FLOATS, INTS
 from flashdraft.provenance import provenance
 from flashdraft.train.batch import Batch, FlopCount, Pass, make_batch
 from flashdraft.train.config import TrainConfig, full_disk_named, last_checkpoint, load_checkpoint, model_card, save_checkpoint
@@ -116,7 +117,8 @@ class Trainer:
                     weights = self._weights()  # of all processes
                     figures |= self.measure(weights, prompts) if main else {}
                 self._log(figures)
-                stopped = max(self.acc.gather(torch.tensor([self.stopped], device=self.acc.device)).tolist())  # any process
+                mine = torch.tensor([self.stopped], dtype=torch.int64, device=self.acc.device)
+                stopped = max(self.acc.gather(mine).tolist())  # of any process
                 if self.step % config.save_every == 0 or ended or stopped:
                     self._save()
                 shares = " ".join(f"{share:.2f}" for share in figures["accuracy"] if share is not None)
@@ -132,7 +134,8 @@ class Trainer:
         c = self.config
         with self._timed("data"):
             batches = self._batches()
-            share = torch.tensor([float(sum(map(self.loss.weight, batches))), sum(len(b.offsets) for b in batches)])
+            weight, rows_seen = sum(map(self.loss.weight, batches)), sum(len(b.offsets) for b in batches)
+            share = torch.tensor([float(weight), float(rows_seen)], **FLOATS)
             total, positions = self.acc.reduce(share.to(self.acc.device), "sum").tolist()
         for group in self.optimizer.param_groups:
             group["lr"] = c.lr * _schedule(self.step, c.steps, c.warmup)
@@ -161,7 +164,7 @@ class Trainer:
                 get_ema_multi_avg_fn(c.ema)(list(self.average.values()), current, self.step)
         self.step, self.positions = self.step + 1, self.positions + int(positions)
         hits = self.acc.gather(self.acc.pad_across_processes(torch.cat(rows, 1).T.contiguous()))  # a pad's offset is 0
-        loss = float(self.acc.reduce(torch.tensor(loss, device=self.acc.device), "sum"))
+        loss = float(self.acc.reduce(torch.tensor(loss, dtype=torch.float32, device=self.acc.device), "sum"))
         whole = {"step": self.step, "loss": loss, "norm": float(norm), "positions": int(positions)}
         return whole | accuracy(hits[hits[:, 1] > 0], self.model.config.block_size)
 
@@ -206,14 +209,15 @@ class Trainer:
     def _place(self, number: int) -> int:
         """Which sample of the set has this global number."""
         epoch, at = divmod(number, len(self.data))
-        order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(self.config.seed * 7919 + epoch))
+        generator = torch.Generator("cpu").manual_seed(self.config.seed * 7919 + epoch)
+        order = torch.randperm(len(self.data), generator=generator, **INTS)
         return int(order[at])
 
     def _draft_vocabulary(self) -> Tensor:
         """The tokens that are drafted: the answers' commonest ones when the run began."""
         size, path = self.target.vocab_size, self.out / "vocabulary.safetensors"
         if self.config.vocab == 0 or self.config.vocab >= size:
-            return torch.arange(size)
+            return torch.arange(size, **INTS)
         if not path.exists():
             tokens, self.coverage = common_tokens(self.data, self.config.vocab)
             self.acc.wait_for_everyone()
