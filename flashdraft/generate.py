@@ -3,11 +3,11 @@
 The stream is the primitive: `generate` collects it, and the command line and the benchmark read the same records.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -24,9 +24,10 @@ from flashdraft.methods.draft_model import DraftModelDrafter, check_tokenizers
 from flashdraft.methods.prompt_lookup import PromptLookup
 from flashdraft.methods.union import Union
 from flashdraft.process import new_lock, undisturbed
+from flashdraft.prompt import as_asked, is_one, rendered
 from flashdraft.target import HFTarget, Target
 from flashdraft.text import TextDecoder
-from flashdraft.types import Chunk, Drafter, SamplingParams, require
+from flashdraft.types import Chunk, Drafter, SamplingParams, as_number, require
 
 __all__ = ["Model", "Prompt", "drafters", "load", "load_target"]
 
@@ -76,11 +77,11 @@ class Model:
         """
         results = {c.index: c.result for c in self.stream(prompts, params, **options) if c.result is not None}
         ordered = [results[index] for index in sorted(results)]
-        return ordered[0] if _is_one(prompts) else ordered
+        return ordered[0] if is_one(prompts) else ordered
 
     def stream(self, prompts: Prompts, params: Params = None, **options: Any) -> Iterator[Chunk]:
         """One Chunk per prompt and step, as they come; a prompt's last one carries its Result."""
-        batch = [prompts] if _is_one(prompts) else list(prompts)
+        batch = [prompts] if is_one(prompts) else list(prompts)
         rows = min(self.max_rows, max(len(batch), 1))
         engine = Engine(self.target, self.new_drafter(), max_rows=rows, control=self.control)
         pairs: Any = zip(batch, _params(params, options, len(batch)), strict=True)
@@ -98,31 +99,22 @@ class Model:
 
         thinking: the template's `enable_thinking`; None leaves it as the template has it. A template without it is refused.
         """
-        if isinstance(prompt, Sequence) and not prompt:
-            raise InvalidPrompt("the prompt is empty", hint="give at least one token of text")
-        parts = prompt if isinstance(prompt, Sequence) else (None,)
-        if all(isinstance(part, int) for part in parts):
-            return self._checked(list(cast("Sequence[int]", prompt)))
-        turns: list[Any] = [p for p in parts if isinstance(p, Mapping) and "role" in p and ("content" in p or "tool_calls" in p)]
-        if not isinstance(prompt, str) and len(turns) != len(parts):
-            hint = "give text, a conversation (a list of {role, content}), or a list of token ids"
-            raise InvalidPrompt(f"{prompt!r:.60} is not a prompt", hint=hint)
+        asked = as_asked(prompt)
+        if not isinstance(asked, str) and isinstance(asked[0], int):
+            return self._checked(asked)
+
         template = getattr(self.tokenizer, "chat_template", None)
         if thinking is not None and "enable_thinking" not in str(template):
             refused = f"the chat template of `{self.target.name}` has no `enable_thinking`"
             raise InvalidPrompt(refused, hint="leave `thinking` out of the prompts")
         if template:
             switch = {} if thinking is None else {"enable_thinking": thinking}
-            turns = turns or [{"role": "user", "content": prompt}]
-            try:
-                text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **switch)
-            except Exception as error:  # a template raises what it likes
-                refused = f"the chat template of `{self.target.name}` refuses the conversation: {first_line(error)}"
-                raise InvalidPrompt(refused, hint="give turns of roles that it knows, in its order") from None
+            turns: Any = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+            text = rendered(self.tokenizer, self.target.name, turns, **switch)
             return self._tokens(text, add_special_tokens=False)
-        if not isinstance(prompt, str):
+        if not isinstance(asked, str):
             raise InvalidPrompt(f"`{self.target.name}` has no chat template for a conversation", hint="give the prompt as text")
-        return self._tokens(prompt, add_special_tokens=True)
+        return self._tokens(asked, add_special_tokens=True)
 
     def _tokens(self, text: str, *, add_special_tokens: bool) -> list[int]:
         try:
@@ -150,12 +142,6 @@ def _run(engine: Engine, requests: list[Request]) -> Iterator[Chunk]:
             engine.abort(request.index)
 
 
-def _is_one(prompts: object) -> bool:
-    if isinstance(prompts, Sequence) and not isinstance(prompts, str):
-        return len(prompts) > 0 and isinstance(prompts[0], (int, dict))
-    return isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable)
-
-
 def _params(params: Params, options: dict[str, Any], count: int) -> list[SamplingParams]:
     known = {field.name for field in fields(SamplingParams)}
     if unknown := sorted(set(options) - known):
@@ -164,6 +150,9 @@ def _params(params: Params, options: dict[str, Any], count: int) -> list[Samplin
         raise InvalidParameter("got both `params` and separate options", hint="put them all into one SamplingParams")
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams(**options)] * count
+    if not isinstance(params, Sequence) or not all(isinstance(one, SamplingParams) for one in params):
+        hint = "give SamplingParams, one for all or a list with one per prompt, or options by name"
+        raise InvalidParameter(f"params is {params!r:.60}", hint=hint)
     if len(params) != count:
         got = f"got {len(params)} SamplingParams for {count} prompts"
         raise InvalidParameter(got, hint="give one for all, or one per prompt")
@@ -192,6 +181,7 @@ def load(
     shapes for CUDA graphs, docs/gpu.md) run llama-shaped targets in any dtype on any device.
     Raises a FlashDraftError that says what to do.
     """
+    max_rows, block_size, tree_nodes = map(as_number, (max_rows, block_size, tree_nodes))
     require(max_rows >= 1, "max_rows", max_rows, "1 or more")
     loaded, tokenizer, eos = load_target(str(target), **how)
     new_drafter = drafters(draft, loaded, str(target), block_size, tree_nodes, tokenizer=tokenizer)

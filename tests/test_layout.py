@@ -13,7 +13,7 @@ LEVELS = {  # a module imports only its own level and those below; `.*` stands f
     for level, names in enumerate(
         (
             "types errors files process",
-            "text verify tree sampling control diffusion.coupling",
+            "text prompt verify tree sampling control diffusion.coupling",
             "target lean cache layers decoder native checkpoint network hub",
             "methods.*",
             "engine scheduler",
