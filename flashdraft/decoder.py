@@ -53,8 +53,7 @@ class Decoder:
         qkv, out, down = (kept[0].linears[name][0].shape for name in ("qkv", "out", "down"))
         self.inner, self.head_dim = down[1], self.cos.shape[1]
         self.heads, self.kv_heads = out[1] // self.head_dim, (qkv[0] - out[1]) // self.head_dim // 2
-        sizes = self.hidden_size % 32, self.head_dim % 16, self.heads * self.head_dim % 32, self.inner % 32, self.head_dim > 256
-        fits = native.usable(norm) and not any(self.windows) and not any(sizes)
+        fits = native.usable(norm) and not any(self.windows) and self.odd_size() is None
         self.native = fits and kernel not in ("torch", "compiled")
         self.kernel = kernel if self.native or kernel == "compiled" else "torch"
         self.linears = [{name: self._packed(name, *pair) for name, pair in block.linears.items()} for block in kept]
@@ -64,6 +63,21 @@ class Decoder:
         self._model = self._native_model() if self.native else None
         self.attention: Callable[..., Tensor] = F.scaled_dot_product_attention
         self.seconds: Tensor | None = None  # set it to a float64 [3]: linears, attention and the rest add up there
+
+    def odd_size(self) -> str | None:
+        """The first size that the C++ kernels cannot take, in words, or None."""
+        steps = {
+            "hidden size": (self.hidden_size, 32),
+            "head size (head_dim)": (self.head_dim, 16),
+            "heads times head size": (self.heads * self.head_dim, 32),
+            "intermediate size": (self.inner, 32),
+        }
+        for name, (size, step) in steps.items():
+            if size % step:
+                return f"its {name} is {size}, which is no multiple of {step}"
+        if self.head_dim > 256:
+            return f"its head size (head_dim) is {self.head_dim}, which is above 256"
+        return None
 
     def __call__(
         self, cache: SlotCache, slots: Sequence[int], x: Tensor, shape: tuple[Tensor, Tensor, Tensor], layers: Sequence[int]

@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flashdraft import hub
 from flashdraft.checkpoint import DraftConfig, is_draft
 from flashdraft.control import Control
 from flashdraft.engine import Engine, Request, check
-from flashdraft.errors import CheckpointError, FlashDraftError, InvalidParameter, InvalidPrompt, ModelNotFound, first_line
-from flashdraft.lean import LeanTarget, fastest
+from flashdraft.errors import FlashDraftError, InvalidParameter, InvalidPrompt, ModelNotFound, first_line
+from flashdraft.lean import FAMILIES, LeanTarget, fastest, unfit
 from flashdraft.methods import NETWORKS
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.methods.draft_model import DraftModelDrafter, check_tokenizers
 from flashdraft.methods.prompt_lookup import PromptLookup
 from flashdraft.methods.union import Union
+from flashdraft.pretrained import Source, check_folder, check_tokenizer, read_model, read_tokenizer
 from flashdraft.process import new_lock, undisturbed
 from flashdraft.prompt import as_asked, is_one, rendered
 from flashdraft.target import HFTarget, Target
@@ -195,28 +195,48 @@ def load_target(name: str, *, device: str = "cpu", dtype: str = "auto", kernel: 
     require(dtype in DTYPES, "dtype", dtype, f"one of {', '.join(DTYPES)}")
     require(kernel in KERNELS, "kernel", kernel, f"one of {', '.join(KERNELS)}")
     files = hub.resolve(name)
-    folder, extra = (files.folder, {"gguf_file": files.filename}) if isinstance(files, hub.GgufFile) else (files, {})
+    gguf = files.filename if isinstance(files, hub.GgufFile) else None
+    source = Source(name, files.folder if isinstance(files, hub.GgufFile) else files, gguf)
+    if gguf is None:
+        check_folder(source)
+    tokenizer = read_tokenizer(source)
+    model = read_model(source, dtype=dtype)
+    check_tokenizer(source, tokenizer, int(model.get_input_embeddings().weight.shape[0]))
     try:
-        with hub.without_bars():  # transformers draws one even for a load of half a second
-            tokenizer = AutoTokenizer.from_pretrained(folder, **extra)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=None if extra else True, **extra)
-    except FileNotFoundError as error:
-        raise ModelNotFound(f"cannot load `{name}`: {first_line(error)}", hint="the folder is incomplete") from None
-    except Exception as error:  # transformers raises whatever its readers do: a damaged file, an unknown architecture
-        raise CheckpointError(f"cannot load `{name}`: {first_line(error)}", hint="fetch the model's files again") from None
-    try:
-        model.to(torch.device(device))  # type: ignore[arg-type]
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without it
+        model.to(torch.device(device))
+    except (RuntimeError, AssertionError, ValueError) as error:  # torch was built without it; a quantised model that stays
         got = f"device is {device!r}: {first_line(error)}"
         raise InvalidParameter(got, hint="device must be one that torch can use") from None
     eos = model.generation_config.eos_token_id
     ids = [eos] if isinstance(eos, int) else list(eos or [])
-    lean = kernel != "transformers" and (device == "cpu" or kernel in ("torch", "compiled")) and LeanTarget.fits(model.config)
+    odd = unfit(model)
+    ours = kernel != "transformers" and (device == "cpu" or kernel in ("torch", "compiled"))
+    lean = ours and odd is None
     made = LeanTarget(model, name, kernel=fastest(model) if kernel == "auto" else kernel) if lean else HFTarget(model, name)
     if kernel not in ("auto", made.kernel_name):
-        got = f"kernel is {kernel!r}, but `{name}` in {model.dtype} on {device} runs by {made.kernel_name}"
-        raise InvalidParameter(got, hint="ours need a llama-shaped target, native ones float32, a CPU and a compiler; or auto")
+        raise _kernel_refused(kernel, made, odd, model.dtype, device)
     return made, tokenizer, frozenset(ids)
+
+
+def _kernel_refused(kernel: str, made: Target, odd: str | None, dtype: torch.dtype, device: str) -> InvalidParameter:
+    """Why another kernel runs than the one that was asked for: the first cause, and what helps against it."""
+    cause = "the C++ kernels could not be compiled, or FLASHDRAFT_NATIVE is 0"
+    hint = "install a C++ compiler (g++ or clang++), or leave --kernel out"
+    size = made.decoder.odd_size() if isinstance(made, LeanTarget) else None
+    if odd is not None:
+        cause = odd
+        hint = f"ours run plain llama-shaped models ({', '.join(FAMILIES)}); leave --kernel out"
+    elif device != "cpu":
+        cause = f"the C++ kernels run on a CPU, not on {device}"
+        hint = "leave --device out, or give --kernel torch or compiled"
+    elif dtype != torch.float32:
+        cause = f"its weights are {str(dtype).removeprefix('torch.')}, the C++ kernels take float32"
+        hint = "add --dtype float32, or leave --kernel out"
+    elif size is not None:
+        cause = size
+        hint = "the C++ kernels cannot take that size; leave --kernel out"
+    got = f"kernel is {kernel!r}, but `{made.name}` runs by {made.kernel_name}: {cause}"
+    return InvalidParameter(got, hint=hint)
 
 
 def drafters(

@@ -8,12 +8,14 @@ import json
 import timeit
 from contextlib import suppress
 from functools import partial
+from importlib import import_module
 from statistics import median
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 from flashdraft import hub, native
 from flashdraft.cache import SlotCache
@@ -24,9 +26,11 @@ from flashdraft.process import INTS, undisturbed
 from flashdraft.target import Indices, Output, Target
 from flashdraft.tree import ancestors, chain
 
-__all__ = ["LeanTarget", "fastest"]
+__all__ = ["LeanTarget", "fastest", "unfit"]
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # and what their classes begin with
+_PARTS = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding")
+_PLAIN = (nn.Linear, nn.Embedding, nn.ModuleList, type(ACT2FN["silu"]))
 
 
 class LeanTarget(Target):
@@ -110,6 +114,31 @@ class LeanTarget(Target):
 
     def head_weight(self, tokens: Tensor) -> Tensor:
         return self._head_rows[tokens]
+
+
+def unfit(model: Any) -> str | None:
+    """Why LeanTarget would not compute what this model does, in words, or None: by its config and by every part's class.
+
+    A quantised linear, an adapter's, a patched forward: whatever is no plain part of its family would be read as a plain weight.
+    """
+    if not LeanTarget.fits(model.config):
+        return f"a {model.config.model_type} model of this config is not llama-shaped"
+    family = str(model.config.model_type)
+    module = import_module(f"transformers.models.{family}.modeling_{family}")
+    known = {getattr(module, FAMILIES[family] + part) for part in _PARTS}
+    known |= {*_PLAIN}
+    for name, part in model.named_modules():
+        if type(part) not in known:
+            return f"its `{name}` is a {type(part).__name__}"
+        if "forward" in vars(part) or part._forward_hooks or part._forward_pre_hooks:
+            return f"its `{name or type(part).__name__}` has a forward of its own"
+    dtype = model.lm_head.weight.dtype
+    for name, weight in model.named_parameters():
+        if type(weight) is not nn.Parameter:
+            return f"its `{name}` is a {type(weight).__name__}"
+        if weight.dtype != dtype or not dtype.is_floating_point:
+            return f"its `{name}` is {weight.dtype}, its lm_head {dtype}"
+    return None
 
 
 def fastest(model: Any) -> str:

@@ -240,7 +240,7 @@ def test_a_conversion_that_ends_half_way_leaves_no_folder(
         raise blow
 
     with monkeypatch.context() as patch:
-        patch.setattr(hub.AutoTokenizer, "from_pretrained", half)
+        patch.setattr(hub, "read_tokenizer", half)
         with pytest.raises(ModelNotFound if isinstance(blow, OSError) else blow) as caught:  # type: ignore[call-overload]
             hub.resolve(str(tiny_gguf))
     if isinstance(caught.value, FlashDraftError):
@@ -289,6 +289,7 @@ def tiny_builtin(tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             return SimpleNamespace(returncode=returncode, stdout="", stderr=stderr)
 
         monkeypatch.setattr(hub.subprocess, "run", run)
+        monkeypatch.setattr(hub.shutil, "which", lambda _: None)
 
     return pip
 

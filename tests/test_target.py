@@ -42,7 +42,7 @@ import flashdraft.lean
 import flashdraft.target
 from flashdraft.cache import SlotCache
 from flashdraft.errors import UnsupportedTarget
-from flashdraft.lean import LeanTarget
+from flashdraft.lean import LeanTarget, unfit
 from flashdraft.target import HFTarget, Target
 from flashdraft.tree import ancestors
 
@@ -472,3 +472,83 @@ def test_longrope_ends_the_context_where_its_frequencies_would_change() -> None:
     beside, _ = target.forward(cache, [0, 1], torch.tensor([[50], [50]]), chain, sizes, ())
     alone, _ = target.forward(cache, [1], torch.tensor([[50]]), chain[:1], sizes[:1], ())
     assert float((beside[1] - alone[0]).abs().max()) > FAR  # why: a longer neighbour changes a text
+
+
+# What the lean target takes: only parts whose class it knows.
+
+
+class OtherLinear(torch.nn.Linear):
+    """As a quantised linear or an adapter's: the weight is not all that it computes with."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 2.0
+
+
+class OtherParameter(Tensor):
+    """As a quantised weight in a plain linear."""
+
+
+def with_part(model: Any, name: str, part: Any) -> None:
+    place, _, last = name.rpartition(".")
+    setattr(model.get_submodule(place), last, part)
+
+
+def planted(where: str) -> Any:
+    """A llama with one part that is not its family's own."""
+    model = tiny_model("llama", dtype=torch.float32)
+    layer, config = model.model.layers[1], model.config
+    if where == "linear":
+        with_part(model, "model.layers.1.mlp.down_proj", OtherLinear(64, 32, bias=False))
+    elif where == "head":
+        with_part(model, "lm_head", OtherLinear(32, VOCAB, bias=False))
+    elif where == "norm":
+        with_part(model, "model.layers.1.input_layernorm", torch.nn.LayerNorm(32))
+    elif where == "activation":
+        with_part(model, "model.layers.1.mlp.act_fn", torch.nn.GELU())
+    elif where == "attention":
+        own = type("OtherAttention", (type(layer.self_attn),), {})
+        with_part(model, "model.layers.1.self_attn", own(config, 1))
+    elif where == "rotary":
+        own = type("OtherRotary", (type(model.model.rotary_emb),), {})
+        with_part(model, "model.rotary_emb", own(config))
+    elif where == "more":
+        with_part(model, "model.layers.1.mlp.lora", torch.nn.Identity())
+    elif where == "forward":
+        layer.mlp.forward = lambda x: x
+    elif where == "hook":
+        layer.mlp.register_forward_hook(lambda *_: None)
+    elif where == "parameter":
+        layer.mlp.down_proj.weight = torch.nn.Parameter(layer.mlp.down_proj.weight.detach().as_subclass(OtherParameter))
+    elif where == "dtype":
+        layer.mlp.down_proj.to(torch.bfloat16)
+    return model
+
+
+PLANTED = {
+    "linear": "`model.layers.1.mlp.down_proj` is a OtherLinear",
+    "head": "`lm_head` is a OtherLinear",
+    "norm": "`model.layers.1.input_layernorm` is a LayerNorm",
+    "activation": "`model.layers.1.mlp.act_fn` is a GELU",
+    "attention": "`model.layers.1.self_attn` is a OtherAttention",
+    "rotary": "`model.rotary_emb` is a OtherRotary",
+    "more": "`model.layers.1.mlp.lora` is a Identity",
+    "forward": "`model.layers.1.mlp` has a forward of its own",
+    "hook": "`model.layers.1.mlp` has a forward of its own",
+    "parameter": "`model.layers.1.mlp.down_proj.weight` is a OtherParameter",
+    "dtype": "`model.layers.1.mlp.down_proj.weight` is torch.bfloat16",
+}
+
+
+@pytest.mark.parametrize("where", PLANTED)
+def test_a_part_of_another_class_is_named_and_left_to_transformers(where: str) -> None:
+    assert PLANTED[where] in str(unfit(planted(where)))
+
+
+@pytest.mark.parametrize("family", LEAN)
+def test_a_family_s_own_parts_are_all_known(family: str) -> None:
+    assert unfit(tiny_model(family)) is None
+
+
+def test_planted_fault_a_linear_read_as_a_plain_weight_is_another_model() -> None:
+    model = planted("linear")
+    assert worst_after_all(LeanTarget(model, "faulty"), model) > FAR
