@@ -100,29 +100,52 @@ BAD_ROWS = [
     (NO_USER, "no user turn"),
     ({"messages": []}, "no user turn"),
     ({"messages": "hi"}, "not a list of turns"),
-    ({"conversations": [{"from": "tool", "value": "x"}]}, "not a list of turns, each from one of human, user, gpt"),
+    ({"conversations": [{"from": "tool", "value": "x"}]}, "no user turn"),
+    ({"conversations": [{"from": "Moderator", "value": "x"}]}, "a turn is from 'Moderator'; roles are human, user, gpt"),
+    ({"conversations": [3]}, "not a list of turns, each from one of human, user, gpt"),
     ({"text": "hi"}, "none of the fields messages, "),
     ([1], "not a JSON object"),
 ]
 
 
 @pytest.mark.parametrize(("row", "expected"), BAD_ROWS)
-def test_bad_row_is_named_with_its_line_and_nothing_is_written(tmp_path: Path, row: Any, expected: str) -> None:
+def test_bad_row_is_left_out_and_named_with_its_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], row: Any, expected: str
+) -> None:
     """Line 17 of a file with a blank line: lines are counted, not rows."""
     path = write_lines(tmp_path / "set.jsonl", [*({"prompt": str(n)} for n in range(15)), "\n", row, {"prompt": "z"}])
+    assert write_prompts(None, tmp_path / "out.jsonl", files=[str(path)]) == 16
+    told = capsys.readouterr().err
+    assert told.startswith(f"1 row left out: {path}, line 17: ")
+    assert expected in told
+    assert {line["prompt"] for line in read_jsonl(tmp_path / "out.jsonl")} == {"z", *map(str, range(15))}
+
+
+@pytest.mark.parametrize(("row", "expected"), BAD_ROWS)
+def test_set_of_bad_rows_is_refused_and_nothing_is_written(tmp_path: Path, row: Any, expected: str) -> None:
+    path = write_lines(tmp_path / "set.jsonl", [row])
     with pytest.raises(DataError) as error:
         write_prompts(None, tmp_path / "out.jsonl", files=[str(path)])
-    assert one_line(error).startswith(f"{path}, line 17: ")
+    assert one_line(error).startswith(f"`{path}` holds no prompts: 1 row left out: {path}, ")
     assert expected in one_line(error)
     assert set(tmp_path.iterdir()) == {path}
+
+
+def test_the_first_three_bad_rows_are_named_and_all_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = write_lines(tmp_path / "a.jsonl", [{"prompt": "a"}, {"prompt": ""}, {"prompt": 3}])
+    second = write_lines(tmp_path / "b.jsonl", [{"prompt": "b"}, *[{"prompt": ""}] * 8])
+    assert main(["prompts", str(first), str(second), "--out", str(tmp_path / "out.jsonl")]) == 0
+    out, told = capsys.readouterr()
+    assert out == f"2 prompts in {tmp_path / 'out.jsonl'}\n"
+    assert told.startswith(f"10 rows left out: {first}, line 2: the prompt is empty; {first}, line 3: `prompt` is no text; ")
+    assert told.endswith(f"{second}, line 2: the prompt is empty; ...\n")
 
 
 BAD_FILES = [
     ("empty.jsonl", "", "holds no prompts"),
     ("empty.json", "[]", "holds no prompts"),
-    ("list.json", '[{"prompt": "a"}, 3]', "list.json, entry 2: not a JSON object"),
+    ("list.json", "[3, 4]", "2 rows left out"),
     ("cut.json", '[{"prompt": "a"},', "not valid JSON"),
-    ("rows.json", '{"prompt": "a"}', "not a JSON list"),
     ("latin.jsonl", b'{"prompt": "\xe9"}\n', "not UTF-8"),
 ]
 
@@ -174,7 +197,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         calls.append((name, *config, split))
         if name != "org/name":
             raise ValueError(f"Dataset '{name}' doesn't exist\non the Hub")
-        return [{"question": "a"}, {"question": " "}] if split == "bad" else [{"question": f"q {split}"}, {"prompt": "p"}]
+        return [{"question": " "}] if split == "bad" else [{"question": f"q {split}"}, {"prompt": "p"}]
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     return calls
@@ -193,7 +216,7 @@ def test_hub_data_set_is_read_by_name_config_and_split(tmp_path: Path, hub: list
     ("name", "expected"),
     [
         ("org/other", "`org/other`: Dataset 'org/other' doesn't exist on the Hub"),
-        ("org/name:bad", "org/name:bad, entry 2: the prompt is empty"),
+        ("org/name:bad", "`org/name:bad` holds no prompts: 1 row left out: org/name:bad, entry 1: the prompt is empty"),
         ("set.csv", "no hub data set `set.csv`: "),
     ],
 )
@@ -372,14 +395,40 @@ BAD_PROMPTS = [
 
 
 @pytest.mark.parametrize(("row", "expected"), BAD_PROMPTS)
-def test_prompt_that_cannot_be_answered_is_named_with_its_line(tmp_path: Path, row: Any, expected: str) -> None:
-    path = write_lines(tmp_path / "p.jsonl", [{"source": "s", "row": 0, "prompt": "a"}, "\n", row])
+def test_prompt_that_cannot_be_answered_is_left_out_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], row: Any, expected: str
+) -> None:
+    """Once beside others, and once alone, where nothing is left."""
     lm = language_model("{% if messages|length > 3 %}{{ raise_exception('in turn') }}{% endif %}" + CHAT)
+    good = [{"source": "s", "row": n, "prompt": "ab"[n == 3]} for n in (0, 3)]
+    path = write_lines(tmp_path / "p.jsonl", [good[0], "\n", row, good[1]])
+    for new in (2, 0):
+        assert regenerate(lm, path, tmp_path / "out.jsonl", params=SAMPLED, quiet=True) == new
+        told = capsys.readouterr().err
+        assert told.startswith(f"1 prompt left out: {path}, line 3: ")
+        assert expected in told
+    answers = {line["row"]: line["response"] for line in read_jsonl(tmp_path / "out.jsonl")}
+    seeds = {0: 3, 3: 5}  # a row that is left out has a number: once it is mended, the others keep theirs
+    assert answers == {n: lm.generate("ab"[n == 3], replace(SAMPLED, seed=seeds[n])).text for n in (0, 3)}
+
+    alone = write_lines(tmp_path / "alone.jsonl", [row])
     with pytest.raises(DataError) as error:
-        regenerate(lm, path, tmp_path / "new" / "out.jsonl", params=ANSWER, quiet=True)
-    assert one_line(error).startswith(f"{path}, line 3: ")
+        regenerate(lm, alone, tmp_path / "new" / "out.jsonl", params=ANSWER, quiet=True)
+    assert f"1 prompt left out: {alone}, line 1: " in one_line(error)
     assert expected in one_line(error)
     assert not list(tmp_path.glob("new/*.jsonl")) or (tmp_path / "new/out.jsonl").read_bytes() == b""
+
+
+def test_prompts_beyond_the_context_are_counted_and_are_an_error_where_all_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lm, path = language_model(), prompt_file(tmp_path, ["a", *["b" * 300] * 5])
+    assert regenerate(lm, path, tmp_path / "out.jsonl", params=ANSWER, quiet=True) == 1
+    told = capsys.readouterr().err
+    assert told.startswith(f"5 prompts left out: {path}, line 2: the prompt has ")
+    assert told.endswith("; ...\n")
+    with pytest.raises(DataError, match=r"no prompt could be answered: 6 prompts left out: .* context"):
+        regenerate(lm, path, tmp_path / "none.jsonl", params=replace(ANSWER, max_new_tokens=10000), quiet=True)
 
 
 def test_file_without_prompts_is_named(tmp_path: Path) -> None:
@@ -514,12 +563,9 @@ FAILURES: dict[str, tuple[Reply, str, int]] = {
     "always-500": (lambda body: (500, "out of\nmemory"), "500 out of memory", 4),
     "unknown-model": (lambda body: (404, {"error": "no model"}), '404 {"error": "no model"}', 1),
     "no-key": (lambda body: (401, "no key"), "401 no key", 1),
-    "refused": (lambda body: (400, "roles must alternate"), "400 roles must alternate", 1),
     "no-json": (lambda body: (200, "<html>"), "not a chat completion (JSONDecodeError", 1),
     "other-json": (lambda body: (200, {"choices": []}), "not a chat completion (IndexError", 1),
     "a-list": (lambda body: (200, []), "not a chat completion (TypeError", 1),
-    "no-text": (lambda body: completion(body, content=None), "not a chat completion (AttributeError", 1),
-    "half-a-character": (lambda body: completion(body, content="\ud800"), "not a chat completion (Unicode", 1),
     "thoughts-apart": (lambda body: completion(body, reasoning_content="hm"), "without a reasoning parser", 1),
 }
 
@@ -549,13 +595,13 @@ def test_answers_under_way_when_another_fails_are_kept(tmp_path: Path, api: Api)
         if body["messages"][-1]["content"] == "a":
             assert under_way.wait(10)
             failed.set()
-            return 400, "no"
+            return 404, "no"
         under_way.set()
         assert failed.wait(10)
         return completion(body)
 
     api.reply = reply
-    with pytest.raises(FlashDraftError, match="400 no"):
+    with pytest.raises(FlashDraftError, match="404 no"):
         regenerate(Server(api.url, "big", 2), path, out, params=PARAMS, quiet=True)
     assert "b" in {row["prompt"] for row in read_jsonl(out)}
 
@@ -588,11 +634,44 @@ def test_dead_port_is_named_after_its_retries(tmp_path: Path, api: Api, monkeypa
     assert out.read_bytes() == b""
 
 
-def test_prompt_beyond_the_servers_context_is_left_out(tmp_path: Path, api: Api) -> None:
-    path, long = prompt_file(tmp_path, "abc"), "This model's maximum context length is 4096 tokens."
-    api.reply = lambda body: (400, {"error": {"message": long}}) if "b" in body["messages"][0]["content"] else completion(body)
-    assert regenerate(Server(api.url, "big", 2), path, tmp_path / "out.jsonl", params=PARAMS, quiet=True) == 2
-    assert {row["prompt"] for row in read_jsonl(tmp_path / "out.jsonl")} == {"a", "c"}
+LEFT_OUT: dict[str, tuple[Reply, str]] = {
+    "context": (lambda body: (400, {"error": {"message": "This model's maximum context length is 4096"}}), "400"),
+    "roles": (lambda body: (400, "roles must alternate"), "400 roles must alternate"),
+    "too-large": (lambda body: (413, "entity too large"), "413 entity too large"),
+    "unprocessable": (lambda body: (422, {"detail": "no"}), "422"),
+    "no-text": (lambda body: completion(body, content=None), "finish_reason 'stop'"),
+    "calls-a-tool": (lambda body: completion(body, content=None, tool_calls=[{"id": "1"}]), "no text for it"),
+    "half-a-character": (lambda body: completion(body, content="\ud800"), "half a character"),
+}
+
+
+@pytest.mark.parametrize("case", LEFT_OUT)
+def test_prompt_that_a_server_refuses_is_left_out_and_named(
+    tmp_path: Path, api: Api, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    refusal, expected = LEFT_OUT[case]
+    path, out = prompt_file(tmp_path, "abc"), tmp_path / "out.jsonl"
+    api.reply = lambda body: refusal(body) if body["messages"][0]["content"] == "b" else completion(body)
+    for new in (2, 0):
+        assert regenerate(Server(api.url, "big", 2), path, out, params=PARAMS, quiet=True) == new
+        told = capsys.readouterr().err
+        assert told.startswith(f"1 prompt left out: {path}, line 2: ")
+        assert expected in told
+    assert {row["prompt"] for row in read_jsonl(out)} == {"a", "c"}
+    api.reply = refusal
+    with pytest.raises(DataError, match="no prompt could be answered: 3 prompts left out"):
+        regenerate(Server(api.url, "big", 2), path, tmp_path / "none.jsonl", params=PARAMS, quiet=True)
+
+
+@pytest.mark.parametrize("finish", ["content_filter", "tool_calls"])
+def test_text_that_a_filter_or_a_call_cut_is_no_answer(tmp_path: Path, api: Api, finish: str) -> None:
+    def reply(body: dict[str, Any]) -> tuple[int, Any]:
+        status, content = completion(body)
+        content["choices"][0]["finish_reason"] = finish if body["messages"][0]["content"] == "b" else "stop"
+        return status, content
+
+    api.reply = reply
+    assert regenerate(Server(api.url, "big", 2), prompt_file(tmp_path, "abc"), tmp_path / "o", params=PARAMS, quiet=True) == 2
 
 
 @pytest.mark.parametrize(

@@ -419,20 +419,28 @@ def test_evaluation_sets_are_refused_by_name(tmp_path: Path, sets: Path, name: s
 BAD_SETS = {
     "broken line": ("gsm8k/train.jsonl", '{"question": "a"}\n{"question": \n', "train.jsonl, line 2: not valid JSON"),
     "not an object": ("gsm8k/train.jsonl", '{"question": "a"}\n\n[1]\n', "train.jsonl, line 3: not a JSON object"),
-    "another field": ("gsm8k/train.jsonl", '{"question": "a"}\n{"query": "b"}\n', "train.jsonl, line 2: none of the fields"),
-    "broken list": ("gpteacher/codegen-instruct.json", '[{"instruction": "a"},', "codegen-instruct.json: not valid JSON"),
-    "no list": ("gpteacher/codegen-instruct.json", '{"instruction": "a"}', "codegen-instruct.json: not a JSON list"),
+    "another field": ("gsm8k/train.jsonl", '{"question": "a"}\n{"asked": "b"}\n', "train.jsonl, line 2: none of the fields"),
     "list of others": ("gpteacher/codegen-instruct.json", '[{"instruction": "a"}, "b"]', "codegen-instruct.json, entry 2: "),
 }
 
 
 @pytest.mark.parametrize("case", BAD_SETS)
-def test_damaged_set_is_named_with_its_line(tmp_path: Path, sets: Path, case: str) -> None:
+def test_row_of_a_known_set_that_cannot_be_used_is_named_with_its_line(
+    tmp_path: Path, sets: Path, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
     name, content, expected = BAD_SETS[case]
     (sets / name).write_text(content)
+    assert write_prompts(sets, tmp_path / "out.jsonl") == 9
+    told = capsys.readouterr().err
+    assert told.startswith("1 row left out: ")
+    assert expected in told
+
+
+def test_damaged_set_is_named(tmp_path: Path, sets: Path) -> None:
+    (sets / "gpteacher/codegen-instruct.json").write_text('[{"instruction": "a"},')
     with pytest.raises(DataError) as error:
         write_prompts(sets, tmp_path / "out.jsonl")
-    assert expected in one_line_and_hint(error)
+    assert "codegen-instruct.json: not valid JSON" in one_line_and_hint(error)
     assert not (tmp_path / "out.jsonl").exists()
 
 
@@ -532,12 +540,18 @@ def test_prompt_beyond_the_context_is_left_out_and_limit_counts(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("line", ['{"prompt": "a"}', '{"source": "s", "row": 1}', "[]", "{"])
-def test_prompt_file_of_another_form_is_named_with_its_line(tmp_path: Path, line: str) -> None:
+def test_prompt_file_of_another_form_is_named_with_its_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str
+) -> None:
+    """A line is left out; a file of such lines is refused."""
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"source": "s", "row": 0, "prompt": "a"}\n' + line + "\n")
+    assert regenerate(language_model(), path, tmp_path / "answers.jsonl", params=ANSWER, quiet=True) == 1
+    assert "prompts.jsonl, line 2: " in capsys.readouterr().err
+    path.write_text(line)
     with pytest.raises(DataError) as error:
-        regenerate(language_model(), path, tmp_path / "answers.jsonl", params=ANSWER, quiet=True)
-    assert "prompts.jsonl, line 2: " in one_line_and_hint(error)
+        regenerate(language_model(), path, tmp_path / "none.jsonl", params=ANSWER, quiet=True)
+    assert "prompts.jsonl" in one_line_and_hint(error)
 
 
 # Stage 3: features.

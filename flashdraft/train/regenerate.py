@@ -17,11 +17,12 @@ from torch import Tensor
 from urllib3.util import Retry
 
 from flashdraft.engine import check
-from flashdraft.errors import ContextLengthError, DataError, FlashDraftError, InvalidParameter, InvalidPrompt
+from flashdraft.errors import DataError, FlashDraftError, InvalidParameter, InvalidPrompt
 from flashdraft.generate import Model
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.train.features import SHARD, Sample, ShardWriter, encode, shard_key
-from flashdraft.train.prompts import as_prompt, numbered_lines, read_jsonl
+from flashdraft.train.questions import as_prompt
+from flashdraft.train.rows import LeftOut, placed_rows, read_jsonl
 from flashdraft.types import Rows, SamplingParams, require
 
 __all__ = ["Server", "mixed", "regenerate"]
@@ -31,7 +32,11 @@ _AGAIN = Retry(3, allowed_methods=None, status_forcelist=[429, *range(500, 600)]
 _TIMEOUT = 1800.0  # seconds for one answer of a server
 _OURS = ("top_k", "min_p", "ignore_eos", "repetition_penalty", "logit_bias", "logits_processor", "logprobs")
 
+_REFUSED = (400, 413, 422)  # this prompt; the next one may be answered
+_NO_TEXT = ("content_filter", "tool_calls", "function_call")  # why an answer ended whose text is not the target's, or not whole
+
 Row = dict[str, Any]
+Answer = Row | InvalidPrompt  # its fields, or why there is none
 Law = Callable[[int], SamplingParams]  # how prompt number n is answered
 
 
@@ -47,7 +52,8 @@ def regenerate(
 ) -> int:
     """Append {source, row, prompt, response, finish, num_tokens, tokens} for prompts that `out` lacks; returns how many.
 
-    Every line is written as its answer ends; run it again to go on. A prompt beyond the context is left out. Sampled
+    Every line is written as its answer ends; run it again to go on. A prompt that cannot be answered (beyond the context, refused
+    by the chat template or the server, not readable) is left out; how many, and which first, is told on standard error. Sampled
     answers are seeded by params.seed and the prompt's number, or `params` says how prompt number n is answered. A prompt's
     `thinking` is passed to the chat template and kept. With `shards`, what the target saw while it wrote is kept there,
     under the names that `flashdraft features` gives, which then makes only what is missing. A Server gives no tokens.
@@ -55,7 +61,8 @@ def regenerate(
     if shards and isinstance(model, Server):
         raise InvalidParameter("a server shows no features to keep", hint="leave out `shards`")
     law = params if callable(params) else mixed(params)
-    numbered = _read(prompts)[:limit]
+    left_out = LeftOut("prompt")
+    numbered = _read(prompts, left_out)[:limit]
     out.parent.mkdir(parents=True, exist_ok=True)
     _drop_torn_line(out)
     done = {(row["source"], row["row"]) for row in read_jsonl(out, ("source", "row"))} if out.exists() else set()
@@ -66,12 +73,18 @@ def regenerate(
         windows = [missing[i : i + _WINDOW] for i in range(0, len(missing), _WINDOW)]
         for window in track(windows, description="regenerate", disable=quiet):
             for row, answer in model.answers(window, law) if isinstance(model, Server) else _decoded(model, window, law, keep):
+                if isinstance(answer, InvalidPrompt):
+                    left_out.add(row["place"], answer)
+                    continue
                 line = {key: row[key] for key in ("source", "row", "prompt", "thinking") if key in row} | answer
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 file.flush()
                 count += 1
                 if keep:
                     keep.take(line)
+    if left_out.count and not (count or done):
+        raise DataError(f"no prompt could be answered: {left_out}", hint=left_out.hint or "mend these prompts")
+    left_out.tell()
     return count
 
 
@@ -107,13 +120,15 @@ class Server:
         session.mount(self.url, requests.adapters.HTTPAdapter(pool_maxsize=self.max_rows, max_retries=_AGAIN))
         return session
 
-    def answers(self, rows: Sequence[Row], law: Law) -> Iterator[tuple[Row, Row]]:
+    def answers(self, rows: Sequence[Row], law: Law) -> Iterator[tuple[Row, Answer]]:
         """Rows and the fields of their answers as they end. After an error nothing new is sent, and it is raised last."""
         errors: list[BaseException] = []
 
-        def ask(row: Row) -> Row | None:
+        def ask(row: Row) -> Answer | None:
             try:
                 return None if errors else self._ask(row, law(row["number"]))
+            except InvalidPrompt as error:
+                return error
             except FlashDraftError as error:
                 errors.append(error)
                 return None
@@ -130,8 +145,8 @@ class Server:
         if errors:
             raise errors[0]
 
-    def _ask(self, row: Row, params: SamplingParams) -> Row | None:
-        """The answer's fields; None for a prompt beyond the server's context."""
+    def _ask(self, row: Row, params: SamplingParams) -> Row:
+        """The answer's fields. Raises InvalidPrompt for a prompt that the server refuses or has no text for."""
         if unknown := [name for name in _OURS if getattr(params, name) != getattr(SamplingParams(), name)]:
             raise InvalidParameter(f"{unknown[0]} is set, but the API of a server has none", hint="leave it out")
         prompt = row["prompt"]
@@ -144,8 +159,8 @@ class Server:
             got = self.session.post(f"{self.url.rstrip('/')}/chat/completions", json=body, timeout=_TIMEOUT)
         except requests.RequestException as error:
             raise self._error(row["place"], str(error)) from None
-        if got.status_code == 400 and "context" in got.text.lower():
-            return None
+        if got.status_code in _REFUSED:
+            raise InvalidPrompt(f"the server refuses it: {got.status_code} {got.text}", hint="see what the server says of it")
         if got.status_code != 200:
             raise self._error(row["place"], f"{got.status_code} {got.text}")
         try:
@@ -153,9 +168,15 @@ class Server:
             message, finish = reply["choices"][0]["message"], reply["choices"][0]["finish_reason"]
             if message.get("reasoning_content") or message.get("reasoning"):
                 raise ValueError("thoughts stand apart from the answer; start the server without a reasoning parser")
-            message["content"].encode()  # text, and whole characters
+            if message["content"] is None or finish in _NO_TEXT:
+                got_none = f"the server has no text for it: finish_reason {finish!r}"
+                raise InvalidPrompt(got_none, hint="a drafter learns from texts: leave out tools and filters")
+            if not _is_whole(message["content"]):
+                raise InvalidPrompt("the server's answer holds half a character (a lone surrogate)")
             num_tokens = (reply.get("usage") or {}).get("completion_tokens")
             return {"response": message["content"], "finish": finish, "num_tokens": num_tokens}
+        except InvalidPrompt:
+            raise
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise self._error(row["place"], f"not a chat completion ({error!r})") from None
 
@@ -164,19 +185,31 @@ class Server:
         return FlashDraftError(message, hint=f"see that it serves `{self.model}`, set OPENAI_API_KEY if it wants one, run again")
 
 
-def _read(prompts: Path) -> list[Row]:
-    """The prompts with their numbers and places. Raises DataError for a line that asks nothing."""
+def _is_whole(text: str) -> bool:
+    """Whether a text can be written: one with half a character cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _read(prompts: Path, left_out: LeftOut) -> list[Row]:
+    """The prompts with their numbers and places. A line that asks nothing is left out, and has a number."""
     rows: list[Row] = []
-    for line, row in numbered_lines(prompts, ("source", "row", "prompt")):
-        place = f"{prompts}, line {line}"
+    for place, row in placed_rows(prompts, ("source", "row", "prompt"), left_out):
+        number = len(rows) + left_out.count
         try:
             if not isinstance(row.get("thinking", False), bool):
                 raise ValueError(f"`thinking` is {row['thinking']!r}, not true or false")
-            rows.append(row | {"prompt": as_prompt({"prompt": row["prompt"]}), "number": len(rows), "place": place})
+            if not _is_whole(f"{row['source']}{row['row']}"):
+                raise ValueError("`source` or `row` holds half a character (a lone surrogate)")
+            rows.append(row | {"prompt": as_prompt(row), "number": number, "place": place})
         except ValueError as error:
-            raise DataError(f"{place}: {error}", hint="mend or remove that line") from None
+            left_out.add(place, error)
     if not rows:
-        raise DataError(f"`{prompts}` holds no prompts", hint="run `flashdraft prompts` first")
+        why = f": {left_out}" if left_out.count else ""
+        raise DataError(f"`{prompts}` holds no prompts{why}", hint="run `flashdraft prompts` first")
     return rows
 
 
@@ -212,18 +245,17 @@ class _Keeper(Autoregressive):
             self.kept = []
 
 
-def _decoded(model: Model, rows: Sequence[Row], law: Law, keep: _Keeper | None) -> Iterator[tuple[Row, Row]]:
-    """Rows that fit into the context and the fields of their answers, as they end."""
+def _decoded(model: Model, rows: Sequence[Row], law: Law, keep: _Keeper | None) -> Iterator[tuple[Row, Answer]]:
+    """Rows and the fields of their answers, as they end; first those that cannot be answered."""
     lm = replace(model, new_drafter=lambda: keep) if keep else model
     fitting = []
     for row in rows:
         try:
             tokens, params = model.encode(row["prompt"], thinking=row.get("thinking")), law(row["number"])
             check(model.target, model.request(tokens, params))
-        except ContextLengthError:
-            continue
         except InvalidPrompt as error:
-            raise DataError(f"{row['place']}: {error.args[0]}", hint=error.hint) from None
+            yield row, error
+            continue
         fitting.append((row, tokens, params))
     for chunk in lm.stream([tokens for _, tokens, _ in fitting], [params for *_, params in fitting]):
         if (result := chunk.result) is not None:
