@@ -28,11 +28,12 @@ class SlotCache:
 
     A layer's tensors are made at its first write, so that every layer may have its own number of heads and head size:
     keys[layer], values[layer]: [rows, heads, slots, head_dim]. blocked: keys are [rows, heads, slots / 64, head_dim, 64], as
-    the C++ kernels read them.
+    the C++ kernels read them. static: who reads it is compiled anew for every size, so it grows as seldom as it can.
     """
 
-    def __init__(self, num_layers: int, rows: int, slots: int, *, blocked: bool = False) -> None:
+    def __init__(self, num_layers: int, rows: int, slots: int, *, blocked: bool = False, static: bool = False) -> None:
         self.num_layers, self.rows, self.slots, self.blocked = num_layers, rows, round_up(slots), blocked
+        self.static = static
         self.lengths = [0] * rows
         self.keys: list[Tensor | None] = [None] * num_layers
         self.values: list[Tensor | None] = [None] * num_layers
@@ -42,17 +43,33 @@ class SlotCache:
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values) if t is not None)
 
-    def reserve(self, slots: int, rows: int = 0) -> None:
-        """Make room for at least `slots` slots a row, and for `rows` rows; what is stored stays."""
+    def reserve(self, slots: int, rows: int = 0, *, later: int = 0) -> None:
+        """Make room for at least `slots` slots a row, and for `rows` rows; what is stored stays.
+
+        later: so many more may be asked for; only a static cache makes room for them now.
+
+        Slots double, so that a long text moves its keys and values seldom; one layer at a time is there twice.
+        """
+        if self.static:
+            slots += later
         if slots <= self.slots and rows <= self.rows:
             return
-        more_slots = round_up(max(slots, 2 * self.slots)) - self.slots if slots > self.slots else 0
+        more_slots = 0
+        if slots > self.slots:
+            more_slots = round_up(max(slots, 2 * self.slots)) - self.slots
         more_rows = max(rows - self.rows, 0)
-        self.slots, self.rows, self.lengths = self.slots + more_slots, self.rows + more_rows, self.lengths + [0] * more_rows
+
+        self.slots += more_slots
+        self.rows += more_rows
+        self.lengths = self.lengths + [0] * more_rows
         margins = (0, 0, 0, more_slots, 0, 0, 0, more_rows)  # before and after: head_dim, slots, heads, rows
-        blocks = (0, 0, 0, 0, 0, more_slots // SLOT_STEP, 0, 0, 0, more_rows) if self.blocked else margins
-        self.keys = [None if t is None else F.pad(t, blocks) for t in self.keys]
-        self.values = [None if t is None else F.pad(t, margins) for t in self.values]
+        blocks = (0, 0, 0, 0, 0, more_slots // SLOT_STEP, 0, 0, 0, more_rows)
+        for index in range(self.num_layers):
+            keys, values = self.keys[index], self.values[index]
+            if keys is None or values is None:
+                continue
+            self.keys[index] = F.pad(keys, blocks if self.blocked else margins)
+            self.values[index] = F.pad(values, margins)
         self.addresses = None
 
     def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:

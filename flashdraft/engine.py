@@ -111,7 +111,7 @@ class Engine:
         request.history = list(request.prompt)
         request.stats = Stats(num_prompt_tokens=len(request.prompt))
         self._part = {}
-        self._cache.reserve(len(request.prompt) + request.params.max_new_tokens + 64)
+        self._cache.reserve(len(request.prompt) + 64, later=request.params.max_new_tokens)
         if self.control is not None and not self.running:
             self.control.begin()
         self.running[slot] = request

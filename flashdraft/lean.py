@@ -58,6 +58,7 @@ class LeanTarget(Target):
         self._step = None
         if kernel == "compiled":
             self.kernel = f"compiled {dtype}"
+            self.static_cache = True
             self._step = CompiledStep(self.decoder, self.embed, self.head, [self.embedding, self._head_rows, bias])
         self.nbytes = self.decoder.nbytes + self.head.nbytes + self.embedding.nbytes
 

@@ -32,7 +32,7 @@ _EXACT = ("q4", "q8", "bfloat16", "float32")  # the same numbers in ever more by
 # in csrc's order: bits of a number, inputs that go together, bits of each output's scales for 32 inputs
 _FORMATS = {"float32": (32, 1, 0), "bfloat16": (16, 2, 0), "q8": (8, PANEL, 16), "q4": (4, PANEL, 32), "int8": (8, PANEL, 0)}
 _FILES = sorted((Path(__file__).parent / "csrc").glob("*.[ch]*"))
-_FLAGS = ("-O3", "-march=native", "-fno-signed-zeros", "-fopenmp", "-fPIC", "-shared", "-std=c++17", "-w")
+_FLAGS = ("-O3", "-march=native", "-fno-signed-zeros", "-pthread", "-fPIC", "-shared", "-std=c++17", "-w")
 
 
 def _fields(kind: Any, *names: str) -> list[tuple[str, Any]]:

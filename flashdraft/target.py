@@ -41,6 +41,7 @@ class Target(Protocol):
     context_length: int
     nbytes: int  # of the weights
     blocked_keys: bool = False  # how its cache lies: see SlotCache
+    static_cache: bool = False  # likewise
 
     @property
     def step_seconds(self) -> Mapping[int, float]:
@@ -48,7 +49,7 @@ class Target(Protocol):
         return {}
 
     def new_cache(self, rows: int, slots: int) -> SlotCache:
-        return SlotCache(self.num_layers, rows, slots, blocked=self.blocked_keys)
+        return SlotCache(self.num_layers, rows, slots, blocked=self.blocked_keys, static=self.static_cache)
 
     @undisturbed
     @torch.inference_mode()

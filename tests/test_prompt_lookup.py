@@ -10,9 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashdraft.methods.prompt_lookup import PromptLookup, lookup
+from flashdraft.methods.prompt_lookup import NgramIndex, PromptLookup
 from flashdraft.tree import check
 from flashdraft.types import Rows, SamplingParams
+
+
+def lookup(history: Sequence[int], max_ngram: int, count: int) -> list[int]:
+    return NgramIndex(max_ngram).draft(history, count)
 
 
 def slow(history: Sequence[int], max_ngram: int, count: int) -> list[int]:
@@ -82,3 +86,54 @@ def test_rows_without_a_match_send_their_anchor_alone() -> None:
 def test_a_proposal_fits_into_the_block_and_the_budget(block_size: int, max_nodes: int, width: int) -> None:
     rows = Rows([0], [[5, 6, 7, 8, 5]], [SamplingParams()], [5])
     assert PromptLookup(block_size=block_size).propose(rows, max_nodes).num_nodes == width
+
+
+@settings(derandomize=True, deadline=None, max_examples=200)
+@given(history=st.lists(st.integers(0, 2), min_size=2, max_size=20), cuts=st.lists(st.integers(1, 20), max_size=6))
+def test_an_index_that_grows_with_its_text_finds_what_a_new_one_finds(history: list[int], cuts: list[int]) -> None:
+    index = NgramIndex(3)
+    for length in sorted({*cuts, len(history)}):
+        text = history[:length]
+        assert index.draft(text, 4) == slow(text, 3, 4)
+
+
+def test_an_index_that_forgets_where_it_was_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [list(text) for text in itertools.product(range(2), repeat=7)]
+
+    def found(text: list[int]) -> list[int]:
+        index = NgramIndex(3)
+        index.draft(text[:4], 4)
+        index._num_read += 2  # the planted fault: two tokens are passed over
+        return index.draft(text, 4)
+
+    assert any(found(text) != slow(text, 3, 4) for text in texts)
+
+
+class Counted(list[int]):
+    """A text that counts how often it is looked into."""
+
+    looks = 0
+
+    def __getitem__(self, place):  # type: ignore[no-untyped-def,override]
+        Counted.looks += 1
+        return super().__getitem__(place)
+
+
+@pytest.mark.parametrize("history", [[7] * 3000, list(range(3000)), [n if n % 2 else 7 for n in range(3000)]])
+def test_a_step_does_not_walk_the_whole_text(history: list[int]) -> None:
+    text, drafter = Counted(history), PromptLookup(block_size=4)
+    drafter.propose(Rows([0], [text], [SamplingParams()], [5]), 99)
+    Counted.looks = 0
+    for token in (7, 8, 9):
+        text.append(token)
+        drafter.propose(Rows([0], [text], [SamplingParams()], [5]), 99)
+    assert 0 < Counted.looks < 60
+
+
+def test_a_slot_that_is_used_again_knows_nothing_of_the_text_before() -> None:
+    drafter = PromptLookup(block_size=4)
+    rows = Rows([0], [[5, 6, 7, 8, 5, 6]], [SamplingParams()], [2])
+    assert drafter.propose(rows, 99).tokens.tolist() == [[6, 7, 8, 5]]
+    drafter.end(rows)
+    rows = Rows([0], [[1, 2, 3, 4, 9, 9, 9, 9, 5, 6]], [SamplingParams()], [2])
+    assert drafter.propose(rows, 99).num_nodes == 1

@@ -25,36 +25,66 @@ struct Chain {
     float* scores;                           // their log-probabilities, of which each node takes the likeliest
 };
 
-extern "C" void flashdraft_chain(const Chain* chain) {
-    const Chain& c = *chain;
-    const int64_t H = c.hidden, R = c.rank, places = c.rows * c.nodes;
-    std::vector<float> inner(R), state(H);
-#pragma omp parallel num_threads(c.threads)
-    {
-        const float* before = nullptr;  // the embedding of the token that the thread saw last, which all of them found
-        for (int64_t at = 0; at < places; at++) {
-            if (at % c.nodes == 0) before = c.anchors + at / c.nodes * H;
-            const float* x = c.states + at * H;
-            const int64_t* ids = c.ids + at * c.likely;
-            float* logits = c.scores + at * c.likely;
-            share(R, [&](int64_t i) {  // a thread's part of the weights is its own for all places, and may stay in its cache
-                auto both = [&](const float* w) { return dot(w, x, H) + dot(w + H, before, H); };
+namespace {
+
+enum ChainWork { INNER, STATE, LOGITS, NORMALISE };
+
+struct ChainJob : flashdraft::Job {
+    const Chain& c;
+    const int64_t H = c.hidden, R = c.rank;
+    std::vector<float> inner, state;
+
+    explicit ChainJob(const Chain& chain) : c(chain), inner(chain.rank), state(chain.hidden) {}
+
+    const int64_t* ids_at(int64_t place) const { return c.ids + place * c.likely; }
+    float* logits_at(int64_t place) const { return c.scores + place * c.likely; }
+
+    const float* before(int64_t place) const {  // the embedding of the anchor, or of the likeliest token of the place before
+        if (place % c.nodes == 0) return c.anchors + place / c.nodes * H;
+        const float* logits = logits_at(place - 1);
+        const int64_t best = std::max_element(logits, logits + c.likely) - logits;
+        return c.embedding + ids_at(place - 1)[best] * H;
+    }
+
+    void run(const flashdraft::Phase& phase, uint64_t, int64_t from, int64_t to) override {
+        const int64_t place = phase.at;
+        const float* x = c.states + place * H;
+        if (phase.kind == INNER) {
+            const float* token = before(place);
+            auto both = [&](const float* w) { return dot(w, x, H) + dot(w + H, token, H); };
+            for (int64_t i = from; i < to; i++) {
                 const float gate = both(c.gate_up + i * 2 * H);
                 inner[i] = gate / (1 + std::exp(-gate)) * both(c.gate_up + (R + i) * 2 * H);
-            });
-#pragma omp barrier
-            share(H, [&](int64_t i) { state[i] = x[i] + dot(c.down + i * R, inner.data(), R); });
-#pragma omp barrier
-            share(c.likely, [&](int64_t i) { logits[i] = dot(c.head + ids[i] * H, state.data(), H); });
-#pragma omp barrier
-            before = c.embedding + ids[std::max_element(logits, logits + c.likely) - logits] * H;
+            }
+        } else if (phase.kind == STATE) {
+            for (int64_t i = from; i < to; i++) state[i] = x[i] + dot(c.down + i * R, inner.data(), R);
+        } else if (phase.kind == LOGITS) {
+            for (int64_t i = from; i < to; i++) logits_at(place)[i] = dot(c.head + ids_at(place)[i] * H, state.data(), H);
+        } else {
+            for (int64_t at = from; at < to; at++) normalise(logits_at(at));
         }
-#pragma omp barrier
-        share(places, [&](int64_t at) {
-            float *logits = c.scores + at * c.likely, most = *std::max_element(logits, logits + c.likely), mass = 0;
-            for (int64_t i = 0; i < c.likely; i++) mass += std::exp(logits[i] - most);
-            const float whole = most + std::log(mass);
-            for (int64_t i = 0; i < c.likely; i++) logits[i] -= whole;
-        });
     }
+
+    void normalise(float* logits) const {
+        const float most = *std::max_element(logits, logits + c.likely);
+        float mass = 0;
+        for (int64_t i = 0; i < c.likely; i++) mass += std::exp(logits[i] - most);
+        const float whole = most + std::log(mass);
+        for (int64_t i = 0; i < c.likely; i++) logits[i] -= whole;
+    }
+};
+
+}  // namespace
+
+extern "C" void flashdraft_chain(const Chain* chain) {
+    ChainJob job(*chain);
+    const int64_t places = chain->rows * chain->nodes;
+    std::vector<flashdraft::Phase> phases;
+    for (int64_t place = 0; place < places; place++) {
+        phases.push_back({INNER, place, chain->rank, 0});
+        phases.push_back({STATE, place, chain->hidden, 0});
+        phases.push_back({LOGITS, place, chain->likely, 0});
+    }
+    phases.push_back({NORMALISE, 0, places, 0});
+    flashdraft::team().run(job, phases, chain->threads);
 }

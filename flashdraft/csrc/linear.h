@@ -8,8 +8,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <omp.h>
 #include <vector>
+#include "team.h"
 #if defined(__AVX__)
 #include <immintrin.h>
 #endif
@@ -234,20 +234,31 @@ void tiles(const Linear& l, int64_t p, const float* x, const Block8* q, float* y
     if constexpr (M > 1) if (rows) tiles<M - 1>(l, p, x, q, y, rows, mode);
 }
 
-template <class Work> void share(int64_t count, Work work) {  // a thread's part of what the team does
-    const int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
-    for (int64_t i = count * me / team; i < count * (me + 1) / team; i++) work(i);
+// What a thread keeps for itself between pieces of a phase, and the memory that it uses again.
+struct Scratch {
+    std::vector<float> x, scores;
+    std::vector<Block8> q;
+    uint64_t stamp = 0;  // of the phase whose rows lie in x or q
+};
+
+inline Scratch& own_scratch() {
+    thread_local Scratch scratch;
+    return scratch;
 }
 
-struct Scratch { std::vector<float> x, scores; std::vector<Block8> q; };
+inline int64_t pieces_of(const Linear& l, Mode mode) { return (l.outputs + P - 1) / P / (mode == SILU ? 2 : 1); }
 
-void linear(const Linear& l, const float* x, int64_t rows, float* y, Mode mode, Scratch& own) {
-    if (l.format == INT8) {
-        own.q.resize(rows * l.inputs / BLOCK);
-        quantise(x, rows * l.inputs, own.q.data());
-    }
-    const int64_t step = mode == SILU ? 2 : 1, units = (l.outputs + P - 1) / P / step;
-    share(units, [&](int64_t unit) { tiles<TILE>(l, unit * step, x, own.q.data(), y, rows, mode); });
+// Pieces `from` to `to`, a panel each (of SILU two). q: the rows in 8 bits, for INT8.
+inline void linear(const Linear& l, const float* x, const Block8* q, int64_t rows, float* y, Mode mode, int64_t from, int64_t to) {
+    const int64_t step = mode == SILU ? 2 : 1;
+    for (int64_t piece = from; piece < to; piece++) tiles<TILE>(l, piece * step, x, q, y, rows, mode);
+}
+
+inline const Block8* in_8_bits(const Linear& l, const float* x, int64_t rows, Scratch& own) {
+    if (l.format != INT8) return nullptr;
+    own.q.resize(rows * l.inputs / BLOCK);
+    quantise(x, rows * l.inputs, own.q.data());
+    return own.q.data();
 }
 
 }  // namespace

@@ -120,95 +120,151 @@ struct Step {
     double* seconds;                                          // null, or three sums: linears, attention, the rest
 };
 
-extern "C" void flashdraft_linear(const Linear* l, const float* x, int64_t rows, float* y, int64_t threads) {
-#pragma omp parallel num_threads(threads)
-    {
-        Scratch own;
-        linear(*l, x, rows, y, STORE, own);
+namespace {
+
+struct LinearJob : flashdraft::Job {
+    const Linear& l;
+    const float* x;
+    const int64_t rows;
+    float* y;
+
+    LinearJob(const Linear& linear, const float* in, int64_t count, float* out) : l(linear), x(in), rows(count), y(out) {}
+
+    void run(const flashdraft::Phase&, uint64_t stamp, int64_t from, int64_t to) override {
+        Scratch& own = own_scratch();
+        if (own.stamp != stamp) in_8_bits(l, x, rows, own);
+        own.stamp = stamp;
+        linear(l, x, own.q.data(), rows, y, STORE, from, to);
     }
+};
+
+// In the order of a layer; the last one is the whole model's.
+enum StepWork { QKV, PLACE, ATTEND, OUT, GATE_UP, DOWN, KEEP, FINAL_NORM };
+enum Part { LINEARS, ATTENTION, REST };  // of the times that are asked for
+
+struct StepJob : flashdraft::Job {
+    const Model& m;
+    const Step& s;
+    const int64_t H = m.hidden, d = m.head_dim, heads = m.heads, kv = m.kv_heads, group = m.heads / m.kv_heads, n = s.tokens;
+    const int64_t row_size = (heads + 2 * kv) * d;
+    std::vector<Token> tokens;
+    std::vector<int64_t> firsts;  // of tokens that read keys together; then the end
+
+    StepJob(const Model& model, const Step& step) : m(model), s(step) {
+        for (int64_t r = 0; r < s.rows; r++) add_row(r);
+        firsts.push_back(int64_t(tokens.size()));
+    }
+
+    void add_row(int64_t r) {
+        for (int64_t i = 0; i < s.size[r]; i++) {
+            if (i % TOGETHER == 0) firsts.push_back(int64_t(tokens.size()));
+            tokens.push_back({s.row[r], s.start[r], s.start[r] + i, s.start[r] + s.depth[r * s.nodes + i], {}});
+            const uint8_t* sees = s.seen + (r * s.nodes + i) * s.nodes;
+            for (int64_t j = 0; j < s.size[r]; j++)
+                if (sees[j]) tokens.back().nodes.push_back(j);
+        }
+    }
+
+    std::vector<flashdraft::Phase> phases() const {
+        std::vector<flashdraft::Phase> list;
+        const int64_t together = int64_t(firsts.size()) - 1;
+        for (int64_t i = 0; i < m.layers; i++) {
+            const Layer& l = m.layer[i];
+            list.push_back({QKV, i, pieces_of(l.qkv, STORE), LINEARS});
+            list.push_back({PLACE, i, n * (heads + kv), ATTENTION});
+            list.push_back({ATTEND, i, kv * together, ATTENTION});
+            list.push_back({OUT, i, pieces_of(l.out, ADD), LINEARS});
+            list.push_back({GATE_UP, i, pieces_of(l.gate_up, SILU), LINEARS});
+            list.push_back({DOWN, i, pieces_of(l.down, ADD), LINEARS});
+            if (s.wanted[i] >= 0) list.push_back({KEEP, i, n, REST});
+        }
+        list.push_back({FINAL_NORM, m.layers, n, REST});
+        return list;
+    }
+
+    void run(const flashdraft::Phase& phase, uint64_t stamp, int64_t from, int64_t to) override {
+        Scratch& own = own_scratch();
+        const bool fresh = own.stamp != stamp;
+        own.stamp = stamp;
+        const Layer* l = phase.at < m.layers ? m.layer + phase.at : nullptr;
+        switch (phase.kind) {
+            case QKV: return product(l->qkv, normed(l->input_norm, own, fresh), s.qkv, STORE, own, fresh, from, to);
+            case PLACE:
+                for (int64_t unit = from; unit < to; unit++) place(*l, phase.at, unit);
+                return;
+            case ATTEND:
+                own.scores.resize(3 * TOGETHER * (s.slots + SLOTS));
+                for (int64_t unit = from; unit < to; unit++) mix(phase.at, unit, own.scores.data());
+                return;
+            case OUT: return product(l->out, s.mixed, s.x, ADD, own, fresh, from, to);
+            case GATE_UP: return product(l->gate_up, normed(l->post_norm, own, fresh), s.inner, SILU, own, fresh, from, to);
+            case DOWN: return product(l->down, s.inner, s.x, ADD, own, fresh, from, to);
+            case KEEP:
+                for (int64_t t = from; t < to; t++) keep(phase.at, t);
+                return;
+            default:
+                for (int64_t t = from; t < to; t++) {
+                    rms_norm(s.x + t * H, m.norm, H, m.eps, s.x + t * H);
+                    keep(m.layers, t);
+                }
+        }
+    }
+
+    // Every thread norms all tokens for itself, once a phase: that costs less than waiting for others to do a part.
+    const float* normed(const float* weight, Scratch& own, bool fresh) const {
+        own.x.resize(n * H);
+        if (fresh)
+            for (int64_t t = 0; t < n; t++) rms_norm(s.x + t * H, weight, H, m.eps, &own.x[t * H]);
+        return own.x.data();
+    }
+
+    void product(const Linear& l, const float* x, float* y, Mode mode, Scratch& own, bool fresh, int64_t from, int64_t to) const {
+        if (fresh) in_8_bits(l, x, n, own);
+        linear(l, x, own.q.data(), n, y, mode, from, to);
+    }
+
+    // Queries in place, keys and values into their slots.
+    void place(const Layer& l, int64_t layer, int64_t unit) const {
+        const int64_t t = unit / (heads + kv), h = unit % (heads + kv);
+        float* x = s.qkv + t * row_size + h * d;
+        const float* norm = h < heads ? l.q_norm : l.k_norm;
+        if (norm) rms_norm(x, norm, d, m.eps, x);
+        const int64_t at = tokens[t].position * d, slot = tokens[t].place;
+        rotate(x, m.cos + at, m.sin + at, d);
+        if (h < heads) return;
+        const int64_t base = (tokens[t].row * kv + h - heads) * s.slots * d;
+        float* key = s.keys[layer] + base + slot / SLOTS * SLOTS * d + slot % SLOTS;
+        for (int64_t j = 0; j < d; j++) key[j * SLOTS] = x[j];
+        memcpy(s.values[layer] + base + slot * d, x + kv * d, d * 4);
+    }
+
+    // The tokens of a row one after the other: its keys and values may stay in a cache.
+    void mix(int64_t layer, int64_t unit, float* scores) const {
+        const int64_t together = int64_t(firsts.size()) - 1;
+        const int64_t g = unit / together, t = firsts[unit % together], count = firsts[unit % together + 1] - t;
+        const int64_t from = (tokens[t].row * kv + g) * s.slots * d, width = s.slots + SLOTS;
+        for (int64_t h = g * group; h < (g + 1) * group; h += 3) {
+            const int64_t left = (g + 1) * group - h;
+            auto run = count == TOGETHER ? for_heads<TOGETHER>(left) : for_heads<1>(left);
+            run(&tokens[t], s.qkv + t * row_size + h * d, row_size, s.keys[layer] + from, s.values[layer] + from, d, width, scores,
+                s.mixed + (t * heads + h) * d, heads * d);
+        }
+    }
+
+    // The state that a drafter asked for.
+    void keep(int64_t id, int64_t t) const {
+        if (s.wanted[id] >= 0) memcpy(s.features + t * s.feature_size + s.wanted[id], s.x + t * H, H * 4);
+    }
+};
+
+}  // namespace
+
+extern "C" void flashdraft_linear(const Linear* l, const float* x, int64_t rows, float* y, int64_t threads) {
+    LinearJob job(*l, x, rows, y);
+    flashdraft::team().run(job, {{0, 0, pieces_of(*l, STORE), 0}}, threads);
 }
 
 extern "C" void flashdraft_step(const Model* model, const Step* step) {
-    const Model& m = *model;
-    const Step& s = *step;
-    std::vector<Token> tokens;
-    std::vector<int64_t> firsts;  // of tokens that read keys together; then the end
-    for (int64_t r = 0; r < s.rows; r++)
-        for (int64_t i = 0; i < s.size[r]; i++) {
-            if (i % TOGETHER == 0) firsts.push_back(tokens.size());
-            tokens.push_back({s.row[r], s.start[r], s.start[r] + i, s.start[r] + s.depth[r * s.nodes + i], {}});
-            for (int64_t j = 0; j < s.size[r]; j++)
-                if (s.seen[(r * s.nodes + i) * s.nodes + j]) tokens.back().nodes.push_back(j);
-        }
-    firsts.push_back(tokens.size());
-    const int64_t H = m.hidden, d = m.head_dim, heads = m.heads, kv = m.kv_heads, group = heads / kv, n = s.tokens;
-    const int64_t together = firsts.size() - 1;
-    const int64_t row_size = (heads + 2 * kv) * d;
-#pragma omp parallel num_threads(s.threads)
-    {
-        Scratch own;
-        own.x.resize(n * H), own.scores.resize(3 * TOGETHER * (s.slots + SLOTS));
-        const bool first = omp_get_thread_num() == 0;
-        double last = omp_get_wtime();
-        auto mark = [&](int part) {
-            if (!s.seconds || !first) return;
-            double now = omp_get_wtime();
-            s.seconds[part] += now - last;
-            last = now;
-        };
-        auto keep = [&](int64_t id) {  // the state that a drafter asked for
-            if (s.wanted[id] >= 0)
-                share(n, [&](int64_t t) { memcpy(s.features + t * s.feature_size + s.wanted[id], s.x + t * H, H * 4); });
-        };
-        for (int64_t i = 0; i < m.layers; i++) {
-            const Layer& l = m.layer[i];
-            for (int64_t t = 0; t < n; t++) rms_norm(s.x + t * H, l.input_norm, H, m.eps, &own.x[t * H]);
-            mark(2);
-            linear(l.qkv, own.x.data(), n, s.qkv, STORE, own);
-#pragma omp barrier
-            mark(0);
-            share(n * (heads + kv), [&](int64_t unit) {  // queries in place, keys and values into their slots
-                const int64_t t = unit / (heads + kv), h = unit % (heads + kv);
-                float* x = s.qkv + t * row_size + h * d;
-                const float* norm = h < heads ? l.q_norm : l.k_norm;
-                if (norm) rms_norm(x, norm, d, m.eps, x);
-                const int64_t at = tokens[t].position * d, slot = tokens[t].place;
-                rotate(x, m.cos + at, m.sin + at, d);
-                if (h >= heads) {
-                    const int64_t base = (tokens[t].row * kv + h - heads) * s.slots * d;
-                    float* key = s.keys[i] + base + slot / SLOTS * SLOTS * d + slot % SLOTS;
-                    for (int64_t j = 0; j < d; j++) key[j * SLOTS] = x[j];
-                    memcpy(s.values[i] + base + slot * d, x + kv * d, d * 4);
-                }
-            });
-#pragma omp barrier
-            share(kv * together, [&](int64_t unit) {  // the tokens of a row one after the other: its keys and values may stay in a cache
-                const int64_t g = unit / together, t = firsts[unit % together], count = firsts[unit % together + 1] - t;
-                const int64_t from = (tokens[t].row * kv + g) * s.slots * d, width = s.slots + SLOTS;
-                for (int64_t h = g * group; h < (g + 1) * group; h += 3) {
-                    const int64_t left = (g + 1) * group - h;
-                    auto run = count == TOGETHER ? for_heads<TOGETHER>(left) : for_heads<1>(left);
-                    run(&tokens[t], s.qkv + t * row_size + h * d, row_size, s.keys[i] + from, s.values[i] + from, d, width,
-                        own.scores.data(), s.mixed + (t * heads + h) * d, heads * d);
-                }
-            });
-#pragma omp barrier
-            mark(1);
-            linear(l.out, s.mixed, n, s.x, ADD, own);
-#pragma omp barrier
-            mark(0);
-            for (int64_t t = 0; t < n; t++) rms_norm(s.x + t * H, l.post_norm, H, m.eps, &own.x[t * H]);
-            mark(2);
-            linear(l.gate_up, own.x.data(), n, s.inner, SILU, own);
-#pragma omp barrier
-            linear(l.down, s.inner, n, s.x, ADD, own);
-#pragma omp barrier
-            mark(0);
-            keep(i);
-        }
-#pragma omp barrier
-        share(n, [&](int64_t t) { rms_norm(s.x + t * H, m.norm, H, m.eps, s.x + t * H); });
-#pragma omp barrier
-        keep(m.layers);
-    }
+    StepJob job(*model, *step);
+    flashdraft::team().run(job, job.phases(), step->threads, step->seconds);
 }

@@ -7,10 +7,40 @@ recent earlier occurrence are the draft (Saxena 2023, https://github.com/apoorvu
 from collections.abc import Sequence
 from dataclasses import replace
 
-from flashdraft.tree import planted
+from flashdraft.tree import Nodes, planted
 from flashdraft.types import Drafter, Proposal, Rows
 
-__all__ = ["PromptLookup", "lookup"]
+__all__ = ["NgramIndex", "PromptLookup"]
+
+Ngram = tuple[int, ...]
+
+
+class NgramIndex:
+    """Where each n-gram of one text ended last, for n up to `max_ngram`; every token of the text is read once."""
+
+    def __init__(self, max_ngram: int) -> None:
+        self.max_ngram = max_ngram
+        self._num_read = 0  # n-grams that end within so many first tokens are known
+        self._ends: dict[Ngram, int] = {}
+
+    def draft(self, history: Sequence[int], count: int) -> list[int]:
+        """At most `count` tokens that followed the latest earlier occurrence of the history's longest known ending.
+
+        history: the text so far, which begins with what it was at the last call.
+        """
+        self._read(history)
+        for size in range(min(self.max_ngram, len(history)), 0, -1):
+            end = self._ends.get(tuple(history[-size:]))
+            if end is not None:
+                return list(history[end : end + count])
+        return []
+
+    def _read(self, history: Sequence[int]) -> None:
+        """All n-grams but those that end with the last token: that is the ending which is looked up."""
+        for end in range(self._num_read + 1, len(history)):
+            for size in range(1, min(self.max_ngram, end) + 1):
+                self._ends[tuple(history[end - size : end])] = end
+        self._num_read = max(self._num_read, len(history) - 1)
 
 
 class PromptLookup(Drafter):
@@ -18,20 +48,17 @@ class PromptLookup(Drafter):
 
     def __init__(self, *, max_ngram: int = 3, block_size: int = 8) -> None:
         self.max_ngram, self.block_size = max_ngram, block_size
+        self._indices: dict[int, NgramIndex] = {}  # by slot
 
     def propose(self, rows: Rows, max_nodes: int) -> Proposal:
         count = min(self.block_size, max_nodes) - 1
-        drafts = [lookup(history, self.max_ngram, count) for history in rows.histories]
-        chains = [(draft, list(range(len(draft))), [0.0] * len(draft)) for draft in drafts]
+        chains: list[Nodes] = []
+        for slot, history in zip(rows.slots, rows.histories, strict=True):
+            index = self._indices.setdefault(slot, NgramIndex(self.max_ngram))
+            draft = index.draft(history, count)
+            chains.append((draft, list(range(len(draft))), [0.0] * len(draft)))
         return replace(planted(rows.anchors, chains), scores=None)  # how sure they are is not known
 
-
-def lookup(history: Sequence[int], max_ngram: int, count: int) -> list[int]:
-    """At most `count` tokens that followed the latest earlier occurrence of the history's longest known ending."""
-    last = history[-1]
-    for size in range(min(max_ngram, len(history) - 1), 0, -1):
-        ending = history[-size:]
-        for end in range(len(history) - 1, size - 1, -1):  # history[end - size : end] ends before the ending's last token
-            if history[end - 1] == last and history[end - size : end] == ending:
-                return list(history[end : end + count])
-    return []
+    def end(self, rows: Rows) -> None:
+        for slot in rows.slots:
+            self._indices.pop(slot, None)

@@ -1,0 +1,253 @@
+// A team of threads that shares work in pieces and never waits for a thread that has nothing in hand.
+//
+// A job is a list of phases, a phase a number of pieces. Whoever is there claims pieces from the phase's counter; a phase is
+// over when all its pieces are done, not when all threads have come. So a thread that another process has pushed off its core
+// holds the others up only while it has a piece. Which thread takes a piece changes no bit of the result.
+//
+// What a late thread may read: the team's own memory, always; the job and what it points to, only while it holds a piece, for
+// until that is done the job cannot end. A counter carries its job's number, so that a claim for an old job fails.
+
+#pragma once
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <ctime>
+#include <chrono>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+#endif
+#if defined(_WIN32)
+#include <process.h>
+#else
+#include <csignal>
+#include <unistd.h>
+#endif
+
+namespace flashdraft {
+
+struct Phase {
+    int64_t kind, at, count;  // what is done, at which layer or place, in how many pieces
+    int64_t part;             // of the times that are asked for: which sum it belongs to
+};
+
+struct Job {
+    // Pieces `from` to `to` of a phase. stamp: no other phase of this process has the same.
+    virtual void run(const Phase& phase, uint64_t stamp, int64_t from, int64_t to) = 0;
+    virtual ~Job() = default;
+};
+
+inline int64_t this_process() {
+#if defined(_WIN32)
+    return _getpid();
+#else
+    return getpid();
+#endif
+}
+
+inline uint64_t new_stamps(int64_t count) {
+    static std::atomic<uint64_t> next{1};
+    return next.fetch_add(uint64_t(count));
+}
+
+inline double now() {
+    timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return double(time.tv_sec) + 1e-9 * double(time.tv_nsec);
+}
+
+inline void pause() {
+#if defined(__x86_64__) || defined(__i386__)
+    _mm_pause();
+#endif
+}
+
+// Waiting: at first it only looks again, then it lets others run, at last it sleeps, so that a core without work is seen to be
+// free and a thread that waits for one can come to it.
+class Wait {
+    int looks = 0;
+
+  public:
+    void operator()() {
+        constexpr int SPINS = 2000, YIELDS = 20;
+        looks++;
+        if (looks < SPINS) {
+            pause();
+        } else if (looks < SPINS + YIELDS) {
+            std::this_thread::yield();
+        } else {
+            std::this_thread::sleep_for(std::chrono::microseconds(20));
+        }
+    }
+};
+
+class Team {
+    // A phase's counter: the job's number, the number of pieces, the next one that nobody has claimed.
+    static constexpr int BITS = 20;
+    static constexpr uint64_t MOST = (uint64_t(1) << BITS) - 1;
+    static constexpr double ALERT = 1e-4, AWAKE = 1e-3;  // seconds without a job until a thread lets others run, until it sleeps
+    static constexpr int64_t PHASES = 4096;  // of a job; longer lists become several jobs
+
+    struct alignas(64) Counter {
+        std::atomic<uint64_t> next{0};
+        std::atomic<int64_t> done{0};
+    };
+
+    std::mutex busy;  // held by the thread whose job runs
+    std::unique_ptr<Counter[]> counters{new Counter[PHASES]};
+    std::unique_ptr<Phase[]> phases{new Phase[PHASES]};
+    Job* job = nullptr;
+    uint64_t first_stamp = 0;
+    std::atomic<uint64_t> published{0};  // the job's number, its threads, its phases
+    int64_t num_threads = 1;             // with the caller's
+
+    std::mutex door;  // of the threads that sleep between jobs
+    std::condition_variable bell;
+    std::atomic<int> sleeping{0};
+
+    static uint64_t pack(uint64_t number, uint64_t middle, uint64_t low) { return number << 2 * BITS | middle << BITS | low; }
+    static uint64_t number_of(uint64_t packed) { return packed >> 2 * BITS; }
+    static int64_t middle_of(uint64_t packed) { return int64_t(packed >> BITS & MOST); }
+    static int64_t low_of(uint64_t packed) { return int64_t(packed & MOST); }
+
+    // Takes a part of what is left, smaller and smaller ones, so that all end at about the same time.
+    bool claim(Counter& counter, uint64_t number, int64_t threads, int64_t& from, int64_t& to) {
+        uint64_t seen = counter.next.load(std::memory_order_acquire);
+        while (number_of(seen) == number) {
+            const int64_t count = middle_of(seen);
+            from = low_of(seen);
+            if (from >= count) return false;
+            to = from + std::max<int64_t>(1, (count - from) * 2 / (3 * threads));
+            const uint64_t taken = pack(number, uint64_t(count), uint64_t(to));
+            if (counter.next.compare_exchange_weak(seen, taken, std::memory_order_acq_rel, std::memory_order_acquire)) return true;
+        }
+        return false;
+    }
+
+    // Whether the phase ended; false: the whole job has, and another may have begun.
+    bool finished(Counter& counter, uint64_t number, int64_t count) {
+        Wait wait;
+        while (counter.done.load(std::memory_order_acquire) < count) {
+            if (number_of(published.load(std::memory_order_acquire)) != number) return false;
+            wait();
+        }
+        return true;
+    }
+
+    bool take_part(int64_t p, uint64_t number, int64_t threads) {
+        Counter& counter = counters[p];
+        int64_t from, to;
+        while (claim(counter, number, threads, from, to)) {
+            job->run(phases[p], first_stamp + uint64_t(p), from, to);
+            counter.done.fetch_add(to - from, std::memory_order_acq_rel);
+        }
+        const uint64_t seen = counter.next.load(std::memory_order_acquire);
+        return number_of(seen) == number && finished(counter, number, middle_of(seen));
+    }
+
+    void serve(int64_t index) {
+        uint64_t last = 0;
+        while (true) {
+            const uint64_t current = await(last);
+            last = current;
+            if (index >= middle_of(current)) continue;
+            for (int64_t p = 0; p < low_of(current); p++)
+                if (!take_part(p, number_of(current), middle_of(current))) break;
+        }
+    }
+
+    // The next job: awake for as long as one mostly follows another, then asleep.
+    uint64_t await(uint64_t last) {
+        const double started = now();
+        for (int looks = 1;; looks++) {
+            const uint64_t current = published.load(std::memory_order_acquire);
+            if (current != last) return current;
+            pause();
+            if (looks % 256 != 0) continue;
+            const double waited = now() - started;
+            if (waited > AWAKE) break;
+            if (waited > ALERT) std::this_thread::yield();
+        }
+        std::unique_lock<std::mutex> lock(door);
+        sleeping++;
+        bell.wait(lock, [&] { return published.load(std::memory_order_seq_cst) != last; });
+        sleeping--;
+        return published.load(std::memory_order_acquire);
+    }
+
+    void hire(int64_t threads) {
+#if !defined(_WIN32)
+        sigset_t all, before;  // signals are for the threads that were there: the interpreter's
+        sigfillset(&all);
+        pthread_sigmask(SIG_SETMASK, &all, &before);
+#endif
+        for (; num_threads < threads; num_threads++) {
+            const int64_t index = num_threads;
+            std::thread([this, index] { serve(index); }).detach();
+        }
+#if !defined(_WIN32)
+        pthread_sigmask(SIG_SETMASK, &before, nullptr);
+#endif
+    }
+
+    void publish(Job& work, uint64_t stamp, const Phase* list, int64_t length, int64_t threads) {
+        const uint64_t number = (number_of(published.load()) + 1) & ((uint64_t(1) << (64 - 2 * BITS)) - 1);
+        published.store(pack(number, 0, 0));  // whoever waits within the last job sees that it is over
+        for (int64_t p = 0; p < length; p++) {
+            phases[p] = list[p];
+            counters[p].done.store(0, std::memory_order_relaxed);
+            counters[p].next.store(pack(number, uint64_t(list[p].count), 0), std::memory_order_release);
+        }
+        job = &work;
+        first_stamp = stamp;
+        published.store(pack(number, uint64_t(threads), uint64_t(length)));
+        if (sleeping.load()) {
+            std::lock_guard<std::mutex> lock(door);
+            bell.notify_all();
+        }
+    }
+
+  public:
+    const int64_t process = this_process();
+
+    // Does all phases in order, by the caller and at most threads - 1 others. spent: sums of seconds, or null.
+    void run(Job& work, const std::vector<Phase>& list, int64_t threads, double* spent = nullptr) {
+        const int64_t length = int64_t(list.size());
+        const uint64_t stamp = new_stamps(length);
+        std::unique_lock<std::mutex> own(busy, std::try_to_lock);  // another thread's job runs: this one goes alone
+        bool shared = threads > 1 && own.owns_lock();
+        for (const Phase& phase : list) shared = shared && uint64_t(phase.count) <= MOST;
+        if (shared) hire(threads);
+
+        double last = spent ? now() : 0;
+        for (int64_t p = 0; p < length; p++) {
+            if (shared && p % PHASES == 0)
+                publish(work, stamp + uint64_t(p), &list[p], std::min(length - p, PHASES), threads);
+            if (shared) take_part(p % PHASES, number_of(published.load(std::memory_order_relaxed)), threads);
+            else work.run(list[p], stamp + uint64_t(p), 0, list[p].count);
+            if (spent) {
+                const double time = now();
+                spent[list[p].part] += time - last;
+                last = time;
+            }
+        }
+    }
+};
+
+// One team a process. A child of fork has none of its parent's threads: it makes a team of its own. A team is never taken down:
+// its threads may outlive the last call.
+inline Team& team() {
+    static std::atomic<Team*> made{nullptr};
+    Team* current = made.load();
+    if (current && current->process == this_process()) return *current;
+    Team* fresh = new Team;
+    if (made.compare_exchange_strong(current, fresh)) return *fresh;
+    delete fresh;  // another thread was quicker; this one has hired nobody
+    return *current;
+}
+
+}  // namespace flashdraft
