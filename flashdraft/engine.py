@@ -19,7 +19,7 @@ from torch import Tensor
 from flashdraft.control import Control
 from flashdraft.errors import ContextLengthError, InvalidPrompt
 from flashdraft.process import INTS, undisturbed
-from flashdraft.sampling import adjusted, coins, draw, likeliest, logprob, precision, target_probs, uniforms
+from flashdraft.sampling import Context, Counts, adjusted, coins, draw, likeliest, logprob, precision, target_probs, uniforms
 from flashdraft.target import Target
 from flashdraft.text import TextDecoder
 from flashdraft.tree import alone
@@ -89,6 +89,7 @@ class Engine:
         """control: says how many nodes are read; None: all of them."""
         self.target, self.drafter, self.max_rows, self.control = target, drafter, max_rows, control
         self._unseen: dict[int, list[tuple[Tensor, Tensor | None]]] = {}  # by row: tokens, features that wait for the drafter
+        self._counts: dict[int, Counts] = {}  # by row: of those with penalties
         self.running: dict[int, Request] = {}  # by row
         self._cache = target.new_cache(max_rows, 256)
         self._part: dict[str, float] = {}
@@ -204,13 +205,23 @@ class Engine:
         wanted = logits.to(precision(logits), copy=True)
         for row in (row for row, params in enumerate(rows.params) if params.adjusts):
             tokens, parents = proposal.tokens[row].tolist(), proposal.parents[row].tolist()
-            paths, ends = {-1: rows.histories[row][:-1]}, self.running[rows.slots[row]].ends
+            paths = {-1: self._context(rows, row)}
+            ends = self.running[rows.slots[row]].ends
             for node in range(int(proposal.sizes[row])):
                 above, token = parents[node], tokens[node]
                 if node == 0 or (above in paths and token not in ends and wanted[row, above, token] > -math.inf):
-                    paths[node] = [*paths[above], token]
+                    paths[node] = paths[above].then(token)
                     wanted[row, node] = adjusted(logits[row, node], rows.params[row], paths[node], rows.num_prompts[row])
         return wanted
+
+    def _context(self, rows: Rows, row: int) -> Context:
+        """The row's tokens before its anchor, each counted once in the life of the request."""
+        slot, history = rows.slots[row], rows.histories[row]
+        counts = self._counts.get(slot)
+        if counts is None:
+            counts = self._counts[slot] = Counts(self.target.vocab_size, rows.num_prompts[row])
+        counts.add(history[counts.num_counted : len(history) - 1])
+        return Context(history, counts)
 
     def _collect(self, slots: list[int], proposal: Proposal, features: Tensor | None, paths: list[list[int]]) -> None:
         """What was committed in rows that go on, for the drafter."""
@@ -234,6 +245,7 @@ class Engine:
             rows = self._rows([slot])
             del self.running[slot]
             self._unseen.pop(slot, None)
+            self._counts.pop(slot, None)
             self._cache.free(slot)
             self.drafter.end(rows)
 

@@ -8,20 +8,83 @@ Every result row depends on its own input row alone, bit for bit: sums are taken
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import chain, islice
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashdraft.errors import InvalidParameter
-from flashdraft.process import INTS
+from flashdraft.process import BOOLS, FLOATS, INTS
 from flashdraft.types import SamplingParams
 
-__all__ = ["adjusted", "coins", "draw", "likeliest", "logprob", "precision", "probabilities", "target_probs", "total", "uniforms"]
+__all__ = ["Context", "Counts", "adjusted", "coins", "draw", "likeliest", "logprob", "precision", "probabilities"]
+__all__ += ["target_probs", "total", "uniforms"]
 
 _ONE = 2.0**62  # probability 1 in fixed point: room for a sum of nearly 2 below 2**63
 _HEADS = (64, 1024)  # numbers of likeliest tokens among which a top-p set is looked for before all are sorted
+
+
+class Counts:
+    """How often each token stands in one row's prompt and text; every token of the row is counted once."""
+
+    def __init__(self, vocab_size: int, num_prompt: int) -> None:
+        self.num_prompt = num_prompt
+        self.num_counted = 0
+        self.known = torch.zeros(vocab_size, **BOOLS)  # in the prompt or the text
+        self.in_text = torch.zeros(vocab_size, **FLOATS)  # how often in the text, the prompt left out
+
+    def add(self, tokens: Sequence[int]) -> None:
+        """The tokens that follow those counted so far."""
+        self.known[list(tokens)] = True
+        first = max(self.num_prompt - self.num_counted, 0)
+        text = torch.tensor(tokens[first:], **INTS)
+        self.in_text.index_add_(0, text, torch.ones(len(text), **FLOATS))
+        self.num_counted += len(tokens)
+
+    def copy(self) -> "Counts":
+        other = Counts(0, self.num_prompt)
+        other.num_counted = self.num_counted
+        other.known, other.in_text = self.known.clone(), self.in_text.clone()
+        return other
+
+
+class Context(Sequence[int]):
+    """A row's tokens up to a node, the committed ones and the draft's; what is committed is not counted again for each node.
+
+    history: the row's own list; what `counts` has counted of it comes first, then `path`.
+    """
+
+    def __init__(self, history: list[int], counts: Counts, path: tuple[int, ...] = ()) -> None:
+        self.history, self.committed, self.path = history, counts, path
+        self.num_committed = counts.num_counted
+
+    def __len__(self) -> int:
+        return self.num_committed + len(self.path)
+
+    def __getitem__(self, index: Any) -> Any:
+        return list(self)[index]
+
+    def __iter__(self) -> Iterator[int]:
+        return chain(islice(self.history, self.num_committed), self.path)
+
+    def then(self, token: int) -> "Context":
+        return Context(self.history, self.committed, (*self.path, token))
+
+    def counts(self) -> Counts:
+        whole = self.committed.copy()
+        whole.add(self.path)
+        return whole
+
+
+def _counts_of(history: Sequence[int], num_prompt: int, vocab_size: int) -> Counts:
+    if isinstance(history, Context) and history.committed.num_prompt == num_prompt:
+        return history.counts()
+    counts = Counts(vocab_size, num_prompt)
+    counts.add(history)
+    return counts
 
 
 @torch.no_grad()  # a hook may be a network
@@ -37,12 +100,10 @@ def adjusted(logits: Tensor, params: SamplingParams, history: Sequence[int], num
     logits, ids = logits.to(precision(logits), copy=True), partial(torch.tensor, dtype=torch.int64, device=logits.device)
     if bias := params.logit_bias:
         logits[ids(list(bias))] += torch.tensor(list(bias.values()), dtype=logits.dtype, device=logits.device)
-    if (penalty := params.repetition_penalty) != 1:
-        seen = ids(history)  # a token that is there twice gets the same value twice
-        logits[seen] = torch.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
-    if params.frequency_penalty != 0 or params.presence_penalty != 0:
-        seen, counts = ids(history[num_prompt:]).unique(return_counts=True)
-        logits[seen] -= params.frequency_penalty * counts.to(logits) + params.presence_penalty
+    penalised = params.repetition_penalty != 1 or params.frequency_penalty != 0 or params.presence_penalty != 0
+    if penalised:
+        counts = _counts_of(history, num_prompt, len(logits))
+        _penalise(logits, params, counts)
     if params.logits_processor is not None:
         given, logits = logits, params.logits_processor(list(history), logits)
         if not (isinstance(logits, Tensor) and logits.shape == given.shape and bool(logits.amax().isfinite())):
@@ -50,6 +111,20 @@ def adjusted(logits: Tensor, params: SamplingParams, history: Sequence[int], num
             raise InvalidParameter(got, hint=f"return logits [{len(given)}] without NaN or +inf, and not -inf for every token")
         logits = logits.to(given)
     return logits
+
+
+def _penalise(logits: Tensor, params: SamplingParams, counts: Counts) -> None:
+    """In place. Repetition, then frequency and presence."""
+    penalty = params.repetition_penalty
+    if penalty != 1:
+        known = counts.known.to(logits.device)
+        changed = torch.where(logits > 0, logits / penalty, logits * penalty)
+        logits.copy_(torch.where(known, changed, logits))
+
+    if params.frequency_penalty != 0 or params.presence_penalty != 0:
+        in_text = counts.in_text.to(logits)
+        taken = params.frequency_penalty * in_text + params.presence_penalty
+        logits.copy_(torch.where(in_text > 0, logits - taken, logits))
 
 
 def logprob(logits: Tensor, token: int) -> float:

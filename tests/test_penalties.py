@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import EOS, SHAPE, VOCAB, Table, tiny_model, uniform
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 from test_engine import METHODS, NEW, PROMPTS, Cheater, Oracle, Tree, letters, made, requests_of, run
 from torch import Tensor
@@ -26,7 +28,7 @@ from flashdraft.engine import Engine, Request
 from flashdraft.errors import InvalidParameter
 from flashdraft.lean import LeanTarget
 from flashdraft.methods.autoregressive import Autoregressive
-from flashdraft.sampling import adjusted, draw, logprob, probabilities
+from flashdraft.sampling import Context, Counts, adjusted, draw, logprob, probabilities
 from flashdraft.text import TextDecoder
 from flashdraft.types import Proposal, Result, Rows, SamplingParams
 
@@ -614,3 +616,59 @@ def test_an_adjusted_sampled_text_ends_where_it_must_at_every_offset(kind: str, 
             assert (result.tokens, result.text, result.finish_reason) == (tokens[: k + 1], text[:shown], reason)
             assert result.logprobs == pytest.approx(logprobs[: k + 1], abs=1e-9)
     assert offsets == set(range(block))
+
+
+# ---------------------------------------------------------------- long texts
+
+
+@given(
+    history=st.lists(st.integers(0, 5), min_size=2, max_size=12),
+    num_prompt=st.integers(1, 6),
+    cut=st.integers(1, 12),
+    path=st.lists(st.integers(0, 5), max_size=4),
+)
+@settings(derandomize=True, deadline=None, max_examples=200)
+def test_tokens_counted_step_by_step_are_penalised_like_a_list_of_them(
+    history: list[int], num_prompt: int, cut: int, path: list[int]
+) -> None:
+    logits = torch.randn(6, generator=torch.Generator().manual_seed(len(history)))
+    params = SamplingParams(repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.25)
+    counts = Counts(6, num_prompt)
+    counts.add(history[:cut])
+    counts.add(history[cut:])
+    context = Context(history, counts)
+    for token in path:
+        context = context.then(token)
+    assert list(context) == [*history, *path]
+    assert len(context) == len(history) + len(path)
+    assert torch.equal(adjusted(logits, params, context, num_prompt), adjusted(logits, params, [*history, *path], num_prompt))
+
+
+class Walked(list[int]):
+    """A text that counts the tokens which are read of it."""
+
+    read = 0
+
+    def __getitem__(self, place):  # type: ignore[no-untyped-def,override]
+        found = super().__getitem__(place)
+        Walked.read += len(found) if isinstance(place, slice) else 1
+        return found
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        Walked.read += len(self)
+        return super().__iter__()
+
+
+def test_penalties_of_a_step_do_not_walk_the_whole_text() -> None:
+    target = Table(1, 1.0)
+    engine = Engine(target, Autoregressive(), max_rows=1)
+    params = SamplingParams(max_new_tokens=400, repetition_penalty=1.2, frequency_penalty=0.1)
+    request = Request(SHORT, params, TextDecoder(None))
+    request.decoder.push = lambda token: ""  # type: ignore[method-assign]
+    engine.admit(request)
+    request.history = Walked(request.history)
+    for _ in range(300):
+        engine.step()
+    Walked.read = 0
+    engine.step()
+    assert Walked.read < 20

@@ -50,6 +50,7 @@ class DraftModelDrafter(Drafter):
         self.cache = network.new_cache(1, 256)
         self.caches = (self.cache,)
         self._read: dict[int, list[int]] = {}  # by slot: the tokens in the cache
+        self._shared: dict[int, int] = {}  # by slot: how many of them the history is known to begin with
 
     @undisturbed
     @torch.inference_mode()
@@ -104,14 +105,17 @@ class DraftModelDrafter(Drafter):
         for slot in {*rows.slots} & {*self._read}:
             self.cache.free(slot)
             del self._read[slot]
+            self._shared.pop(slot, None)
 
     def _unread(self, slot: int, history: list[int]) -> list[int]:
         """Cut the row to what it shares with the history before its anchor; returns the rest of the history."""
         self.cache.reserve(0, rows=slot + 1)
         read = self._read.setdefault(slot, [])
-        same = min(len(read), len(history) - 1)
-        while read[:same] != history[:same]:  # they differ near the end, if at all
-            same -= 1
+        end = min(len(read), len(history) - 1)
+        same = min(self._shared.get(slot, 0), end)
+        while same < end and read[same] == history[same]:
+            same += 1
+        self._shared[slot] = same  # a history only grows: what was the same stays it
         del read[same:]
         self.cache.lengths[slot] = same
         return history[same:]
