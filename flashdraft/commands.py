@@ -21,6 +21,7 @@ from flashdraft.bench.roofline import RooflineConfig, named, predict, shape, ver
 from flashdraft.bench.run import BenchConfig, run_bench, run_peers
 from flashdraft.bench.tasks import TASKS, read_ids, write_tasks
 from flashdraft.errors import ContextLengthError, InvalidParameter
+from flashdraft.files import output_folder
 from flashdraft.generate import KERNELS, Model, load
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.types import Chunk, Result, SamplingParams, option, require
@@ -158,6 +159,7 @@ def peers(
     gguf: Annotated[list[Path], Option(help="the target's weights for llama.cpp and OpenVINO; may be given several times")] = [],  # noqa: B006
     engines: Annotated[Path, Option(help="file whose functions run other engines")] = Path("recipes/engines.py"),
 ) -> None:
+    output_folder(config.out.with_suffix(""))  # where the pictures go
     files = run_peers(config, gguf, engines)
     report(files)
     plot(files, config.out.with_suffix(""))

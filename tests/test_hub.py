@@ -129,7 +129,7 @@ def logits(model: Any) -> torch.Tensor:
 
 def built(cache: Path) -> list[str]:
     """What lies in the cache, the lock aside."""
-    return sorted(path.name for path in cache.glob("*") if path.name != ".lock") if cache.exists() else []
+    return sorted(path.name for path in cache.glob("*") if path.name != ".flashdraft.lock") if cache.exists() else []
 
 
 def check_error(error: FlashDraftError, *words: str) -> None:
@@ -250,11 +250,20 @@ def test_a_conversion_that_ends_half_way_leaves_no_folder(
 
 
 def test_what_a_killed_process_left_is_swept_away(tiny_gguf: Path, cache: Path) -> None:
-    (cache / ".tmp-dead" / "folder").mkdir(parents=True)
-    (cache / ".tmp-dead" / "folder" / "model.safetensors").write_bytes(b"half")
+    (cache / ".tmp-flashdraft-dead" / "folder").mkdir(parents=True)
+    (cache / ".tmp-flashdraft-dead" / "folder" / "model.safetensors").write_bytes(b"half")
     folder = hub.resolve(str(tiny_gguf))
     assert isinstance(folder, Path)
     assert built(cache) == [folder.name]
+
+
+def test_a_shared_cache_folder_keeps_what_others_put_there(tiny_gguf: Path, cache: Path) -> None:
+    theirs = [cache / ".tmp-mine" / "thesis.txt", cache / ".lock", cache / ".tmp-notes"]
+    (cache / ".tmp-mine").mkdir(parents=True)
+    for path in theirs:
+        path.write_text("mine")
+    assert isinstance(hub.resolve(str(tiny_gguf)), Path)
+    assert [path.read_text() for path in theirs] == ["mine"] * 3
 
 
 def test_processes_at_once_share_one_folder(tiny_gguf: Path, cache: Path) -> None:

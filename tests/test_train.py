@@ -22,15 +22,15 @@ from toy_training import language_model, one_line_and_hint, write_lines
 
 import flashdraft.methods.dflash
 import flashdraft.network
-from flashdraft import checkpoint
+from flashdraft import files
 from flashdraft.checkpoint import DraftConfig
 from flashdraft.errors import CheckpointError, DataError, FlashDraftError, InvalidParameter
 from flashdraft.generate import Model, load_target
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDraft
 from flashdraft.target import HFTarget
+from flashdraft.train import answers as answers_stage
 from flashdraft.train import features as features_stage
-from flashdraft.train import regenerate as regenerate_stage
 from flashdraft.train.batch import Batch, Pass, block_mask, block_positions, draw_anchors, make_batch
 from flashdraft.train.config import TrainConfig
 from flashdraft.train.features import FeatureSet, Sample, write_features
@@ -483,10 +483,10 @@ def test_regenerate_resumes_after_a_torn_last_line(tmp_path: Path, prompts: Path
 def test_torn_line_that_is_kept_is_caught(
     tmp_path: Path, prompts: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(regenerate_stage, "_drop_torn_line", lambda path: None)
+    monkeypatch.setattr(answers_stage, "_torn_bytes", lambda content: 0)
     whole, out = undisturbed.read_bytes(), tmp_path / "answers.jsonl"
     out.write_bytes(whole[: int(0.55 * len(whole))])
-    with pytest.raises(DataError, match=r"line \d: not valid JSON"):
+    with pytest.raises(FlashDraftError, match=r"line \d: not valid JSON"):
         regenerate(language_model(torch.float64), prompts, out, params=SAMPLED, quiet=True)
 
 
@@ -585,7 +585,7 @@ def test_features_resume_and_make_nothing_twice(tmp_path: Path, answers: Path, m
     lm, made = language_model(), []
 
     def write(folder: str, stop_at: int = 99) -> int:
-        real = checkpoint.save_file
+        real = files.save_file
 
         def save(tensors: Any, path: Any, metadata: Any = None) -> None:
             if len(made) == stop_at:
@@ -595,7 +595,7 @@ def test_features_resume_and_make_nothing_twice(tmp_path: Path, answers: Path, m
             real(tensors, path, metadata=metadata)
 
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "save_file", save)
+            patch.setattr(files, "save_file", save)
             return write_features(lm, [answers], tmp_path / folder, layers=LAYERS, max_length=128, quiet=True)
 
     assert write("whole") == 3
@@ -826,7 +826,7 @@ def test_gradient_that_is_no_number_stops_the_run_before_the_weights_are_touched
 def test_kill_while_saving_leaves_the_last_whole_checkpoint(
     tmp_path: Path, data: FeatureSet, finished: Trainer, monkeypatch: pytest.MonkeyPatch, nth: int
 ) -> None:
-    real, calls = checkpoint.save_file, []
+    real, calls = files.save_file, []
 
     def dying(tensors: Any, path: Any, metadata: Any = None) -> None:
         calls.append(path)
@@ -836,7 +836,7 @@ def test_kill_while_saving_leaves_the_last_whole_checkpoint(
         real(tensors, path, metadata=metadata)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", dying)
+        patch.setattr(files, "save_file", dying)
         with pytest.raises(KeyboardInterrupt):
             new_trainer(data, tmp_path).run(PROMPTS[:1], quiet=True)
     resumed = new_trainer(data, tmp_path, seed=5)

@@ -23,7 +23,8 @@ from matplotlib.ticker import MaxNLocator
 
 from flashdraft.bench.report import COLUMNS, Line, grouped, origin, read_results, settings, summarise
 from flashdraft.bench.run import acceptance
-from flashdraft.files import write_file
+from flashdraft.errors import InvalidParameter
+from flashdraft.files import output_folder, write_own
 
 __all__ = ["draw"]
 
@@ -35,8 +36,15 @@ Panel = dict[str, dict[Any, float]]  # by method: a bar's parts, or a curve's po
 
 
 def draw(files: Sequence[Path], out: Path) -> list[Path]:
-    """Write report.md, report.html and the pictures of every results file into the folder `out`; returns what it wrote."""
-    markdown, html, made = ["# Benchmark"], list[str](), dict[Path, str]()
+    """Write report.md, report.html and the pictures of every results file into the folder `out`; returns what it wrote.
+
+    Raises InvalidParameter for a file of another's that lies there under one of these names.
+    """
+    markdown, html, made = ["# Benchmark"], list[str](), dict[str, str]()
+    folder = output_folder(out)
+    for path in files:
+        if sum(path.stem == other.stem for other in files) > 1:
+            raise InvalidParameter(f"two results files are called `{path.stem}`", hint="rename one: pictures have its name")
     for path in files:
         header, lines = read_results(path)
         facts = "\n".join(origin(header))
@@ -50,15 +58,14 @@ def draw(files: Sequence[Path], out: Path) -> list[Path]:
             table = "<tr>".join(map("".join, cells)).replace("td>", "th>", 2 * len(COLUMNS))
             html += [f"<h3>{escape(setting)}</h3>"] * bool(setting) + [f"<table><tr>{table}</table>"]
         for name, title, svg in _pictures(header, lines):
-            made[out / f"{path.stem}-{name}.svg"] = svg
+            made[f"{path.stem}-{name}.svg"] = svg
             markdown += [f"![{title}]({path.stem}-{name}.svg)"]
             html += [f"<figure>{svg[svg.index('<svg') :]}</figure>"]
     page = (_ASSETS / "report.html").read_text(encoding="utf-8").replace("{sections}", "\n".join(html))
-    made |= {out / "report.md": "\n\n".join(markdown) + "\n", out / "report.html": page}
-    out.mkdir(parents=True, exist_ok=True)
-    for path, text in made.items():
-        write_file(path, text.encode())
-    return list(made)
+    made |= {"report.md": "\n\n".join(markdown) + "\n", "report.html": page}
+    contents = {name: text.encode() for name, text in made.items()}
+    write_own(folder / "report", contents, "plot", {"results": [str(path) for path in files]})
+    return [out / name for name in made]
 
 
 def _pictures(header: dict[str, Any], lines: list[Line]) -> Iterator[tuple[str, str, str]]:

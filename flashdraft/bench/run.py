@@ -5,14 +5,16 @@ batch size, threads) take turns prompt by prompt, and every ratio is made of two
 setting, so that a machine's drift hits both.
 """
 
+import hashlib
 import json
 import re
 import resource
 import runpy
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib.util import find_spec
@@ -21,7 +23,7 @@ from multiprocessing import get_context
 from operator import attrgetter
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -29,10 +31,11 @@ from rich.progress import track
 
 from flashdraft import hub
 from flashdraft.bench.peers import Answer, Method, Transformers, joined
-from flashdraft.bench.report import grouped
+from flashdraft.bench.report import grouped, read_results
 from flashdraft.bench.tasks import BenchPrompt, read_prompts
 from flashdraft.engine import check
 from flashdraft.errors import InvalidParameter, ModelNotFound
+from flashdraft.files import locked, output_file, say
 from flashdraft.generate import KERNELS, Model, Prompt, drafters, load_target
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.provenance import provenance
@@ -138,8 +141,9 @@ def run_bench(config: BenchConfig, *, quiet: bool = False) -> int:
     Everything that can be refused is refused before the file appears; it grows prompt by prompt.
     """
     prompts = read_prompts(config.prompts)
-    if config.out.exists():
+    if config.out.is_file() and config.out.stat().st_size:
         raise InvalidParameter(f"`{config.out}` exists", hint="name another file; results are not overwritten")
+    out = output_file(config.out, inputs=[config.prompts])
     torch.set_num_threads(next(iter(config.threads), torch.get_num_threads()))
     methods, model, facts = _load(config)
     for prompt in prompts:
@@ -150,16 +154,17 @@ def run_bench(config: BenchConfig, *, quiet: bool = False) -> int:
     for method in methods.values():  # first calls build kernels
         method([model.encode(prompts[0].text)], [short])
     count, foreign = 0, any(kind.endswith(".py") for kind, _ in config.specs.values())
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    with config.out.open("x", encoding="utf-8") as file:
+    plan = _plan(config, prompts)
+    facts |= {"answers": sum(len(_todo(config, name, group)) for *_, group in plan for name in methods)}
+    facts |= {"prompts_sha256": hashlib.sha256(config.prompts.read_bytes()).hexdigest()}
+    with locked(out), _results(out) as file:
         file.write(json.dumps({"header": provenance() | {"config": asdict(config)} | facts}, default=str) + "\n")
-        for repeat, turn, setting, group in track(_plan(config, prompts), "bench", console=Console(stderr=True), disable=quiet):
+        for repeat, turn, setting, group in track(plan, "bench", console=Console(stderr=True), disable=quiet):
             torch.set_num_threads(setting.threads)
             first = turn % len(methods)
             answers: dict[tuple[int, str], Answer] = {}
             for name in [*methods][first:] + [*methods][:first]:
-                most = config.transformers_prompts if config.specs[name][0] in THEIRS else None
-                if todo := [prompt for prompt in group if most is None or prompt.rank < most]:
+                if todo := _todo(config, name, group):
                     time.sleep(_REST if foreign else 0.0)
                     found = _ask(methods[name], model, todo, config, setting.temperature)
                     answers |= {(prompt.number, name): answer for prompt, answer in zip(todo, found, strict=True)}
@@ -177,11 +182,34 @@ def run_bench(config: BenchConfig, *, quiet: bool = False) -> int:
     return count
 
 
+@contextmanager
+def _results(out: Path) -> Iterator[IO[str]]:
+    """The results file, new or empty; if not one answer came of it, it is gone as it was."""
+    was_there = out.exists()
+    try:
+        with out.open("w" if was_there else "x", encoding="utf-8") as file:
+            yield file
+    except BaseException:
+        is_header = len(out.read_bytes().splitlines()) <= 1
+        if is_header and was_there:
+            out.write_bytes(b"")
+        elif is_header:
+            out.unlink()
+        raise
+
+
+def _todo(config: BenchConfig, name: str, group: Sequence[BenchPrompt]) -> list[BenchPrompt]:
+    """Of a group of prompts those that a method is asked."""
+    most = config.transformers_prompts if config.specs[name][0] in THEIRS else None
+    return [prompt for prompt in group if most is None or prompt.rank < most]
+
+
 def run_peers(config: BenchConfig, gguf: Sequence[Path], engines: Path) -> list[Path]:
     """Run our methods beside every engine that is installed, and name the others; returns the results files.
 
-    An engine's file is config.out with its name in it; one that exists is not measured again. Each runs in a process of its own,
-    because in one process the thread pools of engines slow each other down by half. transformers is an engine, too.
+    An engine's file is config.out with its name in it; one that a run of the same settings wrote is not measured again, but one
+    that it did not finish is. Each runs in a process of its own, because in one process the thread pools of engines slow each
+    other down by half. transformers is an engine, too. Raises InvalidParameter for results of other settings, DataError for none.
     """
     asked = dict(zip(config.specs, config.methods.split(","), strict=True))
     ours = [spec for name, spec in asked.items() if config.specs[name][0] not in THEIRS]
@@ -198,10 +226,31 @@ def run_peers(config: BenchConfig, gguf: Sequence[Path], engines: Path) -> list[
         configs.append(replace(config, **own))
     if not configs:
         raise InvalidParameter("nothing to compare", hint="name a method of ours, and install an engine or name transformers")
-    for one in (one for one in configs if not one.out.exists()):
+    to_measure = [one for one in configs if not _is_measured(one)]
+    for one in to_measure:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
             process.submit(run_bench, one, quiet=True).result()
     return [one.out for one in configs]
+
+
+def _is_measured(config: BenchConfig) -> bool:
+    """Whether config.out holds the results of this very run, whole; what is left of one that was stopped is removed."""
+    out = output_file(config.out, inputs=[config.prompts])
+    if not out.exists() or not out.stat().st_size:
+        return False
+    header, lines = read_results(out)
+    asked = json.loads(json.dumps(asdict(config), default=str))
+    asked |= {"prompts": hashlib.sha256(config.prompts.read_bytes()).hexdigest()}
+    held = header.get("config", {}) | {"prompts": header.get("prompts_sha256", asked["prompts"])}
+    for name in asked.keys() - {"out"}:
+        if name in held and held[name] != asked[name]:
+            got = f"`{out}` was measured with {name} {held[name]}, not {asked[name]}"
+            raise InvalidParameter(got, hint="name another file with --out, or remove that one")
+    if len(lines) == header.get("answers", len(lines)):
+        return True
+    say(f"{out}: {len(lines)} of {header['answers']} answers; it is measured again")
+    out.unlink()
+    return False
 
 
 def _plan(config: BenchConfig, prompts: Sequence[BenchPrompt]) -> list[tuple[int, int, Setting, list[BenchPrompt]]]:

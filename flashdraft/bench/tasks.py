@@ -13,11 +13,14 @@ from typing import Any, NamedTuple
 from huggingface_hub import hf_hub_download
 
 from flashdraft.errors import DataError, InvalidParameter, first_line
-from flashdraft.files import write_file
+from flashdraft.files import check_replaceable, output_file, write_own
 from flashdraft.train.prompts import hub_rows, json_list, read_jsonl
 from flashdraft.types import require
 
 __all__ = ["TASKS", "BenchPrompt", "read_ids", "read_prompts", "write_tasks"]
+
+
+_FIELDS = ("task", "row")  # of a line that is written
 
 
 class BenchPrompt(NamedTuple):
@@ -58,6 +61,9 @@ def write_tasks(
 
     data: the folder of the sets; None: they come from the hub. tasks: names, or what stands before the slash of several.
     """
+    sets = [data / table["file"] for table in TASKS.values()] if data is not None else []
+    real = output_file(out, inputs=sets)
+    check_replaceable(real, "tasks", _FIELDS)
     require(first is None or first >= 1, "first", first, "1 or more")
     if unknown := {*tasks} - {*TASKS, *(task.split("/")[0] for task in TASKS)}:
         raise InvalidParameter(f"no task {min(unknown)!r}", hint=f"tasks are {', '.join(TASKS)}")
@@ -76,8 +82,8 @@ def write_tasks(
                 hint = "the set is of another version, or damaged: fetch it again"
                 raise DataError(f"entry {i} of {task} cannot be asked: {error!r}", hint=hint) from None
             lines.append(json.dumps({"task": task, "row": i} | asked, ensure_ascii=False) + "\n")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_file(out, "".join(lines).encode())
+    facts = {"data": str(data or "the hub"), "tasks": sorted(tasks), "first": first}
+    write_own(real, {real.name: "".join(lines).encode()}, "tasks", facts)
     return len(lines)
 
 

@@ -8,26 +8,35 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 import flashdraft
 from flashdraft.checkpoint import DraftConfig
-from flashdraft.errors import FlashDraftError
-from flashdraft.files import write_file, write_tensors
+from flashdraft.errors import FlashDraftError, InvalidParameter
+from flashdraft.files import output_folder, write_file, write_tensors
 from flashdraft.types import check_options, option, require
 
-__all__ = ["TrainConfig", "full_disk_named", "last_checkpoint", "load_checkpoint", "model_card", "save_checkpoint"]
+__all__ = [
+    "TrainConfig",
+    "check_run_folder",
+    "full_disk_named",
+    "last_checkpoint",
+    "load_checkpoint",
+    "model_card",
+    "save_checkpoint",
+]
 
 _CARD = Path(flashdraft.__file__).with_name("assets").joinpath("card.md").read_text(encoding="utf-8")
 _KEPT = 2
+_WRITTEN = ("metrics.jsonl", "checkpoints", "best", "tensorboard", "vocabulary.safetensors")  # besides run.json
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _WHAT = {  # by method: its name, and what the network is
     "dflash": ("DFlash", "A block-diffusion draft network (DFlash, arXiv 2602.06036)."),
@@ -68,6 +77,40 @@ class TrainConfig:
         require(0 <= self.ema < 1, "ema", self.ema, "at least 0 and below 1")
         require(self.weights == "decay" or self.gamma == 4.0, "gamma", self.gamma, "left out where weights is not decay")
         require(min(self.kl, self.tv) >= 0 and self.kl + self.tv <= 1, "kl, tv", (self.kl, self.tv), "shares of 1")
+
+
+def check_run_folder(out: Path, inputs: Sequence[Path] = ()) -> dict[str, Any]:
+    """The run.json of the run that `out` holds; empty for a new one. Raises InvalidParameter where something else lies there."""
+    folder = output_folder(out, inputs=inputs)
+    path = folder / "run.json"
+    hint = "name another folder with --out"
+    if path.exists():
+        try:
+            run = json.loads(path.read_text(encoding="utf-8"))
+            if "flashdraft" in run["versions"] and "steps" in run["config"]:
+                return dict(run)
+        except (ValueError, KeyError, TypeError):
+            pass
+        raise InvalidParameter(f"`{path}` was not written by `flashdraft train`", hint=hint)
+    for name in _WRITTEN:
+        if not _is_free(folder / name):
+            raise InvalidParameter(
+                f"`{folder / name}` was not written by `flashdraft train`: no run.json is beside it", hint=hint
+            )
+    return {}
+
+
+def _is_free(path: Path) -> bool:
+    """Whether nothing is lost where a run writes here: nothing is there, or what an earlier version left without run.json."""
+    if path.is_dir():
+        return not any(path.iterdir()) or last_checkpoint(path) is not None
+    if path.name == "vocabulary.safetensors" and path.is_file():
+        try:
+            with safe_open(path, framework="pt") as file:
+                return set(file.keys()) == {"tokens"}
+        except (OSError, SafetensorError):
+            return False
+    return not os.path.lexists(path)
 
 
 def save_checkpoint(folder: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:

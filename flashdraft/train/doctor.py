@@ -14,6 +14,7 @@ from flashdraft.errors import DataError, FlashDraftError
 from flashdraft.generate import Model
 from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDraft
 from flashdraft.process import FLOATS, INTS, undisturbed
+from flashdraft.provenance import target_facts
 from flashdraft.train.batch import Pass, make_batch
 from flashdraft.train.features import FeatureSet, Sample
 from flashdraft.types import SamplingParams
@@ -37,6 +38,7 @@ def diagnose(model: DFlashDraftModel, lm: Model, data: FeatureSet, *, num_sample
     """The findings in order, each as it is made; after a drafter that does not belong to the target there are no others."""
     try:
         network = PackedDraft(model, lm.target)
+        data.check_target({"target": target_facts(lm)["target"]})  # the template has a test of its own
         data.check(contents=True)
         if (width := data[0].features.shape[1]) != len(data.layers) * lm.target.hidden_size:
             got = f"`{data.name}` holds features of size {width}, not {len(data.layers)} of {lm.target.hidden_size}"

@@ -7,7 +7,8 @@ made of it; the manifest says where each answer begins, and every shard's checks
 
 import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,20 @@ from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from flashdraft.errors import DataError
-from flashdraft.files import write_file, write_tensors
+from flashdraft.errors import DataError, InvalidParameter
+from flashdraft.files import Facts, check_facts, locked, output_folder, say, write_file, write_tensors
 from flashdraft.generate import Model
 from flashdraft.process import INTS
+from flashdraft.provenance import named_target, target_facts
+from flashdraft.train.answers import check_origin
 from flashdraft.train.prompts import read_jsonl
 
 __all__ = ["SHARD", "Data", "FeatureSet", "OnlineFeatures", "Reader", "Sample", "ShardWriter", "encode", "shard_key"]
-__all__ += ["write_features"]
+__all__ += ["check_features_folder", "write_features"]
 
 SHARD = 64  # answers a shard; every answer file is cut anew
 Layers = tuple[int, ...]
+_SHARD = re.compile(r"[0-9a-f]{16}\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -63,17 +67,28 @@ class Reader:
 
 
 class ShardWriter(Reader):
-    """A features folder that is being filled: its manifest, and which shards are still to be made."""
+    """A features folder that is being filled: its manifest, and which shards are still to be made.
+
+    Nothing is written before the first shard. Raises InvalidParameter for a folder that holds something else, DataError for one
+    that holds features of another kind or of another target.
+    """
 
     def __init__(self, model: Model, out: Path, *, layers: Layers, max_length: int, final: bool = False) -> None:
         super().__init__(model, layers, max_length, final)
-        self.out = out
-        out.mkdir(parents=True, exist_ok=True)
-        kind: dict[str, Any] = {"target": model.target.name, "layers": list(layers), "hidden_size": self.hidden_size}
-        kind |= {"max_length": max_length, "final": final}
-        self.manifest = _read_manifest(out) if (out / "manifest.json").exists() else kind | {"shards": {}, "unused": {}}
-        if any(self.manifest.get(key, False) != kind[key] for key in kind):
-            raise DataError(f"`{out}` holds features of another kind", hint="name another folder, or remove that one")
+        self.out = out = output_folder(out)
+        facts = target_facts(model)
+        held = _check_folder(out, facts)
+        kind: dict[str, Any] = {"layers": list(layers), "hidden_size": self.hidden_size, "max_length": max_length, "final": final}
+        for name, value in kind.items():
+            if held is not None and held.get(name, False) != value:
+                got = f"`{out}` holds features of another kind: {name} {held.get(name, False)}, not {value}"
+                raise DataError(got, hint="name another folder, or ask for the same")
+        new = {"target": model.target.name} | kind | {"shards": {}, "unused": {}}
+        self.manifest = new | (held or {})
+        if "weights" not in self.manifest and self.manifest["shards"]:
+            say(f"{out}: nothing says which weights made these features; they are taken as those of `{model.target.name}`")
+        for name, value in _as_manifest(facts).items():
+            self.manifest.setdefault(name, value)
         found = (self.manifest["unused"] | self.manifest["shards"]).items()
         self.known: dict[str, dict[str, Any]] = {key: entry for key, entry in found if (out / f"{key}.safetensors").exists()}
 
@@ -81,11 +96,13 @@ class ShardWriter(Reader):
         """Make the set these shards; returns those that are not there yet. The others stay in the folder, unused."""
         self.manifest["shards"] = {key: self.known[key] for key in keys if key in self.known}
         self.manifest["unused"] = {key: entry for key, entry in self.known.items() if key not in set(keys)}
-        self._write_manifest()
+        if self.known or not keys:
+            self._write_manifest()
         return [key for key in keys if key not in self.known]
 
     def add(self, key: str, samples: Sequence[Sample], *, place: str = "shards") -> None:
         """Write one shard, its manifest entry last."""
+        self.out.mkdir(parents=True, exist_ok=True)
         path, tensors = self.out / f"{key}.safetensors", {}
         for n, sample in enumerate(samples):
             tensors[f"{n}.tokens"] = sample.tokens[: self.max_length].to(torch.int32)
@@ -98,7 +115,42 @@ class ShardWriter(Reader):
         self._write_manifest()
 
     def _write_manifest(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
         write_file(self.out / "manifest.json", json.dumps(self.manifest).encode())
+
+
+def _as_manifest(facts: Facts) -> dict[str, Any]:
+    """The target's facts as a manifest has them, beside the `target`'s name."""
+    return {"weights": facts["target"]["id"], "template": facts.get("template"), "kernel": facts.get("kernel")}
+
+
+def _made_by(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts that a manifest tells."""
+    target = {"name": manifest["target"], "id": manifest.get("weights")}
+    return {"target": target, "template": manifest.get("template"), "kernel": manifest.get("kernel")}
+
+
+def _check_folder(out: Path, facts: Facts) -> dict[str, Any] | None:
+    """The manifest of a features folder of this target; None for a new folder."""
+    if (out / "manifest.json").exists():
+        manifest = _read_manifest(out)
+        check_facts(out, _made_by(manifest), facts)
+        return manifest
+    theirs = [path for path in (out / "config.json", *sorted(out.glob("*.safetensors"))) if path.exists()]
+    for path in theirs:
+        if not _SHARD.fullmatch(path.name):  # a shard of ours may lie there after a kill
+            raise InvalidParameter(f"`{out}` is no folder of features: it holds `{path.name}`", hint="name a new folder")
+    return None
+
+
+def check_features_folder(out: Path, target: str, *, inputs: Sequence[Path] = ()) -> None:
+    """What can be refused before the target is loaded: a folder that is not ours, and answers or features of another target."""
+    real, facts = output_folder(out, inputs=inputs), {"target": named_target(target)}
+    _check_folder(real, facts)
+    for path in inputs:
+        if not path.is_file():
+            raise DataError(f"no file `{path}`", hint="give what `flashdraft regenerate` wrote")
+        check_origin(path, facts, tell=False)
 
 
 def write_features(
@@ -110,8 +162,11 @@ def write_features(
     """
     writer = ShardWriter(model, out, layers=layers, max_length=max_length, final=final)
     parts = _shards(answers)
-    for key in track(writer.use(list(parts)), description="features", disable=quiet):
-        writer.add(key, [writer.read(row) for row in parts[key]])
+    for path in answers:
+        check_origin(path, target_facts(model))
+    with locked(writer.out):
+        for key in track(writer.use(list(parts)), description="features", disable=quiet):
+            writer.add(key, [writer.read(row) for row in parts[key]])
     return len(parts)
 
 
@@ -123,6 +178,11 @@ def _shards(answers: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
     files = [list(read_jsonl(path, ("prompt", "response"))) for path in answers]
     parts = [rows[start : start + SHARD] for rows in files for start in range(0, len(rows), SHARD)]
     return {shard_key(part): part for part in parts}
+
+
+def _identity(shards: Mapping[str, Any], max_length: int) -> str:
+    """What tells a set of samples from another one, stored or not."""
+    return hashlib.sha256(json.dumps([sorted(shards), max_length]).encode()).hexdigest()[:16]
 
 
 def _sha256(path: Path) -> str:
@@ -140,7 +200,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise DataError(f"`{folder}` holds no manifest.json", hint="run `flashdraft features` first") from None
     except (OSError, ValueError) as error:
-        hint = "remove the folder and run `flashdraft features` again"
+        hint = "name another folder, or make these features again if they are yours"
         raise DataError(f"`{path}` cannot be read: {error}", hint=hint) from None
 
 
@@ -159,12 +219,28 @@ class FeatureSet:
     def __init__(self, folder: Path) -> None:
         manifest = _read_manifest(folder)
         self.folder, self.name, self.target = folder, str(folder), str(manifest["target"])
+        self._made_by = _made_by(manifest)
         self.layers = self.stored = tuple(manifest["layers"])
         self.hidden_size, self.final = int(manifest["hidden_size"]), bool(manifest.get("final", False))
         self.shards: dict[str, dict[str, Any]] = dict(sorted(manifest["shards"].items()))
         self.index = [(key, n, start) for key, entry in self.shards.items() for n, start in enumerate(entry["starts"])]
         if not self.index:
             raise DataError(f"`{folder}` holds no samples", hint="run `flashdraft features` on a file with answers")
+        self.identity = _identity(self.shards, manifest["max_length"])
+
+    def check_target(self, facts: Facts, *, tell: bool = True) -> None:
+        """Raises DataError where another target or chat template made these features than `facts` tell.
+
+        What an earlier version made is taken, and one line says so, unless the target that it names lies there and is another.
+        """
+        wanted = {name: facts[name] for name in ("target", "template") if name in facts}
+        hint = "run `flashdraft features` with this target, or name the one that made them"
+        is_unnoted = self._made_by["target"]["id"] is None
+        target = named_target(self.target) if is_unnoted else self._made_by["target"]
+        if target["id"] is not None:
+            check_facts(self.folder, self._made_by | {"target": target}, wanted, hint)
+        if is_unnoted and tell and facts["target"]["id"] is not None:
+            say(f"{self.folder}: only the name `{self.target}` says what made these features; they are taken as this target's")
 
     def only(self, layers: Layers) -> None:
         """From now on samples hold these layers. Raises DataError where one is not stored."""
@@ -217,7 +293,11 @@ class OnlineFeatures(Reader):
     def __init__(self, model: Model, answers: Sequence[Path], *, layers: Layers, max_length: int, final: bool = False) -> None:
         super().__init__(model, layers, max_length, final)
         self.name, self.target = ", ".join(map(str, answers)), model.target.name
-        self.rows = [row for _, rows in sorted(_shards(answers).items()) for row in rows]  # a FeatureSet's order
+        parts = _shards(answers)
+        for path in answers:
+            check_origin(path, target_facts(model))
+        self.rows = [row for _, rows in sorted(parts.items()) for row in rows]  # a FeatureSet's order
+        self.identity = _identity(parts, max_length)
         if not self.rows:
             raise DataError(f"`{self.name}` holds no answers", hint="run `flashdraft regenerate` first")
 
@@ -226,6 +306,9 @@ class OnlineFeatures(Reader):
 
     def check(self) -> None:
         pass
+
+    def check_target(self, facts: Facts) -> None:
+        pass  # it reads now
 
     def only(self, layers: Layers) -> None:
         assert layers == self.layers, "the target is asked for the layers that the drafter reads"

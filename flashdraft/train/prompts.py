@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flashdraft.errors import DataError, InvalidParameter
-from flashdraft.files import write_file
+from flashdraft.files import check_replaceable, output_file, write_own
 from flashdraft.train.questions import Asked, AsksNothing, as_prompt
 from flashdraft.train.rows import LeftOut, json_list, placed_rows, read_jsonl
 from flashdraft.types import require
@@ -23,6 +23,7 @@ __all__ = ["SOURCES", "as_prompt", "hub_rows", "json_list", "read_jsonl", "write
 # source -> file below the data folder; of gsm8k only the train split
 SOURCES: dict[str, str] = json.loads(Path(__file__).parents[1].joinpath("assets/sources.json").read_text(encoding="utf-8"))
 Names = Collection[str]
+_FIELDS = ("source", "row", "prompt")  # of a line that is written
 MATHS_SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 _FILE_ENDINGS = (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz", ".ndjson.gz")
 EVALUATION = re.compile(  # searched in a file's folder and name, or in a hub data set's name with its split
@@ -38,6 +39,9 @@ def write_prompts(data: Path | None, out: Path, *, files: Names = (), thinking: 
     asks nothing is left out; the number of these and the first ones are told on standard error. Raises InvalidParameter or
     DataError, with nothing written, for a set that cannot be used or of which nothing is left.
     """
+    sets = [data / file for file in SOURCES.values()] if data is not None else []
+    real = output_file(out, inputs=[*sets, *map(Path, files)])
+    check_replaceable(real, "prompts", _FIELDS)
     if data is None and not files:
         raise InvalidParameter("no source of prompts", hint="name files or hub data sets, or the known sets' folder with --data")
     require(thinking is None or 0 <= thinking <= 1, "thinking", thinking, "a share from 0 to 1")
@@ -69,8 +73,9 @@ def write_prompts(data: Path | None, out: Path, *, files: Names = (), thinking: 
     if thinking is not None:
         chosen = set(draw.sample(range(len(rows)), round(thinking * len(rows))))
         rows = [row | {"thinking": number in chosen} for number, row in enumerate(rows)]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_file(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    facts = {"inputs": [*(str(path) for path in sets), *files], "thinking": thinking, "seed": seed}
+    write_own(real, {real.name: content.encode()}, "prompts", facts)
     return len(rows)
 
 

@@ -1,6 +1,5 @@
 """Stage 2: the target's own answers to the prompts. A drafter must learn what the target writes, not what others wrote."""
 
-import json
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -20,12 +19,14 @@ from flashdraft.engine import check
 from flashdraft.errors import DataError, FlashDraftError, InvalidParameter, InvalidPrompt
 from flashdraft.generate import Model
 from flashdraft.methods.autoregressive import Autoregressive
+from flashdraft.provenance import named_target, target_facts
+from flashdraft.train.answers import open_answers, question, sampling_facts
 from flashdraft.train.features import SHARD, Sample, ShardWriter, encode, shard_key
 from flashdraft.train.questions import as_prompt
-from flashdraft.train.rows import LeftOut, placed_rows, read_jsonl
+from flashdraft.train.rows import LeftOut, placed_rows
 from flashdraft.types import Rows, SamplingParams, require
 
-__all__ = ["Server", "mixed", "regenerate"]
+__all__ = ["Later", "Server", "mixed", "regenerate"]
 
 _WINDOW = 1024  # prompts handed to the engine at a time
 _AGAIN = Retry(3, allowed_methods=None, status_forcelist=[429, *range(500, 600)], backoff_factor=2.0, raise_on_status=False)
@@ -40,8 +41,16 @@ Answer = Row | InvalidPrompt  # its fields, or why there is none
 Law = Callable[[int], SamplingParams]  # how prompt number n is answered
 
 
+@dataclass(frozen=True)
+class Later:
+    """A target that is loaded once everything was refused that can be refused without it, and its shards, if any are kept."""
+
+    name: str
+    load: Callable[[], "tuple[Model, ShardWriter | None]"]
+
+
 def regenerate(
-    model: "Model | Server",
+    model: "Model | Later | Server",
     prompts: Path,
     out: Path,
     *,
@@ -52,8 +61,9 @@ def regenerate(
 ) -> int:
     """Append {source, row, prompt, response, finish, num_tokens, tokens} for prompts that `out` lacks; returns how many.
 
-    Every line is written as its answer ends; run it again to go on. A prompt that cannot be answered (beyond the context, refused
-    by the chat template or the server, not readable) is left out; how many, and which first, is told on standard error. Sampled
+    Every line is written as its answer ends; run it again to go on. What `out` holds must be answers to these prompts by this
+    target, made alike: see train/answers.py. A prompt that cannot be answered (beyond the context, refused by the chat template
+    or the server, not readable) is left out; how many, and which first, is told on standard error. Sampled
     answers are seeded by params.seed and the prompt's number, or `params` says how prompt number n is answered. A prompt's
     `thinking` is passed to the chat template and kept. With `shards`, what the target saw while it wrote is kept there,
     under the names that `flashdraft features` gives, which then makes only what is missing. A Server gives no tokens.
@@ -62,28 +72,36 @@ def regenerate(
         raise InvalidParameter("a server shows no features to keep", hint="leave out `shards`")
     law = params if callable(params) else mixed(params)
     left_out = LeftOut("prompt")
-    numbered = _read(prompts, left_out)[:limit]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _drop_torn_line(out)
-    done = {(row["source"], row["row"]) for row in read_jsonl(out, ("source", "row"))} if out.exists() else set()
-    missing = [row for row in numbered if (row["source"], row["row"]) not in done]
-    keep = _Keeper(shards, len(done)) if shards else None
-    count = 0
-    with out.open("a", encoding="utf-8") as file:
+    numbered = _read(prompts, left_out)
+    with open_answers(out, prompts) as held:
+        held.check_prompts(numbered)
+        facts = {"sampling": law.facts} if isinstance(law, _Mixed) else {}
+        if isinstance(model, Later):
+            held.check_facts(facts | {"target": named_target(model.name)})
+            model, shards = model.load()
+        facts |= {"target": {"name": model.model, "id": None}} if isinstance(model, Server) else target_facts(model)
+        held.check_facts(facts)
+        if isinstance(model, Model):
+            held.check_vocabulary(model.target.vocab_size)
+        held.begin(facts | {"prompts": str(prompts)})
+
+        answered = held.answered
+        missing = [row for row in numbered[:limit] if question(row) not in answered]
+        keep = _Keeper(shards, len(held.answers)) if shards else None
         windows = [missing[i : i + _WINDOW] for i in range(0, len(missing), _WINDOW)]
+        count = 0
         for window in track(windows, description="regenerate", disable=quiet):
             for row, answer in model.answers(window, law) if isinstance(model, Server) else _decoded(model, window, law, keep):
                 if isinstance(answer, InvalidPrompt):
                     left_out.add(row["place"], answer)
                     continue
                 line = {key: row[key] for key in ("source", "row", "prompt", "thinking") if key in row} | answer
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                file.flush()
+                held.append(line)
                 count += 1
                 if keep:
                     keep.take(line)
-    if left_out.count and not (count or done):
-        raise DataError(f"no prompt could be answered: {left_out}", hint=left_out.hint or "mend these prompts")
+        if left_out.count and not (count or held.answers):
+            raise DataError(f"no prompt could be answered: {left_out}", hint=left_out.hint or "mend these prompts")
     left_out.tell()
     return count
 
@@ -94,11 +112,21 @@ def mixed(params: SamplingParams, greedy_share: float = 0.0) -> Law:
     if greedy_share and not params.temperature:
         raise InvalidParameter(f"greedy_share is {greedy_share}, but all is greedy at temperature 0", hint="set temperature")
 
-    def law(number: int) -> SamplingParams:
-        greedy = random.Random(f"{params.seed} {number}").random() < greedy_share
+    return _Mixed(params, greedy_share)
+
+
+@dataclass(frozen=True)
+class _Mixed:
+    params: SamplingParams
+    greedy_share: float
+
+    def __call__(self, number: int) -> SamplingParams:
+        params, greedy = self.params, random.Random(f"{self.params.seed} {number}").random() < self.greedy_share
         return replace(params, seed=params.seed + number, temperature=0.0 if greedy else params.temperature)
 
-    return law
+    @property
+    def facts(self) -> Row:
+        return sampling_facts(self.params, self.greedy_share)
 
 
 @dataclass(frozen=True)
@@ -261,9 +289,3 @@ def _decoded(model: Model, rows: Sequence[Row], law: Law, keep: _Keeper | None) 
         if (result := chunk.result) is not None:
             answer: Row = {"response": result.text, "finish": result.finish_reason, "num_tokens": len(result.tokens)}
             yield fitting[chunk.index][0], answer | {"tokens": list(result.tokens)}
-
-
-def _drop_torn_line(path: Path) -> None:
-    """A kill may leave half a line at the end; the answers before it are whole."""
-    if path.exists() and (content := path.read_bytes()) and not content.endswith(b"\n"):
-        os.truncate(path, content.rfind(b"\n") + 1)  # in place: a kill here loses no answer

@@ -4,8 +4,10 @@ Everything random is keyed by (seed, sample number), so that a resumed run sees 
 so that P processes with A micro-batches each see what one process with P * A sees.
 """
 
+import hashlib
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -25,14 +27,22 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from flashdraft.engine import check
 from flashdraft.errors import DataError, FlashDraftError, InvalidParameter
-from flashdraft.files import write_file, write_tensors
+from flashdraft.files import check_facts, locked, say, write_file, write_tensors
 from flashdraft.generate import Model
 from flashdraft.methods.dflash import DFlashDraftModel
 from flashdraft.network import DraftNetwork
 from flashdraft.process import FLOATS, INTS
-from flashdraft.provenance import provenance
+from flashdraft.provenance import provenance, target_facts
 from flashdraft.train.batch import Batch, FlopCount, Pass, make_batch
-from flashdraft.train.config import TrainConfig, full_disk_named, last_checkpoint, load_checkpoint, model_card, save_checkpoint
+from flashdraft.train.config import (
+    TrainConfig,
+    check_run_folder,
+    full_disk_named,
+    last_checkpoint,
+    load_checkpoint,
+    model_card,
+    save_checkpoint,
+)
 from flashdraft.train.features import Data
 from flashdraft.train.objectives import Loss, accuracy, common_tokens
 from flashdraft.types import SamplingParams
@@ -53,8 +63,9 @@ class Trainer:
         self.model, self.lm, self.data, self.out, self.config = model, lm, data, out, config
         self.target = lm.target
         self.origin = provenance() | {"config": asdict(config)}
+        self.begun = check_run_folder(out)  # run.json of the run that goes on
+        self.facts = target_facts(lm)
         self._check()
-        out.mkdir(parents=True, exist_ok=True)
         self.step, self.positions, self.best, self.stopped = 0, 0, 0.0, 0
         self.flops, self.flops_a_step = 0.0, 0.0  # of all steps, forward and backward; of the last step that was counted
         self.taus: list[tuple[int, float]] = []  # step and tau of every measurement
@@ -62,6 +73,7 @@ class Trainer:
         self.bf16 = config.precision == "bf16" or (config.precision == "auto" and native)
         self.acc = Accelerator(log_with=sorted({"tensorboard", config.tracker}), project_dir=out)
         self.coverage: float | None = None  # share of the answers' tokens that the draft vocabulary has
+        self.vocabulary: Tensor | None = None  # where it is new
         vocabulary = self._draft_vocabulary()
         if head is not None:
             assert isinstance(model, DFlashDraftModel), "only dflash has a sequential head"
@@ -81,10 +93,6 @@ class Trainer:
         self.average = {n: p.detach().clone() for n, p in model.named_parameters()} if config.ema else {}
         self.seconds: dict[str, float] = {}  # by part of a step, of all steps of this process
         self._resume()
-        log = out / "metrics.jsonl"
-        if self.acc.is_main_process and log.exists():  # steps behind the last checkpoint come again; a line may be cut off
-            whole = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            write_file(log, "".join(line for line in whole if json.loads(line)["step"] <= self.step).encode())
 
     def run(self, prompts: Sequence[str], *, quiet: bool = False) -> float:
         """Train to the last step; returns the best tau measured on `prompts`, which are checked before the first one.
@@ -96,9 +104,18 @@ class Trainer:
         for prompt in prompts:
             check(self.target, self.lm.request(prompt, _MEASURED))
         self.data.check()
+        inputs = {"target": self.facts["target"], "template": self.facts["template"], "data": self.data.identity}
+        inputs |= {"held_out": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:16]}
+        self._check_inputs(inputs)
+        lock = locked(Path(os.path.realpath(self.out))) if self.acc.is_main_process else nullcontext()
+        with lock:
+            return self._run(inputs, prompts, quiet=quiet)
+
+    def _run(self, inputs: dict[str, Any], prompts: Sequence[str], *, quiet: bool) -> float:
         main, config = self.acc.is_main_process, self.config
         if main:
-            write_file(self.out / "run.json", json.dumps(self.origin, indent=2).encode())
+            self._begin(inputs)
+        self.acc.wait_for_everyone()
         self.acc.init_trackers("tensorboard", config=asdict(config))
         self.net.train()
         full = full_disk_named(self.out / "checkpoints", f"a file of `{self.out}`")
@@ -193,8 +210,33 @@ class Trainer:
         options: Any = {"min_context": c.min_context, "flex": device if device.type == "cuda" else None}
         return [make_batch(each, self.model.config, c.anchors, c.seed, **options).to(device) for each in samples]
 
+    def _begin(self, inputs: dict[str, Any]) -> None:
+        """Write what says whose folder this is, and forget the steps behind the last checkpoint: they come again."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_file(self.out / "run.json", json.dumps(self.origin | {"inputs": inputs}, indent=2).encode())
+        if self.vocabulary is not None:
+            write_tensors(self.out / "vocabulary.safetensors", {"tokens": self.vocabulary})
+        log = self.out / "metrics.jsonl"
+        if not log.exists():
+            return
+        kept = []
+        for line in log.read_text().splitlines(keepends=True):
+            if line.endswith("\n") and json.loads(line)["step"] <= self.step:  # a kill may cut the last one off
+                kept.append(line)
+        write_file(log, "".join(kept).encode())
+
+    def _check_inputs(self, inputs: dict[str, Any]) -> None:
+        """Raises DataError where the run that goes on was begun with another target, template, samples or held-out prompts."""
+        if self.step == 0:
+            return
+        if "inputs" in self.begun:
+            check_facts(self.out, self.begun["inputs"], inputs, "name another folder, or go on with what it was begun with")
+        elif self.acc.is_main_process:
+            say(f"{self.out}: its run.json says nothing of its target and data; it goes on with these")
+
     def _check(self) -> None:
         data, config = self.data, self.model.config
+        data.check_target(self.facts)
         data.only(config.target_layer_ids)
         if data.hidden_size != config.hidden_size:
             got = f"`{data.name}` holds layers {data.layers}, the drafter reads {config.target_layer_ids}"
@@ -218,13 +260,12 @@ class Trainer:
         size, path = self.target.vocab_size, self.out / "vocabulary.safetensors"
         if self.config.vocab == 0 or self.config.vocab >= size:
             return torch.arange(size, **INTS)
-        if not path.exists():
+        goes_on = last_checkpoint(self.out / "checkpoints") is not None
+        if goes_on and path.exists():
+            tokens = load_file(path)["tokens"]
+        else:
             tokens, self.coverage = common_tokens(self.data, self.config.vocab)
-            self.acc.wait_for_everyone()
-            if self.acc.is_main_process:
-                write_tensors(path, {"tokens": tokens})
-            self.acc.wait_for_everyone()
-        tokens = load_file(path)["tokens"]
+            self.vocabulary = tokens
         self.model.reduce_vocabulary(tokens)
         return tokens
 
