@@ -457,3 +457,131 @@ def test_folder_takes_little_more_than_the_wanted_layers(tmp_path: Path, final: 
     assert raw < size <= 1.1 * raw
     assert {path.suffix for path in out.iterdir()} == {".safetensors", ".json"}
     assert json.loads((out / "manifest.json").read_text())["final"] is final
+
+
+# Answers that cannot be read, and those of which nothing can be learned.
+
+
+def short_answers(path: Path, lengths: Sequence[int]) -> Path:
+    rows = [
+        {"prompt": "why? " * (1 + n), "response": "", "finish": "length", "tokens": [5 + n] * length}
+        for n, length in enumerate(lengths)
+    ]
+    return write_lines(path, rows)
+
+
+def opened(answers: Path, folder: Path, *, online: bool, final: bool = False) -> FeatureSet | OnlineFeatures:
+    lm = language_model()
+    if online:
+        return OnlineFeatures(lm, [answers], layers=LAYERS, max_length=LONG, final=final)
+    write_features(lm, [answers], folder, layers=LAYERS, max_length=LONG, final=final, quiet=True)
+    return FeatureSet(folder)
+
+
+def one_by_one(data: FeatureSet | OnlineFeatures, out: Path, **changes: Any) -> Trainer:
+    """Micro-batches of one sequence."""
+    settings = {"steps": 8, "sequences": 1, "accumulate": 1, "anchors": 4, "eval_every": 8, "save_every": 2, **changes}
+    return Trainer(random_weights(CONFIG, 0), language_model(), data, out, TrainConfig(**settings))
+
+
+@pytest.mark.parametrize("final", [False, True], ids=["tokens", "final-states"])
+@pytest.mark.parametrize("online", [False, True], ids=["stored", "online"])
+def test_sizes_are_those_of_the_samples(tmp_path: Path, online: bool, final: bool) -> None:
+    data = opened(random_answers(tmp_path / "a.jsonl", 5, 140), tmp_path / "f", online=online, final=final)
+    assert data.sizes() == [sample.sizes for sample in samples_of(data)]
+
+
+@pytest.mark.parametrize("online", [False, True], ids=["stored", "online"])
+def test_short_answers_are_passed_over_counted_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], online: bool
+) -> None:
+    """All steps are made, a run that was stopped makes the same ones, and what is passed over is told once a run."""
+    data = opened(short_answers(tmp_path / "a.jsonl", [20, 1, 20, 0, 1, 20]), tmp_path / "f", online=online)
+    whole = one_by_one(data, tmp_path / "whole")
+    whole.run(["ab"], quiet=True)
+    told = capsys.readouterr().err
+    assert whole.step == 8
+    assert told.count("3 samples left out: ") == 1
+    assert told.count("of its answer are there, two are needed") == 3
+
+    parts = one_by_one(data, tmp_path / "parts")
+    train_step = parts.train_step
+    parts.train_step = lambda: train_step() if parts.step < 5 else parts.out / 0  # type: ignore[method-assign, operator]
+    with pytest.raises(TypeError):
+        parts.run(["ab"], quiet=True)
+    resumed = one_by_one(data, tmp_path / "parts")
+    assert resumed.step == 4
+    resumed.run(["ab"], quiet=True)
+    ours, theirs = whole.model.state_dict(), resumed.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_batch_in_which_one_answer_is_long_enough_is_as_it_was(tmp_path: Path) -> None:
+    """What is passed over is a whole micro-batch; beside another sample a short one adds nothing, as ever."""
+    data = opened(short_answers(tmp_path / "a.jsonl", [20, 1]), tmp_path / "f", online=False)
+    trainer = one_by_one(data, tmp_path / "run", sequences=2)
+    assert [number for number, _ in trainer._samples([6, 7])] == [6, 7]
+    (batch,) = trainer._batches()
+    assert len(batch.numbers) == 1
+
+
+def test_stand_ins_are_the_same_however_the_steps_are_cut(tmp_path: Path) -> None:
+    """A number's sample depends on the number alone: not on the process, the step, or what was read before."""
+    data = opened(short_answers(tmp_path / "a.jsonl", [1, 20, 1, 20, 1]), tmp_path / "f", online=False)
+    trainer = one_by_one(data, tmp_path / "run")
+    found = [number for first in range(15) for number, _ in trainer._samples([first])]
+    assert [trainer._is_usable[trainer._place(number)] for number in found] == [True] * 15
+    assert [number // 5 for number in found] == [first // 5 for first in range(15)]
+    usable = [first for first in range(15) if trainer._is_usable[trainer._place(first)]]
+    assert [found[first] for first in usable] == usable
+    other = one_by_one(data, tmp_path / "other", accumulate=2)
+    assert [number for first in reversed(range(15)) for number, _ in other._samples([first])] == found[::-1]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "changes", "cause"),
+    [
+        ([1, 0, 1], {}, "1 tokens of its answer are there, two are needed"),
+        ([20, 20], {"min_context": 100}, "too early for min_context 100"),
+    ],
+)
+def test_run_from_which_nothing_can_be_learned_is_refused_before_its_first_step(
+    tmp_path: Path, lengths: list[int], changes: dict[str, Any], cause: str
+) -> None:
+    data = opened(short_answers(tmp_path / "a.jsonl", lengths), tmp_path / "f", online=False)
+    with pytest.raises(DataError) as error:
+        one_by_one(data, tmp_path / "run", **changes).run(["ab"], quiet=True)
+    assert f"{len(lengths)} samples left out: " in one_line_and_hint(error)
+    assert cause in one_line_and_hint(error)
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+UNREADABLE: dict[str, tuple[dict[str, Any], str]] = {
+    "no-answer": ({"prompt": "a"}, "no field `response`"),
+    "number": ({"prompt": "a", "response": 3}, "`response` is no text"),
+    "half": ({"prompt": "a", "response": "\ud800"}, "half a character"),
+    "tokens": ({"prompt": "a", "response": "", "tokens": "5 6"}, "`tokens` is no list"),
+    "true": ({"prompt": "a", "response": "", "tokens": [5, True]}, "True is not a token id"),
+    "beyond": ({"prompt": "a", "response": "", "tokens": [5, 999]}, "token id 999 is outside"),
+    "prompt": ({"prompt": None, "response": "a"}, "is not a prompt"),
+    "empty": ({"prompt": "", "response": "a"}, "the prompt is empty"),
+    "image": ({"prompt": [{"role": "user", "content": [{"type": "image"}]}], "response": "a"}, "a part of type 'image'"),
+    "thinking": ({"prompt": "a", "response": "a", "thinking": 1}, "`thinking` is 1"),
+}
+
+
+@pytest.mark.parametrize("online", [False, True], ids=["stored", "online"])
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_answer_that_cannot_be_read_is_left_out_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str, online: bool
+) -> None:
+    row, cause = UNREADABLE[case]
+    good = {"prompt": "why", "response": "no idea"}
+    path = write_lines(tmp_path / "a.jsonl", [good, row, {**good, "prompt": "who"}])
+    assert len(opened(path, tmp_path / "f", online=online)) == 2
+    told = capsys.readouterr().err
+    assert f"1 answer left out: {path}, line 2: " in told
+    assert cause in told
+    with pytest.raises(DataError) as error:
+        opened(write_lines(tmp_path / "b.jsonl", [row]), tmp_path / "g", online=online)
+    assert cause in one_line_and_hint(error)

@@ -29,9 +29,10 @@ from flashdraft.methods.eagle3 import Eagle3DraftModel
 from flashdraft.methods.medusa import MedusaDraftModel
 from flashdraft.network import DraftNetwork
 from flashdraft.process import BOOLS, INTS
-from flashdraft.train.features import Sample
+from flashdraft.train.features import Sample, Sizes
 
-__all__ = ["Batch", "FlopCount", "Pass", "block_mask", "block_positions", "draw_anchors", "flex_mask", "make_batch"]
+__all__ = ["Batch", "FlopCount", "Pass", "anchor_bounds", "block_mask", "block_positions", "draw_anchors", "flex_mask"]
+__all__ += ["make_batch", "why_no_anchor"]
 
 Embed = Callable[[Tensor], Tensor]  # the target's embedding
 Numbered = Iterable[tuple[int, Sample]]  # samples with their global numbers, which key their anchors
@@ -43,6 +44,25 @@ def draw_anchors(num_prompt: int, num_tokens: int, count: int, generator: torch.
     candidates = torch.arange(num_prompt, max(num_prompt, num_tokens - 1), **INTS)  # none where the answer was cut off
     chosen = torch.randperm(len(candidates), generator=generator, **INTS)[:count]
     return candidates[chosen].sort().values
+
+
+def anchor_bounds(sizes: Sizes, config: DraftConfig, min_context: int = 0) -> tuple[int, int]:
+    """Anchors of a sample lie from the first of these positions on; the token before the second one is the last label."""
+    room = config.max_position_embeddings - config.block_size + 2  # decoding drafts nothing where a block would not fit
+    known = sizes.num_tokens if sizes.num_final is None else sizes.num_final + 1  # an anchor has a label behind it
+    return max(sizes.num_prompt, min_context), min(sizes.num_tokens, known, room)
+
+
+def why_no_anchor(sizes: Sizes, config: DraftConfig, min_context: int = 0) -> str:
+    """Why nothing can be learned from a sample; empty where something can."""
+    first, end = anchor_bounds(sizes, config, min_context)
+    if first + 1 < end:
+        return ""
+    if sizes.num_prompt + 1 >= sizes.num_tokens:
+        return f"{max(0, sizes.num_tokens - sizes.num_prompt)} tokens of its answer are there, two are needed"
+    if sizes.num_prompt + 1 >= end:
+        return f"its answer begins at {sizes.num_prompt}, behind the drafter's {config.max_position_embeddings} positions"
+    return f"it ends at {sizes.num_tokens}, too early for min_context {min_context}"
 
 
 def block_positions(anchors: Tensor, block_size: int) -> Tensor:
@@ -106,20 +126,17 @@ def make_batch(
     samples: Numbered, config: DraftConfig, num_anchors: int, seed: int, *, min_context: int = 0, flex: torch.device | None = None
 ) -> Batch:
     """No answer without two tokens, no anchor with fewer than `min_context` before it. flex: where to make one sparse mask."""
-    size = config.block_size
     numbers, chosen, parts = list[int](), list[Tensor](), list[dict[str, Tensor]]()
     for number, sample in samples:
         generator = torch.Generator("cpu").manual_seed(seed * 1_000_003 + number)
-        room = config.max_position_embeddings - size + 2  # decoding drafts nothing where a block would not fit
-        first = max(sample.num_prompt, min_context)
-        known = len(sample.tokens) if sample.final is None else len(sample.final) + 1  # an anchor has a label behind it
-        anchors = draw_anchors(first, min(len(sample.tokens), known, room), num_anchors, generator)
+        anchors = draw_anchors(*anchor_bounds(sample.sizes, config, min_context), num_anchors, generator)
         if len(anchors):
             numbers.append(number)
             chosen.append(anchors)
             parts.append(_part(sample, anchors, config))
     if not chosen:
         raise DataError("no answer in this batch has two tokens", hint="regenerate longer answers")
+    size = config.block_size
     joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     contexts = [int(anchors[-1]) for anchors in chosen]  # nothing sees further than the last anchor
     c, r = ([0, *itertools.accumulate(counts)] for counts in (contexts, [size * len(anchors) for anchors in chosen]))

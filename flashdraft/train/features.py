@@ -8,30 +8,39 @@ made of it; the manifest says where each answer begins, and every shard's checks
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from flashdraft.errors import DataError, InvalidParameter
+from flashdraft.errors import DataError, InvalidParameter, InvalidPrompt
 from flashdraft.files import Facts, check_facts, locked, output_folder, say, write_file, write_tensors
 from flashdraft.generate import Model
 from flashdraft.process import INTS
 from flashdraft.provenance import named_target, target_facts
 from flashdraft.train.answers import check_origin
-from flashdraft.train.prompts import read_jsonl
+from flashdraft.train.rows import LeftOut, is_whole, placed_rows
 
-__all__ = ["SHARD", "Data", "FeatureSet", "OnlineFeatures", "Reader", "Sample", "ShardWriter", "encode", "shard_key"]
-__all__ += ["check_features_folder", "write_features"]
+__all__ = ["SHARD", "Data", "FeatureSet", "OnlineFeatures", "Reader", "Sample", "ShardWriter", "Sizes", "encode"]
+__all__ += ["check_features_folder", "shard_key", "write_features"]
 
 SHARD = 64  # answers a shard; every answer file is cut anew
 Layers = tuple[int, ...]
 _SHARD = re.compile(r"[0-9a-f]{16}\.safetensors")
+
+
+class Sizes(NamedTuple):
+    """Of a sample, in tokens."""
+
+    num_prompt: int
+    num_tokens: int
+    num_final: int | None  # those with a final state; None: none is there
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,10 @@ class Sample:
     features: Tensor  # [n, or n - 2 recorded while decoding, F * hidden]
     num_prompt: int  # tokens before the answer
     final: Tensor | None = None  # [as many, hidden]: the state that the target's lm_head reads
+
+    @property
+    def sizes(self) -> Sizes:
+        return Sizes(self.num_prompt, len(self.tokens), None if self.final is None else len(self.final))
 
 
 class Reader:
@@ -161,23 +174,48 @@ def write_features(
     The set is then these answers, each once; other shards of an earlier call are kept as unused. Returns the number of shards.
     """
     writer = ShardWriter(model, out, layers=layers, max_length=max_length, final=final)
-    parts = _shards(answers)
+    left_out = LeftOut("answer")
+    parts = _shards(answers, left_out)
     for path in answers:
         check_origin(path, target_facts(model))
     with locked(writer.out):
         for key in track(writer.use(list(parts)), description="features", disable=quiet):
-            writer.add(key, [writer.read(row) for row in parts[key]])
+            writer.add(key, _readable(writer, parts[key], left_out))
+    _tell_left_out(left_out, sum(len(entry["starts"]) for entry in writer.manifest["shards"].values()))
     return len(parts)
+
+
+def _readable(reader: Reader, part: Sequence[tuple[str, dict[str, Any]]], left_out: LeftOut) -> list[Sample]:
+    """The samples of a shard's answers, without those that the target cannot read."""
+    samples = []
+    for place, row in part:
+        try:
+            samples.append(reader.read(row))
+        except InvalidPrompt as error:
+            left_out.add(place, error)
+    return samples
 
 
 def shard_key(rows: list[dict[str, Any]]) -> str:
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _shards(answers: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
-    files = [list(read_jsonl(path, ("prompt", "response"))) for path in answers]
-    parts = [rows[start : start + SHARD] for rows in files for start in range(0, len(rows), SHARD)]
-    return {shard_key(part): part for part in parts}
+def _shards(answers: Sequence[Path], left_out: LeftOut) -> dict[str, list[tuple[str, dict[str, Any]]]]:
+    """The answers with their places, by the key of the shard that they go into."""
+    parts = {}
+    for path in answers:
+        placed = list(placed_rows(path, ("prompt", "response"), left_out))
+        for start in range(0, len(placed), SHARD):
+            part = placed[start : start + SHARD]
+            parts[shard_key([row for _, row in part])] = part
+    return parts
+
+
+def _tell_left_out(left_out: LeftOut, num_left: int) -> None:
+    """Raises DataError where nothing is left."""
+    if left_out.count and not num_left:
+        raise DataError(f"no answer can be read: {left_out}", hint=left_out.hint or "give what `flashdraft regenerate` wrote")
+    left_out.tell()
 
 
 def _identity(shards: Mapping[str, Any], max_length: int) -> str:
@@ -205,12 +243,41 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def encode(model: Model, row: dict[str, Any]) -> tuple[list[int], int]:
-    """Tokens of prompt and answer, and how many are the prompt's. An answer without token ids is encoded again."""
-    prompt, answer = model.encode(row["prompt"], thinking=row.get("thinking")), row.get("tokens")
+    """Tokens of prompt and answer, and how many are the prompt's. An answer without token ids is encoded again.
+
+    Raises InvalidPrompt for a row that the target cannot read.
+    """
+    thinking, answer = row.get("thinking"), row.get("tokens")
+    if thinking is not None and not isinstance(thinking, bool):
+        raise InvalidPrompt(f"`thinking` is {thinking!r:.40}, not true or false")
+    prompt = model.encode(row["prompt"], thinking=thinking)
     if answer is None:
-        ending = [min(model.eos)] if row.get("finish") == "stop" else []
-        answer = [*model.tokenizer.encode(row["response"], add_special_tokens=False), *ending]
+        answer = _encoded_text(model, row["response"])
+        if row.get("finish") == "stop":
+            answer.append(min(model.eos))
+    elif not isinstance(answer, list):
+        raise InvalidPrompt("`tokens` is no list of token ids")
+    elif answer:
+        answer = model.encode(answer)
     return [*prompt, *answer], len(prompt)
+
+
+def _encoded_text(model: Model, response: Any) -> list[int]:
+    if not isinstance(response, str):
+        raise InvalidPrompt("`response` is no text")
+    if not is_whole(response):
+        raise InvalidPrompt("`response` holds half a character (a lone surrogate)")
+    return list(model.tokenizer.encode(response, add_special_tokens=False))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A shard. Raises DataError for one that cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"`{path}` cannot be read: {error}", hint="remove it and run `flashdraft features` again") from None
 
 
 class FeatureSet:
@@ -270,6 +337,20 @@ class FeatureSet:
     def answer_tokens(self, i: int) -> list[int]:
         return self._read(i, "tokens")[0][self.index[i][2] :].tolist()
 
+    def sizes(self) -> list[Sizes]:
+        """Of all samples, without reading them."""
+        found = []
+        for key, entry in self.shards.items():
+            path = self.folder / f"{key}.safetensors"
+            with _opened(path) as file:
+                for n, start in enumerate(entry["starts"]):
+                    num_tokens = file.get_slice(f"{n}.tokens").get_shape()[0]
+                    num_final = None
+                    if self.final:
+                        num_final = file.get_slice(f"{n}.final").get_shape()[0]
+                    found.append(Sizes(start, num_tokens, num_final))
+        return found
+
     def __getitem__(self, i: int) -> Sample:
         tokens, features, *final = self._read(i, "tokens", "features", *("final",) * self.final)
         if self.layers != self.stored:
@@ -280,11 +361,8 @@ class FeatureSet:
     def _read(self, i: int, *names: str) -> list[Tensor]:
         key, n, _ = self.index[i]
         path = self.folder / f"{key}.safetensors"
-        try:
-            with safe_open(path, framework="pt") as file:
-                return [file.get_tensor(f"{n}.{name}") for name in names]
-        except (SafetensorError, OSError) as error:
-            raise DataError(f"`{path}` cannot be read: {error}", hint="remove it and run `flashdraft features` again") from None
+        with _opened(path) as file:
+            return [file.get_tensor(f"{n}.{name}") for name in names]
 
 
 class OnlineFeatures(Reader):
@@ -293,11 +371,23 @@ class OnlineFeatures(Reader):
     def __init__(self, model: Model, answers: Sequence[Path], *, layers: Layers, max_length: int, final: bool = False) -> None:
         super().__init__(model, layers, max_length, final)
         self.name, self.target = ", ".join(map(str, answers)), model.target.name
-        parts = _shards(answers)
+        left_out = LeftOut("answer")
+        parts = _shards(answers, left_out)
         for path in answers:
             check_origin(path, target_facts(model))
-        self.rows = [row for _, rows in sorted(parts.items()) for row in rows]  # a FeatureSet's order
         self.identity = _identity(parts, max_length)
+        self.rows, self._sizes = list[dict[str, Any]](), list[Sizes]()
+        for _, part in sorted(parts.items()):  # a FeatureSet's order
+            for place, row in part:
+                try:
+                    tokens, num_prompt = encode(model, row)
+                except InvalidPrompt as error:
+                    left_out.add(place, error)
+                    continue
+                length = min(len(tokens), max_length)
+                self.rows.append(row)
+                self._sizes.append(Sizes(num_prompt, length, length if final else None))
+        _tell_left_out(left_out, len(self.rows))
         if not self.rows:
             raise DataError(f"`{self.name}` holds no answers", hint="run `flashdraft regenerate` first")
 
@@ -315,6 +405,10 @@ class OnlineFeatures(Reader):
 
     def describe(self, i: int) -> str:
         return f"the answer to {self.rows[i]['prompt']!r:.60}"
+
+    def sizes(self) -> list[Sizes]:
+        """Of all samples, without reading them."""
+        return self._sizes
 
     def answer_tokens(self, i: int) -> list[int]:
         tokens, num_prompt = encode(self.model, self.rows[i])

@@ -23,7 +23,7 @@ from flashdraft.provenance import named_target, target_facts
 from flashdraft.train.answers import open_answers, question, sampling_facts
 from flashdraft.train.features import SHARD, Sample, ShardWriter, encode, shard_key
 from flashdraft.train.questions import as_prompt
-from flashdraft.train.rows import LeftOut, placed_rows
+from flashdraft.train.rows import LeftOut, is_whole, placed_rows
 from flashdraft.types import Rows, SamplingParams, require
 
 __all__ = ["Later", "Server", "mixed", "regenerate"]
@@ -199,7 +199,7 @@ class Server:
             if message["content"] is None or finish in _NO_TEXT:
                 got_none = f"the server has no text for it: finish_reason {finish!r}"
                 raise InvalidPrompt(got_none, hint="a drafter learns from texts: leave out tools and filters")
-            if not _is_whole(message["content"]):
+            if not is_whole(message["content"]):
                 raise InvalidPrompt("the server's answer holds half a character (a lone surrogate)")
             num_tokens = (reply.get("usage") or {}).get("completion_tokens")
             return {"response": message["content"], "finish": finish, "num_tokens": num_tokens}
@@ -213,15 +213,6 @@ class Server:
         return FlashDraftError(message, hint=f"see that it serves `{self.model}`, set OPENAI_API_KEY if it wants one, run again")
 
 
-def _is_whole(text: str) -> bool:
-    """Whether a text can be written: one with half a character cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _read(prompts: Path, left_out: LeftOut) -> list[Row]:
     """The prompts with their numbers and places. A line that asks nothing is left out, and has a number."""
     rows: list[Row] = []
@@ -230,7 +221,7 @@ def _read(prompts: Path, left_out: LeftOut) -> list[Row]:
         try:
             if not isinstance(row.get("thinking", False), bool):
                 raise ValueError(f"`thinking` is {row['thinking']!r}, not true or false")
-            if not _is_whole(f"{row['source']}{row['row']}"):
+            if not is_whole(f"{row['source']}{row['row']}"):
                 raise ValueError("`source` or `row` holds half a character (a lone surrogate)")
             rows.append(row | {"prompt": as_prompt(row), "number": number, "place": place})
         except ValueError as error:

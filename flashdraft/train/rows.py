@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from flashdraft.errors import DataError, FlashDraftError
 from flashdraft.train.questions import CONVERSATIONS, QUESTIONS
 
-__all__ = ["LeftOut", "json_list", "placed_rows", "read_jsonl"]
+__all__ = ["LeftOut", "is_whole", "json_list", "placed_rows", "read_jsonl"]
 
 Names = Collection[str]
 
@@ -99,6 +99,15 @@ def placed_rows(path: Path, keys: Names = (), left_out: LeftOut | None = None) -
             left_out.add(f"{path}, {place}", cause)
         else:
             raise DataError(f"{path}, {place}: {cause}", hint=f"mend or remove that {place.split()[0]}")
+
+
+def is_whole(text: str) -> bool:
+    """Whether a text can be written: one with half a character cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def json_list(path: Path) -> list[Any]:

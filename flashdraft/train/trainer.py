@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from flashdraft.methods.dflash import DFlashDraftModel
 from flashdraft.network import DraftNetwork
 from flashdraft.process import FLOATS, INTS
 from flashdraft.provenance import provenance, target_facts
-from flashdraft.train.batch import Batch, FlopCount, Pass, make_batch
+from flashdraft.train.batch import Batch, FlopCount, Pass, make_batch, why_no_anchor
 from flashdraft.train.config import (
     TrainConfig,
     check_run_folder,
@@ -43,8 +44,9 @@ from flashdraft.train.config import (
     model_card,
     save_checkpoint,
 )
-from flashdraft.train.features import Data
+from flashdraft.train.features import Data, Sample
 from flashdraft.train.objectives import Loss, accuracy, common_tokens
+from flashdraft.train.rows import LeftOut
 from flashdraft.types import SamplingParams
 
 __all__ = ["Trainer", "process_device"]
@@ -107,6 +109,7 @@ class Trainer:
         inputs = {"target": self.facts["target"], "template": self.facts["template"], "data": self.data.identity}
         inputs |= {"held_out": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:16]}
         self._check_inputs(inputs)
+        self._tell_passed_over()
         lock = locked(Path(os.path.realpath(self.out))) if self.acc.is_main_process else nullcontext()
         with lock:
             return self._run(inputs, prompts, quiet=quiet)
@@ -206,7 +209,7 @@ class Trainer:
         """This process's micro-batches of the step: number m of all processes' holds samples m * sequences and on."""
         c, device = self.config, self.acc.device
         numbers = [(self.step * c.accumulate + a) * self.acc.num_processes + self.acc.process_index for a in range(c.accumulate)]
-        samples = [[(n, self.data[self._place(n)]) for n in range(m * c.sequences, (m + 1) * c.sequences)] for m in numbers]
+        samples = [self._samples(range(m * c.sequences, (m + 1) * c.sequences)) for m in numbers]
         options: Any = {"min_context": c.min_context, "flex": device if device.type == "cuda" else None}
         return [make_batch(each, self.model.config, c.anchors, c.seed, **options).to(device) for each in samples]
 
@@ -233,6 +236,48 @@ class Trainer:
             check_facts(self.out, self.begun["inputs"], inputs, "name another folder, or go on with what it was begun with")
         elif self.acc.is_main_process:
             say(f"{self.out}: its run.json says nothing of its target and data; it goes on with these")
+
+    def _samples(self, numbers: Sequence[int]) -> list[tuple[int, Sample]]:
+        """The samples of these numbers. If nothing can be learned from any of them, the next one from which something can."""
+        places = {number: self._place(number) for number in numbers}
+        if not any(self._is_usable[place] for place in places.values()):
+            number = self._next_usable(numbers[0])
+            places = {number: self._place(number)}
+        return [(number, self.data[place]) for number, place in places.items()]
+
+    @cached_property
+    def _is_usable(self) -> list[bool]:
+        """Of every sample: whether an anchor fits into it. The same on every process."""
+        config = self.model.config
+        return [not why_no_anchor(sizes, config, self.config.min_context) for sizes in self.data.sizes()]
+
+    def _next_usable(self, number: int) -> int:
+        """The number in the same epoch that follows this one, round about, and whose sample is usable."""
+        size = len(self.data)
+        begin = number - number % size
+        for step in range(1, size):
+            other = begin + (number + step) % size
+            if self._is_usable[self._place(other)]:
+                return other
+        raise self._nothing_usable()
+
+    def _tell_passed_over(self) -> None:
+        """Raises DataError where nothing can be learned from any sample."""
+        if not any(self._is_usable):
+            raise self._nothing_usable()
+        if self.acc.is_main_process:
+            self._passed_over().tell()
+
+    def _passed_over(self) -> LeftOut:
+        left_out = LeftOut("sample")
+        for i, sizes in enumerate(self.data.sizes()):
+            if why := why_no_anchor(sizes, self.model.config, self.config.min_context):
+                left_out.add(self.data.describe(i), why)
+        return left_out
+
+    def _nothing_usable(self) -> DataError:
+        hint = "regenerate longer answers, store more of them with --max-length, or lower --min-context"
+        return DataError(f"nothing can be learned from `{self.data.name}`: {self._passed_over()}", hint=hint)
 
     def _check(self) -> None:
         data, config = self.data, self.model.config
