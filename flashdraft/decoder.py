@@ -5,6 +5,9 @@ text of a draft and plain text agree bit for bit; or torch operations on packed 
 traces. Does not know drafters or what a token means.
 """
 
+import ctypes
+import mmap
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -29,34 +32,68 @@ class Block:
     """One block, fused: q, k, v in one linear, gate and up in another. window: slots back that a node sees (torch kernel)."""
 
     def __init__(self, block: Any, like: Tensor, *, window: int | None = None) -> None:
-        def fused(*linears: Any) -> tuple[Tensor, Tensor | None]:
-            weight = torch.cat([linear.weight.detach() for linear in linears]).to(like)
-            biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
-            return weight, torch.cat(biases).to(like) if biases else None
-
+        self.like = like
         attention, mlp, self.window = block.self_attn, block.mlp, window
-        self.linears = {"qkv": fused(attention.q_proj, attention.k_proj, attention.v_proj), "out": fused(attention.o_proj)}
-        self.linears |= {"gate_up": fused(mlp.gate_proj, mlp.up_proj), "down": fused(mlp.down_proj)}
+        self.parts: dict[str, tuple[Any, ...]] = {
+            "qkv": (attention.q_proj, attention.k_proj, attention.v_proj),
+            "out": (attention.o_proj,),
+            "gate_up": (mlp.gate_proj, mlp.up_proj),
+            "down": (mlp.down_proj,),
+        }
         norms = {"input_norm": block.input_layernorm, "post_norm": block.post_attention_layernorm}
         norms |= {name: getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)}
         self.norms = {name: norm.weight.detach().to(like).contiguous() for name, norm in norms.items()}
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """Outputs and inputs of a fused linear."""
+        parts = self.parts[name]
+        return sum(len(part.weight) for part in parts), parts[0].weight.shape[1]
+
+    def fused(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of a fused linear, made now: a decoder packs one after the other, and no two are there at once."""
+        parts = self.parts[name]
+        weight = torch.cat([part.weight.detach() for part in parts]).to(self.like)
+        biases = [part.bias.detach() for part in parts if part.bias is not None]
+        return weight, torch.cat(biases).to(self.like) if biases else None
+
+    def let_go(self, name: str) -> None:
+        """Give the memory of a fused linear's sources back; they are empty from now on."""
+        for part in self.parts[name]:
+            _forget_pages(part.weight)
+            part.weight.data = part.weight.data.new_empty(0)
+
+
+def _forget_pages(weight: Tensor) -> None:
+    """Tell the system that nobody reads this tensor again.
+
+    Loaded weights are views into a mapped file, whose pages would stay in memory until the last of all its tensors goes. Only
+    whole pages within the tensor are named, so that its neighbours lose nothing.
+    """
+    if sys.platform != "linux" or weight.device.type != "cpu":
+        return
+    first = -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    last = (weight.data_ptr() + weight.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if last > first:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
 
 
 class Decoder:
     """Blocks and the norm behind them, packed. `rotary`: layers.rotary_table's."""
 
-    def __init__(self, blocks: Iterable[Block], norm: Tensor, *, rotary: Pair, eps: float, kernel: str = "compact") -> None:
+    def __init__(
+        self, blocks: Iterable[Block], norm: Tensor, *, rotary: Pair, eps: float, kernel: str = "compact", consume: bool = False
+    ) -> None:
         self.norm, self.eps, self.hidden_size = norm.contiguous(), eps, len(norm)
         self.cos, self.sin = (table.contiguous() for table in rotary)
         kept = list(blocks)
         self.norms, self.windows = [block.norms for block in kept], [block.window for block in kept]
-        qkv, out, down = (kept[0].linears[name][0].shape for name in ("qkv", "out", "down"))
+        qkv, out, down = (kept[0].shape(name) for name in ("qkv", "out", "down"))
         self.inner, self.head_dim = down[1], self.cos.shape[1]
         self.heads, self.kv_heads = out[1] // self.head_dim, (qkv[0] - out[1]) // self.head_dim // 2
         fits = native.usable(norm) and not any(self.windows) and self.odd_size() is None
         self.native = fits and kernel not in ("torch", "compiled")
         self.kernel = kernel if self.native or kernel == "compiled" else "torch"
-        self.linears = [{name: self._packed(name, *pair) for name, pair in block.linears.items()} for block in kept]
+        self.linears = [self._packed_block(block, consume=consume) for block in kept]
         everything = [linear for linears in self.linears for linear in linears.values()]
         self.row_exact, self.nbytes = all(one.row_exact for one in everything), sum(one.nbytes for one in everything)
         self.formats = sorted({linear.format for linear in everything})
@@ -174,6 +211,14 @@ class Decoder:
         """Every layer's keys and values."""
         like = self.norm.new_empty(self.kv_heads, 0, self.head_dim)
         return [cache.layer(index, like) for index in range(len(self.norms))]
+
+    def _packed_block(self, block: Block, *, consume: bool) -> dict[str, Linear]:
+        linears = {}
+        for name in block.parts:
+            linears[name] = self._packed(name, *block.fused(name))
+            if consume:
+                block.let_go(name)
+        return linears
 
     def _packed(self, name: str, weight: Tensor, bias: Tensor | None) -> Linear:
         if not self.native:

@@ -212,7 +212,12 @@ def load_target(name: str, *, device: str = "cpu", dtype: str = "auto", kernel: 
     odd = unfit(model)
     ours = kernel != "transformers" and (device == "cpu" or kernel in ("torch", "compiled"))
     lean = ours and odd is None
-    made = LeanTarget(model, name, kernel=fastest(model) if kernel == "auto" else kernel) if lean else HFTarget(model, name)
+    if lean and kernel == "auto":
+        quick = fastest(model, name, consume=True)
+        if quick is None:  # the model's weights are gone
+            return load_target(name, device=device, dtype=dtype, kernel="torch")
+        return quick, tokenizer, frozenset(ids)
+    made = LeanTarget(model, name, kernel=kernel, consume=True) if lean else HFTarget(model, name)
     if kernel not in ("auto", made.kernel_name):
         raise _kernel_refused(kernel, made, odd, model.dtype, device)
     return made, tokenizer, frozenset(ids)

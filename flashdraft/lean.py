@@ -3,13 +3,11 @@
 Does not know drafters, verification or text.
 """
 
-import hashlib
-import json
-import timeit
-from contextlib import suppress
+import time
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
-from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from flashdraft import hub, native
+from flashdraft import native
 from flashdraft.cache import SlotCache
 from flashdraft.decoder import Block, CompiledStep, Decoder
-from flashdraft.files import write_file
 from flashdraft.layers import ROPE_TYPES, Linear, TorchLinear, rotary_table
 from flashdraft.process import INTS, undisturbed
 from flashdraft.target import Indices, Output, Target
+from flashdraft.timing import StepTimes, best_of
 from flashdraft.tree import ancestors, chain
 
 __all__ = ["LeanTarget", "fastest", "unfit"]
@@ -32,11 +30,15 @@ FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "
 _PARTS = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding")
 _PLAIN = (nn.Linear, nn.Embedding, nn.ModuleList, type(ACT2FN["silu"]))
 
+_LONG = 256  # slots; the table of step times is measured behind an empty cache
+_BEYOND_CACHES = 64 * 2**20  # bytes of blocks that no cache holds, so that steps of them read memory as steps of all do
+
 
 class LeanTarget(Target):
     """llama, mistral, qwen2 or qwen3 behind the Target contract (target.py). kernel: compact, float32, int8, torch, compiled."""
 
-    def __init__(self, model: Any, name: str, *, kernel: str = "compact") -> None:
+    def __init__(self, model: Any, name: str, *, kernel: str = "compact", consume: bool = False) -> None:
+        """consume: the model's blocks lose their weights as these are packed, so that not both are held at once."""
         config, decoder = model.config, model.model
         self.name, self.config = name, config
         self.vocab_size, self.hidden_size = int(config.vocab_size), int(config.hidden_size)
@@ -44,7 +46,8 @@ class LeanTarget(Target):
         self.embedding, norm, rope = decoder.embed_tokens.weight.detach(), decoder.norm.weight.detach(), decoder.rotary_emb
         rotary = rotary_table(rope.inv_freq, self.context_length, rope.attention_scaling, self.embedding.dtype)
         blocks = (Block(block, self.embedding) for block in decoder.layers)
-        self.decoder = Decoder(blocks, norm, rotary=rotary, eps=float(config.rms_norm_eps), kernel=kernel)
+        self._tables: dict[int, StepTimes] = {}  # by number of threads
+        self.decoder = Decoder(blocks, norm, rotary=rotary, eps=float(config.rms_norm_eps), kernel=kernel, consume=consume)
         self._head_rows: Tensor = model.lm_head.weight.detach()  # the embedding itself where the two are tied
         bias = None if model.lm_head.bias is None else model.lm_head.bias.detach()
         self.blocked_keys = self.decoder.native
@@ -64,24 +67,32 @@ class LeanTarget(Target):
 
     @property
     def step_seconds(self) -> dict[int, float]:
-        """Measured once per model shape, kernel, number of threads and machine."""
-        gpu = torch.cuda.get_device_name(self.embedding.device) if self.embedding.is_cuda else ""
-        facts = [self.config.to_diff_dict(), self.kernel + gpu, torch.get_num_threads(), torch.__version__, native.fingerprint()]
-        key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-        path = hub.cache_dir() / f"seconds-{key}.json"
-        try:
-            return {int(count): seconds for count, seconds in json.loads(path.read_text()).items()}
-        except (OSError, ValueError):
-            cache, table = self.new_cache(1, 256), {}
-        for count in (1, 2, 4, 8, 16, 32):
-            shape = torch.ones(1, count, **INTS), chain(count)[None], torch.tensor([count], **INTS)
-            step = partial(self.forward, cache, [0], *shape, ())
-            times = timeit.repeat(lambda step=step: float(step()[0][0, 0, 0]), number=1, repeat=6)  # type: ignore[misc]  # waits
-            table[count] = median(times[1:])
-        with suppress(OSError):  # a cache that cannot be written costs this measurement again, no more
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_file(path, json.dumps(table).encode())
-        return table
+        """Measured once per model shape, kernel, number of threads and machine, and again where steps contradict it."""
+        return self._times.measured(self._timed_step())
+
+    @property
+    def _times(self) -> StepTimes:
+        threads = torch.get_num_threads()
+        if threads not in self._tables:
+            gpu = torch.cuda.get_device_name(self.embedding.device) if self.embedding.is_cuda else ""
+            facts = [self.config.to_diff_dict(), self.kernel + gpu, threads, torch.__version__, native.fingerprint()]
+            self._tables[threads] = StepTimes(facts)
+        return self._tables[threads]
+
+    def _timed_step(self) -> Callable[[int], float]:
+        """A step of so many tokens behind an empty cache, waited for."""
+        cache = self.new_cache(1, 256)
+
+        def step(count: int) -> float:
+            tokens, sizes = torch.ones(1, count, **INTS), torch.tensor([count], **INTS)
+            logits, _ = self.forward(cache, [0], tokens, chain(count)[None], sizes, ())
+            return float(logits[0, 0, 0])
+
+        return step
+
+    def measure_again(self) -> dict[int, float]:
+        """`step_seconds`, whatever was known."""
+        return self._times.measure(self._timed_step())
 
     @staticmethod
     def fits(config: Any) -> bool:
@@ -99,7 +110,12 @@ class LeanTarget(Target):
         self, cache: SlotCache, slots: Indices, tokens: Tensor, parents: Tensor, sizes: Tensor, layers: Indices
     ) -> Output:
         if self._step is None:
-            return super().forward(cache, slots, tokens, parents, sizes, layers)
+            started = time.perf_counter()
+            output = super().forward(cache, slots, tokens, parents, sizes, layers)
+            if len(slots) == 1 and self.embedding.device.type == "cpu":
+                seconds, long = time.perf_counter() - started, cache.lengths[slots[0]] > _LONG
+                self._times.check(tokens.shape[1], seconds, long=long)
+            return output
         tree = ancestors(parents)
         return self._step(cache, slots, tokens, (tree, tree.sum(-1) - 1, sizes), layers)
 
@@ -142,9 +158,53 @@ def unfit(model: Any) -> str | None:
     return None
 
 
-def fastest(model: Any) -> str:
-    """The exact kernel with the quickest steps of 1 and 8 tokens for a model that fits; measured once per machine."""
+def fastest(model: Any, name: str = "", *, consume: bool = False) -> LeanTarget | None:
+    """The target by our kernels in the exact format of fewest bytes, or None where torch's operations are quicker.
+
+    By steps of 1 and 8 tokens. What torch would take is measured once a machine, on as few blocks as show it; before torch is
+    preferred the kernels are measured again, because the machine may have been busy. consume: as LeanTarget's.
+    """
     if not native.usable(model.lm_head.weight):
-        return "torch"
-    compact, plain = (LeanTarget(model, "", kernel=kernel) for kernel in ("compact", "torch"))
-    return min(compact, plain, key=lambda target: target.step_seconds[1] + target.step_seconds[8]).kernel_name
+        return None
+    rival = _torch_seconds(model)
+    made = LeanTarget(model, name, kernel="compact", consume=consume)
+    if not made.decoder.native:
+        return None
+    if _together(made.step_seconds) <= rival or _together(made.measure_again()) <= rival:
+        return made
+    return None
+
+
+def _together(seconds: Mapping[int, float]) -> float:
+    return seconds[1] + seconds[8]
+
+
+def _torch_seconds(model: Any) -> float:
+    """What steps of 1 and 8 tokens would take by torch's operations."""
+    facts = [
+        "torch, by some blocks",
+        model.config.to_diff_dict(),
+        torch.get_num_threads(),
+        torch.__version__,
+        native.fingerprint(),
+    ]
+    times = StepTimes(facts, counts=(1, 8))
+    known = times.read()
+    if known is not None:
+        return _together(known)
+
+    num_layers = len(model.model.layers)
+    block_bytes = sum(p.nbytes for p in model.model.layers[0].parameters())
+    few = min(num_layers, 1 + _BEYOND_CACHES // block_bytes)
+    part = SimpleNamespace(config=model.config, lm_head=model.lm_head)
+    names = {name: getattr(model.model, name) for name in ("embed_tokens", "norm", "rotary_emb")}
+    part.model = SimpleNamespace(layers=model.model.layers[:few], **names)
+    target = LeanTarget(part, "", kernel="torch")
+    steps = best_of(target._timed_step(), times.counts)
+    heads = best_of(lambda count: target.lm_head(target.embedding[:count]), times.counts)
+    whole = {}
+    for count in times.counts:
+        blocks = max(steps[count] - heads[count], 0.0)
+        whole[count] = heads[count] + blocks * num_layers / few
+    times.keep(whole)
+    return _together(whole)

@@ -126,7 +126,7 @@ class PackedDraft(DraftHead):
         kernel = "compiled" if target.kernel_name == "compiled" else DRAFT_KERNEL
         self.decoder = Decoder(blocks, norm, rotary=rotary, eps=config.rms_norm_eps, kernel=kernel)
         first = config.num_attention_heads * config.head_dim  # behind the queries: keys and values, of all layers in one linear
-        weights, biases = zip(*(block.linears["qkv"] for block in blocks), strict=True)
+        weights, biases = zip(*(block.fused("qkv") for block in blocks), strict=True)
         bias = None if biases[0] is None else torch.cat([b[first:] for b in biases])
         self.context_kv = pack(torch.cat([weight[first:] for weight in weights]), bias, kernel=DRAFT_KERNEL)
         self.k_norm = torch.stack([block.norms["k_norm"] for block in blocks])

@@ -85,7 +85,7 @@ class _Packed(DraftHead):
             self.config = replace(model.config, num_target_layers=target.num_layers, target_layer_ids=layers)
         layer = Block(model.midlayer, self.probe)
         self.fc, self.cos, self.sin = self.packed(model.fc.weight), model.cos.to(self.probe), model.sin.to(self.probe)
-        self.linears = {name: self.packed(weight) for name, (weight, _) in layer.linears.items()}
+        self.linears = {name: self.packed(layer.fused(name)[0]) for name in layer.parts}
         states, final = (norm.weight.detach().to(self.probe) for norm in (model.midlayer.hidden_norm, model.norm))
         self.norms = layer.norms | {"states": states, "final": final}
         self.nbytes += sum(linear.nbytes for linear in (self.fc, *self.linears.values()))

@@ -1,0 +1,107 @@
+"""What a target's steps take on this machine: the best of several short rounds, kept in the cache folder.
+
+A machine may be busy while it is measured. So the rounds go through all sizes of steps in turn and the quickest of each counts,
+and every step that really runs is held against the table: where they contradict each other, it is measured anew.
+"""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from flashdraft import hub
+from flashdraft.files import write_file
+
+__all__ = ["COUNTS", "StepTimes", "best_of"]
+
+COUNTS = (1, 2, 4, 8, 16, 32)  # tokens of a step
+_ROUNDS = 6
+_QUICKER, _QUICK_STEPS = (
+    0.8,
+    3,
+)  # so many steps that take less than this share of what is known: it was measured on a busy machine
+_SLOWER, _SLOW_STEPS = 2.5, 50  # so many in a row that take more than this: it is another machine, or was another load
+
+
+def best_of(step: Callable[[int], object], counts: Sequence[int], rounds: int = _ROUNDS) -> dict[int, float]:
+    """Seconds of `step(count)`, the quickest of all rounds, by count."""
+    best = dict.fromkeys(counts, math.inf)
+    for _ in range(rounds):
+        for count in counts:
+            started = time.perf_counter()
+            step(count)
+            best[count] = min(best[count], time.perf_counter() - started)
+    return best
+
+
+class StepTimes:
+    """The table of one model, kernel, number of threads and machine, all of which `facts` tell."""
+
+    def __init__(self, facts: Sequence[Any], counts: Sequence[int] = COUNTS) -> None:
+        text = json.dumps(list(facts), sort_keys=True, default=str)
+        key = hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.path = hub.cache_dir() / f"seconds-{key}.json"
+        self.counts = tuple(counts)
+        self._held: dict[int, float] | None = None  # what steps are held against
+        self._quick = 0
+        self._slow = 0
+
+    def read(self) -> dict[int, float] | None:
+        """What is known, or None."""
+        return _read(self.path, self.counts)
+
+    def measured(self, step: Callable[[int], object]) -> dict[int, float]:
+        """What is known, measured now if nothing is."""
+        known = self.read()
+        return self.measure(step) if known is None else known
+
+    def measure(self, step: Callable[[int], object]) -> dict[int, float]:
+        """Measure and keep it; a cache folder that cannot be written costs this again, no more."""
+        table = best_of(step, self.counts)
+        self.keep(table)
+        return table
+
+    def keep(self, table: Mapping[int, float]) -> None:
+        with suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_file(self.path, json.dumps(dict(table)).encode())
+        self._held = dict(table)
+
+    def check(self, count: int, seconds: float, *, long: bool) -> None:
+        """Hold a step that really ran against the table, and forget it where the two contradict each other.
+
+        long: the step read a long context, which the table's steps do not; it may well take longer.
+        """
+        if self._held is None:
+            self._held = self.read() or {}
+        expected = self._held.get(count)
+        if expected is None:
+            return
+
+        self._quick += seconds < _QUICKER * expected
+        if seconds < _SLOWER * expected:
+            self._slow = 0
+        elif not long:
+            self._slow += 1
+        if self._quick >= _QUICK_STEPS or self._slow >= _SLOW_STEPS:
+            self.forget()
+
+    def forget(self) -> None:
+        """The next one who asks measures again."""
+        self._held, self._quick, self._slow = {}, 0, 0
+        with suppress(OSError):
+            self.path.unlink(missing_ok=True)
+
+
+def _read(path: Path, counts: Sequence[int]) -> dict[int, float] | None:
+    try:
+        stored: Mapping[str, float] = json.loads(path.read_text(encoding="utf-8"))
+        table = {count: float(stored[str(count)]) for count in counts}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    possible = all(0 < seconds < math.inf for seconds in table.values())
+    return table if possible else None
