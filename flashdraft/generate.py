@@ -183,10 +183,18 @@ def load(
     """
     max_rows, block_size, tree_nodes = map(as_number, (max_rows, block_size, tree_nodes))
     require(max_rows >= 1, "max_rows", max_rows, "1 or more")
-    loaded, tokenizer, eos = load_target(str(target), **how)
-    new_drafter = drafters(draft, loaded, str(target), block_size, tree_nodes, tokenizer=tokenizer)
+    name = _name_of(target)
+    loaded, tokenizer, eos = load_target(name, **how)
+    new_drafter = drafters(draft, loaded, name, block_size, tree_nodes, tokenizer=tokenizer)
     adaptive = block_size is None and draft != "autoregressive"
     return Model(loaded, tokenizer, new_drafter, eos=eos, max_rows=max_rows, adaptive=adaptive)
+
+
+def _name_of(given: str | Path) -> str:
+    """A Path is the folder itself, also where it is called as something that is known by name."""
+    name = str(given)
+    known = (*hub.BUILTIN, *NETWORKS)
+    return f"./{name}" if isinstance(given, Path) and name in known else name
 
 
 @undisturbed
@@ -266,12 +274,13 @@ def drafters(
     if draft == "autoregressive":
         require(block_size is None, "block_size", block_size, "left out: plain decoding drafts nothing")
         return Autoregressive
-    return partial(_network(str(draft), target, name, tokenizer), block_size=block_size, tree_nodes=tree_nodes)
+    return partial(_network(_name_of(draft), target, name, tokenizer), block_size=block_size, tree_nodes=tree_nodes)
 
 
 def _network(draft: str, target: Target, target_name: str, tokenizer: Any) -> Callable[..., Drafter]:
     """The drafters of a folder or hub id, of whichever method it is; a method's name is the one shipped for the target."""
     if draft in NETWORKS:
+        hub.check_unambiguous(draft, "a method's name")
         if (shipped := hub.builtin_draft(target_name, draft)) is None:
             raise ModelNotFound(f"no {draft} drafter is shipped for `{target_name}`", hint="give a drafter's folder or hub id")
         draft = str(shipped)

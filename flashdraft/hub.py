@@ -95,7 +95,7 @@ def resolve(name: str, wanted: Sequence[str] = _WANTED) -> Path | GgufFile:
     path = Path(os.path.expanduser(name))
     is_folder, is_file = os.path.isdir(path), os.path.isfile(path)
     if name in BUILTIN:
-        _check_unambiguous(name, path)
+        check_unambiguous(name, "the built-in model's name")
         return builtin(name)
     if is_folder and name.strip():
         return _folder(name, path)
@@ -109,12 +109,13 @@ def resolve(name: str, wanted: Sequence[str] = _WANTED) -> Path | GgufFile:
     raise ModelNotFound(f"no folder or file `{name}`", hint=_meant(name))
 
 
-def _check_unambiguous(name: str, path: Path) -> None:
-    """A built-in name that is also a model's folder here may mean either. Raises ModelNotFound."""
+def check_unambiguous(name: str, known: str) -> None:
+    """A known name that is also what a model here is called may mean either. Raises ModelNotFound."""
+    path = Path(name)
     marks = ("config.json", "adapter_config.json", "*.safetensors", "*.gguf")
     if path.is_file() or any(True for mark in marks for _ in path.glob(mark)):
-        got = f"`{name}` is the built-in model's name and also what a model here is called"
-        raise ModelNotFound(got, hint=f"give ./{name} for the one here; rename that to have the built-in one")
+        got = f"`{name}` is {known} and also what a model here is called"
+        raise ModelNotFound(got, hint=f"give ./{name} for the one here; rename that to have the other one")
 
 
 def _folder(name: str, path: Path) -> Path:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import huggingface_hub
 import torch
 import transformers
+from gguf import MODEL_ARCH_NAMES, GGUFReader, get_tensor_name_map
 from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -118,6 +119,8 @@ def read_model(source: Source, *, dtype: str = "auto") -> Any:
         raise _explained(error, source) from None
     model, info = loaded
     _check_whole(source, type(model).__name__, info)
+    if source.gguf is not None:
+        _check_all_used(source, model)
     return model
 
 
@@ -416,6 +419,27 @@ def _check_whole(source: Source, architecture: str, info: Mapping[str, Any]) -> 
         raise CheckpointError(got, hint="what ran would be another model: is the config.json of these weights the right one?")
     if info.get("error_msgs"):
         raise CheckpointError(f"cannot load `{source.name}`: {first_line(info['error_msgs'][0])}", hint=_AGAIN)
+
+
+def _check_all_used(source: Source, model: Any) -> None:
+    """A GGUF file's tensors that its reader has no place for are dropped without a word: the numbers must add up."""
+    reader = GGUFReader(source.folder / str(source.gguf))
+    architecture = str(reader.fields["general.architecture"].contents())
+    kept = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors if ".nextn" not in tensor.name}
+    if architecture in ("falcon", "bloom"):  # always tied
+        kept.pop("output.weight", None)
+    taken = sum(parameter.numel() for parameter in model.parameters())
+    if sum(kept.values()) <= taken:
+        return
+
+    enum = next((key for key, name in MODEL_ARCH_NAMES.items() if name == architecture), None)
+    left = sorted(kept)
+    if enum is not None:
+        names = get_tensor_name_map(enum, int(model.config.get_text_config().num_hidden_layers))
+        known = {names.get_name(name, try_suffixes=(".weight", ".bias")) for name, _ in model.named_parameters()}
+        left = sorted(set(kept) - known) or left
+    got = f"`{source.name}` holds the tensor {left[0]}, which a {type(model).__name__} leaves out"
+    raise CheckpointError(got, hint="what ran would be another model: use the model's original Hugging Face folder")
 
 
 def _is_other_part(name: str) -> bool:

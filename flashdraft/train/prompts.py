@@ -105,7 +105,7 @@ def hub_rows(name: str) -> Any:
     parts = re.split(r":(?![^\[]*\])", name)  # a slice, train[:1000], has a colon of its own
     repo, *config, split = parts if len(parts) > 1 else (name, "train")
     try:
-        return import_module("datasets").load_dataset(repo, *config, split=split)
+        return import_module("datasets").load_dataset(repo, *config, split=split, trust_remote_code=False)
     except ImportError:
         message = f"`{name}` is no .jsonl or .json file, and hub data sets need the package `datasets`"
         raise DataError(message, hint="pip install datasets, or name such a file") from None
