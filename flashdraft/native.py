@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashdraft.hub import cache_dir
-from flashdraft.process import FLOATS
+from flashdraft.process import FLOATS, num_threads
 
 __all__ = ["PANEL", "Layer", "Model", "NativeLinear", "addresses", "chain", "library", "step", "usable"]
 
@@ -144,7 +144,7 @@ class NativeLinear:
         x, y = x.contiguous(), x.new_empty(len(x), self.out_features)
         kernels: Any = library()
         pointers = ctypes.byref(self.struct), c_void_p(x.data_ptr()), c_int64(len(x)), c_void_p(y.data_ptr())
-        kernels.flashdraft_linear(*pointers, c_int64(torch.get_num_threads()))
+        kernels.flashdraft_linear(*pointers, c_int64(num_threads()))
         return y
 
 
@@ -164,7 +164,7 @@ def step(model: Model, slots: int, shape: Tensors, kv: Sequence[Any], tensors: T
     kv: `addresses`; tensors: the wanted layers' places, x, which becomes the final state, three to work in, and the features.
     """
     held, (_, x, *_, features) = [t.contiguous() for t in shape], tensors
-    sizes = *held[-2].shape, len(x), slots, features.shape[1], torch.get_num_threads()
+    sizes = *held[-2].shape, len(x), slots, features.shape[1], num_threads()
     pointers: list[Any] = [*(t.data_ptr() for t in held), *map(ctypes.addressof, kv), *(t.data_ptr() for t in tensors)]
     pointers += [None if seconds is None else seconds.data_ptr()]
     kernels: Any = library()
@@ -178,7 +178,7 @@ def chain(states: Tensor, anchors: Tensor, tables: Sequence[Tensor], ids: Tensor
     ids [ids, hidden], gate_up [2 * rank, 2 * hidden] and down [hidden, rank].
     """
     scores, held = states.new_empty(ids.shape), [t.contiguous() for t in (states, anchors, *tables, ids)]
-    sizes = *ids.shape, states.shape[2], tables[-1].shape[1], torch.get_num_threads()
+    sizes = *ids.shape, states.shape[2], tables[-1].shape[1], num_threads()
     kernels: Any = library()
     kernels.flashdraft_chain(ctypes.byref(_Chain(*sizes, *(tensor.data_ptr() for tensor in (*held, scores)))))
     return scores

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-from flashdraft import hub
+from flashdraft import hub, native
 from flashdraft.checkpoint import OPTIONAL, DraftConfig, check_target, read_draft, write_draft
 from flashdraft.errors import CheckpointError, DraftMismatch
 from flashdraft.layers import ROPE_TYPES, Linear, pack, rotary_table
@@ -117,6 +117,7 @@ class DraftHead:
         check_target(model.config, target)
         self.config, self.target = model.config, target
         self.probe = target.embed(torch.zeros(1, **INTS))  # the dtype and device of everything here
+        self.native = native.usable(self.probe)  # whether our kernels do the heavy work
         embedding, own = model.extras.get("embed_tokens.weight"), model.extras.get("lm_head.weight")
         if embedding is not None and len(embedding) < target.vocab_size:
             got = f"an embedding of {len(embedding)} tokens, but `{target.name}` has {target.vocab_size}"

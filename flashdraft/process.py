@@ -6,18 +6,20 @@ the default device, inference mode) is switched off by `undisturbed` where our w
 its own, and no lock of a thread that is gone.
 """
 
+import ctypes
 import functools
 import os
 import sys
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 from weakref import WeakSet
 
 import torch
 
-__all__ = ["BOOLS", "FLOATS", "INTS", "alone", "is_terminal", "new_lock", "undisturbed"]
+__all__ = ["BOOLS", "FLOATS", "INTS", "alone", "is_terminal", "new_lock", "num_threads", "serial", "undisturbed"]
 
 INTS: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}  # ids, positions, counts
 FLOATS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
@@ -57,6 +59,58 @@ def undisturbed(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
 
     return call
+
+
+@functools.cache
+def _openmp() -> Any | None:
+    """The OpenMP library that torch runs on, or None where torch has another kind of threads."""
+    folder = Path(torch.__file__).parent / "lib"
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        try:
+            library = ctypes.CDLL(str(folder / name))
+            library.omp_set_num_threads, library.omp_get_max_threads  # noqa: B018  # AttributeError where it has none
+        except (OSError, AttributeError):
+            continue
+        return library
+    return None
+
+
+class _Serial(threading.local):
+    threads: int | None = None  # what this thread had outside of `serial`
+
+
+_serial = _Serial()
+
+
+def num_threads() -> int:
+    """How many threads our kernels may use: as many as torch, also where torch's own operations have one."""
+    return _serial.threads or torch.get_num_threads()
+
+
+def serial(wanted: Callable[[Any], bool]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A method during which torch's operations stay on the calling thread, where `wanted(self)`.
+
+    Torch's team goes on spinning behind each of its operations, on cores that our kernels need for the next one: beside other
+    processes that halves the speed. The number is the calling thread's own; no other thread sees it.
+    """
+
+    def around(method: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(method)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            openmp = _openmp()
+            if openmp is None or _serial.threads is not None or not wanted(args[0]):
+                return method(*args, **kwargs)
+            _serial.threads = torch.get_num_threads()
+            openmp.omp_set_num_threads(1)
+            try:
+                return method(*args, **kwargs)
+            finally:
+                openmp.omp_set_num_threads(_serial.threads)
+                _serial.threads = None
+
+        return call
+
+    return around
 
 
 def new_lock() -> Any:

@@ -8,6 +8,7 @@ import random
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from flashdraft.errors import InvalidParameter
 from flashdraft.layers import SwigluHead, TorchLinear, pack
 from flashdraft.lean import LeanTarget, fastest
 from flashdraft.native import NativeLinear
+from flashdraft.process import num_threads, serial
 from flashdraft.target import HFTarget
 from flashdraft.tree import ancestors
 
@@ -382,3 +384,84 @@ def test_a_kernel_that_cannot_run_the_target_is_refused() -> None:
     with pytest.raises(InvalidParameter, match="kernel is 'fast'"):
         load_target("smollm2-135m", kernel="fast")
     assert HFTarget(tiny_model("llama"), "toy").kernel_name == "transformers"
+
+
+class Serial:
+    """Asks what the two sides may use while a drafter proposes."""
+
+    @serial(lambda self: self.wanted)
+    def propose(self) -> tuple[int, int]:
+        return torch.get_num_threads(), num_threads()
+
+    def __init__(self, wanted: bool) -> None:
+        self.wanted = wanted
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_torch_stays_on_one_thread_while_our_kernels_draft(two_threads: None) -> None:
+    assert Serial(wanted=True).propose() == (1, 2)
+    assert Serial(wanted=False).propose() == (2, 2)  # torch does the work there
+    assert (torch.get_num_threads(), num_threads()) == (2, 2)
+
+
+def test_what_a_drafter_changes_of_its_thread_is_undone_after_an_error_and_never_another_threads(two_threads: None) -> None:
+    class Fails(Serial):
+        @serial(lambda self: True)
+        def propose(self) -> tuple[int, int]:
+            with ThreadPoolExecutor(1) as pool:
+                assert pool.submit(torch.get_num_threads).result() == 2
+            raise ValueError
+
+    with pytest.raises(ValueError):  # noqa: PT011
+        Fails(wanted=True).propose()
+    assert (torch.get_num_threads(), num_threads()) == (2, 2)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_bits_do_not_depend_on_the_number_of_threads(threads: int, two_threads: None) -> None:
+    linear, x = NativeLinear(noise(96, 64)), noise(5, 64)
+    expected = linear(x)
+    torch.set_num_threads(threads)
+    for _ in range(20):
+        assert torch.equal(linear(x), expected)
+
+
+def test_passes_of_several_threads_at_once_have_the_bits_of_one(two_threads: None) -> None:
+    linear, x = NativeLinear(noise(256, 64)), noise(7, 64)
+    expected = linear(x)
+
+    def many(_: int) -> bool:
+        return all(torch.equal(linear(x), expected) for _ in range(200))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(many, range(4)))
+
+
+def chain_by_torch(states: Tensor, anchors: Tensor, tables: list[Tensor], ids: Tensor) -> Tensor:
+    head, embedding, gate_up, down = tables
+    scores = torch.empty(ids.shape)
+    for row in range(len(ids)):
+        before = anchors[row]
+        for node in range(ids.shape[1]):
+            gate, up = (gate_up @ torch.cat((states[row, node], before))).chunk(2)
+            state = states[row, node] + down @ (F.silu(gate) * up)
+            scores[row, node] = (head[ids[row, node]] @ state).log_softmax(-1)
+            before = embedding[ids[row, node, scores[row, node].argmax()]]
+    return scores
+
+
+def test_a_long_chain_goes_through_several_jobs(two_threads: None) -> None:
+    """Three phases a place: more places than one list of phases holds."""
+    hidden, rank, rows, nodes = 32, 8, 100, 16
+    states, anchors = noise(rows, nodes, hidden), noise(rows, hidden)
+    tables = [noise(50, hidden), noise(50, hidden), noise(2 * rank, 2 * hidden), noise(hidden, rank)]
+    ids = torch.randint(50, (rows, nodes, 5), generator=torch.Generator().manual_seed(0))
+    found = native.chain(states, anchors, tables, ids)
+    torch.testing.assert_close(found, chain_by_torch(states, anchors, tables, ids), rtol=1e-3, atol=1e-2)

@@ -26,7 +26,7 @@ from flashdraft.checkpoint import DraftConfig
 from flashdraft.decoder import Block, CompiledStep, Decoder
 from flashdraft.layers import RMSNorm, SwigluHead, apply_rotary, pack, swiglu
 from flashdraft.network import DRAFT_KERNEL, DraftHead, DraftNetwork
-from flashdraft.process import BOOLS, FLOATS, INTS, undisturbed
+from flashdraft.process import BOOLS, FLOATS, INTS, serial, undisturbed
 from flashdraft.target import Target
 from flashdraft.tree import NOTHING, Laws, best_first, independent, planted
 from flashdraft.types import Drafter, Proposal, Rows
@@ -228,6 +228,7 @@ class DFlashDrafter:
             self.cache.keep(slot, range(len(keys)))
 
     @undisturbed
+    @serial(lambda self: self.network.decoder.native)
     @torch.inference_mode()
     def propose(self, rows: Rows, max_nodes: int) -> Proposal:
         """One forward of the network over every row's block. A row beyond the draft's positions gets its anchor alone."""

@@ -20,7 +20,7 @@ from flashdraft.checkpoint import DraftConfig, check_target
 from flashdraft.errors import DraftMismatch, InvalidParameter
 from flashdraft.lean import LeanTarget
 from flashdraft.network import DRAFT_KERNEL, DraftNetwork, network_shape
-from flashdraft.process import BOOLS, FLOATS, INTS, undisturbed
+from flashdraft.process import BOOLS, FLOATS, INTS, serial, undisturbed
 from flashdraft.sampling import adjusted, draw, probabilities, uniforms
 from flashdraft.target import Target
 from flashdraft.tree import chain
@@ -64,6 +64,7 @@ class DraftModelDrafter(Drafter):
                 self._read[slot] += fresh
 
     @undisturbed
+    @serial(lambda self: self.network.blocked_keys)
     @torch.inference_mode()
     def propose(self, rows: Rows, max_nodes: int) -> Proposal:
         """One pass over all rows per drafted token. A row beyond the network's positions gets its anchor alone.

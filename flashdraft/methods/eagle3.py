@@ -23,7 +23,7 @@ from flashdraft.checkpoint import DraftConfig
 from flashdraft.decoder import Block
 from flashdraft.layers import RMSNorm, apply_rotary
 from flashdraft.network import DraftHead, DraftNetwork
-from flashdraft.process import BOOLS, FLOATS, INTS, undisturbed
+from flashdraft.process import BOOLS, FLOATS, INTS, serial, undisturbed
 from flashdraft.target import Target
 from flashdraft.tree import NOTHING, Nodes, planted
 from flashdraft.types import Drafter, Proposal, Rows
@@ -147,6 +147,7 @@ class Eagle3Drafter(Drafter):
             self._states[slot] = states[-1:]
 
     @undisturbed
+    @serial(lambda self: self.network.native)
     @torch.inference_mode()
     def propose(self, rows: Rows, max_nodes: int) -> Proposal:
         """A forward of the layer for every depth. A row beyond the draft's positions gets its anchor alone."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from flashdraft.checkpoint import DraftConfig
 from flashdraft.network import DraftHead, DraftNetwork
-from flashdraft.process import FLOATS, INTS, undisturbed
+from flashdraft.process import FLOATS, INTS, serial, undisturbed
 from flashdraft.target import Target
 from flashdraft.tree import NOTHING, best_first, independent, planted
 from flashdraft.types import Drafter, Proposal, Rows
@@ -80,6 +80,7 @@ class MedusaDrafter(Drafter):
             self._states[slot] = new[-1].clone()
 
     @undisturbed
+    @serial(lambda self: self.network.native)
     @torch.inference_mode()
     def propose(self, rows: Rows, max_nodes: int) -> Proposal:
         depth = min(self.depth, max_nodes - 1)
