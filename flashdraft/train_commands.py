@@ -12,9 +12,10 @@ from typer import Argument, Exit, Option
 from flashdraft import hub
 from flashdraft.bench.profile import profile_training
 from flashdraft.bench.report import print_table
-from flashdraft.bench.tasks import read_prompts
+from flashdraft.bench.tasks import named, read_prompts
 from flashdraft.checkpoint import DraftConfig, check_target
 from flashdraft.commands import DTYPE_HELP, TARGET_HELP, ModelOptions, Out, TargetOptions
+from flashdraft.engine import check
 from flashdraft.errors import FlashDraftError, InvalidParameter
 from flashdraft.generate import Model, load
 from flashdraft.layers import HEADS
@@ -198,7 +199,7 @@ def train(
     profile: Annotated[int, Option(help="only measure this many steps, and show where their time goes")] = 0,
 ) -> None:
     check_run_folder(out, inputs=source)
-    held_out = [prompt.text for prompt in read_prompts(eval_prompts)]
+    held_out = [prompt.asked for prompt in read_prompts(eval_prompts)]
     where.check(source)
     try:
         from flashdraft.train.trainer import Trainer, process_device
@@ -229,8 +230,12 @@ def eval(
     max_rows: Annotated[int, Option(help="prompts decoded together, at most")] = 8,
 ) -> None:
     lm = replace(model.load(max_rows=max_rows), adaptive=False)  # the drafter is judged by whole blocks
-    texts = [prompt.text for prompt in read_prompts(file)]
-    stats: list[Stats] = [result.stats for result in lm.generate(texts, SamplingParams(max_new_tokens=max_new_tokens))]
+    params, asked = SamplingParams(max_new_tokens=max_new_tokens), []
+    for prompt in read_prompts(file):
+        with named(prompt.place):
+            check(lm.target, lm.request(prompt.asked, params))
+        asked.append(prompt.asked)
+    stats: list[Stats] = [result.stats for result in lm.generate(asked, params)]
     lengths = [length for one in stats for length in one.accepted_lengths]
     print(f"tau {fmean(one.tau for one in stats):.3f} on {len(stats)} prompts, {len(lengths)} target passes")
     shares = [fmean(length > k for length in lengths) for k in range(1, max(lengths, default=1))]

@@ -766,3 +766,22 @@ def test_command_mixes_greedy_answers_and_keeps_features(
     for row in read_jsonl(tmp_path / "out.jsonl"):
         assert row["response"] == lm.generate(row["prompt"], max_new_tokens=8).text
     assert json.loads((tmp_path / "kept/manifest.json").read_text())["max_length"] == 32
+
+
+# --- prompts that are measured -------------------------------------------------------------------------------------------
+
+
+def test_held_out_conversations_are_measured_and_one_that_cannot_be_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What `prompts` writes is what `eval` takes; with fewer prompts a figure would be another one."""
+    save_target(tmp_path / "target")
+    monkeypatch.chdir(tmp_path)
+    prompt_file(tmp_path, ["a", TALK, [SYSTEM, TALK[0]]])
+    options = ["--target", "target", "--draft", "prompt_lookup", "--max-new-tokens", "8"]
+    assert main(["eval", "prompts.jsonl", *options]) == 0
+    assert " on 3 prompts, " in capsys.readouterr().out
+    for prompt, cause in (("a" * 300, "line 2: the prompt has 305 tokens"), ("", "line 2: no text to ask")):
+        prompt_file(tmp_path, ["a", prompt])
+        assert main(["eval", "prompts.jsonl", *options]) == 1
+        assert cause in capsys.readouterr().err

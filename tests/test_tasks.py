@@ -149,5 +149,26 @@ def test_a_damaged_set_is_named(tmp_path: Path, rows: str, message: str) -> None
 @pytest.mark.parametrize("line", ['{"turns": []}', '{"turns": ["a", " "]}', '{"prompt": 3}', '{"turns": "ab"}'])
 def test_a_line_that_asks_nothing_is_refused(tmp_path: Path, line: str) -> None:
     (tmp_path / "p.jsonl").write_text(line)
-    with pytest.raises(DataError, match="entry 1: no text"):
+    with pytest.raises(DataError, match="line 1: no text"):
         read_prompts(tmp_path / "p.jsonl")
+
+
+def test_prompts_of_other_forms_are_asked_whole(tmp_path: Path) -> None:
+    """What `flashdraft prompts` writes or takes may be measured: a conversation with what was said before, a system prompt."""
+    user, said = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    rows: list[dict[str, Any]] = [
+        {"source": "s", "row": 0, "prompt": [user, said, {"role": "user", "content": "c"}]},
+        {"system": "be short", "question": "a"},
+        {"messages": [user, said]},
+        {"turns": ["a", "c"]},
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = read_prompts(tmp_path / "p.jsonl")
+    assert [prompt.asked for prompt in prompts] == [
+        [user, said, {"role": "user", "content": "c"}],
+        [{"role": "system", "content": "be short"}, user],
+        "a",
+        "a",
+    ]
+    assert [len(prompt.turns) for prompt in prompts] == [1, 1, 1, 2]
+    assert prompts[1].place == f"{tmp_path / 'p.jsonl'}, line 2"

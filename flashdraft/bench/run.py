@@ -32,7 +32,7 @@ from rich.progress import track
 from flashdraft import hub
 from flashdraft.bench.peers import Answer, Method, Transformers, joined
 from flashdraft.bench.report import grouped, read_results
-from flashdraft.bench.tasks import BenchPrompt, read_prompts
+from flashdraft.bench.tasks import BenchPrompt, named, read_prompts
 from flashdraft.engine import check
 from flashdraft.errors import InvalidParameter, ModelNotFound
 from flashdraft.files import locked, output_file, say
@@ -148,11 +148,12 @@ def run_bench(config: BenchConfig, *, quiet: bool = False) -> int:
     methods, model, facts = _load(config)
     for prompt in prompts:
         for turn in range(len(prompt.turns[: config.turns])):  # its answers as long as they may become
-            tokens = model.encode(_talk(prompt, [""] * turn)) + [0] * (turn * config.max_new_tokens)
-            check(model.target, model.request(tokens, config.params(0, 0.0)))
+            with named(prompt.place):
+                tokens = model.encode(_talk(prompt, [""] * turn)) + [0] * (turn * config.max_new_tokens)
+                check(model.target, model.request(tokens, config.params(0, 0.0)))
     short = replace(config.params(0, 0.0), max_new_tokens=min(8, config.max_new_tokens))
     for method in methods.values():  # first calls build kernels
-        method([model.encode(prompts[0].text)], [short])
+        method([model.encode(prompts[0].asked)], [short])
     count, foreign = 0, any(kind.endswith(".py") for kind, _ in config.specs.values())
     plan = _plan(config, prompts)
     facts |= {"answers": sum(len(_todo(config, name, group)) for *_, group in plan for name in methods)}
@@ -268,9 +269,11 @@ def _plan(config: BenchConfig, prompts: Sequence[BenchPrompt]) -> list[tuple[int
 
 def _talk(prompt: BenchPrompt, answers: Sequence[str]) -> Prompt:
     """What is asked behind the answers to the turns before: the text alone, or the conversation so far."""
+    if not answers:
+        return prompt.asked
     told = [*chain(*zip(prompt.turns, answers, strict=False)), prompt.turns[len(answers)]]
     roles = ("user", "assistant") * len(prompt.turns)
-    return [{"role": role, "content": text} for role, text in zip(roles, told, strict=False)] if answers else prompt.text
+    return [*prompt.earlier, *({"role": role, "content": text} for role, text in zip(roles, told, strict=False))]
 
 
 def _ask(method: Method, model: Model, prompts: Sequence[BenchPrompt], config: BenchConfig, temperature: float) -> list[Answer]:

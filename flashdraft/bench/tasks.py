@@ -6,18 +6,21 @@ and how its entries ask; does not know who answers.
 
 import json
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import hf_hub_download
 
-from flashdraft.errors import DataError, InvalidParameter, first_line
+from flashdraft.errors import DataError, InvalidParameter, InvalidPrompt, first_line
 from flashdraft.files import check_replaceable, output_file, write_own
-from flashdraft.train.prompts import hub_rows, json_list, read_jsonl
+from flashdraft.train.prompts import hub_rows
+from flashdraft.train.questions import as_prompt
+from flashdraft.train.rows import json_list, placed_rows, read_jsonl
 from flashdraft.types import require
 
-__all__ = ["TASKS", "BenchPrompt", "read_ids", "read_prompts", "write_tasks"]
+__all__ = ["TASKS", "BenchPrompt", "named", "read_ids", "read_prompts", "write_tasks"]
 
 
 _FIELDS = ("task", "row")  # of a line that is written
@@ -30,15 +33,31 @@ class BenchPrompt(NamedTuple):
     task: str
     rank: int  # among its task's entries, from 0
     turns: tuple[str, ...]  # what is asked, one after the other; mostly one
+    earlier: tuple[dict[str, str], ...] = ()  # the turns before the first one, of a conversation
+    place: str = ""  # in the file, as messages name it
 
     @property
     def text(self) -> str:
         return self.turns[0]
 
+    @property
+    def asked(self) -> str | list[dict[str, str]]:
+        """The first question, with the turns before it."""
+        return [*self.earlier, {"role": "user", "content": self.text}] if self.earlier else self.text
+
 
 # task -> `file` below the data folder; `hub`, a data set as name:split or name:config:split, or a JSON file in one; `prompt`,
 # made of an entry's fields (without it, an entry has turns); `categories`: those of the file's entries that are the task's
 TASKS: dict[str, dict[str, Any]] = json.loads(Path(__file__).parents[1].joinpath("assets/tasks.json").read_text(encoding="utf-8"))
+
+
+@contextmanager
+def named(place: str) -> Iterator[None]:
+    """A prompt that is refused inside is named by its place."""
+    try:
+        yield
+    except InvalidPrompt as error:
+        raise type(error)(f"{place}: {error.args[0]}", hint=error.hint) from None
 
 
 def read_ids(path: Path) -> dict[str, list[int]]:
@@ -118,15 +137,38 @@ def _rows(task: str, data: Path | None) -> Sequence[dict[str, Any]]:
 
 
 def read_prompts(path: Path) -> list[BenchPrompt]:
-    """Lines with `prompt`, or with `turns`; `task` groups them, the file's name if it is missing."""
+    """Rows that ask something, in any form that `flashdraft prompts` takes, or texts in `turns`.
+
+    `task` groups them, the file's name if it is missing. Raises DataError for a row that asks nothing: with fewer prompts a
+    figure would be another one.
+    """
     prompts, seen = list[BenchPrompt](), Counter[str]()
-    for number, row in enumerate(read_jsonl(path)):
-        turns = [row["prompt"]] if "prompt" in row else row.get("turns")
-        if not (isinstance(turns, list) and turns and all(isinstance(text, str) and text.strip() for text in turns)):
-            raise DataError(f"{path}, entry {number + 1}: no text in `prompt` or `turns`", hint="mend or remove that line")
+    for place, row in placed_rows(path):
+        try:
+            turns, earlier = _questions(row)
+        except ValueError as error:
+            raise DataError(f"{place}: no text to ask: {error}", hint="mend or remove that row") from None
         task = str(row.get("task", path.stem))
-        prompts.append(BenchPrompt(number, task, seen[task], tuple(turns)))
+        prompts.append(BenchPrompt(len(prompts), task, seen[task], turns, earlier, place))
         seen[task] += 1
     if not prompts:
         raise DataError(f"`{path}` holds no prompts", hint='a line is {"task": "chat", "prompt": "Hello"}')
     return prompts
+
+
+def _questions(row: dict[str, Any]) -> tuple[tuple[str, ...], tuple[dict[str, str], ...]]:
+    """What a row asks, one after the other, and the turns before. Raises ValueError for one that asks nothing."""
+    turns = row.get("turns")
+    if turns is not None and "prompt" not in row and not _holds_objects(turns):
+        if not (isinstance(turns, list) and turns and all(isinstance(text, str) and text.strip() for text in turns)):
+            raise ValueError("`turns` is no list of texts")
+        return tuple(turns), ()
+
+    asked = as_prompt(row)
+    if isinstance(asked, str):
+        return (asked,), ()
+    return (asked[-1]["content"],), tuple(asked[:-1])
+
+
+def _holds_objects(turns: Any) -> bool:
+    return isinstance(turns, list) and bool(turns) and all(isinstance(turn, dict) for turn in turns)

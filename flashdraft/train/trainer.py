@@ -26,10 +26,11 @@ from torch import Tensor
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from flashdraft.bench.tasks import named
 from flashdraft.engine import check
 from flashdraft.errors import DataError, FlashDraftError, InvalidParameter
 from flashdraft.files import check_facts, locked, say, write_file, write_tensors
-from flashdraft.generate import Model
+from flashdraft.generate import Model, Prompt
 from flashdraft.methods.dflash import DFlashDraftModel
 from flashdraft.network import DraftNetwork
 from flashdraft.process import FLOATS, INTS
@@ -96,15 +97,16 @@ class Trainer:
         self.seconds: dict[str, float] = {}  # by part of a step, of all steps of this process
         self._resume()
 
-    def run(self, prompts: Sequence[str], *, quiet: bool = False) -> float:
+    def run(self, prompts: Sequence[Prompt], *, quiet: bool = False) -> float:
         """Train to the last step; returns the best tau measured on `prompts`, which are checked before the first one.
 
         SIGTERM and SIGINT write a checkpoint and leave with exit code 128 + signal; run it again to go on.
         """
         if not prompts:
             raise DataError("there are no prompts to measure tau on", hint="give held-out prompts")
-        for prompt in prompts:
-            check(self.target, self.lm.request(prompt, _MEASURED))
+        for number, prompt in enumerate(prompts, 1):
+            with named(f"held-out prompt {number}"):
+                check(self.target, self.lm.request(prompt, _MEASURED))
         self.data.check()
         inputs = {"target": self.facts["target"], "template": self.facts["template"], "data": self.data.identity}
         inputs |= {"held_out": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:16]}
@@ -114,7 +116,7 @@ class Trainer:
         with lock:
             return self._run(inputs, prompts, quiet=quiet)
 
-    def _run(self, inputs: dict[str, Any], prompts: Sequence[str], *, quiet: bool) -> float:
+    def _run(self, inputs: dict[str, Any], prompts: Sequence[Prompt], *, quiet: bool) -> float:
         main, config = self.acc.is_main_process, self.config
         if main:
             self._begin(inputs)
@@ -188,7 +190,7 @@ class Trainer:
         whole = {"step": self.step, "loss": loss, "norm": float(norm), "positions": int(positions)}
         return whole | accuracy(hits[hits[:, 1] > 0], self.model.config.block_size)
 
-    def measure(self, weights: dict[str, Tensor], prompts: Sequence[str]) -> dict[str, Any]:
+    def measure(self, weights: dict[str, Tensor], prompts: Sequence[Prompt]) -> dict[str, Any]:
         """tau of the drafter with these weights, on held-out prompts; the best one is kept as a drafter's folder."""
         model = type(self.model)(self.model.config)
         model.load_state_dict(weights)
