@@ -214,10 +214,13 @@ def load_target(name: str, *, device: str = "cpu", dtype: str = "auto", kernel: 
         model.to(torch.device(device))
     except (RuntimeError, AssertionError, ValueError) as error:  # torch was built without it; a quantised model that stays
         got = f"device is {device!r}: {first_line(error)}"
-        raise InvalidParameter(got, hint="device must be one that torch can use") from None
+        full = isinstance(error, torch.OutOfMemoryError)
+        hint = "the model does not fit there: give a smaller --dtype" if full else "device must be one that torch can use"
+        raise InvalidParameter(got, hint=hint) from None
     eos = model.generation_config.eos_token_id
     ids = [eos] if isinstance(eos, int) else list(eos or [])
     odd = unfit(model)
+    stored = model.dtype
     ours = kernel != "transformers" and (device == "cpu" or kernel in ("torch", "compiled"))
     lean = ours and odd is None
     if lean and kernel == "auto":
@@ -227,7 +230,7 @@ def load_target(name: str, *, device: str = "cpu", dtype: str = "auto", kernel: 
         return quick, tokenizer, frozenset(ids)
     made = LeanTarget(model, name, kernel=kernel, consume=True) if lean else HFTarget(model, name)
     if kernel not in ("auto", made.kernel_name):
-        raise _kernel_refused(kernel, made, odd, model.dtype, device)
+        raise _kernel_refused(kernel, made, odd, stored, device)
     return made, tokenizer, frozenset(ids)
 
 

@@ -384,8 +384,10 @@ def _check_weight_files(source: Source, config: Mapping[str, Any], files: Mappin
     """Every file is there, undamaged, with every tensor that the index promises in it, and none that needs unpacking."""
     absent = [file for file in sorted(files) if not (source.folder / file).exists()]
     if absent:
-        more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
-        got = f"`{source.name}` lacks {absent[0]}{more}, which its index names"
+        why = "which its index names" if files[absent[0]] else "which its config.json names"
+        if (source.folder / absent[0]).is_symlink():
+            why = "for its link leads nowhere"
+        got = f"`{source.name}` lacks {absent[0]}{_and_more(absent)}, {why}"
         raise CheckpointError(got, hint=f"the folder is incomplete; {_AGAIN}")
     for file, promised in sorted(files.items()):
         held = _header(source, file)

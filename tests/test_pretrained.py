@@ -72,7 +72,7 @@ def logits(folder: Path, kernel: str = "torch") -> Tensor:
 
 def same(one: Tensor, other: Tensor) -> bool:
     """To rounding: where a file's bytes lie decides which of torch's kernels runs."""
-    return torch.allclose(one, other, atol=1e-4)
+    return torch.allclose(one, other, atol=1e-3)
 
 
 def refusal(folder: Path, kind: type[FlashDraftError] = FlashDraftError, **how: str) -> str:
@@ -167,6 +167,14 @@ def test_a_tied_head_may_be_stored_or_not(folder: Path, tmp_path: Path) -> None:
 def test_a_config_of_another_model_is_refused(folder: Path, change: dict[str, int]) -> None:
     edit_config(folder, **change)
     refusal(folder, CheckpointError)
+
+
+def test_the_folder_of_every_family_is_whole(family: str, tmp_path: Path) -> None:
+    """Fused experts, tied heads, buffers: what transformers saved is neither missed nor left over."""
+    model = tiny_model(family, dtype=torch.float32)
+    expected = model(torch.arange(3, 20)[None]).logits[0, -1].detach()
+    save_target(tmp_path, model=model)
+    assert same(logits(tmp_path, "auto"), expected)
 
 
 def test_a_refused_load_writes_nothing(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -299,6 +307,19 @@ def test_an_adapter_is_never_left_out(folder: Path) -> None:
     told = refusal(folder, CheckpointError)
     assert "adapter" in told
     assert "merge" in told
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_link_that_leads_nowhere_is_named(folder: Path, sharded: bool) -> None:
+    """As in the hub's cache, where somebody took the blobs away."""
+    if sharded:
+        write_shards(folder)
+    path = sorted(folder.glob("*.safetensors"))[-1]
+    path.unlink()
+    path.symlink_to(folder / "blobs" / "0123")
+    told = refusal(folder, CheckpointError)
+    assert path.name in told
+    assert "link leads nowhere" in told
 
 
 # Kinds of models.
