@@ -6,8 +6,9 @@ alone. Native format is served format. Knows names, shapes and files; does not k
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Self
@@ -18,16 +19,16 @@ from torch import Tensor
 
 from flashdraft.errors import CheckpointError, DraftMismatch, InvalidParameter
 from flashdraft.files import output_folder, write_file, write_tensors
+from flashdraft.foreign import refuse_config, refuse_files, refuse_tensors
 from flashdraft.hub import read_config
-from flashdraft.layers import HEADS
+from flashdraft.layers import HEADS, scaled_length
 from flashdraft.process import INTS
 from flashdraft.target import Target
 
-__all__ = ["OPTIONAL", "DraftConfig", "check_target", "is_draft", "read_draft", "spread_layers"]
+__all__ = ["OPTIONAL", "DraftConfig", "check_target", "read_draft", "spread_layers"]
 __all__ += ["write_draft"]
 
-_FOREIGN = ("dflash2", "dspark", "domino")
-_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "num_target_layers")
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _FIXED = {  # by method: what its config.json always says
     "dflash": {"architectures": ["DFlashDraftModel"], "model_type": "qwen3", "tie_word_embeddings": True},
     "eagle3": {"architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", "tie_word_embeddings": False},
@@ -36,6 +37,26 @@ _FIXED = {  # by method: what its config.json always says
 }
 OPTIONAL = ("embed_tokens.weight", "lm_head.weight", "d2t", "t2d")  # tensors that a file may hold
 _OPTIONAL: Any = {"rms_norm_eps": float, "max_position_embeddings": int, "attention_bias": bool, "draft_vocab_size": int}
+_KINDS = ("full_attention", "sliding_attention")
+_QWEN3 = {
+    "num_key_value_heads": 32,
+    "head_dim": 128,
+    "max_position_embeddings": 32768,
+}  # what Qwen3Config takes where it is not told
+_ROPE_NUMBERS = (
+    "rope_theta",
+    "factor",
+    "original_max_position_embeddings",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "low_freq_factor",
+    "high_freq_factor",
+    "mscale",
+    "mscale_all_dim",
+)
+_USUAL = {"block_size": 6, "mask_token_id": 0, "num_target_layers": 0}  # of EAGLE-3 folders, which do not say
+_TITLES = {"dflash": "DFlash", "eagle3": "EAGLE-3", "medusa": "Medusa", "draft_model": "draft_model"}
 
 
 @dataclass(frozen=True)
@@ -52,12 +73,21 @@ class DraftConfig:
     block_size: int  # anchor and masks
     mask_token_id: int
     target_layer_ids: tuple[int, ...]  # 0-based: the outputs of these target layers are the features
-    num_target_layers: int
+    num_target_layers: int  # 0: not said
     rms_norm_eps: float = 1e-6
-    rope_parameters: Mapping[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
+    rope_parameters: Mapping[str, Any] = field(
+        default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0}
+    )  # or by kind
     max_position_embeddings: int = 2048
     layer_types: tuple[str, ...] = ()  # per layer; empty: full attention in all
     sliding_window: int | None = None
+    causal: bool | None = None  # of all layers, inside a block; None: sliding layers are, full ones are not
+    input_embedding_scale: float = 1.0  # of the block's embeddings
+    output_multiplier: float = 1.0  # of the logits
+    final_logit_softcapping: float | None = None  # behind it; None: the target's own
+    norm_before_residual: bool = False  # eagle3: the residual is the normed state
+    norm_output: bool = False  # eagle3: the state that is fed back is normed
+    tied_head: bool = False  # eagle3: its lm_head is its own embedding
     attention_bias: bool = False
     draft_vocab_size: int | None = None  # rows of the reduced vocabulary d2t, if there is one
     dtype: str = "bfloat16"
@@ -68,31 +98,19 @@ class DraftConfig:
     @classmethod
     def from_json(cls, config: Mapping[str, Any], where: str) -> Self:
         """Read config.json. Raises CheckpointError naming the missing or foreign key."""
-        config, method = _as_dflash(config)
-        named = " ".join(map(str, (*(config.get("architectures") or ()), config.get("model_type", "")))).lower()
-        special = config.get("dflash_config") or {}
-        found = [name for name in _FOREIGN if name in named or f"{name}_config" in config]
-        found += ["sample_from_anchor"] if config.get("sample_from_anchor") or special.get("sample_from_anchor") else []
-        if config.get("hidden_act", "silu") != "silu":
-            raise CheckpointError(f"`{where}`: hidden_act is {config['hidden_act']!r}", hint="drafters have silu")
-        if found:
-            raise CheckpointError(f"`{where}` is a {found[0]} drafter, which is not supported", hint="DFlash v1 drafters are")
-        own = config.get("flashdraft_config") or {}
-        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-        rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
-        rope.setdefault("rope_type", rope.pop("type", "default"))
+        refuse_config(config, where)
+        method = "dflash"
         try:
-            heads, hidden = config["num_attention_heads"], config["hidden_size"]
-            given: dict[str, Any] = {name: int(config[name]) for name in _SIZES}
-            given |= {name: kind(config[name]) for name, kind in _OPTIONAL.items() if config.get(name) is not None}
-            given |= {"num_key_value_heads": int(config.get("num_key_value_heads") or heads), "rope_parameters": rope}
-            given |= {"head_dim": int(config.get("head_dim") or hidden // heads), "mask_token_id": int(special["mask_token_id"])}
+            method = _method_of(config)
+            own = config.get("flashdraft_config") or {}
+            given = _sizes(config, method)
+            given |= _masks(config, method, where)
+            kinds = given["layer_types"] or ("full_attention",)
+            given["rope_parameters"] = _rope(config, kinds, where)
+            given |= _reads(config, method, where)
+            given |= _scales(config, method, where)
             return cls(
                 **given,
-                block_size=int(config["block_size"] if "block_size" in config else special["block_size"]),
-                target_layer_ids=tuple(int(i) for i in special["target_layer_ids"]),
-                layer_types=tuple(config.get("layer_types") or ()),
-                sliding_window=config.get("sliding_window") if config.get("use_sliding_window", True) else None,
                 dtype=str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"),
                 sequential_head=own.get("sequential_head"),
                 head_rank=int(own.get("head_rank", 64)),
@@ -100,7 +118,29 @@ class DraftConfig:
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             hint = "a drafter's config.json has block_size and dflash_config with mask_token_id and target_layer_ids"
-            raise CheckpointError(f"`{where}` is not a DFlash drafter: its config lacks or garbles {error}", hint=hint) from None
+            got = f"`{where}` is not a {_TITLES.get(method, method)} drafter: its config lacks or garbles {error}"
+            raise CheckpointError(got, hint=hint) from None
+
+    @property
+    def masks(self) -> tuple[tuple[int | None, bool], ...]:
+        """Of every layer: its window, if there is one, and whether it is causal inside a block."""
+        masks = []
+        for kind in self.layer_types or ("full_attention",) * self.num_hidden_layers:
+            sliding = kind == "sliding_attention"
+            causal = sliding if self.causal is None else self.causal
+            masks.append((self.sliding_window if sliding else None, causal))
+        return tuple(masks)
+
+    @property
+    def ropes(self) -> dict[str, Mapping[str, Any]]:
+        """Rotary parameters by kind of layer; one kind where all layers have the same."""
+        nested = {kind: self.rope_parameters[kind] for kind in _KINDS if kind in self.rope_parameters}
+        return nested or {"full_attention": self.rope_parameters}
+
+    @property
+    def trained_length(self) -> int:
+        """The positions that it was trained on, rotary scaling included; it drafts beyond them, too."""
+        return min(scaled_length(self.max_position_embeddings, rope) for rope in self.ropes.values())
 
     def to_json(self) -> dict[str, Any]:
         """config.json as the method's authors write it; what theirs leave out stands in `flashdraft_config`."""
@@ -108,8 +148,12 @@ class DraftConfig:
         del config["method"]
         special = {"mask_token_id": config.pop("mask_token_id"), "target_layer_ids": list(config.pop("target_layer_ids"))}
         rope = dict(config.pop("rope_parameters"))
-        config["rope_theta"] = rope.pop("rope_theta")
-        config["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
+        if len(self.ropes) > 1:
+            config["rope_parameters"] = {kind: dict(own) for kind, own in self.ropes.items()}
+        else:
+            config["rope_theta"] = rope.pop("rope_theta")
+            config["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
+        self._write_rare(config, special)
         own = {name: config.pop(name) for name in ("sequential_head", "head_rank")}
         if self.method == "dflash":
             config["use_sliding_window"] = self.sliding_window is not None
@@ -126,6 +170,21 @@ class DraftConfig:
         if self.draft_vocab_size is None:
             del config["draft_vocab_size"]
         return config
+
+    def _write_rare(self, config: dict[str, Any], special: dict[str, Any]) -> None:
+        """What few folders have is written only where it says something."""
+        if (causal := config.pop("causal")) is not None:
+            config["is_causal"] = causal
+        for name, nothing in (("input_embedding_scale", 1.0), ("output_multiplier", 1.0), ("final_logit_softcapping", None)):
+            value = config.pop(name)
+            if value != nothing:
+                place = special if self.method == "dflash" else config
+                place[name] = value
+        for name in ("norm_before_residual", "norm_output"):
+            if not config[name]:
+                del config[name]
+        if config.pop("tied_head"):
+            config["tie_word_embeddings"] = True
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor that the file must hold, with its shape."""
@@ -151,27 +210,190 @@ class DraftConfig:
         return shapes | {f"sequential_head.{name}.weight": shape for name, shape in head.items()}
 
 
-def is_draft(config: Mapping[str, Any]) -> bool:
-    """Whether this config.json is a drafter's, and not a language model's own."""
-    lm = any(str(name).endswith("ForCausalLM") for name in config.get("architectures") or ())
-    return not lm or any(key in config for key in ("dflash_config", "flashdraft_config", "draft_vocab_size"))
-
-
-def _as_dflash(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
-    """config.json in DFlash's terms, and the method that it is of."""
-    named = " ".join(map(str, config.get("architectures") or ())).lower()
+def _method_of(config: Mapping[str, Any]) -> str:
+    """The method whose folder this is: ours say so, EAGLE-3's are known by their class or by their shape."""
     own = config.get("flashdraft_config") or {}
-    if not isinstance(own, Mapping):
-        return config, "dflash"  # whose reader will say so
+    named = " ".join(map(str, config.get("architectures") or ())).lower()
     unnamed = config.get("model_type") == "llama" and config.get("num_hidden_layers") == 1 and "draft_vocab_size" in config
-    method = own.get("method") or ("eagle3" if unnamed or "eagle3" in named else "dflash")
-    if method == "dflash":
-        return config, method
-    inputs = (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids") or ()
-    layers = own.get("target_layer_ids", [i - 1 for i in inputs])
-    special = {"mask_token_id": own.get("mask_token_id", 0), "target_layer_ids": layers}
-    facts = {"block_size": own.get("block_size", 6), "num_target_layers": own.get("num_target_layers", 0)}
-    return {**config, **facts, "dflash_config": special}, method
+    return str(own.get("method") or ("eagle3" if unnamed or "eagle3" in named else "dflash"))
+
+
+def _given(config: Mapping[str, Any], name: str, default: Any = None) -> Any:
+    """z-lab's rule: a key stands in dflash_config, else at the top, else it has its default."""
+    nested = (config.get("dflash_config") or {}).get(name)
+    if nested is not None:
+        return nested
+    top = config.get(name)
+    return default if top is None else top
+
+
+def _flag(config: Mapping[str, Any], name: str) -> bool | None:
+    value = config.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"{name!r}: {value!r}")
+    return value
+
+
+def _number(name: str, value: Any) -> float:
+    number = float(value)
+    if isinstance(value, bool) or not math.isfinite(number):
+        raise ValueError(f"{name!r}: {value!r}")
+    return number
+
+
+def _sizes(config: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """Widths, heads and the like; what is absent has the default of the class that the folder is of."""
+    sizes: dict[str, Any] = {name: int(config[name]) for name in _SIZES}
+    sizes |= {name: kind(config[name]) for name, kind in _OPTIONAL.items() if config.get(name) is not None}
+    heads, hidden = sizes["num_attention_heads"], sizes["hidden_size"]
+    defaults = _QWEN3 if method == "dflash" else {}
+    sizes["num_key_value_heads"] = int(config.get("num_key_value_heads", defaults.get("num_key_value_heads")) or heads)
+    sizes["head_dim"] = int(config.get("head_dim", defaults.get("head_dim")) or hidden // heads)
+    sizes.setdefault("max_position_embeddings", defaults.get("max_position_embeddings", 2048))
+    return sizes
+
+
+def _masks(config: Mapping[str, Any], method: str, where: str) -> dict[str, Any]:
+    """Which layers have a window, and which are causal inside a block, as z-lab's class and vLLM read it."""
+    types = tuple(config.get("layer_types") or ())
+    if method != "dflash":
+        if "sliding_attention" in types:
+            raise CheckpointError(f"`{where}` has sliding layers", hint=f"in drafters of {method} they are not supported")
+        return {"layer_types": types}
+
+    count, special = int(config["num_hidden_layers"]), config.get("dflash_config") or {}
+    window = config.get("sliding_window", 4096) if _flag(config, "use_sliding_window") else None
+    if not types and window is not None:
+        first = config.get("max_window_layers")
+        first = 28 if first is None else int(first)
+        types = tuple(_KINDS[n >= first] for n in range(count))
+    told = [
+        flag for flag in (_flag(config, "is_causal"), _flag(special, "causal"), _flag(special, "is_causal")) if flag is not None
+    ]
+    causal = told[0] if told else None
+
+    swa = _flag(special, "use_swa")
+    if swa is None and special.get("swa_window_size") is not None:
+        hint = "say in dflash_config whether use_swa is true or false"
+        raise CheckpointError(f"`{where}` has swa_window_size without use_swa", hint=hint)
+    if swa:  # it holds for all layers; their types still say which are causal
+        if causal is None and len(set(types)) > 1:
+            got = f"`{where}` has use_swa over layers of two kinds, and nothing says which are causal"
+            raise CheckpointError(got, hint="say it by is_causal in its config.json")
+        causal = "sliding_attention" in types if causal is None else causal
+        window, types = special["swa_window_size"], ("sliding_attention",) * count
+    if window is not None and int(window) < 1:
+        raise ValueError(f"'sliding_window': {window!r}")
+    return {"layer_types": types, "sliding_window": None if window is None else int(window), "causal": causal}
+
+
+def _rope(config: Mapping[str, Any], kinds: Iterable[str], where: str) -> Mapping[str, Any]:
+    """Rotary parameters, flat; by kind of layer where two kinds that are there differ."""
+    new, old = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
+    if new and old:
+        differ = [name for name in old if name != "type" and name in new and new[name] != old[name]]
+        if differ or new.get("rope_type", "default") != old.get("rope_type", old.get("type", "default")):
+            hint = "keep the one that it was trained with"
+            raise CheckpointError(f"`{where}` has rope_parameters and rope_scaling that differ", hint=hint)
+    rope = dict(new or old)
+    nested = {kind: rope.pop(kind) for kind in _KINDS if kind in rope}
+    if not nested:
+        return _one_rope(rope, config, where)
+
+    used: dict[str, Mapping[str, Any]] = {}
+    for kind in sorted(set(kinds)):
+        if not nested.get(kind):
+            hint = "every kind of layer that is there needs rotary positions"
+            raise CheckpointError(f"`{where}` gives no rope_parameters to its layers of {kind}", hint=hint)
+        used[kind] = _one_rope({**rope, **nested[kind]}, config, where)
+    first, *others = used.values()
+    return used if any(other != first for other in others) else first
+
+
+def _one_rope(given: Mapping[str, Any], config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Rotary parameters with their defaults, numbers as numbers. Raises CheckpointError for a rotation of another form."""
+    rope = {name: value for name, value in given.items() if value is not None}
+    theta = config.get("rope_theta")
+    rope.setdefault("rope_theta", 10000.0 if theta is None else theta)
+    rope.setdefault("rope_type", rope.pop("type", "default"))
+    for name in _ROPE_NUMBERS:
+        if isinstance(rope.get(name), str):
+            rope[name] = float(rope[name])
+    if _number("rope_theta", rope["rope_theta"]) <= 0:
+        raise ValueError(f"'rope_theta': {rope['rope_theta']!r}")
+
+    part = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if part is not None and float(part) != 1.0:
+        hint = "whole heads are rotated here; if it was trained so, as z-lab's class does whatever the key says, remove the key"
+        raise CheckpointError(f"`{where}` has partial_rotary_factor {part}, which is not supported", hint=hint)
+    if rope.get("rope_dim") not in (None, config.get("head_dim")):
+        hint = "whole heads are rotated here"
+        raise CheckpointError(f"`{where}` has rope_dim {rope['rope_dim']}, which is not supported", hint=hint)
+    return rope
+
+
+def _reads(config: Mapping[str, Any], method: str, where: str) -> dict[str, Any]:
+    """The block, its mask token, and the target's layers whose outputs are features."""
+    own = config.get("flashdraft_config") or {}
+    if method != "dflash":
+        layers = own.get("target_layer_ids")
+        layers = _eagle_layers(config, where) if layers is None else layers
+        facts = {name: int(own.get(name, usual)) for name, usual in _USUAL.items()}
+        return {**facts, "target_layer_ids": tuple(int(i) for i in layers)}
+
+    mask, layers = _given(config, "mask_token_id"), _given(config, "target_layer_ids")
+    total, count = int(config.get("num_target_layers") or 0), int(config["num_hidden_layers"])
+    if mask is None and _given(config, "mask_token") is not None:
+        hint = "put the token's id into its config.json: mask_token_id in dflash_config"
+        raise CheckpointError(f"`{where}` names its mask token {_given(config, 'mask_token')!r}, but not its id", hint=hint)
+    if mask is None:
+        raise KeyError("mask_token_id")
+    if layers is None and not total:
+        raise KeyError("target_layer_ids")
+    chosen = spread_layers(total, count) if layers is None else tuple(int(i) for i in layers)
+    if chosen and min(chosen) < 0:
+        hint = "the outputs of the target's layers are read, from 0 on"
+        raise CheckpointError(f"`{where}` reads layer {min(chosen)}, the target's embeddings, which is not supported", hint=hint)
+    facts = {"block_size": int(_given(config, "block_size", 16)), "mask_token_id": int(mask), "num_target_layers": total}
+    return {**facts, "target_layer_ids": chosen}
+
+
+def _eagle_layers(config: Mapping[str, Any], where: str) -> list[int]:
+    """The layers whose outputs an EAGLE-3 folder reads, 0-based; empty: the usual ones.
+
+    Ids at the top are those of transformers' hidden_states (vLLM, speculators): i is the output of layer i - 1. Ids in
+    eagle_config are outputs (SpecForge, SGLang); which of them are not shows beside the target (methods/eagle3.py).
+    """
+    name = "eagle_aux_hidden_state_layer_ids"
+    top, nested = config.get(name), (config.get("eagle_config") or {}).get(name)
+    states = None if top is None else [int(i) - 1 for i in top]
+    outputs = None if nested is None else [int(i) for i in nested]
+    if states and outputs and states != outputs:
+        hint = "at the top ids count the embeddings as 0, in eagle_config they do not; keep the list that it was trained with"
+        raise CheckpointError(f"`{where}` names its layers twice and differently: {top} and {nested}", hint=hint)
+    layers = states or outputs or []
+    if -1 in layers:
+        raise CheckpointError(f"`{where}` reads the target's embeddings, which is not supported", hint="layers' outputs are read")
+    return layers
+
+
+def _scales(config: Mapping[str, Any], method: str, where: str) -> dict[str, Any]:
+    """What is done to embeddings and logits around the network, and EAGLE-3's switches."""
+    multiplier = _number("output_multiplier", _given(config, "output_multiplier", 1.0))
+    multiplier *= _number("logit_scale", _given(config, "logit_scale", 1.0))
+    scale = _number("input_embedding_scale", _given(config, "input_embedding_scale", 1.0))
+    cap = _number("final_logit_softcapping", _given(config, "final_logit_softcapping", 0.0))
+    scales = {"input_embedding_scale": scale, "output_multiplier": multiplier, "final_logit_softcapping": cap or None}
+    if method == "draft_model" and (multiplier != 1 or scale != 1 or cap):
+        got = f"`{where}` scales its embeddings or logits"
+        raise CheckpointError(got, hint="a draft_model has its target's embedding and lm_head as they are")
+    if method != "eagle3":
+        return scales
+    nested = config.get("eagle_config") or {}
+    for name in ("norm_before_residual", "norm_output"):
+        told = _flag(config, name)
+        scales[name] = bool(_flag(nested, name) if told is None else told)
+    return scales | {"tied_head": bool(_flag(config, "tie_word_embeddings"))}
 
 
 def spread_layers(num_target_layers: int, count: int) -> tuple[int, ...]:
@@ -184,10 +406,14 @@ def spread_layers(num_target_layers: int, count: int) -> tuple[int, ...]:
 
 def read_draft(folder: Path) -> tuple[DraftConfig, dict[str, Tensor]]:
     """A drafter's config and tensors; every tensor is there with its shape, or CheckpointError says which is not."""
-    config = DraftConfig.from_json(read_config(folder), str(folder))
+    refuse_files(folder)
+    written = read_config(folder)
+    config = DraftConfig.from_json(written, str(folder))
     if config.block_size < 2:
         raise CheckpointError(f"`{folder}` has block_size {config.block_size}", hint="a block is the anchor and 1 mask or more")
     tensors = _read_tensors(folder, pickled=config.method == "eagle3")
+    refuse_tensors(tensors, str(folder))
+    config = _told_by_tensors(config, written, tensors, folder)
     kinds, count = config.layer_types, config.num_hidden_layers
     if odd := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
         raise CheckpointError(f"`{folder}` has a layer of type {odd[0]}", hint="known: full_attention, sliding_attention")
@@ -213,6 +439,22 @@ def read_draft(folder: Path) -> tuple[DraftConfig, dict[str, Tensor]]:
             found = f"d2t leads to token {bad[0]} of a vocabulary of {config.vocab_size}"
             raise CheckpointError(f"`{folder}` is damaged: {found}", hint="fetch or write it again")
     return config, tensors
+
+
+def _told_by_tensors(config: DraftConfig, written: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> DraftConfig:
+    """What config.json leaves out and the tensors' shapes say: heads; and whether a tied head has what it is tied to."""
+    norm, keys = tensors.get("layers.0.self_attn.q_norm.weight"), tensors.get("layers.0.self_attn.k_proj.weight")
+    if norm is not None and norm.ndim == 1 and written.get("head_dim") is None:
+        config = replace(config, head_dim=len(norm))
+    if keys is not None and keys.ndim == 2 and config.method == "dflash" and written.get("num_key_value_heads") is None:
+        config = replace(config, num_key_value_heads=len(keys) // config.head_dim)
+    if config.tied_head and "lm_head.weight" in tensors:
+        config = replace(config, tied_head=False)
+    reduced = config.draft_vocab_size not in (None, config.vocab_size)
+    if config.tied_head and ("embed_tokens.weight" not in tensors or reduced):
+        lacks = "tie_word_embeddings is true, but it holds no whole embed_tokens to be its lm_head"
+        raise CheckpointError(f"`{folder}`: {lacks}", hint="a folder with an lm_head.weight or a whole embed_tokens.weight works")
+    return config
 
 
 def _read_tensors(folder: Path, *, pickled: bool) -> dict[str, Tensor]:
@@ -279,16 +521,20 @@ def _taken(path: Path) -> InvalidParameter:
     return InvalidParameter(f"`{path}` is no drafter's and would be written over", hint="name another folder for the drafter")
 
 
-def check_target(config: DraftConfig, target: Target) -> None:
-    """Raises DraftMismatch where this drafter cannot have been made for this target."""
+def check_target(config: DraftConfig, target: Target, *, num_embeddings: int | None = None) -> None:
+    """Raises DraftMismatch where this drafter cannot have been made for this target.
+
+    Vocabularies of two lengths fit where their common ids do: one is cut or padded. num_embeddings: of a drafter's own.
+    """
     layers, but = config.num_target_layers, f"but `{target.name}` has"
-    hint = f"it was trained for a target with {layers} layers of size {config.hidden_size}"
+    hint = f"it was trained for a target with {layers or 'other'} layers of size {config.hidden_size}"
     if config.hidden_size != target.hidden_size:
         raise DraftMismatch(f"the draft has hidden size {config.hidden_size}, {but} {target.hidden_size}", hint=hint)
     if beyond := [i for i in config.target_layer_ids if not 0 <= i <= target.num_layers - (config.method == "dflash")]:
         raise DraftMismatch(f"the draft wants hidden states of layer {beyond[0]}, {but} {target.num_layers} layers", hint=hint)
     if layers and layers != target.num_layers:
         raise DraftMismatch(f"the draft was made for a target with {layers} layers, {but} {target.num_layers}", hint=hint)
-    if config.vocab_size > target.vocab_size or not 0 <= config.mask_token_id < target.vocab_size:
-        got = f"{config.vocab_size} and the mask token {config.mask_token_id}, {but} {target.vocab_size}"
-        raise DraftMismatch(f"the draft has a vocabulary of {got} tokens", hint="the two must share their tokenizer")
+    rows, mask = num_embeddings or target.vocab_size, config.mask_token_id
+    if config.method == "dflash" and not 0 <= mask < rows:
+        hint = "its row of the embedding is missing: take the target whose vocabulary was not cut, or a drafter with embed_tokens"
+        raise DraftMismatch(f"the draft fills its blocks with the mask token {mask}, {but} {rows} tokens", hint=hint)

@@ -17,23 +17,31 @@ from torch import Tensor
 
 from flashdraft import native
 from flashdraft.cache import SlotCache, round_up
-from flashdraft.layers import Linear, TorchLinear, apply_rotary
+from flashdraft.layers import GROWING, Linear, Rotary, TorchLinear, apply_rotary
 from flashdraft.process import INTS
 
 __all__ = ["Block", "CompiledStep", "Decoder", "padded"]
 
 Pair = tuple[Tensor, Tensor]
+Mask = tuple[int | None, bool]  # of a block: its window, and whether it is causal
 Output = tuple[Tensor, Tensor | None]  # states, and the wanted layers' outputs side by side if there are any
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer; q, k, v [tokens, heads, head_dim] -> [tokens, heads * head_dim]
 _LIMITS: Any = {"recompile_limit": 64, "isolate_recompiles": True}  # widths times sizes of the cache; beyond 64 torch raises
 
 
 class Block:
-    """One block, fused: q, k, v in one linear, gate and up in another. window: slots back that a node sees (torch kernel)."""
+    """One block, fused: q, k, v in one linear, gate and up in another.
 
-    def __init__(self, block: Any, like: Tensor, *, window: int | None = None) -> None:
-        self.like = like
-        attention, mlp, self.window = block.self_attn, block.mlp, window
+    window: a node sees fewer than so many slots back, and as few ahead; causal: it sees none ahead. rotary: the block's own,
+    where blocks differ. Windows, and blocks that differ in any of this, run on the torch kernel.
+    """
+
+    def __init__(
+        self, block: Any, like: Tensor, *, window: int | None = None, causal: bool = False, rotary: Rotary | None = None
+    ) -> None:
+        self.like, self.rotary = like, rotary
+        self.mask: Mask = (window, causal)
+        attention, mlp = block.self_attn, block.mlp
         self.parts: dict[str, tuple[Any, ...]] = {
             "qkv": (attention.q_proj, attention.k_proj, attention.v_proj),
             "out": (attention.o_proj,),
@@ -78,19 +86,23 @@ def _forget_pages(weight: Tensor) -> None:
 
 
 class Decoder:
-    """Blocks and the norm behind them, packed. `rotary`: layers.rotary_table's."""
+    """Blocks and the norm behind them, packed. rotary: of the blocks that have none of their own."""
 
     def __init__(
-        self, blocks: Iterable[Block], norm: Tensor, *, rotary: Pair, eps: float, kernel: str = "compact", consume: bool = False
+        self, blocks: Iterable[Block], norm: Tensor, *, rotary: Rotary, eps: float, kernel: str = "compact", consume: bool = False
     ) -> None:
         self.norm, self.eps, self.hidden_size = norm.contiguous(), eps, len(norm)
-        self.cos, self.sin = (table.contiguous() for table in rotary)
         kept = list(blocks)
-        self.norms, self.windows = [block.norms for block in kept], [block.window for block in kept]
+        self.norms, self.masks = [block.norms for block in kept], [block.mask for block in kept]
+        own = [block.rotary or rotary for block in kept]
+        self.rotaries = list(dict.fromkeys(own))  # those that are there, and which of them each block has
+        self.which = [self.rotaries.index(one) for one in own]
         qkv, out, down = (kept[0].shape(name) for name in ("qkv", "out", "down"))
-        self.inner, self.head_dim = down[1], self.cos.shape[1]
+        self.inner, self.head_dim = down[1], 2 * len(rotary.inv_freq)
         self.heads, self.kv_heads = out[1] // self.head_dim, (qkv[0] - out[1]) // self.head_dim // 2
-        fits = native.usable(norm) and not any(self.windows) and self.odd_size() is None
+        alike = len({*self.masks}) == 1 and len(self.rotaries) == 1
+        whole = alike and self.masks[0][0] is None  # one mask and one table for all blocks is what the kernels take
+        fits = native.usable(norm) and whole and self.odd_size() is None
         self.native = fits and kernel not in ("torch", "compiled")
         self.kernel = kernel if self.native or kernel == "compiled" else "torch"
         self.linears = [self._packed_block(block, consume=consume) for block in kept]
@@ -131,13 +143,24 @@ class Decoder:
         counts = sizes.tolist()
         needed = max(map(sum, zip(lengths, counts, strict=True)))
         assert needed <= cache.slots, "the cache has too few slots"  # the kernels write unchecked
+        self.reserve(needed)
         real = torch.arange(x.shape[1], **INTS) < sizes[:, None]  # nothing below sees padding
         packed = x.flatten(0, 1) if min(counts) == x.shape[1] else x[real]
         if self._model is not None:
+            seen = seen.tril() if self.masks[0][1] else seen
             states, features = self._native(cache, packed, (torch.tensor(slots, **INTS), starts, sizes, depths, seen), layers)
         else:
             states, features = self.run(packed, *self._torch(cache, slots, (starts, depths, seen, real)), layers)
         return _spread(states, real), None if features is None else _spread(features, real)
+
+    def reserve(self, num_positions: int) -> bool:
+        """Room for so many positions in the rotary tables; whether they had to grow."""
+        with GROWING:
+            grown = [rotary.reserve(num_positions) for rotary in self.rotaries]
+            if self._model is not None:
+                cos, sin = self.rotaries[0].tables
+                self._model.cos, self._model.sin = cos.data_ptr(), sin.data_ptr()
+            return any(grown)
 
     def _torch(self, cache: SlotCache, slots: Sequence[int], shape: tuple[Tensor, ...]) -> tuple[Tensor, Attend]:
         """Positions [tokens] without padding, and attention to what the rows from the first slot to the last one hold."""
@@ -154,7 +177,7 @@ class Decoder:
 
     def run(self, x: Tensor, positions: Tensor, attend: Attend, layers: Sequence[int]) -> Output:
         """x [tokens, hidden], positions [tokens] -> the final normed states and the wanted layers' outputs side by side."""
-        cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]
+        rotated = [rotary.at(positions) for rotary in self.rotaries]
         wanted: dict[int, Tensor] = {}
         split = self.heads, self.kv_heads
         for index, (norms, linears) in enumerate(zip(self.norms, self.linears, strict=True)):
@@ -163,7 +186,7 @@ class Decoder:
             if "q_norm" in norms:
                 q, k = qk.split(split, dim=1)
                 qk = torch.cat((self._normed(q, norms["q_norm"]), self._normed(k, norms["k_norm"])), dim=1)
-            q, k = apply_rotary(qk, cos, sin).split(split, dim=1)
+            q, k = apply_rotary(qk, *rotated[self.which[index]]).split(split, dim=1)
             x = x + linears["out"](attend(index, q, k, v))
             gate, up = linears["gate_up"](self._normed(x, norms["post_norm"])).chunk(2, dim=-1)
             x = x + linears["down"](F.silu(gate) * up)
@@ -177,7 +200,7 @@ class Decoder:
         return F.rms_norm(x, weight.shape, weight, self.eps)
 
     def attend_to(self, kv: Sequence[Pair], starts: Tensor, seen: Tensor, at: Sequence[Tensor | None]) -> Attend:
-        """One call for all rows and nodes; a layer with a window is causal.
+        """One call for all rows and nodes, under each block's own mask.
 
         kv: every layer's keys and values [rows, kv_heads, slots, head_dim]; starts: what the rows hold [rows]; seen [rows,
         nodes, nodes]; at: of each token its row, node and slot; node is None where all nodes of all rows come in order.
@@ -185,15 +208,17 @@ class Decoder:
         (row, node, place), (rows, width) = at, seen.shape[:2]
         slots = torch.arange(kv[0][0].shape[2], dtype=torch.int64, device=starts.device)
         groups, behind = self.heads // self.kv_heads, (slots - starts[:, None])[:, None]
+        node_places = torch.arange(width, dtype=torch.int64, device=starts.device)
+        ahead = behind - node_places[:, None]  # slots from a node to what it may see
         masks = {}
-        for window in dict.fromkeys(self.windows):
-            own = (seen if window is None else seen.tril()).gather(2, behind.clamp(0, width - 1).expand(rows, width, -1))
+        for window, causal in dict.fromkeys(self.masks):
+            own = (seen.tril() if causal else seen).gather(2, behind.clamp(0, width - 1).expand(rows, width, -1))
             visible = (behind < 0) | ((behind < width) & own)
             if window is not None:
-                visible = visible & (behind > torch.arange(width, dtype=torch.int64, device=starts.device)[:, None] - window)
+                visible = visible & (ahead > -window) & (ahead < window)
             visible = visible | (~visible.any(-1, keepdim=True) & (slots == 0))  # whoever is padding reads something
-            mask = torch.zeros_like(visible, dtype=self.cos.dtype).masked_fill(~visible, -torch.inf)
-            masks[window] = mask.repeat(1, groups, 1)[:, None]
+            mask = torch.zeros_like(visible, dtype=self.norm.dtype).masked_fill(~visible, -torch.inf)
+            masks[window, causal] = mask.repeat(1, groups, 1)[:, None]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = kv[layer]
@@ -201,7 +226,7 @@ class Decoder:
             query = q if node is None else q.new_zeros(rows, width, *q.shape[1:]).index_put((row, node), q)
             query = query.view(rows, width, self.kv_heads, groups, -1).permute(0, 2, 3, 1, 4)
             folded = query.reshape(rows, self.kv_heads, groups * width, -1)
-            out = self.attention(folded, keys, values, attn_mask=masks[self.windows[layer]])
+            out = self.attention(folded, keys, values, attn_mask=masks[self.masks[layer]])
             out = out.view(rows, self.heads, width, -1).transpose(1, 2)
             return (out.flatten(0, 1) if node is None else out[row, node]).flatten(1)
 
@@ -236,7 +261,7 @@ class Decoder:
                 assert isinstance(linear, native.NativeLinear)
                 setattr(struct, name, linear.struct)
         sizes = len(self.linears), self.hidden_size, self.heads, self.kv_heads, self.head_dim, self.inner, self.eps
-        return native.Model(*sizes, self._layers, *(t.data_ptr() for t in (self.norm, self.cos, self.sin)))
+        return native.Model(*sizes, self._layers, *(t.data_ptr() for t in (self.norm, *self.rotaries[0].tables)))
 
     def _native(self, cache: SlotCache, x: Tensor, shape: Sequence[Tensor], layers: Sequence[int]) -> Output:
         assert self._model is not None
@@ -282,13 +307,15 @@ class CompiledStep:
 
     Nodes are padded to a few widths, rows are all rows of the cache, all slots are read under a mask made of length tensors; so
     one trace serves every length and proposal of a width. A cache that grows is traced again.
-    embed: tokens [n] -> [n, hidden]; head: what follows the final state, [n, hidden] -> [n, out]; weights: of both.
+    embed: tokens [n] -> [n, hidden]; head: what follows the final state, [n, hidden] -> [n, out]; weights: of both;
+    num_positions: of the longest text.
     """
 
-    def __init__(self, decoder: Decoder, embed: Any, head: Any, weights: list[Any]) -> None:
+    def __init__(self, decoder: Decoder, embed: Any, head: Any, weights: list[Any], *, num_positions: int) -> None:
+        decoder.reserve(num_positions)  # all at once: a table that grows is traced again
         self.decoder, self.embed, self.head, self.device = decoder, embed, head, decoder.norm.device
         linears = [linear for linears in decoder.linears for linear in linears.values()]
-        weights += [decoder.norm, decoder.cos, decoder.sin, *(norm for norms in decoder.norms for norm in norms.values())]
+        weights += [decoder.norm, *self._tables(), *(norm for norms in decoder.norms for norm in norms.values())]
         _pin(weights + [tensor for linear in linears for tensor in (linear.weight, linear.bias)])
         mode = "reduce-overhead" if self.device.type == "cuda" else None  # CUDA graphs
         self._step: Any = torch.compile(self._trace, fullgraph=True, dynamic=False, mode=mode, **_LIMITS)
@@ -300,7 +327,10 @@ class CompiledStep:
         seen, depths, sizes = shape
         lengths = torch.tensor([cache.lengths[slot] for slot in slots], **INTS)
         at, n = torch.tensor(slots, **INTS), tokens.shape[1]
-        cache.reserve(int((lengths + sizes).max()) + 1)  # the last slot takes what padding writes
+        needed = int((lengths + sizes).max())
+        cache.reserve(needed + 1)  # the last slot takes what padding writes
+        if self.decoder.reserve(needed):
+            _pin(self._tables())
         if cache.addresses is None:
             cache.addresses = self.decoder.slots_of(cache)
             _pin([tensor for pair in cache.addresses for tensor in pair])
@@ -314,6 +344,9 @@ class CompiledStep:
         out, features = self._step([t.to(self.device) for t in whole], cache.addresses, tuple(layers))
         at = at.to(self.device)  # indexing copies, and it has to: the next replay overwrites what a graph gave
         return out[at, :n], None if features is None else features[at, :n]
+
+    def _tables(self) -> list[Tensor]:
+        return [table for rotary in self.decoder.rotaries for table in rotary.tables]
 
     def _trace(self, shape: list[Tensor], kv: Sequence[Pair], layers: Sequence[int]) -> Output:
         """All rows and nodes, padding included; a row that is not in this pass has size 0."""

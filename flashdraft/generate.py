@@ -12,10 +12,11 @@ from typing import Any, Self
 import torch
 
 from flashdraft import hub
-from flashdraft.checkpoint import DraftConfig, is_draft
+from flashdraft.checkpoint import DraftConfig
 from flashdraft.control import Control
 from flashdraft.engine import Engine, Request, check
 from flashdraft.errors import FlashDraftError, InvalidParameter, InvalidPrompt, ModelNotFound, first_line
+from flashdraft.foreign import is_draft
 from flashdraft.lean import FAMILIES, LeanTarget, fastest, unfit
 from flashdraft.methods import NETWORKS
 from flashdraft.methods.autoregressive import Autoregressive

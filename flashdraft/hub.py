@@ -63,7 +63,8 @@ _NAMES = f"give a built-in name ({', '.join(BUILTIN)}), a folder with config.jso
 _HUBS = ("huggingface.co/", "www.huggingface.co/", "hf.co/", "hf://")
 _ORIGINAL = "use the model's original Hugging Face folder"
 _HUB_ID = re.compile(r"(?!.*(\.\.|--))[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
-_WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]  # never pickles
+_WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]  # pickles are never opened
+_WANTED += ["mask_embedding.pt"]  # that it is there is all that is asked: such a drafter is refused
 _TWICE = ["*/*", "consolidated*"]  # the same weights again in other formats
 
 

@@ -1,17 +1,22 @@
 """What draft networks and targets are made of: linears, RMSNorm, rotary positions, sequential heads. Knows tensors only."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flashdraft import native
-from flashdraft.process import FLOATS
+from flashdraft.process import FLOATS, new_lock
 
-__all__ = ["HEADS", "ROPE_TYPES", "Linear", "RMSNorm", "SwigluHead", "TorchLinear", "apply_rotary", "pack", "rotary_table"]
-__all__ += ["swiglu"]
+__all__ = ["GROWING", "HEADS", "ROPE_TYPES", "Linear", "RMSNorm", "Rotary", "SwigluHead", "TorchLinear", "apply_rotary", "pack"]
+__all__ += ["rotary_of", "rotary_table", "scaled_length", "swiglu"]
 
 HEADS = ("swiglu",)
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # static: a position's angles do not depend on the length
+_FIRST_POSITIONS = 256  # of a table; it doubles as texts grow
+GROWING = new_lock()  # a pass of another thread must not find a table shorter than it asked for
 
 
 class RMSNorm(nn.RMSNorm):
@@ -47,11 +52,66 @@ def pack(weight: Tensor, bias: Tensor | None = None, *, kernel: str = "compact")
     return TorchLinear(weight, bias)
 
 
-def rotary_table(inv_freq: Tensor, num_positions: int, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What `apply_rotary` takes, for every position: cos and signed sin, [positions, head_dim] each."""
-    angles = torch.outer(torch.arange(num_positions, device=inv_freq.device, dtype=torch.float32), inv_freq.float())
+def rotary_of(positions: Tensor, inv_freq: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """What `apply_rotary` takes at positions [n]: cos and signed sin, [n, head_dim] each, in float32."""
+    angles = torch.outer(positions.float(), inv_freq.float())
     cos, sin = angles.cos() * scaling, angles.sin() * scaling
-    return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+def rotary_table(inv_freq: Tensor, num_positions: int, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The same for every position: [positions, head_dim] each."""
+    cos, sin = rotary_of(torch.arange(num_positions, dtype=torch.int64, device=inv_freq.device), inv_freq, scaling)
+    return cos.to(dtype), sin.to(dtype)
+
+
+class Rotary:
+    """Tables of cos and signed sin, as long as positions were asked for so far; `like` gives their dtype and device."""
+
+    def __init__(self, inv_freq: Tensor, scaling: float, like: Tensor) -> None:
+        self.inv_freq = inv_freq.detach().to(like.device, torch.float32)
+        self.scaling, self.dtype = scaling, like.dtype
+        self.tables = rotary_table(self.inv_freq, _FIRST_POSITIONS, scaling, self.dtype)
+        self._former: list[tuple[Tensor, Tensor]] = []  # a pass of another thread may still be reading them
+
+    def reserve(self, num_positions: int) -> bool:
+        """Make the tables at least so long; whether they had to grow. What they held keeps its bits."""
+        with GROWING:
+            held = len(self.tables[0])
+            if num_positions <= held:
+                return False
+
+            length = max(num_positions, 2 * held)
+            fresh = torch.arange(held, length, dtype=torch.int64, device=self.inv_freq.device)
+            cos, sin = rotary_of(fresh, self.inv_freq, self.scaling)
+            self._former.append(self.tables)
+            self.tables = (
+                torch.cat((self.tables[0], cos.to(self.dtype))),
+                torch.cat((self.tables[1], sin.to(self.dtype))),
+            )
+            return True
+
+    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """What `apply_rotary` takes for [n, heads, head_dim] at positions [n], for which there is room."""
+        cos, sin = self.tables
+        return cos[positions][:, None], sin[positions][:, None]
+
+
+def scaled_length(limit: int, rope: Mapping[str, Any] | None) -> int:
+    """The positions that a config means by `limit`, its max_position_embeddings, together with its rotary scaling.
+
+    yarn, linear, llama3: the length before scaling times the factor, or `limit` where that is scaled already. What was before
+    is `original_max_position_embeddings`, else `limit` itself (transformers: "don't update max_position_embeddings").
+    longrope, dynamic: one position beyond the first length changes the angles of all, so a text ends there.
+    """
+    rope = rope or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    original = int(rope.get("original_max_position_embeddings") or limit)
+    if kind in ("longrope", "su"):
+        return min(limit, original)
+    if kind in ("linear", "yarn", "llama3"):
+        return max(limit, int(original * float(rope.get("factor") or 1.0)))
+    return limit
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

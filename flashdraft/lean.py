@@ -18,9 +18,9 @@ from transformers.activations import ACT2FN
 from flashdraft import native
 from flashdraft.cache import SlotCache
 from flashdraft.decoder import Block, CompiledStep, Decoder
-from flashdraft.layers import ROPE_TYPES, Linear, TorchLinear, rotary_table
+from flashdraft.layers import ROPE_TYPES, Linear, Rotary, TorchLinear
 from flashdraft.process import INTS, undisturbed
-from flashdraft.target import Indices, Output, Target
+from flashdraft.target import Indices, Output, Target, context_of
 from flashdraft.timing import StepTimes, best_of
 from flashdraft.tree import ancestors, chain
 
@@ -42,9 +42,9 @@ class LeanTarget(Target):
         config, decoder = model.config, model.model
         self.name, self.config = name, config
         self.vocab_size, self.hidden_size = int(config.vocab_size), int(config.hidden_size)
-        self.num_layers, self.context_length = int(config.num_hidden_layers), int(config.max_position_embeddings)
+        self.num_layers, self.context_length = int(config.num_hidden_layers), context_of(config)
         self.embedding, norm, rope = decoder.embed_tokens.weight.detach(), decoder.norm.weight.detach(), decoder.rotary_emb
-        rotary = rotary_table(rope.inv_freq, self.context_length, rope.attention_scaling, self.embedding.dtype)
+        rotary = Rotary(rope.inv_freq, rope.attention_scaling, self.embedding)
         blocks = (Block(block, self.embedding) for block in decoder.layers)
         self._tables: dict[int, StepTimes] = {}  # by number of threads
         self.decoder = Decoder(blocks, norm, rotary=rotary, eps=float(config.rms_norm_eps), kernel=kernel, consume=consume)
@@ -62,7 +62,8 @@ class LeanTarget(Target):
         if kernel == "compiled":
             self.kernel = f"compiled {dtype}"
             self.static_cache = True
-            self._step = CompiledStep(self.decoder, self.embed, self.head, [self.embedding, self._head_rows, bias])
+            weights = [self.embedding, self._head_rows, bias]
+            self._step = CompiledStep(self.decoder, self.embed, self.head, weights, num_positions=self.context_length)
         self.nbytes = self.decoder.nbytes + self.head.nbytes + self.embedding.nbytes
 
     @property
@@ -100,9 +101,10 @@ class LeanTarget(Target):
         rope = getattr(config, "rope_parameters", None) or {}
         kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
         plain = getattr(config, "hidden_act", None) == "silu" and not kinds
+        nested = any(isinstance(value, Mapping) for value in rope.values())  # by kinds of layers: one table is not enough
         static = rope.get("rope_type", "default") in ROPE_TYPES and float(rope.get("partial_rotary_factor", 1.0)) == 1.0
         windowed = config.model_type == "mistral" and getattr(config, "sliding_window", None)
-        return config.model_type in FAMILIES and plain and static and not windowed
+        return config.model_type in FAMILIES and plain and static and not nested and not windowed
 
     @undisturbed
     @torch.inference_mode()

@@ -5,8 +5,9 @@ A method's file adds its own modules. Knows tensors, names and the target's two 
 
 from __future__ import annotations
 
+import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -19,13 +20,15 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from flashdraft import hub, native
 from flashdraft.checkpoint import OPTIONAL, DraftConfig, check_target, read_draft, write_draft
-from flashdraft.errors import CheckpointError, DraftMismatch
-from flashdraft.layers import ROPE_TYPES, Linear, pack, rotary_table
+from flashdraft.errors import CheckpointError, DraftMismatch, first_line
+from flashdraft.layers import ROPE_TYPES, Linear, Rotary, pack, rotary_of, rotary_table
 from flashdraft.process import BOOLS, INTS, undisturbed
 from flashdraft.target import Target
 from flashdraft.types import Drafter
 
 __all__ = ["DRAFT_KERNEL", "DraftHead", "DraftNetwork", "network_shape"]
+
+_LOG = logging.getLogger("flashdraft")  # one line on stderr, unless the caller has other plans
 
 DRAFT_KERNEL = "int8"  # a draft may be rounded: that can cost accepted length, never the text
 
@@ -34,8 +37,7 @@ class DraftNetwork(nn.Module):
     """A draft network; its modules carry the tensor names of its method's published format (checkpoint.py)."""
 
     method: str
-    cos: Tensor  # of every position, where a method has positions: see `add_rotary`
-    sin: Tensor
+    frequencies: dict[str, tuple[Tensor, float]]  # by kind of layer, where a method has positions: see `add_rotary`
 
     def __init__(self, config: DraftConfig) -> None:
         super().__init__()
@@ -82,64 +84,138 @@ class DraftNetwork(nn.Module):
         self.config = replace(self.config, draft_vocab_size=len(tokens))
 
     def add_rotary(self) -> Qwen3Config:
-        """The buffers that `rotary` reads; returns what transformers needs to know for the parts that are Qwen3's own."""
-        if (kind := self.config.rope_parameters.get("rope_type", "default")) not in ROPE_TYPES:
-            known = f"known: {', '.join(ROPE_TYPES)}"
-            raise CheckpointError(f"rotary scaling {kind!r} is not supported in a drafter", hint=known)
-        qwen3 = Qwen3Config(**network_shape(self.config))
-        made = Qwen3RotaryEmbedding(qwen3)
-        cos, sin = rotary_table(made.inv_freq, qwen3.max_position_embeddings, made.attention_scaling, torch.float32)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
-        return qwen3
+        """The frequencies that `rotary` reads; returns what transformers needs to know for the parts that are Qwen3's own."""
+        self.frequencies = {}
+        for layers, rope in self.config.ropes.items():
+            kind = rope.get("rope_type", "default")
+            if kind not in ROPE_TYPES:
+                known = f"known: {', '.join(ROPE_TYPES)}"
+                raise CheckpointError(f"rotary scaling {kind!r} is not supported in a drafter", hint=known)
+            try:
+                made = Qwen3RotaryEmbedding(Qwen3Config(**network_shape(self.config, rope)))
+            except (KeyError, TypeError, ValueError) as error:
+                got = f"rotary scaling {kind!r} lacks or garbles {first_line(error)}"
+                raise CheckpointError(got, hint="rope_parameters in its config.json are damaged") from None
+            self.frequencies[layers] = made.inv_freq, float(made.attention_scaling)
+        return Qwen3Config(**network_shape(self.config, next(iter(self.config.ropes.values()))))
 
-    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """What `apply_rotary` takes for [n, heads, head_dim] at positions [n]."""
-        return self.cos[positions][:, None], self.sin[positions][:, None]
+    def rotary(self, positions: Tensor, kind: str | None = None) -> tuple[Tensor, Tensor]:
+        """What `apply_rotary` takes for [n, heads, head_dim] at positions [n]; kind: of layer, where they differ."""
+        inv_freq, scaling = self.frequencies[kind or next(iter(self.frequencies))]
+        dtype = next(self.parameters()).dtype
+        cos, sin = rotary_of(positions, inv_freq.to(positions.device), scaling)
+        return cos.to(dtype)[:, None], sin.to(dtype)[:, None]
+
+    @property
+    def cos(self) -> Tensor:
+        """Of the positions that it was trained on [positions, head_dim]."""
+        inv_freq, scaling = next(iter(self.frequencies.values()))
+        return rotary_table(inv_freq, self.config.max_position_embeddings, scaling, torch.float32)[0]
+
+    def rotaries(self, like: Tensor) -> dict[str, Rotary]:
+        """Growing tables by kind of layer, in the dtype and on the device of `like`."""
+        return {kind: Rotary(inv_freq, scaling, like) for kind, (inv_freq, scaling) in self.frequencies.items()}
 
     def drafters(self, target: Target) -> Callable[..., Drafter]:
         """What makes drafters beside this target: the weights are packed once; takes block_size and tree_nodes, or None."""
         raise NotImplementedError
 
 
-def network_shape(config: DraftConfig) -> dict[str, Any]:
-    """What transformers' config of a network of this shape takes."""
+def network_shape(config: DraftConfig, rope: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers' config of a network of this shape takes. rope: flat rotary parameters."""
     names = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
     names += ["head_dim", "rms_norm_eps", "max_position_embeddings", "attention_bias"]
     shape = {name: getattr(config, name) for name in names}
-    return shape | {"rope_parameters": {"rope_type": "default", **config.rope_parameters}}
+    return shape | {"rope_parameters": {"rope_type": "default", **rope}}
 
 
 class DraftHead:
     """Embedding, lm_head and vocabulary of a draft network beside one target. Raises DraftMismatch where they do not fit."""
 
     def __init__(self, model: DraftNetwork, target: Target) -> None:
-        check_target(model.config, target)
+        embedding, own = model.extras.get("embed_tokens.weight"), model.extras.get("lm_head.weight")
+        check_target(model.config, target, num_embeddings=None if embedding is None else len(embedding))
         self.config, self.target = model.config, target
         self.probe = target.embed(torch.zeros(1, **INTS))  # the dtype and device of everything here
         self.native = native.usable(self.probe)  # whether our kernels do the heavy work
-        embedding, own = model.extras.get("embed_tokens.weight"), model.extras.get("lm_head.weight")
-        if embedding is not None and len(embedding) < target.vocab_size:
-            got = f"an embedding of {len(embedding)} tokens, but `{target.name}` has {target.vocab_size}"
-            raise DraftMismatch(f"the draft has {got}", hint="the two must share their tokenizer")
-        self.embedding = None if embedding is None else embedding.to(self.probe)
-        self.own_head = None if own is None or model.sequential_head is None else own.to(self.probe)
+        self.embedding = self._own_embedding(embedding)
+        if own is None and model.config.tied_head:
+            own = embedding
         self.vocabulary: Tensor | None = None  # target ids of a reduced draft vocabulary; None: the target's
         if (offsets := model.extras.get("d2t")) is not None:  # target id - draft id
-            self.vocabulary = (offsets.long() + torch.arange(len(offsets), **INTS)).to(self.probe.device)
-            own = target.head_weight(self.vocabulary) if own is None else own
+            leads = offsets.long() + torch.arange(len(offsets), **INTS)
+            known = leads < target.vocab_size  # what the target lacks is never proposed
+            if not bool(known.any()):
+                got = f"the draft's vocabulary lies beyond the {target.vocab_size} tokens of `{target.name}`"
+                raise DraftMismatch(got, hint="the two must share their tokenizer")
+            self.vocabulary = leads[known].to(self.probe.device)
+            own = target.head_weight(self.vocabulary) if own is None else own[known]
+        elif own is not None:
+            own = own[: target.vocab_size]
+        with_head = model.extras.get("lm_head.weight") is not None and model.sequential_head is not None
+        self.own_head = own.to(self.probe) if with_head and own is not None else None
+        cap = model.config.final_logit_softcapping or getattr(target.config, "final_logit_softcapping", None)
+        self.cap = None if cap is None else float(cap)
         self.head: Linear | None = None if own is None else self.packed(own)
         self.nbytes = sum(t.nbytes for t in (self.embedding, self.head) if t is not None)
+        self._told = False
+
+    def _own_embedding(self, stored: Tensor | None) -> Tensor | None:
+        """The file's own table, as long as the target's vocabulary at least; None: the target's embedding serves.
+
+        A family that scales its embedding (Gemma) trained its drafters on the scaled one.
+        """
+        target, explicit = self.target, self.config.input_embedding_scale != 1
+        some = torch.arange(min(target.vocab_size, 8), **INTS)
+        scaled = not torch.equal(target.embed(some), target.embedding_rows(some).to(self.probe))
+        if stored is None:
+            if scaled and explicit:
+                got = f"the draft scales the embedding of `{target.name}`, which scales it already"
+                raise DraftMismatch(
+                    got, hint="readers of input_embedding_scale differ here: the drafter needs embed_tokens of its own"
+                )
+            return None
+
+        if scaled and not explicit and self.config.method == "dflash":
+            rows = target.embedding_rows(torch.arange(min(len(stored), target.vocab_size), **INTS))
+            if torch.equal(stored[: len(rows)].to(rows), rows):
+                return None  # a copy of what the target scales
+            got = f"the draft has an embedding of its own, beside `{target.name}`, which scales its embedding"
+            raise DraftMismatch(got, hint="say in its dflash_config by how much: input_embedding_scale")
+        missing = max(target.vocab_size - len(stored), 0)  # ids that it was not trained with are nothing to it
+        return F.pad(stored, (0, 0, 0, missing)).to(self.probe)
+
+    def tell(self, end: int) -> None:
+        """Say once where drafts go on beyond what the network was trained on. end: of the positions that they read."""
+        if end > self.config.trained_length and not self._told:
+            self._told = True
+            _LOG.warning(
+                "the drafter was not trained from position %d on: it drafts on, and may be accepted less",
+                self.config.trained_length,
+            )
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The target's embedding, or the drafter's own if its file holds one."""
-        own = self.embedding
-        return self.target.embed(tokens) if own is None else F.embedding(tokens.to(own.device), own)
+        own, scale = self.embedding, self.config.input_embedding_scale
+        rows = self.target.embed(tokens) if own is None else F.embedding(tokens.to(own.device), own)
+        return rows if scale == 1 else rows * scale
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., hidden] -> [..., draft vocabulary]; the target's own lm_head where the draft has none."""
         flat = hidden.reshape(-1, hidden.shape[-1])
-        return (self.target.lm_head if self.head is None else self.head)(flat).view(*hidden.shape[:-1], -1)
+        raw = self.target.uncapped_logits(flat) if self.head is None else self.head(flat)
+        return self.transformed(raw).view(*hidden.shape[:-1], -1)
+
+    @property
+    def plain(self) -> bool:
+        """Whether logits are what the lm_head gives."""
+        return self.cap is None and self.config.output_multiplier == 1
+
+    def transformed(self, logits: Tensor) -> Tensor:
+        """Multiplied, then capped, as the config says."""
+        if self.config.output_multiplier != 1:
+            logits = logits * self.config.output_multiplier
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
     def likely(self, hidden: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The likeliest tokens and their log-probabilities: [..., hidden] -> [..., count] each."""

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from flashdraft.cache import SlotCache
 from flashdraft.errors import UnsupportedTarget
+from flashdraft.layers import scaled_length
 from flashdraft.process import INTS, undisturbed
 from flashdraft.tree import ancestors, chain, depths
 
-__all__ = ["HFTarget", "Target"]
+__all__ = ["HFTarget", "Target", "context_of"]
 
 # Families whose stock forward was checked against plain forwards after rejected drafts (tests/test_target.py).
 CHECKED = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma3_text", "phi3", "gpt_oss", "glm4")
@@ -77,7 +78,15 @@ class Target(Protocol):
 
     def embed(self, tokens: Tensor) -> Tensor: ...
 
+    def embedding_rows(self, tokens: Tensor) -> Tensor:
+        """The embedding's rows as they are stored: a family may scale them (Gemma)."""
+        return self.embed(tokens)
+
     def lm_head(self, hidden: Tensor) -> Tensor: ...
+
+    def uncapped_logits(self, hidden: Tensor) -> Tensor:
+        """The lm_head without the softcap behind it."""
+        return self.lm_head(hidden)
 
     def head_weight(self, tokens: Tensor) -> Tensor:
         """The lm_head's rows of these tokens: [n] -> [n, hidden]."""
@@ -114,11 +123,14 @@ class HFTarget(Target):
         self.row_exact = False
         self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
         self.hidden_size, self.num_layers = int(self.config.hidden_size), int(self.config.num_hidden_layers)
-        if (limit := getattr(self.config, "max_position_embeddings", None)) is None:
+        if getattr(self.config, "max_position_embeddings", None) is None:
             raise _unsupported(self, "its config has no max_position_embeddings")
         rope = getattr(self.config, "rope_parameters", None) or {}
-        longrope = rope.get("rope_type") == "longrope"  # one position beyond its first limit changes the frequencies of all
-        self.context_length = int(min(limit, rope["original_max_position_embeddings"]) if longrope else limit)
+        if "rope_type" in rope and any(isinstance(own, Mapping) for own in rope.values()):
+            raise _unsupported(
+                self, "its rope_parameters are told by kinds of layers, of which transformers reads none in this family"
+            )
+        self.context_length = context_of(self.config)
         self.nbytes = sum(p.numel() * p.element_size() for p in model.parameters())
         self._decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.model
         check_family(self)
@@ -127,10 +139,16 @@ class HFTarget(Target):
     def embed(self, tokens: Tensor) -> Tensor:
         return self.model.get_input_embeddings()(tokens.to(self.model.device))  # type: ignore[no-any-return]
 
+    def embedding_rows(self, tokens: Tensor) -> Tensor:
+        return self.model.get_input_embeddings().weight.detach()[tokens.to(self.model.device)]  # type: ignore[no-any-return]
+
     def lm_head(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self.model.get_output_embeddings()(hidden)
+        logits = self.uncapped_logits(hidden)
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def uncapped_logits(self, hidden: Tensor) -> Tensor:
+        return self.model.get_output_embeddings()(hidden)  # type: ignore[no-any-return]
 
     def head_weight(self, tokens: Tensor) -> Tensor:
         return self.model.get_output_embeddings().weight.detach()[tokens]  # type: ignore[no-any-return]
@@ -165,6 +183,15 @@ class HFTarget(Target):
             far = positions[:, :, None] - held[:, None] >= window
             near = full.masked_fill(far[:, None].to(seen.device), lowest)
         return near if getattr(self.config, "layer_types", None) is None else {"full_attention": full, "sliding_attention": near}
+
+
+def context_of(config: Any) -> int:
+    """The positions of a Hugging Face text model, its rotary scaling included (layers.scaled_length)."""
+    limit, rope = int(config.max_position_embeddings), getattr(config, "rope_parameters", None) or {}
+    kinds = [own for own in rope.values() if isinstance(own, Mapping)]  # of layers; none may end before the others
+    if kinds:
+        return min(limit, *(scaled_length(limit, own) for own in kinds))
+    return scaled_length(limit, rope)
 
 
 def _capture(captured: dict[int, Tensor], index: int, _module: nn.Module, _inputs: Any, output: Any) -> None:

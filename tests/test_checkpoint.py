@@ -83,6 +83,93 @@ def test_published_folder_drafts_for_a_target_folder(tmp_path: Path) -> None:
     assert plain.stats.num_drafted == 0
 
 
+@pytest.mark.parametrize("method", ["dflash", "eagle3", "medusa", "draft_model"])
+def test_shipped_folder_is_written_again_as_it_is(method: str) -> None:
+    folder = Path(flashdraft.__file__).parent / "assets" / f"smollm2-135m-{method}"
+    written = json.loads((folder / "config.json").read_text())
+    read = DraftConfig.from_json(written, "here")
+    assert read.to_json() == written
+    assert read.method == method
+    assert (
+        read.target_layer_ids == {"dflash": (1, 8, 14, 20, 27), "eagle3": (1, 14, 27), "medusa": (30,), "draft_model": ()}[method]
+    )
+
+
+PLACES: dict[str, tuple[dict[str, Any], tuple[int, int, tuple[int, ...]]]] = {
+    "dflash_config before the top": (
+        {
+            "mask_token_id": 7,
+            "target_layer_ids": [0],
+            "block_size": 9,
+            "dflash_config": {**ZLAB["dflash_config"], "block_size": 6},
+        },
+        (6, MASK, (1, 2)),
+    ),
+    "all at the top": ({"dflash_config": ..., "mask_token_id": 7, "target_layer_ids": [0, 3], "block_size": 9}, (9, 7, (0, 3))),
+    "zero in dflash_config": (
+        {"mask_token_id": 7, "dflash_config": {"mask_token_id": 0, "target_layer_ids": [0, 1]}},
+        (4, 0, (0, 1)),
+    ),
+    "default layers": ({"dflash_config": {"mask_token_id": 7}, "num_target_layers": 36}, (4, 7, (1, 33))),
+    "default block": ({"block_size": ...}, (16, MASK, (1, 2))),
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_keys_are_looked_up_as_their_authors_do(case: str) -> None:
+    changes, expected = PLACES[case]
+    read = DraftConfig.from_json(config(**changes), "here")
+    assert (read.block_size, read.mask_token_id, read.target_layer_ids) == expected
+
+
+def test_heads_that_are_not_said_are_told_by_the_tensors(tmp_path: Path) -> None:
+    save_zlab(tmp_path, config=config(head_dim=..., num_key_value_heads=...))
+    read, _ = read_draft(tmp_path)
+    assert (read.head_dim, read.num_key_value_heads) == (16, 2)  # 32 / 4 and 4 would be llama's
+    bare = DraftConfig.from_json(config(head_dim=..., num_key_value_heads=..., max_position_embeddings=...), "here")
+    assert (bare.head_dim, bare.num_key_value_heads, bare.max_position_embeddings) == (128, 32, 32768)  # Qwen3Config's
+
+
+def test_depth_of_the_target_need_not_be_said(tmp_path: Path) -> None:
+    read = DraftConfig.from_json(config(num_target_layers=...), "here")
+    check_target(read, tiny_target("llama", lean=True))
+    assert read.num_target_layers == 0
+
+
+def test_mask_embedding_is_refused_by_name(tmp_path: Path) -> None:
+    save_zlab(tmp_path)
+    (tmp_path / "mask_embedding.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError) as error:
+        DFlashDraftModel.from_pretrained(tmp_path)
+    assert "holds mask_embedding.pt, which is not supported" in one_line_and_hint(error)
+
+
+GARBLED: dict[str, tuple[dict[str, Any], str]] = {
+    "a flag as text": ({"is_causal": "false"}, "'is_causal': 'false'"),
+    "a window of nothing": ({"use_sliding_window": True, "sliding_window": 0, "layer_types": ...}, "'sliding_window': 0"),
+    "no number": ({"dflash_config": {**ZLAB["dflash_config"], "input_embedding_scale": "big"}}, "big"),
+    "not finite": ({"output_multiplier": float("nan")}, "'output_multiplier'"),
+    "theta of words": ({"rope_theta": "a million"}, "a million"),
+    "theta of nothing": ({"rope_theta": 0}, "'rope_theta': 0"),
+    "swa without its size": ({"dflash_config": {**ZLAB["dflash_config"], "use_swa": True}}, "'swa_window_size'"),
+    "layers as text": ({"dflash_config": {"mask_token_id": 3, "target_layer_ids": "all"}}, "'a'"),
+    "no layers": ({"dflash_config": {"mask_token_id": 3}, "num_target_layers": ...}, "'target_layer_ids'"),
+    "scaling without its factor": ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
+    "scaling of words": ({"rope_scaling": {"rope_type": "linear", "factor": "twice"}}, "twice"),
+}
+
+
+@pytest.mark.parametrize("case", GARBLED)
+def test_garbled_value_is_named(tmp_path: Path, case: str) -> None:
+    changes, expected = GARBLED[case]
+    save_zlab(tmp_path, config=config(**changes))
+    with pytest.raises(CheckpointError) as error:
+        DFlashDraftModel.from_pretrained(tmp_path)
+    message = one_line_and_hint(error)
+    assert "lacks or garbles" in message
+    assert expected in message
+
+
 def test_falsy_ids_are_ids(tmp_path: Path) -> None:
     special = {"mask_token_id": 0, "target_layer_ids": [0, 1]}
     save_zlab(tmp_path, config=config(dflash_config=special))
@@ -135,6 +222,9 @@ def test_saved_files_can_be_read_by_others(tmp_path: Path) -> None:
         {"attention_bias": True},
         {"draft_vocab_size": 5},
         {"num_key_value_heads": ..., "head_dim": ...},
+        {"is_causal": False},
+        {"output_multiplier": 0.5, "input_embedding_scale": 2.0, "final_logit_softcapping": 30.0},
+        {"dflash_config": {**ZLAB["dflash_config"], "use_swa": True, "swa_window_size": 8}},
     ],
     ids=lambda changes: "-".join(changes),
 )
@@ -188,11 +278,6 @@ DAMAGED: dict[str, tuple[dict[str, Any], dict[str, Tensor], str]] = {
         config(),
         {**zlab_tensors(), "lm_head.weight": torch.zeros(7, HIDDEN)},
         "lm_head.weight has shape [7, 32]",
-    ),
-    "no block_size": (
-        config(block_size=...),
-        zlab_tensors(),
-        "lacks or garbles 'block_size'",
     ),
     "no dflash_config": (config(dflash_config=...), zlab_tensors(), "lacks or garbles 'mask_token_id'"),
     "a plain Qwen3": (config(dflash_config=..., block_size=..., num_target_layers=...), {}, "is not a DFlash drafter"),
@@ -263,7 +348,6 @@ def test_drafter_that_does_not_sample_from_the_anchor_is_no_foreigner(tmp_path: 
         ({"target_layer_ids": (1, 4)}, "the draft wants hidden states of layer 4, but `llama` has 4 layers"),
         ({"target_layer_ids": (-1, 2)}, "the draft wants hidden states of layer -1, but `llama` has 4 layers"),
         ({"num_target_layers": 5}, "the draft was made for a target with 5 layers, but `llama` has 4"),
-        ({"vocab_size": 62}, "the draft has a vocabulary of 62 "),
         ({"mask_token_id": VOCAB}, f"the mask token {VOCAB}, but `llama` has {VOCAB}"),
         ({"mask_token_id": -1}, "the mask token -1"),
     ],
@@ -280,6 +364,118 @@ def test_mismatch_ends_load_before_anything_runs(tmp_path: Path) -> None:
     save_zlab(tmp_path / "draft", config=config(num_target_layers=5))
     with pytest.raises(DraftMismatch):
         flashdraft.load(save_target(tmp_path / "target"), draft=tmp_path / "draft")
+
+
+# Vocabularies of two lengths: a target whose embedding was cut or padded.
+
+
+def vocabulary_of(count: int, *, d2t: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A drafter's config and tensors, with an embedding and a head of its own of `count` tokens; its head likes the last ones."""
+    noise = torch.randn(count, HIDDEN, generator=torch.Generator().manual_seed(8))
+    tensors = {
+        **zlab_tensors(),
+        "embed_tokens.weight": noise,
+        "lm_head.weight": noise.flip(0) * torch.arange(1, count + 1)[:, None],
+    }
+    if d2t:
+        tensors |= {"d2t": torch.zeros(count, dtype=torch.int64), "t2d": torch.ones(count, dtype=torch.bool)}
+    return config(vocab_size=count, **({"draft_vocab_size": count} if d2t else {})), tensors
+
+
+@pytest.mark.parametrize("d2t", [False, True], ids=["whole", "reduced"])
+@pytest.mark.parametrize("count", [VOCAB - 20, VOCAB, VOCAB + 20])
+def test_drafter_of_a_cut_or_padded_vocabulary_proposes_only_what_its_target_knows(tmp_path: Path, count: int, d2t: bool) -> None:
+    target = target_of(save_target(tmp_path / "target"))
+    written, tensors = vocabulary_of(count, d2t=d2t)
+    written["dflash_config"] = {**ZLAB["dflash_config"], "mask_token_id": 3}
+    model = DFlashDraftModel.from_pretrained(save_zlab(tmp_path / "draft", config=written, tensors=tensors))
+    drafted = proposals(model, target)
+    assert max(drafted) < min(count, VOCAB)
+    assert len(set(drafted)) > 1
+    whole = PackedDraft(model, target)
+    assert whole.embed(torch.tensor([VOCAB - 1])).abs().sum() > 0 or count < VOCAB  # what it never saw is nothing to it
+
+
+def test_uncut_head_would_propose_what_the_target_lacks(tmp_path: Path) -> None:
+    """What the test above rests on: the drafter's likeliest tokens are among those."""
+    _, tensors = vocabulary_of(VOCAB + 20)
+    hidden = torch.randn(40, HIDDEN, generator=torch.Generator().manual_seed(2))
+    assert int((hidden @ tensors["lm_head.weight"].T).argmax(-1).max()) >= VOCAB
+
+
+@pytest.mark.parametrize("count", [VOCAB - 4, VOCAB + 4])
+def test_drafter_without_tables_of_its_own_fits_any_length(tmp_path: Path, count: int) -> None:
+    target = target_of(save_target(tmp_path / "target"))
+    folder = save_zlab(tmp_path / "draft", config=config(vocab_size=count))
+    same = save_zlab(tmp_path / "same")
+    assert proposals(DFlashDraftModel.from_pretrained(folder), target) == proposals(
+        DFlashDraftModel.from_pretrained(same), target
+    )
+
+
+def test_mask_token_beyond_a_cut_vocabulary_is_refused_unless_the_drafter_has_its_row(tmp_path: Path) -> None:
+    target = target_of(save_target(tmp_path / "target"))
+    written, tensors = vocabulary_of(VOCAB + 20)
+    written["dflash_config"] = {**ZLAB["dflash_config"], "mask_token_id": VOCAB + 5}
+    own = save_zlab(tmp_path / "own", config=written, tensors=tensors)
+    assert max(proposals(DFlashDraftModel.from_pretrained(own), target)) < VOCAB
+    shared = save_zlab(tmp_path / "shared", config=written)
+    with pytest.raises(DraftMismatch) as error:
+        PackedDraft(DFlashDraftModel.from_pretrained(shared), target)
+    assert f"the mask token {VOCAB + 5}, but `" in one_line_and_hint(error)
+    assert "its row of the embedding is missing" in str(error.value)
+
+
+def test_vocabulary_that_lies_beyond_the_target_is_refused(tmp_path: Path) -> None:
+    target = target_of(save_target(tmp_path / "target"))
+    written = config(vocab_size=200, draft_vocab_size=5)
+    extra = {"d2t": torch.full((5,), 100, dtype=torch.int64), "t2d": torch.zeros(200, dtype=torch.bool)}
+    folder = save_zlab(tmp_path / "draft", config=written, tensors={**zlab_tensors(), **extra})
+    with pytest.raises(DraftMismatch) as error:
+        PackedDraft(DFlashDraftModel.from_pretrained(folder), target)
+    assert "lies beyond the 61 tokens" in one_line_and_hint(error)
+
+
+# A target that scales its embedding, or caps its logits (Gemma).
+
+
+def gemma_draft(folder: Path, table: Tensor | None = None, **special: Any) -> DFlashDraftModel:
+    tensors = zlab_tensors() if table is None else {**zlab_tensors(), "embed_tokens.weight": table.float()}
+    written = config(dflash_config={**ZLAB["dflash_config"], **special})
+    return DFlashDraftModel.from_pretrained(save_zlab(folder, config=written, tensors=tensors))
+
+
+def test_copy_of_a_scaled_embedding_is_scaled_and_another_table_needs_a_scale(tmp_path: Path) -> None:
+    target: Any = tiny_target("gemma3")
+    some = torch.tensor([3, 9, MASK])
+    rows = target.embedding_rows(torch.arange(VOCAB)).float().double()
+    copied = PackedDraft(gemma_draft(tmp_path / "copy", target.embedding_rows(torch.arange(VOCAB)).double()), target)
+    exact = torch.equal(rows, target.embedding_rows(torch.arange(VOCAB)))
+    if exact:
+        assert torch.equal(copied.embed(some), target.embed(some))
+        assert not torch.equal(copied.embed(some), rows[some])
+    with pytest.raises(DraftMismatch) as error:
+        PackedDraft(gemma_draft(tmp_path / "other", rows.flip(0)), target)
+    assert "an embedding of its own" in one_line_and_hint(error)
+    own = PackedDraft(gemma_draft(tmp_path / "own", rows.flip(0), input_embedding_scale=4.0), target)
+    assert torch.allclose(own.embed(some), rows.flip(0)[some] * 4.0)
+    with pytest.raises(DraftMismatch) as error:
+        PackedDraft(gemma_draft(tmp_path / "shared", input_embedding_scale=4.0), target)
+    assert "which scales it already" in one_line_and_hint(error)
+
+
+def test_head_of_a_capped_target_is_capped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target: Any = tiny_target("gemma3")
+    monkeypatch.setattr(target.config, "final_logit_softcapping", 3.0)
+    hidden = torch.randn(5, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    tensors = {**zlab_tensors(), "lm_head.weight": target.head_weight(torch.arange(VOCAB)).float()}
+    own = PackedDraft(DFlashDraftModel.from_pretrained(save_zlab(tmp_path / "own", tensors=tensors)), target)
+    shared = PackedDraft(gemma_draft(tmp_path / "shared"), target)
+    raw = target.uncapped_logits(hidden)
+    capped = 3 * torch.tanh(raw / 3)
+    assert torch.allclose(shared.logits(hidden), capped)
+    assert torch.allclose(own.logits(hidden), capped, atol=1e-5)
+    assert not torch.allclose(raw, capped, atol=0.1)
 
 
 # A reduced vocabulary: draft id i is the target's token i + d2t[i].

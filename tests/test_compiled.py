@@ -266,6 +266,7 @@ def test_no_tensor_is_left_on_the_cpu(
         drafter = tiny_drafter(target, **changes)
         assert texts(target, drafter, 7, temperature) == wanted
         assert all(keys is not None and keys.device == DEVICE for cache in drafter.caches for keys in cache.keys)
-        drafter.network.decoder.cos = drafter.network.decoder.cos.cpu()
+        (rotary,) = drafter.network.decoder.rotaries
+        rotary.tables = rotary.tables[0].cpu(), rotary.tables[1]
         with pytest.raises(RuntimeError, match="on the CPU"):
             texts(target, drafter, 7, temperature)

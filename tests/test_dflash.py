@@ -24,6 +24,8 @@ from flashdraft.engine import Engine, Request
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDraft
 from flashdraft.target import Target
+from flashdraft.train.batch import Pass, make_batch
+from flashdraft.train.features import Sample
 from flashdraft.tree import check
 from flashdraft.types import Proposal, Rows, SamplingParams
 
@@ -68,12 +70,12 @@ def rms(x: Tensor, weight: Tensor) -> Tensor:
     return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight
 
 
-def rotated(x: Tensor, positions: Sequence[int]) -> Tensor:
+def rotated(x: Tensor, positions: Sequence[int], theta: float = 1000.0) -> Tensor:
     """Rotary positions one number at a time. x: [n, heads, head_dim]"""
     half, out = x.shape[-1] // 2, x.clone()
     for row, position in enumerate(positions):
         for i in range(half):
-            angle = position / 1000.0 ** (i / half)
+            angle = position / theta ** (i / half)
             first, second = x[row, :, i], x[row, :, i + half]
             out[row, :, i] = first * math.cos(angle) - second * math.sin(angle)
             out[row, :, i + half] = second * math.cos(angle) + first * math.sin(angle)
@@ -93,13 +95,14 @@ def what_is_seen(config: DraftConfig, layer: int, num_context: int, size: int, f
     """[block rows, context and block], position by position."""
     seen = torch.zeros(size, num_context + size, dtype=torch.bool)
     sliding = bool(config.layer_types) and config.layer_types[layer] == "sliding_attention"
+    window = config.sliding_window if sliding else None
+    causal = sliding if config.causal is None else config.causal
     for row in range(size):
         for key in range(num_context + size):
             inside = key >= num_context
-            ok = True
-            if sliding:
-                assert config.sliding_window is not None
-                ok = num_context + row - config.sliding_window < key <= num_context + row
+            ok = window is None or abs(num_context + row - key) < window
+            if causal:
+                ok = ok and key <= num_context + row
             if fault == "the block is causal":
                 ok = ok and key <= num_context + row
             if fault == "each row sees only itself in the block":
@@ -107,14 +110,17 @@ def what_is_seen(config: DraftConfig, layer: int, num_context: int, size: int, f
             if fault == "sliding layers see everything":
                 ok = True
             if fault == "the window is one wider" and sliding:
-                ok = num_context + row - config.sliding_window <= key <= num_context + row
+                assert window is not None
+                ok = num_context + row - window <= key <= num_context + row
             if fault == "sliding layers see the whole block" and sliding:
                 ok = ok or inside
             seen[row, key] = ok
     return seen
 
 
-def reference(model: DFlashDraftModel, features: Tensor, anchor: int, size: int, fault: str = "") -> Tensor:
+def reference(
+    model: DFlashDraftModel, features: Tensor, anchor: int, size: int, fault: str = "", thetas: Sequence[float] = (1000.0,)
+) -> Tensor:
     """Normed states [size - 1, hidden] of the masked rows. features: [n, F * hidden] of the tokens before the anchor, and of
     the anchor in the last row, which only one of the faults reads."""
     config, target = model.config, the_target()
@@ -124,21 +130,21 @@ def reference(model: DFlashDraftModel, features: Tensor, anchor: int, size: int,
     context = features @ w["fc.weight"].T
     context = context if fault == FAULTS[7] else rms(context, w["hidden_norm.weight"])
     block = list(range(at, at + size)) if fault != FAULTS[2] else list(range(at + 1, at + 1 + size))
-    x = target.embed(torch.tensor([anchor] + [config.mask_token_id] * (size - 1)))
+    x = target.embed(torch.tensor([anchor] + [config.mask_token_id] * (size - 1))) * config.input_embedding_scale
     for n in range(config.num_hidden_layers):
-        p = f"layers.{n}."
+        p, theta = f"layers.{n}.", thetas[n % len(thetas)]
 
         def heads(x: Tensor, name: str, p: str = p) -> Tensor:
             return (x @ w[f"{p}self_attn.{name}_proj.weight"].T).view(len(x), -1, config.head_dim)
 
         normed = rms(x, w[p + "input_layernorm.weight"])
         source = rms(context, w[p + "input_layernorm.weight"]) if fault == FAULTS[6] else context
-        q = rotated(rms(heads(normed, "q"), w[p + "self_attn.q_norm.weight"]), block)
+        q = rotated(rms(heads(normed, "q"), w[p + "self_attn.q_norm.weight"]), block, theta)
         both = torch.cat((source, normed))
         keys = rms(heads(both, "k"), w[p + "self_attn.k_norm.weight"])
         if fault == FAULTS[5]:
             keys[: len(source)] = heads(source, "k")
-        keys = rotated(keys, [*range(len(source)), *block])
+        keys = rotated(keys, [*range(len(source)), *block], theta)
         seen = what_is_seen(config, n, len(source), size, fault)
         x = x + attended(q, keys, heads(both, "v"), seen) @ w[p + "self_attn.o_proj.weight"].T
         normed = rms(x, w[p + "post_attention_layernorm.weight"])
@@ -270,7 +276,7 @@ def test_context_at_the_first_positions_counts() -> None:
     assert far_from(states[0], states[1])
 
 
-# (d) Sliding-window layers: causal inside the block, and windowed.
+# (d') Sliding-window layers: causal inside the block, and windowed.
 
 WINDOW_FAULTS = ("sliding layers see everything", "the window is one wider", "sliding layers see the whole block")
 
@@ -417,50 +423,239 @@ def test_drafts_after_partial_acceptance_are_those_of_a_fresh_drafter() -> None:
         torch.testing.assert_close(states, expected, rtol=0, atol=1e-9)
 
 
-# (c) The draft's own position limit.
+# (c) Beyond the positions that it was trained on.
 
 
-def test_row_beyond_the_draft_positions_gets_its_anchor_alone() -> None:
+def test_row_beyond_the_trained_positions_is_drafted_by_the_definition(caplog: pytest.LogCaptureFixture) -> None:
     limit = 20
+    histories = [list(range(3, 3 + n)) for n in (limit - BLOCK, limit - BLOCK + 1, 57, 5)]
     drafter = new_drafter(max_position_embeddings=limit)
-    histories = [list(range(3, 3 + n)) for n in (limit - BLOCK + 1, limit - BLOCK + 2, 60 - 3, 5)]
-    proposal = drafter.propose(observed(drafter, histories), 8)
-    assert proposal.sizes.tolist() == [BLOCK, 1, 1, BLOCK]
-    assert proposal.tokens[:, 0].tolist() == [h[-1] for h in histories]
-    for row in (0, 3):
-        alone = new_drafter()
-        assert alone.propose(observed(alone, [histories[row]]), 8).tokens[0].tolist() == proposal.tokens[row].tolist()
-    beyond = new_drafter(max_position_embeddings=limit)
-    assert beyond.propose(observed(beyond, histories[1:3]), 8).tokens.tolist() == [[h[-1]] for h in histories[1:3]]
+    rows = observed(drafter, histories)
+    states, proposal = states_and_tokens(drafter, rows)
+    assert proposal.sizes.tolist() == [BLOCK] * 4
+    for row, history in enumerate(histories):
+        assert_same_states(states[row], reference(the_model(), features_of(history), history[-1], BLOCK))
+    drafter.propose(rows, 8)
+    told = [record.getMessage() for record in caplog.records]
+    assert told == ["the drafter was not trained from position 20 on: it drafts on, and may be accepted less"]
 
 
-def test_without_the_limit_the_position_table_is_overrun() -> None:
+def test_nothing_is_said_within_the_trained_positions(caplog: pytest.LogCaptureFixture) -> None:
     drafter = new_drafter(max_position_embeddings=20)
-    drafter.network.config = replace(drafter.network.config, max_position_embeddings=999)
+    drafter.propose(observed(drafter, [list(range(3, 3 + 20 - BLOCK))]), 8)
+    assert not caplog.records
+
+
+def test_tables_are_as_long_as_what_is_read() -> None:
+    drafter = new_drafter(max_position_embeddings=100_000)
+    (rotary,) = drafter.network.decoder.rotaries
+    assert len(rotary.tables[0]) == 256
+    features = torch.randn(700, 2 * 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    drafter.observe(rows_of([[5]]), [torch.arange(700) % 50], [features])
+    assert 700 <= len(rotary.tables[0]) <= 1400
+
+
+def test_positions_without_a_row_of_the_table_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planted fault: a table that does not grow."""
+    drafter = new_drafter()
+    monkeypatch.setattr("flashdraft.layers.Rotary.reserve", lambda self, count: False)
     with pytest.raises(IndexError):
-        drafter.propose(observed(drafter, [list(range(3, 40))]), 8)
+        drafter.observe(rows_of([[5]]), [torch.arange(700) % 50], [torch.zeros(700, 2 * 32, dtype=torch.float64)])
 
 
-@pytest.mark.parametrize("limit", [1, 8, 20, 21, 22, 23, 24, 40])
-def test_text_stays_equal_across_the_draft_positions(limit: int) -> None:
-    drafter = led(max_position_embeddings=limit)
-    results = run(Engine(the_target(), drafter, max_rows=4), requests(PROMPTS))
-    assert [result.tokens for result in results] == plain_texts(PROMPTS)
-    for prompt, result in zip(PROMPTS, results, strict=True):
-        assert (result.stats.num_drafted > 0) == (len(prompt) + BLOCK <= limit)
-        assert result.stats.num_tokens == 30
+@pytest.mark.parametrize("limit", [1, 20, 40])
+def test_text_and_drafts_stay_equal_across_the_trained_positions(limit: int) -> None:
+    texts, drafted = [], []
+    for length in (limit, 256):
+        results = run(Engine(the_target(), led(max_position_embeddings=length), max_rows=4), requests(PROMPTS))
+        texts.append([result.tokens for result in results])
+        drafted.append([result.stats.accepted_lengths for result in results])
+    assert texts == [plain_texts(PROMPTS)] * 2
+    assert drafted[0] == drafted[1]
 
 
-def test_crossing_the_limit_ends_drafting_in_the_middle_of_a_text() -> None:
-    drafter = led(only=0, max_position_embeddings=16)
-    (result,) = run(Engine(the_target(), drafter, max_rows=1), requests([PROMPTS[0]]))
-    drafting = 16 - BLOCK - len(PROMPTS[0]) + 1  # anchors from the prompt's end to the last that has room for a block
-    assert result.stats.num_drafted == drafting * (BLOCK - 1)
-    assert result.stats.target_passes == 29
-    assert result.tokens == plain_texts(PROMPTS)[0]
+# (d) What a folder says of masks, rotary positions and scales. Without its keys every one of them gives other states.
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+KINDS = [SLIDING, FULL]
+MASKS: dict[str, tuple[dict[str, Any], list[tuple[int | None, bool]]]] = {
+    "is_causal, full layers": ({"is_causal": True}, [(None, True)] * 2),
+    "causal in dflash_config": ({"dflash_config": {"causal": True}}, [(None, True)] * 2),
+    "is_causal in dflash_config": ({"dflash_config": {"is_causal": True}}, [(None, True)] * 2),
+    "is_causal before causal": (
+        {"is_causal": False, "layer_types": KINDS, "dflash_config": {"causal": True}},
+        [(None, False)] * 2,
+    ),
+    "windows both ways": (
+        {"layer_types": KINDS, "sliding_window": 8, "use_sliding_window": True, "is_causal": False},
+        [(8, False), (None, False)],
+    ),
+    "windows, all causal": (
+        {"layer_types": KINDS, "sliding_window": 8, "use_sliding_window": True, "dflash_config": {"causal": True}},
+        [(8, True), (None, True)],
+    ),
+    "use_swa": ({"dflash_config": {"use_swa": True, "swa_window_size": 5}}, [(5, False)] * 2),
+    "use_swa of sliding layers": (
+        {"layer_types": [SLIDING] * 2, "dflash_config": {"use_swa": True, "swa_window_size": 5}},
+        [(5, True)] * 2,
+    ),
+    "use_swa, causal": ({"dflash_config": {"use_swa": True, "swa_window_size": 5, "causal": True}}, [(5, True)] * 2),
+    "sliding layers without a window": ({"layer_types": KINDS, "sliding_window": 8}, [(None, True), (None, False)]),
+    "windows not switched on": (
+        {"layer_types": KINDS, "sliding_window": 8, "use_sliding_window": None},
+        [(None, True), (None, False)],
+    ),
+    "windows from a layer on": (
+        {"layer_types": None, "sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1},
+        [(None, False), (8, True)],
+    ),
+}
 
 
-# (e) One request after another, and the smallest and largest blocks.
+def model_of(changes: dict[str, Any]) -> DFlashDraftModel:
+    """The same random weights under a folder's config.json; those of dflash_config are changed key by key."""
+    special = {**ZLAB["dflash_config"], **changes.get("dflash_config", {})}
+    config = DraftConfig.from_json({**ZLAB, "rope_theta": 1000.0, **changes, "dflash_config": special}, "here")
+    model = DFlashDraftModel(config)
+    model.load_state_dict({name: t.float() for name, t in zlab_tensors().items()})
+    return model.eval()
+
+
+def states_of(model: DFlashDraftModel, history: Sequence[int] = PROMPTS[1]) -> Tensor:
+    drafter = DFlashDrafter(PackedDraft(model, the_target()))
+    return states_and_tokens(drafter, observed(drafter, [history]))[0][0]
+
+
+@pytest.mark.parametrize("case", MASKS)
+def test_masks_are_those_that_the_folder_says(case: str) -> None:
+    changes, masks = MASKS[case]
+    model = model_of(changes)
+    assert list(model.config.masks) == masks
+    states, history = states_of(model), PROMPTS[1]
+    assert_same_states(states, reference(model, features_of(history), history[-1], BLOCK))
+    plain = states_of(model_of({"layer_types": KINDS} if case == "is_causal before causal" else {}))
+    assert float((states - plain).abs().max()) > 0.02
+
+
+@pytest.mark.parametrize("case", ["is_causal, full layers", "windows both ways", "windows from a layer on"])
+def test_trained_pass_has_the_masks_of_the_folder(case: str) -> None:
+    """What is trained, and what `doctor` measures, is what is served."""
+    model, tokens = model_of(MASKS[case][0]).double(), list(PROMPTS[1])
+    features = features_of(tokens)
+    batch = make_batch([(0, Sample(torch.tensor(tokens), features, 12))], model.config, 99, 0)
+    with torch.no_grad():
+        states = Pass(model, lambda ids: the_target().embed(ids))(batch).view(-1, BLOCK, 32)
+        full = Pass(model_of({}).double(), lambda ids: the_target().embed(ids))(batch).view(-1, BLOCK, 32)
+    at = batch.positions[1][::BLOCK].tolist().index(25)
+    assert_same_states(states[at, 1:], reference(model, features[:26], tokens[25], BLOCK))
+    assert float((states - full).abs().max()) > 0.02
+
+
+def test_window_of_transformers_is_taken_where_none_is_given() -> None:
+    written = {name: value for name, value in ZLAB.items() if name != "sliding_window"}
+    config = DraftConfig.from_json({**written, "use_sliding_window": True, "layer_types": KINDS}, "here")
+    assert config.sliding_window == 4096
+
+
+@torch.inference_mode()
+def test_causal_blocks_run_in_the_kernels_and_windows_in_torch() -> None:
+    """Float32: a causal block's rows do not depend on the rows behind them, whatever runs it."""
+    target = tiny_target("llama", lean=True, dtype=torch.float32)
+    features = torch.randn(40, 64, generator=torch.Generator().manual_seed(1))
+
+    def states(size: int, changes: dict[str, Any]) -> tuple[Tensor, bool]:
+        drafter = DFlashDrafter(PackedDraft(model_of(changes), target), block_size=size)
+        drafter.observe(rows_of([[5]]), [torch.arange(40)], [features])
+        return drafter._states([0], torch.tensor([7]))[0, :4], drafter.network.decoder.native
+
+    for changes, depends in (({"is_causal": True}, False), ({}, True)):
+        (short, native), (long, _) = states(4, changes), states(9, changes)
+        assert native == target.decoder.native  # type: ignore[attr-defined]
+        assert torch.allclose(short, long, atol=1e-4) != depends
+    assert not states(4, MASKS["use_swa"][0])[1]
+
+
+ROPES: dict[str, tuple[dict[str, Any], list[float]]] = {
+    "by kinds, all alike": ({"rope_theta": None, "rope_parameters": {k: {"rope_theta": 70.0} for k in KINDS}}, [70.0]),
+    "by kinds, one of them there": (
+        {"rope_parameters": {FULL: {"rope_theta": 70.0}, SLIDING: {"rope_theta": 9.0}}},
+        [70.0],
+    ),
+    "by kinds, both there": (
+        {"layer_types": KINDS, "rope_parameters": {FULL: {"rope_theta": 70.0}, SLIDING: {"rope_theta": 9.0}}},
+        [9.0, 70.0],
+    ),
+    "by kinds, theta of one beside them": (
+        {"layer_types": KINDS, "rope_theta": 30.0, "rope_parameters": {FULL: {"rope_theta": 70.0}, SLIDING: {"type": "default"}}},
+        [30.0, 70.0],
+    ),
+    "theta as text": ({"rope_theta": "70.0"}, [70.0]),
+    "no theta": ({"rope_theta": None}, [10000.0]),
+}
+
+
+@pytest.mark.parametrize("case", ROPES)
+def test_rotary_positions_are_those_that_the_folder_says(case: str) -> None:
+    changes, thetas = ROPES[case]
+    model, history = model_of(changes), PROMPTS[1]
+    states = states_of(model)
+    assert_same_states(states, reference(model, features_of(history), history[-1], BLOCK, thetas=thetas))
+    assert far_from(states, states_of(model_of({"layer_types": changes.get("layer_types", [FULL] * 2)})))
+    written = model.config.to_json()
+    assert DraftConfig.from_json(written, "here") == model.config
+
+
+def test_plain_module_has_the_rotary_positions_of_each_layer() -> None:
+    model, history = model_of(ROPES["by kinds, both there"][0]).double(), PROMPTS[1]
+    features, at = features_of(history), len(history) - 1
+
+    def attend(layer: int, q: Tensor, context_kv: Any, block_kv: Any) -> Tensor:
+        keys, values = (torch.cat(pair) for pair in zip(context_kv, block_kv, strict=True))
+        return attended(q, keys, values, what_is_seen(model.config, layer, at, BLOCK, ""))
+
+    block = the_target().embed(torch.tensor([history[-1]] + [model.config.mask_token_id] * (BLOCK - 1)))
+    with torch.no_grad():
+        states = model(model.context(features[:at]), block, (torch.arange(at), torch.arange(at, at + BLOCK)), attend)
+    assert_same_states(states[1:], reference(model, features, history[-1], BLOCK, thetas=(9.0, 70.0)))
+
+
+@pytest.mark.parametrize("place", ["top", "dflash_config"])
+def test_embedding_scale_is_applied(place: str) -> None:
+    scale = {"input_embedding_scale": 3.0}
+    model, history = model_of(scale if place == "top" else {"dflash_config": scale}), PROMPTS[1]
+    states = states_of(model)
+    assert_same_states(states, reference(model, features_of(history), history[-1], BLOCK))
+    assert far_from(states, states_of(model_of({})))
+
+
+@pytest.mark.parametrize(
+    ("changes", "multiplier", "cap"),
+    [
+        ({"output_multiplier": 0.25}, 0.25, None),
+        ({"logit_scale": 0.25}, 0.25, None),
+        ({"output_multiplier": 2, "logit_scale": 0.5, "final_logit_softcapping": 2.0}, 1.0, 2.0),
+        ({"output_multiplier": 0.5, "final_logit_softcapping": 3.0}, 0.5, 3.0),
+        ({"final_logit_softcapping": 0.0}, 1.0, None),
+    ],
+)
+@pytest.mark.parametrize("place", ["top", "dflash_config"])
+@pytest.mark.parametrize("head", [False, True], ids=["the target's head", "a sequential head"])
+def test_scores_are_those_of_the_scaled_and_capped_logits(
+    changes: dict[str, Any], multiplier: float, cap: float | None, place: str, head: bool
+) -> None:
+    model = model_of(changes if place == "top" else {"dflash_config": changes})
+    if head:
+        model.add_head("swiglu", 4)  # a new one changes nothing
+    network = PackedDraft(model, the_target())
+    hidden = torch.randn(1, 3, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    logits = the_target().lm_head(hidden) * multiplier
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    _, scores = network.scored(hidden, torch.tensor([5]))
+    if not head:
+        assert torch.allclose(scores[..., 0], logits.log_softmax(-1).amax(-1), atol=1e-6)
+    else:  # among the likely ones
+        assert torch.allclose(scores[..., 0], logits.topk(61).values.log_softmax(-1)[..., 0], atol=1e-6)
+    assert DraftConfig.from_json(model.config.to_json(), "here") == model.config
 
 
 def test_second_request_is_drafted_like_a_first() -> None:

@@ -417,6 +417,24 @@ def test_drafter_of_shifted_labels_is_named(world: World, by: int, said: str) ->
     found = findings(model, world.lm, world.data)
     assert set(failed(found)) - {"served"} == {"labels"}
     assert f"those {said}: the labels were shifted" in found["labels"].text
+    assert ("or its blocks are anchor-first" in found["labels"].text) == (by == 1)
+
+
+def anchor_first(batch: Batch) -> Batch:
+    """Row k's label is the token at anchor + k + 1, from the anchor's own row on."""
+    blocks = torch.where(batch.offsets == 0, batch.block_tokens, batch.labels).view(-1, CONFIG.block_size)
+    labels = blocks.roll(-1, 1)
+    labels[:, -1] = -1
+    return replace(batch, labels=labels.flatten())
+
+
+def test_drafter_of_another_block_layout_is_named(world: World) -> None:
+    """What no key and no tensor says."""
+    model = trained(world.lm, world.samples, plant=anchor_first)
+    found = findings(model, world.lm, world.data)
+    assert set(failed(found)) - {"served"} == {"labels"}
+    assert "its blocks are anchor-first (row k predicts the token at anchor + k + 1" in found["labels"].text
+    assert "off by one" in found["labels"].text
 
 
 def late(sample: Sample) -> Sample:

@@ -320,11 +320,21 @@ def test_a_row_beyond_the_networks_positions_goes_on_without_drafts(limit: int) 
     assert sizes.tolist() == [BLOCK, 1, BLOCK]
 
 
-def test_without_the_limit_the_positions_are_overrun(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_limit_a_block_beyond_the_positions_is_drafted(monkeypatch: pytest.MonkeyPatch) -> None:
     small = network(True, max_position_embeddings=12)
+    assert DraftModelDrafter(small).propose(rows_of([[5] * 12]), 9).sizes.tolist() == [1]
     monkeypatch.setattr(DraftModelDrafter, "_fits", lambda self, position, unread: True)
-    with pytest.raises(IndexError):
-        DraftModelDrafter(small).propose(rows_of([[5] * 12]), 9)
+    assert DraftModelDrafter(small).propose(rows_of([[5] * 12]), 9).sizes.tolist() == [BLOCK]
+
+
+def test_the_end_of_the_positions_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    drafter = DraftModelDrafter(network(True, max_position_embeddings=12))
+    drafter.propose(rows_of([[5] * 8]), 9)
+    assert not caplog.records
+    for _ in range(2):
+        drafter.propose(rows_of([[5] * 12]), 9)
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["the draft model `small` has 12 positions: behind them nothing is drafted"]
 
 
 def test_a_smaller_vocabulary_drafts_what_it_knows() -> None:
@@ -358,12 +368,39 @@ def test_a_draft_with_another_tokenizer_is_refused_with_the_reason() -> None:
     with pytest.raises(DraftMismatch, match=r"token 1 is 'x' to `small`, but 'b' to `llama`") as raised:
         check_tokenizers(Words(["a", "b", "c"]), Words(["a", "x", "y"]), target, small)
     assert "smaller model of the family of `llama`" in str(raised.value.hint)
-    with pytest.raises(DraftMismatch, match=r"`small` has 3 tokens, but `llama` has 2; token 2 is 'c' to `small`, but None to"):
-        check_tokenizers(Words(["a", "b"]), Words(["a", "b", "c"]), target, small)
-    with pytest.raises(DraftMismatch, match=r"`small` has 2 tokens, but `llama` has 3"):
-        check_tokenizers(Words(["a", "b", "c"]), Words(["a", "b"]), target, small)
-    with pytest.raises(DraftMismatch, match=rf"logits of 99 tokens, but `llama` of {VOCAB}"):
-        check_tokenizers(Words(["a"]), Words(["a"]), target, network(vocab_size=99))
+    with pytest.raises(DraftMismatch, match=r"token 0 is '\u2581a' to `small`, but '\u0120a' to `llama`"):
+        check_tokenizers(Words(["\u0120a", "b"]), Words(["\u2581a", "b"]), target, small)
+
+
+@dataclass
+class Vocabulary:
+    ids: dict[str, int]
+
+    def get_vocab(self) -> dict[str, int]:
+        return self.ids
+
+
+def test_tokens_that_one_of_the_two_lacks_do_no_harm_and_moved_ones_do() -> None:
+    target, small = tiny_target("llama"), network()
+    check_tokenizers(Words(["a", "b"]), Words(["a", "b", "[PAD2]"]), target, small)
+    check_tokenizers(Words(["a", "b", "[PAD2]"]), Words(["a", "b"]), target, small)
+    check_tokenizers(Words(["a"]), Words(["a"]), target, network(vocab_size=99))
+    check_tokenizers(Vocabulary({"a": 0, "x": 7}), Vocabulary({"a": 0, "y": 8}), target, small)
+    with pytest.raises(DraftMismatch, match=r"'b' is token 5 to `small`, but 1 to `llama`"):
+        check_tokenizers(Vocabulary({"a": 0, "b": 1}), Vocabulary({"a": 0, "b": 5}), target, small)
+    with pytest.raises(DraftMismatch, match="no token in common"):
+        check_tokenizers(Vocabulary({"a": 0}), Vocabulary({"b": 1}), target, small)
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_a_larger_vocabulary_drafts_nothing_that_the_target_lacks(drawn: bool) -> None:
+    wide = network(vocab_size=99)
+    proposal = DraftModelDrafter(wide, vocab_size=VOCAB, drawn=drawn).propose(rows_of(PROMPTS, SAMPLED), 9)
+    uncut = DraftModelDrafter(wide, drawn=drawn).propose(rows_of(PROMPTS, SAMPLED), 9)
+    assert int(proposal.tokens.max()) < VOCAB <= int(uncut.tokens.max())
+    assert not drawn or proposal.probs.shape[-1] == VOCAB  # type: ignore[union-attr]
+    results = texts(DraftModelDrafter(wide, vocab_size=VOCAB, drawn=drawn), KINDS["mixed"])
+    assert drawn or [result.tokens for result in results] == plain(KINDS["mixed"])
 
 
 # ---------------------------------------------------------------- the law of drawn drafts

@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 
 from flashdraft.cache import SLOT_STEP, SlotCache
 from flashdraft.decoder import Decoder
-from flashdraft.layers import RMSNorm, TorchLinear, apply_rotary, rotary_table
+from flashdraft.layers import RMSNorm, Rotary, TorchLinear, apply_rotary, rotary_table, scaled_length
 
 
 def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -59,7 +59,7 @@ def seen_slots(length: int, visible: Tensor, window: int | None, slots: int) -> 
         for slot in range(slots):
             new = slot - length
             inside = new < 0 or (new < len(visible) and bool(visible[node, new]))
-            seen[node, slot] = inside and (window is None or slot > length + node - window)
+            seen[node, slot] = inside and (window is None or abs(slot - length - node) < window)
     return seen
 
 
@@ -72,14 +72,20 @@ def tree(num_nodes: int, seed: int) -> Tensor:
 
 
 def check_against_naive(
-    length: int, num_nodes: int, shape: str, heads: tuple[int, int], window: int | None = None, fault: str = ""
+    length: int,
+    num_nodes: int,
+    shape: str,
+    heads: tuple[int, int],
+    mask: tuple[int | None, bool] = (None, False),
+    fault: str = "",
 ) -> None:
+    window, causal = mask
     dtype, others = torch.float64, 3
     query = noise(num_nodes, heads[0], 16, dtype=dtype)
     keys, values = (noise(heads[1], 256, 16, seed=seed, dtype=dtype) for seed in (length, length + 1))
     visible = torch.ones(num_nodes, num_nodes, dtype=torch.bool)
     visible = {"chain": visible.tril(), "tree": tree(num_nodes, length), "block": visible}[shape]
-    visible = visible if window is None else visible.tril()  # a layer with a window is causal
+    visible = visible.tril() if causal else visible
     wanted = naive(query, keys, values, seen_slots(length, visible, window, 256), 0.25)
     cache = SlotCache(1, others, 256)
     new = slice(length, length + num_nodes)
@@ -89,16 +95,18 @@ def check_against_naive(
     if fault == "heads":
         cache.keys[0] = cache.keys[0].flip(1)  # type: ignore[union-attr]
     wide = None if window is None else window + (fault == "window")
+    own = wide, causal != (fault == "causal")
     decoder: Any = SimpleNamespace(
-        heads=heads[0], kv_heads=heads[1], windows=(wide,), cos=query, attention=F.scaled_dot_product_attention
+        heads=heads[0], kv_heads=heads[1], masks=(own,), norm=query, attention=F.scaled_dot_product_attention
     )
     kv = [tuple(stored[1:2] for stored in cache.layer(0, keys))]
-    seen = visible if fault != "siblings" else torch.ones_like(visible).tril()
+    seen = {"chain": visible, "tree": tree(num_nodes, length), "block": torch.ones_like(visible)}[shape]
+    seen = seen if fault != "siblings" else torch.ones_like(visible).tril()
     starts = torch.tensor([length + (fault == "slot")])
     at = torch.zeros(num_nodes, dtype=torch.long), None, starts + torch.arange(num_nodes)
     attend = Decoder.attend_to(decoder, kv, starts, seen[None], at)
     got = attend(0, query, keys[:, new].transpose(0, 1), values[:, new].transpose(0, 1))
-    assert torch.allclose(got, wanted, atol=1e-9), (length, num_nodes, shape, heads, window)
+    assert torch.allclose(got, wanted, atol=1e-9), (length, num_nodes, shape, heads, mask)
 
 
 @settings(derandomize=True, deadline=None, max_examples=60)
@@ -108,16 +116,17 @@ def check_against_naive(
     shape=st.sampled_from(("chain", "tree", "block")),
     heads=st.sampled_from(((4, 2), (3, 1), (2, 2))),
     window=st.sampled_from((None, None, 1, 5, 20)),
+    causal=st.booleans(),
 )
 def test_attention_is_a_softmax_over_the_slots_that_a_node_may_see(
-    length: int, num_nodes: int, shape: str, heads: tuple[int, int], window: int | None
+    length: int, num_nodes: int, shape: str, heads: tuple[int, int], window: int | None, causal: bool
 ) -> None:
-    check_against_naive(length, num_nodes, shape, heads, window)
+    check_against_naive(length, num_nodes, shape, heads, (window, causal))
 
 
-@pytest.mark.parametrize("fault", ["slot", "siblings", "window", "heads"])
+@pytest.mark.parametrize("fault", ["slot", "siblings", "window", "heads", "causal"])
 def test_a_planted_fault_of_attention_is_caught(fault: str) -> None:
-    case: Any = (70, 9, "tree", (4, 2), 20)
+    case: Any = (70, 9, "block" if fault == "causal" else "tree", (4, 2), (20, fault != "causal"))
     check_against_naive(*case)
     with pytest.raises(AssertionError, match="70, 9"):
         check_against_naive(*case, fault)
@@ -150,3 +159,39 @@ def test_rms_norm_is_that_of_transformers() -> None:
     x = noise(3, 16, seed=1) * 1e-2  # small enough for the epsilon to matter
     assert torch.allclose(ours(x), theirs(x), atol=1e-6)
     assert not torch.allclose(RMSNorm(16, 1e-6)(x) * ours.weight, theirs(x), atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_table_that_grew_has_the_bits_of_one_made_at_once(dtype: torch.dtype) -> None:
+    inv_freq = 1.0 / (10000.0 ** (torch.arange(0, 34, 2) / 34))
+    rotary = Rotary(inv_freq, 1.1, torch.zeros(1, dtype=dtype))
+    assert not rotary.reserve(256)
+    for count in (257, 300, 1001, 1300):
+        rotary.reserve(count)
+    whole = rotary_table(inv_freq, len(rotary.tables[0]), 1.1, dtype)
+    assert 1300 <= len(whole[0]) <= 2600
+    for grown, made in zip(rotary.tables, whole, strict=True):
+        assert torch.equal(grown, made)
+    positions = torch.tensor([1299, 0, 256])
+    assert torch.equal(rotary.at(positions)[0][:, 0], whole[0][positions])
+    assert not torch.equal(rotary.at(positions)[0][:, 0], whole[0][positions + 1])
+
+
+@pytest.mark.parametrize(
+    ("rope", "length"),
+    [
+        (None, 64),
+        ({"rope_type": "default", "rope_theta": 1e4}, 64),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}, 128),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, 64),
+        ({"type": "yarn", "factor": 2.0}, 128),
+        ({"rope_type": "linear", "factor": 4.0}, 256),
+        ({"type": "linear", "factor": 4.0, "original_max_position_embeddings": 16}, 64),
+        ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 4}, 64),
+        ({"rope_type": "dynamic", "factor": 4.0}, 64),
+        ({"rope_type": "longrope", "original_max_position_embeddings": 32}, 32),
+    ],
+)
+def test_scaled_length_is_what_the_config_means(rope: dict[str, Any] | None, length: int) -> None:
+    assert scaled_length(64, rope) == length

@@ -14,7 +14,7 @@ LEVELS = {  # a module imports only its own level and those below; `.*` stands f
         (
             "types errors files process",
             "text prompt verify tree sampling control diffusion.coupling",
-            "target timing lean cache layers decoder native checkpoint network hub pretrained",
+            "target timing lean cache layers decoder native foreign checkpoint network hub pretrained",
             "methods.*",
             "engine scheduler",
             "generate __init__",

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import EOS, VOCAB, requests_of, run, tiny_target
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from toy_folders import letter_tokenizer, save_target
 from toy_training import one_line_and_hint
@@ -160,6 +160,25 @@ def test_planted_fault_changes_the_chain(fault: str) -> None:
         assert chain_by_definition(history, 5, fault)[1] != pytest.approx(chain_by_definition(history, 5)[1], rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("switch", "definition"),
+    [
+        ("norm_before_residual", "the residual is the normed state"),
+        ("norm_output", "the drafted state is normed before it is fed back"),
+    ],
+)
+def test_switch_of_eagle3_is_obeyed(switch: str, definition: str) -> None:
+    """Each is what would be a mistake without it."""
+    model = network("eagle3", **{switch: True})
+    for history in PROMPTS[:3]:
+        drafter = model.drafters(the_target())()
+        drafter.observe(rows_of(history), [torch.tensor(history[:-1])], [features_of(history[:-1], drafter.layers)])
+        proposal = drafter.propose(rows_of(history), 99)
+        tokens, scores = chain_by_definition(history, 5, definition)
+        assert proposal.tokens[0, 1:].tolist() == tokens
+        assert proposal.scores[0, 1:].tolist() == pytest.approx(scores, rel=1e-4)
+
+
 def test_eagle3_tree_has_the_likeliest_paths_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a beam as wide as the vocabulary nothing is missed: all paths of two tokens, scored by chains that are fed them."""
     monkeypatch.setattr("flashdraft.methods.eagle3._BEAM", VOCAB)
@@ -250,11 +269,17 @@ def test_drafts_while_decoding_are_those_of_a_fresh_drafter(method: str) -> None
 
 
 @pytest.mark.parametrize("limit", [1, 8, 22, 40])
-def test_eagle3_beyond_its_positions_drafts_nothing_and_the_text_stays(limit: int) -> None:
-    drafter = network("eagle3", max_position_embeddings=limit).drafters(the_target())()
-    assert texts(drafter, GREEDY, max_rows=4) == plain(GREEDY)
-    proposal = drafter.propose(rows_of([5]), 1)
-    assert proposal.sizes.tolist() == [1]
+def test_eagle3_beyond_its_trained_positions_drafts_on(limit: int, caplog: pytest.LogCaptureFixture) -> None:
+    """As one with more positions does, and says so once."""
+    made = network("eagle3", max_position_embeddings=limit).drafters(the_target())
+    assert texts(made(), GREEDY, max_rows=4) == plain(GREEDY)
+    said = f"the drafter was not trained from position {limit} on: it drafts on, and may be accepted less"
+    assert [record.getMessage() for record in caplog.records] == [said]
+    history = PROMPTS[1]
+    short, long = made(), network("eagle3").drafters(the_target())()
+    for drafter in (short, long):
+        drafter.observe(rows_of(history), [torch.tensor(history[:-1])], [features_of(history[:-1], drafter.layers)])
+    assert torch.equal(short.propose(rows_of(history), 9).tokens, long.propose(rows_of(history), 9).tokens)
 
 
 # Files.
@@ -288,6 +313,54 @@ def test_published_eagle3_folder_loads(tmp_path: Path, architecture: str, pickle
     assert fused_layers(40) == (1, 19, 36)
     made = model.drafters(the_target())
     assert made.args[0].config.target_layer_ids == fused_layers(4) == (0, 1)
+
+
+IDS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    "of hidden_states, at the top": ({"eagle_aux_hidden_state_layer_ids": [1, 3, 4]}, (0, 2, 3)),
+    "of outputs, in eagle_config": ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 2, 3]}}, (0, 2, 3)),
+    "of hidden_states, in eagle_config": ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 3, 4]}}, (0, 2, 3)),
+    "both, which agree": (
+        {"eagle_aux_hidden_state_layer_ids": [1, 3, 4], "eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 2, 3]}},
+        (0, 2, 3),
+    ),
+    "none": ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": None}}, (0, 1)),
+}
+
+
+@pytest.mark.parametrize("case", IDS)
+def test_layers_of_a_published_eagle3_folder_are_those_that_it_means(tmp_path: Path, case: str) -> None:
+    changes, layers = IDS[case]
+    made = Eagle3DraftModel.from_pretrained(published(tmp_path, **changes)).drafters(the_target())
+    assert made.args[0].config.target_layer_ids == layers
+    assert made().layers == layers
+
+
+@pytest.mark.parametrize("place", ["top", "eagle_config"])
+def test_switches_of_a_published_eagle3_folder_are_read(tmp_path: Path, place: str) -> None:
+    switches = {"norm_before_residual": True, "norm_output": True}
+    model = Eagle3DraftModel.from_pretrained(published(tmp_path, **(switches if place == "top" else {place: switches})))
+    assert (model.config.norm_before_residual, model.config.norm_output) == (True, True)
+    again = DraftConfig.from_json(model.config.to_json(), "here")
+    assert (again.norm_before_residual, again.norm_output) == (True, True)
+    bare = Eagle3DraftModel.from_pretrained(published(tmp_path / "bare"))
+    assert (bare.config.norm_before_residual, bare.config.norm_output) == (False, False)
+
+
+def test_tied_head_of_eagle3_is_its_own_embedding(tmp_path: Path) -> None:
+    folder = published(tmp_path, tie_word_embeddings=True)
+    tensors, written = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    kept = {name: t for name, t in tensors.items() if name not in ("lm_head.weight", "d2t", "t2d")}
+    table = torch.randn(VOCAB, 32, generator=torch.Generator().manual_seed(4))
+    hidden = torch.randn(3, 32, dtype=torch.float64)
+    written["draft_vocab_size"] = VOCAB
+    (folder / "config.json").write_text(json.dumps(written))
+    save_file({**kept, "embed_tokens.weight": table}, folder / "model.safetensors")
+    packed = Eagle3DraftModel.from_pretrained(folder).drafters(the_target()).args[0]
+    assert torch.allclose(packed.logits(hidden), hidden @ table.double().T)
+    save_file(kept, folder / "model.safetensors")
+    with pytest.raises(CheckpointError) as error:
+        Eagle3DraftModel.from_pretrained(folder)
+    assert "tie_word_embeddings is true" in one_line_and_hint(error)
 
 
 @pytest.mark.parametrize("method", ALL)

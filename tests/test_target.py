@@ -10,6 +10,7 @@ import functools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -328,6 +329,13 @@ def test_a_dropped_bias_or_norm_of_the_lean_target_is_far_off(vector: str) -> No
         scaled(LlamaConfig, rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}),
         scaled(LlamaConfig, rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}),
         scaled(GlmConfig, head_dim=8),
+        scaled(Qwen2Config, use_sliding_window=True, sliding_window=8, max_window_layers=2),
+        lambda: SimpleNamespace(
+            model_type="qwen3",
+            hidden_act="silu",
+            layer_types=["full_attention"] * 2,
+            rope_parameters={"full_attention": {"rope_theta": 1e6}},
+        ),
     ],
 )
 def test_what_the_lean_target_cannot_compute_is_left_to_transformers(config: Callable[[], Any]) -> None:
@@ -552,3 +560,58 @@ def test_a_family_s_own_parts_are_all_known(family: str) -> None:
 def test_planted_fault_a_linear_read_as_a_plain_weight_is_another_model() -> None:
     model = planted("linear")
     assert worst_after_all(LeanTarget(model, "faulty"), model) > FAR
+
+
+# Rotary positions.
+
+SCALED: dict[str, tuple[dict[str, Any], int]] = {
+    "yarn": ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+    "yarn by its old name": ({"type": "yarn", "factor": 4.0}, 256),
+    "linear": ({"rope_type": "linear", "factor": 2.0}, 128),
+    "llama3": (
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+        128,
+    ),
+    "none": ({"rope_type": "default"}, 64),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", SCALED)
+def test_context_of_a_scaled_target_is_the_scaled_one(case: str) -> None:
+    rope, length = SCALED[case]
+    config = LlamaConfig(**{**SHAPE, "max_position_embeddings": 64}, rope_scaling={"rope_theta": 1e4, **rope})
+    model = tiny_model("", config=config)
+    lean, stock = LeanTarget(model, "lean", kernel="torch"), HFTarget(model, "stock")
+    assert (lean.context_length, stock.context_length) == (length, length)
+    tokens = torch.arange(length) % 50 + 3
+    got, wanted = (target.prefill(target.new_cache(1, length), 0, tokens, ())[0] for target in (lean, stock))
+    assert float((got - wanted).abs().max()) < LEAN_CLOSE * 10
+
+
+def test_lean_target_reads_far_beyond_its_first_table() -> None:
+    model = tiny_model("", config=LlamaConfig(**{**SHAPE, "max_position_embeddings": 4096}))
+    lean, stock = LeanTarget(model, "lean", kernel="torch"), HFTarget(model, "stock")
+    (rotary,) = lean.decoder.rotaries
+    assert len(rotary.tables[0]) == 256
+    tokens = torch.arange(700) % 50 + 3
+    got, wanted = (target.prefill(target.new_cache(1, 704), 0, tokens, ())[0] for target in (lean, stock))
+    assert float((got - wanted).abs().max()) < LEAN_CLOSE * 10
+    assert len(rotary.tables[0]) < 4096
+    exact = LeanTarget(tiny_model("", dtype=torch.float32, config=model.config), "kernels")
+    assert torch.allclose(exact.prefill(exact.new_cache(1, 704), 0, tokens, ())[0].double(), wanted, atol=1e-2)
+
+
+def test_rotary_parameters_by_kinds_that_the_family_does_not_read_are_refused() -> None:
+    """Transformers would take its default theta for them."""
+    rope = {"full_attention": {"rope_type": "default", "rope_theta": 5e5}}
+    model = tiny_model("", config=LlamaConfig(**SHAPE, rope_parameters=rope))
+    assert not LeanTarget.fits(model.config)
+    with pytest.raises(UnsupportedTarget, match="told by kinds of layers"):
+        HFTarget(model, "odd")

@@ -128,8 +128,9 @@ class DFlashAssistant(nn.Module):
         network = DFlashDraftModel.from_pretrained(draft)
         shape = network.config
         check_target(shape, target)
-        if "sliding_attention" in shape.layer_types or "embed_tokens.weight" in network.extras:
-            got = f"`{draft}` has windowed layers or an embedding of its own"
+        plain = shape.masks == ((None, False),) * shape.num_hidden_layers and shape.input_embedding_scale == 1
+        if not plain or "embed_tokens.weight" in network.extras:
+            got = f"`{draft}` has causal or windowed layers or an embedding of its own"
             raise UnsupportedTarget(got, hint="transformers' loop has neither; leave transformers_dflash out")
         self.network, self.device = network.to(target.model.dtype), target.model.device
         read = {name: getattr(shape, name) for name in ("num_hidden_layers", "block_size", "mask_token_id")}
@@ -141,7 +142,7 @@ class DFlashAssistant(nn.Module):
     ) -> Any:
         """States [1, block, hidden] of a block of embeddings behind new features [1, n, F * hidden]; positions [1, n + block]."""
         context, positions = self.network.context(context_hidden_states[0]), position_ids[0]
-        if (last := int(positions[-1])) >= (limit := self.network.config.max_position_embeddings):
+        if (last := int(positions[-1])) >= (limit := self.network.config.trained_length):
             got = f"a block ends at position {last}, but the drafter knows {limit}"
             raise ContextLengthError(got, hint="shorten prompts or answers, or leave transformers_dflash out")
 

@@ -96,10 +96,14 @@ class DFlashDraftModel(DraftNetwork):
         attend(layer, q, context_kv, block_kv) -> [m, heads * head_dim], where q is [m, heads, head_dim] and each kv is a
         pair of [., kv_heads, head_dim]. Returns the normed states [m, hidden], for the target's lm_head.
         """
-        context_rotary, block_rotary = self.rotary(positions[0]), self.rotary(positions[1])
+        rotaries = [[self.rotary(at) for at in positions]]
+        if len(self.frequencies) > 1:
+            by_kind = {kind: [self.rotary(at, kind) for at in positions] for kind in self.frequencies}
+            rotaries = [by_kind[kind] for kind in self.config.layer_types]
         x = block
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, _Layer)
+            context_rotary, block_rotary = rotaries[index % len(rotaries)]
             normed = layer.input_layernorm(x)
             context_kv, block_kv = layer.keys_values(context, context_rotary), layer.keys_values(normed, block_rotary)
             out = attend(index, layer.queries(normed, block_rotary), context_kv, block_kv)
@@ -119,12 +123,16 @@ class PackedDraft(DraftHead):
         super().__init__(model, target)
         probe, config = self.probe, model.config
         self.fc = self.packed(model.fc.weight)
-        kinds = config.layer_types or ("full_attention",) * len(model.layers)
-        windows = [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
-        blocks = [Block(layer, probe, window=window) for layer, window in zip(model.layers, windows, strict=True)]
-        norm, rotary = model.norm.weight.detach().to(probe), (model.cos.to(probe), model.sin.to(probe))
+        rotaries = model.rotaries(probe)
+        first_rotary = next(iter(rotaries.values()))
+        kinds = config.layer_types if len(rotaries) > 1 else (None,) * len(model.layers)
+        blocks = []
+        for layer, kind, (window, causal) in zip(model.layers, kinds, config.masks, strict=True):
+            own = first_rotary if kind is None else rotaries[kind]
+            blocks.append(Block(layer, probe, window=window, causal=causal, rotary=own))
+        norm = model.norm.weight.detach().to(probe)
         kernel = "compiled" if target.kernel_name == "compiled" else DRAFT_KERNEL
-        self.decoder = Decoder(blocks, norm, rotary=rotary, eps=config.rms_norm_eps, kernel=kernel)
+        self.decoder = Decoder(blocks, norm, rotary=first_rotary, eps=config.rms_norm_eps, kernel=kernel)
         first = config.num_attention_heads * config.head_dim  # behind the queries: keys and values, of all layers in one linear
         weights, biases = zip(*(block.fused("qkv") for block in blocks), strict=True)
         bias = None if biases[0] is None else torch.cat([b[first:] for b in biases])
@@ -132,11 +140,14 @@ class PackedDraft(DraftHead):
         self.k_norm = torch.stack([block.norms["k_norm"] for block in blocks])
         self.hidden_norm = model.hidden_norm.weight.detach().to(probe)
         compiled = self.decoder.kernel == "compiled"  # the target pins its own embedding
-        self.step = CompiledStep(self.decoder, self.embed, nn.Identity(), [self.embedding]) if compiled else None
+        self.step: CompiledStep | None = None
+        if compiled:
+            length = target.context_length + config.block_size
+            self.step = CompiledStep(self.decoder, self.embed, nn.Identity(), [self.embedding], num_positions=length)
         head = [] if model.sequential_head is None else [part.detach().to(probe) for part in model.sequential_head.parameters()]
         self.sequential = [self.packed(weight) for weight in head]
         self.tables: tuple[Tensor, ...] = ()  # what the C++ kernel of the sequential head reads: of every draft id, and weights
-        if head and self.vocabulary is not None and native.usable(probe):
+        if head and self.vocabulary is not None and self.plain and native.usable(probe):
             rows, embedded = self.head_rows(torch.arange(len(self.vocabulary), **INTS)), self.embed(self.vocabulary)
             self.tables = rows, rows if torch.equal(rows, embedded) else embedded, *head
         parts = self.decoder, self.fc, self.context_kv, *self.sequential, *dict.fromkeys(self.tables)
@@ -145,10 +156,15 @@ class PackedDraft(DraftHead):
     def context(self, features: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of every layer for features [n, F * hidden]: [n, layers, kv_heads, head_dim] each."""
         config, decoder = self.config, self.decoder
+        decoder.reserve(int(positions.max()) + 1)
+        tables = [rotary.at(positions) for rotary in decoder.rotaries]
+        cos, sin = (torch.stack(parts, dim=1) for parts in zip(*tables, strict=True))  # [n, tables, 1, head_dim]
+        if len(tables) > 1:
+            cos, sin = cos[:, decoder.which], sin[:, decoder.which]
         state = F.rms_norm(self.fc(features), self.hidden_norm.shape, self.hidden_norm, config.rms_norm_eps)
         kv = self.context_kv(state).view(len(state), len(self.k_norm), 2, -1, config.head_dim)
         keys = F.rms_norm(kv[:, :, 0], (config.head_dim,), None, config.rms_norm_eps) * self.k_norm[:, None]
-        return apply_rotary(keys, decoder.cos[positions][:, None, None], decoder.sin[positions][:, None, None]), kv[:, :, 1]
+        return apply_rotary(keys, cos, sin), kv[:, :, 1]
 
     def scored(self, hidden: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
         """Chains: the likeliest tokens behind the anchors [rows], and their scores: hidden [rows, n, hidden] -> [rows, n, 1].
@@ -180,7 +196,8 @@ class PackedDraft(DraftHead):
         heads = self.head_rows(likely)
         for k in range(hidden.shape[1]):
             states = swiglu(hidden[:, k].repeat_interleave(before.shape[1], 0), self.embed(before.flatten()), *self.sequential)
-            laws, ids = (states.view(*before.shape, -1) @ heads[:, k].mT).log_softmax(-1), self.ids(likely[:, k])
+            logits = self.transformed(states.view(*before.shape, -1) @ heads[:, k].mT)
+            laws, ids = logits.log_softmax(-1), self.ids(likely[:, k])
             best = laws.topk(min(_BRANCHES if paths > 1 else 1, laws.shape[-1]), dim=-1)
             yield before, ids[:, None].expand_as(laws).gather(-1, best.indices), best.values
             ways = (reached + laws).amax(1).topk(min(paths, laws.shape[-1]), dim=-1)
@@ -216,13 +233,13 @@ class DFlashDrafter:
         net, config = self.network, self.network.config
         self.cache.reserve(0, rows=max(rows.slots) + 1)
         starts = [self.cache.lengths[slot] for slot in rows.slots]
-        fits = [max(min(len(f), config.max_position_embeddings - start), 0) for f, start in zip(features, starts, strict=True)]
-        if not sum(fits):
+        counts = [len(own) for own in features]
+        if not sum(counts):
             return
-        positions = torch.cat([torch.arange(start, start + n, **INTS) for start, n in zip(starts, fits, strict=True)])
-        parts = net.context(torch.cat([f[:n] for f, n in zip(features, fits, strict=True)]), positions)
-        self.cache.reserve(max(start + n for start, n in zip(starts, fits, strict=True)))
-        for slot, keys, values in zip(rows.slots, *(part.split(fits) for part in parts), strict=True):
+        positions = torch.cat([torch.arange(start, start + n, **INTS) for start, n in zip(starts, counts, strict=True)])
+        parts = net.context(torch.cat(list(features)), positions)
+        self.cache.reserve(max(start + n for start, n in zip(starts, counts, strict=True)))
+        for slot, keys, values in zip(rows.slots, *(part.split(counts) for part in parts), strict=True):
             for index in range(config.num_hidden_layers):
                 self.cache.write(index, slot, keys[:, index].transpose(0, 1), values[:, index].transpose(0, 1))
             self.cache.keep(slot, range(len(keys)))
@@ -231,16 +248,15 @@ class DFlashDrafter:
     @serial(lambda self: self.network.decoder.native)
     @torch.inference_mode()
     def propose(self, rows: Rows, max_nodes: int) -> Proposal:
-        """One forward of the network over every row's block. A row beyond the draft's positions gets its anchor alone."""
+        """One forward of the network over every row's block."""
         anchors, size = rows.anchors, self.block_size
-        live = [i for i, start in enumerate(rows.positions) if start + size <= self.network.config.max_position_embeddings]
         grown = [NOTHING] * len(rows)
-        if live and (width := min(size, max_nodes)) > 1:
-            own = torch.tensor([anchors[i] for i in live], **INTS)
-            hidden = self._states([rows.slots[i] for i in live], own)[:, 1:width]
-            laws = self.network.laws(hidden, own, trees=self.tree_nodes is not None)
-            for i, each in zip(live, laws, strict=True):
-                grown[i] = best_first(anchors[i], each, min(self.tree_nodes or size, max_nodes) - 1)
+        if (width := min(size, max_nodes)) > 1:
+            self.network.tell(max(rows.positions) + size)
+            own = torch.tensor(anchors, **INTS)
+            hidden = self._states(rows.slots, own)[:, 1:width]
+            for i, laws in enumerate(self.network.laws(hidden, own, trees=self.tree_nodes is not None)):
+                grown[i] = best_first(anchors[i], laws, min(self.tree_nodes or size, max_nodes) - 1)
         return planted(anchors, grown)
 
     def end(self, rows: Rows) -> None:
@@ -253,7 +269,7 @@ class DFlashDrafter:
         self.cache.reserve(max(self.cache.lengths[slot] for slot in slots) + size)
         tokens = torch.full((count, size), net.config.mask_token_id, **INTS)
         tokens[:, 0] = anchors
-        everything = torch.ones(count, size, size, **BOOLS)  # a layer with a window is causal all the same
+        everything = torch.ones(count, size, size, **BOOLS)  # but for what a layer's own mask hides
         shape = everything, torch.arange(size, **INTS).expand(count, size), torch.full((count,), size, **INTS)
         run, x = (net.step, tokens) if net.step else (net.decoder, net.embed(tokens))
         return run(self.cache, slots, x, shape, ())[0]

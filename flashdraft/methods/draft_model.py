@@ -4,6 +4,7 @@ The draft LM is any network behind the Target protocol. Its cache holds what it 
 text keeps the prefix that matches, so that only tokens are read which were not drafted, or were drafted wrong.
 """
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -29,13 +30,15 @@ from flashdraft.types import Drafter, Proposal, Rows, SamplingParams, require
 __all__ = ["CutDraftModel", "DraftModelDrafter", "check_tokenizers"]
 
 Size = int | None
+_LOG = logging.getLogger("flashdraft")
 _UNCUT = SamplingParams(temperature=1.0)  # of greedy rows: how sure the draft is of its argmax
 
 
 class DraftModelDrafter(Drafter):
     """Drafts a chain per row. drawn: rows with a temperature draw their drafts, as the target would; else all are the argmax.
 
-    vocab_size: the target's; a smaller network knows nothing of the last ids, and a row that holds one gets its anchor alone.
+    vocab_size: the target's; a smaller network knows nothing of the last ids, and a row that holds one gets its anchor alone; a
+    larger one never drafts what the target lacks.
     Chosen drafts leave seeded text as it is without drafts; drawn ones keep its law, and the same drafts give the same text.
     """
 
@@ -51,6 +54,7 @@ class DraftModelDrafter(Drafter):
         self.caches = (self.cache,)
         self._read: dict[int, list[int]] = {}  # by slot: the tokens in the cache
         self._shared: dict[int, int] = {}  # by slot: how many of them the history is known to begin with
+        self._told = False
 
     @undisturbed
     @torch.inference_mode()
@@ -75,6 +79,7 @@ class DraftModelDrafter(Drafter):
         unread = [self._unread(slot, history) for slot, history in zip(rows.slots, rows.histories, strict=True)]
         places = rows.positions
         live = [i for i, fits in enumerate(map(self._fits, places, unread)) if fits and max_nodes > 1]
+        self._tell(max(places))
         slots, positions = [rows.slots[i] for i in live], [places[i] for i in live]
         params, fresh = [rows.params[i] for i in live], [unread[i] for i in live]
         width = min(self.block_size, max_nodes) if live else 1
@@ -125,6 +130,13 @@ class DraftModelDrafter(Drafter):
         """Whether the network has positions for a whole block behind an anchor at `position`, and knows all tokens before."""
         return position + self.block_size - 1 <= self.network.context_length and max(unread, default=0) < self.network.vocab_size
 
+    def _tell(self, position: int) -> None:
+        """Say once that drafting ends where the network has no more positions."""
+        last = self.network.context_length
+        if position + self.block_size - 1 > last and not self._told:
+            self._told = True
+            _LOG.warning("the draft model `%s` has %d positions: behind them nothing is drafted", self.network.name, last)
+
     def _forward(self, slots: list[int], fresh: list[list[int]]) -> Tensor:
         """Read every row's tokens in one pass: the logits after its last one, [rows, vocab] float32 on the host."""
         width, sizes = max(map(len, fresh)), torch.tensor([len(own) for own in fresh], **INTS)
@@ -134,7 +146,7 @@ class DraftModelDrafter(Drafter):
         for slot, own in zip(slots, fresh, strict=True):
             self.cache.keep(slot, range(len(own)))
             self._read[slot] += own
-        last = logits[torch.arange(len(slots), **INTS), sizes - 1].float().cpu()
+        last = logits[torch.arange(len(slots), **INTS), sizes - 1, : self.vocab_size].float().cpu()  # no id that the target lacks
         return F.pad(last, (0, self.vocab_size - last.shape[-1]), value=-math.inf)
 
 
@@ -172,17 +184,23 @@ class CutDraftModel(DraftNetwork):
 
 def _llama(config: DraftConfig, *, vocab_size: int) -> LlamaConfig:
     nothing: Any = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))  # what the engine asks a target
-    return LlamaConfig(**network_shape(config), vocab_size=vocab_size, **nothing, tie_word_embeddings=True)
+    shape = network_shape(config, config.rope_parameters)
+    return LlamaConfig(**shape, vocab_size=vocab_size, **nothing, tie_word_embeddings=True)
 
 
 def check_tokenizers(target_tokenizer: Any, draft_tokenizer: Any, target: Target, network: Target) -> None:
-    """Raises DraftMismatch unless every id means the same token to both, and the draft has none that the target lacks."""
+    """Raises DraftMismatch unless the ids that both know mean the same: one of the two may have more tokens than the other."""
     hint = f"a draft LM shares its target's tokenizer: take a smaller model of the family of `{target.name}`"
-    own, other = ({i: token for token, i in t.get_vocab().items()} for t in (target_tokenizer, draft_tokenizer))
-    means = [f"`{network.name}` has {len(other)} tokens, but `{target.name}` has {len(own)}"] if len(own) != len(other) else []
-    for i in [i for i in sorted(own | other) if own.get(i) != other.get(i)][:1]:
-        means += [f"token {i} is {other.get(i)!r} to `{network.name}`, but {own.get(i)!r} to `{target.name}`"]
-    if network.vocab_size > target.vocab_size:
-        means += [f"`{network.name}` has logits of {network.vocab_size} tokens, but `{target.name}` of {target.vocab_size}"]
-    if means:
-        raise DraftMismatch("; ".join(means), hint=hint)
+    ids, others = target_tokenizer.get_vocab(), draft_tokenizer.get_vocab()
+    own, other = ({i: token for token, i in vocabulary.items()} for vocabulary in (ids, others))
+    common = sorted(own.keys() & other.keys())
+    for i in common:
+        if own[i] != other[i]:
+            got = f"token {i} is {other[i]!r} to `{network.name}`, but {own[i]!r} to `{target.name}`"
+            raise DraftMismatch(got, hint=hint)
+    for token in sorted(ids.keys() & others.keys(), key=ids.__getitem__):
+        if ids[token] != others[token]:
+            got = f"{token!r} is token {others[token]} to `{network.name}`, but {ids[token]} to `{target.name}`"
+            raise DraftMismatch(got, hint=hint)
+    if not common:
+        raise DraftMismatch(f"`{network.name}` and `{target.name}` have no token in common", hint=hint)

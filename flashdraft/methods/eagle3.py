@@ -39,6 +39,16 @@ def fused_layers(num_target_layers: int) -> tuple[int, ...]:
     return tuple(sorted({1, num_target_layers // 2 - 1, max(num_target_layers - 4, 0)}))
 
 
+def _outputs(layers: Sequence[int], num_target_layers: int) -> tuple[int, ...]:
+    """The layers whose outputs a folder means that says nothing of its target's depth.
+
+    An id as high as the target is deep is no output of a layer's: those are ids of hidden_states, one higher (NVIDIA's folders).
+    """
+    if not layers:
+        return fused_layers(num_target_layers)
+    return tuple(i - 1 for i in layers) if max(layers) == num_target_layers else tuple(layers)
+
+
 class Eagle3DraftModel(DraftNetwork):
     """The draft network, under the tensor names of SafeAILab's and SpecForge's folders."""
 
@@ -67,8 +77,13 @@ class Eagle3DraftModel(DraftNetwork):
     def finish(self, states: Tensor, attended: Tensor) -> Tensor:
         """The layer's output, un-normed: states [n, hidden] and what attention gave [n, heads * head_dim]."""
         layer = self.midlayer
-        x = states + layer.self_attn.o_proj(attended)
+        residual = layer.hidden_norm(states) if self.config.norm_before_residual else states
+        x = residual + layer.self_attn.o_proj(attended)
         return x + layer.mlp(layer.post_attention_layernorm(x))  # type: ignore[no-any-return]
+
+    def fed_back(self, states: Tensor) -> Tensor:
+        """What the next pair is made of: the layer's outputs, as they are or normed."""
+        return self.norm(states) if self.config.norm_output else states
 
     @undisturbed
     def drafters(self, target: Target) -> Callable[..., Drafter]:
@@ -81,10 +96,11 @@ class _Packed(DraftHead):
     def __init__(self, model: Eagle3DraftModel, target: Target) -> None:
         super().__init__(model, target)
         if not self.config.num_target_layers:
-            layers = model.config.target_layer_ids or fused_layers(target.num_layers)
+            layers = _outputs(model.config.target_layer_ids, target.num_layers)
             self.config = replace(model.config, num_target_layers=target.num_layers, target_layer_ids=layers)
         layer = Block(model.midlayer, self.probe)
-        self.fc, self.cos, self.sin = self.packed(model.fc.weight), model.cos.to(self.probe), model.sin.to(self.probe)
+        (self.rotary,) = model.rotaries(self.probe).values()
+        self.fc = self.packed(model.fc.weight)
         self.linears = {name: self.packed(layer.fused(name)[0]) for name in layer.parts}
         states, final = (norm.weight.detach().to(self.probe) for norm in (model.midlayer.hidden_norm, model.norm))
         self.norms = layer.norms | {"states": states, "final": final}
@@ -98,13 +114,19 @@ class _Packed(DraftHead):
         heads, kv_heads, head_dim = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
         both = torch.cat((self.normed(self.embed(tokens), "input_norm"), self.normed(states, "states")), dim=-1)
         qk, v = self.linears["qkv"](both).view(len(both), -1, head_dim).split((heads + kv_heads, kv_heads), dim=1)
-        q, k = apply_rotary(qk, self.cos[positions][:, None], self.sin[positions][:, None]).split((heads, kv_heads), dim=1)
+        self.rotary.reserve(int(positions.max()) + 1)
+        q, k = apply_rotary(qk, *self.rotary.at(positions)).split((heads, kv_heads), dim=1)
         return q, k, v
 
     def finish(self, states: Tensor, attended: Tensor) -> Tensor:
-        x = states + self.linears["out"](attended)
+        residual = self.normed(states, "states") if self.config.norm_before_residual else states
+        x = residual + self.linears["out"](attended)
         gate, up = self.linears["gate_up"](self.normed(x, "post_norm")).chunk(2, dim=-1)
         return x + self.linears["down"](F.silu(gate) * up)
+
+    def fed_back(self, states: Tensor) -> Tensor:
+        """As Eagle3DraftModel.fed_back."""
+        return self.normed(states, "final") if self.config.norm_output else states
 
     def likely(self, hidden: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Of un-normed states."""
@@ -133,14 +155,13 @@ class Eagle3Drafter(Drafter):
         """Pairs of what was read: keys and values, once."""
         assert features is not None
         self.cache.reserve(0, rows=max(rows.slots) + 1)
-        limit = self.network.config.max_position_embeddings
         for slot, new, seen in zip(rows.slots, tokens, features, strict=True):
             states = self.network.fc(seen)
             paired = torch.cat((self._states.get(slot, states[:0]), states))[:-1]
             start = self.cache.lengths[slot]
-            if (count := max(min(len(paired), limit - start), 0)) > 0:
-                first = new[len(new) - len(paired) :]
-                _, k, v = self.network.project(first[:count], paired[:count], torch.arange(start, start + count, **INTS))
+            if count := len(paired):
+                own = new[len(new) - count :]
+                _, k, v = self.network.project(own, paired, torch.arange(start, start + count, **INTS))
                 self.cache.reserve(start + count)
                 self.cache.write(0, slot, k.transpose(0, 1), v.transpose(0, 1))
                 self.cache.keep(slot, range(count))
@@ -150,13 +171,13 @@ class Eagle3Drafter(Drafter):
     @serial(lambda self: self.network.native)
     @torch.inference_mode()
     def propose(self, rows: Rows, max_nodes: int) -> Proposal:
-        """A forward of the layer for every depth. A row beyond the draft's positions gets its anchor alone."""
+        """A forward of the layer for every depth."""
         depth = min(self.depth, max_nodes - 1)
         budget = min(self.tree_nodes or depth + 1, max_nodes) - 1
-        limit = self.network.config.max_position_embeddings
         grown = [NOTHING] * len(rows)
         for i, (slot, anchor) in enumerate(zip(rows.slots, rows.anchors, strict=True)):
-            if depth > 0 and self.cache.lengths[slot] + depth <= limit:
+            if depth > 0:
+                self.network.tell(self.cache.lengths[slot] + depth)
                 grown[i] = self._grow(slot, anchor, depth, budget)
         return planted(rows.anchors, grown)
 
@@ -187,6 +208,7 @@ class Eagle3Drafter(Drafter):
             best = total.flatten().topk(min(width, total.numel())).indices
             came = best // total.shape[1]
             tokens, joint = ids.flatten()[best], total.flatten()[best][:, None]
+            states = net.fed_back(states)
             paths, states, seen = numbers.flatten()[best].tolist(), states[came], seen[came]
         return _kept(found, budget)
 

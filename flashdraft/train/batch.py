@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from flashdraft.checkpoint import DraftConfig
-from flashdraft.errors import DataError
+from flashdraft.errors import CheckpointError, DataError
 from flashdraft.methods.dflash import DFlashDraftModel
 from flashdraft.methods.draft_model import CutDraftModel
 from flashdraft.methods.eagle3 import Eagle3DraftModel
@@ -48,7 +48,7 @@ def draw_anchors(num_prompt: int, num_tokens: int, count: int, generator: torch.
 
 def anchor_bounds(sizes: Sizes, config: DraftConfig, min_context: int = 0) -> tuple[int, int]:
     """Anchors of a sample lie from the first of these positions on; the token before the second one is the last label."""
-    room = config.max_position_embeddings - config.block_size + 2  # decoding drafts nothing where a block would not fit
+    room = config.trained_length - config.block_size + 2  # no block ends beyond the positions that the network is made for
     known = sizes.num_tokens if sizes.num_final is None else sizes.num_final + 1  # an anchor has a label behind it
     return max(sizes.num_prompt, min_context), min(sizes.num_tokens, known, room)
 
@@ -61,7 +61,7 @@ def why_no_anchor(sizes: Sizes, config: DraftConfig, min_context: int = 0) -> st
     if sizes.num_prompt + 1 >= sizes.num_tokens:
         return f"{max(0, sizes.num_tokens - sizes.num_prompt)} tokens of its answer are there, two are needed"
     if sizes.num_prompt + 1 >= end:
-        return f"its answer begins at {sizes.num_prompt}, behind the drafter's {config.max_position_embeddings} positions"
+        return f"its answer begins at {sizes.num_prompt}, behind the drafter's {config.trained_length} positions"
     return f"it ends at {sizes.num_tokens}, too early for min_context {min_context}"
 
 
@@ -183,7 +183,31 @@ class Pass(nn.Module):
 
 def _dflash(model: DFlashDraftModel, embed: Embed, batch: Batch) -> Tensor:
     context = model.context(batch.features.to(model.norm.weight.dtype))
-    return model(context, embed(batch.block_tokens), batch.positions, functools.partial(_attend, batch))  # type: ignore[no-any-return]
+    masks = model.config.masks
+    seen = {mask: _seen(batch, *mask) for mask in dict.fromkeys(masks)}
+
+    def attend(layer: int, q: Tensor, context_kv: tuple[Tensor, ...], block_kv: tuple[Tensor, ...]) -> Tensor:
+        return _attend(batch, seen[masks[layer]], q, context_kv, block_kv)
+
+    return model(context, embed(batch.block_tokens), batch.positions, attend)  # type: ignore[no-any-return]
+
+
+def _seen(batch: Batch, window: int | None, causal: bool) -> list[Tensor]:
+    """The batch's masks as a layer with a window, or a causal one, has them."""
+    if window is None and not causal:
+        return batch.masks
+    if batch.flex is not None:
+        got = "this draft network has layers that are windowed or causal"
+        raise CheckpointError(got, hint="train it without FlexAttention, or start from a plain one")
+
+    masks = []
+    for (c0, c1, r0, r1), whole in zip(batch.spans, batch.masks, strict=True):
+        rows = batch.positions[1][r0:r1]
+        keys = torch.cat((batch.positions[0][c0:c1], rows))
+        behind = rows[:, None] - keys
+        mask = whole & (behind >= 0) if causal else whole
+        masks.append(mask if window is None else mask & (behind.abs() < window))
+    return masks
 
 
 def _medusa(model: MedusaDraftModel, _embed: Embed, batch: Batch) -> Tensor:
@@ -215,8 +239,9 @@ def _eagle3(model: Eagle3DraftModel, embed: Embed, batch: Batch) -> Tensor:
             sides: Any = zip(context, *own, strict=True)
             keys, values = (torch.cat((old[c0:c1], *(new[blocks] for new in news))) for old, *news in sides)
             attended.append(_attention(q[blocks], keys, values, mask))
-        states = model.finish(states, torch.cat(attended))
-        outputs.append(model.norm(states))
+        finished = model.finish(states, torch.cat(attended))
+        outputs.append(model.norm(finished))
+        states = model.fed_back(finished)
     return torch.stack(outputs, dim=1).flatten(0, 1)
 
 
@@ -239,12 +264,12 @@ def _before_anchors(batch: Batch, size: int) -> tuple[Tensor, Tensor]:
     return before + torch.cat(firsts).to(before.device), before
 
 
-def _attend(batch: Batch, _layer: int, q: Tensor, context_kv: tuple[Tensor, ...], block_kv: tuple[Tensor, ...]) -> Tensor:
+def _attend(batch: Batch, masks: list[Tensor], q: Tensor, context_kv: tuple[Tensor, ...], block_kv: tuple[Tensor, ...]) -> Tensor:
     pairs = list(zip(context_kv, block_kv, strict=True))  # of keys, of values
     if batch.flex is not None:
         return _attention(q, torch.cat(pairs[0]), torch.cat(pairs[1]), batch.flex)
     outputs = []
-    for (c0, c1, r0, r1), mask in zip(batch.spans, batch.masks, strict=True):
+    for (c0, c1, r0, r1), mask in zip(batch.spans, masks, strict=True):
         keys, values = (torch.cat((context[c0:c1], block[r0:r1])) for context, block in pairs)
         outputs.append(_attention(q[r0:r1], keys, values, mask))
     return torch.cat(outputs)

@@ -49,7 +49,7 @@ def diagnose(model: DFlashDraftModel, lm: Model, data: FeatureSet, *, num_sample
     yield Finding("files", True, f"the drafter fits `{lm.target.name}`; every shard of `{data.name}` has its checksum")
     generator = torch.Generator("cpu").manual_seed(seed)
     order = torch.randperm(len(data), generator=generator, **INTS).tolist()
-    room = min(model.config.max_position_embeddings - model.config.block_size + 2, lm.target.context_length)
+    room = min(model.config.trained_length - model.config.block_size + 2, lm.target.context_length)
     cut = (_cut(data[i], lm.target.context_length) for i in order)
     samples = list(islice((s for s in cut if s.num_prompt + 1 < min(len(s.tokens), room)), num_samples))
     if not samples:
@@ -199,8 +199,10 @@ def _hits(samples: list[Sample], drafts: list[Tensor], shift: int = 0) -> Tensor
 def _labels(model: DFlashDraftModel, network: PackedDraft, samples: list[Sample], drafts: list[Tensor]) -> Finding:
     """Shifted labels and shifted features look alike to a network that knows positions by their distance: the best one tells."""
     tried = {"": (drafts, 0)}
+    layout = ", or its blocks are anchor-first (row k predicts the token at anchor + k + 1, as in DeepSpec's folders): off by one"
     for shift, token, feature in ((-1, "before", "later"), (1, "behind", "earlier")):
-        tried[f"those one position {token}: the labels were shifted"] = drafts, shift
+        cause = f"the labels were shifted{layout if shift == 1 else ''}"
+        tried[f"those one position {token}: {cause}"] = drafts, shift
         rolled = [replace(sample, features=sample.features.roll(shift, 0)) for sample in samples]
         tried[f"so if the features are those of one token {feature}: they were shifted"] = _drafts(model, network, rolled), 0
     shares = {text: float(_hits(samples, *each).nanmean().nan_to_num()) for text, each in tried.items()}

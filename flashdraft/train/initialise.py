@@ -62,9 +62,15 @@ def draft_config(
     rope = rope.get("full_attention") or rope  # gemma3 has one set for each kind of layer
     if rope.get("rope_type", "default") not in ROPE_TYPES:  # the draft's positions need not be the target's
         rope = {"rope_theta": rope.get("rope_theta", 10000.0)}
+    rope = {name: value for name, value in rope.items() if name != "partial_rotary_factor"}
+    if "num_attention_heads" in shape and "hidden_size" in shape:
+        shape.setdefault("num_key_value_heads", shape["num_attention_heads"])
+        shape.setdefault("head_dim", shape["hidden_size"] // shape["num_attention_heads"])
+    written = int(target.config.max_position_embeddings)  # the rotary scaling that goes with it says what it means
+    limit = min(target.context_length, written)
     special = {"mask_token_id": mask, "target_layer_ids": layers_read(total, method, num_features)}
     shape |= {"num_hidden_layers": num_layers, "num_target_layers": total, "block_size": block_size, "dflash_config": special}
-    shape |= {"vocab_size": vocab, "max_position_embeddings": target.context_length, "rope_parameters": rope}
+    shape |= {"vocab_size": vocab, "max_position_embeddings": limit, "rope_parameters": rope}
     return replace(DraftConfig.from_json(shape, target.name), method=method)
 
 
