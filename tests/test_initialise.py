@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import torch
 from conftest import EOS, MASK, tiny_target
-from toy_folders import letter_tokenizer
+from toy_folders import letter_tokenizer, save_target
 
 from flashdraft.checkpoint import DraftConfig
-from flashdraft.errors import InvalidParameter
+from flashdraft.errors import CheckpointError, InvalidParameter
 from flashdraft.generate import Model
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.train.batch import make_batch
 from flashdraft.train.config import TrainConfig
 from flashdraft.train.features import FeatureSet, write_features
-from flashdraft.train.initialise import draft_config, random_weights, taken_from
+from flashdraft.train.initialise import copied_from_target, draft_config, random_weights, taken_from
 from flashdraft.train.regenerate import regenerate
 from flashdraft.train.trainer import Trainer
 from flashdraft.types import SamplingParams
@@ -108,3 +108,14 @@ def test_long_context_anchors_have_their_context_before_them(tmp_path: Path, fol
     trainer = Trainer(random_weights(config(), 0), language_model(), data, tmp_path, settings)
     losses = [trainer.train_step()["loss"] for _ in range(40)]
     assert sum(losses[-5:]) < 0.75 * sum(losses[:5])
+
+
+def test_quantised_layers_are_not_copied_as_they_lie(tmp_path: Path) -> None:
+    """A scale stands beside each of them, in a tensor of its own."""
+    folder = save_target(tmp_path)
+    config = draft_config(tiny_target("llama", dtype=torch.float32), method="draft_model", num_layers=2)
+    assert copied_from_target(config, str(folder), None, 0).state_dict()
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(CheckpointError, match="is quantised"):
+        copied_from_target(config, str(folder), None, 0)
