@@ -86,7 +86,10 @@ def output_file(path: Path, *, inputs: Iterable[Path] = ()) -> Path:
         raise InvalidParameter(f"`{path}` is a device or a pipe, not a file", hint="name a file that can be written again")
     _check_inputs(path, inputs)
     _check_room(path)
-    return Path(os.path.realpath(path))
+    real = Path(os.path.realpath(path))
+    if real.is_symlink():
+        raise InvalidParameter(f"`{path}` is a link that leads nowhere", hint="name another file, or remove the link")
+    return real
 
 
 def output_folder(path: Path, *, inputs: Iterable[Path] = ()) -> Path:
