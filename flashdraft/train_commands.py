@@ -25,7 +25,7 @@ from flashdraft.network import DraftNetwork
 from flashdraft.provenance import named_target
 from flashdraft.target import Target
 from flashdraft.train.answers import check_origin
-from flashdraft.train.config import TrainConfig, check_run_folder
+from flashdraft.train.config import TrainConfig, check_run_folder, tell_of_other_target
 from flashdraft.train.doctor import diagnose
 from flashdraft.train.features import Data, FeatureSet, OnlineFeatures, ShardWriter, check_features_folder, write_features
 from flashdraft.train.initialise import copied_from_target, draft_config, layers_read, random_weights, taken_from
@@ -229,6 +229,7 @@ def eval(
     max_new_tokens: Annotated[int, Option(help="tokens an answer, at most")] = 256,
     max_rows: Annotated[int, Option(help="prompts decoded together, at most")] = 8,
 ) -> None:
+    tell_of_other_target(model.draft, named_target(model.target))
     lm = replace(model.load(max_rows=max_rows), adaptive=False)  # the drafter is judged by whole blocks
     params, asked = SamplingParams(max_new_tokens=max_new_tokens), []
     for prompt in read_prompts(file):
@@ -249,6 +250,7 @@ def doctor(
     data: Annotated[Path, Argument(help="folder that `flashdraft features` wrote")],
     num_samples: Annotated[int, Option(help="samples that are looked at")] = 8,
 ) -> None:
+    tell_of_other_target(draft, named_target(target))
     lm = load(target, draft="autoregressive")
     passed = True
     for finding in diagnose(DFlashDraftModel.from_pretrained(draft), lm, FeatureSet(data), num_samples=num_samples):

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from flashdraft import hub
 
 target, draft, out = hub.resolve("smollm2-135m"), hub.builtin_draft("smollm2-135m", "draft_model"), Path(sys.argv[1])
+if out.exists() and any(out.iterdir()):
+    sys.exit(f"`{out}` is not empty: name a new folder")
 embedding = load_file(target / "model.safetensors")["model.embed_tokens.weight"]
 config = json.loads((target / "config.json").read_text())
 config["num_hidden_layers"] = json.loads((draft / "config.json").read_text())["num_hidden_layers"]

@@ -402,12 +402,17 @@ def test_a_run_goes_on_with_what_it_was_begun_with(features: Path, run: Run, tmp
     assert err.count("says nothing of its target and data") == 1
 
 
-def test_a_vocabulary_that_a_stopped_start_left_is_not_the_next_ones(features: Path, run: Run, tmp_path: Path) -> None:
+def test_a_vocabulary_that_a_stopped_start_left_is_not_the_next_ones_and_eval_tells_the_target(
+    features: Path, run: Run, tmp_path: Path
+) -> None:
     train = f"train {features} --out run --target t --eval-prompts held.jsonl {TINY}"
     assert run(train)[0] == 0
     shutil.rmtree(tmp_path / "run/checkpoints")
     assert run(train.replace("--vocab 20", "--vocab 9"))[0] == 0
     assert DFlashDraftModel.from_pretrained(tmp_path / "run/best").config.draft_vocab_size == 9
+    for target, lines in (("t", 0), ("other", 1)):
+        status, _, err = run(f"eval held.jsonl --draft run/best --target {target} --max-new-tokens 4")
+        assert (status, err.count("was made with target `t`")) == (0, lines)
 
 
 def test_a_drafter_is_saved_over_nothing_but_drafters(tmp_path: Path, shop: Path) -> None:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 import flashdraft
 from flashdraft.checkpoint import DraftConfig
-from flashdraft.errors import FlashDraftError, InvalidParameter
-from flashdraft.files import output_folder, write_file, write_tensors
+from flashdraft.errors import DataError, FlashDraftError, InvalidParameter
+from flashdraft.files import check_facts, output_folder, say, write_file, write_tensors
 from flashdraft.types import check_options, option, require
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "load_checkpoint",
     "model_card",
     "save_checkpoint",
+    "tell_of_other_target",
 ]
 
 _CARD = Path(flashdraft.__file__).with_name("assets").joinpath("card.md").read_text(encoding="utf-8")
@@ -98,6 +99,20 @@ def check_run_folder(out: Path, inputs: Sequence[Path] = ()) -> dict[str, Any]:
                 f"`{folder / name}` was not written by `flashdraft train`: no run.json is beside it", hint=hint
             )
     return {}
+
+
+def tell_of_other_target(draft: str, target: Mapping[str, Any]) -> None:
+    """One line where the run beside a drafter's folder says that it was trained for another target; it may serve this one."""
+    folder = Path(draft)
+    if not (folder / "config.json").exists() or not (folder.parent / "run.json").exists():
+        return
+    try:
+        run = check_run_folder(folder.parent)
+        check_facts(folder, run.get("inputs", {}), {"target": target})
+    except InvalidParameter:  # another's run.json
+        return
+    except DataError as error:
+        say(f"{error.args[0]}; a drafter is accepted most by the target that it was trained for")
 
 
 def _is_free(path: Path) -> bool:
