@@ -109,7 +109,7 @@ class Trainer:
                 check(self.target, self.lm.request(prompt, _MEASURED))
         self.data.check()
         inputs = {"target": self.facts["target"], "template": self.facts["template"], "data": self.data.identity}
-        inputs |= {"held_out": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:16]}
+        inputs |= {"held_out": hashlib.sha256(json.dumps(list(prompts), default=str).encode()).hexdigest()[:16]}
         self._check_inputs(inputs)
         self._tell_passed_over()
         lock = locked(Path(os.path.realpath(self.out))) if self.acc.is_main_process else nullcontext()
