@@ -63,7 +63,7 @@ def named(place: str) -> Iterator[None]:
 def read_ids(path: Path) -> dict[str, list[int]]:
     """The entry numbers of tasks. Raises DataError for a file that is no such table."""
     try:
-        ids = json.loads(path.read_text(encoding="utf-8"))
+        ids = json.loads(path.read_text(encoding="utf-8-sig"))
         if not (found := {task: [int(i) for i in ids[task]] for task in TASKS if task in ids}):
             raise ValueError("none of its keys is a task")
         return found

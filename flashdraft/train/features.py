@@ -255,7 +255,7 @@ def encode(model: Model, row: dict[str, Any]) -> tuple[list[int], int]:
         answer = _encoded_text(model, row["response"])
         if row.get("finish") == "stop":
             answer.append(min(model.eos))
-    elif not isinstance(answer, list):
+    elif not isinstance(answer, (list, tuple)):
         raise InvalidPrompt("`tokens` is no list of token ids")
     elif answer:
         answer = model.encode(answer)

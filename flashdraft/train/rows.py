@@ -8,7 +8,6 @@ import bz2
 import gzip
 import json
 import lzma
-import sys
 import zlib
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import nullcontext
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flashdraft.errors import DataError, FlashDraftError
+from flashdraft.files import say
 from flashdraft.train.questions import CONVERSATIONS, QUESTIONS
 
 __all__ = ["LeftOut", "is_whole", "json_list", "placed_rows", "read_jsonl"]
@@ -68,8 +68,8 @@ class LeftOut:
 
     def tell(self) -> None:
         """Say it on standard error, where there is one."""
-        if self.count and sys.stderr is not None:
-            print(self, file=sys.stderr)
+        if self.count:
+            say(str(self))
 
 
 class _Broken(NamedTuple):
