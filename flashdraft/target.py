@@ -121,7 +121,10 @@ class HFTarget(Target):
             raise _unsupported(self, f"{state}, which cannot be cut back after a rejected draft")
         self.kernel_name, self.kernel = "transformers", f"transformers {str(model.dtype).removeprefix('torch.')}"
         self.row_exact = False
-        self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
+        head = model.get_output_embeddings()
+        if type(head) is not nn.Linear or not head.weight.is_floating_point():  # drafters read its rows
+            raise _unsupported(self, f"its output layer is a {type(head).__name__}, no plain linear")
+        self.vocab_size = int(head.weight.shape[0])
         self.hidden_size, self.num_layers = int(self.config.hidden_size), int(self.config.num_hidden_layers)
         if getattr(self.config, "max_position_embeddings", None) is None:
             raise _unsupported(self, "its config has no max_position_embeddings")

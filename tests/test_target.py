@@ -557,6 +557,12 @@ def test_a_family_s_own_parts_are_all_known(family: str) -> None:
     assert unfit(tiny_model(family)) is None
 
 
+def test_an_output_layer_of_another_class_is_refused() -> None:
+    """Its rows are read by drafters, and its number is the vocabulary's."""
+    with pytest.raises(UnsupportedTarget, match="its output layer is a OtherLinear"):
+        HFTarget(planted("head"), "odd")
+
+
 def test_planted_fault_a_linear_read_as_a_plain_weight_is_another_model() -> None:
     model = planted("linear")
     assert worst_after_all(LeanTarget(model, "faulty"), model) > FAR
