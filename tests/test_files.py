@@ -7,6 +7,7 @@ import os
 import shutil
 import stat
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -454,6 +455,26 @@ def test_results_that_hold_no_answer_are_gone(run: Run, tmp_path: Path, monkeypa
         assert run(f"{WRITERS['bench']} {out}")[0] == 130
     assert not (tmp_path / "r.jsonl").exists()
     assert (tmp_path / "empty.jsonl").read_bytes() == b""
+
+
+def test_results_of_other_settings_are_refused_and_half_ones_are_measured_again(run: Run, tmp_path: Path) -> None:
+    from flashdraft.bench.run import BenchConfig, _is_measured
+
+    paths = {"prompts": Path("held.jsonl"), "out": Path("r.jsonl")}
+    config = BenchConfig(**paths, target="t", methods="autoregressive", max_new_tokens=4)
+    assert not _is_measured(config)
+    assert run(f"{WRITERS['bench']} r.jsonl")[0] == 0
+    assert _is_measured(config)
+    with pytest.raises(InvalidParameter, match="measured with max_new_tokens 4, not 5"):
+        _is_measured(replace(config, max_new_tokens=5))
+    lines = (tmp_path / "r.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "r.jsonl").write_text("".join(lines[:-1]))
+    assert not _is_measured(config)
+    assert not (tmp_path / "r.jsonl").exists()
+    (tmp_path / "r.jsonl").write_text("my notes")
+    with pytest.raises(DataError):
+        _is_measured(config)
+    assert (tmp_path / "r.jsonl").read_text() == "my notes"
 
 
 def test_pictures_are_drawn_again_but_not_over_a_file_of_another(run: Run, tmp_path: Path) -> None:
