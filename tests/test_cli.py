@@ -100,7 +100,7 @@ SLIPS = [
     ("bench --prompts good.jsonl", 2, "--out"),
     ("bench --prompts broken.jsonl --out out.jsonl --target T", 1, "line 3"),
     ("bench --prompts nothing.jsonl --out out.jsonl --target T", 1, "no prompts"),
-    ("bench --prompts textless.jsonl --out out.jsonl --target T", 1, "entry 1"),
+    ("bench --prompts textless.jsonl --out out.jsonl --target T", 1, "textless.jsonl, line 1: no text to ask"),
     ("bench --prompts good.jsonl --out out.jsonl --target T", 1, "no drafter is shipped"),
     ("bench --prompts good.jsonl --out out.jsonl --target T --draft D/draft --max-new-tokens 999", 1, "context"),
     ("bench --prompts good.jsonl --out out.jsonl --target T --methods medusa", 1, "medusa"),
@@ -136,7 +136,7 @@ def data_files(tmp_path: Path) -> set[Path]:
         "good.jsonl": '{"prompt": "hi"}\n',
         "broken.jsonl": '{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": \n{"prompt": "d"}\n',
         "nothing.jsonl": "",
-        "textless.jsonl": '{"question": "hi"}\n',
+        "textless.jsonl": '{"answer": "hi"}\n',
         "ids.json": '{"gsm8k": [0], "humaneval": [0], "mt_bench": [0]}',
     }
     for name, content in files.items():
