@@ -109,3 +109,10 @@ class SlotCache:
 
     def free(self, row: int) -> None:
         self.lengths[row] = 0
+
+    @torch.inference_mode()
+    def wipe(self, row: int) -> None:
+        """Zeros instead of garbage: what is not finite reaches other texts through a mask, since 0 * NaN is NaN."""
+        for tensor in (*self.keys, *self.values):
+            if tensor is not None:
+                tensor[row].zero_()

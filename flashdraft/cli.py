@@ -5,11 +5,14 @@ once. A parameter that is a dataclass stands for its fields: every default and h
 """
 
 import dataclasses
+import difflib
 import inspect
 import io
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -19,8 +22,8 @@ import typer
 from typer.exceptions import TyperException
 
 from flashdraft import __version__
-from flashdraft.errors import FlashDraftError
-from flashdraft.types import check_options
+from flashdraft.errors import FlashDraftError, InvalidParameter
+from flashdraft.types import Allowed, check_option, check_options, kind_of
 
 __all__ = ["COMMANDS", "flat", "main"]
 
@@ -36,15 +39,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream, errors in ((sys.stdin, "strict"), (sys.stdout, "replace"), (sys.stderr, "replace")):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a character is no reason to stop
             stream.reconfigure(encoding="utf-8" if stream is sys.stdin else None, errors=errors)
+    if arguments is None and threading.current_thread() is threading.main_thread():  # a process of its own
+        signal.signal(signal.SIGTERM, _terminated)
     try:
         status = _app(given).main(given or ["--help"], prog_name="flashdraft", standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return int(status or 0)
     except FlashDraftError as error:
-        return _complain(error.args[0], error.hint, status=1)
+        return _complain(error.args[0], _as_written(error, given), status=1)
     except TyperException as error:
-        asked = ["flashdraft", *[word for word in given if word in COMMANDS][:1], "--help"]
-        return _complain(error.format_message().rstrip("."), f"see {' '.join(asked)}", status=2)
+        return _complain(error.format_message().rstrip("."), _usage_hint(error, given), status=2)
     except UnicodeDecodeError as error:
         return _complain(f"got text that is not UTF-8 ({error.reason})", "send UTF-8, on standard input as well", status=1)
     except KeyboardInterrupt:
@@ -57,11 +62,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(message, "check the path, its permissions and the disk", status=1)
 
 
+def _terminated(number: int, _frame: Any) -> None:
+    """Leave by way of every `finally`, so that nothing half-written stays."""
+    raise SystemExit(128 + number)
+
+
 def _complain(message: str, hint: str | None, *, status: int) -> int:
     for label, text in (("error", message), ("hint", hint)):
-        if text:
+        if text and sys.stderr is not None:  # print would take standard output
             print(f"{label}: {' '.join(str(text).split())}", file=sys.stderr)
     return status
+
+
+def _usage_hint(error: TyperException, given: Sequence[str]) -> str:
+    """What was meant, if that can be guessed: a text that begins with a dash, or a name that is nearly right."""
+    command = next((word for word in given if word in COMMANDS), None)
+    name = getattr(error, "option_name", None)
+    if command is not None and name is not None and _is_text(given):
+        return f"a text that begins with - goes behind --, as in: flashdraft {command} [OPTIONS] -- TEXT"
+
+    known = [*COMMANDS] if command is None else list(_option_names(command))
+    wrong = name or next((word for word in given if not word.startswith("-")), "")
+    near = difflib.get_close_matches(wrong, known, n=1) if name or command is None else []
+    meant = f"did you mean {near[0]}? " if near and near[0] != wrong else ""
+    asked = ["flashdraft", *([] if command is None else [command]), "--help"]
+    if command is not None and type(error).__name__ == "MissingParameter":
+        meant = f"as in: {COMMANDS[command][1]}; "
+    return f"{meant}see {' '.join(asked)}"
+
+
+def _is_text(given: Sequence[str]) -> bool:
+    """Whether one of the words begins like an option and goes on like a sentence or a number."""
+    return any(re.match(r"-(\d|.*\s)", word) and not word.startswith("--") for word in given)
+
+
+def _option_names(command: str) -> Iterator[str]:
+    for parameter in _app([command]).commands[command].params:
+        yield from (name for name in parameter.opts if name.startswith("--"))
+
+
+def _as_written(error: FlashDraftError, given: Sequence[str]) -> str | None:
+    """The error's hint, in which an option that was given on the command line has the name that it has there."""
+    name = error.option if isinstance(error, InvalidParameter) else None
+    if name is None or error.hint is None:
+        return error.hint
+
+    written = f"--{name.replace('_', '-')}"
+    was_given = any(word.partition("=")[0] == written for word in given)
+    return re.sub(rf"^{re.escape(name)}\b", written, error.hint) if was_given else error.hint
 
 
 def _app(given: Sequence[str]) -> Any:
@@ -95,13 +143,19 @@ def flat(function: Callable[..., None]) -> Callable[..., None]:
     A field without metadata stays at its default; a tuple becomes an option that may be given several times.
     """
     groups: dict[str, Any] = {}
+    single: list[inspect.Parameter] = []  # that belong to no group
     parameters: list[inspect.Parameter] = []
     for parameter in inspect.signature(function).parameters.values():
         if dataclasses.is_dataclass(parameter.annotation):
             groups[parameter.name] = parameter.annotation
-        parameters += _fields(parameter.annotation) if parameter.name in groups else [parameter]
+            parameters += _fields(parameter.annotation)
+        else:
+            single.append(parameter)
+            parameters.append(parameter)
 
     def call(**values: Any) -> None:
+        for parameter in single:
+            _check_single(parameter, values[parameter.name])
         for name, group in groups.items():
             values[name] = group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group) if field.metadata})
             check_options(values[name])
@@ -111,6 +165,17 @@ def flat(function: Callable[..., None]) -> Callable[..., None]:
     call.__signature__ = signature  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return call
+
+
+def _check_single(parameter: inspect.Parameter, value: Any) -> None:
+    """An option of a command that is no field of a dataclass has its `Allowed` beside its `Option`."""
+    if get_origin(parameter.annotation) is not Annotated or value is None:
+        return
+    hint, *extras = get_args(parameter.annotation)
+    allowed = next((extra for extra in extras if isinstance(extra, Allowed)), None)
+    several = value if isinstance(value, list) else [value]
+    for one in several:
+        check_option(parameter.name, one, kind_of(hint), allowed)
 
 
 def _fields(group: Any) -> Iterator[inspect.Parameter]:

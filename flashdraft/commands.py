@@ -20,17 +20,28 @@ from flashdraft.bench.report import print_table, show
 from flashdraft.bench.roofline import RooflineConfig, named, predict, shape, verdict
 from flashdraft.bench.run import BenchConfig, run_bench, run_peers
 from flashdraft.bench.tasks import TASKS, read_ids, write_tasks
-from flashdraft.errors import ContextLengthError, InvalidParameter
-from flashdraft.files import output_folder
-from flashdraft.generate import KERNELS, Model, load
+from flashdraft.errors import ContextLengthError, InvalidParameter, InvalidPrompt
+from flashdraft.files import output_folder, say
+from flashdraft.generate import DTYPES, KERNELS, MOST_NODES, Model, load
+from flashdraft.methods import NETWORKS
 from flashdraft.methods.autoregressive import Autoregressive
-from flashdraft.types import Chunk, Result, SamplingParams, option, require
+from flashdraft.process import is_terminal
+from flashdraft.types import COUNTS, SEEDS, Allowed, Chunk, Result, SamplingParams, check_options, option, require
 
 transformers.logging.set_verbosity_error()
 
 PROMPT = "A baker bakes 12 trays of 8 rolls and sells 71 of them. How many rolls are left? Explain step by step."
 TARGET_HELP = "built-in name, hub id, folder or GGUF file"
-DTYPE_HELP = "float32, bfloat16, float16, or auto: as stored"
+DTYPE_HELP = f"{', '.join(name for name in DTYPES if name != 'auto')}, or auto: as stored"
+KERNEL_HELP = f"what runs the weights: {', '.join(KERNELS)}; auto is the fastest exact one, compiled: CUDA graphs"
+DRAFT_HELP = (
+    "drafter's folder or hub id, or a smaller causal LM's with the same tokenizer; a method, whose shipped drafter is taken "
+)
+DRAFT_HELP += f"({', '.join(NETWORKS)}) or that has none (prompt_lookup, autoregressive); two of these joined by +; or auto: "
+DRAFT_HELP += "the shipped one, or none"
+BLOCK_HELP = f"nodes per proposal, the anchor included, from 1 (nothing is drafted) to {MOST_NODES}; by default as many of what "
+BLOCK_HELP += "the drafter was trained for as pay"
+_NODES = Allowed(1, MOST_NODES)
 Out = Annotated[Path, Option(help="file to write")]
 
 
@@ -39,9 +50,12 @@ class TargetOptions:
     """What `load` takes from the command line; without a drafter."""
 
     target: str = option("smollm2-135m", TARGET_HELP)
-    dtype: str = option("auto", DTYPE_HELP)
+    dtype: str = option("auto", DTYPE_HELP, choices=DTYPES)
     device: str = option("cpu", "where the target runs: cpu, cuda, cuda:1, mps")
-    kernel: str = option("auto", "what runs the weights; auto is the fastest exact one; compiled: CUDA graphs", choices=KERNELS)
+    kernel: str = option("auto", KERNEL_HELP, choices=KERNELS)
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     def load(self, **options: Any) -> Model:
         return load(**{"draft": "autoregressive", **vars(self), **options})
@@ -51,19 +65,22 @@ class TargetOptions:
 class ModelOptions(TargetOptions):
     """The same with a drafter."""
 
-    draft: str = option(
-        "auto", "folder or hub id, a method (dflash, eagle3, medusa, prompt_lookup, autoregressive), or auto: what is shipped"
+    draft: str = option("auto", DRAFT_HELP)
+    block_size: int | None = option(None, BLOCK_HELP, least=1, most=MOST_NODES)
+    tree_nodes: int | None = option(
+        None,
+        "nodes of a tree of likely tokens, the anchor included; by default a chain is drafted",
+        least=2,
+        most=MOST_NODES,
     )
-    block_size: int | None = option(None, "nodes per proposal, the anchor included; by default what the drafter was trained for")
-    tree_nodes: int | None = option(None, "nodes of a tree of likely tokens; by default a chain is drafted", least=2)
 
 
 def demo(
     model: ModelOptions,
     prompt: Annotated[str, Argument(help="what to ask")] = PROMPT,
-    max_new_tokens: Annotated[int, Option(help="tokens, at most")] = 96,
-    temperature: Annotated[float, Option(help="0 is greedy")] = 0.0,
-    seed: Annotated[int, Option(help="the same seed gives the same text")] = 0,
+    max_new_tokens: Annotated[int, Option(help="tokens, at most"), COUNTS] = 96,
+    temperature: Annotated[float, Option(help="0 is greedy"), Allowed(0)] = 0.0,
+    seed: Annotated[int, Option(help="the same seed gives the same text"), SEEDS] = 0,
 ) -> None:
     params = SamplingParams(temperature=temperature, seed=seed, max_new_tokens=max_new_tokens)
     if model.draft == "auto" and hub.builtin_draft(model.target) is None:
@@ -90,13 +107,15 @@ def generate(
     prompts: Annotated[list[str], Argument(help="what to ask; - reads standard input")],
     model: ModelOptions,
     params: SamplingParams,
-    max_rows: Annotated[int, Option(help="prompts decoded together, at most")] = 8,
+    max_rows: Annotated[int, Option(help="prompts decoded together, at most"), COUNTS] = 8,
     json: Annotated[bool, Option("--json", help="one JSON object per answer")] = False,
     logprobs: Annotated[bool, Option("--logprobs", help="log-probabilities of the tokens, in the JSON object")] = False,
 ) -> None:
     require(json or not logprobs, "logprobs", logprobs, "left out without --json, which shows them")
     params = replace(params, logprobs=logprobs)
-    texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts]
+    texts = [_standard_input() if prompt == "-" else prompt for prompt in prompts]
+    if not all(texts):
+        raise InvalidPrompt("the prompt is empty", hint="give at least one token of text")
     lm = model.load(max_rows=max_rows)
     if len(texts) == 1 and not json:
         _show(lm.stream(texts[0], params))
@@ -106,9 +125,14 @@ def generate(
         print(jsonlib.dumps(record, ensure_ascii=False) if json else ("\n" if number else "") + result.text)
 
 
+def _standard_input() -> str:
+    """What is piped in, without the end of its last line, which `echo` and editors add."""
+    return sys.stdin.read().removesuffix("\n").removesuffix("\r")
+
+
 def chat(model: ModelOptions, params: SamplingParams) -> None:
     lm = model.load(max_rows=1)
-    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    interactive = is_terminal(sys.stdin) and is_terminal(sys.stdout)
     turns: list[dict[str, str]] = []
     with suppress(EOFError):
         while (line := input("> " if interactive else "").strip()) != "/exit":
@@ -116,21 +140,34 @@ def chat(model: ModelOptions, params: SamplingParams) -> None:
                 turns = []
             if line in ("", "/reset"):
                 continue
+
             asked = [*turns, {"role": "user", "content": line}]
+            said: list[str] = []
             try:
-                result = _show(lm.stream(asked, params))
+                result = _show(lm.stream(asked, params), said=said)
             except ContextLengthError as error:
                 if not interactive:
                     raise
-                print(f"error: {error.args[0]}\nhint: begin again with /reset, or ask for fewer new tokens", file=sys.stderr)
+                hint = "begin again with /reset, or ask for fewer new tokens"
+                say(f"error: {error.args[0]}\nhint: {hint}")
                 continue
+            except KeyboardInterrupt:  # ends the answer; once more, before the next one, ends the talk
+                if not interactive:
+                    raise
+                say("(stopped; Ctrl-C once more ends the talk)")
+                turns = [*asked, {"role": "assistant", "content": "".join(said)}] if said else turns
+                continue
+
             turns = [*asked, {"role": "assistant", "content": result.text}]
             figures = f"tau {result.stats.tau:.2f}, {_speed(result):.1f} tokens/s"
-            print(f"\033[2m{figures}\033[0m" if _styled() else f"({figures})")
+            if interactive:
+                print(f"\033[2m{figures}\033[0m" if _styled() else f"({figures})")
+            else:
+                say(f"({figures})")  # beside the answers, not among them
 
 
 def bench(config: BenchConfig) -> None:
-    run_bench(config, quiet=not sys.stderr.isatty())
+    run_bench(config, quiet=not is_terminal(sys.stderr))
     show(config.out)
 
 
@@ -169,7 +206,7 @@ def tasks(
     out: Out,
     data: Annotated[Path | None, Option(envvar="FLASHDRAFT_DATA", help="folder of the public data sets; else the hub")] = None,
     ids: Annotated[Path, Option(help="entry numbers of every set")] = Path("recipes/bench_ids.json"),
-    first: Annotated[int | None, Option(help="only each set's first ones")] = None,
+    first: Annotated[int | None, Option(help="only each set's first ones"), COUNTS] = None,
     task: Annotated[list[str], Option(help=f"of {', '.join(TASKS)}; several times")] = ["gsm8k", "humaneval", "mt_bench"],  # noqa: B006
 ) -> None:
     print(f"{write_tasks(data, out, read_ids(ids), tasks=task, first=first)} prompts in {out}")
@@ -178,10 +215,10 @@ def tasks(
 def profile(
     target: Annotated[str, Option(help=TARGET_HELP)] = "smollm2-135m",
     draft: Annotated[str, Option(help="drafter's folder or hub id; auto: the shipped one, or an untrained one")] = "auto",
-    nodes: Annotated[list[int], Option(help="nodes per step; may be given several times")] = [1, 8],  # noqa: B006
-    context: Annotated[int, Option(help="tokens read before")] = 256,
-    steps: Annotated[int, Option(help="steps measured; medians are shown")] = 20,
-    kernel: Annotated[str, Option(help=f"what runs the weights: {', '.join(KERNELS)}")] = "auto",
+    nodes: Annotated[list[int], Option(help="nodes per step; may be given several times"), _NODES] = [1, 8],  # noqa: B006
+    context: Annotated[int, Option(help="tokens read before"), COUNTS] = 256,
+    steps: Annotated[int, Option(help="steps measured; medians are shown"), COUNTS] = 20,
+    kernel: Annotated[str, Option(help=KERNEL_HELP), Allowed(choices=KERNELS)] = "auto",
 ) -> None:
     times, held = [], []
     for count in nodes:
@@ -204,9 +241,12 @@ def roofline(target: Annotated[str, Argument(help=f"{TARGET_HELP}, or qwen3-8b a
     print(f"\n{verdict(rows)}")
 
 
-def _show(chunks: Iterable[Chunk], *, origin: bool = False) -> Result:
-    """Write an answer as it comes; with `origin`, a legend first, and what was drafted in green or, without colours, brackets."""
-    inside, marks = False, ("", "")
+def _show(chunks: Iterable[Chunk], *, origin: bool = False, said: list[str] | None = None) -> Result:
+    """Write an answer as it comes; with `origin`, a legend first, and what was drafted in green or, without colours, brackets.
+
+    said: takes the pieces that were written, for one who is interrupted.
+    """
+    inside, marks, chunk = False, ("", ""), None
     if origin:
         marks = ("\033[4;32m", "\033[0m") if _styled() else ("⟨", "⟩")
         print(f"{marks[0]}drafted and accepted{marks[1]}, the target's own\n")
@@ -216,14 +256,18 @@ def _show(chunks: Iterable[Chunk], *, origin: bool = False) -> Result:
                 if piece.text:
                     print(("" if piece.drafted == inside else marks[inside]) + piece.text, end="", flush=True)
                     inside = piece.drafted
+                    if said is not None:
+                        said.append(piece.text)
     finally:
-        print(marks[1] if inside else "", end="\n\n" if origin else "\n")
+        if chunk is not None:
+            print(marks[1] if inside else "", end="\n\n" if origin else "\n")
+    assert chunk is not None
     assert chunk.result is not None
     return chunk.result
 
 
 def _styled() -> bool:
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    return is_terminal(sys.stdout) and not os.environ.get("NO_COLOR")
 
 
 def _speed(result: Result) -> float:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from flashdraft.control import Control
-from flashdraft.errors import ContextLengthError, InvalidPrompt
+from flashdraft.errors import ContextLengthError, InvalidPrompt, UnusableLogits
 from flashdraft.process import INTS, undisturbed
 from flashdraft.sampling import Context, Counts, adjusted, coins, draw, likeliest, logprob, precision, target_probs, uniforms
 from flashdraft.target import Target
@@ -62,7 +62,7 @@ class Request:
             self.logprobs += [] if own is None else [own]
             if token in self.ends:
                 self.finish_reason = "stop"
-                text = self.decoder.flush()
+                text = self.decoder.end(token)
             else:
                 text = self.decoder.push(token)
                 if self.decoder.stopped:
@@ -118,6 +118,8 @@ class Engine:
         self.running[slot] = request
         try:
             first, logits = self._prefill(slot, request)
+        except UnusableLogits:
+            raise self._unusable([slot]) from None
         except BaseException:
             self._release([slot])  # what it has left in the caches would change the row's next text
             raise
@@ -148,7 +150,12 @@ class Engine:
             tree = proposal.tokens, proposal.parents, proposal.sizes
             logits, features = self.target.forward(self._cache, slots, *tree, self.drafter.layers)
         with self._timed("host"):
-            verdict = self._judge(proposal, logits, rows)
+            try:
+                verdict = self._judge(proposal, logits, rows)
+            except UnusableLogits:
+                likeliest_finite = logits.amax(-1).isfinite()
+                bad = [not all(own[:size]) for own, size in zip(likeliest_finite.tolist(), proposal.sizes.tolist(), strict=True)]
+                raise self._unusable([slot for slot, is_bad in zip(slots, bad, strict=True) if is_bad] or slots) from None
             paths = [[node for node in path if node >= 0] for path in verdict.path.tolist()]
             for slot, path in zip(slots, paths, strict=True):
                 self._cache.keep(slot, path)
@@ -170,6 +177,22 @@ class Engine:
     def abort(self, index: int) -> None:
         """Forget the running request with this number, if there is one."""
         self._release([slot for slot, request in self.running.items() if request.index == index])
+
+    def _unusable(self, slots: Sequence[int]) -> UnusableLogits:
+        """Forget these rows, whose logits give no law, and what they have left in the caches; the error that says so."""
+        read = max(len(self.running[slot].history) for slot in slots)
+        for slot in slots:
+            for cache in (self._cache, *self.drafter.caches):
+                if slot < cache.rows:
+                    cache.wipe(slot)
+        self._release(list(slots))
+
+        kernel = self.target.kernel
+        hint = "its weights are damaged, or its config belongs to others: fetch the model again"
+        if "float16" in kernel and "bfloat16" not in kernel:
+            hint = "float16 is too narrow for many models: give --dtype bfloat16 or float32"
+        got = f"the logits of `{self.target.name}` ({kernel}) are NaN, infinite, or all -inf after {read} tokens"
+        return UnusableLogits(got, hint=hint)
 
     def _rows(self, slots: list[int]) -> Rows:
         own = [self.running[slot] for slot in slots]
@@ -265,7 +288,10 @@ def check(target: Target, request: Request) -> None:
     asked, limit = request.params.max_new_tokens, target.context_length
     if len(request.prompt) + asked > limit:
         wanted = f"the prompt has {len(request.prompt)} tokens and {asked} new ones were asked for"
-        hint = f"shorten the prompt, or ask for at most {max(limit - len(request.prompt), 0)} new tokens"
+        room = limit - len(request.prompt)
+        hint = f"shorten the prompt, or ask for at most {room} new tokens"
+        if room < 1:
+            hint = f"shorten the prompt by {1 - room} tokens or more"
         raise ContextLengthError(f"{wanted}, but the context of `{target.name}` holds {limit}", hint=hint)
 
 

@@ -8,13 +8,14 @@ FlashDraftError                 what is wrong, what was got; `hint` says what to
 ├── UnsupportedTarget           a model whose state cannot be cut back to a prefix
 ├── CheckpointError             a folder or file that is damaged or not a drafter
 │   └── DraftMismatch           a drafter made for another target
+├── UnusableLogits              NaN, infinity, or no token allowed, where a token must be drawn (also an ArithmeticError)
 └── DataError                   a line of a data file that cannot be used
 
 A user's slip becomes one of these, never a traceback; the command line prints `error:` and `hint:` lines.
 """
 
 __all__ = ["CheckpointError", "ContextLengthError", "DataError", "DraftMismatch", "FlashDraftError", "InvalidParameter"]
-__all__ += ["InvalidPrompt", "ModelNotFound", "UnsupportedTarget", "first_line"]
+__all__ += ["InvalidPrompt", "ModelNotFound", "UnsupportedTarget", "UnusableLogits", "first_line"]
 
 
 class FlashDraftError(Exception):
@@ -34,7 +35,12 @@ def first_line(error: object) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-class InvalidParameter(FlashDraftError, ValueError): ...
+class InvalidParameter(FlashDraftError, ValueError):
+    """`option` is the name of the one option that is wrong, as Python writes it, or None."""
+
+    def __init__(self, message: str, *, hint: str | None = None, option: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.option = option
 
 
 class InvalidPrompt(FlashDraftError, ValueError): ...
@@ -53,6 +59,9 @@ class CheckpointError(FlashDraftError): ...
 
 
 class DraftMismatch(CheckpointError): ...
+
+
+class UnusableLogits(FlashDraftError, ArithmeticError): ...
 
 
 class DataError(FlashDraftError): ...

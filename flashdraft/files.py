@@ -23,7 +23,7 @@ from torch import Tensor
 from flashdraft.errors import DataError, FlashDraftError, InvalidParameter
 
 __all__ = ["Facts", "appears_whole", "check_facts", "check_replaceable", "locked", "note_path", "output_file", "output_folder"]
-__all__ += ["read_note", "say", "write_file", "write_note", "write_own", "write_tensors"]
+__all__ += ["parse_json", "read_note", "say", "write_file", "write_note", "write_own", "write_tensors"]
 
 Facts = Mapping[str, Any]  # what made an output, by name; a thing with weights is {"name": ..., "id": ... or None}
 _SCRATCH = ".tmp-"
@@ -271,3 +271,11 @@ def say(text: str) -> None:
     if sys.stderr is not None:
         with suppress(OSError, ValueError):
             print(text, file=sys.stderr)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text says. Raises ValueError, also for one that nests deeper than Python's stack."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it nests too deep") from None

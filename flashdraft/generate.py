@@ -3,7 +3,9 @@
 The stream is the primitive: `generate` collects it, and the command line and the benchmark read the same records.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -12,13 +14,14 @@ from typing import Any, Self
 import torch
 
 from flashdraft import hub
-from flashdraft.checkpoint import DraftConfig
 from flashdraft.control import Control
+from flashdraft.ending import end_tokens
 from flashdraft.engine import Engine, Request, check
-from flashdraft.errors import FlashDraftError, InvalidParameter, InvalidPrompt, ModelNotFound, first_line
+from flashdraft.errors import FlashDraftError, InvalidParameter, InvalidPrompt, first_line
+from flashdraft.files import parse_json
 from flashdraft.foreign import is_draft
 from flashdraft.lean import FAMILIES, LeanTarget, fastest, unfit
-from flashdraft.methods import NETWORKS
+from flashdraft.methods import NETWORKS, open_network, shipped
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.methods.draft_model import DraftModelDrafter, check_tokenizers
 from flashdraft.methods.prompt_lookup import PromptLookup
@@ -28,9 +31,9 @@ from flashdraft.process import new_lock, undisturbed
 from flashdraft.prompt import as_asked, is_one, rendered
 from flashdraft.target import HFTarget, Target
 from flashdraft.text import TextDecoder
-from flashdraft.types import Chunk, Drafter, SamplingParams, as_number, require
+from flashdraft.types import COUNTS, Allowed, Chunk, Drafter, SamplingParams, as_number, check_option, require
 
-__all__ = ["Model", "Prompt", "drafters", "load", "load_target"]
+__all__ = ["Model", "Prompt", "drafters", "load", "load_target", "union_parts"]
 
 Prompt = str | Sequence[dict[str, str]] | Sequence[int]  # one user turn, a conversation, or token ids as they are
 Prompts = Prompt | Sequence[Prompt]
@@ -40,6 +43,7 @@ Loaded = tuple[Target, Any, frozenset[int]]
 KERNELS = ("auto", "compact", "float32", "int8", "torch", "compiled", "transformers")
 _MEASURING = new_lock()  # steps of two threads at once would measure each other
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+MOST_NODES = 1024  # of a proposal: its masks and states are square in them
 
 
 @dataclass(eq=False, repr=False)
@@ -183,7 +187,8 @@ def load(
     Raises a FlashDraftError that says what to do.
     """
     max_rows, block_size, tree_nodes = map(as_number, (max_rows, block_size, tree_nodes))
-    require(max_rows >= 1, "max_rows", max_rows, "1 or more")
+    check_option("max_rows", max_rows, int, COUNTS)
+    _check_sizes(block_size, tree_nodes)
     name = _name_of(target)
     loaded, tokenizer, eos = load_target(name, **how)
     new_drafter = drafters(draft, loaded, name, block_size, tree_nodes, tokenizer=tokenizer)
@@ -218,8 +223,7 @@ def load_target(name: str, *, device: str = "cpu", dtype: str = "auto", kernel: 
         full = isinstance(error, torch.OutOfMemoryError)
         hint = "the model does not fit there: give a smaller --dtype" if full else "device must be one that torch can use"
         raise InvalidParameter(got, hint=hint) from None
-    eos = model.generation_config.eos_token_id
-    ids = [eos] if isinstance(eos, int) else list(eos or [])
+    stated = _stated_configs(files) if isinstance(files, Path) else [{"eos_token_id": model.generation_config.eos_token_id}]
     odd = unfit(model)
     stored = model.dtype
     ours = kernel != "transformers" and (device == "cpu" or kernel in ("torch", "compiled"))
@@ -228,11 +232,21 @@ def load_target(name: str, *, device: str = "cpu", dtype: str = "auto", kernel: 
         quick = fastest(model, name, consume=True)
         if quick is None:  # the model's weights are gone
             return load_target(name, device=device, dtype=dtype, kernel="torch")
-        return quick, tokenizer, frozenset(ids)
+        return quick, tokenizer, end_tokens(stated, tokenizer, quick.vocab_size)
     made = LeanTarget(model, name, kernel=kernel, consume=True) if lean else HFTarget(model, name)
     if kernel not in ("auto", made.kernel_name):
         raise _kernel_refused(kernel, made, odd, stored, device)
-    return made, tokenizer, frozenset(ids)
+    return made, tokenizer, end_tokens(stated, tokenizer, made.vocab_size)
+
+
+def _stated_configs(folder: Path) -> list[dict[str, Any]]:
+    """What a folder's own files say, without the defaults that a class of transformers adds."""
+    configs = [hub.read_config(folder)]
+    path = folder / "generation_config.json"
+    if path.is_file():
+        with suppress(OSError, ValueError):  # transformers passes over a damaged one, too
+            configs.append(parse_json(path.read_text(encoding="utf-8")))
+    return [config for config in configs if isinstance(config, dict)]
 
 
 def _kernel_refused(kernel: str, made: Target, odd: str | None, dtype: torch.dtype, device: str) -> InvalidParameter:
@@ -260,13 +274,13 @@ def drafters(
     draft: str | Path, target: Target, name: str, block_size: Size = None, tree_nodes: Size = None, *, tokenizer: Any = None
 ) -> Callable[[], Drafter]:
     """What makes new drafters of the kind called `draft` for this target; see `load`. tokenizer: the target's, if it is known."""
-    require(block_size is None or block_size >= 1, "block_size", block_size, "1 or more; 1 drafts nothing")
-    require(tree_nodes is None or tree_nodes >= 2, "tree_nodes", tree_nodes, "2 or more: the anchor and drafts")
+    _check_sizes(block_size, tree_nodes)
     if draft == "auto":
         draft = hub.builtin_draft(name) or "autoregressive"
-    first, joined, rest = str(draft).partition("+")
-    if joined and rest and not Path(draft).exists():
-        require("autoregressive" not in (first, rest), "draft", draft, "two methods that both draft")
+    first, *others = union_parts(str(draft))
+    if others:
+        rest = "+".join(others)
+        require("autoregressive" not in (first, *others), "draft", draft, "two methods that both draft")
         options = [(block_size, None if part == "prompt_lookup" else tree_nodes) for part in (first, rest)]
         parts = zip((first, rest), options, strict=True)
         one, other = (drafters(part, target, name, *own, tokenizer=tokenizer) for part, own in parts)
@@ -281,17 +295,36 @@ def drafters(
     return partial(_network(_name_of(draft), target, name, tokenizer), block_size=block_size, tree_nodes=tree_nodes)
 
 
+def union_parts(draft: str, is_there: Callable[[str], bool] = os.path.exists) -> list[str]:
+    """The drafters that + joins; a path that is there may have a + in its name."""
+    before, *behind = draft.split("+")
+    if not behind or not all(draft.split("+")):
+        return [draft]
+
+    parts = []
+    pieces = [before, *behind]
+    while pieces:
+        lengths = range(len(pieces), 0, -1)
+        whole = next((count for count in lengths if is_there("+".join(pieces[:count]))), 1)
+        parts.append("+".join(pieces[:whole]))
+        pieces = pieces[whole:]
+    return parts
+
+
+def _check_sizes(block_size: Size, tree_nodes: Size) -> None:
+    if block_size is not None:
+        check_option("block_size", block_size, int, Allowed(1, MOST_NODES))
+    if tree_nodes is not None:
+        check_option("tree_nodes", tree_nodes, int, Allowed(2, MOST_NODES))
+
+
 def _network(draft: str, target: Target, target_name: str, tokenizer: Any) -> Callable[..., Drafter]:
     """The drafters of a folder or hub id, of whichever method it is; a method's name is the one shipped for the target."""
-    if draft in NETWORKS:
-        hub.check_unambiguous(draft, "a method's name")
-        if (shipped := hub.builtin_draft(target_name, draft)) is None:
-            raise ModelNotFound(f"no {draft} drafter is shipped for `{target_name}`", hint="give a drafter's folder or hub id")
-        draft = str(shipped)
+    draft = shipped(draft, target_name)
     files = hub.resolve(draft)
     config = hub.read_config(files) if isinstance(files, Path) else {}
     if is_draft(config):
-        return NETWORKS[DraftConfig.from_json(config, draft).method].from_pretrained(draft).drafters(target)
+        return open_network(draft).drafters(target)
     small, own, _ = load_target(draft, dtype="float32" if target.kernel_name != "transformers" else "auto")  # a causal LM
     check_tokenizers(tokenizer or own, own, target, small)
     return partial(DraftModelDrafter, small, vocab_size=target.vocab_size)

@@ -68,12 +68,20 @@ _WANTED += ["mask_embedding.pt"]  # that it is there is all that is asked: such 
 _TWICE = ["*/*", "consolidated*"]  # the same weights again in other formats
 
 
-def push(folder: Path, repo: str, *, private: bool = False, token: str | None = None) -> str:
-    """Upload a folder to a model repository of the hub, made if need be; returns the commit's address. Raises ModelNotFound."""
+_TITLES = {"dflash": "DFlash", "eagle3": "EAGLE-3", "medusa": "Medusa", "draft_model": "draft model"}
+
+
+def push(folder: Path, repo: str, *, what: str = "dflash", private: bool = False, token: str | None = None) -> str:
+    """Upload a folder to a model repository of the hub, made if need be; returns the commit's address. Raises ModelNotFound.
+
+    what: the method of the drafter in it, as the commit message tells.
+    """
     api = huggingface_hub.HfApi(token=token)
     try:
         api.create_repo(repo, private=private, exist_ok=True)
-        return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload a DFlash drafter"))
+        return str(
+            api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"Upload a drafter ({_TITLES.get(what, what)})")
+        )
     except Exception as error:  # the HTTP library's errors pass through here, too
         hint = "check the name, the network and `hf auth login`"
         raise ModelNotFound(f"cannot push to `{repo}`: {first_line(error)}", hint=hint) from None

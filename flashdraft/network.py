@@ -74,7 +74,7 @@ class DraftNetwork(nn.Module):
         """Save into a model repository of the hub; `options` and errors are those of hub.push."""
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, readme=readme, plain=plain)
-            return hub.push(Path(folder), repo, **options)
+            return hub.push(Path(folder), repo, what=self.method, **options)
 
     def reduce_vocabulary(self, tokens: Tensor) -> None:
         """Draft only these tokens [n] of the target's vocabulary (ascending): the lm_head's cost falls in proportion."""

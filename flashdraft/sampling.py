@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashdraft.errors import InvalidParameter
+from flashdraft.errors import InvalidParameter, UnusableLogits
 from flashdraft.process import BOOLS, FLOATS, INTS
 from flashdraft.types import SamplingParams
 
@@ -24,6 +24,7 @@ __all__ = ["Context", "Counts", "adjusted", "coins", "draw", "likeliest", "logpr
 __all__ += ["target_probs", "total", "uniforms"]
 
 _ONE = 2.0**62  # probability 1 in fixed point: room for a sum of nearly 2 below 2**63
+_NO_LAW = "a law without mass: the logits are NaN, +inf, or all -inf"
 _HEADS = (64, 1024)  # numbers of likeliest tokens among which a top-p set is looked for before all are sorted
 
 
@@ -105,6 +106,8 @@ def adjusted(logits: Tensor, params: SamplingParams, history: Sequence[int], num
         counts = _counts_of(history, num_prompt, len(logits))
         _penalise(logits, params, counts)
     if params.logits_processor is not None:
+        if not bool(logits.amax().isfinite()):
+            raise UnusableLogits(_NO_LAW)  # which is not the hook's doing
         given, logits = logits, params.logits_processor(list(history), logits)
         if not (isinstance(logits, Tensor) and logits.shape == given.shape and bool(logits.amax().isfinite())):
             got = f"logits_processor returned no law after {len(history)} tokens"
@@ -172,7 +175,8 @@ def likeliest(logits: Tensor) -> Tensor:
     """The law of temperature 0 as tokens: [..., vocab] -> [...] int64; refuses what `draw` refuses."""
     plain = logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.float64)
     best = torch.from_numpy(logits.numpy().argmax(-1)) if plain else logits.argmax(-1)  # numpy's is 8 times faster
-    assert bool(logits.gather(-1, best[..., None]).isfinite().all()), "a law without mass: the logits are NaN, +inf, or all -inf"
+    if not bool(logits.gather(-1, best[..., None]).isfinite().all()):
+        raise UnusableLogits(_NO_LAW)
     return best
 
 
@@ -180,11 +184,12 @@ def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
     """Invert the law: the first token whose cumulative mass exceeds `uniform * total mass`; never one of zero mass.
 
     probs: [rows, vocab], not negative, of any positive mass up to about 1; uniforms: [rows] float64 in [0, 1).
-    Returns [rows] int64. A mass below 2**-62 counts as zero. AssertionError for a row without mass (NaN logits end here).
+    Returns [rows] int64. A mass below 2**-62 counts as zero. UnusableLogits for a row without mass (NaN logits end here).
     """
     cumulative = _fixed(probs).cumsum(-1)
     mass = cumulative[:, -1:]
-    assert bool((mass > 0).all()), "a law without mass: the logits are NaN, +inf, or all -inf"
+    if not bool((mass > 0).all()):
+        raise UnusableLogits(_NO_LAW)
     level = (uniforms[:, None] * mass.double()).long()  # below the mass: (1 - 2**-53) x rounds to less than x
     return torch.searchsorted(cumulative, level, right=True)[:, 0]
 

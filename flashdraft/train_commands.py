@@ -17,11 +17,12 @@ from flashdraft.checkpoint import DraftConfig, check_target
 from flashdraft.commands import DTYPE_HELP, TARGET_HELP, ModelOptions, Out, TargetOptions
 from flashdraft.engine import check
 from flashdraft.errors import FlashDraftError, InvalidParameter
-from flashdraft.generate import Model, load
+from flashdraft.generate import DTYPES, MOST_NODES, Model, load
 from flashdraft.layers import HEADS
-from flashdraft.methods import NETWORKS
+from flashdraft.methods import NETWORKS, open_network
 from flashdraft.methods.dflash import DFlashDraftModel
 from flashdraft.network import DraftNetwork
+from flashdraft.process import is_terminal
 from flashdraft.provenance import named_target
 from flashdraft.target import Target
 from flashdraft.train.answers import check_origin
@@ -32,9 +33,11 @@ from flashdraft.train.initialise import copied_from_target, draft_config, layers
 from flashdraft.train.prompts import write_prompts
 from flashdraft.train.regenerate import Later, Server, mixed
 from flashdraft.train.regenerate import regenerate as answer_prompts
-from flashdraft.types import SamplingParams, Stats, option, require
+from flashdraft.types import COUNTS, HIGHEST, SEEDS, Allowed, SamplingParams, Stats, check_options, option, require
 
 SETS_HELP = ".jsonl and .json files, or hub data sets as name:split or name:config:split"
+_MOST = 2**31 - 1
+_STEPS = Allowed(0, _MOST)
 Folder = Annotated[Path, Option(help="folder to write")]
 Prompts = Annotated[Path, Argument(metavar="PROMPTS", help="file that `flashdraft prompts` wrote")]
 Answers = Annotated[list[Path], Argument(help="files that `flashdraft regenerate` wrote")]
@@ -47,12 +50,21 @@ class DraftOptions:
     method: str = option("dflash", "what is trained", choices=tuple(NETWORKS))
     init: str = option("target", "first weights: target (copied from its last layers) or random", choices=("target", "random"))
     init_from: str | None = option(None, "first weights from this drafter, of the same target or of another of its width")
-    num_layers: int | None = option(None, "draft layers; 3 without --init-from")
-    block_size: int | None = option(None, "the anchor and what is drafted at once; by default 4, eagle3 6, medusa 5")
-    num_features: int | None = option(None, "target layers whose outputs the drafter reads; 5 without --init-from")
-    mask_token_id: int | None = option(None, "an id that the target never reads or writes; known for built-in targets")
+    num_layers: int | None = option(None, "draft layers; 3 without --init-from", least=1, most=1024)
+    block_size: int | None = option(
+        None, "the anchor and what is drafted at once; by default 4, eagle3 6, medusa 5, draft_model 2", least=2, most=MOST_NODES
+    )
+    num_features: int | None = option(
+        None, "target layers whose outputs the drafter reads; 5 without --init-from", least=1, most=1024
+    )
+    mask_token_id: int | None = option(
+        None, "an id that the target never reads or writes; known for built-in targets", least=0, most=HIGHEST
+    )
     head: str | None = option(None, "add a sequential head: swiglu (not in the plain format)", choices=HEADS)
-    head_rank: int = option(64, "its inner size")
+    head_rank: int = option(64, "its inner size", least=1, most=1 << 16)
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     def shape(self, target: Target) -> DraftConfig:
         """The network's config. Raises InvalidParameter for options that mean nothing beside each other."""
@@ -65,15 +77,23 @@ class DraftOptions:
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.init_from is not None:
             _refuse(self, "--init-from has the first weights", "init")
-            c = NETWORKS[self.method].from_pretrained(self.init_from).config
+            c = self._first(target).config
             held = dict(zip(names, (c.num_hidden_layers, c.block_size, len(c.target_layer_ids), c.mask_token_id), strict=True))
             given = held | given
         return draft_config(target, method=self.method, **given)
 
+    def _first(self, target: Target) -> DraftNetwork:
+        """The drafter of --init-from."""
+        found = open_network(str(self.init_from), target.name)
+        if found.method != self.method:
+            got = f"init_from is {self.init_from!r}, a drafter of {found.method}, but method is {self.method}"
+            raise InvalidParameter(got, hint=f"give --method {found.method}, or a drafter of {self.method}")
+        return found
+
     def network(self, config: DraftConfig, target: Target, data: Data, seed: int) -> DraftNetwork:
         """data: of the layers that the network will read; its first sample calibrates a copy of the target's layers."""
         if self.init_from is not None:
-            return taken_from(config, NETWORKS[self.method].from_pretrained(self.init_from), seed)
+            return taken_from(config, self._first(target), seed)
         if self.init == "random":
             return random_weights(config, seed)
         return copied_from_target(config, target.name, data[0], seed)
@@ -84,9 +104,12 @@ class SourceOptions:
     """Where training samples come from."""
 
     target: str = option("smollm2-135m", TARGET_HELP)
-    dtype: str = option("auto", DTYPE_HELP)
+    dtype: str = option("auto", DTYPE_HELP, choices=DTYPES)
     online: bool = option(False, "FEATURES are answers: the target reads them at every use, and nothing is stored")
-    max_length: int = option(512, "with --online: tokens of prompt and answer that are read, at most")
+    max_length: int = option(512, "with --online: tokens of prompt and answer that are read, at most", least=2, most=_MOST)
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     def check(self, paths: list[Path]) -> None:
         """What of the source can be refused before the target is loaded."""
@@ -106,6 +129,14 @@ class SourceOptions:
         return FeatureSet(paths[0])
 
 
+def _check_mask(shape: DraftConfig, lm: Model) -> None:
+    """A mask that ends texts would be read and written by the target itself."""
+    if shape.method == "dflash" and shape.mask_token_id in lm.eos:
+        got = f"mask_token_id is {shape.mask_token_id}, which ends the texts of `{lm.target.name}`"
+        hint = "mask_token_id must be an id that the target never reads or writes"
+        raise InvalidParameter(got, hint=hint, option="mask_token_id")
+
+
 def _refuse(options: Any, reason: str, *names: str) -> None:
     """Options (these, or all) that would have no effect are named, not ignored."""
     for field in fields(options):
@@ -117,8 +148,10 @@ def prompts(
     out: Out,
     files: Annotated[list[str] | None, Argument(metavar="SETS", help=SETS_HELP)] = None,
     data: Annotated[Path | None, Option(help="folder of the known sets; if nothing is named, FLASHDRAFT_DATA")] = None,
-    thinking: Annotated[float | None, Option(help="share of the prompts that ask the target to think, from 0 to 1")] = None,
-    seed: Annotated[int, Option(help="seed of the order")] = 0,
+    thinking: Annotated[
+        float | None, Option(help="share of the prompts that ask the target to think, from 0 to 1"), Allowed(0, 1)
+    ] = None,
+    seed: Annotated[int, Option(help="seed of the order"), SEEDS] = 0,
 ) -> None:
     if data is None and not files and "FLASHDRAFT_DATA" in os.environ:
         data = Path(os.environ["FLASHDRAFT_DATA"])
@@ -129,10 +162,13 @@ def prompts(
 class FeatureOptions:
     """What is stored of every answer."""
 
-    num_features: int = option(5, "target layers whose outputs are stored for dflash")
+    num_features: int = option(5, "target layers whose outputs are stored for dflash", least=1, most=1024)
     methods: str = option("dflash", f"comma-separated: store what these read, of {', '.join(NETWORKS)}")
-    max_length: int = option(512, "tokens of prompt and answer that are stored, at most", least=2)
+    max_length: int = option(512, "tokens of prompt and answer that are stored, at most", least=2, most=_MOST)
     soft_labels: bool = option(False, "also the final state, of which soft labels are made")
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     def kind(self, lm: Model) -> dict[str, Any]:
         """As flashdraft.train.features takes it."""
@@ -146,12 +182,15 @@ class FeatureOptions:
 class AnswerOptions:
     """Who answers how many prompts, how, and what is kept."""
 
-    max_rows: int = option(8, "prompts answered together, at most")
-    limit: int | None = option(None, "only the file's first prompts", least=1)
-    greedy_share: float = option(0.0, "share of the prompts that are answered greedily at a temperature above 0")
+    max_rows: int = option(8, "prompts answered together, at most", least=1, most=_MOST)
+    limit: int | None = option(None, "only the file's first prompts", least=1, most=_MOST)
+    greedy_share: float = option(0.0, "share of the prompts that are answered greedily at a temperature above 0", least=0, most=1)
     url: str | None = option(None, "an OpenAI-compatible server that answers instead, http://host:port/v1")
     model: str | None = option(None, "the target's name on that server")
     keep_features: str | None = option(None, "keep what the target saw in this folder, for `flashdraft features`")
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     def server(self, *unused: Any) -> Server | None:
         """None without --url; the options of `unused` mean nothing to a server."""
@@ -179,14 +218,14 @@ def regenerate(
         return lm, None if folder is None else ShardWriter(lm, Path(folder), **stored.kind(lm))
 
     lm = answer.server(options, stored) or Later(options.target, load_all)
-    count = answer_prompts(lm, file, out, params=law, limit=answer.limit, quiet=not sys.stdout.isatty())
+    count = answer_prompts(lm, file, out, params=law, limit=answer.limit, quiet=not is_terminal(sys.stdout))
     print(f"{count} new answers in {out}")
 
 
 def features(answers: Answers, out: Folder, model: TargetOptions, stored: FeatureOptions) -> None:
     check_features_folder(out, model.target, inputs=answers)
     lm = model.load()
-    print(f"{write_features(lm, answers, out, **stored.kind(lm), quiet=not sys.stdout.isatty())} shards in {out}")
+    print(f"{write_features(lm, answers, out, **stored.kind(lm), quiet=not is_terminal(sys.stdout))} shards in {out}")
 
 
 def train(
@@ -196,7 +235,7 @@ def train(
     draft: DraftOptions,
     config: TrainConfig,
     where: SourceOptions,
-    profile: Annotated[int, Option(help="only measure this many steps, and show where their time goes")] = 0,
+    profile: Annotated[int, Option(help="only measure this many steps, and show where their time goes"), _STEPS] = 0,
 ) -> None:
     check_run_folder(out, inputs=source)
     held_out = [prompt.asked for prompt in read_prompts(eval_prompts)]
@@ -209,6 +248,7 @@ def train(
     data = where.open(source, lm, draft, final=bool(config.kl + config.tv))
     shape = draft.shape(lm.target)
     check_target(shape, lm.target)
+    _check_mask(shape, lm)
     data.only(shape.target_layer_ids)
     network = draft.network(shape, lm.target, data, config.seed)
     head = None if draft.head is None else (draft.head, draft.head_rank)
@@ -218,7 +258,7 @@ def train(
         return
     if trainer.coverage is not None and trainer.acc.is_main_process:
         print(f"the draft vocabulary covers {trainer.coverage:.2%} of the answers' tokens")
-    best = trainer.run(held_out, quiet=not sys.stdout.isatty())
+    best = trainer.run(held_out, quiet=not is_terminal(sys.stdout))
     if trainer.acc.is_main_process:
         print(f"best tau {best:.3f}; the drafter: {out / 'best'}")
 
@@ -226,8 +266,8 @@ def train(
 def eval(
     file: Annotated[Path, Argument(metavar="PROMPTS", help="held-out prompts: objects with a `prompt`, one a line")],
     model: ModelOptions,
-    max_new_tokens: Annotated[int, Option(help="tokens an answer, at most")] = 256,
-    max_rows: Annotated[int, Option(help="prompts decoded together, at most")] = 8,
+    max_new_tokens: Annotated[int, Option(help="tokens an answer, at most"), COUNTS] = 256,
+    max_rows: Annotated[int, Option(help="prompts decoded together, at most"), COUNTS] = 8,
 ) -> None:
     tell_of_other_target(model.draft, named_target(model.target))
     lm = replace(model.load(max_rows=max_rows), adaptive=False)  # the drafter is judged by whole blocks
@@ -248,12 +288,16 @@ def doctor(
     draft: Annotated[str, Argument(help="the drafter's folder or hub id")],
     target: Annotated[str, Argument(help=TARGET_HELP)],
     data: Annotated[Path, Argument(help="folder that `flashdraft features` wrote")],
-    num_samples: Annotated[int, Option(help="samples that are looked at")] = 8,
+    num_samples: Annotated[int, Option(help="samples that are looked at"), COUNTS] = 8,
 ) -> None:
     tell_of_other_target(draft, named_target(target))
     lm = load(target, draft="autoregressive")
     passed = True
-    for finding in diagnose(DFlashDraftModel.from_pretrained(draft), lm, FeatureSet(data), num_samples=num_samples):
+    network = open_network(draft, target)
+    if not isinstance(network, DFlashDraftModel):
+        got = f"the doctor knows drafters of dflash; `{draft}` is of {network.method}"
+        raise InvalidParameter(got, hint=f"`flashdraft eval PROMPTS --draft {draft}` measures how much of it is accepted")
+    for finding in diagnose(network, lm, FeatureSet(data), num_samples=num_samples):
         passed &= finding.passed
         print(f"{'ok  ' if finding.passed else 'FAIL'} {finding.test}: {finding.text}")
         if not finding.passed:
@@ -267,5 +311,5 @@ def push(
     repo: Annotated[str, Argument(help="the model repository on the hub, owner/name")],
     private: Annotated[bool, Option("--private", help="make a private one")] = False,
 ) -> None:
-    DFlashDraftModel.from_pretrained(folder)  # whole, or it says what is wrong
-    print(hub.push(folder, repo, private=private))
+    network = open_network(folder)  # whole, or it says what is wrong
+    print(hub.push(folder, repo, what=network.method, private=private))

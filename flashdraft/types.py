@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
 
 from flashdraft.errors import InvalidParameter
 
@@ -20,15 +22,68 @@ if TYPE_CHECKING:
 
     from flashdraft.cache import SlotCache
 
-__all__ = ["Chunk", "Drafter", "FinishReason", "LogitsProcessor", "Piece", "Proposal", "Result", "Rows"]
-__all__ += ["SamplingParams", "Stats", "Verdict", "as_number", "check_options", "option", "require", "take_numbers"]
+__all__ = ["COUNTS", "HIGHEST", "SEEDS", "Allowed", "Chunk", "Drafter", "FinishReason", "LogitsProcessor", "Piece", "Proposal"]
+__all__ += ["Result", "Rows", "SamplingParams", "Stats", "Verdict", "as_number", "check_option", "check_options", "counted_on"]
+__all__ += ["kind_of", "option", "require", "take_numbers"]
 
 FinishReason = Literal["stop", "length"]
 
 
-def option(default: Any, text: str, *, least: int | None = None, choices: Sequence[str] = ()) -> Any:
+@dataclass(frozen=True)
+class Allowed:
+    """Which values an option takes: numbers of a range, never NaN nor infinity, or one of `choices`; all of them by default."""
+
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None  # the range begins behind it
+    below: float | None = None  # the range ends before it
+    choices: tuple[str, ...] = ()
+
+    def holds(self, number: float) -> bool:
+        try:
+            is_finite = math.isfinite(number)
+        except OverflowError:  # a whole number beyond all floats
+            is_finite = False
+        if not is_finite:
+            return False
+
+        is_too_small = (self.least is not None and number < self.least) or (self.above is not None and number <= self.above)
+        is_too_large = (self.most is not None and number > self.most) or (self.below is not None and number >= self.below)
+        return not is_too_small and not is_too_large
+
+    def __str__(self) -> str:
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+
+        most = "2**63 - 1" if self.most == HIGHEST else self.most
+        if self.least is not None and self.most is not None:
+            return f"from {self.least} to {most}"
+        if self.least is not None and self.below is None:
+            return f"{self.least} or more"
+
+        limits = {"at least": self.least, "above": self.above, "at most": most, "below": self.below}
+        return " and ".join(f"{word} {limit}" for word, limit in limits.items() if limit is not None) or "finite"
+
+
+HIGHEST = 2**63 - 1  # the largest whole number that a tensor holds
+SEEDS = Allowed(0, HIGHEST)
+COUNTS = Allowed(1, 2**31 - 1)  # of what there is at least one of
+_KINDS: dict[type, str] = {int: "an integer", float: "a number", bool: "True or False", str: "text"}
+
+
+def option(
+    default: Any,
+    text: str,
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    choices: Sequence[str] = (),
+) -> Any:
     """A dataclass field that the command line shows as an option, with `text` as its help; `check_options` reads the rest."""
-    return field(default=default, metadata={"help": text, "least": least, "choices": choices})
+    allowed = Allowed(least, most, above, below, tuple(choices))
+    return field(default=default, metadata={"help": text, "allowed": allowed})
 
 
 def as_number(value: Any) -> Any:
@@ -49,22 +104,71 @@ def take_numbers(options: Any) -> None:
 
 
 def check_options(options: Any) -> None:
-    """Raises InvalidParameter for a field that is no integer from its `least` up, or none of its `choices`.
+    """Raises InvalidParameter for a field whose value is of another kind than its annotation says, or is not `Allowed`.
 
-    Numbers of numpy and torch are taken as Python's first.
+    Numbers of numpy and torch are taken as Python's first. None is right where the default is None.
     """
     take_numbers(options)
+    kinds = _kinds_of(type(options))  # type: ignore[arg-type]
     for f in fields(options):
-        value, least, choices = getattr(options, f.name), f.metadata.get("least"), f.metadata.get("choices")
-        for one in value if isinstance(value, tuple) else (value,) if value is not None or f.default is not None else ():
-            require(least is None or (type(one) is int and one >= least), f.name, one, f"{least} or more")
-            require(not choices or one in choices, f.name, one, f"one of {', '.join(choices or ())}")
+        value = getattr(options, f.name)
+        if value is None and f.default is None:
+            continue
+        several = value if isinstance(value, tuple) else (value,)
+        for one in several:
+            check_option(f.name, one, kinds[f.name], f.metadata.get("allowed"))
+
+
+def check_option(name: str, value: Any, kind: type | None, allowed: Allowed | None = None) -> None:
+    """Raises InvalidParameter where a value is none of that kind (None: any), or not allowed."""
+    words = _KINDS.get(kind) if kind is not None else None
+    range_of = "" if allowed is None or allowed == Allowed() else str(allowed)
+    if words is not None:
+        is_bool = isinstance(value, bool)
+        is_of_kind = isinstance(value, kind if kind is not float else (int, float))  # type: ignore[arg-type]
+        wanted = f"{words}, {range_of}" if range_of and kind in (int, float) else range_of or words
+        require(is_of_kind and (is_bool == (kind is bool)), name, value, wanted)
+
+    if kind in (int, float):
+        require((allowed or Allowed()).holds(value), name, value, range_of or "finite")
+    elif allowed is not None and allowed.choices:
+        require(value in allowed.choices, name, value, range_of)
+
+
+def kind_of(hint: Any) -> type | None:
+    """int, float, bool or str, if an annotation asks for one of these, for several in a tuple or a list, or for one or None."""
+    if get_origin(hint) in (tuple, list):
+        return kind_of(get_args(hint)[0])
+    if get_origin(hint) in (Union, UnionType):
+        parts = [part for part in get_args(hint) if part is not type(None)]
+        return kind_of(parts[0]) if len(parts) == 1 else None
+    return hint if hint in _KINDS else None
+
+
+@cache
+def _kinds_of(options: type) -> dict[str, type | None]:
+    hints = get_type_hints(options)
+    return {name: kind_of(hint) for name, hint in hints.items()}
 
 
 def require(ok: bool, name: str, value: object, allowed: str) -> None:
     """Raises InvalidParameter where a value is not `ok`."""
     if not ok:
-        raise InvalidParameter(f"{name} is {value!r}", hint=f"{name} must be {allowed}")
+        raise InvalidParameter(f"{name} is {_shown(value)}", hint=f"{name} must be {allowed}", option=name)
+
+
+def _shown(value: object) -> str:
+    """A value's repr, of a few words at most."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no whole number of more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def counted_on(seed: int, number: int) -> int:
+    """The seed of number `number` of a row that begins with `seed`; behind the largest seed comes 0."""
+    return (seed + number) % (HIGHEST + 1)
 
 
 class LogitsProcessor(Protocol):
@@ -78,17 +182,23 @@ class LogitsProcessor(Protocol):
 class SamplingParams:
     """How one request is sampled and when it ends. Raises InvalidParameter for a value outside its range."""
 
-    temperature: float = option(0.0, "0 is greedy")
-    top_k: int = option(0, "keep the k likeliest tokens; 0 keeps all", least=0)
-    top_p: float = option(1.0, "keep the smallest set of tokens with at least this mass")
-    min_p: float = option(0.0, "drop tokens below this fraction of the likeliest one's probability")
-    seed: int = option(0, "the same seed gives the same text, with any drafter that draws none of its drafts")
-    max_new_tokens: int = option(256, "the text ends after this many tokens", least=1)
+    temperature: float = option(0.0, "0 is greedy", least=0)
+    top_k: int = option(0, "keep the k likeliest tokens; 0 keeps all", least=0, most=HIGHEST)
+    top_p: float = option(1.0, "keep the smallest set of tokens with at least this mass", above=0, most=1)
+    min_p: float = option(0.0, "drop tokens below this fraction of the likeliest one's probability", least=0, below=1)
+    seed: int = option(
+        0, "the same seed gives the same text, with any drafter that draws none of its drafts", least=0, most=HIGHEST
+    )
+    max_new_tokens: int = option(256, "the text ends after this many tokens", least=1, most=HIGHEST)
     stop: tuple[str, ...] = option((), "the text ends before this string; may be given several times")
     ignore_eos: bool = option(False, "go on after an end-of-text token")
-    repetition_penalty: float = option(1.0, "divide positive logits of tokens in prompt and text, multiply negative ones")
-    presence_penalty: float = option(0.0, "subtract this from the logits of tokens in the text; -2 to 2")
-    frequency_penalty: float = option(0.0, "subtract this once for every time that a token is in the text; -2 to 2")
+    repetition_penalty: float = option(
+        1.0, "divide positive logits of tokens in prompt and text, multiply negative ones", least=0.01, most=100
+    )
+    presence_penalty: float = option(0.0, "subtract this from the logits of tokens in the text; -2 to 2", least=-2, most=2)
+    frequency_penalty: float = option(
+        0.0, "subtract this once for every time that a token is in the text; -2 to 2", least=-2, most=2
+    )
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)  # by token id, added to its logit
     logits_processor: LogitsProcessor | None = field(default=None, hash=False)
     logprobs: bool = False  # log-probabilities of the tokens, by the target's law before any of these fields changed it
@@ -96,16 +206,10 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if isinstance(self.stop, Sequence):
             object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        strings = isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop)
+        require(strings, "stop", self.stop, "non-empty strings")
         check_options(self)
-        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
-            require(isinstance(getattr(self, name), (int, float)), name, getattr(self, name), "a number")
-        require(0 <= self.temperature < math.inf, "temperature", self.temperature, "0 or more")
-        require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
-        require(0 <= self.min_p < 1, "min_p", self.min_p, "at least 0 and below 1")
-        require(type(self.seed) is int and 0 <= self.seed < 2**63, "seed", self.seed, "an integer from 0 to 2**63 - 1")
-        require(0.01 <= self.repetition_penalty <= 100, "repetition_penalty", self.repetition_penalty, "from 0.01 to 100")
-        for name in ("presence_penalty", "frequency_penalty"):
-            require(-2 <= getattr(self, name) <= 2, name, getattr(self, name), "from -2 to 2")
+
         if isinstance(self.logit_bias, Mapping):
             plain = {as_number(token): as_number(bias) for token, bias in self.logit_bias.items()}
             object.__setattr__(self, "logit_bias", plain)
@@ -113,11 +217,13 @@ class SamplingParams:
         numbers = all(type(t) is int and t >= 0 and isinstance(b, (int, float)) and -100 <= b <= 100 for t, b in pairs)
         require(numbers, "logit_bias", self.logit_bias, "numbers from -100 to 100 by token id")
         object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+
         hook = self.logits_processor
         require(hook is None or callable(hook), "logits_processor", hook, "a function of tokens and logits")
-        require(isinstance(self.logprobs, bool), "logprobs", self.logprobs, "True or False")
-        strings = isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop)
-        require(strings, "stop", self.stop, "non-empty strings")
+
+    def numbered(self, number: int) -> SamplingParams:
+        """The same for prompt number `number`: seeds count on."""
+        return replace(self, seed=counted_on(self.seed, number))
 
     @property
     def adjusts(self) -> bool:

@@ -364,8 +364,8 @@ def with_eos(source: Path, folder: Path, eos: Any) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("eos", "expected"), [(2, {2}), ([2, 7], {2, 7}), (0, {0})])
-def test_end_of_text_ids_come_from_the_generation_config(
+@pytest.mark.parametrize(("eos", "expected"), [(2, {2}), ([2, 7], {2, 7}), (0, {0, 2})])
+def test_end_of_text_ids_come_from_the_generation_config_and_the_tokenizer(
     target_folder: Path, tmp_path: Path, eos: Any, expected: set[int]
 ) -> None:
     assert flashdraft.load(with_eos(target_folder, tmp_path / "t", eos)).eos == expected

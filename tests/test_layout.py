@@ -13,7 +13,7 @@ LEVELS = {  # a module imports only its own level and those below; `.*` stands f
     for level, names in enumerate(
         (
             "types errors files process",
-            "text prompt verify tree sampling control diffusion.coupling",
+            "ending text prompt verify tree sampling control diffusion.coupling",
             "target timing lean cache layers decoder native foreign checkpoint network hub pretrained",
             "methods.*",
             "engine scheduler",

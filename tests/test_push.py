@@ -17,7 +17,7 @@ import torch
 import transformers
 from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
-from toy_folders import save_zlab, zlab_tensors
+from toy_folders import save_target, save_zlab, zlab_tensors
 from toy_training import CONFIG, LAYERS, language_model, network, one_line_and_hint, write_lines
 
 import flashdraft
@@ -127,6 +127,33 @@ def test_command_pushes_the_folder_as_it_is(fake: Hub, drafter: Path, capsys: py
     assert fake.private is False
     assert main(["push", str(drafter), REPO, "--private"]) == 0
     assert fake.private is True
+
+
+@pytest.mark.parametrize(
+    ("method", "title"), [("dflash", "DFlash"), ("eagle3", "EAGLE-3"), ("medusa", "Medusa"), ("draft_model", "draft")]
+)
+def test_command_pushes_drafters_of_every_method_and_names_it(
+    monkeypatch: pytest.MonkeyPatch, fake: Hub, method: str, title: str
+) -> None:
+    said: list[str] = []
+    upload = fake.upload_folder
+
+    def noted(*args: Any, **options: Any) -> CommitInfo:
+        said.append(options["commit_message"])
+        return upload(*args, **options)
+
+    monkeypatch.setattr(fake, "upload_folder", noted)
+    assert main(["push", str(Path(flashdraft.__file__).parent / "assets" / f"smollm2-135m-{method}"), REPO]) == 0
+    assert len(said) == 1
+    assert title in said[0]
+    assert method == "dflash" or "DFlash" not in said[0]
+
+
+def test_language_model_is_not_pushed(fake: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = save_target(tmp_path / "t")
+    assert main(["push", str(target), REPO]) == 1
+    assert "it is a language model" in capsys.readouterr().err
+    assert fake.calls == []
 
 
 def without_weights(drafter: Path) -> None:

@@ -11,6 +11,7 @@ from scipy import stats
 from torch import Tensor
 from transformers.generation.logits_process import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from flashdraft.errors import UnusableLogits
 from flashdraft.sampling import coins, draw, likeliest, probabilities, target_probs, total, uniforms
 from flashdraft.types import SamplingParams
 
@@ -114,9 +115,9 @@ def test_likeliest_is_the_law_of_temperature_0(dtype: torch.dtype) -> None:
     assert likeliest(logits).tolist() == [[1, 0]]  # the lowest id among equals
     assert torch.equal(likeliest(logits), probabilities(logits, SamplingParams()).argmax(-1))
     for bad in (math.nan, math.inf):
-        with pytest.raises(AssertionError, match="a law without mass"):
+        with pytest.raises(UnusableLogits, match="a law without mass"):
             likeliest(logits.index_fill(2, torch.tensor([3]), bad))
-    with pytest.raises(AssertionError, match="a law without mass"):
+    with pytest.raises(UnusableLogits, match="a law without mass"):
         likeliest(torch.full_like(logits, -math.inf))
 
 
@@ -155,9 +156,9 @@ def test_masked_tokens_have_no_mass_and_broken_logits_are_refused(params: Sampli
     torch.testing.assert_close(law.sum(-1), torch.ones(3))
     for broken in (math.nan, math.inf):
         logits[1, 3] = broken
-        with pytest.raises(AssertionError, match="without mass"):
+        with pytest.raises(UnusableLogits, match="without mass"):
             draw(probabilities(logits, params), torch.full((3,), 0.5, dtype=torch.float64))
-    with pytest.raises(AssertionError, match="without mass"):
+    with pytest.raises(UnusableLogits, match="without mass"):
         draw(probabilities(torch.full((1, 7), -math.inf), params), torch.zeros(1, dtype=torch.float64))
 
 

@@ -17,15 +17,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from flashdraft import hub, native
 from flashdraft.bench.roofline import BYTES, Device
 from flashdraft.engine import Engine
-from flashdraft.errors import UnsupportedTarget
-from flashdraft.generate import Model, load
+from flashdraft.errors import InvalidParameter, UnsupportedTarget
+from flashdraft.generate import MOST_NODES, Model, drafters, load
 from flashdraft.lean import LeanTarget
 from flashdraft.methods.autoregressive import Autoregressive
-from flashdraft.methods.dflash import DFlashDraftModel
 from flashdraft.process import FLOATS, INTS
 from flashdraft.train.batch import FlopCount
 from flashdraft.train.initialise import draft_config, random_weights
-from flashdraft.types import SamplingParams, require
+from flashdraft.types import COUNTS, Allowed, SamplingParams, check_option
 
 __all__ = ["PARTS", "Profile", "calibrate", "profile", "profile_training"]
 
@@ -44,17 +43,18 @@ def profile(
     target: str, *, draft: str = "auto", nodes: int = 8, context: int = 256, steps: int = 20, kernel: str = "auto"
 ) -> Profile:
     """Measure steps behind `context` tokens; one node is plain decoding. An untrained drafter stands in where none is shipped."""
-    require(min(nodes, context, steps) >= 1, "one of nodes, context and steps", min(nodes, context, steps), "1 or more")
+    check_option("nodes", nodes, int, Allowed(1, MOST_NODES))
+    check_option("context", context, int, COUNTS)
+    check_option("steps", steps, int, COUNTS)
     model = load(target, draft="autoregressive", kernel=kernel)
     if not isinstance(model.target, LeanTarget) or kernel == "compiled":
         raise UnsupportedTarget(f"`{target}` runs by {model.target.kernel}, which has no parts to time", hint="profile a llama")
-    drafter: Any = Autoregressive()
-    if nodes > 1:
-        shipped, most = hub.builtin_draft(target) if draft == "auto" else draft, max(model.target.num_layers - 3, 1)
-        shape: Any = {"num_layers": min(3, most), "num_features": min(5, most), "mask_token_id": 0}
-        config = draft_config(model.target, **shape)
-        network = random_weights(config, 0) if shipped is None else DFlashDraftModel.from_pretrained(shipped)
-        drafter = network.drafters(model.target)(block_size=nodes)
+    room = model.target.context_length - (steps + _WARM_UP + 2) * nodes
+    if context > room:
+        got = f"context is {context}, but {steps} steps of {nodes} nodes behind it need more than `{target}` holds"
+        hint = f"context must be at most {room} for that" if room > 0 else "ask for fewer steps or nodes"
+        raise InvalidParameter(got, hint=hint, option="context")
+    drafter = _profiled_drafter(model, target, draft, nodes)
     engine = Engine(model.target, drafter)
     generator = torch.Generator("cpu").manual_seed(0)
     prompt = torch.randint(model.target.vocab_size, (context,), generator=generator, **INTS).tolist()
@@ -62,8 +62,21 @@ def profile(
     engine.admit(model.request(prompt, params))
     times, caches = _times(engine, model.target, steps), sum(cache.nbytes for cache in drafter.caches)
     nbytes = {"weights": model.target.nbytes, "cache": engine.cache_nbytes - caches}
-    nbytes |= {"drafter weights": drafter.network.nbytes if nodes > 1 else 0, "drafter cache": caches}
+    parts = getattr(drafter, "drafters", (drafter,))
+    weights = sum(part.network.nbytes for part in parts if hasattr(part, "network"))
+    nbytes |= {"drafter weights": weights, "drafter cache": caches}
     return Profile({part: 1000 * median(step[part] for step in times) for part in PARTS}, nbytes)
+
+
+def _profiled_drafter(model: Model, target: str, draft: str, nodes: int) -> Any:
+    if nodes == 1:
+        return Autoregressive()
+    if draft != "auto" or hub.builtin_draft(target) is not None:
+        return drafters(draft, model.target, target, nodes, tokenizer=model.tokenizer)()
+
+    most = max(model.target.num_layers - 3, 1)
+    config = draft_config(model.target, num_layers=min(3, most), num_features=min(5, most), mask_token_id=0)
+    return random_weights(config, 0).drafters(model.target)(block_size=nodes)
 
 
 def profile_training(trainer: Any, steps: int) -> list[list[str]]:

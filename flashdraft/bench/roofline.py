@@ -63,16 +63,18 @@ class RooflineConfig:
     engine: str = option("auto", "on a named GPU: transformers (auto) or serving", choices=("auto", *FACTS["engines"]))
     weights: str = option("bfloat16", f"the target's: {', '.join(BYTES)}; q4 is the built-in model's", choices=(*BYTES,))
     drafter: str = option("dflash", "dflash, eagle3 (one pass a draft) or both", choices=("dflash", "eagle3", "both"))
-    tau: float = option(5.0, "accepted length that you expect; published drafters reach 4.2 to 7.9 at a block of 16")
-    block_size: int = option(16, "the block that tau is for, the anchor included", least=2)
-    context: int = option(1024, "tokens read before", least=0)
-    rows: int = option(1, "sequences decoded together", least=1)
-    draft_layers: int = option(5, "of dflash's network", least=1)
-    draft_vocab: int | None = option(None, "tokens that drafts are taken from; by default all, eagle3: 32000", least=1)
+    tau: float = option(5.0, "accepted length that you expect; published drafters reach 4.2 to 7.9 at a block of 16", least=1)
+    block_size: int = option(16, "the block that tau is for, the anchor included", least=2, most=1024)
+    context: int = option(1024, "tokens read before", least=0, most=2**31 - 1)
+    rows: int = option(1, "sequences decoded together", least=1, most=2**31 - 1)
+    draft_layers: int = option(5, "of dflash's network", least=1, most=1024)
+    draft_vocab: int | None = option(
+        None, "tokens that drafts are taken from; by default all, eagle3: 32000", least=1, most=2**31 - 1
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
-        require(1 <= self.tau <= self.block_size, "tau", self.tau, f"from 1 to the block size, {self.block_size}")
+        require(self.tau <= self.block_size, "tau", self.tau, f"from 1 to the block size, {self.block_size}")
         require(self.device != "this" or self.engine == "auto", "engine", self.engine, "auto on this machine")
         require(self.device == "this" or self.weights != "float32", "weights", self.weights, "16 bits or fewer on a GPU")
 

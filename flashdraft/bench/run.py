@@ -7,7 +7,6 @@ setting, so that a machine's drift hits both.
 
 import hashlib
 import json
-import re
 import resource
 import runpy
 import sys
@@ -16,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 from importlib.util import find_spec
 from itertools import chain, product, starmap, zip_longest
 from multiprocessing import get_context
@@ -32,14 +31,16 @@ from rich.progress import track
 from flashdraft import hub
 from flashdraft.bench.peers import Answer, Method, Transformers, joined
 from flashdraft.bench.report import grouped, read_results
+from flashdraft.bench.specs import Spec, names_a_drafter, parts_of, read_specs, tree_of
 from flashdraft.bench.tasks import BenchPrompt, named, read_prompts
 from flashdraft.engine import check
 from flashdraft.errors import InvalidParameter, ModelNotFound
 from flashdraft.files import locked, output_file, say
-from flashdraft.generate import KERNELS, Model, Prompt, drafters, load_target
+from flashdraft.generate import DTYPES, KERNELS, MOST_NODES, Model, Prompt, drafters, load_target
+from flashdraft.methods import open_network
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.provenance import provenance
-from flashdraft.types import SamplingParams, check_options, option, require
+from flashdraft.types import HIGHEST, SamplingParams, check_options, option, require
 
 __all__ = ["METHODS", "Answer", "BenchConfig", "acceptance", "run_bench", "run_peers"]
 
@@ -52,6 +53,7 @@ METHODS_HELP += "other engines: NAME=FILE.py:FUNCTION:ARG"
 # function of the engines' file -> the engine's name, its package and what is given to it; else GGUF files
 ENGINES: dict[str, tuple[str, ...]] = {"llama_cpp": ("llama.cpp", "llama_cpp"), "openvino": ("OpenVINO", "openvino_genai")}
 ENGINES |= {"ctranslate2": ("CTranslate2", "ctranslate2", "float32", "int8")}
+MOST_THREADS = 1024  # more than a machine has; beyond, the system refuses to make them
 _TREE_NODES = 16  # of a tree that names none
 _REST = 0.3  # seconds between methods beside other engines, whose threads may still spin
 
@@ -72,40 +74,56 @@ class BenchConfig:
     target: str = option("smollm2-135m", "built-in name, hub id, folder or GGUF file")
     draft: str = option("auto", "folder or hub id of dflash's drafter; auto is the one shipped for the target")
     assistant: str | None = option(None, "folder or hub id of transformers_assisted's small model, which has the same tokenizer")
-    block_size: int | None = option(None, "nodes of a chain, the anchor included; a tree is as deep", least=1)
-    dtype: str = option("float32", "float32, bfloat16, float16 or auto (as stored), for all methods alike")
-    kernel: str = option("auto", "what runs our methods' weights, where a method names none", choices=KERNELS)
-    max_new_tokens: int = option(128, "tokens per answer and turn, at most")
-    turns: int = option(1, "turns of a prompt with several that are asked at most, each after the method's own answer", least=1)
-    temperature: tuple[float, ...] = option((0.0,), "0 is greedy; may be given several times")
-    seed: int = option(0, "seed of the first prompt; the others count on from it")
-    repeats: int = option(1, "times that every prompt is answered by every method", least=1)
-    transformers_prompts: int | None = option(None, "run transformers on each task's first prompts only", least=1)
-    threads: tuple[int, ...] = option(
-        (), "of all methods, or several; else torch's own, and transformers' better of 1, 2", least=1
+    block_size: int | None = option(
+        None,
+        "nodes of a chain, the anchor included; a tree is as deep; by default as many of what was trained as pay",
+        least=1,
+        most=MOST_NODES,
     )
-    max_rows: tuple[int, ...] = option((1,), "prompts of a task that ours decode together; may be given several times", least=1)
+    dtype: str = option("float32", f"of all methods alike: {', '.join(DTYPES)} (as stored)", choices=DTYPES)
+    kernel: str = option(
+        "auto", f"what runs our methods' weights, where a method names none: {', '.join(KERNELS)}", choices=KERNELS
+    )
+    max_new_tokens: int = option(128, "tokens per answer and turn, at most", least=1, most=2**31 - 1)
+    turns: int = option(
+        1, "turns of a prompt with several that are asked at most, each after the method's own answer", least=1, most=2**31 - 1
+    )
+    temperature: tuple[float, ...] = option((0.0,), "0 is greedy; may be given several times", least=0)
+    seed: int = option(0, "seed of the first prompt; the others count on from it", least=0, most=HIGHEST)
+    repeats: int = option(1, "times that every prompt is answered by every method", least=1, most=2**31 - 1)
+    transformers_prompts: int | None = option(None, "run transformers on each task's first prompts only", least=1, most=2**31 - 1)
+    threads: tuple[int, ...] = option(
+        (), "of all methods, or several; else torch's own, and transformers' better of 1, 2", least=1, most=MOST_THREADS
+    )
+    max_rows: tuple[int, ...] = option(
+        (1,), "prompts of a task that ours decode together; may be given several times", least=1, most=1 << 16
+    )
 
     def __post_init__(self) -> None:
         for name in Setting._fields:
             value = getattr(self, name)
-            object.__setattr__(self, name, tuple(dict.fromkeys(value if isinstance(value, list | tuple) else (value,))))
+            several = tuple(value) if isinstance(value, list | tuple) else (value,)
+            object.__setattr__(self, name, several)
         check_options(self)
+        require(bool(self.temperature), "temperature", self.temperature, "at least one number")
+        require(bool(self.max_rows), "max_rows", self.max_rows, "at least one number")
+        for name in Setting._fields:
+            different = tuple(dict.fromkeys(getattr(self, name)))
+            object.__setattr__(self, name, different)
+
         specs = self.specs.values()
-        for kind, variant in specs:
+        for _, kind, variant, _ in specs:
             if kind.endswith(".py"):
                 require(Path(kind).is_file(), "an engine's file", kind, "there: NAME=FILE.py:FUNCTION:TEXT")
                 require(not any(self.temperature), "temperature", max(self.temperature), "0 beside engines that are greedy here")
                 require(len(self.threads) < 2, "threads", self.threads, "one number beside engines that keep theirs")
-            elif kind not in THEIRS and (odd := [part for part in _parts(kind) if part not in OURS and not Path(part).is_dir()]):
+            elif kind not in THEIRS and (odd := [part for part in parts_of(kind) if not names_a_drafter(part, OURS)]):
                 raise InvalidParameter(f"no method {odd[0]!r}", hint=f"methods are {', '.join(METHODS)}, or a drafter's folder")
             elif variant not in (("", *KERNELS) if kind not in THEIRS else ("",)):
                 raise InvalidParameter(f"no kernel {variant!r}", hint=f"kernels are {', '.join(KERNELS)}")
         if self.draft in METHODS:
             raise InvalidParameter(f"draft is {self.draft!r}", hint="draft names dflash's drafter; other methods go into methods")
-        if len(specs) < len({part.strip() for part in self.methods.split(",")}):
-            raise InvalidParameter(f"two of `{self.methods}` have one name", hint="write NAME=METHOD with names of their own")
-        kinds = {part for kind, _ in specs for part in _parts(kind)}
+        kinds = {part for spec in specs for part in parts_of(spec.kind)}
         users = {"draft": DFLASH, "block_size": kinds - {"autoregressive", *THEIRS}}
         users |= {"assistant": {"transformers_assisted"}, "transformers_prompts": {*THEIRS}}
         for name, those in users.items():
@@ -114,25 +132,17 @@ class BenchConfig:
                 raise InvalidParameter(got, hint=f"for {', '.join(sorted(those))}")
         need = self.assistant is not None or "transformers_assisted" not in kinds
         require(need, "assistant", None, "the folder of transformers_assisted's small model")
-        if self.kernel != "auto" and all(variant or kind in THEIRS for kind, variant in specs):
+        if self.kernel != "auto" and all(spec.variant or spec.kind in THEIRS for spec in specs):
             raise InvalidParameter(f"kernel is {self.kernel!r}, but every method names its own", hint="leave one out")
-        for temperature in self.temperature:
-            self.params(0, temperature)
 
-    @property
-    def specs(self) -> dict[str, tuple[str, str]]:
-        """By name in the results: the method or an engine's file, and its kernel or function and argument."""
-        named = (part.strip().rpartition("=") for part in self.methods.split(","))
-        parts = ((name or spec, spec.partition(":")) for name, _, spec in named)
-        return {name: (kind, variant) for name, (kind, _, variant) in parts}
+    @cached_property
+    def specs(self) -> dict[str, Spec]:
+        """By name in the results."""
+        return {spec.name: spec for spec in read_specs(self.methods)}
 
     def params(self, number: int, temperature: float) -> SamplingParams:
-        return SamplingParams(temperature=temperature, seed=self.seed + number, max_new_tokens=self.max_new_tokens)
-
-
-def _parts(kind: str) -> list[str]:
-    """The methods that one of ours is joined of, trees or not."""
-    return [re.sub(r"_tree\d*$", "", part) for part in kind.split("+")]
+        params = SamplingParams(temperature=temperature, seed=self.seed, max_new_tokens=self.max_new_tokens)
+        return params.numbered(number)
 
 
 def run_bench(config: BenchConfig, *, quiet: bool = False) -> int:
@@ -154,7 +164,7 @@ def run_bench(config: BenchConfig, *, quiet: bool = False) -> int:
     short = replace(config.params(0, 0.0), max_new_tokens=min(8, config.max_new_tokens))
     for method in methods.values():  # first calls build kernels
         method([model.encode(prompts[0].asked)], [short])
-    count, foreign = 0, any(kind.endswith(".py") for kind, _ in config.specs.values())
+    count, foreign = 0, any(spec.kind.endswith(".py") for spec in config.specs.values())
     plan = _plan(config, prompts)
     facts |= {"answers": sum(len(_todo(config, name, group)) for *_, group in plan for name in methods)}
     facts |= {"prompts_sha256": hashlib.sha256(config.prompts.read_bytes()).hexdigest()}
@@ -171,7 +181,7 @@ def run_bench(config: BenchConfig, *, quiet: bool = False) -> int:
                     answers |= {(prompt.number, name): answer for prompt, answer in zip(todo, found, strict=True)}
             for (number, name), answer in answers.items():
                 key = {"task": prompts[number].task, "prompt": number, "method": name, "repeat": repeat} | setting._asdict()
-                kind, kernel = config.specs[name]
+                _, kind, kernel, _ = config.specs[name]
                 ours = kind not in THEIRS and not kind.endswith(".py")
                 plain = "autoregressive" + (f":{kernel}" if kernel and ours else "")
                 # others draw by other generators, and drawn drafts keep the law, not the text
@@ -201,7 +211,7 @@ def _results(out: Path) -> Iterator[IO[str]]:
 
 def _todo(config: BenchConfig, name: str, group: Sequence[BenchPrompt]) -> list[BenchPrompt]:
     """Of a group of prompts those that a method is asked."""
-    most = config.transformers_prompts if config.specs[name][0] in THEIRS else None
+    most = config.transformers_prompts if config.specs[name].kind in THEIRS else None
     return [prompt for prompt in group if most is None or prompt.rank < most]
 
 
@@ -212,14 +222,13 @@ def run_peers(config: BenchConfig, gguf: Sequence[Path], engines: Path) -> list[
     that it did not finish is. Each runs in a process of its own, because in one process the thread pools of engines slow each
     other down by half. transformers is an engine, too. Raises InvalidParameter for results of other settings, DataError for none.
     """
-    asked = dict(zip(config.specs, config.methods.split(","), strict=True))
-    ours = [spec for name, spec in asked.items() if config.specs[name][0] not in THEIRS]
-    runs = {"transformers": [spec for spec in asked.values() if spec not in ours]}
+    ours = [spec.text for spec in config.specs.values() if spec.kind not in THEIRS]
+    runs = {"transformers": [spec.text for spec in config.specs.values() if spec.kind in THEIRS]}
     for function, (name, package, *given) in ENGINES.items():
         texts = given or gguf
         if missing := f"{package} is not installed" if find_spec(package) is None else "" if texts else "it needs --gguf":
             print(f"{name} is left out: {missing}")
-        runs[function] = [f"{name} {Path(text).stem}={engines}:{function}:{text}" for text in texts if not missing]
+        runs[function] = [f"{name} {_as_name(text)}={engines}:{function}:{text}" for text in texts if not missing]
     configs = []
     for engine, specs in ((engine, specs) for engine, specs in runs.items() if specs and ours):
         own: dict[str, Any] = {} if engine == "transformers" else {"assistant": None, "transformers_prompts": None}
@@ -252,6 +261,11 @@ def _is_measured(config: BenchConfig) -> bool:
     say(f"{out}: {len(lines)} of {header['answers']} answers; it is measured again")
     out.unlink()
     return False
+
+
+def _as_name(text: str | Path) -> str:
+    """A file's name in the name of a method, where = and , would end it."""
+    return Path(text).stem.replace("=", "_").replace(",", "_")
 
 
 def _plan(config: BenchConfig, prompts: Sequence[BenchPrompt]) -> list[tuple[int, int, Setting, list[BenchPrompt]]]:
@@ -320,8 +334,14 @@ def _figures(answer: Answer, plain: Answer | None) -> dict[str, Any]:
 def _load(config: BenchConfig) -> tuple[dict[str, Method], Model, dict[str, Any]]:
     """The methods, a model that encodes prompts, and what the header tells about them."""
     drafter = str(hub.builtin_draft(config.target) or "" if config.draft == "auto" else config.draft)
-    if not drafter and any(part in DFLASH for kind, _ in config.specs.values() for part in _parts(kind)):
+    if not drafter and any(part in DFLASH for spec in config.specs.values() for part in parts_of(spec.kind)):
         raise ModelNotFound(f"no drafter is shipped for `{config.target}`", hint="name one with --draft, or leave out dflash")
+    if config.draft != "auto":
+        method = open_network(drafter).method
+        hint = f"--draft is of dflash's drafter; name this one in --methods: NAME={config.draft}"
+        if method != "dflash":
+            raise InvalidParameter(f"draft is {config.draft!r}, a drafter of {method}", hint=hint)
+
     facts: dict[str, Any] = {"kernel": {}, "row_exact": {}, "drawn": []}
 
     @cache
@@ -332,7 +352,7 @@ def _load(config: BenchConfig) -> tuple[dict[str, Method], Model, dict[str, Any]
 
     methods: dict[str, Method] = {}
     theirs: Transformers | None = None
-    for name, (kind, variant) in config.specs.items():
+    for name, kind, variant, _ in config.specs.values():
         if kind in THEIRS:
             theirs = theirs or Transformers(config.target, config.dtype, tuned=not config.threads)
             facts["transformers_threads"] = theirs.threads
@@ -343,9 +363,9 @@ def _load(config: BenchConfig) -> tuple[dict[str, Method], Model, dict[str, Any]
             require(callable(engines.get(function)), "an engine", function, f"a function of `{kind}`")
             methods[name] = engines[function](argument, ours(config.kernel))
         else:
-            model, plain, tree = ours(variant or config.kernel), kind == "autoregressive", re.search(r"_tree(\d*)", kind)
-            sizes = None if plain else config.block_size, int(tree[1] or _TREE_NODES) if tree else None
-            draft = "+".join(drafter if part == "dflash" else part for part in _parts(kind))
+            model, plain = ours(variant or config.kernel), kind == "autoregressive"
+            sizes = None if plain else config.block_size, tree_of(kind, _TREE_NODES)
+            draft = "+".join(drafter if part == "dflash" else part for part in parts_of(kind))
             made = drafters(draft, model.target, config.target, *sizes, tokenizer=model.tokenizer)
             facts["drawn"] += [name] * (getattr(made(), "drawn", None) is True)
             methods[name] = _timed(replace(model, new_drafter=made, adaptive=not plain and config.block_size is None))

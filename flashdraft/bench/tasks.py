@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 from huggingface_hub import hf_hub_download
 
 from flashdraft.errors import DataError, InvalidParameter, InvalidPrompt, first_line
-from flashdraft.files import check_replaceable, output_file, write_own
+from flashdraft.files import check_replaceable, output_file, parse_json, write_own
 from flashdraft.train.prompts import hub_rows
 from flashdraft.train.questions import as_prompt
 from flashdraft.train.rows import json_list, placed_rows, read_jsonl
-from flashdraft.types import require
+from flashdraft.types import COUNTS, check_option
 
 __all__ = ["TASKS", "BenchPrompt", "named", "read_ids", "read_prompts", "write_tasks"]
 
@@ -63,7 +63,7 @@ def named(place: str) -> Iterator[None]:
 def read_ids(path: Path) -> dict[str, list[int]]:
     """The entry numbers of tasks. Raises DataError for a file that is no such table."""
     try:
-        ids = json.loads(path.read_text(encoding="utf-8-sig"))
+        ids = parse_json(path.read_text(encoding="utf-8-sig"))
         if not (found := {task: [int(i) for i in ids[task]] for task in TASKS if task in ids}):
             raise ValueError("none of its keys is a task")
         return found
@@ -80,10 +80,11 @@ def write_tasks(
 
     data: the folder of the sets; None: they come from the hub. tasks: names, or what stands before the slash of several.
     """
+    if first is not None:
+        check_option("first", first, int, COUNTS)
     sets = [data / table["file"] for table in TASKS.values()] if data is not None else []
     real = output_file(out, inputs=sets)
     check_replaceable(real, "tasks", _FIELDS)
-    require(first is None or first >= 1, "first", first, "1 or more")
     if unknown := {*tasks} - {*TASKS, *(task.split("/")[0] for task in TASKS)}:
         raise InvalidParameter(f"no task {min(unknown)!r}", hint=f"tasks are {', '.join(TASKS)}")
     lines = []

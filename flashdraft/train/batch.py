@@ -128,7 +128,7 @@ def make_batch(
     """No answer without two tokens, no anchor with fewer than `min_context` before it. flex: where to make one sparse mask."""
     numbers, chosen, parts = list[int](), list[Tensor](), list[dict[str, Tensor]]()
     for number, sample in samples:
-        generator = torch.Generator("cpu").manual_seed(seed * 1_000_003 + number)
+        generator = torch.Generator("cpu").manual_seed((seed * 1_000_003 + number) % 2**64)
         anchors = draw_anchors(*anchor_bounds(sample.sizes, config, min_context), num_anchors, generator)
         if len(anchors):
             numbers.append(number)

@@ -21,8 +21,8 @@ from torch import Tensor
 import flashdraft
 from flashdraft.checkpoint import DraftConfig
 from flashdraft.errors import DataError, FlashDraftError, InvalidParameter
-from flashdraft.files import check_facts, output_folder, say, write_file, write_tensors
-from flashdraft.types import check_options, option, require
+from flashdraft.files import check_facts, output_folder, parse_json, say, write_file, write_tensors
+from flashdraft.types import HIGHEST, check_options, option, require
 
 __all__ = [
     "TrainConfig",
@@ -51,33 +51,36 @@ _WHAT = {  # by method: its name, and what the network is
 class TrainConfig:
     """How one run trains. A default exists here once; the command line reads the help from here."""
 
-    steps: int = option(2000, "optimizer steps", least=1)
-    sequences: int = option(6, "sequences a micro-batch", least=1)
-    accumulate: int = option(1, "micro-batches a step, on every process", least=1)
-    anchors: int = option(64, "random anchors a sequence", least=1)
-    min_context: int = option(0, "no anchor has fewer tokens before it: for a fine-tune on long contexts")
+    steps: int = option(2000, "optimizer steps", least=1, most=2**31 - 1)
+    sequences: int = option(6, "sequences a micro-batch", least=1, most=1 << 16)
+    accumulate: int = option(1, "micro-batches a step, on every process", least=1, most=1 << 16)
+    anchors: int = option(64, "random anchors a sequence", least=1, most=2**31 - 1)
+    min_context: int = option(
+        0, "no anchor has fewer tokens before it: for a fine-tune on long contexts", least=0, most=2**31 - 1
+    )
     weights: str = option("decay", "weight of a block's positions: decay (the paper's) or dpace", choices=("decay", "dpace"))
-    gamma: float = option(4.0, "with decay, the weight of position k is exp(-(k-1)/gamma)")
-    kl: float = option(0.0, "share of the loss that is KL to the target's own law; needs features with --soft-labels")
-    tv: float = option(0.0, "share of the loss that is total variation to it; cross-entropy has the rest")
-    lr: float = option(6e-4, "peak learning rate of AdamW")
-    warmup: float = option(0.04, "share of the steps spent warming up")
-    weight_decay: float = option(0.01, "AdamW's weight decay")
-    clip: float = option(1.0, "largest norm of the gradient")
-    ema: float = option(0.0, "decay of the weights' moving average that is measured and kept; 0: none")
-    vocab: int = option(8192, "the draft vocabulary: this many commonest answer tokens; 0 takes all")
-    negatives: int = option(1024, "random other tokens added to that softmax at every step")
+    gamma: float = option(4.0, "with decay, the weight of position k is exp(-(k-1)/gamma)", above=0)
+    kl: float = option(
+        0.0, "share of the loss that is KL to the target's own law; needs features with --soft-labels", least=0, most=1
+    )
+    tv: float = option(0.0, "share of the loss that is total variation to it; cross-entropy has the rest", least=0, most=1)
+    lr: float = option(6e-4, "peak learning rate of AdamW", above=0)
+    warmup: float = option(0.04, "share of the steps spent warming up, from 0 to 1", least=0, most=1)
+    weight_decay: float = option(0.01, "AdamW's weight decay", least=0)
+    clip: float = option(1.0, "largest norm of the gradient", above=0)
+    ema: float = option(0.0, "decay of the weights' moving average that is measured and kept; 0: none", least=0, below=1)
+    vocab: int = option(8192, "the draft vocabulary: this many commonest answer tokens; 0 takes all", least=0, most=2**31 - 1)
+    negatives: int = option(1024, "random other tokens added to that softmax at every step", least=0, most=1 << 24)
     precision: str = option("auto", "bf16, fp32, or auto: bf16 where it is native", choices=("auto", "bf16", "fp32"))
-    eval_every: int = option(250, "steps between measurements of tau", least=1)
-    save_every: int = option(100, "steps between checkpoints", least=1)
+    eval_every: int = option(250, "steps between measurements of tau", least=1, most=2**31 - 1)
+    save_every: int = option(100, "steps between checkpoints", least=1, most=2**31 - 1)
     tracker: str = option("tensorboard", "tensorboard, or with it: wandb, trackio", choices=("tensorboard", "wandb", "trackio"))
-    seed: int = option(0, "seed of the data order, the anchors and the initial weights")
+    seed: int = option(0, "seed of the data order, the anchors and the initial weights", least=0, most=HIGHEST)
 
     def __post_init__(self) -> None:
         check_options(self)
-        require(0 <= self.ema < 1, "ema", self.ema, "at least 0 and below 1")
         require(self.weights == "decay" or self.gamma == 4.0, "gamma", self.gamma, "left out where weights is not decay")
-        require(min(self.kl, self.tv) >= 0 and self.kl + self.tv <= 1, "kl, tv", (self.kl, self.tv), "shares of 1")
+        require(self.kl + self.tv <= 1, "kl, tv", (self.kl, self.tv), "shares of 1")
 
 
 def check_run_folder(out: Path, inputs: Sequence[Path] = ()) -> dict[str, Any]:
@@ -177,7 +180,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _is_whole(path: Path) -> bool:
     try:
-        sizes = json.loads((path / "state.json").read_text())["files"]
+        sizes = parse_json((path / "state.json").read_text())["files"]
         return all((path / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, KeyError):
         return False

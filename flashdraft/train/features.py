@@ -19,8 +19,9 @@ from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from flashdraft.ending import ends_itself, turn_end
 from flashdraft.errors import DataError, InvalidParameter, InvalidPrompt
-from flashdraft.files import Facts, check_facts, locked, output_folder, say, write_file, write_tensors
+from flashdraft.files import Facts, check_facts, locked, output_folder, parse_json, say, write_file, write_tensors
 from flashdraft.generate import Model
 from flashdraft.process import INTS
 from flashdraft.provenance import named_target, target_facts
@@ -231,7 +232,7 @@ def _sha256(path: Path) -> str:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
+        manifest: dict[str, Any] = parse_json(path.read_text())
         if missing := {"target", "layers", "hidden_size", "max_length", "shards", "unused"} - set(manifest):
             raise ValueError(f"it lacks {min(missing)}")
         return manifest
@@ -253,8 +254,8 @@ def encode(model: Model, row: dict[str, Any]) -> tuple[list[int], int]:
     prompt = model.encode(row["prompt"], thinking=thinking)
     if answer is None:
         answer = _encoded_text(model, row["response"])
-        if row.get("finish") == "stop":
-            answer.append(min(model.eos))
+        if ends_itself(row):
+            answer += _ending(model)
     elif not isinstance(answer, (list, tuple)):
         raise InvalidPrompt("`tokens` is no list of token ids")
     elif answer:
@@ -278,6 +279,16 @@ def _opened(path: Path) -> Iterator[Any]:
             yield file
     except (SafetensorError, OSError) as error:
         raise DataError(f"`{path}` cannot be read: {error}", hint="remove it and run `flashdraft features` again") from None
+
+
+def _ending(model: Model) -> list[int]:
+    """The token that ends an answer: the template's, or else the tokenizer's, or else the only one that there is."""
+    by_template, by_tokenizer = turn_end(model.tokenizer), getattr(model.tokenizer, "eos_token_id", None)
+    if by_template is not None:
+        return [by_template]
+    if by_tokenizer is not None and (by_tokenizer in model.eos or not model.eos):
+        return [by_tokenizer]
+    return [min(model.eos)] if model.eos else []
 
 
 class FeatureSet:

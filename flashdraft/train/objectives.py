@@ -121,7 +121,7 @@ class Loss:
         vocabulary = self.vocabulary
         if len(vocabulary) == self.target.vocab_size:
             return vocabulary, labels
-        generator = torch.Generator("cpu").manual_seed(self.config.seed * 104_729 + step)
+        generator = torch.Generator("cpu").manual_seed((self.config.seed * 104_729 + step) % 2**64)
         others = torch.randint(self.target.vocab_size, (self.config.negatives,), generator=generator, **INTS).to(labels.device)
         candidates = torch.cat((vocabulary, others, labels)).unique()
         return candidates, torch.searchsorted(candidates, labels)

@@ -16,7 +16,7 @@ from flashdraft.errors import DataError, InvalidParameter
 from flashdraft.files import check_replaceable, output_file, write_own
 from flashdraft.train.questions import Asked, AsksNothing, as_prompt
 from flashdraft.train.rows import LeftOut, json_list, placed_rows, read_jsonl
-from flashdraft.types import require
+from flashdraft.types import Allowed, check_option
 
 __all__ = ["SOURCES", "as_prompt", "hub_rows", "json_list", "read_jsonl", "write_prompts"]
 
@@ -44,7 +44,8 @@ def write_prompts(data: Path | None, out: Path, *, files: Names = (), thinking: 
     check_replaceable(real, "prompts", _FIELDS)
     if data is None and not files:
         raise InvalidParameter("no source of prompts", hint="name files or hub data sets, or the known sets' folder with --data")
-    require(thinking is None or 0 <= thinking <= 1, "thinking", thinking, "a share from 0 to 1")
+    if thinking is not None:
+        check_option("thinking", thinking, float, Allowed(0, 1))
     for name in files:
         path = Path(name)
         if EVALUATION.search("/".join((path.resolve() if path.is_file() else path).parts[-2:])):

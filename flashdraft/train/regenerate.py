@@ -2,11 +2,13 @@
 
 import os
 import random
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any
 
 import requests
@@ -17,6 +19,7 @@ from urllib3.util import Retry
 
 from flashdraft.engine import check
 from flashdraft.errors import DataError, FlashDraftError, InvalidParameter, InvalidPrompt
+from flashdraft.files import parse_json
 from flashdraft.generate import Model
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.provenance import named_target, target_facts
@@ -24,7 +27,7 @@ from flashdraft.train.answers import open_answers, question, sampling_facts
 from flashdraft.train.features import SHARD, Sample, ShardWriter, encode, shard_key
 from flashdraft.train.questions import as_prompt
 from flashdraft.train.rows import LeftOut, is_whole, placed_rows
-from flashdraft.types import Rows, SamplingParams, require
+from flashdraft.types import COUNTS, Allowed, Rows, SamplingParams, check_option, require
 
 __all__ = ["Later", "Server", "mixed", "regenerate"]
 
@@ -108,7 +111,7 @@ def regenerate(
 
 def mixed(params: SamplingParams, greedy_share: float = 0.0) -> Law:
     """Seeded by params.seed and the prompt's number; this share of the prompts is answered greedily."""
-    require(0 <= greedy_share <= 1, "greedy_share", greedy_share, "from 0 to 1")
+    check_option("greedy_share", greedy_share, float, Allowed(0, 1))
     if greedy_share and not params.temperature:
         raise InvalidParameter(f"greedy_share is {greedy_share}, but all is greedy at temperature 0", hint="set temperature")
 
@@ -122,7 +125,8 @@ class _Mixed:
 
     def __call__(self, number: int) -> SamplingParams:
         params, greedy = self.params, random.Random(f"{self.params.seed} {number}").random() < self.greedy_share
-        return replace(params, seed=params.seed + number, temperature=0.0 if greedy else params.temperature)
+        own = params.numbered(number)
+        return replace(own, temperature=0.0) if greedy else own
 
     @property
     def facts(self) -> Row:
@@ -139,7 +143,7 @@ class Server:
 
     def __post_init__(self) -> None:
         require(self.url.startswith(("http://", "https://")), "url", self.url, "like http://host:port/v1")
-        require(self.max_rows >= 1, "max_rows", self.max_rows, "1 or more")
+        check_option("max_rows", self.max_rows, int, COUNTS)
 
     @cached_property
     def session(self) -> requests.Session:
@@ -149,29 +153,35 @@ class Server:
         return session
 
     def answers(self, rows: Sequence[Row], law: Law) -> Iterator[tuple[Row, Answer]]:
-        """Rows and the fields of their answers as they end. After an error nothing new is sent, and it is raised last."""
-        errors: list[BaseException] = []
+        """Rows and the fields of their answers as they end. After an error nothing new is sent, and it is raised last.
 
-        def ask(row: Row) -> Answer | None:
-            try:
-                return None if errors else self._ask(row, law(row["number"]))
-            except InvalidPrompt as error:
-                return error
-            except FlashDraftError as error:
-                errors.append(error)
-                return None
+        Ctrl-C waits for no request that is under way: the threads that wait for their answers do not keep the process alive.
+        """
+        waiting = deque(rows)
+        ended: SimpleQueue[tuple[Row, Answer] | BaseException | None] = SimpleQueue()  # None: a thread has nothing left to do
 
-        with ThreadPoolExecutor(self.max_rows) as pool:
-            asked = {pool.submit(ask, row): row for row in rows}
-            try:
-                for future in as_completed(asked):
-                    if answer := future.result():
-                        yield asked[future], answer
-            except BaseException as error:  # Ctrl-C, or nobody reads on
-                errors.append(error)
-                raise
-        if errors:
-            raise errors[0]
+        def ask_on() -> None:
+            while True:
+                try:
+                    row = waiting.popleft()
+                except IndexError:
+                    ended.put(None)
+                    return
+                try:
+                    ended.put((row, self._ask(row, law(row["number"]))))
+                except InvalidPrompt as error:
+                    ended.put((row, error))
+                except BaseException as error:  # raised below, where somebody hears it
+                    waiting.clear()
+                    ended.put(error)
+
+        threads = [Thread(target=ask_on, daemon=True) for _ in range(min(self.max_rows, len(rows)))]
+        for thread in threads:
+            thread.start()
+        try:
+            yield from _received(ended, len(threads))
+        finally:  # also after Ctrl-C, and where nobody reads on
+            waiting.clear()
 
     def _ask(self, row: Row, params: SamplingParams) -> Row:
         """The answer's fields. Raises InvalidPrompt for a prompt that the server refuses or has no text for."""
@@ -192,7 +202,7 @@ class Server:
         if got.status_code != 200:
             raise self._error(row["place"], f"{got.status_code} {got.text}")
         try:
-            reply = got.json()
+            reply = parse_json(got.content)
             message, finish = reply["choices"][0]["message"], reply["choices"][0]["finish_reason"]
             if message.get("reasoning_content") or message.get("reasoning"):
                 raise ValueError("thoughts stand apart from the answer; start the server without a reasoning parser")
@@ -202,7 +212,8 @@ class Server:
             if not is_whole(message["content"]):
                 raise InvalidPrompt("the server's answer holds half a character (a lone surrogate)")
             num_tokens = (reply.get("usage") or {}).get("completion_tokens")
-            return {"response": message["content"], "finish": finish, "num_tokens": num_tokens}
+            told = _stop_reason(reply["choices"][0])
+            return {"response": message["content"], "finish": finish, "num_tokens": num_tokens} | told
         except InvalidPrompt:
             raise
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
@@ -213,12 +224,45 @@ class Server:
         return FlashDraftError(message, hint=f"see that it serves `{self.model}`, set OPENAI_API_KEY if it wants one, run again")
 
 
+def _received(ended: "SimpleQueue[Any]", num_threads: int) -> Iterator[tuple[Row, Answer]]:
+    """What threads put into a queue until all have ended; after Ctrl-C what has arrived already. The first error comes last."""
+    errors: list[BaseException] = []
+    while num_threads:
+        try:
+            one = ended.get()
+        except KeyboardInterrupt as error:
+            errors.insert(0, error)
+            while not ended.empty():
+                arrived = ended.get()
+                if isinstance(arrived, tuple):
+                    yield arrived
+            break
+        if one is None:
+            num_threads -= 1
+        elif isinstance(one, BaseException):
+            errors.append(one)
+        else:
+            yield one
+    if errors:
+        raise errors[0]
+
+
+def _stop_reason(choice: Row) -> Row:
+    """The stop string that ended an answer, where the server tells it, as vLLM and SGLang do."""
+    told = choice.get("stop_reason", choice.get("matched_stop"))
+    return {"stop_reason": told} if isinstance(told, str) else {}
+
+
 def _read(prompts: Path, left_out: LeftOut) -> list[Row]:
     """The prompts with their numbers and places. A line that asks nothing is left out, and has a number."""
     rows: list[Row] = []
-    for place, row in placed_rows(prompts, ("source", "row", "prompt"), left_out):
+    for place, row in placed_rows(prompts, ("row", "prompt"), left_out):
         number = len(rows) + left_out.count
+        if "task" in row:  # as `flashdraft tasks` writes them
+            row = {"source": row["task"], **row}
         try:
+            if "source" not in row:
+                raise ValueError("no field `source`")
             if not isinstance(row.get("thinking", False), bool):
                 raise ValueError(f"`thinking` is {row['thinking']!r}, not true or false")
             if not is_whole(f"{row['source']}{row['row']}"):

@@ -298,7 +298,7 @@ class Trainer:
     def _place(self, number: int) -> int:
         """Which sample of the set has this global number."""
         epoch, at = divmod(number, len(self.data))
-        generator = torch.Generator("cpu").manual_seed(self.config.seed * 7919 + epoch)
+        generator = torch.Generator("cpu").manual_seed((self.config.seed * 7919 + epoch) % 2**64)
         order = torch.randperm(len(self.data), generator=generator, **INTS)
         return int(order[at])
 
