@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
@@ -30,21 +31,28 @@ __all__ = ["COMMANDS", "flat", "main"]
 _TEXT = Path(__file__).with_name("assets").joinpath("commands.txt").read_text(encoding="utf-8")
 # name of a function in commands.py or train_commands.py -> its help and two examples
 COMMANDS = {name: facts for name, *facts in re.findall(r"^(\w+): (.+)\n +(.+)\n +(.+)$", _TEXT, re.MULTILINE)}
+_STREAMS = ("stdin", "stdout", "stderr")  # by descriptor
 TRAINING = ("prompts", "regenerate", "features", "train", "eval", "doctor", "push")  # in train_commands.py
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 for an error, 2 for a slip of usage, 130 after Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    with _open_streams():
+        return _run(given, own=arguments is None)
+
+
+def _run(given: list[str], *, own: bool) -> int:
     for stream, errors in ((sys.stdin, "strict"), (sys.stdout, "replace"), (sys.stderr, "replace")):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a character is no reason to stop
             stream.reconfigure(encoding="utf-8" if stream is sys.stdin else None, errors=errors)
-    if arguments is None and threading.current_thread() is threading.main_thread():  # a process of its own
+    if own and threading.current_thread() is threading.main_thread():  # a process of its own
         signal.signal(signal.SIGTERM, _terminated)
     try:
-        status = _app(given).main(given or ["--help"], prog_name="flashdraft", standalone_mode=False)
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        app = _app(given)
+        with _without_advice():
+            status = app.main(given or ["--help"], prog_name="flashdraft", standalone_mode=False)
+        sys.stdout.flush()
         return int(status or 0)
     except FlashDraftError as error:
         return _complain(error.args[0], _as_written(error, given), status=1)
@@ -55,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more on its way out
+        with suppress(io.UnsupportedOperation):  # a stream of somebody's own
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more on its way out
         return 1
     except OSError as error:
         message = f"cannot use{f' `{error.filename}`' if error.filename else ''}: {error.strerror or error}"
@@ -65,6 +74,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _terminated(number: int, _frame: Any) -> None:
     """Leave by way of every `finally`, so that nothing half-written stays."""
     raise SystemExit(128 + number)
+
+
+@contextmanager
+def _open_streams() -> Iterator[None]:
+    """While a command runs, a standard stream that is closed reads nothing and writes to nowhere.
+
+    Its descriptor, if that is free, is taken as well: the next file that a command opened would get it, and with it whatever a
+    library prints.
+    """
+    closed = [name for name in _STREAMS if getattr(sys, name) is None or getattr(sys, name).closed]
+    for name in closed:
+        try:
+            os.fstat(_STREAMS.index(name))
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest one that is free
+
+    with ExitStack() as files:
+        for name in closed:
+            nothing = files.enter_context(open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))
+            files.callback(setattr, sys, name, getattr(sys, name))
+            setattr(sys, name, nothing)
+        yield
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Transformers' warnings are for those who call it; its level comes back for whoever calls `main` from a program."""
+    if (transformers := sys.modules.get("transformers")) is None:
+        yield
+        return
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
 
 
 def _complain(message: str, hint: str | None, *, status: int) -> int:

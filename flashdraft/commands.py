@@ -10,7 +10,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
-import transformers
 from typer import Argument, Option
 
 from flashdraft import hub
@@ -27,8 +26,6 @@ from flashdraft.methods import NETWORKS
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.process import is_terminal
 from flashdraft.types import COUNTS, SEEDS, Allowed, Chunk, Result, SamplingParams, check_options, option, require
-
-transformers.logging.set_verbosity_error()
 
 PROMPT = "A baker bakes 12 trays of 8 rolls and sells 71 of them. How many rolls are left? Explain step by step."
 TARGET_HELP = "built-in name, hub id, folder or GGUF file"

@@ -5,18 +5,25 @@ of their paths' confidence as long as that brings more committed tokens a second
 fixed before its own token is drawn, so that trimming changes no law; chosen nodes may go for any reason.
 """
 
+from __future__ import annotations
+
+import functools
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter, mul
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from flashdraft.process import INTS
+from flashdraft.process import INTS, new_lock
 from flashdraft.types import Proposal
 
 __all__ = ["Control"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _MEMORY = 0.98  # what a calibration keeps of its past at every observation
 _SMOOTH = 0.8  # the same for drafting's times
@@ -60,6 +67,15 @@ class _Batch:
         self.unsure *= 1 - weight
 
 
+def _one_at_a_time(method: Callable[Concatenate[Control, P], R]) -> Callable[Concatenate[Control, P], R]:
+    @functools.wraps(method)
+    def call(self: Control, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return call
+
+
 class Control:
     """One for a target with its drafter: what it has learned from one text serves the next.
 
@@ -67,11 +83,13 @@ class Control:
     """
 
     def __init__(self, seconds: Mapping[int, float]) -> None:
+        self._lock = new_lock()  # streams of several threads may share it
         self._known = sorted(seconds.items())
         # by depth: nodes accepted and hoped for behind accepted parents, faded
         self._sums: dict[int, list[float]] = defaultdict(lambda: [2.0, 2.0])
         self._batches: dict[int, _Batch] = defaultdict(_Batch)  # by the bits of the number of rows
 
+    @_one_at_a_time
     def begin(self) -> None:
         """A text begins that is alone: what others accepted says little of it, and more of a batch, in which texts mix."""
         for sums in self._sums.values():
@@ -79,6 +97,7 @@ class Control:
         for bits, batch in self._batches.items():
             batch.unsure = max(batch.unsure, _GAIN / 2 ** (bits - 1))
 
+    @_one_at_a_time
     def wants_drafts(self, rows: int) -> bool:
         """Whether the next step of so many rows should draft at all: it may well gain something, for all that is known.
 
@@ -87,6 +106,7 @@ class Control:
         batch = self._batches[rows.bit_length()]
         return batch.since >= 0 and batch.gain + batch.unsure**0.5 > _WORTH
 
+    @_one_at_a_time
     def trim(self, proposal: Proposal) -> Tensor:
         """How many nodes of each row pay: [rows], 1 or more and no more than there are."""
         confidence, sizes = self._confidence(proposal), proposal.sizes.tolist()
@@ -108,6 +128,7 @@ class Control:
         more_of = Counter(row for _, row in order[:kept])
         return torch.tensor([1 + more_of[row] for row in range(rows)], **INTS)
 
+    @_one_at_a_time
     def learn(self, proposal: Proposal, paths: Sequence[Sequence[int]], draft_seconds: float | None, seconds: float) -> None:
         """What became of a proposal that `trim` gave: seconds of the whole step; of propose and observe, None without drafts.
 

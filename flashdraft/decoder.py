@@ -18,7 +18,7 @@ from torch import Tensor
 from flashdraft import native
 from flashdraft.cache import SlotCache, round_up
 from flashdraft.layers import GROWING, Linear, Rotary, TorchLinear, apply_rotary
-from flashdraft.process import INTS
+from flashdraft.process import INTS, new_lock
 
 __all__ = ["Block", "CompiledStep", "Decoder", "padded"]
 
@@ -142,7 +142,9 @@ class Decoder:
         starts = torch.tensor(lengths, **INTS)
         counts = sizes.tolist()
         needed = max(map(sum, zip(lengths, counts, strict=True)))
-        assert needed <= cache.slots, "the cache has too few slots"  # the kernels write unchecked
+        native.ensure(needed <= cache.slots, "the cache has too few slots")
+        native.ensure(0 <= min(slots) <= max(slots) < cache.rows, "no such row in the cache")
+        native.ensure(1 <= min(counts) <= max(counts) <= x.shape[1], "a row with more nodes than there are, or none")
         self.reserve(needed)
         real = torch.arange(x.shape[1], **INTS) < sizes[:, None]  # nothing below sees padding
         packed = x.flatten(0, 1) if min(counts) == x.shape[1] else x[real]
@@ -158,8 +160,7 @@ class Decoder:
         with GROWING:
             grown = [rotary.reserve(num_positions) for rotary in self.rotaries]
             if self._model is not None:
-                cos, sin = self.rotaries[0].tables
-                self._model.cos, self._model.sin = cos.data_ptr(), sin.data_ptr()
+                self._model.cos, self._model.sin = self._table_pointers()
             return any(grown)
 
     def _torch(self, cache: SlotCache, slots: Sequence[int], shape: tuple[Tensor, ...]) -> tuple[Tensor, Attend]:
@@ -253,23 +254,41 @@ class Decoder:
         return native.NativeLinear(weight, bias, kernel=self.kernel)
 
     def _native_model(self) -> native.Model:
+        mixed = self.heads * self.head_dim
+        shapes = {"qkv": (mixed + 2 * self.kv_heads * self.head_dim, self.hidden_size), "out": (self.hidden_size, mixed)}
+        shapes |= {"gate_up": (2 * self.inner, self.hidden_size), "down": (self.hidden_size, self.inner)}
         self._layers = (native.Layer * len(self.linears))()
         for struct, norms, linears in zip(self._layers, self.norms, self.linears, strict=True):
             for name, norm in norms.items():
-                setattr(struct, name, norm.data_ptr())
+                size = self.head_dim if name in ("q_norm", "k_norm") else self.hidden_size
+                setattr(struct, name, native.pointer(norm, name, size))
             for name, linear in linears.items():
                 assert isinstance(linear, native.NativeLinear)
+                native.ensure((linear.out_features, linear.in_features) == shapes[name], f"{name} is of another size")
                 setattr(struct, name, linear.struct)
         sizes = len(self.linears), self.hidden_size, self.heads, self.kv_heads, self.head_dim, self.inner, self.eps
-        return native.Model(*sizes, self._layers, *(t.data_ptr() for t in (self.norm, *self.rotaries[0].tables)))
+        norm = native.pointer(self.norm, "the last norm", self.hidden_size)
+        return native.Model(*sizes, self._layers, norm, *self._table_pointers())
+
+    def _table_pointers(self) -> list[int]:
+        """Where cos and sin lie."""
+        tables = self.rotaries[0].tables
+        return [native.pointer(table, "a rotary table", len(tables[0]) * self.head_dim) for table in tables]
 
     def _native(self, cache: SlotCache, x: Tensor, shape: Sequence[Tensor], layers: Sequence[int]) -> Output:
         assert self._model is not None
+        _, starts, counts, depths, _ = shape
+        room = len(self.rotaries[0].tables[0])
+        if int(starts.max()) + int(depths.max()) >= room:  # padding may lie beyond, a node may not
+            real = torch.arange(depths.shape[1], **INTS) < counts[:, None]
+            last = ((starts[:, None] + depths) * real).max()
+            native.ensure(int(last) < room, f"position {int(last)} of {room}")
         wanted = [-1] * (len(self.linears) + 1)
         for i, layer in enumerate(layers):
             wanted[layer] = i * self.hidden_size
         if cache.addresses is None:
-            cache.addresses = native.addresses(self.slots_of(cache))
+            count = cache.rows * self.kv_heads * cache.slots * self.head_dim
+            cache.addresses = native.addresses(self.slots_of(cache), count)
         sizes = (self.heads + 2 * self.kv_heads) * self.head_dim, self.heads * self.head_dim, self.inner
         *work, features = (x.new_empty(len(x), size) for size in (*sizes, len(layers) * self.hidden_size))
         tensors = torch.tensor(wanted, **INTS), x, *work, features
@@ -314,6 +333,7 @@ class CompiledStep:
     def __init__(self, decoder: Decoder, embed: Any, head: Any, weights: list[Any], *, num_positions: int) -> None:
         decoder.reserve(num_positions)  # all at once: a table that grows is traced again
         self.decoder, self.embed, self.head, self.device = decoder, embed, head, decoder.norm.device
+        self._lock = new_lock()  # a replayed graph writes where the last one did
         linears = [linear for linears in decoder.linears for linear in linears.values()]
         weights += [decoder.norm, *self._tables(), *(norm for norms in decoder.norms for norm in norms.values())]
         _pin(weights + [tensor for linear in linears for tensor in (linear.weight, linear.bias)])
@@ -339,11 +359,13 @@ class CompiledStep:
             whole.append(own.new_zeros(cache.rows, *[padded(n)] * (own.ndim - 1)))
             inner: Any = [slice(n)] * (own.ndim - 1)
             whole[-1][(at, *inner)] = own
-        if self.device.type == "cuda":
-            torch.compiler.cudagraph_mark_step_begin()  # what the last replay gave is no longer needed
-        out, features = self._step([t.to(self.device) for t in whole], cache.addresses, tuple(layers))
-        at = at.to(self.device)  # indexing copies, and it has to: the next replay overwrites what a graph gave
-        return out[at, :n], None if features is None else features[at, :n]
+        at, inputs = at.to(self.device), [t.to(self.device) for t in whole]
+        with self._lock:
+            if self.device.type == "cuda":
+                torch.compiler.cudagraph_mark_step_begin()  # what the last replay gave is no longer needed
+            out, features = self._step(inputs, cache.addresses, tuple(layers))
+            # indexing copies, and it has to: the next replay overwrites what a graph gave
+            return out[at, :n], None if features is None else features[at, :n]
 
     def _tables(self) -> list[Tensor]:
         return [table for rotary in self.decoder.rotaries for table in rotary.tables]

@@ -4,7 +4,9 @@ Knows file formats and where files come from. Does not know how a model runs, no
 Whatever it builds lies in the cache folder, appears whole or not at all, and is read offline afterwards.
 """
 
+import atexit
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -12,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -88,10 +91,34 @@ def push(folder: Path, repo: str, *, what: str = "dflash", private: bool = False
 
 
 def cache_dir() -> Path:
-    """`$FLASHDRAFT_CACHE`, or `$XDG_CACHE_HOME/flashdraft`, or `~/.cache/flashdraft`; not created here."""
-    if chosen := os.environ.get("FLASHDRAFT_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flashdraft"
+    """`$FLASHDRAFT_CACHE`, or `$XDG_CACHE_HOME/flashdraft`, or `~/.cache/flashdraft`; not created here.
+
+    Where a user has no home, a folder that is gone with the process.
+    """
+    chosen, usual = os.environ.get("FLASHDRAFT_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    try:
+        folder = Path(chosen).expanduser() if chosen else Path(usual).expanduser() / "flashdraft"
+    except RuntimeError:  # this user has no home
+        folder = _folder_of_this_process()
+    return _fixed(folder)
+
+
+@functools.cache
+def _fixed(folder: Path) -> Path:
+    """What a relative path means when it is first seen: the process may go to another folder later."""
+    return folder.absolute()
+
+
+@functools.cache
+def _folder_of_this_process() -> Path:
+    folder, owner = tempfile.mkdtemp(prefix="flashdraft-"), os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == owner:  # not in a forked child
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
+    return Path(folder)
 
 
 def resolve(name: str, wanted: Sequence[str] = _WANTED) -> Path | GgufFile:

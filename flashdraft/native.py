@@ -9,6 +9,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -22,11 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashdraft.hub import cache_dir
-from flashdraft.process import FLOATS, num_threads
+from flashdraft.process import FLOATS, new_lock, num_threads
 
-__all__ = ["PANEL", "Layer", "Model", "NativeLinear", "addresses", "chain", "library", "step", "usable"]
+__all__ = ["PANEL", "Layer", "Model", "NativeLinear", "addresses", "chain", "ensure", "library", "pointer", "step", "usable"]
 
 Tensors = Sequence[Tensor]
+_BUILDING = new_lock()
+_COMPILING = 600.0  # seconds until a compiler counts as one that hangs
 PANEL = 32  # outputs that lie side by side, and inputs that share a scale
 _EXACT = ("q4", "q8", "bfloat16", "float32")  # the same numbers in ever more bytes
 # in csrc's order: bits of a number, inputs that go together, bits of each output's scales for 32 inputs
@@ -68,40 +71,73 @@ class _Chain(Structure):
 def library() -> Any | None:
     """The kernels, compiled at the first call on this machine, or as the wheel brought them where there is no compiler.
 
-    None if neither can be had, or with FLASHDRAFT_NATIVE=0.
+    Where the cache folder can neither be written nor run from, they are compiled for this process alone. None if they cannot be
+    had in any of these ways, or with FLASHDRAFT_NATIVE=0. What runs in the end is named wherever a kernel is.
     """
-    compiler, path = _compiler(), cache_dir() / f"step-{fingerprint()}.so"
     if os.environ.get("FLASHDRAFT_NATIVE") == "0":
         return None
+    with _BUILDING:  # of several threads one compiles
+        kept = _compiled(cache_dir())
+        if isinstance(kept, Path) and (found := _opened(kept)) is not None:
+            return found
+
+        brought = _FILES[0].with_name("step.so")  # setup.py built it for AVX2
+        can_run = platform.machine() not in ("x86_64", "AMD64") or torch.backends.cpu.get_cpu_capability() != "DEFAULT"
+        if can_run and (found := _opened(brought)) is not None:
+            return found
+        if kept is None:
+            return None
+
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as own:  # what is open stays when its file is gone
+            alone = _compiled(Path(own))
+            return _opened(alone) if isinstance(alone, Path) else None
+
+
+def _compiled(folder: Path) -> Path | OSError | None:
+    """Where the kernels lie in a folder, compiled if need be; the error where it cannot be written; None: no compiler works."""
+    path, compiler = folder / f"step-{fingerprint()}.so", _compiler()
+    if path.exists():
+        return path
+    if not compiler or shutil.which(compiler[0]) is None:
+        return None
+
+    sources = [str(source) for source in _FILES if source.suffix == ".cpp"]
+    how: Any = {"stdin": subprocess.DEVNULL, "capture_output": True, "timeout": _COMPILING}
     try:
-        if compiler is not None and not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-                built = Path(scratch, path.name)
-                sources = [str(path) for path in _FILES if path.suffix == ".cpp"]
-                subprocess.run([compiler, *_FLAGS, *sources, "-o", str(built)], check=True, capture_output=True)
-                os.replace(built, path)
-    except (OSError, subprocess.CalledProcessError):
-        pass  # what runs in the end is named wherever a kernel is
-    brought = _FILES[0].with_name("step.so")  # setup.py built it for AVX2
-    can_run = platform.machine() not in ("x86_64", "AMD64") or torch.backends.cpu.get_cpu_capability() != "DEFAULT"
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            built = Path(scratch, path.name)
+            try:
+                subprocess.run([*compiler, *_FLAGS, *sources, "-o", str(built)], check=True, **how)
+            except (OSError, subprocess.SubprocessError):
+                return None
+            os.replace(built, path)
+    except OSError as error:
+        return error
+    return path
+
+
+def _opened(path: Path) -> Any | None:
     try:
-        return ctypes.CDLL(str(path if path.exists() or not can_run else brought))
+        return ctypes.CDLL(str(path))
     except OSError:
         return None
 
 
-def _compiler() -> str | None:
-    return os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), None)
+def _compiler() -> list[str]:
+    """CXX, which may be several words, or what is usual; empty if there is nothing."""
+    if given := shlex.split(os.environ.get("CXX", "")):
+        return given
+    return list(filter(shutil.which, ("g++", "clang++", "c++")))[:1]
 
 
 @functools.cache
 def fingerprint() -> str:
     """Of the source, the compiler's call and the processor: a cache folder may be shared by unlike machines."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
     known = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}) or [platform.processor()]
-    call = " ".join((str(_compiler()), *_FLAGS, *known))
+    call = " ".join((" ".join(_compiler()) or "None", *_FLAGS, *known))
     return hashlib.sha256(b"".join(path.read_bytes() for path in _FILES) + call.encode()).hexdigest()[:16]
 
 
@@ -122,8 +158,10 @@ class NativeLinear:
         if held is None:
             raise ValueError(f"{kernel} does not hold this weight")
         self.format, self.nbytes = held, self.weight.nbytes + self.scale.nbytes
-        pointers = self.weight.data_ptr(), None if self.bias is None else self.bias.data_ptr(), self.scale.data_ptr()
-        self.struct = _Linear(list(_FORMATS).index(held), self.out_features, self.in_features, *pointers)
+        bias_at = None if self.bias is None else pointer(self.bias, "a bias", -(-self.out_features // PANEL) * PANEL)
+        pointers = pointer(self.weight, "a packed weight", len(self.weight), torch.uint8), bias_at
+        scale = pointer(self.scale, "scales", len(self.scale))
+        self.struct = _Linear(list(_FORMATS).index(held), self.out_features, self.in_features, *pointers, scale)
 
     def _pack(self, format: str, weight: Tensor) -> bool:
         """Whether the format holds the weight, which then lies in panels."""
@@ -134,18 +172,40 @@ class NativeLinear:
         number_bits = self.in_features * bits + self.in_features // PANEL * scales
         self.weight = torch.empty(panels * PANEL * number_bits // 8, dtype=torch.uint8, device="cpu")
         self.scale = torch.empty(panels * PANEL if format == "int8" else 0, **FLOATS)
-        source, *packed = (c_void_p(tensor.data_ptr()) for tensor in (weight, self.weight, self.scale))
+        source = c_void_p(pointer(weight, "a weight", self.out_features * self.in_features))
+        packed = c_void_p(pointer(self.weight, "a packed weight", len(self.weight), torch.uint8))
+        scale = c_void_p(pointer(self.scale, "scales", len(self.scale)))
         sizes = (c_int64(size) for size in (list(_FORMATS).index(format), *weight.shape))
         assert kernels is not None, "look at `usable` first"
-        return bool(kernels.flashdraft_pack(source, *sizes, *packed))
+        return bool(kernels.flashdraft_pack(source, *sizes, packed, scale))
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [rows, in] -> [rows, out]"""
         x, y = x.contiguous(), x.new_empty(len(x), self.out_features)
+        source = c_void_p(pointer(x, "a linear's input", len(x) * self.in_features))
+        result = c_void_p(pointer(y, "a linear's output", len(x) * self.out_features))
         kernels: Any = library()
-        pointers = ctypes.byref(self.struct), c_void_p(x.data_ptr()), c_int64(len(x)), c_void_p(y.data_ptr())
-        kernels.flashdraft_linear(*pointers, c_int64(num_threads()))
+        threads = c_int64(num_threads())
+        kernels.flashdraft_linear(ctypes.byref(self.struct), source, c_int64(len(x)), result, threads)
         return y
+
+
+def ensure(ok: bool, message: str) -> None:
+    """An assertion that `python -O` leaves in: what fails here would be read or written beyond a tensor's end."""
+    if not ok:
+        raise AssertionError(message)
+
+
+def pointer(tensor: Tensor, name: str, count: int, dtype: torch.dtype = torch.float32) -> int:
+    """Where a tensor lies, if it is what C++ takes it for: `count` numbers of this dtype, in one piece, in the CPU's memory.
+
+    No other line here hands an address to C++, which reads and writes unchecked.
+    """
+    if tensor.dtype == dtype and tensor.numel() == count and tensor.is_cpu and tensor.is_contiguous():
+        return tensor.data_ptr()
+
+    got = f"{list(tensor.shape)} of {tensor.dtype} on {tensor.device}{'' if tensor.is_contiguous() else ', in pieces'}"
+    raise AssertionError(f"{name} is {got}; the kernels read {count} numbers of {dtype} on the CPU")
 
 
 def usable(like: Tensor) -> bool:
@@ -153,9 +213,11 @@ def usable(like: Tensor) -> bool:
     return like.device.type == "cpu" and like.dtype == torch.float32 and library() is not None
 
 
-def addresses(kv: Sequence[tuple[Tensor, Tensor]]) -> list[Any]:
-    """Where every layer's keys lie, and its values."""
-    return [(c_void_p * len(kv))(*(tensor.data_ptr() for tensor in tensors)) for tensors in zip(*kv, strict=True)]
+def addresses(kv: Sequence[tuple[Tensor, Tensor]], count: int) -> list[Any]:
+    """Where every layer's keys lie, and its values, `count` numbers each."""
+    keys = [pointer(own, "a layer's keys", count) for own, _ in kv]
+    values = [pointer(own, "a layer's values", count) for _, own in kv]
+    return [(c_void_p * len(kv))(*keys), (c_void_p * len(kv))(*values)]
 
 
 def step(model: Model, slots: int, shape: Tensors, kv: Sequence[Any], tensors: Tensors, seconds: Tensor | None) -> None:
@@ -163,12 +225,25 @@ def step(model: Model, slots: int, shape: Tensors, kv: Sequence[Any], tensors: T
 
     kv: `addresses`; tensors: the wanted layers' places, x, which becomes the final state, three to work in, and the features.
     """
-    held, (_, x, *_, features) = [t.contiguous() for t in shape], tensors
-    sizes = *held[-2].shape, len(x), slots, features.shape[1], num_threads()
-    pointers: list[Any] = [*(t.data_ptr() for t in held), *map(ctypes.addressof, kv), *(t.data_ptr() for t in tensors)]
-    pointers += [None if seconds is None else seconds.data_ptr()]
+    row, start, size, depth, seen = (t.contiguous() for t in shape)
+    wanted, x, qkv, mixed, inner, features = tensors
+    (rows, nodes), n, threads = depth.shape, len(x), num_threads()
+    head_dim, heads, kv_heads = model.head_dim, model.heads, model.kv_heads
+    by_row = [pointer(each, name, rows, torch.int64) for name, each in (("row", row), ("start", start), ("size", size))]
+    by_node = pointer(depth, "depth", rows * nodes, torch.int64), pointer(seen, "seen", rows * nodes * nodes, torch.bool)
+    work = [
+        pointer(wanted, "wanted", model.layers + 1, torch.int64),
+        pointer(x, "x", n * model.hidden),
+        pointer(qkv, "qkv", n * (heads + 2 * kv_heads) * head_dim),
+        pointer(mixed, "mixed", n * heads * head_dim),
+        pointer(inner, "inner", n * model.inner),
+        pointer(features, "features", n * features.shape[1]),
+        None if seconds is None else pointer(seconds, "seconds", 3, torch.float64),
+    ]
+    sizes = rows, nodes, n, slots, features.shape[1], threads
+    given = _Step(*sizes, *by_row, *by_node, *map(ctypes.addressof, kv), *work)
     kernels: Any = library()
-    kernels.flashdraft_step(ctypes.byref(model), ctypes.byref(_Step(*sizes, *pointers)))
+    kernels.flashdraft_step(ctypes.byref(model), ctypes.byref(given))
 
 
 def chain(states: Tensor, anchors: Tensor, tables: Sequence[Tensor], ids: Tensor) -> Tensor:
@@ -177,8 +252,23 @@ def chain(states: Tensor, anchors: Tensor, tables: Sequence[Tensor], ids: Tensor
     states: [rows, nodes, hidden]; anchors: their embeddings [rows, hidden]; tables: lm_head's rows and embeddings of the draft
     ids [ids, hidden], gate_up [2 * rank, 2 * hidden] and down [hidden, rank].
     """
-    scores, held = states.new_empty(ids.shape), [t.contiguous() for t in (states, anchors, *tables, ids)]
-    sizes = *ids.shape, states.shape[2], tables[-1].shape[1], num_threads()
+    scores, threads = states.new_empty(ids.shape), num_threads()
+    states, anchors, ids = states.contiguous(), anchors.contiguous(), ids.contiguous()
+    head, embedding, gate_up, down = (table.contiguous() for table in tables)
+    (rows, nodes, likely), hidden, rank, count = ids.shape, states.shape[2], down.shape[1], len(head)
+    least, most = ids.aminmax()
+    ensure(0 <= int(least) <= int(most) < count, f"an id of {int(least)} or {int(most)} beside {count} rows of the head")
+    pointers = [
+        pointer(states, "states", rows * nodes * hidden),
+        pointer(anchors, "anchors", rows * hidden),
+        pointer(head, "head", count * hidden),
+        pointer(embedding, "embedding", count * hidden),
+        pointer(gate_up, "gate_up", 4 * rank * hidden),
+        pointer(down, "down", hidden * rank),
+        pointer(ids, "ids", rows * nodes * likely, torch.int64),
+        pointer(scores, "scores", rows * nodes * likely),
+    ]
+    given = _Chain(rows, nodes, likely, hidden, rank, threads, *pointers)
     kernels: Any = library()
-    kernels.flashdraft_chain(ctypes.byref(_Chain(*sizes, *(tensor.data_ptr() for tensor in (*held, scores)))))
+    kernels.flashdraft_chain(ctypes.byref(given))
     return scores

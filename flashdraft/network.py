@@ -47,6 +47,7 @@ class DraftNetwork(nn.Module):
 
     @classmethod
     @undisturbed
+    @torch.random.fork_rng(devices=[])  # new weights are drawn, and then replaced
     def from_pretrained(cls, name: str | Path) -> Self:
         """A drafter's folder or hub id, in float32. Raises CheckpointError or ModelNotFound."""
         files = hub.resolve(str(name))

@@ -99,7 +99,9 @@ def read_tokenizer(source: Source) -> Any:
         _check_vocabulary(source)
     try:
         with without_bars():
-            return AutoTokenizer.from_pretrained(source.folder, **source.options)
+            tokenizer = AutoTokenizer.from_pretrained(source.folder, **source.options)
+            tokenizer.encode("", add_special_tokens=False)  # takes a file's truncation away now: threads may not do it at once
+            return tokenizer
     except Exception as error:  # transformers and its readers raise what they like
         raise _explained(error, source, "the tokenizer of ") from None
 

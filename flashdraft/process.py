@@ -6,36 +6,40 @@ the default device, inference mode) is switched off by `undisturbed` where our w
 its own, and no lock of a thread that is gone.
 """
 
+import atexit
 import ctypes
 import functools
 import os
-import sys
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 from weakref import WeakSet
 
 import torch
 
-__all__ = ["BOOLS", "FLOATS", "INTS", "alone", "is_terminal", "new_lock", "num_threads", "serial", "undisturbed"]
+__all__ = ["BOOLS", "FLOATS", "INTS", "is_terminal", "new_lock", "num_threads", "serial", "threads_set", "undisturbed"]
 
 INTS: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}  # ids, positions, counts
 FLOATS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 BOOLS: dict[str, Any] = {"dtype": torch.bool, "device": "cpu"}
 
 _AUTOCAST = ("cpu", "cuda", "mps", "xpu")  # devices whose operations a caller may have cast
+_LAST_PASS = 10.0  # seconds that a process waits at its end for what daemon threads have begun
 _locks: WeakSet[Any] = WeakSet()
+_working: set[int] = set()  # threads that are inside of what is `undisturbed`
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 class _Team:
-    """Whether passes have run in this process, and whether it was forked from one where they had."""
+    """Whether passes have run in this process, whether it was forked from one where they had, and whether it is at its end."""
 
     used = False
     gone = False
+    ended = False
 
 
 def undisturbed(function: Callable[P, R]) -> Callable[P, R]:
@@ -43,9 +47,22 @@ def undisturbed(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        me = threading.get_ident()
+        if me in _working:  # inside another one
+            return run(*args, **kwargs)
+
+        if _Team.ended and threading.current_thread() is not threading.main_thread():
+            threading.Event().wait()  # for the process's end, which would break a daemon's pass off in the middle of C++
+        _working.add(me)
+        try:
+            return run(*args, **kwargs)
+        finally:
+            _working.discard(me)
+
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
         _Team.used = True
         if _Team.gone and torch.get_num_threads() > 1:
-            torch.set_num_threads(1)  # torch's own team did not come along either
+            torch.set_num_threads(1)  # torch would wait for a team that did not come along
         if not (torch._C._is_any_autocast_enabled() or torch._C._len_torch_function_stack() or torch.is_inference_mode_enabled()):
             return function(*args, **kwargs)
 
@@ -113,6 +130,17 @@ def serial(wanted: Callable[[Any], bool]) -> Callable[[Callable[P, R]], Callable
     return around
 
 
+@contextmanager
+def threads_set(count: int | None) -> Iterator[None]:
+    """Torch has so many threads, None: as many as it has, and its own number back behind it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def new_lock() -> Any:
     """A lock that its own thread may take again, and that is free in a forked child."""
     lock = threading.RLock()
@@ -120,21 +148,26 @@ def new_lock() -> Any:
     return lock
 
 
-def alone() -> bool:
-    """Whether this process was forked from one whose passes had teams of threads: they are gone, and are not to be waited for."""
-    return _Team.gone
-
-
 def is_terminal(stream: Any) -> bool:
     """Whether somebody looks at it; a standard stream may be None or closed."""
     return stream is not None and not stream.closed and bool(stream.isatty())
 
 
+def _at_end() -> None:
+    """Only daemons are left: no new pass begins, and those that have begun may end."""
+    _Team.ended = True
+    until = time.monotonic() + _LAST_PASS
+    while _working - {threading.get_ident()} and time.monotonic() < until:
+        time.sleep(0.005)
+
+
 def _in_child() -> None:
+    _working.intersection_update({threading.get_ident()})
     _Team.gone = _Team.used
     for lock in _locks:
         lock._at_fork_reinit()
 
 
-if sys.platform != "win32":
+atexit.register(_at_end)
+if hasattr(os, "register_at_fork"):  # there is no fork on Windows
     os.register_at_fork(after_in_child=_in_child)

@@ -23,7 +23,8 @@ __all__ = ["named_target", "provenance", "target_facts"]
 def provenance() -> dict[str, Any]:
     """A JSON object for run.json and the header of results."""
     versions = {"flashdraft": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    program, *arguments = sys.argv or [""]
+    command = " ".join([Path(program).name, *arguments])
     facts = {"command": command, "commit": _commit(), "time": datetime.now(UTC).isoformat(timespec="seconds")}
     versions |= {"python": platform.python_version()}
     return facts | {"versions": versions, "device": _device(), "threads": torch.get_num_threads()}
@@ -48,7 +49,11 @@ def _device() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     facts = Path("/proc/cpuinfo")
-    name = re.search(r"^model name\s*: (.*)", facts.read_text(), re.MULTILINE) if os.access(facts, os.R_OK) else None
+    name = (
+        re.search(r"^model name\s*: (.*)", facts.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+        if os.access(facts, os.R_OK)
+        else None
+    )
     return f"{name[1] if name else platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
@@ -56,6 +61,7 @@ def _commit() -> str | None:
     """The commit of the source tree that this package runs from, or None outside one."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+        how: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "encoding": "utf-8", "errors": "replace"}
+        return subprocess.run(command, check=False, **how).stdout.strip() or None
     except OSError:
         return None

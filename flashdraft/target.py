@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from flashdraft.cache import SlotCache
 from flashdraft.errors import UnsupportedTarget
 from flashdraft.layers import scaled_length
-from flashdraft.process import INTS, undisturbed
+from flashdraft.process import INTS, new_lock, undisturbed
 from flashdraft.tree import ancestors, chain, depths
 
 __all__ = ["HFTarget", "Target", "context_of"]
@@ -135,6 +135,7 @@ class HFTarget(Target):
             )
         self.context_length = context_of(self.config)
         self.nbytes = sum(p.numel() * p.element_size() for p in model.parameters())
+        self._lock = new_lock()
         self._decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.model
         check_family(self)
 
@@ -170,7 +171,7 @@ class HFTarget(Target):
         inputs |= {"attention_mask": self._masks(seen.to(device), positions, held)}
         captured = dict[int, Tensor]()
         blocks = self._decoder.layers if hasattr(self._decoder, "layers") else self._decoder.h  # h in gpt2 and its like
-        with ExitStack() as hooks:  # a hook's handle takes it away again
+        with self._lock, ExitStack() as hooks:  # a hook's handle takes it away again; it would see other threads' passes
             for i in {*layers} - {self.num_layers}:
                 hooks.enter_context(blocks[i].register_forward_hook(partial(_capture, captured, i)))
             output = self._decoder(**inputs, past_key_values=_CacheView(cache, slots, num_slots), use_cache=True)

@@ -21,7 +21,7 @@ from flashdraft.checkpoint import check_target
 from flashdraft.errors import ContextLengthError, DraftMismatch, UnsupportedTarget
 from flashdraft.generate import load_target
 from flashdraft.methods.dflash import DFlashDraftModel
-from flashdraft.process import INTS
+from flashdraft.process import INTS, threads_set
 from flashdraft.target import HFTarget
 from flashdraft.types import SamplingParams
 
@@ -102,17 +102,15 @@ class Transformers:
         options = (sampled if params.temperature > 0 else {"do_sample": False}) | self.ends | how
         clock: list[tuple[float, int]] = []  # when the prompt and every pass's tokens were there, and how many they are
         noted = SimpleNamespace(put=lambda tokens: clock.append((time.perf_counter(), tokens.numel())), end=lambda: None)
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.threads or before)
-        torch.manual_seed(params.seed)
-        started = time.perf_counter()
-        ids = torch.tensor([prompt], **INTS)
-        options |= {"attention_mask": torch.ones_like(ids), "max_new_tokens": params.max_new_tokens, "streamer": noted}
-        output = self.model.generate(ids, **options)
-        tokens = tuple(output[0, len(prompt) :].tolist())
-        self.tokenizer.decode(tokens, skip_special_tokens=True)
-        ended = time.perf_counter()
-        torch.set_num_threads(before)
+        with threads_set(self.threads), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(params.seed)
+            started = time.perf_counter()
+            ids = torch.tensor([prompt], **INTS)
+            options |= {"attention_mask": torch.ones_like(ids), "max_new_tokens": params.max_new_tokens, "streamer": noted}
+            output = self.model.generate(ids, **options)
+            tokens = tuple(output[0, len(prompt) :].tolist())
+            self.tokenizer.decode(tokens, skip_special_tokens=True)
+            ended = time.perf_counter()
         return Answer(tokens, ended - started, ended - clock[1][0], tuple(count for _, count in clock[2:]))
 
 

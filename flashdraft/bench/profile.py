@@ -21,7 +21,7 @@ from flashdraft.errors import InvalidParameter, UnsupportedTarget
 from flashdraft.generate import MOST_NODES, Model, drafters, load
 from flashdraft.lean import LeanTarget
 from flashdraft.methods.autoregressive import Autoregressive
-from flashdraft.process import FLOATS, INTS
+from flashdraft.process import FLOATS, INTS, undisturbed
 from flashdraft.train.batch import FlopCount
 from flashdraft.train.initialise import draft_config, random_weights
 from flashdraft.types import COUNTS, Allowed, SamplingParams, check_option
@@ -99,6 +99,7 @@ def profile_training(trainer: Any, steps: int) -> list[list[str]]:
     return [*rows, [f"{rate:.0%} of the float32 matmul rate", "", ""], [f"{flops.total / 1e12:.4f} TFLOP a step", "", ""]]
 
 
+@undisturbed
 def calibrate(weights: str) -> tuple[Device, Device]:
     """What runs a target with weights of that format, and drafts in 8 bits; takes seconds. Raises UnsupportedTarget."""
     if not native.usable(torch.zeros(1, **FLOATS)):
@@ -106,7 +107,9 @@ def calibrate(weights: str) -> tuple[Device, Device]:
     large = native.NativeLinear(torch.zeros(1 << 15, 1024, **FLOATS), kernel="float32")  # 128 MiB: beyond the caches
     bandwidth = large.nbytes / min(timeit.repeat(partial(large, torch.ones(1, 1024, **FLOATS)), number=1, repeat=8))
     sizes = LlamaConfig(hidden_size=64, intermediate_size=64, vocab_size=64, num_hidden_layers=8, num_attention_heads=4)
-    target = LeanTarget(LlamaForCausalLM(sizes).eval(), "tiny", kernel="float32")
+    with torch.random.fork_rng(devices=[]):
+        tiny = LlamaForCausalLM(sizes).float().eval()
+    target = LeanTarget(tiny, "tiny", kernel="float32")
     make = random_weights(draft_config(target, num_layers=8, mask_token_id=0), 0).drafters(target)  # as deep: as dear
     tokenizer, steps = SimpleNamespace(decode=lambda ids, **_: "a" * len(ids)), []
     for drafter in (Autoregressive, make):

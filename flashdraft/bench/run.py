@@ -7,7 +7,6 @@ setting, so that a machine's drift hits both.
 
 import hashlib
 import json
-import resource
 import runpy
 import sys
 import time
@@ -39,8 +38,14 @@ from flashdraft.files import locked, output_file, say
 from flashdraft.generate import DTYPES, KERNELS, MOST_NODES, Model, Prompt, drafters, load_target
 from flashdraft.methods import open_network
 from flashdraft.methods.autoregressive import Autoregressive
+from flashdraft.process import threads_set
 from flashdraft.provenance import provenance
 from flashdraft.types import HIGHEST, SamplingParams, check_options, option, require
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 __all__ = ["METHODS", "Answer", "BenchConfig", "acceptance", "run_bench", "run_peers"]
 
@@ -154,7 +159,11 @@ def run_bench(config: BenchConfig, *, quiet: bool = False) -> int:
     if config.out.is_file() and config.out.stat().st_size:
         raise InvalidParameter(f"`{config.out}` exists", hint="name another file; results are not overwritten")
     out = output_file(config.out, inputs=[config.prompts])
-    torch.set_num_threads(next(iter(config.threads), torch.get_num_threads()))
+    with threads_set(next(iter(config.threads), None)):
+        return _measured(config, prompts, out, quiet)
+
+
+def _measured(config: BenchConfig, prompts: list[BenchPrompt], out: Path, quiet: bool) -> int:
     methods, model, facts = _load(config)
     for prompt in prompts:
         for turn in range(len(prompt.turns[: config.turns])):  # its answers as long as they may become
@@ -323,12 +332,20 @@ def _figures(answer: Answer, plain: Answer | None) -> dict[str, Any]:
     figures |= {"accepted_lengths": steps, "acceptance": acceptance(steps), "target_passes": len(steps)}
     figures |= {"time_to_first_token": (seconds - decode_seconds) / answer.figures["turns"], "tokens_per_second": count / seconds}
     figures["decode_tokens_per_second"] = sum(steps) / decode_seconds if steps and decode_seconds else None
-    figures["peak_memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    figures["peak_memory"] = _peak_memory()
     parts = {part: spent for part, spent in answer.figures.get("parts", {}).items() if part != "prefill"}
     figures["shares"] = {part: spent / sum(parts.values()) for part, spent in parts.items()}
     pairs = enumerate(zip_longest(answer.tokens, plain.tokens if plain else answer.tokens))
     different = next((i for i, (a, b) in pairs if a != b), None)
     return figures | {"identical": None if plain is None else different is None, "first_difference": different}
+
+
+def _peak_memory() -> int | None:
+    """Bytes; None where the system does not tell."""
+    if resource is None:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * unit
 
 
 def _load(config: BenchConfig) -> tuple[dict[str, Method], Model, dict[str, Any]]:

@@ -174,19 +174,21 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """What `save_checkpoint` was given."""
-    state: dict[str, Any] = json.loads((path / "state.json").read_text())
+    state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
     return {name.removesuffix(".safetensors"): load_file(path / name) for name in state["files"]}, state
 
 
 def _is_whole(path: Path) -> bool:
     try:
-        sizes = parse_json((path / "state.json").read_text())["files"]
+        sizes = parse_json((path / "state.json").read_text(encoding="utf-8"))["files"]
         return all((path / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, KeyError):
         return False
 
 
 def _sync(folder: Path) -> None:
+    if os.name == "nt":  # a folder cannot be opened there
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -89,7 +89,7 @@ class ShardWriter(Reader):
 
     def __init__(self, model: Model, out: Path, *, layers: Layers, max_length: int, final: bool = False) -> None:
         super().__init__(model, layers, max_length, final)
-        self.out = out = output_folder(out)
+        self.out = out = output_folder(out).absolute()  # the caller may go elsewhere
         facts = target_facts(model)
         held = _check_folder(out, facts)
         kind: dict[str, Any] = {"layers": list(layers), "hidden_size": self.hidden_size, "max_length": max_length, "final": final}
@@ -232,7 +232,7 @@ def _sha256(path: Path) -> str:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     try:
-        manifest: dict[str, Any] = parse_json(path.read_text())
+        manifest: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
         if missing := {"target", "layers", "hidden_size", "max_length", "shards", "unused"} - set(manifest):
             raise ValueError(f"it lacks {min(missing)}")
         return manifest
@@ -296,7 +296,7 @@ class FeatureSet:
 
     def __init__(self, folder: Path) -> None:
         manifest = _read_manifest(folder)
-        self.folder, self.name, self.target = folder, str(folder), str(manifest["target"])
+        self.folder, self.name, self.target = folder.absolute(), str(folder), str(manifest["target"])
         self._made_by = _made_by(manifest)
         self.layers = self.stored = tuple(manifest["layers"])
         self.hidden_size, self.final = int(manifest["hidden_size"]), bool(manifest.get("final", False))

@@ -86,6 +86,7 @@ def layers_read(num_target_layers: int, method: str, num_features: int) -> tuple
 
 
 @undisturbed
+@torch.random.fork_rng(devices=[])  # what modules draw for themselves is drawn again, by `seed`
 def random_weights(config: DraftConfig, seed: int) -> DraftNetwork:
     """Of the config's method: matrices from N(0, 0.02), norms at one; Medusa's heads at zero, as in its paper."""
     model, generator = NETWORKS[config.method](config), torch.Generator("cpu").manual_seed(seed)

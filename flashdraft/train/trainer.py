@@ -9,6 +9,7 @@ import json
 import math
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
 from rich.progress import Progress
 from safetensors.torch import load_file
 from torch import Tensor
@@ -28,12 +29,12 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from flashdraft.bench.tasks import named
 from flashdraft.engine import check
-from flashdraft.errors import DataError, FlashDraftError, InvalidParameter
+from flashdraft.errors import DataError, FlashDraftError, InvalidParameter, first_line
 from flashdraft.files import check_facts, locked, say, write_file, write_tensors
 from flashdraft.generate import Model, Prompt
 from flashdraft.methods.dflash import DFlashDraftModel
 from flashdraft.network import DraftNetwork
-from flashdraft.process import FLOATS, INTS
+from flashdraft.process import FLOATS, INTS, undisturbed
 from flashdraft.provenance import provenance, target_facts
 from flashdraft.train.batch import Batch, FlopCount, Pass, make_batch, why_no_anchor
 from flashdraft.train.config import (
@@ -55,6 +56,7 @@ __all__ = ["Trainer", "process_device"]
 _MEASURED = SamplingParams(max_new_tokens=128)  # the texts on which tau is measured
 _WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
 _COUNTED = 50  # steps between two whose FLOPs are counted
+_NOT_OURS = tuple(f"ACCELERATE_USE_{name}" for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"))
 _FREE = ("steps", "eval_every", "save_every", "tracker")  # what may change when a run goes on
 Head = tuple[str, int] | None  # kind and rank of a sequential head to add
 
@@ -62,8 +64,9 @@ Head = tuple[str, int] | None  # kind and rank of a sequential head to add
 class Trainer:
     """One run in one folder: `checkpoints/`, `best/` (a drafter's folder), metrics.jsonl, tensorboard/, run.json."""
 
+    @undisturbed
     def __init__(self, model: DraftNetwork, lm: Model, data: Data, out: Path, config: TrainConfig, *, head: Head = None) -> None:
-        self.model, self.lm, self.data, self.out, self.config = model, lm, data, out, config
+        self.model, self.lm, self.data, self.out, self.config = model, lm, data, out.absolute(), config
         self.target = lm.target
         self.origin = provenance() | {"config": asdict(config)}
         self.begun = check_run_folder(out)  # run.json of the run that goes on
@@ -73,8 +76,9 @@ class Trainer:
         self.flops, self.flops_a_step = 0.0, 0.0  # of all steps, forward and backward; of the last step that was counted
         self.taus: list[tuple[int, float]] = []  # step and tau of every measurement
         native = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.cpu._is_avx512_bf16_supported()
-        self.bf16 = config.precision == "bf16" or (config.precision == "auto" and native)
-        self.acc = Accelerator(log_with=sorted({"tensorboard", config.tracker}), project_dir=out)
+        launched = _launched_precision(config)
+        self.bf16 = "bf16" in (config.precision, launched) or (config.precision == "auto" and native)
+        self.acc = _accelerator(config, out)
         self.coverage: float | None = None  # share of the answers' tokens that the draft vocabulary has
         self.vocabulary: Tensor | None = None  # where it is new
         vocabulary = self._draft_vocabulary()
@@ -151,6 +155,8 @@ class Trainer:
         self.acc.end_training()
         return self.best
 
+    @undisturbed
+    @torch.enable_grad()
     def train_step(self) -> dict[str, Any]:
         """One optimizer step. Raises FlashDraftError naming step and samples where loss or gradient is not finite."""
         c = self.config
@@ -192,7 +198,8 @@ class Trainer:
 
     def measure(self, weights: dict[str, Tensor], prompts: Sequence[Prompt]) -> dict[str, Any]:
         """tau of the drafter with these weights, on held-out prompts; the best one is kept as a drafter's folder."""
-        model = type(self.model)(self.model.config)
+        with torch.random.fork_rng(devices=[]):
+            model = type(self.model)(self.model.config)
         model.load_state_dict(weights)
         model.extras = self.model.extras
         drafting = replace(self.lm, new_drafter=model.eval().drafters(self.target))
@@ -225,7 +232,7 @@ class Trainer:
         if not log.exists():
             return
         kept = []
-        for line in log.read_text().splitlines(keepends=True):
+        for line in log.read_text(encoding="utf-8").splitlines(keepends=True):
             if line.endswith("\n") and json.loads(line)["step"] <= self.step:  # a kill may cut the last one off
                 kept.append(line)
         write_file(log, "".join(kept).encode())
@@ -366,7 +373,7 @@ class Trainer:
 
     def _log(self, figures: dict[str, Any]) -> None:
         if self.acc.is_main_process:
-            with (self.out / "metrics.jsonl").open("a") as file:
+            with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(figures) + "\n")
         scalars = {name: value for name, value in figures.items() if isinstance(value, float)}
         scalars |= {f"accuracy/{k}": value for k, value in enumerate(figures["accuracy"], 1) if value is not None}
@@ -380,7 +387,10 @@ class Trainer:
 
     @contextmanager
     def _stoppable(self) -> Iterator[None]:
-        """SIGTERM and SIGINT let the step end."""
+        """SIGTERM and SIGINT let the step end; in another thread than the main one they are not ours to handle."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
 
         def stop(number: int, _frame: Any) -> None:
             self.stopped = number
@@ -390,7 +400,39 @@ class Trainer:
             yield
         finally:
             for number, handler in old.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not one of Python's
+
+
+def _launched_precision(config: TrainConfig) -> str:
+    """What `accelerate launch` asks for. Raises InvalidParameter where that is not what this run does."""
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "").strip().lower() or "no"
+    able = {"auto": ("no", "bf16"), "bf16": ("no", "bf16"), "fp32": ("no",)}[config.precision]
+    if asked not in able:
+        got = f"ACCELERATE_MIXED_PRECISION is {asked}, but precision is {config.precision}"
+        raise InvalidParameter(got, hint="launch with --mixed_precision no: the run's own --precision, bf16 or fp32, decides")
+    return asked
+
+
+def _accelerator(config: TrainConfig, out: Path) -> Accelerator:
+    """Processes and devices are accelerate's; precision and accumulation are the run's own, whatever the environment says."""
+    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "").strip() or "1"
+    if steps not in ("1", str(config.accumulate)):
+        got = f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS is {steps}, but accumulate is {config.accumulate}"
+        raise InvalidParameter(got, hint=f"unset it, and give --accumulate {steps} if that is meant")
+    if (backend := os.environ.get("ACCELERATE_DYNAMO_BACKEND", "").strip()).lower() not in ("", "no"):
+        got = f"ACCELERATE_DYNAMO_BACKEND is {backend}, but training is not compiled here"
+        raise InvalidParameter(got, hint="launch with --dynamo_backend no")
+    for name in _NOT_OURS:
+        if parse_flag_from_env(name):
+            raise InvalidParameter(f"{name} is set, but training runs on one device, DDP or FSDP", hint="see recipes/accelerate")
+
+    own = GradientAccumulationPlugin(num_steps=1)
+    trackers = sorted({"tensorboard", config.tracker})
+    try:
+        return Accelerator(mixed_precision="no", gradient_accumulation_plugin=own, log_with=trackers, project_dir=out)
+    except ValueError as error:  # the process has an Accelerator of another kind
+        hint = "train in a process of its own, as `flashdraft train` does"
+        raise FlashDraftError(f"accelerate cannot be set up: {first_line(error)}", hint=hint) from None
 
 
 def process_device() -> torch.device:
