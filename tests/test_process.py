@@ -492,12 +492,13 @@ def test_a_step_refuses_what_its_cache_or_its_tables_do_not_hold(folder: Path) -
 
     assert step(target.new_cache(1, 64))[0].shape == (1, 2, SHAPE["vocab_size"])
     cases: list[tuple[Any, str]] = []
-    full, beyond, narrow = (target.new_cache(1, 64) for _ in range(3))
+    full, narrow = target.new_cache(1, 64), target.new_cache(1, 64)
     full.lengths[0] = 63
     cases.append((lambda: step(full), "too few slots"))
-    beyond.reserve(512)
-    beyond.lengths[0] = 255
-    cases.append((lambda: step(beyond), "position 256 of 256"))
+    decoder: Any = target.decoder  # type: ignore[attr-defined]
+    shape = torch.ones(1, 2, 2, dtype=torch.bool), torch.tensor([[0, 9999]]), one
+    beyond = target.embed(torch.tensor([[5, 6]]))
+    cases.append((lambda: decoder(target.new_cache(1, 64), (0,), beyond, shape, ()), "position 9999 of"))
     cases.append((lambda: step(target.new_cache(1, 64), slots=(1,)), "no such row|range"))
     cases.append((lambda: step(target.new_cache(1, 64), sizes=torch.tensor([3])), "more nodes"))
     narrow.keys[:] = [torch.zeros(1, 2, 1, 8, 64) for _ in narrow.keys]
