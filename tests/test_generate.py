@@ -241,6 +241,7 @@ def test_text_is_the_plain_text_with_every_drafter(
 
 
 def test_joined_chunks_are_the_result(model: Model) -> None:
+    model = replace(model, adaptive=False)  # how much is drafted must not depend on what steps take
     chunks = list(model.stream(PROMPTS, PARAMS))
     for index, expected in enumerate(model.generate(PROMPTS, PARAMS)):
         own = [chunk for chunk in chunks if chunk.index == index]

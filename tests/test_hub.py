@@ -585,7 +585,8 @@ def test_smollm2_ties_its_weights_and_writes_its_known_answer(smollm2: Path) -> 
     ],
 )
 def test_a_name_of_nothing_is_one_line_and_a_hint(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()  # `..` holds nothing that could be meant
+    monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(hub, "_from_hub", lambda name: pytest.fail("asked the hub"))
     with pytest.raises(ModelNotFound) as caught:
         hub.resolve(name)

@@ -99,6 +99,7 @@ class Trainer:
         self.loss = Loss(model, self.target, vocabulary, config, self.acc.device)
         self.average = {n: p.detach().clone() for n, p in model.named_parameters()} if config.ema else {}
         self.seconds: dict[str, float] = {}  # by part of a step, of all steps of this process
+        self._orders: dict[int, Tensor] = {}  # of the samples, by epoch
         self._resume()
 
     def run(self, prompts: Sequence[Prompt], *, quiet: bool = False) -> float:
@@ -305,9 +306,12 @@ class Trainer:
     def _place(self, number: int) -> int:
         """Which sample of the set has this global number."""
         epoch, at = divmod(number, len(self.data))
-        generator = torch.Generator("cpu").manual_seed((self.config.seed * 7919 + epoch) % 2**64)
-        order = torch.randperm(len(self.data), generator=generator, **INTS)
-        return int(order[at])
+        if epoch not in self._orders:
+            generator = torch.Generator("cpu").manual_seed((self.config.seed * 7919 + epoch) % 2**64)
+            order = torch.randperm(len(self.data), generator=generator, **INTS)
+            self._orders = {key: kept for key, kept in self._orders.items() if key == epoch - 1}
+            self._orders[epoch] = order
+        return int(self._orders[epoch][at])
 
     def _draft_vocabulary(self) -> Tensor:
         """The tokens that are drafted: the answers' commonest ones when the run began."""
