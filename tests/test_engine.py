@@ -805,13 +805,11 @@ def test_a_text_may_fill_the_context_to_its_last_position(target: Callable[[], T
     assert [len(tokens) for tokens in texts[0]] == [NEW, 40]
 
 
-def test_a_draft_with_fewer_positions_than_its_target_falls_back_to_plain_decoding() -> None:
+def test_a_draft_with_fewer_positions_than_its_target_drafts_on_and_the_texts_stay() -> None:
     drafter = Recording(tiny_drafter(made("llama"), block_size=4, max_position_embeddings=16))
     results = run(Engine(made("llama"), drafter, max_rows=3), requests_of(PROMPTS, (GREEDY,) * 3))
     assert [result.tokens for result in results] == [plain("llama", prompt) for prompt in PROMPTS]
-    assert results[0].stats.num_drafted > 0
-    assert results[2].stats.num_drafted == 0  # its prompt alone has more
-    assert results[2].stats.tau == 1
+    assert all(result.stats.num_drafted > 0 for result in results)  # the last prompt alone has more positions
 
 
 def test_a_faulty_proposal_is_an_error_and_not_a_text() -> None:

@@ -68,7 +68,7 @@ class DraftModelDrafter(Drafter):
                 self._read[slot] += fresh
 
     @undisturbed
-    @serial(lambda self: self.network.blocked_keys)
+    @serial(lambda self: self.cache.blocked)
     @torch.inference_mode()
     def propose(self, rows: Rows, max_nodes: int) -> Proposal:
         """One pass over all rows per drafted token. A row beyond the network's positions gets its anchor alone.
