@@ -36,14 +36,15 @@ _FIXED = {  # by method: what its config.json always says
     "draft_model": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": True},
 }
 OPTIONAL = ("embed_tokens.weight", "lm_head.weight", "d2t", "t2d")  # tensors that a file may hold
-_OPTIONAL: Any = {"rms_norm_eps": float, "max_position_embeddings": int, "attention_bias": bool, "draft_vocab_size": int}
 _KINDS = ("full_attention", "sliding_attention")
 _QWEN3 = {
     "num_key_value_heads": 32,
     "head_dim": 128,
     "max_position_embeddings": 32768,
 }  # what Qwen3Config takes where it is not told
-_ROPE_NUMBERS = (
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+_ROPE_POSITIVE = {"rope_theta", "factor", "original_max_position_embeddings"}
+_ROPE_NUMBERS = {
     "rope_theta",
     "factor",
     "original_max_position_embeddings",
@@ -54,7 +55,7 @@ _ROPE_NUMBERS = (
     "high_freq_factor",
     "mscale",
     "mscale_all_dim",
-)
+}
 _USUAL = {"block_size": 6, "mask_token_id": 0, "num_target_layers": 0}  # of EAGLE-3 folders, which do not say
 _TITLES = {"dflash": "DFlash", "eagle3": "EAGLE-3", "medusa": "Medusa", "draft_model": "draft_model"}
 
@@ -111,13 +112,15 @@ class DraftConfig:
             given |= _scales(config, method, where)
             return cls(
                 **given,
-                dtype=str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"),
+                dtype=_dtype(config),
                 sequential_head=own.get("sequential_head"),
-                head_rank=int(own.get("head_rank", 64)),
+                head_rank=_count("head_rank", own.get("head_rank", 64)),
                 method=method,
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            hint = "a drafter's config.json has block_size and dflash_config with mask_token_id and target_layer_ids"
+            hint = "mend its config.json, or fetch it again"
+            if isinstance(error, KeyError):
+                hint = "a drafter's config.json has block_size and dflash_config with mask_token_id and target_layer_ids"
             got = f"`{where}` is not a {_TITLES.get(method, method)} drafter: its config lacks or garbles {error}"
             raise CheckpointError(got, hint=hint) from None
 
@@ -235,20 +238,57 @@ def _flag(config: Mapping[str, Any], name: str) -> bool | None:
 
 
 def _number(name: str, value: Any) -> float:
-    number = float(value)
+    """A number that may be written as text. Raises ValueError naming the key for what is none, or is not finite."""
+    wrong = ValueError(f"{name!r}: {value!r}")
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise wrong from None
     if isinstance(value, bool) or not math.isfinite(number):
-        raise ValueError(f"{name!r}: {value!r}")
+        raise wrong
     return number
+
+
+def _count(name: str, value: Any, least: int = 1) -> int:
+    """A whole number from `least` on."""
+    number = _number(name, value)
+    if number != int(number) or number < least:
+        raise ValueError(f"{name!r}: {value!r}")
+    return int(number)
+
+
+def _layer_ids(value: Any) -> tuple[int, ...]:
+    """-1 stands for the embeddings, which are refused by name where they are read."""
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"'target_layer_ids': {value!r}")
+    return tuple(_count("target_layer_ids", layer, least=-1) for layer in value)
+
+
+def _dtype(config: Mapping[str, Any]) -> str:
+    """In which its weights are written again."""
+    told = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    name = str(told).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise ValueError(f"'dtype': {told!r}")
+    return name
 
 
 def _sizes(config: Mapping[str, Any], method: str) -> dict[str, Any]:
     """Widths, heads and the like; what is absent has the default of the class that the folder is of."""
-    sizes: dict[str, Any] = {name: int(config[name]) for name in _SIZES}
-    sizes |= {name: kind(config[name]) for name, kind in _OPTIONAL.items() if config.get(name) is not None}
+    sizes: dict[str, Any] = {name: _count(name, config[name]) for name in _SIZES}
+    for name in ("max_position_embeddings", "draft_vocab_size"):
+        if config.get(name) is not None:
+            sizes[name] = _count(name, config[name])
+    if config.get("rms_norm_eps") is not None:
+        sizes["rms_norm_eps"] = _number("rms_norm_eps", config["rms_norm_eps"])
+        if sizes["rms_norm_eps"] < 0:
+            raise ValueError(f"'rms_norm_eps': {config['rms_norm_eps']!r}")
+    sizes["attention_bias"] = bool(_flag(config, "attention_bias"))
     heads, hidden = sizes["num_attention_heads"], sizes["hidden_size"]
     defaults = _QWEN3 if method == "dflash" else {}
-    sizes["num_key_value_heads"] = int(config.get("num_key_value_heads", defaults.get("num_key_value_heads")) or heads)
-    sizes["head_dim"] = int(config.get("head_dim", defaults.get("head_dim")) or hidden // heads)
+    groups = config.get("num_key_value_heads", defaults.get("num_key_value_heads"))
+    sizes["num_key_value_heads"] = _count("num_key_value_heads", groups or heads)
+    sizes["head_dim"] = _count("head_dim", config.get("head_dim", defaults.get("head_dim")) or hidden // heads)
     sizes.setdefault("max_position_embeddings", defaults.get("max_position_embeddings", 2048))
     return sizes
 
@@ -261,11 +301,11 @@ def _masks(config: Mapping[str, Any], method: str, where: str) -> dict[str, Any]
             raise CheckpointError(f"`{where}` has sliding layers", hint=f"in drafters of {method} they are not supported")
         return {"layer_types": types}
 
-    count, special = int(config["num_hidden_layers"]), config.get("dflash_config") or {}
+    count, special = _count("num_hidden_layers", config["num_hidden_layers"]), config.get("dflash_config") or {}
     window = config.get("sliding_window", 4096) if _flag(config, "use_sliding_window") else None
     if not types and window is not None:
         first = config.get("max_window_layers")
-        first = 28 if first is None else int(first)
+        first = 28 if first is None else _count("max_window_layers", first, least=0)
         types = tuple(_KINDS[n >= first] for n in range(count))
     told = [
         flag for flag in (_flag(config, "is_causal"), _flag(special, "causal"), _flag(special, "is_causal")) if flag is not None
@@ -282,9 +322,8 @@ def _masks(config: Mapping[str, Any], method: str, where: str) -> dict[str, Any]
             raise CheckpointError(got, hint="say it by is_causal in its config.json")
         causal = "sliding_attention" in types if causal is None else causal
         window, types = special["swa_window_size"], ("sliding_attention",) * count
-    if window is not None and int(window) < 1:
-        raise ValueError(f"'sliding_window': {window!r}")
-    return {"layer_types": types, "sliding_window": None if window is None else int(window), "causal": causal}
+    window = None if window is None else _count("sliding_window", window)
+    return {"layer_types": types, "sliding_window": window, "causal": causal}
 
 
 def _rope(config: Mapping[str, Any], kinds: Iterable[str], where: str) -> Mapping[str, Any]:
@@ -315,12 +354,19 @@ def _one_rope(given: Mapping[str, Any], config: Mapping[str, Any], where: str) -
     rope = {name: value for name, value in given.items() if value is not None}
     theta = config.get("rope_theta")
     rope.setdefault("rope_theta", 10000.0 if theta is None else theta)
-    rope.setdefault("rope_type", rope.pop("type", "default"))
-    for name in _ROPE_NUMBERS:
-        if isinstance(rope.get(name), str):
-            rope[name] = float(rope[name])
-    if _number("rope_theta", rope["rope_theta"]) <= 0:
-        raise ValueError(f"'rope_theta': {rope['rope_theta']!r}")
+    for name in _ROPE_NUMBERS & rope.keys():
+        number = _number(name, rope[name])
+        if isinstance(rope[name], str):
+            rope[name] = number
+    for name in _ROPE_POSITIVE & rope.keys():
+        if rope[name] <= 0:
+            raise ValueError(f"{name!r}: {rope[name]!r}")
+
+    kind = rope.pop("type", None)
+    if kind is None and "rope_type" not in rope and rope.get("factor", 1) != 1:
+        hint = "say the rope_type that it was trained with"
+        raise CheckpointError(f"`{where}` scales its positions by {rope['factor']}, but names no rope_type", hint=hint)
+    rope.setdefault("rope_type", kind or "default")
 
     part = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     if part is not None and float(part) != 1.0:
@@ -338,11 +384,12 @@ def _reads(config: Mapping[str, Any], method: str, where: str) -> dict[str, Any]
     if method != "dflash":
         layers = own.get("target_layer_ids")
         layers = _eagle_layers(config, where) if layers is None else layers
-        facts = {name: int(own.get(name, usual)) for name, usual in _USUAL.items()}
-        return {**facts, "target_layer_ids": tuple(int(i) for i in layers)}
+        facts = {name: _count(name, own.get(name, usual), least=0) for name, usual in _USUAL.items()}
+        return {**facts, "target_layer_ids": _layer_ids(layers)}
 
     mask, layers = _given(config, "mask_token_id"), _given(config, "target_layer_ids")
-    total, count = int(config.get("num_target_layers") or 0), int(config["num_hidden_layers"])
+    total = _count("num_target_layers", config.get("num_target_layers") or 0, least=0)
+    count = _count("num_hidden_layers", config["num_hidden_layers"])
     if mask is None and _given(config, "mask_token") is not None:
         hint = "put the token's id into its config.json: mask_token_id in dflash_config"
         raise CheckpointError(f"`{where}` names its mask token {_given(config, 'mask_token')!r}, but not its id", hint=hint)
@@ -350,12 +397,12 @@ def _reads(config: Mapping[str, Any], method: str, where: str) -> dict[str, Any]
         raise KeyError("mask_token_id")
     if layers is None and not total:
         raise KeyError("target_layer_ids")
-    chosen = spread_layers(total, count) if layers is None else tuple(int(i) for i in layers)
+    chosen = spread_layers(total, count) if layers is None else _layer_ids(layers)
     if chosen and min(chosen) < 0:
         hint = "the outputs of the target's layers are read, from 0 on"
         raise CheckpointError(f"`{where}` reads layer {min(chosen)}, the target's embeddings, which is not supported", hint=hint)
-    facts = {"block_size": int(_given(config, "block_size", 16)), "mask_token_id": int(mask), "num_target_layers": total}
-    return {**facts, "target_layer_ids": chosen}
+    facts = {"block_size": _count("block_size", _given(config, "block_size", 16), least=0), "num_target_layers": total}
+    return {**facts, "mask_token_id": _count("mask_token_id", mask, least=0), "target_layer_ids": chosen}
 
 
 def _eagle_layers(config: Mapping[str, Any], where: str) -> list[int]:
@@ -366,8 +413,8 @@ def _eagle_layers(config: Mapping[str, Any], where: str) -> list[int]:
     """
     name = "eagle_aux_hidden_state_layer_ids"
     top, nested = config.get(name), (config.get("eagle_config") or {}).get(name)
-    states = None if top is None else [int(i) - 1 for i in top]
-    outputs = None if nested is None else [int(i) for i in nested]
+    states = None if top is None else [layer - 1 for layer in _layer_ids(top)]
+    outputs = None if nested is None else [*_layer_ids(nested)]
     if states and outputs and states != outputs:
         hint = "at the top ids count the embeddings as 0, in eagle_config they do not; keep the list that it was trained with"
         raise CheckpointError(f"`{where}` names its layers twice and differently: {top} and {nested}", hint=hint)
@@ -433,6 +480,8 @@ def read_draft(folder: Path) -> tuple[DraftConfig, dict[str, Tensor]]:
             raise CheckpointError(f"{name} has {got}", hint="the two do not belong together")
     if unknown := sorted(set(tensors) - set(wanted) - set(optional)):
         raise CheckpointError(f"`{folder}` has a tensor {unknown[0]}, unknown to {config.method}", hint="it is of another method")
+    _check_numbers(tensors, str(folder))
+    _check_heads(config, str(folder))
     if "d2t" in tensors:
         leads = tensors["d2t"].long() + torch.arange(len(tensors["d2t"]), **INTS)
         if bad := [int(token) for token in leads if not 0 <= token < config.vocab_size]:
@@ -457,6 +506,18 @@ def _told_by_tensors(config: DraftConfig, written: Mapping[str, Any], tensors: M
     return config
 
 
+def _check_heads(config: DraftConfig, where: str) -> None:
+    """Raises CheckpointError for heads that no attention can have."""
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    if config.method == "medusa":  # it has none
+        return
+    if heads % groups:
+        got = f"`{where}` has num_attention_heads {heads} for num_key_value_heads {groups}"
+        raise CheckpointError(got, hint="the first must be a multiple of the second")
+    if config.head_dim % 2:
+        raise CheckpointError(f"`{where}` has head_dim {config.head_dim}", hint="rotary positions turn pairs: it must be even")
+
+
 def _read_tensors(folder: Path, *, pickled: bool) -> dict[str, Tensor]:
     """All tensors of a folder, without the prefix `model.`; pickled: SafeAILab's .bin files are read, too, tensors only."""
     files = sorted(folder.glob("*.safetensors")) or (sorted(folder.glob("pytorch_model*.bin")) if pickled else [])
@@ -464,15 +525,38 @@ def _read_tensors(folder: Path, *, pickled: bool) -> dict[str, Tensor]:
         raise CheckpointError(f"`{folder}` holds no .safetensors file", hint="pickled weights are not read; convert them")
     tensors: dict[str, Tensor] = {}
     for path in files:
-        try:
-            if path.suffix == ".bin":
-                tensors |= torch.load(path, map_location="cpu", weights_only=True)
-            else:
-                with safe_open(path, framework="pt") as file:
-                    tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, RuntimeError, UnpicklingError) as error:
-            raise CheckpointError(f"`{path}` is damaged: {error}", hint="it may be cut short; fetch or write it again") from None
-    return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+        for name, tensor in _tensors_of(path).items():
+            bare = name.removeprefix("model.")
+            if bare in tensors:
+                got = f"`{folder}` holds {bare} twice, the second time in {path.name}"
+                raise CheckpointError(got, hint="move the weights that are old out of the folder")
+            tensors[bare] = tensor
+    return tensors
+
+
+def _tensors_of(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".bin":
+            loaded: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+            return loaded
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, RuntimeError, UnpicklingError) as error:
+        raise CheckpointError(f"`{path}` is damaged: {error}", hint="it may be cut short; fetch or write it again") from None
+
+
+def _check_numbers(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raises CheckpointError for weights that are no numbers as they lie: packed ones, or what a failed training left."""
+    for name, tensor in tensors.items():
+        if name in ("d2t", "t2d"):
+            continue
+        if not tensor.is_floating_point():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise CheckpointError(f"`{where}` holds {name} as {dtype}", hint="quantised drafters are not read")
+        wide = tensor if tensor.element_size() > 1 else tensor.float()
+        if not wide.isfinite().all():
+            got = f"{name} of `{where}` holds infinite numbers, or none at all (NaN)"
+            raise CheckpointError(got, hint="its training failed, or the file is damaged: fetch or write it again")
 
 
 def write_draft(folder: Path, config: DraftConfig, tensors: Mapping[str, Tensor], readme: str | None = None) -> None:

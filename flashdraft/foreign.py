@@ -127,6 +127,9 @@ def refuse_files(folder: Path) -> None:
     if (folder / name).exists():
         hint = "its mask token has an embedding of its own, pickled, which is not read; a drafter without that file works"
         raise CheckpointError(f"`{folder}` holds {name}, which is not supported", hint=hint)
+    if (folder / "adapter_config.json").exists():
+        got = f"`{folder}` holds an adapter (adapter_config.json), which would be left out"
+        raise CheckpointError(got, hint="merge it into the drafter, or take adapter_config.json out of the folder")
 
 
 def _named(config: Mapping[str, Any]) -> str:

@@ -14,8 +14,9 @@ import pytest
 import torch
 from conftest import MASK, VOCAB, tiny_target
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
-from toy_folders import HIDDEN, ZLAB, save_target, save_zlab, zlab_tensors
+from toy_folders import HEAD_DIM, HIDDEN, ZLAB, save_target, save_zlab, zlab_tensors
 from toy_training import one_line_and_hint
 
 import flashdraft
@@ -152,7 +153,23 @@ GARBLED: dict[str, tuple[dict[str, Any], str]] = {
     "theta of words": ({"rope_theta": "a million"}, "a million"),
     "theta of nothing": ({"rope_theta": 0}, "'rope_theta': 0"),
     "swa without its size": ({"dflash_config": {**ZLAB["dflash_config"], "use_swa": True}}, "'swa_window_size'"),
-    "layers as text": ({"dflash_config": {"mask_token_id": 3, "target_layer_ids": "all"}}, "'a'"),
+    "layers as text": ({"dflash_config": {"mask_token_id": 3, "target_layer_ids": "all"}}, "'target_layer_ids': 'all'"),
+    "layers as digits": ({"dflash_config": {"mask_token_id": 3, "target_layer_ids": "12"}}, "'target_layer_ids': '12'"),
+    "half a layer": ({"dflash_config": {"mask_token_id": 3, "target_layer_ids": [1.5, 2]}}, "'target_layer_ids': 1.5"),
+    "half a node": ({"block_size": 4.5}, "'block_size': 4.5"),
+    "a block of yes": ({"block_size": True}, "'block_size': True"),
+    "half a token": ({"dflash_config": {"mask_token_id": 1.5, "target_layer_ids": [1, 2]}}, "'mask_token_id': 1.5"),
+    "a token before the first": ({"dflash_config": {"mask_token_id": -1, "target_layer_ids": [1, 2]}}, "'mask_token_id': -1"),
+    "a list of mask tokens": ({"dflash_config": {"mask_token_id": [3], "target_layer_ids": [1, 2]}}, "'mask_token_id': [3]"),
+    "no vocabulary": ({"vocab_size": 0}, "'vocab_size': 0"),
+    "no context": ({"max_position_embeddings": 0}, "'max_position_embeddings': 0"),
+    "a negative epsilon": ({"rms_norm_eps": -1}, "'rms_norm_eps': -1"),
+    "an epsilon that is none": ({"rms_norm_eps": float("nan")}, "'rms_norm_eps': nan"),
+    "a switch of words": ({"attention_bias": "false"}, "'attention_bias': 'false'"),
+    "an unknown dtype": ({"dtype": "bf16"}, "'dtype': 'bf16'"),
+    "a scaling by nothing": ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "'factor': 0"),
+    "a scaling backwards": ({"rope_scaling": {"rope_type": "linear", "factor": -2}}, "'factor': -2"),
+    "theta of a dictionary": ({"rope_theta": {"a": 1}}, "'rope_theta': {'a': 1}"),
     "no layers": ({"dflash_config": {"mask_token_id": 3}, "num_target_layers": ...}, "'target_layer_ids'"),
     "scaling without its factor": ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
     "scaling of words": ({"rope_scaling": {"rope_type": "linear", "factor": "twice"}}, "twice"),
@@ -168,6 +185,67 @@ def test_garbled_value_is_named(tmp_path: Path, case: str) -> None:
     message = one_line_and_hint(error)
     assert "lacks or garbles" in message
     assert expected in message
+
+
+def test_dtype_may_have_torch_before_it(tmp_path: Path) -> None:
+    save_zlab(tmp_path / "draft", config=config(dtype="torch.float32"))
+    read, tensors = read_draft(tmp_path / "draft")
+    write_draft(tmp_path / "again", read, tensors)
+    assert read_draft(tmp_path / "again")[0].dtype == "float32"
+
+
+def test_factor_without_its_kind_of_scaling_is_refused(tmp_path: Path) -> None:
+    save_zlab(tmp_path, config=config(rope_scaling={"factor": 2.0}))
+    with pytest.raises(CheckpointError) as error:
+        read_draft(tmp_path)
+    assert "scales its positions by 2.0, but names no rope_type" in one_line_and_hint(error)
+
+
+def test_tensor_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    """An old file beside the new one, shards beside a whole one, two names for one tensor: either may be meant."""
+    tensors = zlab_tensors()
+    for name, others in (("left-over", tensors), ("prefixed", {"model.fc.weight": tensors["fc.weight"] * 0})):
+        folder = save_zlab(tmp_path / name)
+        save_file({key: tensor * 0 for key, tensor in others.items()}, folder / "model-00001-of-00001.safetensors")
+        with pytest.raises(CheckpointError) as error:
+            read_draft(folder)
+        assert "holds fc.weight twice, the second time in" in one_line_and_hint(error)
+
+
+NO_NUMBERS: dict[str, tuple[Any, str]] = {
+    "packed": (lambda weight: (10 * weight).to(torch.int8), "holds fc.weight as int8"),
+    "not a number": (lambda weight: weight * float("nan"), "fc.weight of"),
+    "infinite": (lambda weight: weight.fill_(float("inf")), "fc.weight of"),
+}
+
+
+@pytest.mark.parametrize("case", NO_NUMBERS)
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path, case: str) -> None:
+    change, expected = NO_NUMBERS[case]
+    tensors = zlab_tensors()
+    save_zlab(tmp_path, tensors=tensors | {"fc.weight": change(tensors["fc.weight"])})
+    with pytest.raises(CheckpointError) as error:
+        read_draft(tmp_path)
+    assert expected in one_line_and_hint(error)
+
+
+def test_heads_that_no_attention_can_have_are_refused(tmp_path: Path) -> None:
+    def changed(name: str, width: int) -> Path:
+        tensors = zlab_tensors()
+        for each in [key for key in tensors if key.endswith(("k_proj.weight", "v_proj.weight"))]:
+            tensors[each] = torch.ones(width, HIDDEN)
+        return save_zlab(tmp_path / name, config=config(num_key_value_heads=3), tensors=tensors)
+
+    with pytest.raises(CheckpointError) as error:
+        read_draft(changed("groups", 3 * HEAD_DIM))
+    assert "has num_attention_heads 4 for num_key_value_heads 3" in one_line_and_hint(error)
+
+
+def test_adapter_beside_a_drafter_is_not_left_out(tmp_path: Path) -> None:
+    (save_zlab(tmp_path) / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError) as error:
+        read_draft(tmp_path)
+    assert "holds an adapter" in one_line_and_hint(error)
 
 
 def test_falsy_ids_are_ids(tmp_path: Path) -> None:
