@@ -22,6 +22,7 @@ from flashdraft.files import output_folder, write_file, write_tensors
 from flashdraft.foreign import refuse_config, refuse_files, refuse_tensors
 from flashdraft.hub import read_config
 from flashdraft.layers import HEADS, scaled_length
+from flashdraft.pretrained import foreign_file
 from flashdraft.process import INTS
 from flashdraft.target import Target
 
@@ -535,14 +536,29 @@ def _read_tensors(folder: Path, *, pickled: bool) -> dict[str, Tensor]:
 
 
 def _tensors_of(path: Path) -> dict[str, Tensor]:
+    found = foreign_file(path)
+    if found is not None:
+        raise CheckpointError(f"`{path}` is {found[0]}", hint=found[1])
     try:
         if path.suffix == ".bin":
-            loaded: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-            return loaded
+            return _unpickled(path)
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, RuntimeError, UnpicklingError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:
         raise CheckpointError(f"`{path}` is damaged: {error}", hint="it may be cut short; fetch or write it again") from None
+
+
+def _unpickled(path: Path) -> dict[str, Tensor]:
+    """Tensors by name, and nothing else: what would run code is refused by torch."""
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError:  # its own words recommend to run the code
+        hint = "pickles can run code, which never runs here: take the drafter as safetensors"
+        raise CheckpointError(f"`{path}` holds more than tensors, or is no pickle", hint=hint) from None
+    is_plain = isinstance(loaded, dict) and all(isinstance(tensor, Tensor) for tensor in loaded.values())
+    if not is_plain:
+        raise CheckpointError(f"`{path}` is no dictionary of tensors by name", hint="save its state_dict, or safetensors")
+    return dict(loaded)
 
 
 def _check_numbers(tensors: Mapping[str, Tensor], where: str) -> None:

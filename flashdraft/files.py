@@ -84,6 +84,7 @@ def output_file(path: Path, *, inputs: Iterable[Path] = ()) -> Path:
         raise InvalidParameter(f"`{path}` is a folder", hint="name a file in it")
     if path.exists() and not path.is_file():
         raise InvalidParameter(f"`{path}` is a device or a pipe, not a file", hint="name a file that can be written again")
+    _check_name(path)
     _check_inputs(path, inputs)
     _check_room(path)
     real = Path(os.path.realpath(path))
@@ -96,9 +97,18 @@ def output_folder(path: Path, *, inputs: Iterable[Path] = ()) -> Path:
     """The real folder behind `path`, links followed, which may be there or not; nothing is made yet. Raises InvalidParameter."""
     if path.exists() and not path.is_dir():
         raise InvalidParameter(f"`{path}` is a file, not a folder", hint="name a folder")
+    _check_name(path)
     _check_inputs(path, inputs)
     _check_room(path)
     return Path(os.path.realpath(path))
+
+
+def _check_name(path: Path) -> None:
+    """Raises InvalidParameter for what stands for another place: a shell leaves the ~ of --out=~/name as it is."""
+    if path.parts[:1] == ("~",) and not os.path.lexists("~"):
+        raise InvalidParameter(f"`{path}` would make a folder called ~", hint="write it out, or put a space before the ~")
+    if path.parts == ("-",):
+        raise InvalidParameter("`-` is standard output, where no file can appear whole", hint="name a file")
 
 
 def _check_inputs(path: Path, inputs: Iterable[Path]) -> None:

@@ -18,7 +18,8 @@ import torch
 import transformers
 from gguf import MODEL_ARCH_NAMES, GGUFReader, get_tensor_name_map
 from safetensors import SafetensorError, safe_open
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils import logging as their_logging
@@ -100,10 +101,21 @@ def read_tokenizer(source: Source) -> Any:
     try:
         with without_bars():
             tokenizer = AutoTokenizer.from_pretrained(source.folder, **source.options)
+            _take_template(source, tokenizer)
             tokenizer.encode("", add_special_tokens=False)  # takes a file's truncation away now: threads may not do it at once
             return tokenizer
     except Exception as error:  # transformers and its readers raise what they like
         raise _explained(error, source, "the tokenizer of ") from None
+
+
+def _take_template(source: Source, tokenizer: Any) -> None:
+    """The template of chat_template.json, where models that also see have theirs, and which tokenizers pass over."""
+    path = source.folder / "chat_template.json"
+    if source.gguf is not None or getattr(tokenizer, "chat_template", None) or not path.exists():
+        return
+    template = _read_object(path).get("chat_template")
+    if isinstance(template, str):
+        tokenizer.chat_template = template
 
 
 def read_model(source: Source, *, dtype: str = "auto") -> Any:
@@ -528,6 +540,9 @@ def _explained(error: Exception, source: Source, part: str = "") -> FlashDraftEr
     damaged = None if isinstance(error, ImportError) else _damaged(source)
     if damaged is not None:
         return damaged
+    odd = None if isinstance(error, ImportError) else _odd_config(source)
+    if odd is not None:
+        return CheckpointError(f"config.json of `{source.name}` {odd}", hint="mend it, or fetch it again")
     if isinstance(error, ImportError):
         asks = f"it is quantised by {how}, which asks for that package" if how else "install that package"
         return CheckpointError(told, hint=f"{asks}; or take a model that needs none" if how else asks)
@@ -573,4 +588,30 @@ def _damaged(source: Source) -> CheckpointError | None:
         except (OSError, ValueError, RecursionError) as error:
             found = foreign_file(path) or (f"damaged: {first_line(error)}", _AGAIN)
             return CheckpointError(f"`{path}` is {found[0]}", hint=found[1])
+    return None
+
+
+def _odd_config(source: Source) -> str | None:
+    """What in config.json cannot be meant, if that is why a load failed."""
+    if source.gguf is not None:
+        return None
+    config = read_config(source.folder)
+    told = config.get("dtype") or config.get("torch_dtype") or "auto"
+    dtype = str(told).removeprefix("torch.")
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        return f"has dtype {told!r}, which torch does not know"
+
+    ropes = [rope for rope in (config.get("rope_parameters"), config.get("rope_scaling")) if isinstance(rope, dict)]
+    for rope in ropes:
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in ("default", *ROPE_INIT_FUNCTIONS):
+            return f"has rotary positions of type {kind!r}, which transformers {transformers.__version__} does not know"
+    for part in (config, *ropes):
+        for name in ("rope_theta", "factor"):
+            if isinstance(part.get(name), str):
+                return f"has {name} {part[name]!r}: text, not a number"
+    try:
+        AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+    except Exception as error:  # a config's own checks raise what they like
+        return f"cannot be used: {first_line(error)}"
     return None

@@ -20,6 +20,7 @@ Asked = str | list[Turn] | list[int]
 
 _FORMS = "give text, a conversation (a list of {role, content}), or a list of token ids"
 _TEXT_PARTS = ("text", "input_text", "output_text")
+_TEMPLATE_ERRORS = ("TemplateSyntaxError", "TemplateAssertionError", "SecurityError")  # jinja's, whatever is asked
 _PROBE = " FlashDraftProbe"  # what is added to a turn to see whether the template reads it
 # types that hold no prompt, though one can be made of them, and how
 _NEARLY: list[tuple[Any, str]] = [
@@ -110,8 +111,7 @@ def rendered(tokenizer: Any, name: str, turns: Sequence[Turn], **switch: Any) ->
         try:
             return str(tokenizer.apply_chat_template(turns, **options))
         except Exception as error:  # a template raises what it likes
-            refused = f"the chat template of `{name}` refuses the conversation: {first_line(error)}"
-            raise InvalidPrompt(refused, hint="give turns of roles that it knows, in its order") from None
+            raise _refusal(error, tokenizer, name) from None
 
     turns, text = _in_its_form(turns, told)
     for number, turn in enumerate(turns):
@@ -119,6 +119,22 @@ def rendered(tokenizer: Any, name: str, turns: Sequence[Turn], **switch: Any) ->
             got = f"the chat template of `{name}` drops turns of role `{turn['role']}`"
             raise InvalidPrompt(got, hint="leave that turn out, or put its text into a user's turn")
     return text
+
+
+def _refusal(error: Exception, tokenizer: Any, name: str) -> InvalidPrompt:
+    """Why a template tells nothing: it is missing or damaged, or it refuses this conversation."""
+    cause = first_line(error)
+    if isinstance(error, ImportError):
+        return InvalidPrompt(f"the chat template of `{name}` cannot run: {cause}", hint="pip install jinja2")
+    if isinstance(tokenizer.chat_template, Mapping) and "default" not in tokenizer.chat_template:
+        found = ", ".join(map(str, tokenizer.chat_template))
+        hint = "call the one that is meant `default` in its tokenizer_config.json"
+        return InvalidPrompt(f"`{name}` has several chat templates ({found}), and none is called default", hint=hint)
+    if type(error).__name__ in _TEMPLATE_ERRORS:
+        hint = "fetch the model's files again, or mend its chat_template.jinja (or tokenizer_config.json)"
+        return InvalidPrompt(f"the chat template of `{name}` is damaged: {cause}", hint=hint)
+    refused = f"the chat template of `{name}` refuses the conversation: {cause}"
+    return InvalidPrompt(refused, hint="give turns of roles that it knows, in its order")
 
 
 def _in_its_form(turns: Sequence[Turn], told: Any) -> tuple[Sequence[Turn], str]:

@@ -187,6 +187,12 @@ def test_garbled_value_is_named(tmp_path: Path, case: str) -> None:
     assert expected in message
 
 
+def test_planted_fault_numbers_that_are_only_cut_are_read_as_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "_count", lambda _name, value, least=1: int(value))
+    save_zlab(tmp_path, config=config(block_size=4.5))
+    assert read_draft(tmp_path)[0].block_size == 4
+
+
 def test_dtype_may_have_torch_before_it(tmp_path: Path) -> None:
     save_zlab(tmp_path / "draft", config=config(dtype="torch.float32"))
     read, tensors = read_draft(tmp_path / "draft")
@@ -386,6 +392,13 @@ def test_truncated_file_is_refused_by_name(tmp_path: Path, name: str, share: flo
     with pytest.raises(CheckpointError) as error:
         DFlashDraftModel.from_pretrained(tmp_path)
     assert name in one_line_and_hint(error)
+
+
+def test_pointer_in_the_place_of_weights_is_named(tmp_path: Path) -> None:
+    (save_zlab(tmp_path) / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(CheckpointError) as error:
+        read_draft(tmp_path)
+    assert "is a git-lfs pointer" in one_line_and_hint(error)
 
 
 def test_pickled_weights_are_not_read(tmp_path: Path) -> None:

@@ -109,6 +109,8 @@ def test_a_folder_a_device_and_a_packed_name_are_refused(run: Run, tmp_path: Pat
         ("fifo", "is a device or a pipe"),
         ("out.jsonl.gz", "not gzip"),
         ("file/out.jsonl", "is no folder"),
+        ("~/out.jsonl", "would make a folder called ~"),
+        ("-", "is standard output"),
     ):
         assert why in refused(run(f"{command} {out}"))
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)

@@ -586,3 +586,31 @@ def test_read_model_gives_the_folder_s_weights(whole: Path) -> None:
     model = read_model(Source("m", whole))
     stored = load_file(whole / "model.safetensors")
     assert all(torch.equal(tensor, stored[name]) for name, tensor in model.state_dict().items())
+
+
+ODD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
+    "dtype": ({"dtype": "bf16"}, "has dtype 'bf16', which torch does not know"),
+    "kind of rope": (
+        {"rope_parameters": ..., "rope_scaling": {"type": "foo", "factor": 2}},
+        "has rotary positions of type 'foo'",
+    ),
+    "theta as text": ({"rope_parameters": ..., "rope_theta": "500000"}, "has rope_theta '500000': text, not a number"),
+    "no factor": ({"rope_parameters": ..., "rope_scaling": {"rope_type": "linear"}}, "cannot be used: "),
+}
+
+
+@pytest.mark.parametrize("name", ODD_CONFIGS)
+def test_config_that_no_class_takes_is_named(folder: Path, name: str) -> None:
+    changes, cause = ODD_CONFIGS[name]
+    edit_config(folder, **changes)
+    with pytest.raises(CheckpointError) as error:
+        load_target(str(folder))
+    assert str(error.value).startswith(f"config.json of `{folder}` {cause}")
+    assert error.value.hint == "mend it, or fetch it again"
+
+
+def test_template_in_a_file_of_its_own_is_read(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "Q {{ messages[0]['content'] }} A "}))
+    lm = load(str(folder))
+    assert lm.tokenizer.decode(lm.encode("hi")) == "Q hi A "

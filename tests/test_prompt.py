@@ -223,3 +223,31 @@ def test_developers_are_systems_where_the_template_knows_none() -> None:
     refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHAT
     with pytest.raises(InvalidPrompt, match="System role not supported"):
         language_model(refuses).encode(turns)
+
+
+BROKEN: dict[str, tuple[Any, str, str]] = {
+    "cut short": ("{{ oops", "is damaged", "fetch the model's files again"),
+    "unsafe": ("{{ ''.__class__.__mro__ }}", "is damaged", "fetch the model's files again"),
+    "none by default": ({"rag": CHAT, "tool_use": CHAT}, "several chat templates (rag, tool_use)", "`default`"),
+    "refuses": ("{{ raise_exception('no') }}", "refuses the conversation: no", "give turns"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_hint_for_a_template_that_tells_nothing_names_its_cause(name: str) -> None:
+    template, cause, hint = BROKEN[name]
+    with pytest.raises(InvalidPrompt) as error:
+        language_model(template).encode("hi")
+    assert cause in error.value.args[0]
+    assert hint in str(error.value.hint)
+
+
+def test_template_without_its_package_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: Any, **__: Any) -> None:
+        raise ImportError("apply_chat_template requires jinja2 to be installed.")
+
+    lm = language_model()
+    monkeypatch.setattr(lm.tokenizer, "apply_chat_template", missing)
+    with pytest.raises(InvalidPrompt) as error:
+        lm.encode("hi")
+    assert error.value.hint == "pip install jinja2"

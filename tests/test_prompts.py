@@ -785,3 +785,11 @@ def test_held_out_conversations_are_measured_and_one_that_cannot_be_is_named(
         prompt_file(tmp_path, ["a", prompt])
         assert main(["eval", "prompts.jsonl", *options]) == 1
         assert cause in capsys.readouterr().err
+
+
+def test_folder_is_no_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError) as error:
+        write_prompts(None, tmp_path / "out.jsonl", files=[str(tmp_path)])
+    assert error.value.args[0] == f"`{tmp_path}` is a folder"
+    assert error.value.hint == "name the .jsonl or .json files in it"

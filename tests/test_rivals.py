@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Sequence
@@ -311,8 +312,47 @@ def test_published_eagle3_folder_loads(tmp_path: Path, architecture: str, pickle
     model = Eagle3DraftModel.from_pretrained(published(tmp_path, pickled=pickled, architectures=[architecture]))
     assert (model.config.target_layer_ids, model.config.num_target_layers, model.config.draft_vocab_size) == ((), 0, 40)
     assert fused_layers(40) == (1, 19, 36)
-    made = model.drafters(the_target())
-    assert made.args[0].config.target_layer_ids == fused_layers(4) == (0, 1)
+    made = model.drafters(deep_target())
+    assert made.args[0].config.target_layer_ids == fused_layers(8) == (1, 3, 4)
+
+
+def deep_target() -> Target:
+    """The same target, as if it were deep enough for three layers."""
+    target = copy.copy(the_target())
+    target.num_layers = 8
+    return target
+
+
+UNFIT: dict[str, dict[str, Any]] = {
+    "none named, of a target that has not three": {},
+    "embeddings and the last layer": {"eagle_aux_hidden_state_layer_ids": [1, 2, 5]},
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_layers_that_a_target_has_not_are_refused(tmp_path: Path, case: str) -> None:
+    model = Eagle3DraftModel.from_pretrained(published(tmp_path, **UNFIT[case]))
+    with pytest.raises(DraftMismatch) as error:
+        model.drafters(the_target())()
+    assert "the draft reads the outputs of 3 layers" in error.value.args[0]
+
+
+STRANGE: dict[str, tuple[Any, str]] = {
+    "code": (Path("a"), "holds more than tensors"),
+    "list": ([torch.zeros(2)], "is no dictionary of tensors"),
+    "number": ({"fc.weight": 3}, "is no dictionary of tensors"),
+    "wrapped": ({"state_dict": {"fc.weight": torch.zeros(2)}}, "is no dictionary of tensors"),
+}
+
+
+@pytest.mark.parametrize("case", STRANGE)
+def test_pickle_of_something_else_is_refused_by_name(tmp_path: Path, case: str) -> None:
+    content, cause = STRANGE[case]
+    torch.save(content, published(tmp_path, pickled=True) / "pytorch_model.bin")
+    with pytest.raises(CheckpointError) as error:
+        Eagle3DraftModel.from_pretrained(tmp_path)
+    assert cause in error.value.args[0]
+    assert "weights_only" not in str(error.value)  # torch recommends to run the code
 
 
 IDS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
@@ -323,7 +363,6 @@ IDS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
         {"eagle_aux_hidden_state_layer_ids": [1, 3, 4], "eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 2, 3]}},
         (0, 2, 3),
     ),
-    "none": ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": None}}, (0, 1)),
 }
 
 
@@ -355,7 +394,7 @@ def test_tied_head_of_eagle3_is_its_own_embedding(tmp_path: Path) -> None:
     written["draft_vocab_size"] = VOCAB
     (folder / "config.json").write_text(json.dumps(written))
     save_file({**kept, "embed_tokens.weight": table}, folder / "model.safetensors")
-    packed = Eagle3DraftModel.from_pretrained(folder).drafters(the_target()).args[0]
+    packed = Eagle3DraftModel.from_pretrained(folder).drafters(deep_target()).args[0]
     assert torch.allclose(packed.logits(hidden), hidden @ table.double().T)
     save_file(kept, folder / "model.safetensors")
     with pytest.raises(CheckpointError) as error:

@@ -666,6 +666,13 @@ def test_damaged_manifest_is_named(tmp_path: Path, answers: Path, content: str) 
         assert "manifest.json` cannot be read" in one_line_and_hint(error)
 
 
+def test_answers_in_the_place_of_features_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as error:
+        FeatureSet(write_lines(tmp_path / "answers.jsonl", []))
+    assert "is a file, not a folder of features" in one_line_and_hint(error)
+    assert "--online" in str(error.value.hint)
+
+
 def test_folder_without_samples_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         FeatureSet(tmp_path)

@@ -21,6 +21,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 from flashdraft.cache import SlotCache
 from flashdraft.checkpoint import DraftConfig
 from flashdraft.decoder import Block
+from flashdraft.errors import DraftMismatch
 from flashdraft.layers import RMSNorm, apply_rotary
 from flashdraft.network import DraftHead, DraftNetwork
 from flashdraft.process import BOOLS, FLOATS, INTS, serial, undisturbed
@@ -47,6 +48,14 @@ def _outputs(layers: Sequence[int], num_target_layers: int) -> tuple[int, ...]:
     if not layers:
         return fused_layers(num_target_layers)
     return tuple(i - 1 for i in layers) if max(layers) == num_target_layers else tuple(layers)
+
+
+def _check_layers(layers: Sequence[int], count: int, target: Target) -> None:
+    """Raises DraftMismatch where the target has not the layers whose outputs the drafter reads, `count` of them."""
+    if len(layers) == count and min(layers) >= 0:
+        return
+    got = f"the draft reads the outputs of {count} layers, which `{target.name}` with its {target.num_layers} layers has not"
+    raise DraftMismatch(got, hint="it was trained for another target, or name the layers: eagle_aux_hidden_state_layer_ids")
 
 
 class Eagle3DraftModel(DraftNetwork):
@@ -97,6 +106,7 @@ class _Packed(DraftHead):
         super().__init__(model, target)
         if not self.config.num_target_layers:
             layers = _outputs(model.config.target_layer_ids, target.num_layers)
+            _check_layers(layers, model.fc.in_features // self.config.hidden_size, target)
             self.config = replace(model.config, num_target_layers=target.num_layers, target_layer_ids=layers)
         layer = Block(model.midlayer, self.probe)
         (self.rotary,) = model.rotaries(self.probe).values()

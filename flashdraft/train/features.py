@@ -238,6 +238,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         return manifest
     except FileNotFoundError:
         raise DataError(f"`{folder}` holds no manifest.json", hint="run `flashdraft features` first") from None
+    except NotADirectoryError:
+        hint = "name the folder that `flashdraft features` wrote, or add --online to read answers"
+        raise DataError(f"`{folder}` is a file, not a folder of features", hint=hint) from None
     except (OSError, ValueError) as error:
         hint = "name another folder, or make these features again if they are yours"
         raise DataError(f"`{path}` cannot be read: {error}", hint=hint) from None

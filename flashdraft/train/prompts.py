@@ -66,7 +66,7 @@ def write_prompts(data: Path | None, out: Path, *, files: Names = (), thinking: 
                 rows.append({"source": told, "row": number, "prompt": prompt})
         if not count:
             why = f": {own}" if own.count else ""
-            raise DataError(f"`{source}` holds no prompts{why}", hint="leave it out, or fetch it again")
+            raise DataError(f"`{source}` holds no prompts{why}", hint='leave it out, or give rows such as {"prompt": ...}')
         left_out.join(own)
     left_out.tell()
     draw = random.Random(seed)
@@ -108,6 +108,8 @@ def hub_rows(name: str) -> Any:
     try:
         return import_module("datasets").load_dataset(repo, *config, split=split, trust_remote_code=False)
     except ImportError:
+        if Path(name).is_dir():
+            raise DataError(f"`{name}` is a folder", hint="name the .jsonl or .json files in it") from None
         message = f"`{name}` is no .jsonl or .json file, and hub data sets need the package `datasets`"
         raise DataError(message, hint="pip install datasets, or name such a file") from None
     except Exception as error:  # the package raises what its readers do

@@ -24,9 +24,12 @@ CONVERSATIONS = ("messages", "conversations", "conversation", "conversation_a", 
 QUESTIONS = ("question", "instruction", "prompt", "query", "problem", "inputs", "input")
 FIELDS = (*CONVERSATIONS[:2], *QUESTIONS)  # as messages name them
 SYSTEMS = ("system", "system_prompt", "system_message", "system_instruction")
-BESIDES = ("input", "context", "passage", "document", "article", "story", "background", "starter_code", "choices", "options")
+BESIDES: tuple[str, ...] = ("input", "context", "passage", "document", "article", "story", "background", "starter_code")
+BESIDES += ("choices", "options")
+BESIDES += ("contexts", "passages", "documents", "paragraph", "paragraphs", "schema")
+LETTERED = ("{}", "option_{}", "option{}", "op{}", "choice_{}")  # columns of a question with choices, one a letter
 CONTEXTS = ("context", "passage", "document")  # of these, the ones that turns may need
-UNSEEN = ("tools", "functions", "image", "images", "video", "videos", "audio", "audios")  # what no text can show
+UNSEEN = ("tools", "functions", "image", "images", "video", "videos", "audio", "audios", "attachments")  # what no text can show
 CALLS = ("tool_calls", "function_call")
 PAIRS = [("input", "output"), ("question", "answer"), ("human", "assistant"), ("user", "assistant"), ("prompt", "response")]
 ROLES = {
@@ -52,9 +55,9 @@ def as_prompt(row: Any) -> Asked:
     """
     if not isinstance(row, Mapping):
         raise ValueError("not a JSON object")
-    for name in UNSEEN:
-        if not _is_missing(row.get(name)) and row[name] not in ("", "[]", "{}", "null", False):
-            raise ValueError(f"it has `{name}`, without which the question would be another one")
+    unseen = _unseen(row)
+    if unseen is not None:
+        raise ValueError(f"it has `{unseen}`, without which the question would be another one")
 
     turns = []
     for role, content in _with_system(row, _asked_turns(row)):
@@ -93,14 +96,29 @@ def _asked_turns(row: Mapping[str, Any]) -> list[Turn]:
     if "text" in row and "role" in row:
         return [("user", _message_of_a_tree(row))]
     chosen = row.get("chosen")
-    if isinstance(chosen, str) and _TRANSCRIPT.match(chosen):
-        _, *parts = _TRANSCRIPT.split(chosen)
-        chosen = [{"role": role, "content": text.strip()} for role, text in zip(parts[::2], parts[1::2], strict=True)]
+    if isinstance(chosen, str):
+        chosen = _transcript(chosen)
     if isinstance(chosen, (list, tuple)) and chosen:
         return _up_to_the_question(_turns(chosen))
     if any(isinstance(row.get(name), str) for name in QUESTIONS):
         raise AsksNothing("the prompt is empty")
     raise ValueError(f"none of the fields {', '.join(FIELDS)}")
+
+
+def _unseen(part: Mapping[str, Any]) -> str | None:
+    """The first field of a row or a turn that holds what no text can show."""
+    for name in UNSEEN:
+        if not _is_missing(part.get(name)) and part[name] not in ("", "[]", "{}", "null", False):
+            return name
+    return None
+
+
+def _transcript(text: str) -> list[dict[str, str]] | None:
+    """The turns of a conversation that was written as one text; None for any other text."""
+    if not _TRANSCRIPT.match(text):
+        return None
+    _, *parts = _TRANSCRIPT.split(text)
+    return [{"role": role, "content": said.strip()} for role, said in zip(parts[::2], parts[1::2], strict=True)]
 
 
 def _check_context(row: Mapping[str, Any], turns: list[Turn]) -> None:
@@ -154,6 +172,9 @@ def _turn(turn: Mapping[str, Any]) -> list[Turn]:
     known = "assistant" if name.startswith(("gpt-", "gpt4", "claude-")) else ROLES.get(name)
     if known is None:
         raise ValueError(f"a turn is from {role!r:.40}; roles are {_KNOWN_ROLES}")
+    unseen = _unseen(turn)
+    if unseen is not None:
+        return [(known, ValueError(f"a turn has `{unseen}`, which no text can show"))]
     if any(turn.get(calls) for calls in CALLS):
         return [(known, ValueError("a turn calls tools, which no text can show"))]
     return [(known, _content(_first(turn, "content", "value", "text", "message")))]
@@ -208,6 +229,8 @@ def _question(row: Mapping[str, Any]) -> list[Turn]:
         elif not _is_missing(value) and not (odd or texts):
             odd = name
     if listed is not None:
+        if len(listed) > 1 and all(isinstance(one, str) for one in listed):
+            raise ValueError("it holds several questions without their answers")
         turns = _up_to_the_question(_turns(listed))
         if any(text not in str(turns[-1][1]) for text in texts.values()):
             raise ValueError("it asks twice: a conversation and a text differ")
@@ -215,13 +238,21 @@ def _question(row: Mapping[str, Any]) -> list[Turn]:
     if not texts:
         raise ValueError(f"`{odd}` is no text")
 
+    definition = _besides(row, "definition")  # of a task, of which `input` is an instance
+    if definition and "instruction" not in texts and texts.keys() & {"input", "inputs"}:
+        texts["instruction"] = definition
     name, main = _main(texts)
+    transcript = _transcript(main)
+    if transcript is not None:
+        return _up_to_the_question(_turns(transcript))
+
     parts = [main.strip()]
     for besides in BESIDES:
         text = "" if besides == name else _besides(row, besides)
         is_told = besides != "input" and len(text) >= _LONG and text in main
         if text and not is_told:
             parts.append(text)
+    parts += _choices(row)
     whole = "\n".join(part for part in parts if part)
     turns = _turns(row["history"]) if row.get("history") else []
     return [*turns, ("user", main if whole == parts[0] and name != "instruction" else whole)]
@@ -259,6 +290,16 @@ def _besides(row: Mapping[str, Any], name: str) -> str:
     if not isinstance(value, (str, int, float)):
         raise ValueError(f"`{name}`, which belongs to the question, is no text")
     return str(value).strip()
+
+
+def _choices(row: Mapping[str, Any]) -> list[str]:
+    """Those that have columns of their own: at least the first two letters."""
+    for pattern in LETTERED:
+        columns = [(letter, pattern.format(each)) for letter in "ABCDEFGH" for each in (letter, letter.lower())]
+        told = [f"{letter}. {_besides(row, column)}" for letter, column in columns if not _is_missing(row.get(column))]
+        if len(told) > 1 and told[0].startswith("A. ") and told[1].startswith("B. "):
+            return told
+    return []
 
 
 def _first_instance(row: Mapping[str, Any]) -> Any:
