@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(given: list[str], *, own: bool) -> int:
     for stream, errors in ((sys.stdin, "strict"), (sys.stdout, "replace"), (sys.stderr, "replace")):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a character is no reason to stop
-            stream.reconfigure(encoding="utf-8" if stream is sys.stdin else None, errors=errors)
+            stream.reconfigure(encoding="utf-8-sig" if stream is sys.stdin else None, errors=errors)
     if own and threading.current_thread() is threading.main_thread():  # a process of its own
         signal.signal(signal.SIGTERM, _terminated)
     try:

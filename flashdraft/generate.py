@@ -42,6 +42,7 @@ Size = int | None
 Loaded = tuple[Target, Any, frozenset[int]]
 KERNELS = ("auto", "compact", "float32", "int8", "torch", "compiled", "transformers")
 _MEASURING = new_lock()  # steps of two threads at once would measure each other
+_HOW = ("device", "dtype", "kernel")  # of `load`, for its target
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 MOST_NODES = 1024  # of a proposal: its masks and states are square in them
 
@@ -187,6 +188,8 @@ def load(
     Raises a FlashDraftError that says what to do.
     """
     max_rows, block_size, tree_nodes = map(as_number, (max_rows, block_size, tree_nodes))
+    if unknown := sorted(how.keys() - _HOW):
+        raise InvalidParameter(f"unknown option `{unknown[0]}`", hint=f"options are {', '.join(_HOW)}")
     check_option("max_rows", max_rows, int, COUNTS)
     _check_sizes(block_size, tree_nodes)
     name = _name_of(target)
@@ -208,6 +211,7 @@ def load_target(name: str, *, device: str = "cpu", dtype: str = "auto", kernel: 
     """The target, its tokenizer and its end-of-text ids; see `load`. Raises InvalidParameter for a kernel that cannot run it."""
     require(dtype in DTYPES, "dtype", dtype, f"one of {', '.join(DTYPES)}")
     require(kernel in KERNELS, "kernel", kernel, f"one of {', '.join(KERNELS)}")
+    device = _device_name(device)
     files = hub.resolve(name)
     gguf = files.filename if isinstance(files, hub.GgufFile) else None
     source = Source(name, files.folder if isinstance(files, hub.GgufFile) else files, gguf)
@@ -219,10 +223,7 @@ def load_target(name: str, *, device: str = "cpu", dtype: str = "auto", kernel: 
     try:
         model.to(torch.device(device))
     except (RuntimeError, AssertionError, ValueError) as error:  # torch was built without it; a quantised model that stays
-        got = f"device is {device!r}: {first_line(error)}"
-        full = isinstance(error, torch.OutOfMemoryError)
-        hint = "the model does not fit there: give a smaller --dtype" if full else "device must be one that torch can use"
-        raise InvalidParameter(got, hint=hint) from None
+        raise _device_refused(device, error) from None
     stated = _stated_configs(files) if isinstance(files, Path) else [{"eos_token_id": model.generation_config.eos_token_id}]
     odd = unfit(model)
     stored = model.dtype
@@ -237,6 +238,23 @@ def load_target(name: str, *, device: str = "cpu", dtype: str = "auto", kernel: 
     if kernel not in ("auto", made.kernel_name):
         raise _kernel_refused(kernel, made, odd, stored, device)
     return made, tokenizer, end_tokens(stated, tokenizer, made.vocab_size)
+
+
+def _device_name(given: Any) -> str:
+    """A device as torch writes it; the CPU has one name, however it was given. Raises InvalidParameter for what is none."""
+    require(isinstance(given, (str, int, torch.device)), "device", given, "cpu, cuda, cuda:1, mps")
+    try:
+        device = torch.device(given)
+    except RuntimeError as error:  # torch was built without it
+        raise _device_refused(given, error) from None
+    require(device.type != "meta", "device", given, "one that holds numbers")
+    return "cpu" if device.type == "cpu" else str(device)
+
+
+def _device_refused(device: Any, error: Exception) -> InvalidParameter:
+    full = isinstance(error, torch.OutOfMemoryError)
+    hint = "the model does not fit there: give a smaller --dtype" if full else "device must be one that torch can use"
+    return InvalidParameter(f"device is {device!r}: {first_line(error)}", hint=hint)
 
 
 def _stated_configs(folder: Path) -> list[dict[str, Any]]:

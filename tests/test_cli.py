@@ -280,6 +280,16 @@ def test_generate_reads_standard_input_and_stops(run: Run, folders: Path, monkey
     assert run(f"{line} --target T")[1] == cut + "\n"
 
 
+def test_a_byte_order_mark_is_no_part_of_what_is_piped_in(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = []
+    for piped in ("hi", "\ufeffhi"):
+        give_input(monkeypatch, piped)
+        status, out, err = run("generate - --target T --max-new-tokens 8")
+        assert status == 0, err
+        answers.append(out)
+    assert answers[0] == answers[1]
+
+
 def test_standard_input_that_is_no_text_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     give_input(monkeypatch, "\udcff")
     status, out, err = run("generate - --target T")

@@ -407,6 +407,9 @@ BAD_LOADS: dict[str, tuple[dict[str, Any], type[FlashDraftError], str]] = {
     ),
     "block_size": ({"block_size": 0}, InvalidParameter, "block_size is 0"),
     "device": ({"device": "warp"}, InvalidParameter, "device is 'warp'"),
+    "no device": ({"device": None}, InvalidParameter, "device is None"),
+    "a device without numbers": ({"device": "meta"}, InvalidParameter, "device is 'meta'"),
+    "an option of another library": ({"torch_dtype": "float32"}, InvalidParameter, "unknown option `torch_dtype`"),
     "draft": ({"draft": "/nowhere/at/all"}, ModelNotFound, "/nowhere/at/all"),
 }
 
@@ -417,6 +420,13 @@ def test_wrong_argument_of_load_is_refused(target_folder: Path, case: str) -> No
     with pytest.raises(kind) as error:
         flashdraft.load(target_folder, **arguments)
     assert expected in one_line(error)
+
+
+@pytest.mark.parametrize("device", ["cpu:0", torch.device("cpu"), torch.device("cpu", 0)])
+def test_the_cpu_is_the_cpu_however_it_is_called(target_folder: Path, device: Any) -> None:
+    named, plain = (flashdraft.load(target_folder, device=one, kernel="torch") for one in (device, "cpu"))
+    assert named.target.kernel == plain.target.kernel
+    assert flashdraft.load(target_folder, device=device).target.kernel_name != "transformers"
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,19 @@ def test_every_piece_is_done_once_and_no_phase_begins_early(stress: Path, thread
     assert (done.returncode, done.stdout, done.stderr) == (0, "ok\n", "")
 
 
+@pytest.mark.parametrize("caught", [True, False])
+def test_a_system_that_allows_no_more_threads_costs_time_and_no_more(caught: bool, tmp_path: Path) -> None:
+    hired = "std::thread([this, index] { serve(index); }).detach();"
+    refused = f"if (index > 1) throw std::system_error(std::make_error_code(std::errc::resource_unavailable_try_again)); {hired}"
+    header = HEADER.read_text(encoding="utf-8")
+    assert header.count(hired) == 1
+    header = header.replace(hired, refused)
+    if not caught:  # a planted fault
+        header = header.replace("catch (const std::system_error&)", "catch (const std::bad_alloc&)")
+    done = run(built(tmp_path, header), 400, 8, 2)
+    assert (done.returncode == 0) == caught
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_caught(fault: str, tmp_path: Path) -> None:
     right, wrong = FAULTS[fault]

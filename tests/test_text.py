@@ -219,6 +219,18 @@ def test_nothing_is_held_without_stop_strings() -> None:
     assert pieces(Syllables(), [0, 1, 2]) == ["a", "b", "ab", ""]
 
 
+def test_a_long_stop_string_is_compared_no_further_than_the_text_goes() -> None:
+    class Text(str):
+        compared = 0
+
+        def endswith(self, *end: Any) -> bool:
+            Text.compared += 1
+            return super().endswith(*end)
+
+    assert flashdraft.text._overlap(Text("xab"), ["ab" * 50_000, "zz"]) == 2
+    assert Text.compared == 4
+
+
 def test_a_partial_stop_is_given_out_at_the_end() -> None:
     assert pieces(Syllables(), [5, 0, 0], ["aab"]) == ["c", "", "", "aa"]
 

@@ -16,6 +16,7 @@
 #include <chrono>
 #include <memory>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 #if defined(__x86_64__) || defined(__i386__)
@@ -187,7 +188,11 @@ class Team {
 #endif
         for (; num_threads < threads; num_threads++) {
             const int64_t index = num_threads;
-            std::thread([this, index] { serve(index); }).detach();
+            try {
+                std::thread([this, index] { serve(index); }).detach();
+            } catch (const std::system_error&) {  // the system allows no more: those that are there do the work
+                break;
+            }
         }
 #if !defined(_WIN32)
         pthread_sigmask(SIG_SETMASK, &before, nullptr);
