@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flashdraft.control import Control
 from flashdraft.errors import ContextLengthError, InvalidPrompt, UnusableLogits
-from flashdraft.process import INTS, undisturbed
+from flashdraft.process import INTS, serial, undisturbed
 from flashdraft.sampling import Context, Counts, adjusted, coins, draw, likeliest, logprob, precision, target_probs, uniforms
 from flashdraft.target import Target
 from flashdraft.text import TextDecoder
@@ -209,6 +209,7 @@ class Engine:
             law = target_probs(wanted[None, None], [params], torch.ones(1, **INTS))[:, 0].cpu()
             return draw(law, uniforms([params.seed], [len(request.prompt)], 1)[:, 0]), logits
 
+    @serial(lambda self: self._cache.blocked)  # the next step is our kernels'
     def _judge(self, proposal: Proposal, logits: Tensor, rows: Rows) -> Verdict:
         if any(params.adjusts for params in rows.params):
             logits = self._adjusted(proposal, logits, rows)

@@ -13,6 +13,7 @@ from functools import partial
 from itertools import chain, islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -174,8 +175,15 @@ def target_probs(logits: Tensor, params: Sequence[SamplingParams], sizes: Tensor
 def likeliest(logits: Tensor) -> Tensor:
     """The law of temperature 0 as tokens: [..., vocab] -> [...] int64; refuses what `draw` refuses."""
     plain = logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.float64)
-    best = torch.from_numpy(logits.numpy().argmax(-1)) if plain else logits.argmax(-1)  # numpy's is 8 times faster
-    if not bool(logits.gather(-1, best[..., None]).isfinite().all()):
+    if plain:  # numpy's argmax is 8 times faster, and calls no team of threads
+        numbers = logits.numpy()
+        places = numbers.argmax(-1)
+        largest = np.take_along_axis(numbers, places[..., None], -1)
+        best, usable = torch.from_numpy(places), bool(np.isfinite(largest).all())
+    else:
+        best = logits.argmax(-1)
+        usable = bool(logits.gather(-1, best[..., None]).isfinite().all())
+    if not usable:
         raise UnusableLogits(_NO_LAW)
     return best
 
