@@ -137,6 +137,8 @@ class Decoder:
         padding and comes back as zeros.
         Returns the final normed state [rows, nodes, hidden] and the wanted layers' outputs side by side.
         """
+        if self._model is not None:
+            native.call_team()
         seen, depths, sizes = shape
         lengths = [cache.lengths[slot] for slot in slots]
         starts = torch.tensor(lengths, **INTS)

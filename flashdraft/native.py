@@ -25,7 +25,20 @@ from torch import Tensor
 from flashdraft.hub import cache_dir
 from flashdraft.process import FLOATS, new_lock, num_threads
 
-__all__ = ["PANEL", "Layer", "Model", "NativeLinear", "addresses", "chain", "ensure", "library", "pointer", "step", "usable"]
+__all__ = [
+    "PANEL",
+    "Layer",
+    "Model",
+    "NativeLinear",
+    "addresses",
+    "call_team",
+    "chain",
+    "ensure",
+    "library",
+    "pointer",
+    "step",
+    "usable",
+]
 
 Tensors = Sequence[Tensor]
 _BUILDING = new_lock()
@@ -244,6 +257,12 @@ def step(model: Model, slots: int, shape: Tensors, kv: Sequence[Any], tensors: T
     given = _Step(*sizes, *by_row, *by_node, *map(ctypes.addressof, kv), *work)
     kernels: Any = library()
     kernels.flashdraft_step(ctypes.byref(model), ctypes.byref(given))
+
+
+def call_team() -> None:
+    """A pass comes soon: the kernels' threads that sleep wake up meanwhile."""
+    kernels: Any = library()
+    kernels.flashdraft_call()
 
 
 def chain(states: Tensor, anchors: Tensor, tables: Sequence[Tensor], ids: Tensor) -> Tensor:

@@ -13,10 +13,13 @@ from flashdraft import native
 HEADER = Path(native.__file__).parent / "csrc" / "team.h"
 SOURCE = Path(__file__).with_name("team_stress.cpp")
 FAULTS = {
-    "a phase is over when its pieces are taken": ("counter.done.load(std::memory_order_acquire) < count", "false"),
+    "a phase is over when its pieces are taken": (
+        "counter.done.load(std::memory_order_acquire) < counter.count.load(std::memory_order_relaxed)",
+        "false",
+    ),
     "two threads take one piece": (
-        "counter.next.compare_exchange_weak(seen, taken, std::memory_order_acq_rel, std::memory_order_acquire)",
-        "(counter.next.store(taken), true)",
+        "range.next.compare_exchange_weak(seen, taken, std::memory_order_acq_rel, std::memory_order_acquire)",
+        "(range.next.store(taken), true)",
     ),
 }
 
@@ -24,8 +27,20 @@ FAULTS = {
 def built(folder: Path, header: str, *flags: str) -> Path:
     (folder / "team.h").write_text(header, encoding="utf-8")
     shutil.copy(SOURCE, folder)
+    shutil.copy(HEADER.with_name("team.cpp"), folder)
     program = folder / "stress"
-    call = ["g++", "-std=c++17", "-O1", "-g", "-pthread", *flags, str(folder / SOURCE.name), "-o", str(program)]
+    call = [
+        "g++",
+        "-std=c++17",
+        "-O1",
+        "-g",
+        "-pthread",
+        *flags,
+        str(folder / SOURCE.name),
+        str(folder / "team.cpp"),
+        "-o",
+        str(program),
+    ]
     subprocess.run(call, check=True, capture_output=True)
     return program
 

@@ -1,8 +1,9 @@
 // A team of threads that shares work in pieces and never waits for a thread that has nothing in hand.
 //
-// A job is a list of phases, a phase a number of pieces. Whoever is there claims pieces from the phase's counter; a phase is
-// over when all its pieces are done, not when all threads have come. So a thread that another process has pushed off its core
-// holds the others up only while it has a piece. Which thread takes a piece changes no bit of the result.
+// A job is a list of phases, a phase a number of pieces, in as many ranges as there are threads. A thread claims pieces of its
+// own range, then of the ranges of those who are late. A phase is over when all its pieces are done, not when all threads have
+// come: one that another process has pushed off its core holds the others up only while it has a piece. Which thread takes a
+// piece changes no bit of the result.
 //
 // What a late thread may read: the team's own memory, always; the job and what it points to, only while it holds a piece, for
 // until that is done the job cannot end. A counter carries its job's number, so that a claim for an old job fails.
@@ -87,15 +88,20 @@ class Wait {
 };
 
 class Team {
-    // A phase's counter: the job's number, the number of pieces, the next one that nobody has claimed.
+    // A range's counter: the job's number, where the range ends, the next piece that nobody has claimed.
     static constexpr int BITS = 20;
     static constexpr uint64_t MOST = (uint64_t(1) << BITS) - 1;
-    static constexpr double ALERT = 1e-4, AWAKE = 1e-3;  // seconds without a job until a thread lets others run, until it sleeps
-    static constexpr int64_t PHASES = 4096;  // of a job; longer lists become several jobs
+    static constexpr double AWAKE = 5e-5, CALLED = 5e-4;  // seconds until a thread sleeps: after a job, after a call
+    static constexpr int64_t PHASES = 1024;  // of a job; longer lists become several jobs
+    static constexpr int64_t RANGES = 6;     // of a phase, at most: more threads than that share them
 
-    struct alignas(64) Counter {
+    struct Range {
         std::atomic<uint64_t> next{0};
+    };
+    struct alignas(64) Counter {  // one line of a cache: a job hands hundreds of them to its threads
         std::atomic<int64_t> done{0};
+        std::atomic<int64_t> count{0};
+        Range ranges[RANGES];
     };
 
     std::mutex busy;  // held by the thread whose job runs
@@ -109,45 +115,50 @@ class Team {
     std::mutex door;  // of the threads that sleep between jobs
     std::condition_variable bell;
     std::atomic<int> sleeping{0};
+    uint64_t calls = 0;  // guarded by `door`
 
     static uint64_t pack(uint64_t number, uint64_t middle, uint64_t low) { return number << 2 * BITS | middle << BITS | low; }
     static uint64_t number_of(uint64_t packed) { return packed >> 2 * BITS; }
     static int64_t middle_of(uint64_t packed) { return int64_t(packed >> BITS & MOST); }
     static int64_t low_of(uint64_t packed) { return int64_t(packed & MOST); }
 
-    // Takes a part of what is left, smaller and smaller ones, so that all end at about the same time.
-    bool claim(Counter& counter, uint64_t number, int64_t threads, int64_t& from, int64_t& to) {
-        uint64_t seen = counter.next.load(std::memory_order_acquire);
+    // Takes most of what is left of a range, or a piece.
+    static bool claim(Range& range, uint64_t number, int64_t& from, int64_t& to) {
+        uint64_t seen = range.next.load(std::memory_order_acquire);
         while (number_of(seen) == number) {
-            const int64_t count = middle_of(seen);
+            const int64_t end = middle_of(seen);
             from = low_of(seen);
-            if (from >= count) return false;
-            to = from + std::max<int64_t>(1, (count - from) * 2 / (3 * threads));
-            const uint64_t taken = pack(number, uint64_t(count), uint64_t(to));
-            if (counter.next.compare_exchange_weak(seen, taken, std::memory_order_acq_rel, std::memory_order_acquire)) return true;
+            if (from >= end) return false;
+            to = from + std::max<int64_t>(1, (end - from) * 7 / 8);
+            const uint64_t taken = pack(number, uint64_t(end), uint64_t(to));
+            if (range.next.compare_exchange_weak(seen, taken, std::memory_order_acq_rel, std::memory_order_acquire)) return true;
         }
         return false;
     }
 
     // Whether the phase ended; false: the whole job has, and another may have begun.
-    bool finished(Counter& counter, uint64_t number, int64_t count) {
+    bool finished(Counter& counter, uint64_t number) {
         Wait wait;
-        while (counter.done.load(std::memory_order_acquire) < count) {
+        while (counter.done.load(std::memory_order_acquire) < counter.count.load(std::memory_order_relaxed)) {
             if (number_of(published.load(std::memory_order_acquire)) != number) return false;
             wait();
         }
         return true;
     }
 
-    bool take_part(int64_t p, uint64_t number, int64_t threads) {
+    bool take_part(int64_t p, uint64_t number, int64_t me, int64_t threads) {
         Counter& counter = counters[p];
-        int64_t from, to;
-        while (claim(counter, number, threads, from, to)) {
-            job->run(phases[p], first_stamp + uint64_t(p), from, to);
-            counter.done.fetch_add(to - from, std::memory_order_acq_rel);
+        const int64_t ranges = std::min(threads, RANGES);
+        for (int64_t r = 0; r < ranges; r++) {
+            Range& range = counter.ranges[(me + r) % ranges];  // its own first
+            int64_t from, to;
+            while (claim(range, number, from, to)) {
+                job->run(phases[p], first_stamp + uint64_t(p), from, to);
+                counter.done.fetch_add(to - from, std::memory_order_acq_rel);
+            }
         }
-        const uint64_t seen = counter.next.load(std::memory_order_acquire);
-        return number_of(seen) == number && finished(counter, number, middle_of(seen));
+        if (number_of(counter.ranges[0].next.load(std::memory_order_acquire)) != number) return false;
+        return finished(counter, number);
     }
 
     void serve(int64_t index) {
@@ -157,27 +168,37 @@ class Team {
             last = current;
             if (index >= middle_of(current)) continue;
             for (int64_t p = 0; p < low_of(current); p++)
-                if (!take_part(p, number_of(current), middle_of(current))) break;
+                if (!take_part(p, number_of(current), index, middle_of(current))) break;
         }
     }
 
-    // The next job: awake for as long as one mostly follows another, then asleep.
+    // The next job. A thread that only looks slows its caller down where the two share a core's parts, so it soon sleeps; `call`
+    // wakes it a little before the next job.
     uint64_t await(uint64_t last) {
-        const double started = now();
-        for (int looks = 1;; looks++) {
-            const uint64_t current = published.load(std::memory_order_acquire);
-            if (current != last) return current;
-            pause();
-            if (looks % 256 != 0) continue;
-            const double waited = now() - started;
-            if (waited > AWAKE) break;
-            if (waited > ALERT) std::this_thread::yield();
+        double patience = AWAKE;
+        while (true) {
+            const double started = now();
+            for (int looks = 1;; looks++) {
+                const uint64_t current = published.load(std::memory_order_acquire);
+                if (current != last) return current;
+                pause();
+                if (looks % 16 == 0 && now() - started > patience) break;
+            }
+            std::unique_lock<std::mutex> lock(door);
+            const uint64_t heard = calls;
+            sleeping++;
+            bell.wait(lock, [&] { return published.load(std::memory_order_seq_cst) != last || calls != heard; });
+            sleeping--;
+            patience = CALLED;
         }
-        std::unique_lock<std::mutex> lock(door);
-        sleeping++;
-        bell.wait(lock, [&] { return published.load(std::memory_order_seq_cst) != last; });
-        sleeping--;
-        return published.load(std::memory_order_acquire);
+    }
+
+    void ring() {
+        {
+            std::lock_guard<std::mutex> lock(door);
+            calls++;
+        }
+        bell.notify_all();
     }
 
     void hire(int64_t threads) {
@@ -199,25 +220,36 @@ class Team {
 #endif
     }
 
+    static void prepare(Counter& counter, int64_t count, uint64_t number, int64_t threads) {
+        counter.done.store(0, std::memory_order_relaxed);
+        counter.count.store(count, std::memory_order_relaxed);
+        const int64_t ranges = std::min(threads, RANGES);
+        for (int64_t r = 0; r < ranges; r++) {
+            const int64_t from = count * r / ranges, to = count * (r + 1) / ranges;
+            counter.ranges[r].next.store(pack(number, uint64_t(to), uint64_t(from)), std::memory_order_release);
+        }
+    }
+
     void publish(Job& work, uint64_t stamp, const Phase* list, int64_t length, int64_t threads) {
         const uint64_t number = (number_of(published.load()) + 1) & ((uint64_t(1) << (64 - 2 * BITS)) - 1);
         published.store(pack(number, 0, 0));  // whoever waits within the last job sees that it is over
         for (int64_t p = 0; p < length; p++) {
             phases[p] = list[p];
-            counters[p].done.store(0, std::memory_order_relaxed);
-            counters[p].next.store(pack(number, uint64_t(list[p].count), 0), std::memory_order_release);
+            prepare(counters[p], list[p].count, number, threads);
         }
         job = &work;
         first_stamp = stamp;
         published.store(pack(number, uint64_t(threads), uint64_t(length)));
-        if (sleeping.load()) {
-            std::lock_guard<std::mutex> lock(door);
-            bell.notify_all();
-        }
+        if (sleeping.load()) ring();
     }
 
   public:
     const int64_t process = this_process();
+
+    // A job comes soon: whoever sleeps wakes up meanwhile.
+    void call() {
+        if (sleeping.load()) ring();
+    }
 
     // Does all phases in order, by the caller and at most threads - 1 others. spent: sums of seconds, or null.
     void run(Job& work, const std::vector<Phase>& list, int64_t threads, double* spent = nullptr) {
@@ -232,7 +264,7 @@ class Team {
         for (int64_t p = 0; p < length; p++) {
             if (shared && p % PHASES == 0)
                 publish(work, stamp + uint64_t(p), &list[p], std::min(length - p, PHASES), threads);
-            if (shared) take_part(p % PHASES, number_of(published.load(std::memory_order_relaxed)), threads);
+            if (shared) take_part(p % PHASES, number_of(published.load(std::memory_order_relaxed)), 0, threads);
             else work.run(list[p], stamp + uint64_t(p), 0, list[p].count);
             if (spent) {
                 const double time = now();
@@ -243,16 +275,6 @@ class Team {
     }
 };
 
-// One team a process. A child of fork has none of its parent's threads: it makes a team of its own. A team is never taken down:
-// its threads may outlive the last call.
-inline Team& team() {
-    static std::atomic<Team*> made{nullptr};
-    Team* current = made.load();
-    if (current && current->process == this_process()) return *current;
-    Team* fresh = new Team;
-    if (made.compare_exchange_strong(current, fresh)) return *fresh;
-    delete fresh;  // another thread was quicker; this one has hired nobody
-    return *current;
-}
+Team& team();  // of this process
 
 }  // namespace flashdraft
