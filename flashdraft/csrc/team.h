@@ -71,11 +71,13 @@ inline void pause() {
 // Waiting: at first it only looks again, then it lets others run, at last it sleeps, so that a core without work is seen to be
 // free and a thread that waits for one can come to it.
 class Wait {
+    static constexpr int SPINS = 2000, YIELDS = 20;
     int looks = 0;
 
   public:
+    bool is_long() const { return looks >= SPINS; }
+
     void operator()() {
-        constexpr int SPINS = 2000, YIELDS = 20;
         looks++;
         if (looks < SPINS) {
             pause();
@@ -84,6 +86,35 @@ class Wait {
         } else {
             std::this_thread::sleep_for(std::chrono::microseconds(20));
         }
+    }
+};
+
+// Whether the others are worth waiting for. Where they keep the caller waiting for much of two jobs nearby, because other
+// processes have their cores, it works alone for a while; the longer, the more often a new try fails.
+class Company {
+    static constexpr double MUCH = 0.25;  // of a job's time, spent in waiting that is more than a moment
+    static constexpr int SHORT = 8, LONG = 128;  // jobs alone
+    int bad = 0, alone = 0, period = SHORT;
+
+  public:
+    bool wanted() {
+        if (alone == 0) return true;
+        alone--;
+        return false;
+    }
+
+    void worked(double waited, double seconds) {
+        const bool again = period > SHORT;
+        if (waited < MUCH * seconds) {
+            bad = std::max(bad - 1, 0);
+            if (bad == 0) period = SHORT;
+            return;
+        }
+        bad++;
+        if (bad < 2 && !again) return;
+        alone = period;
+        period = std::min(2 * period, LONG);
+        bad = 1;
     }
 };
 
@@ -111,6 +142,7 @@ class Team {
     uint64_t first_stamp = 0;
     std::atomic<uint64_t> published{0};  // the job's number, its threads, its phases
     int64_t num_threads = 1;             // with the caller's
+    Company company;                     // of the thread that holds `busy`
 
     std::mutex door;  // of the threads that sleep between jobs
     std::condition_variable bell;
@@ -137,16 +169,19 @@ class Team {
     }
 
     // Whether the phase ended; false: the whole job has, and another may have begun.
-    bool finished(Counter& counter, uint64_t number) {
+    bool finished(Counter& counter, uint64_t number, double* waited) {
         Wait wait;
+        double since = 0;
         while (counter.done.load(std::memory_order_acquire) < counter.count.load(std::memory_order_relaxed)) {
             if (number_of(published.load(std::memory_order_acquire)) != number) return false;
+            if (waited && wait.is_long() && since == 0) since = now();
             wait();
         }
+        if (since > 0) *waited += now() - since;
         return true;
     }
 
-    bool take_part(int64_t p, uint64_t number, int64_t me, int64_t threads) {
+    bool take_part(int64_t p, uint64_t number, int64_t me, int64_t threads, double* waited = nullptr) {
         Counter& counter = counters[p];
         const int64_t ranges = std::min(threads, RANGES);
         for (int64_t r = 0; r < ranges; r++) {
@@ -158,7 +193,7 @@ class Team {
             }
         }
         if (number_of(counter.ranges[0].next.load(std::memory_order_acquire)) != number) return false;
-        return finished(counter, number);
+        return finished(counter, number, waited);
     }
 
     void serve(int64_t index) {
@@ -256,15 +291,16 @@ class Team {
         const int64_t length = int64_t(list.size());
         const uint64_t stamp = new_stamps(length);
         std::unique_lock<std::mutex> own(busy, std::try_to_lock);  // another thread's job runs: this one goes alone
-        bool shared = threads > 1 && own.owns_lock();
+        bool shared = threads > 1 && own.owns_lock() && company.wanted();
         for (const Phase& phase : list) shared = shared && uint64_t(phase.count) <= MOST;
         if (shared) hire(threads);
 
-        double last = spent ? now() : 0;
+        const double started = now();
+        double last = started, waited = 0;
         for (int64_t p = 0; p < length; p++) {
             if (shared && p % PHASES == 0)
                 publish(work, stamp + uint64_t(p), &list[p], std::min(length - p, PHASES), threads);
-            if (shared) take_part(p % PHASES, number_of(published.load(std::memory_order_relaxed)), 0, threads);
+            if (shared) take_part(p % PHASES, number_of(published.load(std::memory_order_relaxed)), 0, threads, &waited);
             else work.run(list[p], stamp + uint64_t(p), 0, list[p].count);
             if (spent) {
                 const double time = now();
@@ -272,6 +308,7 @@ class Team {
                 last = time;
             }
         }
+        if (shared) company.worked(waited, now() - started);
     }
 };
 
