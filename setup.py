@@ -18,9 +18,9 @@ class BuildKernels(build_py):
         super().run()
         compiler, march = shutil.which("g++") or shutil.which("clang++"), MARCH.get(platform.machine())
         if compiler and march and not self.editable_mode:
-            out = Path(self.build_lib, "flashdraft", "csrc", "step.so")
+            out = Path(self.build_lib, "flashdraft", "models", "csrc", "step.so")
             flags = ["-O3", f"-march={march}", "-fno-signed-zeros", "-pthread", "-fPIC", "-shared", "-std=c++17", "-w"]
-            sources = map(str, Path("flashdraft/csrc").glob("*.cpp"))
+            sources = map(str, Path("flashdraft/models/csrc").glob("*.cpp"))
             subprocess.run([compiler, *flags, *sources, "-o", str(out)], check=False)
 
 

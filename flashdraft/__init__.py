@@ -12,13 +12,14 @@ from flashdraft.errors import FlashDraftError
 from flashdraft.types import Chunk, Result, SamplingParams, Stats
 
 if TYPE_CHECKING:
-    from flashdraft.generate import Model, load
+    from flashdraft.generate import Model
+    from flashdraft.loading import load
     from flashdraft.methods.dflash import DFlashDraftModel
 
 __all__ = ["Chunk", "DFlashDraftModel", "FlashDraftError", "Model", "Result", "SamplingParams", "Stats", "load"]
 __version__ = "0.1.0"
 
-_HEAVY = {"DFlashDraftModel": "flashdraft.methods.dflash", "Model": "flashdraft.generate", "load": "flashdraft.generate"}
+_HEAVY = {"DFlashDraftModel": "flashdraft.methods.dflash", "Model": "flashdraft.generate", "load": "flashdraft.loading"}
 
 if not TYPE_CHECKING:
 

@@ -16,16 +16,27 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from flashdraft.control import Control
+from flashdraft.decoding.control import Control
+from flashdraft.decoding.sampling import (
+    Context,
+    Counts,
+    adjusted,
+    coins,
+    draw,
+    likeliest,
+    logprob,
+    precision,
+    target_probs,
+    uniforms,
+)
+from flashdraft.decoding.text import TextDecoder
+from flashdraft.decoding.tree import alone
+from flashdraft.decoding.tree import check as check_proposal
+from flashdraft.decoding.verify import follow, verify
 from flashdraft.errors import ContextLengthError, InvalidPrompt, UnusableLogits
+from flashdraft.models.target import Target
 from flashdraft.process import INTS, serial, undisturbed
-from flashdraft.sampling import Context, Counts, adjusted, coins, draw, likeliest, logprob, precision, target_probs, uniforms
-from flashdraft.target import Target
-from flashdraft.text import TextDecoder
-from flashdraft.tree import alone
-from flashdraft.tree import check as check_proposal
 from flashdraft.types import Chunk, Drafter, FinishReason, Piece, Proposal, Result, Rows, SamplingParams, Stats, Verdict, require
-from flashdraft.verify import follow, verify
 
 __all__ = ["Engine", "Request", "check"]
 

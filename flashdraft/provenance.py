@@ -1,6 +1,5 @@
-"""What a run's figures and texts depend on: command, commit, versions, device, threads; the target and its chat template."""
+"""What a run's figures depend on: command, commit, versions, device, threads."""
 
-import hashlib
 import os
 import platform
 import re
@@ -13,11 +12,9 @@ from typing import Any
 import torch
 import transformers
 
-from flashdraft import __version__, hub
-from flashdraft.generate import Model
-from flashdraft.process import INTS
+from flashdraft import __version__
 
-__all__ = ["named_target", "provenance", "target_facts"]
+__all__ = ["provenance"]
 
 
 def provenance() -> dict[str, Any]:
@@ -28,21 +25,6 @@ def provenance() -> dict[str, Any]:
     facts = {"command": command, "commit": _commit(), "time": datetime.now(UTC).isoformat(timespec="seconds")}
     versions |= {"python": platform.python_version()}
     return facts | {"versions": versions, "device": _device(), "threads": torch.get_num_threads()}
-
-
-def named_target(name: str) -> dict[str, Any]:
-    """A target as notes name it: by what it is called, and by its weights where they lie on this disk."""
-    return {"name": name, "id": hub.identity(name)}
-
-
-def target_facts(model: Model) -> dict[str, Any]:
-    """What a target's texts and states depend on besides the prompt and the sampling. Kernels that round nothing are one."""
-    template = getattr(model.tokenizer, "chat_template", None)
-    digest = "none" if template is None else hashlib.sha256(str(template).encode()).hexdigest()[:16]
-    embedded = model.target.embed(torch.zeros(1, **INTS))
-    kernel = "int8" if model.target.kernel_name == "int8" else "exact"
-    dtype = str(embedded.dtype).removeprefix("torch.")
-    return {"target": named_target(model.target.name), "template": digest, "kernel": kernel, "dtype": dtype}
 
 
 def _device() -> str:

@@ -20,7 +20,7 @@ from flashdraft.errors import InvalidParameter
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from flashdraft.cache import SlotCache
+    from flashdraft.models.cache import SlotCache
 
 __all__ = ["COUNTS", "HIGHEST", "SEEDS", "Allowed", "Chunk", "Drafter", "FinishReason", "LogitsProcessor", "Piece", "Proposal"]
 __all__ += ["Result", "Rows", "SamplingParams", "Stats", "Verdict", "as_number", "check_option", "check_options", "counted_on"]

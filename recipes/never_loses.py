@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from flashdraft import hub, load
-from flashdraft.methods import NETWORKS
+from flashdraft.loading import NETWORKS
 from flashdraft.train.initialise import random_weights
 
 STUDENT = {19: 1.729, 59: 1.671}  # one-sided 95 %, by degrees of freedom

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from flashdraft.generate import load_target
-from flashdraft.tree import chain
+from flashdraft.decoding.tree import chain
+from flashdraft.loading import load_target
 
 data = Path(sys.argv[1])
 problems = [json.loads(line) for line in (data / "gsm8k" / "test.jsonl").open()][:60]

@@ -20,9 +20,9 @@ from flashdraft import hub
 from flashdraft.bench.profile import calibrate
 from flashdraft.bench.report import print_table
 from flashdraft.bench.roofline import RooflineConfig, named, predict, shape
+from flashdraft.decoding.tree import chain
 from flashdraft.engine import Engine
 from flashdraft.methods.autoregressive import Autoregressive
-from flashdraft.tree import chain
 from flashdraft.types import Drafter, Proposal, SamplingParams
 
 TARGET, BLOCK, STEPS, CONTEXT = "smollm2-135m", 6, 40, 256

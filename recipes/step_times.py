@@ -13,9 +13,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from flashdraft.bench.report import print_table
-from flashdraft.generate import load_target
-from flashdraft.lean import LeanTarget
-from flashdraft.tree import chain
+from flashdraft.decoding.tree import chain
+from flashdraft.loading import load_target
+from flashdraft.models.lean import LeanTarget
 
 KERNELS = ("torch", "float32", "compact", "int8")
 

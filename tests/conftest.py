@@ -24,14 +24,15 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from flashdraft.cache import SlotCache
-from flashdraft.checkpoint import DraftConfig
+from flashdraft.decoding.sampling import probabilities, uniforms
+from flashdraft.decoding.text import TextDecoder
 from flashdraft.engine import Engine, Request
-from flashdraft.lean import LeanTarget
+from flashdraft.formats.checkpoint import DraftConfig
 from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDraft
-from flashdraft.sampling import probabilities, uniforms
-from flashdraft.target import HFTarget, Target
-from flashdraft.text import TextDecoder
+from flashdraft.models.cache import SlotCache
+from flashdraft.models.hf import HFTarget
+from flashdraft.models.lean import LeanTarget
+from flashdraft.models.target import Target
 from flashdraft.types import Result, SamplingParams
 
 VOCAB, WINDOW, EOS, MASK = 61, 8, 2, 60
@@ -86,7 +87,7 @@ def tiny_target(family: str, *, lean: bool = False, dtype: torch.dtype = torch.f
 
 
 def uniform(seed: int, position: int, lane: int = 0) -> float:
-    """One of flashdraft.sampling's numbers."""
+    """One of flashdraft.decoding.sampling's numbers."""
     return float(uniforms([seed], [position], 1, lane))
 
 

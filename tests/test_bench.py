@@ -20,8 +20,7 @@ from flashdraft.bench.report import read_results, settings, show, summarise
 from flashdraft.bench.run import OURS, THEIRS, BenchConfig, acceptance, run_bench
 from flashdraft.cli import main
 from flashdraft.errors import ContextLengthError, InvalidParameter
-from flashdraft.generate import load
-from flashdraft.methods import NETWORKS
+from flashdraft.loading import NETWORKS, load
 from flashdraft.train.initialise import draft_config, random_weights
 from flashdraft.types import SamplingParams
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flashdraft.cache import SLOT_STEP, SlotCache
+from flashdraft.models.cache import SLOT_STEP, SlotCache
 
 ROWS, SHAPES = 3, ((2, 3), (1, 5))  # heads and head size of each layer
 

@@ -20,12 +20,13 @@ from toy_folders import HEAD_DIM, HIDDEN, ZLAB, save_target, save_zlab, zlab_ten
 from toy_training import one_line_and_hint
 
 import flashdraft
-from flashdraft import DFlashDraftModel, checkpoint, files
-from flashdraft.checkpoint import DraftConfig, check_target, read_draft, spread_layers, write_draft
+from flashdraft import DFlashDraftModel, files
 from flashdraft.errors import CheckpointError, DraftMismatch
 from flashdraft.files import write_file
-from flashdraft.lean import LeanTarget
+from flashdraft.formats import checkpoint
+from flashdraft.formats.checkpoint import DraftConfig, check_target, read_draft, spread_layers, write_draft
 from flashdraft.methods.dflash import DFlashDrafter, PackedDraft
+from flashdraft.models.lean import LeanTarget
 from flashdraft.types import Rows, SamplingParams
 
 # The keys of the public format that a reader may ask for.

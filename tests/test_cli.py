@@ -19,9 +19,9 @@ import torch
 from toy_folders import ZLAB, save_target, save_zlab
 
 import flashdraft
-from flashdraft import cli, commands
-from flashdraft.checkpoint import DraftConfig
-from flashdraft.cli import COMMANDS, main
+from flashdraft.cli import app, commands, main
+from flashdraft.cli.app import COMMANDS
+from flashdraft.formats.checkpoint import DraftConfig
 from flashdraft.methods.dflash import DFlashDraftModel
 
 
@@ -216,12 +216,12 @@ def test_help_of_a_command_ends_with_two_examples_that_are_well_formed(name: str
         assert words[:2] == ["flashdraft", name]
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("FLASHDRAFT_DATA", "data")
-            cli._app(words[1:]).commands[name].make_context(name, words[2:])  # raises for an unknown option or a bad value
+            app._app(words[1:]).commands[name].make_context(name, words[2:])  # raises for an unknown option or a bad value
 
 
 def test_every_option_has_its_help(run: Run) -> None:
     for name in COMMANDS:
-        options = cli._app([name]).commands[name].params
+        options = app._app([name]).commands[name].params
         assert all(option.help for option in options), name
 
 
@@ -443,7 +443,7 @@ def test_errors_are_not_printed_where_standard_error_is_closed(
 
 
 def test_sigterm_ends_with_143_and_leaves_nothing_half_written(folders: Path, tmp_path: Path) -> None:
-    code = "import os, signal, sys; from flashdraft import cli, commands; from flashdraft.cli import main; "
+    code = "import os, signal, sys; from flashdraft.cli import commands, main; "
     code += "commands.report = lambda results: os.kill(os.getpid(), signal.SIGTERM); sys.argv = ['flashdraft', 'report', 'x']; "
     code += "sys.exit(main())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -16,15 +16,16 @@ from toy_folders import save_target, save_zlab
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 import flashdraft
-import flashdraft.decoder
-from flashdraft.decoder import CompiledStep, Decoder, padded
+import flashdraft.models.decoder
+from flashdraft.decoding.text import TextDecoder
+from flashdraft.decoding.tree import chain
 from flashdraft.engine import Engine, Request
 from flashdraft.errors import InvalidParameter
-from flashdraft.lean import LeanTarget
 from flashdraft.methods.autoregressive import Autoregressive
-from flashdraft.target import HFTarget, Target
-from flashdraft.text import TextDecoder
-from flashdraft.tree import chain
+from flashdraft.models.decoder import CompiledStep, Decoder, padded
+from flashdraft.models.hf import HFTarget
+from flashdraft.models.lean import LeanTarget
+from flashdraft.models.target import Target
 from flashdraft.types import Drafter, SamplingParams
 
 PROMPTS = ([5, 7, 9, 11, 13], [6, 8])
@@ -172,7 +173,7 @@ def test_lengths_as_numbers_would_trace_again(traces: list[Any], monkeypatch: py
 @pytest.mark.parametrize("pinned", [True, False])
 def test_a_graph_copies_in_the_proposal_only(pinned: bool, traces: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     if not pinned:
-        monkeypatch.setattr(flashdraft.decoder, "_pin", lambda tensors: None)
+        monkeypatch.setattr(flashdraft.models.decoder, "_pin", lambda tensors: None)
     target = made("qwen2")
     drafter = tiny_drafter(target)
     texts(target, drafter, 3)

@@ -11,13 +11,13 @@ import torch
 from conftest import tiny_drafter, tiny_target
 from torch import Tensor
 
-import flashdraft.control
-from flashdraft.control import Control
+import flashdraft.decoding.control
+from flashdraft.decoding.control import Control
+from flashdraft.decoding.text import TextDecoder
+from flashdraft.decoding.tree import chain
 from flashdraft.engine import Engine, Request
 from flashdraft.generate import Model
 from flashdraft.methods.autoregressive import Autoregressive
-from flashdraft.text import TextDecoder
-from flashdraft.tree import chain
 from flashdraft.types import Drafter, Proposal, Rows, SamplingParams
 
 FLAT = {1: 1.0, 8: 1.07}  # seconds: a node costs a hundredth of a step
@@ -184,7 +184,7 @@ def drafts_after_a_slow_start() -> int:
 
 def test_a_plain_step_now_and_then_shows_that_drafting_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     assert drafts_after_a_slow_start() <= 4
-    monkeypatch.setattr(flashdraft.control, "_LOOK", 1000)
+    monkeypatch.setattr(flashdraft.decoding.control, "_LOOK", 1000)
     assert drafts_after_a_slow_start() == 40
 
 
@@ -375,7 +375,7 @@ def text_of(engine: Engine, prompt: list[int]) -> list[int]:
 def test_texts_are_plain_and_the_drafter_misses_nothing(
     seconds: Mapping[int, float], drafted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flashdraft.control, "_GAIN_DRIFT", 4e-3)  # so that it is tried again after some 25 steps
+    monkeypatch.setattr(flashdraft.decoding.control, "_GAIN_DRIFT", 4e-3)  # so that it is tried again after some 25 steps
     prompt = [3, 7, 11, 5]
     plain = text_of(Engine(tiny_target("llama", lean=True), Autoregressive()), prompt)
     target: object = Timed(seconds)

@@ -19,14 +19,14 @@ from conftest import EOS, requests_of, run, tiny_target
 from torch import Tensor
 from toy_folders import ZLAB, zlab_tensors
 
-from flashdraft.checkpoint import DraftConfig
+from flashdraft.decoding.tree import check
 from flashdraft.engine import Engine, Request
+from flashdraft.formats.checkpoint import DraftConfig
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDraft
-from flashdraft.target import Target
+from flashdraft.models.target import Target
 from flashdraft.train.batch import Pass, make_batch
 from flashdraft.train.features import Sample
-from flashdraft.tree import check
 from flashdraft.types import Proposal, Rows, SamplingParams
 
 BLOCK = 4
@@ -458,7 +458,7 @@ def test_tables_are_as_long_as_what_is_read() -> None:
 def test_positions_without_a_row_of_the_table_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """The planted fault: a table that does not grow."""
     drafter = new_drafter()
-    monkeypatch.setattr("flashdraft.layers.Rotary.reserve", lambda self, count: False)
+    monkeypatch.setattr("flashdraft.models.layers.Rotary.reserve", lambda self, count: False)
     with pytest.raises(IndexError):
         drafter.observe(rows_of([[5]]), [torch.arange(700) % 50], [torch.zeros(700, 2 * 32, dtype=torch.float64)])
 

@@ -14,12 +14,12 @@ from conftest import EOS, MASK, VOCAB, tiny_model
 from torch import Tensor
 from toy_folders import letter_tokenizer
 
-from flashdraft.checkpoint import DraftConfig
+from flashdraft.formats.checkpoint import DraftConfig
 from flashdraft.generate import Model
-from flashdraft.lean import LeanTarget
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel
-from flashdraft.target import HFTarget
+from flashdraft.models.hf import HFTarget
+from flashdraft.models.lean import LeanTarget
 from flashdraft.train.batch import Batch, Pass, make_batch
 from flashdraft.train.config import TrainConfig
 from flashdraft.train.doctor import Finding, diagnose

@@ -18,16 +18,17 @@ from transformers import LlamaConfig
 
 import flashdraft.engine
 import flashdraft.methods.draft_model
-from flashdraft.cache import SlotCache
-from flashdraft.control import Control
+from flashdraft.decoding.control import Control
+from flashdraft.decoding.sampling import probabilities, uniforms
+from flashdraft.decoding.tree import check
 from flashdraft.engine import Engine, Request
 from flashdraft.errors import DraftMismatch
-from flashdraft.lean import LeanTarget
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.methods.draft_model import DraftModelDrafter, check_tokenizers
-from flashdraft.sampling import probabilities, uniforms
-from flashdraft.target import HFTarget, Target
-from flashdraft.tree import check
+from flashdraft.models.cache import SlotCache
+from flashdraft.models.hf import HFTarget
+from flashdraft.models.lean import LeanTarget
+from flashdraft.models.target import Target
 from flashdraft.types import Proposal, Result, Rows, SamplingParams
 
 METHOD = flashdraft.methods.draft_model
@@ -258,7 +259,7 @@ def test_no_token_is_read_twice_and_a_drafted_one_costs_one_pass(kind: type[Draf
 
 
 def test_long_prompts_are_read_in_chunks_and_not_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flashdraft.target.PREFILL_CHUNK", 16)
+    monkeypatch.setattr("flashdraft.models.target.PREFILL_CHUNK", 16)
     prompts = (tuple(3 + i * i % 50 for i in range(70)), PROMPTS[0])
     drafter = DraftModelDrafter(network(), drawn=False)
     engine = Engine(tiny_target("llama"), drafter, max_rows=2)

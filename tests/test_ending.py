@@ -15,14 +15,14 @@ from toy_folders import letter_tokenizer, save_target
 from toy_training import language_model
 
 import flashdraft
-from flashdraft.ending import end_tokens, ends_itself, hidden_tokens, turn_end
+from flashdraft.decoding.ending import end_tokens, ends_itself, hidden_tokens, turn_end
+from flashdraft.decoding.sampling import draw, likeliest
+from flashdraft.decoding.text import TextDecoder
 from flashdraft.engine import Engine
 from flashdraft.errors import UnusableLogits
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.methods.prompt_lookup import PromptLookup
-from flashdraft.sampling import draw, likeliest
-from flashdraft.target import HFTarget
-from flashdraft.text import TextDecoder
+from flashdraft.models.hf import HFTarget
 from flashdraft.train.features import encode
 from flashdraft.types import Drafter, SamplingParams
 
@@ -182,7 +182,7 @@ def test_stop_string_sees_special_tokens(tokens: list[int], stop: str, text: str
 
 
 def test_planted_decoder_that_sees_no_special_token_never_stops(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flashdraft.text.hidden_tokens", lambda tokenizer: {})
+    monkeypatch.setattr("flashdraft.decoding.text.hidden_tokens", lambda tokenizer: {})
     decoder = TextDecoder(Marks(), ["<end>"])
     assert [decoder.push(token) for token in (0, 100, 1)] == ["a", "", "b"]
     assert not decoder.stopped
@@ -279,7 +279,7 @@ def test_row_that_goes_wrong_later_is_forgotten_and_the_others_go_on() -> None:
 
 
 def test_planted_release_without_wiping_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flashdraft.cache.SlotCache.wipe", lambda self, row: None)
+    monkeypatch.setattr("flashdraft.models.cache.SlotCache.wipe", lambda self, row: None)
     with pytest.raises(AssertionError):
         test_logits_without_a_law_are_named_and_leave_the_row_clean(SamplingParams(), Autoregressive)
 

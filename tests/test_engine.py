@@ -20,14 +20,15 @@ from torch import Tensor
 from transformers import GPT2Config
 
 import flashdraft.engine
-from flashdraft.cache import SlotCache
+from flashdraft.decoding.sampling import draw, probabilities, uniforms
+from flashdraft.decoding.text import TextDecoder
 from flashdraft.engine import Engine, Request
 from flashdraft.errors import ContextLengthError, InvalidPrompt
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.methods.prompt_lookup import PromptLookup
-from flashdraft.sampling import draw, probabilities, uniforms
-from flashdraft.target import HFTarget, Target
-from flashdraft.text import TextDecoder
+from flashdraft.models.cache import SlotCache
+from flashdraft.models.hf import HFTarget
+from flashdraft.models.target import Target
 from flashdraft.types import Chunk, Drafter, Proposal, Result, Rows, SamplingParams, Stats, Verdict
 
 NEW = 14

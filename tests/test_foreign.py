@@ -14,9 +14,9 @@ from toy_training import one_line_and_hint
 from transformers import GPT2Config
 
 import flashdraft
-from flashdraft.checkpoint import DraftConfig, read_draft
 from flashdraft.errors import CheckpointError
-from flashdraft.foreign import is_draft
+from flashdraft.formats.checkpoint import DraftConfig, read_draft
+from flashdraft.formats.foreign import is_draft
 
 LLAMA: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32, "vocab_size": 61}
 SPECIAL = ZLAB["dflash_config"]

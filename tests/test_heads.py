@@ -28,13 +28,14 @@ from toy_training import (
     write_lines,
 )
 
-from flashdraft.checkpoint import read_draft
+from flashdraft.decoding.tree import best_first
 from flashdraft.errors import CheckpointError, InvalidParameter
+from flashdraft.formats.checkpoint import read_draft
 from flashdraft.generate import Model
-from flashdraft.layers import HEADS
 from flashdraft.methods import dflash
 from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDraft
-from flashdraft.target import Target
+from flashdraft.models.layers import HEADS
+from flashdraft.models.target import Target
 from flashdraft.train import objectives as loss_stage
 from flashdraft.train.batch import Batch, make_batch
 from flashdraft.train.config import TrainConfig
@@ -43,7 +44,6 @@ from flashdraft.train.initialise import random_weights
 from flashdraft.train.objectives import Loss
 from flashdraft.train.regenerate import regenerate
 from flashdraft.train.trainer import Trainer
-from flashdraft.tree import best_first
 from flashdraft.types import SamplingParams
 
 RANK = 5

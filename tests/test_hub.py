@@ -23,7 +23,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from flashdraft import hub
 from flashdraft.cli import main
 from flashdraft.errors import CheckpointError, FlashDraftError, ModelNotFound
-from flashdraft.generate import load
+from flashdraft.loading import load
 from flashdraft.types import SamplingParams
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

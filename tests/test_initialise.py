@@ -12,8 +12,8 @@ import torch
 from conftest import EOS, MASK, tiny_target
 from toy_folders import letter_tokenizer, save_target
 
-from flashdraft.checkpoint import DraftConfig
 from flashdraft.errors import CheckpointError, InvalidParameter
+from flashdraft.formats.checkpoint import DraftConfig
 from flashdraft.generate import Model
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.train.batch import make_batch

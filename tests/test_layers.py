@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from flashdraft.cache import SLOT_STEP, SlotCache
-from flashdraft.decoder import Decoder
-from flashdraft.layers import RMSNorm, Rotary, TorchLinear, apply_rotary, rotary_table, scaled_length
+from flashdraft.models.cache import SLOT_STEP, SlotCache
+from flashdraft.models.decoder import Decoder
+from flashdraft.models.layers import RMSNorm, Rotary, TorchLinear, apply_rotary, rotary_table, scaled_length
 
 
 def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -19,14 +19,14 @@ from conftest import SHAPE, tiny_model
 from torch import Tensor
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
-from flashdraft import native
+from flashdraft.decoding.tree import ancestors
 from flashdraft.errors import InvalidParameter
-from flashdraft.layers import SwigluHead, TorchLinear, pack
-from flashdraft.lean import LeanTarget, fastest
-from flashdraft.native import NativeLinear
+from flashdraft.models import native
+from flashdraft.models.hf import HFTarget
+from flashdraft.models.layers import SwigluHead, TorchLinear, pack
+from flashdraft.models.lean import LeanTarget, fastest
+from flashdraft.models.native import NativeLinear
 from flashdraft.process import num_threads, serial
-from flashdraft.target import HFTarget
-from flashdraft.tree import ancestors
 
 EXACT = ("float32", "bfloat16", "q8", "q4")
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
@@ -379,7 +379,7 @@ def test_a_cache_that_cannot_be_written_costs_a_measurement_and_no_more(tmp_path
 
 
 def test_a_kernel_that_cannot_run_the_target_is_refused() -> None:
-    from flashdraft.generate import load_target
+    from flashdraft.loading import load_target
 
     with pytest.raises(InvalidParameter, match="kernel is 'fast'"):
         load_target("smollm2-135m", kernel="fast")

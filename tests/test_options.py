@@ -18,13 +18,13 @@ from conftest import tiny_target
 from toy_training import language_model
 
 import flashdraft
-from flashdraft import cli, commands, train_commands
 from flashdraft.bench.roofline import RooflineConfig
 from flashdraft.bench.run import BenchConfig
-from flashdraft.cli import COMMANDS, TRAINING, main
+from flashdraft.cli import app, commands, main, train_commands
+from flashdraft.cli.app import COMMANDS, TRAINING
 from flashdraft.engine import check
 from flashdraft.errors import ContextLengthError, InvalidParameter
-from flashdraft.generate import drafters
+from flashdraft.loading import drafters
 from flashdraft.train.config import TrainConfig
 from flashdraft.train.regenerate import mixed
 from flashdraft.types import HIGHEST, SEEDS, Allowed, SamplingParams, counted_on, kind_of, option
@@ -54,7 +54,7 @@ def options_of(group: type) -> Iterator[Option]:
 
 def options_of_command(name: str) -> Iterator[Option]:
     """Also those of its dataclasses."""
-    module = import_module("flashdraft.train_commands" if name in TRAINING else "flashdraft.commands")
+    module = import_module("flashdraft.cli.train_commands" if name in TRAINING else "flashdraft.cli.commands")
     for parameter in inspect.signature(getattr(module, name)).parameters.values():
         hint = parameter.annotation
         if dataclasses.is_dataclass(hint):
@@ -192,7 +192,7 @@ def test_command_names_the_option_as_it_was_written_before_anything_is_loaded(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     words = [command]
-    for parameter in cli._app([command]).commands[command].params:
+    for parameter in app._app([command]).commands[command].params:
         if parameter.required:
             words += ["x"] if parameter.param_type_name == "argument" else [parameter.opts[0], "x"]
     written = f"--{name.replace('_', '-')}"

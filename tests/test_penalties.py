@@ -24,12 +24,12 @@ from transformers import LlamaConfig
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor, SequenceBiasLogitsProcessor
 
 import flashdraft.engine
+from flashdraft.decoding.sampling import Context, Counts, adjusted, draw, logprob, probabilities
+from flashdraft.decoding.text import TextDecoder
 from flashdraft.engine import Engine, Request
 from flashdraft.errors import InvalidParameter
-from flashdraft.lean import LeanTarget
 from flashdraft.methods.autoregressive import Autoregressive
-from flashdraft.sampling import Context, Counts, adjusted, draw, logprob, probabilities
-from flashdraft.text import TextDecoder
+from flashdraft.models.lean import LeanTarget
 from flashdraft.types import Proposal, Result, Rows, SamplingParams
 
 DIGITS = [token for token in range(VOCAB) if letters([token]).isdigit()]

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from toy_folders import letter_tokenizer, save_target, save_zlab
 
-from flashdraft import generate, pretrained
+from flashdraft import loading, pretrained
 from flashdraft.errors import CheckpointError, FlashDraftError, UnsupportedTarget
-from flashdraft.generate import load, load_target
+from flashdraft.loading import load, load_target
 from flashdraft.pretrained import Source, check_folder, read_model, without_bars
 
 Tensors = dict[str, Tensor]
@@ -562,7 +562,7 @@ def test_a_kernel_is_refused_with_its_cause(folder: Path, monkeypatch: pytest.Mo
     edit_config(folder, num_attention_heads=1, num_key_value_heads=1, head_dim=32)
     edit_tensors(folder, with_one_head)
     assert "bfloat16" in refusal(folder, kernel="compact", dtype="bfloat16")
-    monkeypatch.setattr(generate.LeanTarget, "fits", staticmethod(lambda _: False))
+    monkeypatch.setattr(loading.LeanTarget, "fits", staticmethod(lambda _: False))
     assert "not llama-shaped" in refusal(folder, kernel="torch")
 
 

@@ -32,14 +32,15 @@ from toy_folders import save_target
 from transformers import LlamaConfig
 
 import flashdraft
-from flashdraft import hub, native
+from flashdraft import hub
 from flashdraft.bench.peers import Transformers
 from flashdraft.cli import main
-from flashdraft.control import Control
+from flashdraft.decoding.control import Control
 from flashdraft.errors import FlashDraftError, InvalidParameter
-from flashdraft.generate import Model, drafters, load_target
-from flashdraft.lean import LeanTarget
-from flashdraft.methods import NETWORKS
+from flashdraft.generate import Model
+from flashdraft.loading import NETWORKS, drafters, load_target
+from flashdraft.models import native
+from flashdraft.models.lean import LeanTarget
 from flashdraft.pretrained import without_bars
 from flashdraft.process import threads_set
 from flashdraft.train import trainer

@@ -14,11 +14,11 @@ import torch
 from conftest import EOS, tiny_target
 from toy_folders import CHAT, letter_tokenizer
 
-from flashdraft import prompt as module
+from flashdraft.decoding import prompt as module
+from flashdraft.decoding.prompt import as_asked, content_text, is_one
 from flashdraft.errors import InvalidParameter, InvalidPrompt
 from flashdraft.generate import Model
 from flashdraft.methods.autoregressive import Autoregressive
-from flashdraft.prompt import as_asked, content_text, is_one
 
 IDS = [7, 9, 12]
 PARTS = "{% for m in messages %}{{ m['role'][0] }} {% for p in m['content'] %}{{ p['text'] }}{% endfor %}.{% endfor %}a "

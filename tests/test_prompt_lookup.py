@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flashdraft.decoding.tree import check
 from flashdraft.methods.prompt_lookup import NgramIndex, PromptLookup
-from flashdraft.tree import check
 from flashdraft.types import Rows, SamplingParams
 
 

@@ -18,8 +18,7 @@ import torch
 from conftest import EOS, tiny_target
 from toy_folders import CHAT, letter_tokenizer, save_target
 
-from flashdraft import commands
-from flashdraft.cli import main
+from flashdraft.cli import commands, main
 from flashdraft.errors import DataError, FlashDraftError, InvalidParameter, InvalidPrompt
 from flashdraft.generate import Model
 from flashdraft.methods.autoregressive import Autoregressive

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from flashdraft.cli import COMMANDS, main
+from flashdraft.cli import main
+from flashdraft.cli.app import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

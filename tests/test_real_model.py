@@ -11,11 +11,12 @@ from torch import Tensor
 
 import flashdraft
 from flashdraft import SamplingParams
-from flashdraft.generate import Model, drafters, load_target
+from flashdraft.decoding.sampling import target_probs
+from flashdraft.decoding.verify import verify
+from flashdraft.generate import Model
+from flashdraft.loading import drafters, load_target
 from flashdraft.methods.dflash import DFlashDrafter
-from flashdraft.sampling import target_probs
 from flashdraft.types import Proposal, Rows
-from flashdraft.verify import verify
 
 pytestmark = pytest.mark.real_model
 

@@ -20,17 +20,17 @@ from torch import Tensor
 from toy_folders import letter_tokenizer, save_target
 from toy_training import one_line_and_hint
 
-from flashdraft.checkpoint import DraftConfig, read_draft
-from flashdraft.control import Control
+from flashdraft.decoding.control import Control
 from flashdraft.engine import Engine
 from flashdraft.errors import CheckpointError, DraftMismatch, InvalidParameter
-from flashdraft.generate import Model, load
-from flashdraft.methods import NETWORKS
+from flashdraft.formats.checkpoint import DraftConfig, read_draft
+from flashdraft.generate import Model
+from flashdraft.loading import NETWORKS, load
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.methods.dflash import DFlashDraftModel
 from flashdraft.methods.eagle3 import Eagle3DraftModel, fused_layers
 from flashdraft.methods.medusa import MedusaDraftModel
-from flashdraft.target import Target
+from flashdraft.models.target import Target
 from flashdraft.train.batch import Pass, make_batch
 from flashdraft.train.config import TrainConfig
 from flashdraft.train.features import FeatureSet, Sample, write_features

@@ -13,7 +13,6 @@ import pytest
 from conftest import VOCAB, tiny_model
 from toy_folders import save_target
 
-from flashdraft import commands
 from flashdraft.bench.profile import calibrate
 from flashdraft.bench.roofline import (
     FACTS,
@@ -28,7 +27,7 @@ from flashdraft.bench.roofline import (
     shape,
     verdict,
 )
-from flashdraft.cli import main
+from flashdraft.cli import commands, main
 from flashdraft.errors import InvalidParameter, ModelNotFound, UnsupportedTarget
 
 NET = Shape(layers=2, hidden=4, inner=8, heads=2, kv_heads=1, head_dim=2, vocab=10)
@@ -270,6 +269,6 @@ def test_calibration_is_a_machine() -> None:
 
 
 def test_no_kernels_no_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flashdraft.native.usable", lambda _: False)
+    monkeypatch.setattr("flashdraft.models.native.usable", lambda _: False)
     with pytest.raises(UnsupportedTarget, match="kernels do not run"):
         calibrate("q4")

@@ -11,8 +11,8 @@ from scipy import stats
 from torch import Tensor
 from transformers.generation.logits_process import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from flashdraft.decoding.sampling import coins, draw, likeliest, probabilities, target_probs, total, uniforms
 from flashdraft.errors import UnusableLogits
-from flashdraft.sampling import coins, draw, likeliest, probabilities, target_probs, total, uniforms
 from flashdraft.types import SamplingParams
 
 ALMOST_ONE = 1 - 2.0**-53  # the largest uniform

@@ -8,7 +8,7 @@ import pytest
 
 from flashdraft.bench.specs import names_a_drafter, parts_of, read_specs, tree_of
 from flashdraft.errors import InvalidParameter
-from flashdraft.generate import union_parts
+from flashdraft.loading import union_parts
 
 
 def read(methods: str) -> list[tuple[str, str, str]]:

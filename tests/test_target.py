@@ -39,13 +39,14 @@ from transformers import (
     Starcoder2Config,
 )
 
-import flashdraft.lean
-import flashdraft.target
-from flashdraft.cache import SlotCache
+import flashdraft.models.lean
+import flashdraft.models.target
+from flashdraft.decoding.tree import ancestors
 from flashdraft.errors import UnsupportedTarget
-from flashdraft.lean import LeanTarget, unfit
-from flashdraft.target import HFTarget, Target
-from flashdraft.tree import ancestors
+from flashdraft.models.cache import SlotCache
+from flashdraft.models.hf import HFTarget
+from flashdraft.models.lean import LeanTarget, unfit
+from flashdraft.models.target import Target
 
 CLOSE, FAR = 1e-5, 0.1  # in standard deviations of what is right
 LEAN_CLOSE = 1e-4  # transformers computes norms in float32, whatever the model's dtype
@@ -189,8 +190,8 @@ def test_a_tree_read_as_a_chain_is_far_off(name: str, monkeypatch: pytest.Monkey
     def causal(parents: Tensor) -> Tensor:
         return torch.ones_like(ancestors(parents)).tril()
 
-    monkeypatch.setattr(flashdraft.target, "ancestors", causal)
-    monkeypatch.setattr(flashdraft.lean, "ancestors", causal)
+    monkeypatch.setattr(flashdraft.models.hf, "ancestors", causal)
+    monkeypatch.setattr(flashdraft.models.lean, "ancestors", causal)
     assert worst_after_all(made(name), own_model(name.removeprefix("lean "))) > FAR
 
 
@@ -216,7 +217,7 @@ def test_the_texts_are_longer_than_the_window(family: str, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_prompt_read_in_chunks_is_the_prompt(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flashdraft.target, "PREFILL_CHUNK", 5)
+    monkeypatch.setattr(flashdraft.models.target, "PREFILL_CHUNK", 5)
     assert worst_after_all(made(name), own_model(name.removeprefix("lean "))) < close(name)
 
 
@@ -298,7 +299,7 @@ def with_random_vectors(model: Any) -> Any:
 
 @pytest.mark.parametrize("name", LEAN_CONFIGS)
 def test_the_lean_target_is_the_hugging_face_target(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flashdraft.target, "PREFILL_CHUNK", 8)
+    monkeypatch.setattr(flashdraft.models.target, "PREFILL_CHUNK", 8)
     model = with_random_vectors(tiny_model("", dtype=torch.float32, config=LEAN_CONFIGS[name]()))
     assert LeanTarget.fits(model.config)
     lean, stock = LeanTarget(model, name), HFTarget(model, name)

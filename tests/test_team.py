@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flashdraft import native
+from flashdraft.models import native
 
 HEADER = Path(native.__file__).parent / "csrc" / "team.h"
 SOURCE = Path(__file__).with_name("team_stress.cpp")

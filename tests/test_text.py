@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-import flashdraft.text
+import flashdraft.decoding.text
 from flashdraft import hub
-from flashdraft.text import TextDecoder
+from flashdraft.decoding.text import TextDecoder
 
 TEXTS = (
     "Hello, world!  Two spaces,\n\n\tand a tab.",
@@ -135,7 +135,7 @@ def test_a_planted_fault_of_decoding_is_caught(tokenizer: Any, monkeypatch: pyte
     elif planted == "without the window":
         monkeypatch.setattr(TextDecoder, "push", without_window)
     elif planted == "half characters":
-        monkeypatch.setattr(flashdraft.text, "_UNFINISHED", "\x00")
+        monkeypatch.setattr(flashdraft.decoding.text, "_UNFINISHED", "\x00")
     else:
         monkeypatch.setattr(TextDecoder, "flush", lambda self: "")
         with pytest.raises(AssertionError):
@@ -206,9 +206,11 @@ def test_a_planted_fault_of_stopping_is_caught(monkeypatch: pytest.MonkeyPatch, 
         return piece
 
     if planted == "nothing is held":
-        monkeypatch.setattr(flashdraft.text, "_overlap", lambda text, stops: 0)
+        monkeypatch.setattr(flashdraft.decoding.text, "_overlap", lambda text, stops: 0)
     elif planted == "longest hold lost":
-        monkeypatch.setattr(flashdraft.text, "_overlap", lambda text, stops: int(any(text[-1:] == stop[0] for stop in stops)))
+        monkeypatch.setattr(
+            flashdraft.decoding.text, "_overlap", lambda text, stops: int(any(text[-1:] == stop[0] for stop in stops))
+        )
     else:
         monkeypatch.setattr(TextDecoder, "_give", first_of_the_list if planted == "first of the list" else goes_on)
     with pytest.raises(AssertionError):
@@ -227,7 +229,7 @@ def test_a_long_stop_string_is_compared_no_further_than_the_text_goes() -> None:
             Text.compared += 1
             return super().endswith(*end)
 
-    assert flashdraft.text._overlap(Text("xab"), ["ab" * 50_000, "zz"]) == 2
+    assert flashdraft.decoding.text._overlap(Text("xab"), ["ab" * 50_000, "zz"]) == 2
     assert Text.compared == 4
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from conftest import tiny_model
 
-from flashdraft import timing
-from flashdraft.lean import LeanTarget
-from flashdraft.timing import StepTimes, best_of
+from flashdraft.models import timing
+from flashdraft.models.lean import LeanTarget
+from flashdraft.models.timing import StepTimes, best_of
 
 
 @pytest.fixture

@@ -21,14 +21,15 @@ from toy_folders import letter_tokenizer, save_target
 from toy_training import language_model, one_line_and_hint, write_lines
 
 import flashdraft.methods.dflash
-import flashdraft.network
+import flashdraft.methods.network
 from flashdraft import files
-from flashdraft.checkpoint import DraftConfig
 from flashdraft.errors import CheckpointError, DataError, FlashDraftError, InvalidParameter
-from flashdraft.generate import Model, load_target
+from flashdraft.formats.checkpoint import DraftConfig
+from flashdraft.generate import Model
+from flashdraft.loading import load_target
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDraft
-from flashdraft.target import HFTarget
+from flashdraft.models.hf import HFTarget
 from flashdraft.train import answers as answers_stage
 from flashdraft.train import features as features_stage
 from flashdraft.train.batch import Batch, Pass, block_mask, block_positions, draw_anchors, make_batch
@@ -352,7 +353,7 @@ def test_blocks_beyond_the_draft_positions_are_not_trained(limit: int) -> None:
 def test_training_computes_what_decoding_computes(shift: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else accuracy is high in training and nothing is accepted when served. The planted faults shift the features by one."""
     monkeypatch.setattr(flashdraft.methods.dflash, "DRAFT_KERNEL", "float32")
-    monkeypatch.setattr(flashdraft.network, "DRAFT_KERNEL", "float32")  # a draft is rounded to 8 bits otherwise
+    monkeypatch.setattr(flashdraft.methods.network, "DRAFT_KERNEL", "float32")  # a draft is rounded to 8 bits otherwise
     model, target = network(), language_model().target
     tokens = torch.tensor([1, 9, 17, 30, 4, 22, 41, 8, 15, 33, 27, 5])
     _, features = target.prefill(target.new_cache(1, 64), 0, tokens, LAYERS)

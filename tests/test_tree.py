@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flashdraft.tree import ancestors, best_first, chain, check, depths, independent
+from flashdraft.decoding.tree import ancestors, best_first, chain, check, depths, independent
 from flashdraft.types import Proposal
 
 

@@ -15,15 +15,16 @@ from conftest import SHAPE, requests_of, run, tiny_drafter, tiny_model, tiny_tar
 from torch import Tensor
 from transformers import LlamaConfig
 
-from flashdraft.control import Control
+from flashdraft.decoding.control import Control
+from flashdraft.decoding.tree import Nodes, check
 from flashdraft.engine import Engine
 from flashdraft.errors import InvalidParameter
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.methods.draft_model import DraftModelDrafter
 from flashdraft.methods.prompt_lookup import PromptLookup
 from flashdraft.methods.union import Union, merge
-from flashdraft.target import HFTarget, Target
-from flashdraft.tree import Nodes, check
+from flashdraft.models.hf import HFTarget
+from flashdraft.models.target import Target
 from flashdraft.types import Drafter, Proposal, Rows, SamplingParams
 
 NEW = 16

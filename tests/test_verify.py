@@ -15,13 +15,13 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from flashdraft.sampling import coins, draw, probabilities, target_probs, uniforms
-from flashdraft.tree import chain, check, depths
+from flashdraft.decoding.sampling import coins, draw, probabilities, target_probs, uniforms
+from flashdraft.decoding.tree import chain, check, depths
+from flashdraft.decoding.verify import verify
 from flashdraft.types import Proposal, SamplingParams, Verdict
-from flashdraft.verify import verify
 
 ROWS, VOCAB = 200_000, 5
-RULE = sys.modules["flashdraft.verify"]  # the module, also when the package exports the function under the same name
+RULE = sys.modules["flashdraft.decoding.verify"]  # the module, also when the package exports the function under the same name
 SEEN = 1000  # chi-square above its degrees of freedom: at most 56 with the right rule (72 seeds), 1,200 with the mildest fault
 
 Shape = Sequence[tuple[int, str]]  # parent and kind of node 1, 2, ...

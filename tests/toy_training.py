@@ -13,8 +13,8 @@ import torch
 from conftest import EOS, MASK, VOCAB, tiny_target
 from toy_folders import letter_tokenizer
 
-from flashdraft.checkpoint import DraftConfig
 from flashdraft.errors import FlashDraftError
+from flashdraft.formats.checkpoint import DraftConfig
 from flashdraft.generate import Model
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.methods.dflash import DFlashDraftModel

@@ -17,12 +17,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import Qwen3Config
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from flashdraft.checkpoint import check_target
 from flashdraft.errors import ContextLengthError, DraftMismatch, UnsupportedTarget
-from flashdraft.generate import load_target
+from flashdraft.formats.checkpoint import check_target
+from flashdraft.loading import load_target
 from flashdraft.methods.dflash import DFlashDraftModel
+from flashdraft.models.hf import HFTarget
 from flashdraft.process import INTS, threads_set
-from flashdraft.target import HFTarget
 from flashdraft.types import SamplingParams
 
 __all__ = ["Answer", "DFlashAssistant", "Method", "Transformers", "joined"]

@@ -14,13 +14,15 @@ from typing import Any, NamedTuple
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from flashdraft import hub, native
+from flashdraft import hub
 from flashdraft.bench.roofline import BYTES, Device
 from flashdraft.engine import Engine
 from flashdraft.errors import InvalidParameter, UnsupportedTarget
-from flashdraft.generate import MOST_NODES, Model, drafters, load
-from flashdraft.lean import LeanTarget
+from flashdraft.generate import Model
+from flashdraft.loading import MOST_NODES, drafters, load
 from flashdraft.methods.autoregressive import Autoregressive
+from flashdraft.models import native
+from flashdraft.models.lean import LeanTarget
 from flashdraft.process import FLOATS, INTS, undisturbed
 from flashdraft.train.batch import FlopCount
 from flashdraft.train.initialise import draft_config, random_weights

@@ -35,8 +35,8 @@ from flashdraft.bench.tasks import BenchPrompt, named, read_prompts
 from flashdraft.engine import check
 from flashdraft.errors import InvalidParameter, ModelNotFound
 from flashdraft.files import locked, output_file, say
-from flashdraft.generate import DTYPES, KERNELS, MOST_NODES, Model, Prompt, drafters, load_target
-from flashdraft.methods import open_network
+from flashdraft.generate import Model, Prompt
+from flashdraft.loading import DTYPES, KERNELS, MOST_NODES, drafters, load_target, open_network
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.process import threads_set
 from flashdraft.provenance import provenance

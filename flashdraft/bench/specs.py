@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flashdraft.errors import InvalidParameter
-from flashdraft.generate import KERNELS, union_parts
+from flashdraft.loading import KERNELS, union_parts
 
 __all__ = ["Spec", "names_a_drafter", "parts_of", "read_specs", "tree_of"]
 

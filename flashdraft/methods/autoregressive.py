@@ -1,6 +1,6 @@
 """Plain decoding: the drafter that proposes nothing. Every proposal is the anchor alone."""
 
-from flashdraft.tree import alone
+from flashdraft.decoding.tree import alone
 from flashdraft.types import Drafter, Proposal, Rows
 
 __all__ = ["Autoregressive"]

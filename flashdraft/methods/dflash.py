@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
-from flashdraft import native
-from flashdraft.cache import SlotCache
-from flashdraft.checkpoint import DraftConfig
-from flashdraft.decoder import Block, CompiledStep, Decoder
-from flashdraft.layers import RMSNorm, SwigluHead, apply_rotary, pack, swiglu
-from flashdraft.network import DRAFT_KERNEL, DraftHead, DraftNetwork
+from flashdraft.decoding.tree import NOTHING, Laws, best_first, independent, planted
+from flashdraft.formats.checkpoint import DraftConfig
+from flashdraft.methods.network import DRAFT_KERNEL, DraftHead, DraftNetwork
+from flashdraft.models import native
+from flashdraft.models.cache import SlotCache
+from flashdraft.models.decoder import Block, CompiledStep, Decoder
+from flashdraft.models.layers import RMSNorm, SwigluHead, apply_rotary, pack, swiglu
+from flashdraft.models.target import Target
 from flashdraft.process import BOOLS, FLOATS, INTS, serial, undisturbed
-from flashdraft.target import Target
-from flashdraft.tree import NOTHING, Laws, best_first, independent, planted
 from flashdraft.types import Drafter, Proposal, Rows
 
 __all__ = ["DFlashDraftModel", "DFlashDrafter"]

@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
-from flashdraft.checkpoint import DraftConfig, check_target
+from flashdraft.decoding.sampling import adjusted, draw, probabilities, uniforms
+from flashdraft.decoding.tree import chain
 from flashdraft.errors import DraftMismatch, InvalidParameter
-from flashdraft.lean import LeanTarget
-from flashdraft.network import DRAFT_KERNEL, DraftNetwork, network_shape
+from flashdraft.formats.checkpoint import DraftConfig, check_target
+from flashdraft.methods.network import DRAFT_KERNEL, DraftNetwork, network_shape
+from flashdraft.models.lean import LeanTarget
+from flashdraft.models.target import Target
 from flashdraft.process import BOOLS, FLOATS, INTS, serial, undisturbed
-from flashdraft.sampling import adjusted, draw, probabilities, uniforms
-from flashdraft.target import Target
-from flashdraft.tree import chain
 from flashdraft.types import Drafter, Proposal, Rows, SamplingParams, require
 
 __all__ = ["CutDraftModel", "DraftModelDrafter", "check_tokenizers"]

@@ -18,15 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
-from flashdraft.cache import SlotCache
-from flashdraft.checkpoint import DraftConfig
-from flashdraft.decoder import Block
+from flashdraft.decoding.tree import NOTHING, Nodes, planted
 from flashdraft.errors import DraftMismatch
-from flashdraft.layers import RMSNorm, apply_rotary
-from flashdraft.network import DraftHead, DraftNetwork
+from flashdraft.formats.checkpoint import DraftConfig
+from flashdraft.methods.network import DraftHead, DraftNetwork
+from flashdraft.models.cache import SlotCache
+from flashdraft.models.decoder import Block
+from flashdraft.models.layers import RMSNorm, apply_rotary
+from flashdraft.models.target import Target
 from flashdraft.process import BOOLS, FLOATS, INTS, serial, undisturbed
-from flashdraft.target import Target
-from flashdraft.tree import NOTHING, Nodes, planted
 from flashdraft.types import Drafter, Proposal, Rows
 
 __all__ = ["Eagle3DraftModel", "Eagle3Drafter", "fused_layers"]

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashdraft.checkpoint import DraftConfig
-from flashdraft.network import DraftHead, DraftNetwork
+from flashdraft.decoding.tree import NOTHING, best_first, independent, planted
+from flashdraft.formats.checkpoint import DraftConfig
+from flashdraft.methods.network import DraftHead, DraftNetwork
+from flashdraft.models.target import Target
 from flashdraft.process import FLOATS, INTS, serial, undisturbed
-from flashdraft.target import Target
-from flashdraft.tree import NOTHING, best_first, independent, planted
 from flashdraft.types import Drafter, Proposal, Rows
 
 __all__ = ["MedusaDraftModel", "MedusaDrafter"]

@@ -7,7 +7,7 @@ recent earlier occurrence are the draft (Saxena 2023, https://github.com/apoorvu
 from collections.abc import Sequence
 from dataclasses import replace
 
-from flashdraft.tree import Nodes, planted
+from flashdraft.decoding.tree import Nodes, planted
 from flashdraft.types import Drafter, Proposal, Rows
 
 __all__ = ["NgramIndex", "PromptLookup"]

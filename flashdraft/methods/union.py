@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flashdraft.decoding.tree import Nodes, planted
 from flashdraft.errors import InvalidParameter
 from flashdraft.process import FLOATS
-from flashdraft.tree import Nodes, planted
 from flashdraft.types import Drafter, Proposal, Rows
 
 __all__ = ["Union", "merge"]

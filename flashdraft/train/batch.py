@@ -21,13 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
-from flashdraft.checkpoint import DraftConfig
 from flashdraft.errors import CheckpointError, DataError
+from flashdraft.formats.checkpoint import DraftConfig
 from flashdraft.methods.dflash import DFlashDraftModel
 from flashdraft.methods.draft_model import CutDraftModel
 from flashdraft.methods.eagle3 import Eagle3DraftModel
 from flashdraft.methods.medusa import MedusaDraftModel
-from flashdraft.network import DraftNetwork
+from flashdraft.methods.network import DraftNetwork
 from flashdraft.process import BOOLS, INTS
 from flashdraft.train.features import Sample, Sizes
 

@@ -19,13 +19,13 @@ from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from flashdraft.ending import ends_itself, turn_end
+from flashdraft.decoding.ending import ends_itself, turn_end
 from flashdraft.errors import DataError, InvalidParameter, InvalidPrompt
 from flashdraft.files import Facts, check_facts, locked, output_folder, parse_json, say, write_file, write_tensors
 from flashdraft.generate import Model
 from flashdraft.process import INTS
-from flashdraft.provenance import named_target, target_facts
 from flashdraft.train.answers import check_origin
+from flashdraft.train.facts import named_target, target_facts
 from flashdraft.train.rows import LeftOut, is_whole, placed_rows
 
 __all__ = ["SHARD", "Data", "FeatureSet", "OnlineFeatures", "Reader", "Sample", "ShardWriter", "Sizes", "encode"]

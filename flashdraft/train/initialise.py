@@ -14,14 +14,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from flashdraft import hub
-from flashdraft.checkpoint import DraftConfig, spread_layers
 from flashdraft.errors import CheckpointError, InvalidParameter
-from flashdraft.layers import ROPE_TYPES
-from flashdraft.methods import NETWORKS
+from flashdraft.formats.checkpoint import DraftConfig, spread_layers
+from flashdraft.loading import NETWORKS
 from flashdraft.methods.dflash import DFlashDraftModel
-from flashdraft.network import DraftNetwork
+from flashdraft.methods.network import DraftNetwork
+from flashdraft.models.layers import ROPE_TYPES
+from flashdraft.models.target import Target
 from flashdraft.process import FLOATS, undisturbed
-from flashdraft.target import Target
 from flashdraft.train.features import Sample
 from flashdraft.types import require
 

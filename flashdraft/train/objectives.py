@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashdraft.network import DraftNetwork
+from flashdraft.methods.network import DraftNetwork
+from flashdraft.models.target import Target
 from flashdraft.process import INTS
-from flashdraft.target import Target
 from flashdraft.train.batch import Batch
 from flashdraft.train.features import Data
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from flashdraft.prompt import content_text
+from flashdraft.decoding.prompt import content_text
 
 __all__ = ["FIELDS", "AsksNothing", "as_prompt"]
 

@@ -22,8 +22,8 @@ from flashdraft.errors import DataError, FlashDraftError, InvalidParameter, Inva
 from flashdraft.files import parse_json
 from flashdraft.generate import Model
 from flashdraft.methods.autoregressive import Autoregressive
-from flashdraft.provenance import named_target, target_facts
 from flashdraft.train.answers import open_answers, question, sampling_facts
+from flashdraft.train.facts import named_target, target_facts
 from flashdraft.train.features import SHARD, Sample, ShardWriter, encode, shard_key
 from flashdraft.train.questions import as_prompt
 from flashdraft.train.rows import LeftOut, is_whole, placed_rows

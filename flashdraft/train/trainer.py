@@ -33,9 +33,9 @@ from flashdraft.errors import DataError, FlashDraftError, InvalidParameter, firs
 from flashdraft.files import check_facts, locked, say, write_file, write_tensors
 from flashdraft.generate import Model, Prompt
 from flashdraft.methods.dflash import DFlashDraftModel
-from flashdraft.network import DraftNetwork
+from flashdraft.methods.network import DraftNetwork
 from flashdraft.process import FLOATS, INTS, undisturbed
-from flashdraft.provenance import provenance, target_facts
+from flashdraft.provenance import provenance
 from flashdraft.train.batch import Batch, FlopCount, Pass, make_batch, why_no_anchor
 from flashdraft.train.config import (
     TrainConfig,
@@ -46,6 +46,7 @@ from flashdraft.train.config import (
     model_card,
     save_checkpoint,
 )
+from flashdraft.train.facts import target_facts
 from flashdraft.train.features import Data, Sample
 from flashdraft.train.objectives import Loss, accuracy, common_tokens
 from flashdraft.train.rows import LeftOut

@@ -8,88 +8,21 @@ of families; a model outside it must first show, by a measurement, that a reject
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flashdraft.cache import SlotCache
+from flashdraft.decoding.tree import ancestors, chain, depths
 from flashdraft.errors import UnsupportedTarget
-from flashdraft.layers import scaled_length
-from flashdraft.process import INTS, new_lock, undisturbed
-from flashdraft.tree import ancestors, chain, depths
+from flashdraft.models.cache import SlotCache
+from flashdraft.models.target import Indices, Output, Target, context_of
+from flashdraft.process import INTS, new_lock
 
-__all__ = ["HFTarget", "Target", "context_of"]
+__all__ = ["HFTarget"]
 
 # Families whose stock forward was checked against plain forwards after rejected drafts (tests/test_target.py).
 CHECKED = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma3_text", "phi3", "gpt_oss", "glm4")
-PREFILL_CHUNK = 512
-Indices = Sequence[int]  # of layers, or of a cache's rows
-Output = tuple[Tensor, Tensor | None]  # logits or states, and the features if there are any
-
-
-class Target(Protocol):
-    """A large model, seen as a function from proposals to logits and features."""
-
-    name: str
-    config: Any  # the Hugging Face text model's
-    kernel_name: str  # what runs the weights, as `load` takes it
-    kernel: str  # the same in words, for reports
-    row_exact: bool  # a row's bits do not depend on how many rows travel with it
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    context_length: int
-    nbytes: int  # of the weights
-    blocked_keys: bool = False  # how its cache lies: see SlotCache
-    static_cache: bool = False  # likewise
-
-    @property
-    def step_seconds(self) -> Mapping[int, float]:
-        """Of a step by its number of tokens; empty where it is not measured."""
-        return {}
-
-    def new_cache(self, rows: int, slots: int) -> SlotCache:
-        return SlotCache(self.num_layers, rows, slots, blocked=self.blocked_keys, static=self.static_cache)
-
-    @undisturbed
-    @torch.inference_mode()
-    def prefill(self, cache: SlotCache, slot: int, tokens: Tensor, layers: Indices) -> Output:
-        """Read and commit tokens [n] of one row: the last token's logits [vocab] and the features [n, layers * hidden]."""
-        features = []
-        for part in tokens.split(PREFILL_CHUNK):
-            n = len(part)
-            hidden, feature = self._read(cache, [slot], part[None], chain(n)[None], torch.tensor([n], **INTS), layers)
-            cache.keep(slot, range(n))
-            features += [] if feature is None else [feature[0]]
-        return self.lm_head(hidden[0, -1]), torch.cat(features) if features else None
-
-    @undisturbed
-    @torch.inference_mode()
-    def forward(
-        self, cache: SlotCache, slots: Indices, tokens: Tensor, parents: Tensor, sizes: Tensor, layers: Indices
-    ) -> Output:
-        """Read proposals [rows, nodes] behind each row's length, which stays: logits [rows, nodes, vocab], features likewise."""
-        hidden, features = self._read(cache, slots, tokens, parents, sizes, layers)
-        return self.lm_head(hidden), features
-
-    def _read(self, cache: SlotCache, slots: Indices, tokens: Tensor, parents: Tensor, sizes: Tensor, layers: Indices) -> Output:
-        """The final normed state [rows, nodes, hidden] and the features."""
-
-    def embed(self, tokens: Tensor) -> Tensor: ...
-
-    def embedding_rows(self, tokens: Tensor) -> Tensor:
-        """The embedding's rows as they are stored: a family may scale them (Gemma)."""
-        return self.embed(tokens)
-
-    def lm_head(self, hidden: Tensor) -> Tensor: ...
-
-    def uncapped_logits(self, hidden: Tensor) -> Tensor:
-        """The lm_head without the softcap behind it."""
-        return self.lm_head(hidden)
-
-    def head_weight(self, tokens: Tensor) -> Tensor:
-        """The lm_head's rows of these tokens: [n] -> [n, hidden]."""
 
 
 class _CacheView:
@@ -187,15 +120,6 @@ class HFTarget(Target):
             far = positions[:, :, None] - held[:, None] >= window
             near = full.masked_fill(far[:, None].to(seen.device), lowest)
         return near if getattr(self.config, "layer_types", None) is None else {"full_attention": full, "sliding_attention": near}
-
-
-def context_of(config: Any) -> int:
-    """The positions of a Hugging Face text model, its rotary scaling included (layers.scaled_length)."""
-    limit, rope = int(config.max_position_embeddings), getattr(config, "rope_parameters", None) or {}
-    kinds = [own for own in rope.values() if isinstance(own, Mapping)]  # of layers; none may end before the others
-    if kinds:
-        return min(limit, *(scaled_length(limit, own) for own in kinds))
-    return scaled_length(limit, rope)
 
 
 def _capture(captured: dict[int, Tensor], index: int, _module: nn.Module, _inputs: Any, output: Any) -> None:

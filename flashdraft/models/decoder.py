@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashdraft import native
-from flashdraft.cache import SlotCache, round_up
-from flashdraft.layers import GROWING, Linear, Rotary, TorchLinear, apply_rotary
+from flashdraft.models import native
+from flashdraft.models.cache import SlotCache, round_up
+from flashdraft.models.layers import GROWING, Linear, Rotary, TorchLinear, apply_rotary
 from flashdraft.process import INTS, new_lock
 
 __all__ = ["Block", "CompiledStep", "Decoder", "padded"]

@@ -21,8 +21,8 @@ from flashdraft.bench.run import BenchConfig, run_bench, run_peers
 from flashdraft.bench.tasks import TASKS, read_ids, write_tasks
 from flashdraft.errors import ContextLengthError, InvalidParameter, InvalidPrompt
 from flashdraft.files import output_folder, say
-from flashdraft.generate import DTYPES, KERNELS, MOST_NODES, Model, load
-from flashdraft.methods import NETWORKS
+from flashdraft.generate import Model
+from flashdraft.loading import DTYPES, KERNELS, MOST_NODES, NETWORKS, load
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.process import is_terminal
 from flashdraft.types import COUNTS, SEEDS, Allowed, Chunk, Result, SamplingParams, check_options, option, require

@@ -7,7 +7,7 @@ Special tokens have no text that is shown, but a stop string may name one, or be
 from collections.abc import Sequence
 from typing import Any
 
-from flashdraft.ending import hidden_tokens
+from flashdraft.decoding.ending import hidden_tokens
 
 __all__ = ["TextDecoder"]
 

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-from flashdraft import hub, native
-from flashdraft.checkpoint import OPTIONAL, DraftConfig, check_target, read_draft, write_draft
+from flashdraft import hub
 from flashdraft.errors import CheckpointError, DraftMismatch, first_line
-from flashdraft.layers import ROPE_TYPES, Linear, Rotary, pack, rotary_of, rotary_table
+from flashdraft.formats.checkpoint import OPTIONAL, DraftConfig, check_target, read_draft, write_draft
+from flashdraft.models import native
+from flashdraft.models.layers import ROPE_TYPES, Linear, Rotary, pack, rotary_of, rotary_table
+from flashdraft.models.target import Target
 from flashdraft.process import BOOLS, INTS, undisturbed
-from flashdraft.target import Target
 from flashdraft.types import Drafter
 
 __all__ = ["DRAFT_KERNEL", "DraftHead", "DraftNetwork", "network_shape"]

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from flashdraft.errors import CheckpointError, DraftMismatch, InvalidParameter
 from flashdraft.files import output_folder, write_file, write_tensors
-from flashdraft.foreign import refuse_config, refuse_files, refuse_tensors
+from flashdraft.formats.foreign import refuse_config, refuse_files, refuse_tensors
 from flashdraft.hub import read_config
-from flashdraft.layers import HEADS, scaled_length
+from flashdraft.models.layers import HEADS, scaled_length
+from flashdraft.models.target import Target
 from flashdraft.pretrained import foreign_file
 from flashdraft.process import INTS
-from flashdraft.target import Target
 
 __all__ = ["OPTIONAL", "DraftConfig", "check_target", "read_draft", "spread_layers"]
 __all__ += ["write_draft"]

@@ -8,8 +8,8 @@ one child per node, greedy is temperature 0, a deterministic draft is a point ma
 import torch
 from torch import Tensor
 
+from flashdraft.decoding.sampling import draw, total
 from flashdraft.process import INTS
-from flashdraft.sampling import draw, total
 from flashdraft.types import Proposal, Verdict
 
 __all__ = ["follow", "verify"]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashdraft import native
+from flashdraft.models import native
 from flashdraft.process import FLOATS, new_lock
 
 __all__ = ["GROWING", "HEADS", "ROPE_TYPES", "Linear", "RMSNorm", "Rotary", "SwigluHead", "TorchLinear", "apply_rotary", "pack"]

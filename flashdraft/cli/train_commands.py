@@ -13,21 +13,21 @@ from flashdraft import hub
 from flashdraft.bench.profile import profile_training
 from flashdraft.bench.report import print_table
 from flashdraft.bench.tasks import named, read_prompts
-from flashdraft.checkpoint import DraftConfig, check_target
-from flashdraft.commands import DTYPE_HELP, TARGET_HELP, ModelOptions, Out, TargetOptions
+from flashdraft.cli.commands import DTYPE_HELP, TARGET_HELP, ModelOptions, Out, TargetOptions
 from flashdraft.engine import check
 from flashdraft.errors import FlashDraftError, InvalidParameter
-from flashdraft.generate import DTYPES, MOST_NODES, Model, load
-from flashdraft.layers import HEADS
-from flashdraft.methods import NETWORKS, open_network
+from flashdraft.formats.checkpoint import DraftConfig, check_target
+from flashdraft.generate import Model
+from flashdraft.loading import DTYPES, MOST_NODES, NETWORKS, load, open_network
 from flashdraft.methods.dflash import DFlashDraftModel
-from flashdraft.network import DraftNetwork
+from flashdraft.methods.network import DraftNetwork
+from flashdraft.models.layers import HEADS
+from flashdraft.models.target import Target
 from flashdraft.process import is_terminal
-from flashdraft.provenance import named_target
-from flashdraft.target import Target
 from flashdraft.train.answers import check_origin
 from flashdraft.train.config import TrainConfig, check_run_folder, tell_of_other_target
 from flashdraft.train.doctor import diagnose
+from flashdraft.train.facts import named_target
 from flashdraft.train.features import Data, FeatureSet, OnlineFeatures, ShardWriter, check_features_folder, write_features
 from flashdraft.train.initialise import copied_from_target, draft_config, layers_read, random_weights, taken_from
 from flashdraft.train.prompts import write_prompts

@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from flashdraft import native
-from flashdraft.cache import SlotCache
-from flashdraft.decoder import Block, CompiledStep, Decoder
-from flashdraft.layers import ROPE_TYPES, Linear, Rotary, TorchLinear
+from flashdraft.decoding.tree import ancestors, chain
+from flashdraft.models import native
+from flashdraft.models.cache import SlotCache
+from flashdraft.models.decoder import Block, CompiledStep, Decoder
+from flashdraft.models.layers import ROPE_TYPES, Linear, Rotary, TorchLinear
+from flashdraft.models.target import Indices, Output, Target, context_of
+from flashdraft.models.timing import StepTimes, best_of
 from flashdraft.process import INTS, undisturbed
-from flashdraft.target import Indices, Output, Target, context_of
-from flashdraft.timing import StepTimes, best_of
-from flashdraft.tree import ancestors, chain
 
 __all__ = ["LeanTarget", "fastest", "unfit"]
 

@@ -28,7 +28,7 @@ from flashdraft.types import Allowed, check_option, check_options, kind_of
 
 __all__ = ["COMMANDS", "flat", "main"]
 
-_TEXT = Path(__file__).with_name("assets").joinpath("commands.txt").read_text(encoding="utf-8")
+_TEXT = Path(__file__).parents[1].joinpath("assets").joinpath("commands.txt").read_text(encoding="utf-8")
 # name of a function in commands.py or train_commands.py -> its help and two examples
 COMMANDS = {name: facts for name, *facts in re.findall(r"^(\w+): (.+)\n +(.+)\n +(.+)$", _TEXT, re.MULTILINE)}
 _STREAMS = ("stdin", "stdout", "stderr")  # by descriptor
@@ -163,7 +163,7 @@ def _app(given: Sequence[str]) -> Any:
     app.callback()(_options)
     asked = next((word for word in given if not word.startswith("-")), None)
     for name, (text, *examples) in COMMANDS.items():
-        module = "flashdraft.train_commands" if name in TRAINING else "flashdraft.commands"
+        module = "flashdraft.cli.train_commands" if name in TRAINING else "flashdraft.cli.commands"
         function = flat(getattr(import_module(module), name)) if name == asked else lambda: None
         epilog = "\n".join(("\b", "Examples:", *(f"  {example}" for example in examples)))
         app.command(name, help=text, epilog=epilog)(function)

@@ -1,0 +1,1 @@
+"""Drafters' folders: one file a format, read, written, or refused by name."""
