@@ -16,10 +16,22 @@ class BuildKernels(build_py):
 
     def run(self) -> None:
         super().run()
-        compiler, march = shutil.which("g++") or shutil.which("clang++"), MARCH.get(platform.machine())
+        compiler, march = (
+            shutil.which("g++") or shutil.which("clang++"),
+            MARCH.get(platform.machine()),
+        )
         if compiler and march and not self.editable_mode:
             out = Path(self.build_lib, "flashdraft", "models", "csrc", "step.so")
-            flags = ["-O3", f"-march={march}", "-fno-signed-zeros", "-pthread", "-fPIC", "-shared", "-std=c++17", "-w"]
+            flags = [
+                "-O3",
+                f"-march={march}",
+                "-fno-signed-zeros",
+                "-pthread",
+                "-fPIC",
+                "-shared",
+                "-std=c++17",
+                "-w",
+            ]
             sources = map(str, Path("flashdraft/models/csrc").glob("*.cpp"))
             subprocess.run([compiler, *flags, *sources, "-o", str(out)], check=False)
 

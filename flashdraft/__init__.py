@@ -16,10 +16,23 @@ if TYPE_CHECKING:
     from flashdraft.loading import load
     from flashdraft.methods.dflash import DFlashDraftModel
 
-__all__ = ["Chunk", "DFlashDraftModel", "FlashDraftError", "Model", "Result", "SamplingParams", "Stats", "load"]
+__all__ = [
+    "Chunk",
+    "DFlashDraftModel",
+    "FlashDraftError",
+    "Model",
+    "Result",
+    "SamplingParams",
+    "Stats",
+    "load",
+]
 __version__ = "0.1.0"
 
-_HEAVY = {"DFlashDraftModel": "flashdraft.methods.dflash", "Model": "flashdraft.generate", "load": "flashdraft.loading"}
+_HEAVY = {
+    "DFlashDraftModel": "flashdraft.methods.dflash",
+    "Model": "flashdraft.generate",
+    "load": "flashdraft.loading",
+}
 
 if not TYPE_CHECKING:
 

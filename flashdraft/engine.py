@@ -36,7 +36,19 @@ from flashdraft.decoding.verify import follow, verify
 from flashdraft.errors import ContextLengthError, InvalidPrompt, UnusableLogits
 from flashdraft.models.target import Target
 from flashdraft.process import INTS, serial, undisturbed
-from flashdraft.types import Chunk, Drafter, FinishReason, Piece, Proposal, Result, Rows, SamplingParams, Stats, Verdict, require
+from flashdraft.types import (
+    Chunk,
+    Drafter,
+    FinishReason,
+    Piece,
+    Proposal,
+    Result,
+    Rows,
+    SamplingParams,
+    Stats,
+    Verdict,
+    require,
+)
 
 __all__ = ["Engine", "Request", "check"]
 
@@ -50,10 +62,14 @@ class Request:
     decoder: TextDecoder
     eos: frozenset[int] = frozenset()
     index: int = 0  # the caller's number for it
-    history: list[int] = field(default_factory=list)  # prompt and committed tokens; the last one is the anchor
+    history: list[int] = field(
+        default_factory=list
+    )  # prompt and committed tokens; the last one is the anchor
     finish_reason: FinishReason | None = None
     stats: Stats = field(default_factory=Stats)
-    logprobs: list[float] = field(default_factory=list)  # of the committed tokens, if params asks for them
+    logprobs: list[float] = field(
+        default_factory=list
+    )  # of the committed tokens, if params asks for them
 
     @property
     def ends(self) -> frozenset[int]:
@@ -64,7 +80,9 @@ class Request:
     def num_left(self) -> int:
         return self.params.max_new_tokens - (len(self.history) - len(self.prompt))
 
-    def commit(self, tokens: Sequence[int], num_drafted: int, logits: Sequence[Tensor] = ()) -> Chunk:
+    def commit(
+        self, tokens: Sequence[int], num_drafted: int, logits: Sequence[Tensor] = ()
+    ) -> Chunk:
         """Take tokens until one ends the request; the first `num_drafted` were drafted. logits: [vocab] each, for logprobs."""
         pieces = []
         for i, token in enumerate(tokens):
@@ -88,7 +106,10 @@ class Request:
         self.stats.num_accepted += sum(piece.drafted for piece in pieces)
         result = None
         if self.finish_reason is not None:
-            new, logprobs = tuple(self.history[len(self.prompt) :]), tuple(self.logprobs) if self.params.logprobs else None
+            new, logprobs = (
+                tuple(self.history[len(self.prompt) :]),
+                tuple(self.logprobs) if self.params.logprobs else None,
+            )
             result = Result(self.decoder.text, new, self.finish_reason, self.stats, logprobs)
         return Chunk(self.index, tuple(pieces), tuple(tokens[: len(pieces)]), result)
 
@@ -96,10 +117,14 @@ class Request:
 class Engine:
     """Rows that are decoded together. `target` and `drafter` keep their own caches; a row has the same place in all of them."""
 
-    def __init__(self, target: Target, drafter: Drafter, *, max_rows: int = 1, control: Control | None = None) -> None:
+    def __init__(
+        self, target: Target, drafter: Drafter, *, max_rows: int = 1, control: Control | None = None
+    ) -> None:
         """control: says how many nodes are read; None: all of them."""
         self.target, self.drafter, self.max_rows, self.control = target, drafter, max_rows, control
-        self._unseen: dict[int, list[tuple[Tensor, Tensor | None]]] = {}  # by row: tokens, features that wait for the drafter
+        self._unseen: dict[
+            int, list[tuple[Tensor, Tensor | None]]
+        ] = {}  # by row: tokens, features that wait for the drafter
         self._counts: dict[int, Counts] = {}  # by row: of those with penalties
         self.running: dict[int, Request] = {}  # by row
         self._cache = target.new_cache(max_rows, 256)
@@ -165,21 +190,39 @@ class Engine:
                 verdict = self._judge(proposal, logits, rows)
             except UnusableLogits:
                 likeliest_finite = logits.amax(-1).isfinite()
-                bad = [not all(own[:size]) for own, size in zip(likeliest_finite.tolist(), proposal.sizes.tolist(), strict=True)]
-                raise self._unusable([slot for slot, is_bad in zip(slots, bad, strict=True) if is_bad] or slots) from None
+                bad = [
+                    not all(own[:size])
+                    for own, size in zip(
+                        likeliest_finite.tolist(), proposal.sizes.tolist(), strict=True
+                    )
+                ]
+                raise self._unusable(
+                    [slot for slot, is_bad in zip(slots, bad, strict=True) if is_bad] or slots
+                ) from None
             paths = [[node for node in path if node >= 0] for path in verdict.path.tolist()]
             for slot, path in zip(slots, paths, strict=True):
                 self._cache.keep(slot, path)
             drafts, bonus = proposal.tokens.tolist(), verdict.bonus.tolist()
-            texts = [[*map(own.__getitem__, path[1:]), last] for own, path, last in zip(drafts, paths, bonus, strict=True)]
-            read = [list(logits[i, path]) if requests[i].params.logprobs else [] for i, path in enumerate(paths)]
-            chunks = [request.commit(text, len(text) - 1, own) for request, text, own in zip(requests, texts, read, strict=True)]
+            texts = [
+                [*map(own.__getitem__, path[1:]), last]
+                for own, path, last in zip(drafts, paths, bonus, strict=True)
+            ]
+            read = [
+                list(logits[i, path]) if requests[i].params.logprobs else []
+                for i, path in enumerate(paths)
+            ]
+            chunks = [
+                request.commit(text, len(text) - 1, own)
+                for request, text, own in zip(requests, texts, read, strict=True)
+            ]
         with self._timed("draft"):
             self._collect(slots, proposal, features, paths)
             if drafted:
                 self._observe()
         if self.control is not None:
-            self.control.learn(proposal, paths, self._part["draft"] if drafted else None, sum(self._part.values()))
+            self.control.learn(
+                proposal, paths, self._part["draft"] if drafted else None, sum(self._part.values())
+            )
         for i, request in enumerate(requests):
             _account(request.stats, int(proposal.sizes[i]) - 1, len(chunks[i].tokens), self._part)
         self._release([slot for slot in slots if self.running[slot].finish_reason is not None])
@@ -207,7 +250,9 @@ class Engine:
 
     def _rows(self, slots: list[int]) -> Rows:
         own = [self.running[slot] for slot in slots]
-        return Rows(slots, [r.history for r in own], [r.params for r in own], [len(r.prompt) for r in own])
+        return Rows(
+            slots, [r.history for r in own], [r.params for r in own], [len(r.prompt) for r in own]
+        )
 
     def _prefill(self, slot: int, request: Request) -> tuple[Tensor, Tensor]:
         """Read the prompt, show it to the drafter and draw the token after it: [1], and the target's logits for it, [vocab]."""
@@ -228,9 +273,16 @@ class Engine:
         if not any_drawn and all(params.temperature == 0 for params in rows.params):
             return follow(proposal, likeliest(logits))
         seeds = [params.seed for params in rows.params]
-        law = target_probs(logits, rows.params, proposal.sizes).cpu()  # where proposals and uniforms are
+        law = target_probs(
+            logits, rows.params, proposal.sizes
+        ).cpu()  # where proposals and uniforms are
         draws = uniforms(seeds, [position + 1 for position in rows.positions], proposal.num_nodes)
-        return verify(proposal, law, draws, coins(seeds, rows.positions, proposal.num_nodes) if any_drawn else None)
+        return verify(
+            proposal,
+            law,
+            draws,
+            coins(seeds, rows.positions, proposal.num_nodes) if any_drawn else None,
+        )
 
     def _adjusted(self, proposal: Proposal, logits: Tensor, rows: Rows) -> Tensor:
         """`adjusted` at every node of the rows that ask for it, by the row's history and the node's own path.
@@ -244,9 +296,13 @@ class Engine:
             ends = self.running[rows.slots[row]].ends
             for node in range(int(proposal.sizes[row])):
                 above, token = parents[node], tokens[node]
-                if node == 0 or (above in paths and token not in ends and wanted[row, above, token] > -math.inf):
+                if node == 0 or (
+                    above in paths and token not in ends and wanted[row, above, token] > -math.inf
+                ):
                     paths[node] = paths[above].then(token)
-                    wanted[row, node] = adjusted(logits[row, node], rows.params[row], paths[node], rows.num_prompts[row])
+                    wanted[row, node] = adjusted(
+                        logits[row, node], rows.params[row], paths[node], rows.num_prompts[row]
+                    )
         return wanted
 
     def _context(self, rows: Rows, row: int) -> Context:
@@ -258,11 +314,15 @@ class Engine:
         counts.add(history[counts.num_counted : len(history) - 1])
         return Context(history, counts)
 
-    def _collect(self, slots: list[int], proposal: Proposal, features: Tensor | None, paths: list[list[int]]) -> None:
+    def _collect(
+        self, slots: list[int], proposal: Proposal, features: Tensor | None, paths: list[list[int]]
+    ) -> None:
         """What was committed in rows that go on, for the drafter."""
         for i, slot in enumerate(slots):
             if self.running[slot].finish_reason is None:
-                path = slice(len(paths[i])) if paths[i][-1] < len(paths[i]) else paths[i]  # a view where nothing was left out
+                path = (
+                    slice(len(paths[i])) if paths[i][-1] < len(paths[i]) else paths[i]
+                )  # a view where nothing was left out
                 seen = proposal.tokens[i, path], None if features is None else features[i, path]
                 self._unseen.setdefault(slot, []).append(seen)
 
@@ -296,7 +356,12 @@ def check(target: Target, request: Request) -> None:
     if not request.prompt:
         raise InvalidPrompt("the prompt is empty", hint="give at least one token of text")
     highest = max(request.params.logit_bias, default=0)
-    require(highest < target.vocab_size, "logit_bias", f"{{{highest}: ...}}", f"by token ids below {target.vocab_size}")
+    require(
+        highest < target.vocab_size,
+        "logit_bias",
+        f"{{{highest}: ...}}",
+        f"by token ids below {target.vocab_size}",
+    )
     asked, limit = request.params.max_new_tokens, target.context_length
     if len(request.prompt) + asked > limit:
         wanted = f"the prompt has {len(request.prompt)} tokens and {asked} new ones were asked for"
@@ -304,7 +369,9 @@ def check(target: Target, request: Request) -> None:
         hint = f"shorten the prompt, or ask for at most {room} new tokens"
         if room < 1:
             hint = f"shorten the prompt by {1 - room} tokens or more"
-        raise ContextLengthError(f"{wanted}, but the context of `{target.name}` holds {limit}", hint=hint)
+        raise ContextLengthError(
+            f"{wanted}, but the context of `{target.name}` holds {limit}", hint=hint
+        )
 
 
 def _cut(proposal: Proposal, limits: Tensor) -> Proposal:
@@ -313,8 +380,13 @@ def _cut(proposal: Proposal, limits: Tensor) -> Proposal:
     width = int(sizes.max())
     if width == proposal.num_nodes:
         return replace(proposal, sizes=sizes)
-    scores, probs, drawn = (None if t is None else t[:, :width] for t in (proposal.scores, proposal.probs, proposal.drawn))
-    return Proposal(proposal.tokens[:, :width], proposal.parents[:, :width], sizes, scores, probs, drawn)
+    scores, probs, drawn = (
+        None if t is None else t[:, :width]
+        for t in (proposal.scores, proposal.probs, proposal.drawn)
+    )
+    return Proposal(
+        proposal.tokens[:, :width], proposal.parents[:, :width], sizes, scores, probs, drawn
+    )
 
 
 def _account(stats: Stats, num_drafted: int, num_committed: int, parts: dict[str, float]) -> None:

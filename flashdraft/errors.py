@@ -14,7 +14,14 @@ FlashDraftError                 what is wrong, what was got; `hint` says what to
 A user's slip becomes one of these, never a traceback; the command line prints `error:` and `hint:` lines.
 """
 
-__all__ = ["CheckpointError", "ContextLengthError", "DataError", "DraftMismatch", "FlashDraftError", "InvalidParameter"]
+__all__ = [
+    "CheckpointError",
+    "ContextLengthError",
+    "DataError",
+    "DraftMismatch",
+    "FlashDraftError",
+    "InvalidParameter",
+]
 __all__ += ["InvalidPrompt", "ModelNotFound", "UnsupportedTarget", "UnusableLogits", "first_line"]
 
 
@@ -32,7 +39,9 @@ class FlashDraftError(Exception):
 
 def first_line(error: object) -> str:
     """The first line of an error's text that is not empty, or the error's name."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return next(
+        (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+    )
 
 
 class InvalidParameter(FlashDraftError, ValueError):

@@ -22,10 +22,29 @@ from torch import Tensor
 
 from flashdraft.errors import DataError, FlashDraftError, InvalidParameter
 
-__all__ = ["Facts", "appears_whole", "check_facts", "check_replaceable", "locked", "note_path", "output_file", "output_folder"]
-__all__ += ["parse_json", "read_note", "say", "write_file", "write_note", "write_own", "write_tensors"]
+__all__ = [
+    "Facts",
+    "appears_whole",
+    "check_facts",
+    "check_replaceable",
+    "locked",
+    "note_path",
+    "output_file",
+    "output_folder",
+]
+__all__ += [
+    "parse_json",
+    "read_note",
+    "say",
+    "write_file",
+    "write_note",
+    "write_own",
+    "write_tensors",
+]
 
-Facts = Mapping[str, Any]  # what made an output, by name; a thing with weights is {"name": ..., "id": ... or None}
+Facts = Mapping[
+    str, Any
+]  # what made an output, by name; a thing with weights is {"name": ..., "id": ... or None}
 _SCRATCH = ".tmp-"
 _ANOTHER = "name another one, or remove it"
 _OTHERWISE = "go on with what it was made with, or name another output"
@@ -38,7 +57,9 @@ def appears_whole(path: Path, scratch: str = _SCRATCH) -> Iterator[Path]:
     A link is written through, and a file that is replaced keeps its permissions. `scratch` begins the scratch folder's name.
     """
     path = Path(os.path.realpath(path))
-    with tempfile.TemporaryDirectory(prefix=scratch, dir=path.parent, ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(
+        prefix=scratch, dir=path.parent, ignore_cleanup_errors=True
+    ) as folder:
         made = Path(folder) / path.name
         yield made
 
@@ -79,17 +100,25 @@ def output_file(path: Path, *, inputs: Iterable[Path] = ()) -> Path:
     can hold, and for a name that promises a compressed file. Whose the file is, the other functions say.
     """
     if path.suffix == ".gz":
-        raise InvalidParameter(f"`{path}` would be plain text, not gzip", hint=f"name it {path.stem}, and compress it afterwards")
+        raise InvalidParameter(
+            f"`{path}` would be plain text, not gzip",
+            hint=f"name it {path.stem}, and compress it afterwards",
+        )
     if path.is_dir():
         raise InvalidParameter(f"`{path}` is a folder", hint="name a file in it")
     if path.exists() and not path.is_file():
-        raise InvalidParameter(f"`{path}` is a device or a pipe, not a file", hint="name a file that can be written again")
+        raise InvalidParameter(
+            f"`{path}` is a device or a pipe, not a file",
+            hint="name a file that can be written again",
+        )
     _check_name(path)
     _check_inputs(path, inputs)
     _check_room(path)
     real = Path(os.path.realpath(path))
     if real.is_symlink():
-        raise InvalidParameter(f"`{path}` is a link that leads nowhere", hint="name another file, or remove the link")
+        raise InvalidParameter(
+            f"`{path}` is a link that leads nowhere", hint="name another file, or remove the link"
+        )
     return real
 
 
@@ -106,15 +135,22 @@ def output_folder(path: Path, *, inputs: Iterable[Path] = ()) -> Path:
 def _check_name(path: Path) -> None:
     """Raises InvalidParameter for what stands for another place: a shell leaves the ~ of --out=~/name as it is."""
     if path.parts[:1] == ("~",) and not os.path.lexists("~"):
-        raise InvalidParameter(f"`{path}` would make a folder called ~", hint="write it out, or put a space before the ~")
+        raise InvalidParameter(
+            f"`{path}` would make a folder called ~",
+            hint="write it out, or put a space before the ~",
+        )
     if path.parts == ("-",):
-        raise InvalidParameter("`-` is standard output, where no file can appear whole", hint="name a file")
+        raise InvalidParameter(
+            "`-` is standard output, where no file can appear whole", hint="name a file"
+        )
 
 
 def _check_inputs(path: Path, inputs: Iterable[Path]) -> None:
     for source in inputs:
         if _is_same(path, source):
-            raise InvalidParameter(f"`{path}` is read and would be written over", hint="name another output")
+            raise InvalidParameter(
+                f"`{path}` is read and would be written over", hint="name another output"
+            )
 
 
 def _is_same(one: Path, other: Path) -> bool:
@@ -129,9 +165,14 @@ def _check_room(path: Path) -> None:
     while not os.path.lexists(above) and above != above.parent:
         above = above.parent
     if not above.is_dir():
-        raise InvalidParameter(f"`{path}` cannot be made: `{above}` is no folder", hint="name another output")
+        raise InvalidParameter(
+            f"`{path}` cannot be made: `{above}` is no folder", hint="name another output"
+        )
     if not os.access(above, os.W_OK | os.X_OK):
-        raise InvalidParameter(f"`{path}` cannot be written: `{above}` is not yours to write into", hint="name another output")
+        raise InvalidParameter(
+            f"`{path}` cannot be written: `{above}` is not yours to write into",
+            hint="name another output",
+        )
 
 
 def note_path(path: Path) -> Path:
@@ -167,7 +208,9 @@ def check_facts(path: Path, noted: Facts, now: Facts, hint: str = _OTHERWISE) ->
         if isinstance(value, Mapping) and "id" not in value and isinstance(held, Mapping):
             check_facts(path, held, value, hint)
         elif value is not None and held is not None and not _agree(held, value):
-            raise DataError(f"`{path}` was made with {name} {_told(held)}, not {_told(value)}", hint=hint)
+            raise DataError(
+                f"`{path}` was made with {name} {_told(held)}, not {_told(value)}", hint=hint
+            )
 
 
 def _agree(held: Any, value: Any) -> bool:
@@ -212,9 +255,13 @@ def _check_first_line(path: Path, made_by: str, fields: Iterable[str]) -> None:
 
 def _check_noted(path: Path, made_by: str, note: Facts) -> None:
     if note["made_by"] != made_by:
-        raise InvalidParameter(f"`{path}` was written by `flashdraft {note['made_by']}`", hint=_ANOTHER)
+        raise InvalidParameter(
+            f"`{path}` was written by `flashdraft {note['made_by']}`", hint=_ANOTHER
+        )
     if note.get("files", {}).get(path.name) != _sha256(path):
-        raise InvalidParameter(f"`{path}` was changed since `flashdraft {made_by}` wrote it", hint=_ANOTHER)
+        raise InvalidParameter(
+            f"`{path}` was changed since `flashdraft {made_by}` wrote it", hint=_ANOTHER
+        )
 
 
 def _foreign(path: Path, made_by: str) -> FlashDraftError:
@@ -253,18 +300,25 @@ def locked(path: Path) -> Iterator[None]:
     """
     name = path.parent / f".{path.name}.lock"
     if name.exists() and (not name.is_file() or name.stat().st_size):
-        raise InvalidParameter(f"`{name}`, which would lock `{path}`, was not written by flashdraft", hint="move it away")
+        raise InvalidParameter(
+            f"`{name}`, which would lock `{path}`, was not written by flashdraft",
+            hint="move it away",
+        )
 
     missing = [above for above in name.parents if not above.exists()]  # innermost first
     name.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(name.parent, os.W_OK | os.X_OK):  # a folder that is mounted may be all that is ours
+    if not os.access(
+        name.parent, os.W_OK | os.X_OK
+    ):  # a folder that is mounted may be all that is ours
         yield
         return
     lock = FileLock(name)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise InvalidParameter(f"another process is writing `{path}`", hint="wait for it, or name another output") from None
+        raise InvalidParameter(
+            f"another process is writing `{path}`", hint="wait for it, or name another output"
+        ) from None
     try:
         yield
     finally:

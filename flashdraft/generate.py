@@ -19,7 +19,9 @@ from flashdraft.types import Chunk, Drafter, SamplingParams
 
 __all__ = ["Model", "Prompt"]
 
-Prompt = str | Sequence[dict[str, str]] | Sequence[int]  # one user turn, a conversation, or token ids as they are
+Prompt = (
+    str | Sequence[dict[str, str]] | Sequence[int]
+)  # one user turn, a conversation, or token ids as they are
 Prompts = Prompt | Sequence[Prompt]
 Params = SamplingParams | Sequence[SamplingParams] | None
 _MEASURING = new_lock()  # steps of two threads at once would measure each other
@@ -31,10 +33,14 @@ class Model:
 
     target: Target
     tokenizer: Any
-    new_drafter: Callable[[], Drafter]  # every stream has a drafter of its own; the weights are shared
+    new_drafter: Callable[
+        [], Drafter
+    ]  # every stream has a drafter of its own; the weights are shared
     eos: frozenset[int] = field(kw_only=True)
     max_rows: int = field(kw_only=True)
-    adaptive: bool = field(default=False, kw_only=True)  # as many nodes are read as pay, where the target's step times are known
+    adaptive: bool = field(
+        default=False, kw_only=True
+    )  # as many nodes are read as pay, where the target's step times are known
 
     @cached_property
     def control(self) -> Control | None:
@@ -59,7 +65,11 @@ class Model:
         params: one for all, or one per prompt; `options` are the fields of SamplingParams, as a shorthand.
         Raises InvalidParameter, InvalidPrompt or ContextLengthError before anything runs.
         """
-        results = {c.index: c.result for c in self.stream(prompts, params, **options) if c.result is not None}
+        results = {
+            c.index: c.result
+            for c in self.stream(prompts, params, **options)
+            if c.result is not None
+        }
         ordered = [results[index] for index in sorted(results)]
         return ordered[0] if is_one(prompts) else ordered
 
@@ -76,7 +86,9 @@ class Model:
 
     def request(self, prompt: Prompt, params: SamplingParams, *, index: int = 0) -> Request:
         """A prompt as the engine takes it."""
-        return Request(self.encode(prompt), params, TextDecoder(self.tokenizer, params.stop), self.eos, index)
+        return Request(
+            self.encode(prompt), params, TextDecoder(self.tokenizer, params.stop), self.eos, index
+        )
 
     def encode(self, prompt: Prompt, *, thinking: bool | None = None) -> list[int]:
         """Token ids of a prompt; a string becomes one user turn where the tokenizer has a chat template.
@@ -97,19 +109,26 @@ class Model:
             text = rendered(self.tokenizer, self.target.name, turns, **switch)
             return self._tokens(text, add_special_tokens=False)
         if not isinstance(asked, str):
-            raise InvalidPrompt(f"`{self.target.name}` has no chat template for a conversation", hint="give the prompt as text")
+            raise InvalidPrompt(
+                f"`{self.target.name}` has no chat template for a conversation",
+                hint="give the prompt as text",
+            )
         return self._tokens(asked, add_special_tokens=True)
 
     def _tokens(self, text: str, *, add_special_tokens: bool) -> list[int]:
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise InvalidPrompt("the prompt holds half a character (a lone surrogate)", hint="send text in UTF-8") from None
+            raise InvalidPrompt(
+                "the prompt holds half a character (a lone surrogate)", hint="send text in UTF-8"
+            ) from None
         return self._checked(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
     def _checked(self, tokens: list[int]) -> list[int]:
         if wrong := [token for token in tokens if not 0 <= token < self.target.vocab_size]:
-            raise InvalidPrompt(f"token id {wrong[0]} is outside the vocabulary of {self.target.vocab_size}")
+            raise InvalidPrompt(
+                f"token id {wrong[0]} is outside the vocabulary of {self.target.vocab_size}"
+            )
         return tokens
 
 
@@ -129,12 +148,18 @@ def _run(engine: Engine, requests: list[Request]) -> Iterator[Chunk]:
 def _params(params: Params, options: dict[str, Any], count: int) -> list[SamplingParams]:
     known = {field.name for field in fields(SamplingParams)}
     if unknown := sorted(set(options) - known):
-        raise InvalidParameter(f"unknown option `{unknown[0]}`", hint=f"options are {', '.join(sorted(known))}")
+        raise InvalidParameter(
+            f"unknown option `{unknown[0]}`", hint=f"options are {', '.join(sorted(known))}"
+        )
     if params is not None and options:
-        raise InvalidParameter("got both `params` and separate options", hint="put them all into one SamplingParams")
+        raise InvalidParameter(
+            "got both `params` and separate options", hint="put them all into one SamplingParams"
+        )
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams(**options)] * count
-    if not isinstance(params, Sequence) or not all(isinstance(one, SamplingParams) for one in params):
+    if not isinstance(params, Sequence) or not all(
+        isinstance(one, SamplingParams) for one in params
+    ):
         hint = "give SamplingParams, one for all or a list with one per prompt, or options by name"
         raise InvalidParameter(f"params is {params!r:.60}", hint=hint)
     if len(params) != count:

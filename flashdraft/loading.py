@@ -77,7 +77,9 @@ def load(
     """
     max_rows, block_size, tree_nodes = map(as_number, (max_rows, block_size, tree_nodes))
     if unknown := sorted(how.keys() - _HOW):
-        raise InvalidParameter(f"unknown option `{unknown[0]}`", hint=f"options are {', '.join(_HOW)}")
+        raise InvalidParameter(
+            f"unknown option `{unknown[0]}`", hint=f"options are {', '.join(_HOW)}"
+        )
     check_option("max_rows", max_rows, int, COUNTS)
     _check_sizes(block_size, tree_nodes)
     name = _name_of(target)
@@ -95,7 +97,9 @@ def _name_of(given: str | Path) -> str:
 
 
 @undisturbed
-def load_target(name: str, *, device: str = "cpu", dtype: str = "auto", kernel: str = "auto") -> Loaded:
+def load_target(
+    name: str, *, device: str = "cpu", dtype: str = "auto", kernel: str = "auto"
+) -> Loaded:
     """The target, its tokenizer and its end-of-text ids; see `load`. Raises InvalidParameter for a kernel that cannot run it."""
     require(dtype in DTYPES, "dtype", dtype, f"one of {', '.join(DTYPES)}")
     require(kernel in KERNELS, "kernel", kernel, f"one of {', '.join(KERNELS)}")
@@ -110,9 +114,17 @@ def load_target(name: str, *, device: str = "cpu", dtype: str = "auto", kernel: 
     check_tokenizer(source, tokenizer, int(model.get_input_embeddings().weight.shape[0]))
     try:
         model.to(torch.device(device))
-    except (RuntimeError, AssertionError, ValueError) as error:  # torch was built without it; a quantised model that stays
+    except (
+        RuntimeError,
+        AssertionError,
+        ValueError,
+    ) as error:  # torch was built without it; a quantised model that stays
         raise _device_refused(device, error) from None
-    stated = _stated_configs(files) if isinstance(files, Path) else [{"eos_token_id": model.generation_config.eos_token_id}]
+    stated = (
+        _stated_configs(files)
+        if isinstance(files, Path)
+        else [{"eos_token_id": model.generation_config.eos_token_id}]
+    )
     odd = unfit(model)
     stored = model.dtype
     ours = kernel != "transformers" and (device == "cpu" or kernel in ("torch", "compiled"))
@@ -141,7 +153,11 @@ def _device_name(given: Any) -> str:
 
 def _device_refused(device: Any, error: Exception) -> InvalidParameter:
     full = isinstance(error, torch.OutOfMemoryError)
-    hint = "the model does not fit there: give a smaller --dtype" if full else "device must be one that torch can use"
+    hint = (
+        "the model does not fit there: give a smaller --dtype"
+        if full
+        else "device must be one that torch can use"
+    )
     return InvalidParameter(f"device is {device!r}: {first_line(error)}", hint=hint)
 
 
@@ -155,7 +171,9 @@ def _stated_configs(folder: Path) -> list[dict[str, Any]]:
     return [config for config in configs if isinstance(config, dict)]
 
 
-def _kernel_refused(kernel: str, made: Target, odd: str | None, dtype: torch.dtype, device: str) -> InvalidParameter:
+def _kernel_refused(
+    kernel: str, made: Target, odd: str | None, dtype: torch.dtype, device: str
+) -> InvalidParameter:
     """Why another kernel runs than the one that was asked for: the first cause, and what helps against it."""
     cause = "the C++ kernels could not be compiled, or FLASHDRAFT_NATIVE is 0"
     hint = "install a C++ compiler (g++ or clang++), or leave --kernel out"
@@ -177,7 +195,13 @@ def _kernel_refused(kernel: str, made: Target, odd: str | None, dtype: torch.dty
 
 
 def drafters(
-    draft: str | Path, target: Target, name: str, block_size: Size = None, tree_nodes: Size = None, *, tokenizer: Any = None
+    draft: str | Path,
+    target: Target,
+    name: str,
+    block_size: Size = None,
+    tree_nodes: Size = None,
+    *,
+    tokenizer: Any = None,
 ) -> Callable[[], Drafter]:
     """What makes new drafters of the kind called `draft` for this target; see `load`. tokenizer: the target's, if it is known."""
     _check_sizes(block_size, tree_nodes)
@@ -186,19 +210,33 @@ def drafters(
     first, *others = union_parts(str(draft))
     if others:
         rest = "+".join(others)
-        require("autoregressive" not in (first, *others), "draft", draft, "two methods that both draft")
-        options = [(block_size, None if part == "prompt_lookup" else tree_nodes) for part in (first, rest)]
+        require(
+            "autoregressive" not in (first, *others), "draft", draft, "two methods that both draft"
+        )
+        options = [
+            (block_size, None if part == "prompt_lookup" else tree_nodes) for part in (first, rest)
+        ]
         parts = zip((first, rest), options, strict=True)
-        one, other = (drafters(part, target, name, *own, tokenizer=tokenizer) for part, own in parts)
+        one, other = (
+            drafters(part, target, name, *own, tokenizer=tokenizer) for part, own in parts
+        )
         return lambda: Union(one(), other())
     if draft in ("autoregressive", "prompt_lookup"):
-        require(tree_nodes is None, "tree_nodes", tree_nodes, "left out: a draft network makes trees")
+        require(
+            tree_nodes is None, "tree_nodes", tree_nodes, "left out: a draft network makes trees"
+        )
     if draft == "prompt_lookup":
         return lambda: PromptLookup(block_size=block_size or 8)
     if draft == "autoregressive":
-        require(block_size is None, "block_size", block_size, "left out: plain decoding drafts nothing")
+        require(
+            block_size is None, "block_size", block_size, "left out: plain decoding drafts nothing"
+        )
         return Autoregressive
-    return partial(_network(_name_of(draft), target, name, tokenizer), block_size=block_size, tree_nodes=tree_nodes)
+    return partial(
+        _network(_name_of(draft), target, name, tokenizer),
+        block_size=block_size,
+        tree_nodes=tree_nodes,
+    )
 
 
 def union_parts(draft: str, is_there: Callable[[str], bool] = os.path.exists) -> list[str]:
@@ -224,14 +262,18 @@ def _check_sizes(block_size: Size, tree_nodes: Size) -> None:
         check_option("tree_nodes", tree_nodes, int, Allowed(2, MOST_NODES))
 
 
-def _network(draft: str, target: Target, target_name: str, tokenizer: Any) -> Callable[..., Drafter]:
+def _network(
+    draft: str, target: Target, target_name: str, tokenizer: Any
+) -> Callable[..., Drafter]:
     """The drafters of a folder or hub id, of whichever method it is; a method's name is the one shipped for the target."""
     draft = shipped(draft, target_name)
     files = hub.resolve(draft)
     config = hub.read_config(files) if isinstance(files, Path) else {}
     if is_draft(config):
         return open_network(draft).drafters(target)
-    small, own, _ = load_target(draft, dtype="float32" if target.kernel_name != "transformers" else "auto")  # a causal LM
+    small, own, _ = load_target(
+        draft, dtype="float32" if target.kernel_name != "transformers" else "auto"
+    )  # a causal LM
     check_tokenizers(tokenizer or own, own, target, small)
     return partial(DraftModelDrafter, small, vocab_size=target.vocab_size)
 
@@ -243,7 +285,10 @@ def shipped(draft: str, target_name: str) -> str:
     hub.check_unambiguous(draft, "a method's name")
     folder = hub.builtin_draft(target_name, draft)
     if folder is None:
-        raise ModelNotFound(f"no {draft} drafter is shipped for `{target_name}`", hint="give a drafter's folder or hub id")
+        raise ModelNotFound(
+            f"no {draft} drafter is shipped for `{target_name}`",
+            hint="give a drafter's folder or hub id",
+        )
     return str(folder)
 
 
@@ -257,5 +302,7 @@ def open_network(draft: str | Path, target_name: str = "") -> DraftNetwork:
         raise CheckpointError(got, hint="give a folder that `flashdraft train` wrote")
     method = DraftConfig.from_json(config, name).method
     if method not in NETWORKS:
-        raise CheckpointError(f"`{name}` is a drafter of {method!r}", hint=f"methods are {', '.join(NETWORKS)}")
+        raise CheckpointError(
+            f"`{name}` is a drafter of {method!r}", hint=f"methods are {', '.join(NETWORKS)}"
+        )
     return NETWORKS[method].from_pretrained(name)

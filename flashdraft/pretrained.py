@@ -18,7 +18,13 @@ import torch
 import transformers
 from gguf import MODEL_ARCH_NAMES, GGUFReader, get_tensor_name_map
 from safetensors import SafetensorError, safe_open
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    modeling_gguf_pytorch_utils,
+)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
@@ -27,7 +33,16 @@ from transformers.utils import logging as their_logging
 from flashdraft.errors import CheckpointError, FlashDraftError, UnsupportedTarget, first_line
 from flashdraft.process import new_lock
 
-__all__ = ["Source", "check_folder", "check_tokenizer", "foreign_file", "kind_of", "read_config", "read_model", "read_tokenizer"]
+__all__ = [
+    "Source",
+    "check_folder",
+    "check_tokenizer",
+    "foreign_file",
+    "kind_of",
+    "read_config",
+    "read_model",
+    "read_tokenizer",
+]
 __all__ += ["without_bars"]
 
 Names = Collection[str]
@@ -36,12 +51,36 @@ Told = tuple[str, str]  # what was found, and what to do
 _AGAIN = "fetch the model's files again"
 _MERGE = "merge it into its base model (peft's merge_and_unload, then save_pretrained) and give that folder"
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_VOCABULARIES: tuple[str, ...] = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-_DRAFTS = ("dflash_config", "flashdraft_config", "eagle_config", "medusa_num_heads", "speculators_model_type")
+_VOCABULARIES: tuple[str, ...] = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
+)
+_DRAFTS = (
+    "dflash_config",
+    "flashdraft_config",
+    "eagle_config",
+    "medusa_num_heads",
+    "speculators_model_type",
+)
 _ATTENTION = ("eager", "sdpa")  # the implementations that take our masks
 _EXPERTS = ("eager", "batched_mm", "grouped_mm")
-_NO_WRITERS: tuple[str, ...] = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
-_NO_WRITERS += ("ForPreTraining", "ForMultipleChoice", "ForImageClassification", "RewardModel", "EncoderModel")
+_NO_WRITERS: tuple[str, ...] = (
+    "ForMaskedLM",
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+)
+_NO_WRITERS += (
+    "ForPreTraining",
+    "ForMultipleChoice",
+    "ForImageClassification",
+    "RewardModel",
+    "EncoderModel",
+)
 # parts that a text model leaves out by right: eyes, ears, a trainer's value head, and heads for several tokens
 _OTHER_PARTS: tuple[str, ...] = (
     "vision_tower",
@@ -77,14 +116,20 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         return _read_object(path)
     except FileNotFoundError:
-        raise CheckpointError(f"no config.json in `{folder}`", hint="give the folder that holds the model's files") from None
+        raise CheckpointError(
+            f"no config.json in `{folder}`", hint="give the folder that holds the model's files"
+        ) from None
     except PermissionError:
-        raise CheckpointError(f"`{path}` may not be read", hint="see who owns it and its mode (ls -l)") from None
+        raise CheckpointError(
+            f"`{path}` may not be read", hint="see who owns it and its mode (ls -l)"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         found = foreign_file(path)
         if found is not None:
             raise CheckpointError(f"`{path}` is {found[0]}", hint=found[1]) from None
-        raise CheckpointError(f"cannot read `{path}`: {first_line(error)}", hint="fetch or write it again") from None
+        raise CheckpointError(
+            f"cannot read `{path}`: {first_line(error)}", hint="fetch or write it again"
+        ) from None
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -102,7 +147,9 @@ def read_tokenizer(source: Source) -> Any:
         with without_bars():
             tokenizer = AutoTokenizer.from_pretrained(source.folder, **source.options)
             _take_template(source, tokenizer)
-            tokenizer.encode("", add_special_tokens=False)  # takes a file's truncation away now: threads may not do it at once
+            tokenizer.encode(
+                "", add_special_tokens=False
+            )  # takes a file's truncation away now: threads may not do it at once
             return tokenizer
     except Exception as error:  # transformers and its readers raise what they like
         raise _explained(error, source, "the tokenizer of ") from None
@@ -125,7 +172,10 @@ def read_model(source: Source, *, dtype: str = "auto") -> Any:
     """
     safetensors = None if source.gguf is not None else True
     options: dict[str, Any] = {**source.options, "dtype": dtype, "use_safetensors": safetensors}
-    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # `_check_whole` says which and why
+    options |= {
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,
+    }  # `_check_whole` says which and why
     try:
         with without_bars():
             loaded: Any = AutoModelForCausalLM.from_pretrained(source.folder, **options)
@@ -146,7 +196,10 @@ def check_tokenizer(source: Source, tokenizer: Any, vocab_size: int) -> None:
     size = getattr(tokenizer, "vocab_size", None)
     if isinstance(size, int) and size > vocab_size:
         got = f"the tokenizer of `{source.name}` has {size} tokens, its model only {vocab_size}"
-        raise CheckpointError(got, hint="they do not belong together: take the tokenizer's files from the model's own folder")
+        raise CheckpointError(
+            got,
+            hint="they do not belong together: take the tokenizer's files from the model's own folder",
+        )
 
 
 # ------------------------------------------------------------------------------ before: what a folder is, by its names
@@ -162,11 +215,17 @@ def kind_of(names: Names) -> Told | None:
     if "model_index.json" in found:
         return "a diffusers pipeline", "a language model is needed, not a picture's"
     if "snapshots" in found:
-        return "a repository of the hub's cache, not a model's folder", "give its hub id, or the folder below snapshots/"
+        return (
+            "a repository of the hub's cache, not a model's folder",
+            "give its hub id, or the folder below snapshots/",
+        )
     if ggufs:
         return "a folder of GGUF files", f"give the path of one of them, such as {ggufs[0]}"
     if found & {"params.json", "consolidated.safetensors", "consolidated.00.pth"}:
-        return "in its maker's own format (consolidated weights)", "take the model's folder in Hugging Face's format"
+        return (
+            "in its maker's own format (consolidated weights)",
+            "take the model's folder in Hugging Face's format",
+        )
     if ends & {".bin", ".pt", ".pth", ".ckpt", ".pkl"}:
         hint = "pickled weights are never read, for they can run code: convert them to safetensors with save_pretrained"
         return "a folder of pickled weights only", hint
@@ -189,9 +248,15 @@ def foreign_file(path: Path) -> Told | None:
     except OSError as error:
         return f"not readable: {error.strerror}", "see who owns it and its mode (ls -l)"
     if start.startswith(b"version https://git-lfs"):
-        return "a git-lfs pointer, not the file itself", "fetch what it points to: git lfs install; git lfs pull"
+        return (
+            "a git-lfs pointer, not the file itself",
+            "fetch what it points to: git lfs install; git lfs pull",
+        )
     if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
-        return "a web page, not the file itself", "fetch the file: hf download, or the page's download button"
+        return (
+            "a web page, not the file itself",
+            "fetch the file: hf download, or the page's download button",
+        )
     if not start:
         return "empty", _AGAIN
     return None
@@ -221,14 +286,25 @@ def _check_kind(source: Source, config: Mapping[str, Any]) -> None:
         raise CheckpointError(got, hint=f"{_MERGE}; or take adapter_config.json out of the folder")
     if draft is not None:
         got = f"`{name}` is a drafter, by `{draft}` in its config.json, not a target"
-        raise CheckpointError(got, hint="give it as the draft, beside the target that it was made for")
+        raise CheckpointError(
+            got, hint="give it as the draft, beside the target that it was made for"
+        )
     if not isinstance(kind, str) or not kind:
-        raise CheckpointError(f"config.json of `{name}` names no model_type", hint="is it a language model's? fetch it again")
+        raise CheckpointError(
+            f"config.json of `{name}` names no model_type",
+            hint="is it a language model's? fetch it again",
+        )
     if config.get("is_encoder_decoder"):
         got = f"`{name}` is a {kind} model: it writes from an encoder's states"
-        raise UnsupportedTarget(got, hint="a decoder-only language model is needed, such as a llama or a qwen3")
+        raise UnsupportedTarget(
+            got, hint="a decoder-only language model is needed, such as a llama or a qwen3"
+        )
     odd = next((one for one in own if one.endswith(_NO_WRITERS)), None)
-    if odd is None and (source.folder / "modules.json").exists() and not any("CausalLM" in one for one in own):
+    if (
+        odd is None
+        and (source.folder / "modules.json").exists()
+        and not any("CausalLM" in one for one in own)
+    ):
         odd = "sentence-transformers model"
     if odd is not None:
         got = f"`{name}` is a {odd}: it does not write text from left to right"
@@ -237,7 +313,10 @@ def _check_kind(source: Source, config: Mapping[str, Any]) -> None:
         got = f"`{name}` reads to both sides (is_causal is false in its config.json)"
         raise UnsupportedTarget(got, hint="a causal language model is needed")
     if kind in CONFIG_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise UnsupportedTarget(f"`{name}` is a {kind} model, no language model", hint="a causal language model is needed")
+        raise UnsupportedTarget(
+            f"`{name}` is a {kind} model, no language model",
+            hint="a causal language model is needed",
+        )
 
 
 def _check_code(source: Source, config: Mapping[str, Any]) -> None:
@@ -248,7 +327,9 @@ def _check_code(source: Source, config: Mapping[str, Any]) -> None:
     if kind not in CONFIG_MAPPING:
         if own:
             got = f"`{name}` is a {kind!r} model, which exists only in the folder's own Python"
-            raise CheckpointError(got, hint="a folder's code never runs here; take a model that transformers knows")
+            raise CheckpointError(
+                got, hint="a folder's code never runs here; take a model that transformers knows"
+            )
         written = config.get("transformers_version")
         since = f", the folder is of {written}" if written else ""
         got = f"`{name}` is a {kind!r} model, unknown to transformers {version}{since}"
@@ -257,15 +338,23 @@ def _check_code(source: Source, config: Mapping[str, Any]) -> None:
     foreign = [one for one in architectures if not hasattr(transformers, one)]
     if own and foreign:
         got = f"`{name}` is a {foreign[0]}, which exists only in the folder's own Python"
-        raise CheckpointError(got, hint="a folder's code never runs here; take a model that transformers knows")
+        raise CheckpointError(
+            got, hint="a folder's code never runs here; take a model that transformers knows"
+        )
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-        for key, known in (("attn_implementation", _ATTENTION), ("experts_implementation", _EXPERTS)):
+        for key, known in (
+            ("attn_implementation", _ATTENTION),
+            ("experts_implementation", _EXPERTS),
+        ):
             asked = part.get(key, part.get(f"_{key}"))
             if asked is not None and asked not in known:
                 got = f"config.json of `{name}` asks for {key} {asked!r}"
                 raise CheckpointError(got, hint=f"take it out: known here are {', '.join(known)}")
     if config.get("fusion_config"):
-        raise CheckpointError(f"config.json of `{name}` asks for fusion_config", hint="take it out: nothing is fused here")
+        raise CheckpointError(
+            f"config.json of `{name}` asks for fusion_config",
+            hint="take it out: nothing is fused here",
+        )
 
 
 def _check_quantisation(source: Source, config: Mapping[str, Any]) -> None:
@@ -274,11 +363,16 @@ def _check_quantisation(source: Source, config: Mapping[str, Any]) -> None:
         return
     hint = "take the model's unquantised weights"
     if not isinstance(how, dict):
-        raise CheckpointError(f"config.json of `{source.name}` has quantization_config {how!r}", hint=f"it is damaged; {hint}")
+        raise CheckpointError(
+            f"config.json of `{source.name}` has quantization_config {how!r}",
+            hint=f"it is damaged; {hint}",
+        )
     method = how.get("quant_method")
     if method is None and not how.get("load_in_4bit") and not how.get("load_in_8bit"):
         maker = "MLX" if "group_size" in how and "bits" in how else "a method that it does not name"
-        raise CheckpointError(f"`{source.name}` is quantised by {maker}, which transformers cannot read", hint=hint)
+        raise CheckpointError(
+            f"`{source.name}` is quantised by {maker}, which transformers cannot read", hint=hint
+        )
     known = {key.partition("_4bit")[0].partition("_8bit")[0] for key in AUTO_QUANTIZER_MAPPING}
     if method is not None and str(method) not in known:
         got = f"`{source.name}` is quantised by {method}, which transformers {transformers.__version__} cannot read"
@@ -297,7 +391,12 @@ def _quantisation(config: Mapping[str, Any]) -> Any:
 
 def _check_json_files(source: Source) -> None:
     """Small files that transformers leaves out in silence where they are damaged: end tokens and templates stand in them."""
-    for name in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+    for name in (
+        "generation_config.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+    ):
         path = source.folder / name
         if not path.exists():
             continue
@@ -334,7 +433,9 @@ def _weight_files(source: Source, config: Mapping[str, Any]) -> dict[str, set[st
     if chosen is not None:
         hint = "take transformers_weights out of config.json, or let it name a safetensors file"
         if not str(chosen).endswith((".safetensors", ".safetensors.index.json")):
-            raise CheckpointError(f"config.json of `{source.name}` asks for the weights {chosen!r}", hint=hint)
+            raise CheckpointError(
+                f"config.json of `{source.name}` asks for the weights {chosen!r}", hint=hint
+            )
         if str(chosen).endswith(".safetensors"):
             return {str(chosen): set()}
         return _promised(source, str(chosen))
@@ -344,14 +445,24 @@ def _weight_files(source: Source, config: Mapping[str, Any]) -> dict[str, set[st
         return {_SINGLE: set()}
     if _INDEX in names:
         return _promised(source, _INDEX)
-    others = [name for name in names if name.endswith(".safetensors") and not name.startswith("consolidated")]
+    others = [
+        name
+        for name in names
+        if name.endswith(".safetensors") and not name.startswith("consolidated")
+    ]
     kind = kind_of(names) if not others else None
     if kind is not None:
         raise CheckpointError(f"`{source.name}` is {kind[0]}", hint=kind[1])
     if not others:
-        raise CheckpointError(f"`{source.name}` holds no weights: no {_SINGLE}", hint=f"the folder is incomplete; {_AGAIN}")
+        raise CheckpointError(
+            f"`{source.name}` holds no weights: no {_SINGLE}",
+            hint=f"the folder is incomplete; {_AGAIN}",
+        )
     if "-of-" in others[0]:
-        raise CheckpointError(f"`{source.name}` holds shards, but no {_INDEX}", hint=f"the folder is incomplete; {_AGAIN}")
+        raise CheckpointError(
+            f"`{source.name}` holds shards, but no {_INDEX}",
+            hint=f"the folder is incomplete; {_AGAIN}",
+        )
     got = f"`{source.name}` holds {others[0]}, but no {_SINGLE}"
     raise CheckpointError(got, hint=f"if it is the whole model, call it {_SINGLE}")
 
@@ -391,10 +502,14 @@ def _header(source: Source, file: str) -> dict[str, str]:
         with safe_open(path, framework="pt") as opened:
             return {name: str(opened.get_slice(name).get_dtype()) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"`{path}` is damaged: {first_line(error)}", hint=f"it may be cut short; {_AGAIN}") from None
+        raise CheckpointError(
+            f"`{path}` is damaged: {first_line(error)}", hint=f"it may be cut short; {_AGAIN}"
+        ) from None
 
 
-def _check_weight_files(source: Source, config: Mapping[str, Any], files: Mapping[str, set[str]]) -> None:
+def _check_weight_files(
+    source: Source, config: Mapping[str, Any], files: Mapping[str, set[str]]
+) -> None:
     """Every file is there, undamaged, with every tensor that the index promises in it, and none that needs unpacking."""
     absent = [file for file in sorted(files) if not (source.folder / file).exists()]
     if absent:
@@ -409,10 +524,17 @@ def _check_weight_files(source: Source, config: Mapping[str, Any], files: Mappin
         if lacking:
             got = f"`{source.folder / file}` lacks the tensor {lacking[0]}, which the index promises in it"
             raise CheckpointError(got, hint=f"the shards are not of one model; {_AGAIN}")
-        packed = [name for name, dtype in held.items() if name.endswith(".weight") and dtype.startswith(("I", "U"))]
+        packed = [
+            name
+            for name, dtype in held.items()
+            if name.endswith(".weight") and dtype.startswith(("I", "U"))
+        ]
         if packed and _quantisation(config) is None:
             got = f"`{source.name}` holds {packed[0]} as {held[packed[0]]}, but its config.json names no quantisation"
-            raise CheckpointError(got, hint="take its config.json from where the weights are from, or unquantised weights")
+            raise CheckpointError(
+                got,
+                hint="take its config.json from where the weights are from, or unquantised weights",
+            )
 
 
 # ------------------------------------------------------------------------------------------- after: what was really read
@@ -424,7 +546,9 @@ def _check_whole(source: Source, architecture: str, info: Mapping[str, Any]) -> 
     mismatched = sorted(info["mismatched_keys"])
     unexpected = sorted(name for name in info["unexpected_keys"] if not _is_other_part(name))
     if missing:
-        got = f"`{source.name}` lacks the tensor {missing[0]}{_and_more(missing)} of a {architecture}"
+        got = (
+            f"`{source.name}` lacks the tensor {missing[0]}{_and_more(missing)} of a {architecture}"
+        )
         raise CheckpointError(got, hint=_why_missing(source, missing, unexpected))
     if mismatched:
         name, stored, wanted = mismatched[0]
@@ -432,16 +556,25 @@ def _check_whole(source: Source, architecture: str, info: Mapping[str, Any]) -> 
         raise CheckpointError(got, hint="the two do not belong together: take both from one place")
     if unexpected:
         got = f"`{source.name}` holds the tensor {unexpected[0]}{_and_more(unexpected)}, which a {architecture} leaves out"
-        raise CheckpointError(got, hint="what ran would be another model: is the config.json of these weights the right one?")
+        raise CheckpointError(
+            got,
+            hint="what ran would be another model: is the config.json of these weights the right one?",
+        )
     if info.get("error_msgs"):
-        raise CheckpointError(f"cannot load `{source.name}`: {first_line(info['error_msgs'][0])}", hint=_AGAIN)
+        raise CheckpointError(
+            f"cannot load `{source.name}`: {first_line(info['error_msgs'][0])}", hint=_AGAIN
+        )
 
 
 def _check_all_used(source: Source, model: Any) -> None:
     """A GGUF file's tensors that its reader has no place for are dropped without a word: the numbers must add up."""
     reader = GGUFReader(source.folder / str(source.gguf))
     architecture = str(reader.fields["general.architecture"].contents())
-    kept = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors if ".nextn" not in tensor.name}
+    kept = {
+        tensor.name: int(tensor.n_elements)
+        for tensor in reader.tensors
+        if ".nextn" not in tensor.name
+    }
     if architecture in ("falcon", "bloom"):  # always tied
         kept.pop("output.weight", None)
     taken = sum(parameter.numel() for parameter in model.parameters())
@@ -452,10 +585,15 @@ def _check_all_used(source: Source, model: Any) -> None:
     left = sorted(kept)
     if enum is not None:
         names = get_tensor_name_map(enum, int(model.config.get_text_config().num_hidden_layers))
-        known = {names.get_name(name, try_suffixes=(".weight", ".bias")) for name, _ in model.named_parameters()}
+        known = {
+            names.get_name(name, try_suffixes=(".weight", ".bias"))
+            for name, _ in model.named_parameters()
+        }
         left = sorted(set(kept) - known) or left
     got = f"`{source.name}` holds the tensor {left[0]}, which a {type(model).__name__} leaves out"
-    raise CheckpointError(got, hint="what ran would be another model: use the model's original Hugging Face folder")
+    raise CheckpointError(
+        got, hint="what ran would be another model: use the model's original Hugging Face folder"
+    )
 
 
 def _is_other_part(name: str) -> bool:
@@ -485,7 +623,10 @@ _transformers_logging: Any = their_logging
 _gguf_reader: Any = modeling_gguf_pytorch_utils
 _their_bar = _gguf_reader.tqdm
 _quiet = threading.local()  # its `asked` is true in a thread that is inside `without_bars`
-_hidden = [0, True]  # threads inside `without_bars`, and whether transformers' bars were on before the first one
+_hidden = [
+    0,
+    True,
+]  # threads inside `without_bars`, and whether transformers' bars were on before the first one
 
 
 @contextmanager
@@ -542,27 +683,47 @@ def _explained(error: Exception, source: Source, part: str = "") -> FlashDraftEr
         return damaged
     odd = None if isinstance(error, ImportError) else _odd_config(source)
     if odd is not None:
-        return CheckpointError(f"config.json of `{source.name}` {odd}", hint="mend it, or fetch it again")
+        return CheckpointError(
+            f"config.json of `{source.name}` {odd}", hint="mend it, or fetch it again"
+        )
     if isinstance(error, ImportError):
-        asks = f"it is quantised by {how}, which asks for that package" if how else "install that package"
-        return CheckpointError(told, hint=f"{asks}; or take a model that needs none" if how else asks)
+        asks = (
+            f"it is quantised by {how}, which asks for that package"
+            if how
+            else "install that package"
+        )
+        return CheckpointError(
+            told, hint=f"{asks}; or take a model that needs none" if how else asks
+        )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return CheckpointError(told, hint="free some space there")
     if isinstance(error, PermissionError):
         return CheckpointError(told, hint="see who owns the files and their mode (ls -l)")
     if "trust_remote_code" in str(error):
         got = f"cannot load {part}`{source.name}`: it exists only in the folder's own Python"
-        return CheckpointError(got, hint="a folder's code never runs here; take a model that transformers knows")
+        return CheckpointError(
+            got, hint="a folder's code never runs here; take a model that transformers knows"
+        )
     if how:
-        return CheckpointError(told, hint=f"it is quantised by {how}, which does not run here; take the unquantised weights")
+        return CheckpointError(
+            told,
+            hint=f"it is quantised by {how}, which does not run here; take the unquantised weights",
+        )
     version = transformers.__version__
     hint = f"transformers {version} cannot read it; is it a causal language model in Hugging Face's format?"
     return CheckpointError(told, hint=hint)
 
 
 def _is_memory(error: Exception) -> bool:
-    words = ("not enough memory", "cannot allocate memory", "can't allocate memory", "out of memory")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error).lower() for word in words)
+    words = (
+        "not enough memory",
+        "cannot allocate memory",
+        "can't allocate memory",
+        "out of memory",
+    )
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        word in str(error).lower() for word in words
+    )
 
 
 def _quantised_by(source: Source) -> str | None:
@@ -601,7 +762,11 @@ def _odd_config(source: Source) -> str | None:
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         return f"has dtype {told!r}, which torch does not know"
 
-    ropes = [rope for rope in (config.get("rope_parameters"), config.get("rope_scaling")) if isinstance(rope, dict)]
+    ropes = [
+        rope
+        for rope in (config.get("rope_parameters"), config.get("rope_scaling"))
+        if isinstance(rope, dict)
+    ]
     for rope in ropes:
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind not in ("default", *ROPE_INIT_FUNCTIONS):

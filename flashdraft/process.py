@@ -20,7 +20,17 @@ from weakref import WeakSet
 
 import torch
 
-__all__ = ["BOOLS", "FLOATS", "INTS", "is_terminal", "new_lock", "num_threads", "serial", "threads_set", "undisturbed"]
+__all__ = [
+    "BOOLS",
+    "FLOATS",
+    "INTS",
+    "is_terminal",
+    "new_lock",
+    "num_threads",
+    "serial",
+    "threads_set",
+    "undisturbed",
+]
 
 INTS: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}  # ids, positions, counts
 FLOATS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
@@ -63,7 +73,11 @@ def undisturbed(function: Callable[P, R]) -> Callable[P, R]:
         _Team.used = True
         if _Team.gone and torch.get_num_threads() > 1:
             torch.set_num_threads(1)  # torch would wait for a team that did not come along
-        if not (torch._C._is_any_autocast_enabled() or torch._C._len_torch_function_stack() or torch.is_inference_mode_enabled()):
+        if not (
+            torch._C._is_any_autocast_enabled()
+            or torch._C._len_torch_function_stack()
+            or torch.is_inference_mode_enabled()
+        ):
             return function(*args, **kwargs)
 
         with ExitStack() as switched:

@@ -13,7 +13,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from types import UnionType
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    Protocol,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from flashdraft.errors import InvalidParameter
 
@@ -22,8 +31,29 @@ if TYPE_CHECKING:
 
     from flashdraft.models.cache import SlotCache
 
-__all__ = ["COUNTS", "HIGHEST", "SEEDS", "Allowed", "Chunk", "Drafter", "FinishReason", "LogitsProcessor", "Piece", "Proposal"]
-__all__ += ["Result", "Rows", "SamplingParams", "Stats", "Verdict", "as_number", "check_option", "check_options", "counted_on"]
+__all__ = [
+    "COUNTS",
+    "HIGHEST",
+    "SEEDS",
+    "Allowed",
+    "Chunk",
+    "Drafter",
+    "FinishReason",
+    "LogitsProcessor",
+    "Piece",
+    "Proposal",
+]
+__all__ += [
+    "Result",
+    "Rows",
+    "SamplingParams",
+    "Stats",
+    "Verdict",
+    "as_number",
+    "check_option",
+    "check_options",
+    "counted_on",
+]
 __all__ += ["kind_of", "option", "require", "take_numbers"]
 
 FinishReason = Literal["stop", "length"]
@@ -47,8 +77,12 @@ class Allowed:
         if not is_finite:
             return False
 
-        is_too_small = (self.least is not None and number < self.least) or (self.above is not None and number <= self.above)
-        is_too_large = (self.most is not None and number > self.most) or (self.below is not None and number >= self.below)
+        is_too_small = (self.least is not None and number < self.least) or (
+            self.above is not None and number <= self.above
+        )
+        is_too_large = (self.most is not None and number > self.most) or (
+            self.below is not None and number >= self.below
+        )
         return not is_too_small and not is_too_large
 
     def __str__(self) -> str:
@@ -62,7 +96,10 @@ class Allowed:
             return f"{self.least} or more"
 
         limits = {"at least": self.least, "above": self.above, "at most": most, "below": self.below}
-        return " and ".join(f"{word} {limit}" for word, limit in limits.items() if limit is not None) or "finite"
+        return (
+            " and ".join(f"{word} {limit}" for word, limit in limits.items() if limit is not None)
+            or "finite"
+        )
 
 
 HIGHEST = 2**63 - 1  # the largest whole number that a tensor holds
@@ -154,7 +191,9 @@ def _kinds_of(options: type) -> dict[str, type | None]:
 def require(ok: bool, name: str, value: object, allowed: str) -> None:
     """Raises InvalidParameter where a value is not `ok`."""
     if not ok:
-        raise InvalidParameter(f"{name} is {_shown(value)}", hint=f"{name} must be {allowed}", option=name)
+        raise InvalidParameter(
+            f"{name} is {_shown(value)}", hint=f"{name} must be {allowed}", option=name
+        )
 
 
 def _shown(value: object) -> str:
@@ -184,28 +223,49 @@ class SamplingParams:
 
     temperature: float = option(0.0, "0 is greedy", least=0)
     top_k: int = option(0, "keep the k likeliest tokens; 0 keeps all", least=0, most=HIGHEST)
-    top_p: float = option(1.0, "keep the smallest set of tokens with at least this mass", above=0, most=1)
-    min_p: float = option(0.0, "drop tokens below this fraction of the likeliest one's probability", least=0, below=1)
+    top_p: float = option(
+        1.0, "keep the smallest set of tokens with at least this mass", above=0, most=1
+    )
+    min_p: float = option(
+        0.0, "drop tokens below this fraction of the likeliest one's probability", least=0, below=1
+    )
     seed: int = option(
-        0, "the same seed gives the same text, with any drafter that draws none of its drafts", least=0, most=HIGHEST
+        0,
+        "the same seed gives the same text, with any drafter that draws none of its drafts",
+        least=0,
+        most=HIGHEST,
     )
     max_new_tokens: int = option(256, "the text ends after this many tokens", least=1, most=HIGHEST)
-    stop: tuple[str, ...] = option((), "the text ends before this string; may be given several times")
+    stop: tuple[str, ...] = option(
+        (), "the text ends before this string; may be given several times"
+    )
     ignore_eos: bool = option(False, "go on after an end-of-text token")
     repetition_penalty: float = option(
-        1.0, "divide positive logits of tokens in prompt and text, multiply negative ones", least=0.01, most=100
+        1.0,
+        "divide positive logits of tokens in prompt and text, multiply negative ones",
+        least=0.01,
+        most=100,
     )
-    presence_penalty: float = option(0.0, "subtract this from the logits of tokens in the text; -2 to 2", least=-2, most=2)
+    presence_penalty: float = option(
+        0.0, "subtract this from the logits of tokens in the text; -2 to 2", least=-2, most=2
+    )
     frequency_penalty: float = option(
-        0.0, "subtract this once for every time that a token is in the text; -2 to 2", least=-2, most=2
+        0.0,
+        "subtract this once for every time that a token is in the text; -2 to 2",
+        least=-2,
+        most=2,
     )
-    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)  # by token id, added to its logit
+    logit_bias: Mapping[int, float] = field(
+        default_factory=dict, hash=False
+    )  # by token id, added to its logit
     logits_processor: LogitsProcessor | None = field(default=None, hash=False)
     logprobs: bool = False  # log-probabilities of the tokens, by the target's law before any of these fields changed it
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, Sequence):
-            object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+            object.__setattr__(
+                self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+            )
         strings = isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop)
         require(strings, "stop", self.stop, "non-empty strings")
         check_options(self)
@@ -214,12 +274,20 @@ class SamplingParams:
             plain = {as_number(token): as_number(bias) for token, bias in self.logit_bias.items()}
             object.__setattr__(self, "logit_bias", plain)
         pairs = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else [(None, None)]
-        numbers = all(type(t) is int and t >= 0 and isinstance(b, (int, float)) and -100 <= b <= 100 for t, b in pairs)
+        numbers = all(
+            type(t) is int and t >= 0 and isinstance(b, (int, float)) and -100 <= b <= 100
+            for t, b in pairs
+        )
         require(numbers, "logit_bias", self.logit_bias, "numbers from -100 to 100 by token id")
         object.__setattr__(self, "logit_bias", dict(self.logit_bias))
 
         hook = self.logits_processor
-        require(hook is None or callable(hook), "logits_processor", hook, "a function of tokens and logits")
+        require(
+            hook is None or callable(hook),
+            "logits_processor",
+            hook,
+            "a function of tokens and logits",
+        )
 
     def numbered(self, number: int) -> SamplingParams:
         """The same for prompt number `number`: seeds count on."""
@@ -239,9 +307,15 @@ class Proposal:
     tokens: Tensor  # [rows, nodes] int64; node 0 is the anchor
     parents: Tensor  # [rows, nodes] int64; -1 at the anchor, elsewhere a smaller index; a chain is -1, 0, 1, 2, ...
     sizes: Tensor  # [rows] int64, at least 1; nodes beyond a row's size are padding
-    scores: Tensor | None = None  # [rows, nodes] log-confidence, fixed before the node's own token was drawn
-    probs: Tensor | None = None  # [rows, nodes, vocab] law from which node i's CHILDREN were drawn; None: none was drawn
-    drawn: Tensor | None = None  # [rows, nodes] bool; False: chosen (argmax, top-k, n-gram), a point mass
+    scores: Tensor | None = (
+        None  # [rows, nodes] log-confidence, fixed before the node's own token was drawn
+    )
+    probs: Tensor | None = (
+        None  # [rows, nodes, vocab] law from which node i's CHILDREN were drawn; None: none was drawn
+    )
+    drawn: Tensor | None = (
+        None  # [rows, nodes] bool; False: chosen (argmax, top-k, n-gram), a point mass
+    )
 
     @property
     def num_nodes(self) -> int:
@@ -283,13 +357,17 @@ class Drafter(Protocol):
     """Every decoding method: it proposes, observes what was committed, forgets a finished row; by default it keeps nothing."""
 
     name: str
-    layers: tuple[int, ...] = ()  # features it wants: id = output of block id; the number of layers = the final normed state
+    layers: tuple[
+        int, ...
+    ] = ()  # features it wants: id = output of block id; the number of layers = the final normed state
     caches: tuple[SlotCache, ...] = ()  # its own caches, counted in the memory report
 
     def propose(self, rows: Rows, max_nodes: int) -> Proposal:
         """At most `max_nodes` nodes a row, the anchor included; the anchor alone where it has nothing to say."""
 
-    def observe(self, rows: Rows, tokens: Sequence[Tensor], features: Sequence[Tensor] | None) -> None:
+    def observe(
+        self, rows: Rows, tokens: Sequence[Tensor], features: Sequence[Tensor] | None
+    ) -> None:
         """Tokens that the target has read for good (prompt chunks and accepted paths alike), oldest first.
 
         tokens: per row [n] int64, at the positions that follow the last ones observed.
@@ -311,7 +389,9 @@ class Stats:
     target_passes: int = 0  # after the prefill
     num_drafted: int = 0
     num_accepted: int = 0
-    accepted_lengths: list[int] = field(default_factory=list)  # committed tokens of every target pass
+    accepted_lengths: list[int] = field(
+        default_factory=list
+    )  # committed tokens of every target pass
     seconds: dict[str, float] = field(default_factory=dict)  # by part: prefill, draft, target, host
 
     @property
@@ -355,8 +435,15 @@ class Result:
     tokens: tuple[int, ...]  # new tokens, an end-of-text token included
     finish_reason: FinishReason
     stats: Stats
-    logprobs: tuple[float, ...] | None = None  # of every token, natural logarithms; None: not asked for
+    logprobs: tuple[float, ...] | None = (
+        None  # of every token, natural logarithms; None: not asked for
+    )
 
     def to_dict(self) -> dict[str, Any]:
-        facts = {"text": self.text, "tokens": list(self.tokens), "finish_reason": self.finish_reason, "tau": self.stats.tau}
+        facts = {
+            "text": self.text,
+            "tokens": list(self.tokens),
+            "finish_reason": self.finish_reason,
+            "tau": self.stats.tau,
+        }
         return facts if self.logprobs is None else facts | {"logprobs": list(self.logprobs)}

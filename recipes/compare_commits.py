@@ -44,12 +44,18 @@ def main() -> None:
         found = {checkout: rates(checkout, options.kernel) for checkout in order}
         for name, own in logarithms.items():
             own.append(math.log(found[options.new][name] / found[options.old][name]))
-        print(pair + 1, {name: round(math.exp(own[-1]), 3) for name, own in logarithms.items()}, flush=True)
+        print(
+            pair + 1,
+            {name: round(math.exp(own[-1]), 3) for name, own in logarithms.items()},
+            flush=True,
+        )
 
     for name, own in logarithms.items():
         error = stdev(own) / math.sqrt(len(own))
         bound = fmean(own) - stats.t.ppf(0.95, len(own) - 1) * error
-        print(f"{name}: {math.exp(fmean(own)):.3f}, lower 95 % bound {math.exp(bound):.3f}, {len(own)} pairs")
+        print(
+            f"{name}: {math.exp(fmean(own)):.3f}, lower 95 % bound {math.exp(bound):.3f}, {len(own)} pairs"
+        )
 
 
 if __name__ == "__main__":

@@ -28,7 +28,9 @@ CONTEXT = 4096  # tokens that llama.cpp makes room for
 
 
 def one_by_one(answer):
-    return lambda prompts, params: [answer(prompt, one) for prompt, one in zip(prompts, params, strict=True)]
+    return lambda prompts, params: [
+        answer(prompt, one) for prompt, one in zip(prompts, params, strict=True)
+    ]
 
 
 def llama_cpp(path, model):
@@ -36,7 +38,14 @@ def llama_cpp(path, model):
     import llama_cpp as lib
 
     threads = torch.get_num_threads()
-    llama = lib.Llama(path, n_ctx=CONTEXT, n_batch=CONTEXT, n_threads=threads, n_threads_batch=threads, verbose=False)
+    llama = lib.Llama(
+        path,
+        n_ctx=CONTEXT,
+        n_batch=CONTEXT,
+        n_threads=threads,
+        n_threads_batch=threads,
+        verbose=False,
+    )
     chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
     lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_greedy())
 
@@ -47,7 +56,12 @@ def llama_cpp(path, model):
 
     def answer(prompt, params):
         length = len(prompt) + params.max_new_tokens
-        require(length <= CONTEXT, "the length of prompt and answer", length, f"at most {CONTEXT} beside llama.cpp")
+        require(
+            length <= CONTEXT,
+            "the length of prompt and answer",
+            length,
+            f"at most {CONTEXT} beside llama.cpp",
+        )
         lib.llama_memory_clear(lib.llama_get_memory(llama.ctx), True)
         started = time.perf_counter()
         tokens = [read(prompt)]
@@ -65,7 +79,9 @@ def ask(port, path, body=None):
     """(status, answer) of a server on this machine; (0, None) while nobody listens."""
     connection = HTTPConnection("127.0.0.1", port)
     try:
-        connection.request("GET" if body is None else "POST", path, None if body is None else json.dumps(body))
+        connection.request(
+            "GET" if body is None else "POST", path, None if body is None else json.dumps(body)
+        )
         response = connection.getresponse()
         return response.status, json.loads(response.read())
     except ConnectionRefusedError:
@@ -77,14 +93,24 @@ def ask(port, path, body=None):
 def serve(arguments):
     """The port of a llama-server with these arguments. It answers requests, and ends with this process."""
     binary = os.environ.get("LLAMA_SERVER", "llama-server")
-    require(shutil.which(binary) is not None, "LLAMA_SERVER", binary, "llama.cpp's server: recipes/llama_cpp_dflash.sh")
+    require(
+        shutil.which(binary) is not None,
+        "LLAMA_SERVER",
+        binary,
+        "llama.cpp's server: recipes/llama_cpp_dflash.sh",
+    )
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
     process = subprocess.Popen([binary, *arguments, "--port", str(port)], stdout=subprocess.DEVNULL)
     atexit.register(process.kill)
     while ask(port, "/health")[0] != 200:
-        require(process.poll() is None, "llama-server's exit status", process.returncode, "0: its message stands above")
+        require(
+            process.poll() is None,
+            "llama-server's exit status",
+            process.returncode,
+            "0: its message stands above",
+        )
         time.sleep(0.1)
     return port
 
@@ -100,15 +126,39 @@ def llama_server(text, model):
     options = f"-c {CONTEXT} -b {CONTEXT} -np 1 -t {threads} -tb {threads} --cache-ram 0 --fit off --log-verbosity 1".split()
     if draft:
         drafts = drafts or "3"
-        options += ["-md", draft, "--spec-type", "draft-dflash", "--spec-draft-n-max", drafts, "-td", threads, "-tbd", threads]
+        options += [
+            "-md",
+            draft,
+            "--spec-type",
+            "draft-dflash",
+            "--spec-draft-n-max",
+            drafts,
+            "-td",
+            threads,
+            "-tbd",
+            threads,
+        ]
     port = serve(["-m", path, *options])
-    greedy = {"temperature": 0, "samplers": ["top_k"], "top_k": 1, "cache_prompt": False, "return_tokens": True}
+    greedy = {
+        "temperature": 0,
+        "samplers": ["top_k"],
+        "top_k": 1,
+        "cache_prompt": False,
+        "return_tokens": True,
+    }
 
     def answer(prompt, params):
         length = len(prompt) + params.max_new_tokens
-        require(length <= CONTEXT, "the length of prompt and answer", length, f"at most {CONTEXT} beside llama.cpp")
+        require(
+            length <= CONTEXT,
+            "the length of prompt and answer",
+            length,
+            f"at most {CONTEXT} beside llama.cpp",
+        )
         started = time.perf_counter()
-        status, result = ask(port, "/completion", {"prompt": prompt, "n_predict": params.max_new_tokens, **greedy})
+        status, result = ask(
+            port, "/completion", {"prompt": prompt, "n_predict": params.max_new_tokens, **greedy}
+        )
         seconds = time.perf_counter() - started
         require(status == 200, "llama-server's answer", result, "a completion")
         tokens, times = tuple(result["tokens"]), result["timings"]
@@ -130,16 +180,30 @@ def ctranslate2(compute_type, model):
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = f"{scratch}/converted"
-        lib.converters.TransformersConverter(str(hub.resolve(model.target.name))).convert(folder, quantization=compute_type)
-        generator = lib.Generator(folder, device="cpu", compute_type=compute_type, intra_threads=torch.get_num_threads())
+        lib.converters.TransformersConverter(str(hub.resolve(model.target.name))).convert(
+            folder, quantization=compute_type
+        )
+        generator = lib.Generator(
+            folder, device="cpu", compute_type=compute_type, intra_threads=torch.get_num_threads()
+        )
     ends = [model.tokenizer.convert_ids_to_tokens(token) for token in model.eos]
 
     def answer(prompt, params):
         times = []
-        options = {"max_length": params.max_new_tokens, "end_token": ends, "return_end_token": True, "sampling_topk": 1}
-        options |= {"include_prompt_in_result": False, "callback": lambda _: bool(times.append(time.perf_counter()))}
+        options = {
+            "max_length": params.max_new_tokens,
+            "end_token": ends,
+            "return_end_token": True,
+            "sampling_topk": 1,
+        }
+        options |= {
+            "include_prompt_in_result": False,
+            "callback": lambda _: bool(times.append(time.perf_counter())),
+        }
         started = time.perf_counter()
-        (result,) = generator.generate_batch([model.tokenizer.convert_ids_to_tokens(prompt)], **options)
+        (result,) = generator.generate_batch(
+            [model.tokenizer.convert_ids_to_tokens(prompt)], **options
+        )
         tokens = tuple(result.sequences_ids[0])
         model.tokenizer.decode(tokens)
         ended = time.perf_counter()
@@ -158,7 +222,11 @@ def openvino(path, model):
 
     def answer(prompt, params):
         times = []
-        options = {"max_new_tokens": params.max_new_tokens, "stop_token_ids": set(model.eos), "do_sample": False}
+        options = {
+            "max_new_tokens": params.max_new_tokens,
+            "stop_token_ids": set(model.eos),
+            "do_sample": False,
+        }
         options["streamer"] = lambda _: bool(times.append(time.perf_counter()))
         started = time.perf_counter()
         result = pipeline.generate(core.Tensor(numpy.array([prompt])), **options)

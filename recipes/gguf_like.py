@@ -19,11 +19,16 @@ if out.exists() and out.stat().st_size:
 with appears_whole(out) as made:
     writer = GGUFWriter(made, source.fields["general.architecture"].contents())
     for field in source.fields.values():
-        if field.name.startswith("GGUF.") or field.name in ("general.architecture", "general.file_type"):
+        if field.name.startswith("GGUF.") or field.name in (
+            "general.architecture",
+            "general.file_type",
+        ):
             continue
         inner = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
         writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=inner)
-    writer.add_file_type(gguf.LlamaFileType[{"F32": "ALL_F32"}.get(kind.name, f"MOSTLY_{kind.name}")])  # OpenVINO reads it
+    writer.add_file_type(
+        gguf.LlamaFileType[{"F32": "ALL_F32"}.get(kind.name, f"MOSTLY_{kind.name}")]
+    )  # OpenVINO reads it
     for tensor in source.tensors:
         plain = dequantize(tensor.data, tensor.tensor_type)
         if len(tensor.shape) == 1 or kind == gguf.GGMLQuantizationType.F32:

@@ -18,7 +18,9 @@ def bounds(path):
     """(task, method) -> mean ratio, lower bound, pairs: a pair is one group of prompts in one repeat, decoded together."""
     rates = defaultdict(dict)
     for line in map(json.loads, path.read_text().splitlines()[1:]):
-        rates[line["task"], line["repeat"], line["prompt"] // line["max_rows"]][line["method"]] = line["batch_tokens_per_second"]
+        rates[line["task"], line["repeat"], line["prompt"] // line["max_rows"]][line["method"]] = (
+            line["batch_tokens_per_second"]
+        )
     logs = defaultdict(list)
     for (task, _, _), by in rates.items():
         for method in by.keys() - {"autoregressive"}:
@@ -37,4 +39,6 @@ if sys.argv[1] == "--make":
 else:
     for path in map(Path, sys.argv[1:]):
         for task, method, ratio, low, count in bounds(path):
-            print(f"{path.stem:<10} {task:<10} {method:<8} ratio {ratio:.3f}  lower bound {low:.3f}  ({count} pairs)")
+            print(
+                f"{path.stem:<10} {task:<10} {method:<8} ratio {ratio:.3f}  lower bound {low:.3f}  ({count} pairs)"
+            )

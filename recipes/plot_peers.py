@@ -15,7 +15,9 @@ from flashdraft.bench.report import read_results, summarise
 matplotlib.use("svg")
 from matplotlib import pyplot
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+)
 parser.add_argument("common", help="method that every file has")
 parser.add_argument("results", nargs="+", type=Path)
 parser.add_argument("--out", type=Path, required=True)
@@ -23,11 +25,18 @@ options = parser.parse_args()
 
 speeds: dict[str, float] = {}
 for path in options.results:
-    found = {row.method: row.decode_tokens_per_second or 0.0 for row in summarise(read_results(path)[1]) if row.task == "all"}
+    found = {
+        row.method: row.decode_tokens_per_second or 0.0
+        for row in summarise(read_results(path)[1])
+        if row.task == "all"
+    }
     scale = speeds.get(options.common, found[options.common]) / found[options.common]
     speeds |= {name: scale * speed for name, speed in found.items() if name not in speeds}
 methods = sorted(speeds, key=lambda name: speeds[name])
-colours = ["C0" if name.startswith("dflash") else "C7" if name.startswith("autoregressive") else "C1" for name in methods]
+colours = [
+    "C0" if name.startswith("dflash") else "C7" if name.startswith("autoregressive") else "C1"
+    for name in methods
+]
 figure, axis = pyplot.subplots(figsize=(7.5, 0.32 * len(methods) + 0.8))
 bars = axis.barh(
     [name.replace("autoregressive:", "plain ").replace("dflash:", "DFlash ") for name in methods],

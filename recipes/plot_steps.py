@@ -24,9 +24,20 @@ lines = Path(sys.argv[1]).read_text().splitlines()
 kernels = next(line.split()[1:] for line in lines if line.split()[:1] == ["tokens"])
 figure, axes = pyplot.subplots(1, len(WANTED), figsize=(11, 3.4), sharey=True)
 for axis, (title, label) in zip(axes, WANTED.items(), strict=True):
-    found = [match.groups() for line in lines if (match := re.fullmatch(rf"{title} +(\d+) +([\d. ]+)", line))]
-    for kernel, column in zip(kernels, zip(*(times.split() for _, times in found), strict=True), strict=True):
-        axis.plot([int(value) for value, _ in found], [float(ms) for ms in column], marker="o", label=kernel)
+    found = [
+        match.groups()
+        for line in lines
+        if (match := re.fullmatch(rf"{title} +(\d+) +([\d. ]+)", line))
+    ]
+    for kernel, column in zip(
+        kernels, zip(*(times.split() for _, times in found), strict=True), strict=True
+    ):
+        axis.plot(
+            [int(value) for value, _ in found],
+            [float(ms) for ms in column],
+            marker="o",
+            label=kernel,
+        )
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.xaxis.set_major_formatter("{x:.0f}")

@@ -25,7 +25,10 @@ for kernel in ("auto", "int8"):
     target, tokenizer, _ = load_target("smollm2-135m", kernel=kernel)
     texts = [program["prompt"] + program["canonical_solution"] for program in programs]
     for problem in problems:
-        turns = [{"role": "user", "content": problem["question"]}, {"role": "assistant", "content": problem["answer"]}]
+        turns = [
+            {"role": "user", "content": problem["question"]},
+            {"role": "assistant", "content": problem["answer"]},
+        ]
         texts.append(tokenizer.apply_chat_template(turns, tokenize=False))
     surprise, count, best[kernel] = 0.0, 0, []
     for text in texts:
@@ -39,4 +42,6 @@ for kernel in ("auto", "int8"):
     perplexity = math.exp(surprise / count)
     first = first or perplexity
     same = sum(a == b for a, b in zip(best[kernel], best["auto"], strict=True)) / len(best[kernel])
-    print(f"{target.kernel}: perplexity {perplexity:.3f} ({perplexity / first - 1:+.2%}), likeliest token the same {same:.1%}")
+    print(
+        f"{target.kernel}: perplexity {perplexity:.3f} ({perplexity / first - 1:+.2%}), likeliest token the same {same:.1%}"
+    )

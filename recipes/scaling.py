@@ -27,7 +27,9 @@ def points(paths: list[Path]) -> list[tuple[int, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("metrics", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -36,15 +38,23 @@ def main() -> None:
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    positions, tau = (np.array(column, dtype=float) for column in zip(*points(options.metrics), strict=True))
+    positions, tau = (
+        np.array(column, dtype=float) for column in zip(*points(options.metrics), strict=True)
+    )
     slope, start = np.polyfit(np.log10(positions / 1e6), tau, 1)
     last = positions[-1]
-    print(f"tau = {start:.2f} + {slope:.2f} * log10(positions / 1 M), fitted to {len(tau)} measurements")
+    print(
+        f"tau = {start:.2f} + {slope:.2f} * log10(positions / 1 M), fitted to {len(tau)} measurements"
+    )
     for factor in (1, 10):
-        print(f"at {factor * last / 1e6:.1f} M positions: {start + slope * np.log10(factor * last / 1e6):.2f}")
+        print(
+            f"at {factor * last / 1e6:.1f} M positions: {start + slope * np.log10(factor * last / 1e6):.2f}"
+        )
     xs = np.geomspace(positions[0], 10 * last, 200)
     _, axes = pyplot.subplots(figsize=(7, 4))
-    axes.semilogx(xs, start + slope * np.log10(xs / 1e6), color="tab:gray", linestyle="--", label="fit")
+    axes.semilogx(
+        xs, start + slope * np.log10(xs / 1e6), color="tab:gray", linestyle="--", label="fit"
+    )
     axes.semilogx(positions, tau, "o", color="tab:blue", label="measured")
     axes.set(xlabel="training positions", ylabel="tau on held-out prompts")
     axes.grid(alpha=0.3)

@@ -26,7 +26,11 @@ def medians(targets, *, tokens=1, context=64, rows=1, repeats=9):
         caches[name] = target.new_cache(rows, context + tokens)
         for row in range(rows):
             target.prefill(caches[name], row, torch.arange(context) % 1000 + 100, ())
-    proposal = (torch.arange(tokens) + 100).repeat(rows, 1), chain(tokens).repeat(rows, 1), torch.full((rows,), tokens)
+    proposal = (
+        (torch.arange(tokens) + 100).repeat(rows, 1),
+        chain(tokens).repeat(rows, 1),
+        torch.full((rows,), tokens),
+    )
     for _ in range(repeats):
         for name, target in targets.items():
             started = time.perf_counter()
@@ -43,7 +47,11 @@ def table(title, targets, name, values, **fixed):
 
 name = sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m"
 targets = {kernel: load_target(name, kernel=kernel)[0] for kernel in KERNELS}
-print({kernel: target.kernel for kernel, target in targets.items()}, torch.get_num_threads(), "threads")
+print(
+    {kernel: target.kernel for kernel, target in targets.items()},
+    torch.get_num_threads(),
+    "threads",
+)
 table("a row's tokens", targets, "tokens", (1, 2, 4, 8, 16, 32))
 table("one token", targets, "context", (64, 256, 1024, 4096))
 table("one token a row, context 64", targets, "rows", (1, 2, 4, 8, 16))
@@ -63,7 +71,9 @@ for size, (hidden, inner, layers, heads, kv_heads) in shapes.items():
         vocab_size=49152,
         tie_word_embeddings=True,
     )
-    model = LlamaForCausalLM(config).to(torch.bfloat16).float()  # 16-bit numbers, as models are published
+    model = (
+        LlamaForCausalLM(config).to(torch.bfloat16).float()
+    )  # 16-bit numbers, as models are published
     some = {kernel: LeanTarget(model, size, kernel=kernel) for kernel in ("compact", "int8")}
     table(f"{size}, random bf16 weights", some, "tokens", (1, 8), repeats=5)
     del model, some

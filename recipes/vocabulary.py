@@ -15,7 +15,9 @@ from flashdraft.train.objectives import common_tokens
 draft, features, out, *counts = sys.argv[1:]
 data = FeatureSet(Path(features))
 for count in map(int, counts):
-    model = DFlashDraftModel.from_pretrained(draft if Path(draft).exists() else hub.builtin_draft(draft, "dflash"))
+    model = DFlashDraftModel.from_pretrained(
+        draft if Path(draft).exists() else hub.builtin_draft(draft, "dflash")
+    )
     tokens, covered = common_tokens(data, count)
     model.reduce_vocabulary(tokens)
     model.save_pretrained(Path(out) / str(count))

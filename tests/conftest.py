@@ -49,26 +49,42 @@ SHAPE: dict[str, Any] = {
     "pad_token_id": 0,
     "tie_word_embeddings": False,
 }
-MIXED: dict[str, Any] = {"head_dim": 8, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 2}
+MIXED: dict[str, Any] = {
+    "head_dim": 8,
+    "sliding_window": WINDOW,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
 EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2}
-YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64, "truncate": False}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "truncate": False,
+}
 FAMILIES = {
     "llama": lambda: LlamaConfig(**SHAPE),
     "mistral": lambda: MistralConfig(**SHAPE, sliding_window=None),
     "mistral-sliding": lambda: MistralConfig(**SHAPE, sliding_window=WINDOW),
     "qwen2": lambda: Qwen2Config(**SHAPE),
     "qwen3": lambda: Qwen3Config(**SHAPE, head_dim=8),
-    "qwen3_moe": lambda: Qwen3MoeConfig(**SHAPE, **EXPERTS, head_dim=8, num_experts=4, moe_intermediate_size=32),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **SHAPE, **EXPERTS, head_dim=8, num_experts=4, moe_intermediate_size=32
+    ),
     "gemma3": lambda: Gemma3TextConfig(**SHAPE, **MIXED),
     "phi3": lambda: Phi3Config(**SHAPE),
-    "gpt_oss": lambda: GptOssConfig(**SHAPE, **EXPERTS, **MIXED, num_local_experts=4, rope_parameters=YARN),
+    "gpt_oss": lambda: GptOssConfig(
+        **SHAPE, **EXPERTS, **MIXED, num_local_experts=4, rope_parameters=YARN
+    ),
     "glm4": lambda: Glm4Config(**SHAPE, head_dim=8),
 }
 SLIDING = ("mistral-sliding", "gemma3", "gpt_oss")
 LEAN = ("llama", "mistral", "qwen2", "qwen3")
 
 
-def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float64, config: Any = None) -> Any:
+def tiny_model(
+    family: str, *, seed: int = 0, dtype: torch.dtype = torch.float64, config: Any = None
+) -> Any:
     """A random model whose logits are far from flat, so that greedy texts differ between prompts."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config or FAMILIES[family]())
@@ -92,7 +108,12 @@ def uniform(seed: int, position: int, lane: int = 0) -> float:
 
 
 def tiny_drafter(
-    target: Target, *, block_size: int = 4, tree_nodes: int | None = None, seed: int = 0, **changes: Any
+    target: Target,
+    *,
+    block_size: int = 4,
+    tree_nodes: int | None = None,
+    seed: int = 0,
+    **changes: Any,
 ) -> DFlashDrafter:
     """A random two-layer DFlash drafter for any tiny target; `changes` are fields of its DraftConfig."""
     shape: dict[str, Any] = {
@@ -119,17 +140,24 @@ class LetterTokenizer:
 
     LETTERS = string.ascii_letters + string.digits
 
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
+    def decode(
+        self, ids: Sequence[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool
+    ) -> str:
         assert skip_special_tokens
         assert not clean_up_tokenization_spaces
         return "".join(self.LETTERS[token] for token in ids if token > EOS)
 
 
 def requests_of(
-    prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], eos: Iterable[int] = (), first: int = 0
+    prompts: Sequence[Sequence[int]],
+    params: Sequence[SamplingParams],
+    eos: Iterable[int] = (),
+    first: int = 0,
 ) -> list[Request]:
     return [
-        Request(list(prompt), own, TextDecoder(LetterTokenizer(), own.stop), frozenset(eos), first + i)
+        Request(
+            list(prompt), own, TextDecoder(LetterTokenizer(), own.stop), frozenset(eos), first + i
+        )
         for i, (prompt, own) in enumerate(zip(prompts, params, strict=True))
     ]
 
@@ -150,17 +178,23 @@ class Table:
     vocab_size, hidden_size, num_layers, context_length = 4, 1, 1, 1000
 
     def __init__(self, seed: int, sharpness: float) -> None:
-        noise = torch.randn(4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        noise = torch.randn(
+            4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
         self.logits = noise * sharpness
 
     def new_cache(self, rows: int, slots: int) -> SlotCache:
         return SlotCache(0, rows, slots)
 
-    def prefill(self, cache: SlotCache, slot: int, tokens: Tensor, layers: Sequence[int]) -> tuple[Tensor, None]:
+    def prefill(
+        self, cache: SlotCache, slot: int, tokens: Tensor, layers: Sequence[int]
+    ) -> tuple[Tensor, None]:
         cache.keep(slot, range(len(tokens)))
         return self.logits[tokens[-1]], None
 
-    def forward(self, cache: SlotCache, slots: Any, tokens: Tensor, parents: Any, sizes: Any, layers: Any) -> tuple[Tensor, None]:
+    def forward(
+        self, cache: SlotCache, slots: Any, tokens: Tensor, parents: Any, sizes: Any, layers: Any
+    ) -> tuple[Tensor, None]:
         return self.logits[tokens], None
 
     def law(self, params: SamplingParams, length: int) -> Tensor:
@@ -180,4 +214,6 @@ def family(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(autouse=True)
 def _threads(request: pytest.FixtureRequest) -> None:
     """Tiny tensors gain nothing from threads; the real model does."""
-    torch.set_num_threads((os.cpu_count() or 1) if request.node.get_closest_marker("real_model") else 1)
+    torch.set_num_threads(
+        (os.cpu_count() or 1) if request.node.get_closest_marker("real_model") else 1
+    )

@@ -16,7 +16,12 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 DEVICE = torch.device("privateuseone:0")
 MOVES = ("aten.copy_.", "aten._copy_from.")  # into the first argument
 COPIES = (*MOVES, "aten._to_copy.", "aten.to.")
-INDEXING = ("aten.index.", "aten.index_put", "aten._index_put_impl_.", "aten._unsafe_index.")  # may have indices on the CPU
+INDEXING = (
+    "aten.index.",
+    "aten.index_put",
+    "aten._index_put_impl_.",
+    "aten._unsafe_index.",
+)  # may have indices on the CPU
 # The first backward pass of a process starts a thread for every device, and no fork may then train (tests/test_crash.py does):
 torch.ones(1, requires_grad=True).sum().backward()  # it comes while there is only the CPU
 _setup_privateuseone_for_python_backend()
@@ -29,7 +34,11 @@ class _There(Tensor):
 
     @staticmethod
     def __new__(cls, held: Tensor) -> _There:
-        facts: Any = {"strides": held.stride(), "storage_offset": held.storage_offset(), "dtype": held.dtype}
+        facts: Any = {
+            "strides": held.stride(),
+            "storage_offset": held.storage_offset(),
+            "dtype": held.dtype,
+        }
         there = Tensor._make_wrapper_subclass(cls, held.shape, device=DEVICE, **facts)
         there.held = held
         return there
@@ -38,9 +47,19 @@ class _There(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.tolist:
             return func(args[0].cpu())  # refused for a subclass; on a GPU it copies as well
-        if func in (Tensor.__getitem__, Tensor.__setitem__):  # lists and indices on the CPU go over as they do for a GPU
+        if func in (
+            Tensor.__getitem__,
+            Tensor.__setitem__,
+        ):  # lists and indices on the CPU go over as they do for a GPU
             at = args[1] if isinstance(args[1], tuple) else (args[1],)
-            args = (args[0], tuple(torch.as_tensor(i).to(DEVICE) if isinstance(i, (list, Tensor)) else i for i in at), *args[2:])
+            args = (
+                args[0],
+                tuple(
+                    torch.as_tensor(i).to(DEVICE) if isinstance(i, (list, Tensor)) else i
+                    for i in at
+                ),
+                *args[2:],
+            )
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
@@ -64,26 +83,45 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     asked = next((leaf.type for leaf in leaves if isinstance(leaf, torch.device)), None)
     if there and not name.startswith(COPIES):
         checked = tree_leaves((args[0], args[2:], kwargs)) if name.startswith(INDEXING) else leaves
-        if wrong := [t for t in checked if isinstance(t, Tensor) and not isinstance(t, _There) and t.ndim]:
-            raise RuntimeError(f"{name}: a tensor {tuple(wrong[0].shape)} on the CPU among tensors at {DEVICE}")
+        if wrong := [
+            t for t in checked if isinstance(t, Tensor) and not isinstance(t, _There) and t.ndim
+        ]:
+            raise RuntimeError(
+                f"{name}: a tensor {tuple(wrong[0].shape)} on the CPU among tensors at {DEVICE}"
+            )
     owners = {id(t.held): t for t in there}
     bare_args, bare_kwargs = tree_map(_bare, (args, kwargs))
     out = func(*bare_args, **bare_kwargs)
-    target = asked or ("cpu" if not there or (name.startswith(MOVES) and not isinstance(args[0], _There)) else DEVICE.type)
+    target = asked or (
+        "cpu"
+        if not there or (name.startswith(MOVES) and not isinstance(args[0], _There))
+        else DEVICE.type
+    )
     if target == "cpu":
         return out
-    return tree_map(lambda t: owners[id(t)] if id(t) in owners else _There(t) if isinstance(t, Tensor) else t, out)
+    return tree_map(
+        lambda t: owners[id(t)] if id(t) in owners else _There(t) if isinstance(t, Tensor) else t,
+        out,
+    )
 
 
 def _bare(leaf: Any) -> Any:
-    return leaf.held if isinstance(leaf, _There) else torch.device("cpu") if isinstance(leaf, torch.device) else leaf
+    return (
+        leaf.held
+        if isinstance(leaf, _There)
+        else torch.device("cpu")
+        if isinstance(leaf, torch.device)
+        else leaf
+    )
 
 
 def moved(model: Any) -> Any:
     """A module whose tensors lie at DEVICE."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            module._parameters[name] = torch.nn.Parameter(parameter.detach().to(DEVICE), requires_grad=False)
+            module._parameters[name] = torch.nn.Parameter(
+                parameter.detach().to(DEVICE), requires_grad=False
+            )
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(DEVICE)
     return model

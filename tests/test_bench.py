@@ -25,9 +25,35 @@ from flashdraft.train.initialise import draft_config, random_weights
 from flashdraft.types import SamplingParams
 
 IDS = Path(__file__).parent.parent / "recipes" / "bench_ids.json"
-KEYS = {"task", "prompt", "method", "repeat", "num_prompt_tokens", "num_tokens", "seconds", "tokens_per_second", "tau"}
-KEYS |= {"decode_seconds", "decode_tokens_per_second", "identical", "first_difference", "temperature", "max_rows", "threads"}
-KEYS |= {"turns", "time_to_first_token", "batch_tokens_per_second", "accepted_lengths", "acceptance", "peak_memory", "shares"}
+KEYS = {
+    "task",
+    "prompt",
+    "method",
+    "repeat",
+    "num_prompt_tokens",
+    "num_tokens",
+    "seconds",
+    "tokens_per_second",
+    "tau",
+}
+KEYS |= {
+    "decode_seconds",
+    "decode_tokens_per_second",
+    "identical",
+    "first_difference",
+    "temperature",
+    "max_rows",
+    "threads",
+}
+KEYS |= {
+    "turns",
+    "time_to_first_token",
+    "batch_tokens_per_second",
+    "accepted_lengths",
+    "acceptance",
+    "peak_memory",
+    "shares",
+}
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +67,19 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def config(models: Path, tmp_path: Path) -> dict[str, Any]:
     """What every run here shares; three prompts of two tasks."""
-    lines = [{"task": "a", "prompt": "abcabcabc"}, {"task": "a", "prompt": "why"}, {"task": "b", "turns": ["hi", "and you"]}]
+    lines = [
+        {"task": "a", "prompt": "abcabcabc"},
+        {"task": "a", "prompt": "why"},
+        {"task": "b", "turns": ["hi", "and you"]},
+    ]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     paths = {"prompts": tmp_path / "prompts.jsonl", "out": tmp_path / "out.jsonl"}
-    return {**paths, "target": str(models / "target"), "draft": str(models / "draft"), "max_new_tokens": 24}
+    return {
+        **paths,
+        "target": str(models / "target"),
+        "draft": str(models / "draft"),
+        "max_new_tokens": 24,
+    }
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -53,7 +88,14 @@ def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def test_every_method_answers_every_prompt_in_every_repeat(config: dict[str, Any]) -> None:
-    ours = ["autoregressive", "dflash", "dflash_tree", "dflash_tree9", "prompt_lookup", "dflash+prompt_lookup"]
+    ours = [
+        "autoregressive",
+        "dflash",
+        "dflash_tree",
+        "dflash_tree9",
+        "prompt_lookup",
+        "dflash+prompt_lookup",
+    ]
     target = load(config["target"], draft="autoregressive").target
     folders = {method: config["out"].parent / method for method in NETWORKS if method != "dflash"}
     for method, folder in folders.items():  # none is shipped for a toy
@@ -61,11 +103,25 @@ def test_every_method_answers_every_prompt_in_every_repeat(config: dict[str, Any
     methods = [*ours, *(f"{method}={folder}" for method, folder in folders.items()), *THEIRS]
     ours += folders
     assert {*OURS} < {*ours}
-    options = {"methods": ",".join(methods), "repeats": 2, "transformers_prompts": 1, "assistant": config["target"]}
+    options = {
+        "methods": ",".join(methods),
+        "repeats": 2,
+        "transformers_prompts": 1,
+        "assistant": config["target"],
+    }
     assert run_bench(BenchConfig(**config, **options), quiet=True) == 6 * len(ours) + 16
     header, lines = read(config["out"])
     assert header["config"]["max_new_tokens"] == 24
-    assert {"command", "commit", "versions", "device", "threads", "kernel", "row_exact", "transformers_threads"} <= set(header)
+    assert {
+        "command",
+        "commit",
+        "versions",
+        "device",
+        "threads",
+        "kernel",
+        "row_exact",
+        "transformers_threads",
+    } <= set(header)
     assert all(line.keys() >= KEYS for line in lines)
     asked = Counter((line["prompt"], line["method"]) for line in lines)
     everywhere = {(prompt, method): 2 for prompt in range(3) for method in ours}
@@ -75,11 +131,17 @@ def test_every_method_answers_every_prompt_in_every_repeat(config: dict[str, Any
         assert line["identical"] is True
         assert 0 < line["decode_seconds"] < line["seconds"]
         assert line["tokens_per_second"] == pytest.approx(line["num_tokens"] / line["seconds"])
-        assert line["decode_tokens_per_second"] == pytest.approx(sum(line["accepted_lengths"]) / line["decode_seconds"])
-        assert line["time_to_first_token"] == pytest.approx(line["seconds"] - line["decode_seconds"])
+        assert line["decode_tokens_per_second"] == pytest.approx(
+            sum(line["accepted_lengths"]) / line["decode_seconds"]
+        )
+        assert line["time_to_first_token"] == pytest.approx(
+            line["seconds"] - line["decode_seconds"]
+        )
         assert line["tau"] == pytest.approx(sum(line["accepted_lengths"]) / line["target_passes"])
         assert line["acceptance"] == acceptance(line["accepted_lengths"])
-        assert line["batch_tokens_per_second"] == pytest.approx(line["tokens_per_second"], rel=0.2)  # a batch of one
+        assert line["batch_tokens_per_second"] == pytest.approx(
+            line["tokens_per_second"], rel=0.2
+        )  # a batch of one
         assert line["peak_memory"] > 2**26
         if line["method"] in ours:
             assert {"prefill", "draft", "target", "host"} == set(line["parts"])
@@ -95,7 +157,14 @@ def test_methods_take_turns_at_going_first(config: dict[str, Any]) -> None:
     run_bench(BenchConfig(**config, methods=methods, repeats=2), quiet=True)
     _, lines = read(config["out"])
     firsts = [line["method"] for line in lines[::3]]
-    assert firsts == ["autoregressive", "dflash", "prompt_lookup", "dflash", "prompt_lookup", "autoregressive"]
+    assert firsts == [
+        "autoregressive",
+        "dflash",
+        "prompt_lookup",
+        "dflash",
+        "prompt_lookup",
+        "autoregressive",
+    ]
 
 
 def test_sampled_text_is_compared_except_with_draws_of_another_kind(config: dict[str, Any]) -> None:
@@ -105,7 +174,10 @@ def test_sampled_text_is_compared_except_with_draws_of_another_kind(config: dict
     run_bench(BenchConfig(**config, temperature=0.8, methods=methods), quiet=True)
     header, lines = read(config["out"])
     assert header["drawn"] == ["mine"]
-    compared = dict.fromkeys(("autoregressive", "dflash", "prompt_lookup", "joined"), True) | {"transformers": None, "mine": None}
+    compared = dict.fromkeys(("autoregressive", "dflash", "prompt_lookup", "joined"), True) | {
+        "transformers": None,
+        "mine": None,
+    }
     assert {(line["method"], line["identical"]) for line in lines} == {*compared.items()}
 
 
@@ -116,14 +188,18 @@ def test_without_plain_decoding_nothing_is_called_identical(config: dict[str, An
 
 
 @pytest.mark.parametrize("fault", ["other token", "cut short"])
-def test_planted_other_text_is_not_identical(fault: str, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_planted_other_text_is_not_identical(
+    fault: str, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     timed = bench_run._timed
 
     def faulty(model: Any) -> Any:
         method = timed(model)
 
         def altered(true: Any) -> Any:
-            tokens = true.tokens[:5] + ((true.tokens[5] + 1, *true.tokens[6:]) if fault == "other token" else ())
+            tokens = true.tokens[:5] + (
+                (true.tokens[5] + 1, *true.tokens[6:]) if fault == "other token" else ()
+            )
             return bench_run.replace(true, tokens=tokens)
 
         def answer(prompts: list[list[int]], params: Any) -> Any:
@@ -133,8 +209,15 @@ def test_planted_other_text_is_not_identical(fault: str, config: dict[str, Any],
 
     monkeypatch.setattr(bench_run, "_timed", faulty)
     run_bench(BenchConfig(**config, methods="autoregressive,dflash,prompt_lookup"), quiet=True)
-    found = {(line["method"], line["identical"], line["first_difference"]) for line in read(config["out"])[1]}
-    assert found == {("autoregressive", True, None), ("dflash", True, None), ("prompt_lookup", False, 5)}
+    found = {
+        (line["method"], line["identical"], line["first_difference"])
+        for line in read(config["out"])[1]
+    }
+    assert found == {
+        ("autoregressive", True, None),
+        ("dflash", True, None),
+        ("prompt_lookup", False, 5),
+    }
     assert {row.method: row.identical for row in summarise(read_results(config["out"])[1])} == {
         "autoregressive": 1.0,
         "dflash": 1.0,
@@ -148,7 +231,10 @@ def test_prompts_decoded_together_get_the_same_answers(config: dict[str, Any]) -
     run_bench(BenchConfig(**config, methods=methods), quiet=True)
     run_bench(BenchConfig(**config | {"out": together}, methods=methods, max_rows=3), quiet=True)
     found = [
-        {(line["prompt"], line["method"], line["num_tokens"], line["tau"], line["identical"]) for line in read(path)[1]}
+        {
+            (line["prompt"], line["method"], line["num_tokens"], line["tau"], line["identical"])
+            for line in read(path)[1]
+        }
         for path in (config["out"], together)
     ]
     assert found[0] == found[1]
@@ -162,12 +248,23 @@ def test_acceptance_by_position_is_the_share_of_steps_that_committed_it() -> Non
 # --- several settings, several turns -----------------------------------------------------------------------------------------
 
 
-def test_settings_are_taken_in_turn_and_never_compared_with_each_other(config: dict[str, Any]) -> None:
-    config |= {"methods": "autoregressive,dflash", "temperature": (0.0, 0.9), "max_rows": (1, 2), "threads": [1]}
+def test_settings_are_taken_in_turn_and_never_compared_with_each_other(
+    config: dict[str, Any],
+) -> None:
+    config |= {
+        "methods": "autoregressive,dflash",
+        "temperature": (0.0, 0.9),
+        "max_rows": (1, 2),
+        "threads": [1],
+    }
     assert run_bench(BenchConfig(**config), quiet=True) == 24
     header, lines = read(config["out"])
     assert (header["config"]["temperature"], header["config"]["max_rows"]) == ([0.0, 0.9], [1, 2])
-    units = [(line["prompt"], line["temperature"], line["max_rows"]) for line in lines if line["method"] == "dflash"]
+    units = [
+        (line["prompt"], line["temperature"], line["max_rows"])
+        for line in lines
+        if line["method"] == "dflash"
+    ]
     assert units[:8] == [  # prompts 0 and 1 are of one task: where two are decoded together, they come first
         (0, 0.0, 1), (0, 0.0, 2), (1, 0.0, 2), (0, 0.9, 1), (0, 0.9, 2), (1, 0.9, 2), (1, 0.0, 1), (1, 0.9, 1)
     ]  # fmt: skip
@@ -175,16 +272,30 @@ def test_settings_are_taken_in_turn_and_never_compared_with_each_other(config: d
     for line in lines:
         firsts.setdefault((line["temperature"], line["max_rows"], line["prompt"]), line["method"])
     for temperature in (0.0, 0.9):  # every method goes first in every setting
-        assert [firsts[temperature, 1, prompt] for prompt in range(3)] == ["autoregressive", "dflash", "autoregressive"]
+        assert [firsts[temperature, 1, prompt] for prompt in range(3)] == [
+            "autoregressive",
+            "dflash",
+            "autoregressive",
+        ]
         assert [firsts[temperature, 2, prompt] for prompt in (0, 2)] == ["autoregressive", "dflash"]
     assert {line["identical"] for line in lines} == {True}
     _, paired = read_results(config["out"])
-    assert all(line["pair"][key] == line[key] for line in paired for key in ("temperature", "max_rows", "threads", "prompt"))
-    assert list(settings(paired)) == [f"T = {t}, batch {n}, threads 1" for t, n in (("0", 1), ("0", 2), ("0.9", 1), ("0.9", 2))]
+    assert all(
+        line["pair"][key] == line[key]
+        for line in paired
+        for key in ("temperature", "max_rows", "threads", "prompt")
+    )
+    assert list(settings(paired)) == [
+        f"T = {t}, batch {n}, threads 1" for t, n in (("0", 1), ("0", 2), ("0.9", 1), ("0.9", 2))
+    ]
 
 
-def test_a_later_turn_follows_the_methods_own_answer(config: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "talk.jsonl").write_text('{"task": "b", "turns": ["hi", "and you", "so"]}\n{"task": "b", "prompt": "why"}\n')
+def test_a_later_turn_follows_the_methods_own_answer(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "talk.jsonl").write_text(
+        '{"task": "b", "turns": ["hi", "and you", "so"]}\n{"task": "b", "prompt": "why"}\n'
+    )
     config |= {"prompts": tmp_path / "talk.jsonl", "turns": 2, "max_rows": 2}
     config |= {"methods": "autoregressive,prompt_lookup", "draft": "auto"}
     run_bench(BenchConfig(**config), quiet=True)
@@ -201,16 +312,23 @@ def test_a_later_turn_follows_the_methods_own_answer(config: dict[str, Any], tmp
         line = lines[0, method]
         assert (line["turns"], line["identical"]) == (2, True)
         assert line["num_tokens"] == len(first.tokens) + len(second.tokens)
-        assert line["num_prompt_tokens"] == first.stats.num_prompt_tokens + second.stats.num_prompt_tokens
+        assert (
+            line["num_prompt_tokens"]
+            == first.stats.num_prompt_tokens + second.stats.num_prompt_tokens
+        )
         assert sum(line["accepted_lengths"]) == line["num_tokens"] - 2
-        assert line["time_to_first_token"] == pytest.approx((line["seconds"] - line["decode_seconds"]) / 2)
+        assert line["time_to_first_token"] == pytest.approx(
+            (line["seconds"] - line["decode_seconds"]) / 2
+        )
         assert lines[1, method]["turns"] == 1
     one = config | {"turns": 1, "out": tmp_path / "one.jsonl"}
     run_bench(BenchConfig(**one), quiet=True)
     assert {line["turns"] for line in read(one["out"])[1]} == {1}
 
 
-def test_planted_difference_in_the_second_turn_is_found(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_planted_difference_in_the_second_turn_is_found(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     timed = bench_run._timed
 
     def faulty(model: Any) -> Any:
@@ -226,7 +344,12 @@ def test_planted_difference_in_the_second_turn_is_found(config: dict[str, Any], 
         return answer if model.new_drafter().name == "prompt_lookup" else method
 
     monkeypatch.setattr(bench_run, "_timed", faulty)
-    run_bench(BenchConfig(**config | {"methods": "autoregressive,prompt_lookup", "draft": "auto", "turns": 2}), quiet=True)
+    run_bench(
+        BenchConfig(
+            **config | {"methods": "autoregressive,prompt_lookup", "draft": "auto", "turns": 2}
+        ),
+        quiet=True,
+    )
     found = {(line["method"], line["turns"], line["identical"]) for line in read(config["out"])[1]}
     assert found == {
         ("autoregressive", 1, True),
@@ -236,8 +359,12 @@ def test_planted_difference_in_the_second_turn_is_found(config: dict[str, Any], 
     }
 
 
-def test_a_talk_that_would_outgrow_the_context_is_refused_before_the_file_appears(config: dict[str, Any]) -> None:
-    run = BenchConfig(**config | {"max_new_tokens": 130, "methods": "autoregressive", "draft": "auto"}, turns=2)
+def test_a_talk_that_would_outgrow_the_context_is_refused_before_the_file_appears(
+    config: dict[str, Any],
+) -> None:
+    run = BenchConfig(
+        **config | {"max_new_tokens": 130, "methods": "autoregressive", "draft": "auto"}, turns=2
+    )
     with pytest.raises(ContextLengthError):
         run_bench(run, quiet=True)
     assert not config["out"].exists()
@@ -250,8 +377,17 @@ def test_results_are_not_overwritten(config: dict[str, Any]) -> None:
     assert config["out"].read_text() == "mine"
 
 
-def write_results(path: Path, lines: list[tuple[str, int, str, int, float, float, bool | None]]) -> Path:
-    header = {"command": "by hand", "device": "none", "threads": 1, "kernel": "none", "versions": {"x": "1"}, "commit": None}
+def write_results(
+    path: Path, lines: list[tuple[str, int, str, int, float, float, bool | None]]
+) -> Path:
+    header = {
+        "command": "by hand",
+        "device": "none",
+        "threads": 1,
+        "kernel": "none",
+        "versions": {"x": "1"},
+        "commit": None,
+    }
     rows: list[dict[str, Any]] = [{"header": header}]
     for task, prompt, method, repeat, speed, tau, identical in lines:
         key = {"task": task, "prompt": prompt, "method": method, "repeat": repeat}
@@ -261,7 +397,9 @@ def write_results(path: Path, lines: list[tuple[str, int, str, int, float, float
     return path
 
 
-def test_ratio_is_the_median_of_pairs_not_the_ratio_of_medians(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ratio_is_the_median_of_pairs_not_the_ratio_of_medians(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write_results(
         tmp_path / "results.jsonl",
         [
@@ -280,7 +418,12 @@ def test_ratio_is_the_median_of_pairs_not_the_ratio_of_medians(tmp_path: Path, c
     rows = {(row.task, row.method): row for row in summarise(read_results(path)[1])}
     assert list(rows)[:2] == [("a", "autoregressive"), ("a", "dflash")]
     a, b, both = (rows[task, "dflash"] for task in ("a", "b", "all"))
-    assert (a.tokens_per_second, a.ratio, a.decode_tokens_per_second, a.decode_ratio) == (30.0, 1.5, 60.0, 1.5)
+    assert (a.tokens_per_second, a.ratio, a.decode_tokens_per_second, a.decode_ratio) == (
+        30.0,
+        1.5,
+        60.0,
+        1.5,
+    )
     assert (a.answers, a.tau, a.identical) == (3, 3.0, pytest.approx(2 / 3))
     assert (b.answers, b.tokens_per_second, b.ratio, b.identical) == (2, 70.0, 5.0, 1.0)
     assert (both.answers, both.ratio, both.identical) == (5, 1.75, 0.75)
@@ -293,10 +436,15 @@ def test_ratio_is_the_median_of_pairs_not_the_ratio_of_medians(tmp_path: Path, c
     assert ["b", "transformers", "1", "4.0", "0.40", "8.0", "0.40", "1.00", "-", "-"] in table
 
 
-def test_command_writes_results_and_shows_their_table_again(config: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_writes_results_and_shows_their_table_again(
+    config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     names = ("prompts", "out", "target", "draft")
     options = [word for name in names for word in (f"--{name}", str(config[name]))]
-    assert main(["bench", *options, "--methods", "autoregressive,dflash", "--max-new-tokens", "8"]) == 0
+    assert (
+        main(["bench", *options, "--methods", "autoregressive,dflash", "--max-new-tokens", "8"])
+        == 0
+    )
     first = capsys.readouterr().out
     assert main(["report", str(config["out"])]) == 0
     assert capsys.readouterr().out == first
@@ -309,7 +457,9 @@ def test_command_writes_results_and_shows_their_table_again(config: dict[str, An
 @pytest.mark.parametrize("draft", ["auto", "draft"])
 def test_profile_accounts_for_the_whole_step(models: Path, draft: str) -> None:
     draft = draft if draft == "auto" else str(models / draft)
-    plain, drafted = (profile(str(models / "target"), draft=draft, nodes=nodes, context=40) for nodes in (1, 4))
+    plain, drafted = (
+        profile(str(models / "target"), draft=draft, nodes=nodes, context=40) for nodes in (1, 4)
+    )
     for one in (plain, drafted):
         assert set(one.milliseconds) == set(PARTS)
         assert all(one.milliseconds[part] > 0 for part in PARTS)
@@ -321,7 +471,9 @@ def test_profile_accounts_for_the_whole_step(models: Path, draft: str) -> None:
     assert drafted.nbytes["drafter cache"] > 0
 
 
-def test_profile_prints_shares_that_add_up(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_profile_prints_shares_that_add_up(
+    models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = [
         "--target",
         str(models / "target"),
@@ -337,7 +489,11 @@ def test_profile_prints_shares_that_add_up(models: Path, capsys: pytest.CaptureF
     assert main(["profile", *options]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     for nodes in ("1", "4"):
-        cells = {row[1]: float(row[2]) for row in rows if row[:1] == [nodes] and len(row) == 4 and row[3].endswith("%")}
+        cells = {
+            row[1]: float(row[2])
+            for row in rows
+            if row[:1] == [nodes] and len(row) == 4 and row[3].endswith("%")
+        }
         assert set(cells) == {*PARTS, "step"}
         assert cells.pop("step") == pytest.approx(sum(cells.values()), abs=0.05)
 
@@ -345,7 +501,9 @@ def test_profile_prints_shares_that_add_up(models: Path, capsys: pytest.CaptureF
 # --- kernels and other engines ---------------------------------------------------------------------------------------------
 
 
-def test_methods_of_one_kernel_are_compared_with_its_own_plain_decoding(config: dict[str, Any], tmp_path: Path) -> None:
+def test_methods_of_one_kernel_are_compared_with_its_own_plain_decoding(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
     config |= {"methods": "autoregressive:torch,dflash:torch,dflash", "dtype": "float32"}
     run_bench(BenchConfig(**config), quiet=True)
     header, lines = read(config["out"])
@@ -358,12 +516,16 @@ def test_methods_of_one_kernel_are_compared_with_its_own_plain_decoding(config: 
     assert {line["identical"] for line in lines if line["method"] == "dflash:torch"} == {True}
     assert {line["identical"] for line in lines if line["method"] == "dflash"} == {None}
     by_base = {
-        row.method: row.decode_ratio for row in summarise(read_results(config["out"], "dflash:torch")[1]) if row.task != "all"
+        row.method: row.decode_ratio
+        for row in summarise(read_results(config["out"], "dflash:torch")[1])
+        if row.task != "all"
     }
     assert by_base["dflash:torch"] == 1
 
 
-def test_a_folder_whose_name_has_dflash_in_it_wants_no_shipped_drafter(config: dict[str, Any], tmp_path: Path) -> None:
+def test_a_folder_whose_name_has_dflash_in_it_wants_no_shipped_drafter(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
     folder = save_zlab(tmp_path / "my-dflash")
     config |= {"draft": "auto", "methods": f"autoregressive,mine={folder}"}
     assert run_bench(BenchConfig(**config), quiet=True) == 6
@@ -380,12 +542,16 @@ def test_a_folder_whose_name_has_dflash_in_it_wants_no_shipped_drafter(config: d
         ("mine=none.py:run", "is 'none.py'"),
     ],
 )
-def test_an_unknown_kernel_or_file_is_refused(config: dict[str, Any], methods: str, message: str) -> None:
+def test_an_unknown_kernel_or_file_is_refused(
+    config: dict[str, Any], methods: str, message: str
+) -> None:
     with pytest.raises(InvalidParameter, match=message):
         BenchConfig(**config | {"methods": methods})
 
 
-def test_a_temperature_or_kernel_that_nobody_would_use_is_refused(config: dict[str, Any], tmp_path: Path) -> None:
+def test_a_temperature_or_kernel_that_nobody_would_use_is_refused(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
     file = tmp_path / "mine.py"
     file.touch()
     with pytest.raises(InvalidParameter, match=r"temperature is 0\.5"):
@@ -401,7 +567,9 @@ def test_a_temperature_or_kernel_that_nobody_would_use_is_refused(config: dict[s
     with pytest.raises(InvalidParameter, match="temperature is -1"):
         BenchConfig(**config | {"temperature": (0, -1)})
     with pytest.raises(InvalidParameter, match="engine is 'run'"):
-        run_bench(BenchConfig(**config | {"methods": f"mine={file}:run", "draft": "auto"}), quiet=True)
+        run_bench(
+            BenchConfig(**config | {"methods": f"mine={file}:run", "draft": "auto"}), quiet=True
+        )
     with pytest.raises(InvalidParameter, match="kernel is 'torch', but every method names its own"):
         BenchConfig(**config | {"methods": "dflash:float32,transformers", "kernel": "torch"})
 
@@ -430,7 +598,10 @@ def test_llama_cpp_answers_token_by_token(monkeypatch: pytest.MonkeyPatch) -> No
     engine = runpy.run_path(str(IDS.with_name("engines.py")))["llama_cpp"]
     method = engine("a.gguf", SimpleNamespace(eos=frozenset({9})))
     params = [SamplingParams(max_new_tokens=5)] * 2
-    assert [answer.tokens for answer in method([[1, 2], [4, 5]], params)] == [(3, 4, 5, 6, 7), (6, 7, 8, 9)]
+    assert [answer.tokens for answer in method([[1, 2], [4, 5]], params)] == [
+        (3, 4, 5, 6, 7),
+        (6, 7, 8, 9),
+    ]
     with pytest.raises(InvalidParameter, match="length of prompt and answer is 4097"):
         method([[1] * 4092], params[:1])
 
@@ -443,7 +614,9 @@ def parrot(argument, model):
 """
 
 
-def test_an_engine_of_a_file_runs_beside_ours_under_its_own_name(config: dict[str, Any], tmp_path: Path) -> None:
+def test_an_engine_of_a_file_runs_beside_ours_under_its_own_name(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
     (tmp_path / "mine.py").write_text(ENGINE)
     methods = f"autoregressive,my parrot={tmp_path / 'mine.py'}:parrot:5"
     run_bench(BenchConfig(**config | {"methods": methods, "draft": "auto"}), quiet=True)

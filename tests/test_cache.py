@@ -75,7 +75,9 @@ def check_against_lists(cache: SlotCache, ops: Sequence[Op]) -> None:
                     continue
                 held = slice(0, len(wanted.entries))
                 pairs = [entry(n, layer) for n in wanted.entries]
-                if cache.blocked:  # [rows, heads, blocks, head_dim, 64] -> [rows, heads, slots, head_dim]
+                if (
+                    cache.blocked
+                ):  # [rows, heads, blocks, head_dim, 64] -> [rows, heads, slots, head_dim]
                     keys = keys.transpose(-1, -2).flatten(2, 3)
                 assert torch.equal(keys[r, :, held], torch.cat([key for key, _ in pairs], 1))
                 assert torch.equal(values[r, :, held], torch.cat([value for _, value in pairs], 1))
@@ -129,7 +131,14 @@ class MovesInPlace(SlotCache):
         self.lengths[row] = start + len(path)
 
 
-FAULTS = (KeepsTheWholeDraft, LeavesThePathWhereItIs, MovesKeysOnly, FreesNothing, GrowsEmpty, MovesInPlace)
+FAULTS = (
+    KeepsTheWholeDraft,
+    LeavesThePathWhereItIs,
+    MovesKeysOnly,
+    FreesNothing,
+    GrowsEmpty,
+    MovesInPlace,
+)
 EVERYTHING: list[Op] = [
     ("step", 0, 3, (0, 1, 2)),
     ("step", 0, 6, (0, 2, 3, 5)),
@@ -186,7 +195,9 @@ def test_slots_come_in_steps_and_never_go() -> None:
     cache.reserve(SLOT_STEP + 1)
     assert cache.slots == 2 * SLOT_STEP
     cache.reserve(2 * SLOT_STEP + 1)
-    assert cache.slots == 4 * SLOT_STEP  # doubled: a text that grows by one is not copied at every token
+    assert (
+        cache.slots == 4 * SLOT_STEP
+    )  # doubled: a text that grows by one is not copied at every token
     cache.reserve(1, rows=5)
     assert (cache.slots, cache.rows, cache.lengths) == (4 * SLOT_STEP, 5, [0] * 5)
     cache.reserve(20 * SLOT_STEP)
@@ -211,5 +222,7 @@ def test_bytes_are_counted_as_they_are_held() -> None:
     assert cache.nbytes == 0
     cache.write(0, 0, torch.zeros(2, 1, 4), torch.zeros(2, 1, 4))
     assert cache.nbytes == 2 * (3 * 2 * SLOT_STEP * 4) * 4
-    cache.write(1, 0, torch.zeros(1, 1, 8, dtype=torch.float64), torch.zeros(1, 1, 8, dtype=torch.float64))
+    cache.write(
+        1, 0, torch.zeros(1, 1, 8, dtype=torch.float64), torch.zeros(1, 1, 8, dtype=torch.float64)
+    )
     assert cache.nbytes == 2 * (3 * 2 * SLOT_STEP * 4) * 4 + 2 * (3 * SLOT_STEP * 8) * 8

@@ -24,7 +24,13 @@ from flashdraft import DFlashDraftModel, files
 from flashdraft.errors import CheckpointError, DraftMismatch
 from flashdraft.files import write_file
 from flashdraft.formats import checkpoint
-from flashdraft.formats.checkpoint import DraftConfig, check_target, read_draft, spread_layers, write_draft
+from flashdraft.formats.checkpoint import (
+    DraftConfig,
+    check_target,
+    read_draft,
+    spread_layers,
+    write_draft,
+)
 from flashdraft.methods.dflash import DFlashDrafter, PackedDraft
 from flashdraft.models.lean import LeanTarget
 from flashdraft.types import Rows, SamplingParams
@@ -57,8 +63,12 @@ def same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("prefix", ["", "model."])
-@pytest.mark.parametrize("inside", [False, True], ids=["block_size-on-top", "block_size-in-dflash_config"])
-def test_published_folder_loads_with_its_own_bits(tmp_path: Path, prefix: str, inside: bool) -> None:
+@pytest.mark.parametrize(
+    "inside", [False, True], ids=["block_size-on-top", "block_size-in-dflash_config"]
+)
+def test_published_folder_loads_with_its_own_bits(
+    tmp_path: Path, prefix: str, inside: bool
+) -> None:
     written = config()
     if inside:
         written = config(block_size=..., dflash_config={**ZLAB["dflash_config"], "block_size": 4})
@@ -68,14 +78,21 @@ def test_published_folder_loads_with_its_own_bits(tmp_path: Path, prefix: str, i
     assert same_bits(model.state_dict(), {name: t.float() for name, t in tensors.items()})
     assert not model.training
     read = model.config
-    assert (read.block_size, read.mask_token_id, read.target_layer_ids, read.num_target_layers) == (4, MASK, (1, 2), 4)
+    assert (read.block_size, read.mask_token_id, read.target_layer_ids, read.num_target_layers) == (
+        4,
+        MASK,
+        (1, 2),
+        4,
+    )
     assert read.rope_parameters["rope_theta"] == 1000000
     assert read.rope_parameters["rope_type"] == "default"
 
 
 def test_published_folder_drafts_for_a_target_folder(tmp_path: Path) -> None:
     target, draft = save_target(tmp_path / "target"), save_zlab(tmp_path / "draft")
-    plain = flashdraft.load(target, draft="autoregressive", dtype="float64").generate("hello", max_new_tokens=24)
+    plain = flashdraft.load(target, draft="autoregressive", dtype="float64").generate(
+        "hello", max_new_tokens=24
+    )
     drafting = flashdraft.load(
         target, draft=draft, dtype="float64", block_size=4
     )  # fixed: whether drafts pay here is not the question
@@ -93,7 +110,13 @@ def test_shipped_folder_is_written_again_as_it_is(method: str) -> None:
     assert read.to_json() == written
     assert read.method == method
     assert (
-        read.target_layer_ids == {"dflash": (1, 8, 14, 20, 27), "eagle3": (1, 14, 27), "medusa": (30,), "draft_model": ()}[method]
+        read.target_layer_ids
+        == {
+            "dflash": (1, 8, 14, 20, 27),
+            "eagle3": (1, 14, 27),
+            "medusa": (30,),
+            "draft_model": (),
+        }[method]
     )
 
 
@@ -107,12 +130,18 @@ PLACES: dict[str, tuple[dict[str, Any], tuple[int, int, tuple[int, ...]]]] = {
         },
         (6, MASK, (1, 2)),
     ),
-    "all at the top": ({"dflash_config": ..., "mask_token_id": 7, "target_layer_ids": [0, 3], "block_size": 9}, (9, 7, (0, 3))),
+    "all at the top": (
+        {"dflash_config": ..., "mask_token_id": 7, "target_layer_ids": [0, 3], "block_size": 9},
+        (9, 7, (0, 3)),
+    ),
     "zero in dflash_config": (
         {"mask_token_id": 7, "dflash_config": {"mask_token_id": 0, "target_layer_ids": [0, 1]}},
         (4, 0, (0, 1)),
     ),
-    "default layers": ({"dflash_config": {"mask_token_id": 7}, "num_target_layers": 36}, (4, 7, (1, 33))),
+    "default layers": (
+        {"dflash_config": {"mask_token_id": 7}, "num_target_layers": 36},
+        (4, 7, (1, 33)),
+    ),
     "default block": ({"block_size": ...}, (16, MASK, (1, 2))),
 }
 
@@ -128,8 +157,14 @@ def test_heads_that_are_not_said_are_told_by_the_tensors(tmp_path: Path) -> None
     save_zlab(tmp_path, config=config(head_dim=..., num_key_value_heads=...))
     read, _ = read_draft(tmp_path)
     assert (read.head_dim, read.num_key_value_heads) == (16, 2)  # 32 / 4 and 4 would be llama's
-    bare = DraftConfig.from_json(config(head_dim=..., num_key_value_heads=..., max_position_embeddings=...), "here")
-    assert (bare.head_dim, bare.num_key_value_heads, bare.max_position_embeddings) == (128, 32, 32768)  # Qwen3Config's
+    bare = DraftConfig.from_json(
+        config(head_dim=..., num_key_value_heads=..., max_position_embeddings=...), "here"
+    )
+    assert (bare.head_dim, bare.num_key_value_heads, bare.max_position_embeddings) == (
+        128,
+        32,
+        32768,
+    )  # Qwen3Config's
 
 
 def test_depth_of_the_target_need_not_be_said(tmp_path: Path) -> None:
@@ -148,20 +183,47 @@ def test_mask_embedding_is_refused_by_name(tmp_path: Path) -> None:
 
 GARBLED: dict[str, tuple[dict[str, Any], str]] = {
     "a flag as text": ({"is_causal": "false"}, "'is_causal': 'false'"),
-    "a window of nothing": ({"use_sliding_window": True, "sliding_window": 0, "layer_types": ...}, "'sliding_window': 0"),
-    "no number": ({"dflash_config": {**ZLAB["dflash_config"], "input_embedding_scale": "big"}}, "big"),
+    "a window of nothing": (
+        {"use_sliding_window": True, "sliding_window": 0, "layer_types": ...},
+        "'sliding_window': 0",
+    ),
+    "no number": (
+        {"dflash_config": {**ZLAB["dflash_config"], "input_embedding_scale": "big"}},
+        "big",
+    ),
     "not finite": ({"output_multiplier": float("nan")}, "'output_multiplier'"),
     "theta of words": ({"rope_theta": "a million"}, "a million"),
     "theta of nothing": ({"rope_theta": 0}, "'rope_theta': 0"),
-    "swa without its size": ({"dflash_config": {**ZLAB["dflash_config"], "use_swa": True}}, "'swa_window_size'"),
-    "layers as text": ({"dflash_config": {"mask_token_id": 3, "target_layer_ids": "all"}}, "'target_layer_ids': 'all'"),
-    "layers as digits": ({"dflash_config": {"mask_token_id": 3, "target_layer_ids": "12"}}, "'target_layer_ids': '12'"),
-    "half a layer": ({"dflash_config": {"mask_token_id": 3, "target_layer_ids": [1.5, 2]}}, "'target_layer_ids': 1.5"),
+    "swa without its size": (
+        {"dflash_config": {**ZLAB["dflash_config"], "use_swa": True}},
+        "'swa_window_size'",
+    ),
+    "layers as text": (
+        {"dflash_config": {"mask_token_id": 3, "target_layer_ids": "all"}},
+        "'target_layer_ids': 'all'",
+    ),
+    "layers as digits": (
+        {"dflash_config": {"mask_token_id": 3, "target_layer_ids": "12"}},
+        "'target_layer_ids': '12'",
+    ),
+    "half a layer": (
+        {"dflash_config": {"mask_token_id": 3, "target_layer_ids": [1.5, 2]}},
+        "'target_layer_ids': 1.5",
+    ),
     "half a node": ({"block_size": 4.5}, "'block_size': 4.5"),
     "a block of yes": ({"block_size": True}, "'block_size': True"),
-    "half a token": ({"dflash_config": {"mask_token_id": 1.5, "target_layer_ids": [1, 2]}}, "'mask_token_id': 1.5"),
-    "a token before the first": ({"dflash_config": {"mask_token_id": -1, "target_layer_ids": [1, 2]}}, "'mask_token_id': -1"),
-    "a list of mask tokens": ({"dflash_config": {"mask_token_id": [3], "target_layer_ids": [1, 2]}}, "'mask_token_id': [3]"),
+    "half a token": (
+        {"dflash_config": {"mask_token_id": 1.5, "target_layer_ids": [1, 2]}},
+        "'mask_token_id': 1.5",
+    ),
+    "a token before the first": (
+        {"dflash_config": {"mask_token_id": -1, "target_layer_ids": [1, 2]}},
+        "'mask_token_id': -1",
+    ),
+    "a list of mask tokens": (
+        {"dflash_config": {"mask_token_id": [3], "target_layer_ids": [1, 2]}},
+        "'mask_token_id': [3]",
+    ),
     "no vocabulary": ({"vocab_size": 0}, "'vocab_size': 0"),
     "no context": ({"max_position_embeddings": 0}, "'max_position_embeddings': 0"),
     "a negative epsilon": ({"rms_norm_eps": -1}, "'rms_norm_eps': -1"),
@@ -169,9 +231,15 @@ GARBLED: dict[str, tuple[dict[str, Any], str]] = {
     "a switch of words": ({"attention_bias": "false"}, "'attention_bias': 'false'"),
     "an unknown dtype": ({"dtype": "bf16"}, "'dtype': 'bf16'"),
     "a scaling by nothing": ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "'factor': 0"),
-    "a scaling backwards": ({"rope_scaling": {"rope_type": "linear", "factor": -2}}, "'factor': -2"),
+    "a scaling backwards": (
+        {"rope_scaling": {"rope_type": "linear", "factor": -2}},
+        "'factor': -2",
+    ),
     "theta of a dictionary": ({"rope_theta": {"a": 1}}, "'rope_theta': {'a': 1}"),
-    "no layers": ({"dflash_config": {"mask_token_id": 3}, "num_target_layers": ...}, "'target_layer_ids'"),
+    "no layers": (
+        {"dflash_config": {"mask_token_id": 3}, "num_target_layers": ...},
+        "'target_layer_ids'",
+    ),
     "scaling without its factor": ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
     "scaling of words": ({"rope_scaling": {"rope_type": "linear", "factor": "twice"}}, "twice"),
 }
@@ -188,7 +256,9 @@ def test_garbled_value_is_named(tmp_path: Path, case: str) -> None:
     assert expected in message
 
 
-def test_planted_fault_numbers_that_are_only_cut_are_read_as_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_planted_fault_numbers_that_are_only_cut_are_read_as_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(checkpoint, "_count", lambda _name, value, least=1: int(value))
     save_zlab(tmp_path, config=config(block_size=4.5))
     assert read_draft(tmp_path)[0].block_size == 4
@@ -211,9 +281,15 @@ def test_factor_without_its_kind_of_scaling_is_refused(tmp_path: Path) -> None:
 def test_tensor_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     """An old file beside the new one, shards beside a whole one, two names for one tensor: either may be meant."""
     tensors = zlab_tensors()
-    for name, others in (("left-over", tensors), ("prefixed", {"model.fc.weight": tensors["fc.weight"] * 0})):
+    for name, others in (
+        ("left-over", tensors),
+        ("prefixed", {"model.fc.weight": tensors["fc.weight"] * 0}),
+    ):
         folder = save_zlab(tmp_path / name)
-        save_file({key: tensor * 0 for key, tensor in others.items()}, folder / "model-00001-of-00001.safetensors")
+        save_file(
+            {key: tensor * 0 for key, tensor in others.items()},
+            folder / "model-00001-of-00001.safetensors",
+        )
         with pytest.raises(CheckpointError) as error:
             read_draft(folder)
         assert "holds fc.weight twice, the second time in" in one_line_and_hint(error)
@@ -264,13 +340,21 @@ def test_falsy_ids_are_ids(tmp_path: Path) -> None:
 
 def test_saved_folder_is_the_public_format(tmp_path: Path) -> None:
     save_zlab(tmp_path / "theirs")
-    DFlashDraftModel.from_pretrained(tmp_path / "theirs").save_pretrained(tmp_path / "ours", readme="# A drafter\n")
-    assert sorted(p.name for p in (tmp_path / "ours").iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    DFlashDraftModel.from_pretrained(tmp_path / "theirs").save_pretrained(
+        tmp_path / "ours", readme="# A drafter\n"
+    )
+    assert sorted(p.name for p in (tmp_path / "ours").iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
     ours = tensors_of(tmp_path / "ours" / "model.safetensors")
     assert len(ours) == 11 * 2 + 3
     assert same_bits(ours, zlab_tensors())
     written = json.loads((tmp_path / "ours" / "config.json").read_text())
-    assert {key: written.get(key, "absent") for key in PUBLIC_KEYS} == {key: ZLAB[key] for key in PUBLIC_KEYS}
+    assert {key: written.get(key, "absent") for key in PUBLIC_KEYS} == {
+        key: ZLAB[key] for key in PUBLIC_KEYS
+    }
     assert written["hidden_act"] == "silu"
     assert read_draft(tmp_path / "ours")[0] == read_draft(tmp_path / "theirs")[0]
 
@@ -283,7 +367,9 @@ def test_round_trip_check_sees_one_changed_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_layers", [1, 5])
-def test_saved_folder_holds_eleven_tensors_a_layer_and_three(tmp_path: Path, num_layers: int) -> None:
+def test_saved_folder_holds_eleven_tensors_a_layer_and_three(
+    tmp_path: Path, num_layers: int
+) -> None:
     shape = config(num_hidden_layers=num_layers, layer_types=["full_attention"] * num_layers)
     save_zlab(tmp_path / "theirs", config=shape, tensors=zlab_tensors(num_layers=num_layers))
     DFlashDraftModel.from_pretrained(tmp_path / "theirs").save_pretrained(tmp_path / "ours")
@@ -300,10 +386,24 @@ def test_saved_files_can_be_read_by_others(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
-        {"rope_theta": ..., "rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0}},
+        {
+            "rope_theta": 5e5,
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+        },
+        {
+            "rope_theta": ...,
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0},
+        },
         {"rope_scaling": {"type": "linear", "factor": 2.0}},
-        {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8, "use_sliding_window": True},
+        {
+            "layer_types": ["full_attention", "sliding_attention"],
+            "sliding_window": 8,
+            "use_sliding_window": True,
+        },
         {"attention_bias": True},
         {"draft_vocab_size": 5},
         {"num_key_value_heads": ..., "head_dim": ...},
@@ -321,8 +421,12 @@ def test_config_survives_a_round_trip(changes: dict[str, Any]) -> None:
 
 def test_rotary_scaling_is_applied(tmp_path: Path) -> None:
     save_zlab(tmp_path / "plain")
-    save_zlab(tmp_path / "scaled", config=config(rope_scaling={"rope_type": "linear", "factor": 2.0}))
-    plain, scaled = (DFlashDraftModel.from_pretrained(tmp_path / name) for name in ("plain", "scaled"))
+    save_zlab(
+        tmp_path / "scaled", config=config(rope_scaling={"rope_type": "linear", "factor": 2.0})
+    )
+    plain, scaled = (
+        DFlashDraftModel.from_pretrained(tmp_path / name) for name in ("plain", "scaled")
+    )
     torch.testing.assert_close(scaled.cos[2::2], plain.cos[1:128])
     assert not torch.allclose(scaled.cos, plain.cos)
 
@@ -338,7 +442,9 @@ def test_rotary_scaling_is_applied(tmp_path: Path) -> None:
         (2, 1, (1,)),
     ],
 )
-def test_feature_layers_are_spread_as_in_the_paper(num_target_layers: int, count: int, ids: tuple[int, ...]) -> None:
+def test_feature_layers_are_spread_as_in_the_paper(
+    num_target_layers: int, count: int, ids: tuple[int, ...]
+) -> None:
     assert spread_layers(num_target_layers, count) == ids
 
 
@@ -353,23 +459,55 @@ def without(name: str) -> dict[str, Tensor]:
 
 
 DAMAGED: dict[str, tuple[dict[str, Any], dict[str, Tensor], str]] = {
-    "missing tensor": (config(), without("layers.1.mlp.up_proj.weight"), "lacks the tensor layers.1.mlp.up_proj.weight"),
+    "missing tensor": (
+        config(),
+        without("layers.1.mlp.up_proj.weight"),
+        "lacks the tensor layers.1.mlp.up_proj.weight",
+    ),
     "missing fc": (config(), without("fc.weight"), "lacks the tensor fc.weight"),
-    "wrong shape": (config(intermediate_size=40), zlab_tensors(), "layers.0.mlp.gate_proj.weight has shape [48, 32], "),
-    "features of another number": (config(), zlab_tensors(num_features=3), "fc.weight has shape [32, 96], "),
-    "unknown tensor": (config(), {**zlab_tensors(), "confidence.weight": torch.zeros(1)}, "has a tensor confidence.weight"),
-    "a layer too many": (config(), zlab_tensors(num_layers=3), "has a tensor layers.2.input_layernorm.weight"),
+    "wrong shape": (
+        config(intermediate_size=40),
+        zlab_tensors(),
+        "layers.0.mlp.gate_proj.weight has shape [48, 32], ",
+    ),
+    "features of another number": (
+        config(),
+        zlab_tensors(num_features=3),
+        "fc.weight has shape [32, 96], ",
+    ),
+    "unknown tensor": (
+        config(),
+        {**zlab_tensors(), "confidence.weight": torch.zeros(1)},
+        "has a tensor confidence.weight",
+    ),
+    "a layer too many": (
+        config(),
+        zlab_tensors(num_layers=3),
+        "has a tensor layers.2.input_layernorm.weight",
+    ),
     "lm_head of another shape": (
         config(),
         {**zlab_tensors(), "lm_head.weight": torch.zeros(7, HIDDEN)},
         "lm_head.weight has shape [7, 32]",
     ),
-    "no dflash_config": (config(dflash_config=...), zlab_tensors(), "lacks or garbles 'mask_token_id'"),
-    "a plain Qwen3": (config(dflash_config=..., block_size=..., num_target_layers=...), {}, "is not a DFlash drafter"),
+    "no dflash_config": (
+        config(dflash_config=...),
+        zlab_tensors(),
+        "lacks or garbles 'mask_token_id'",
+    ),
+    "a plain Qwen3": (
+        config(dflash_config=..., block_size=..., num_target_layers=...),
+        {},
+        "is not a DFlash drafter",
+    ),
     "garbled size": (config(hidden_size="wide"), zlab_tensors(), "is not a DFlash drafter"),
     "a block without masks": (config(block_size=1), zlab_tensors(), "has block_size 1"),
     "too few layer types": (config(layer_types=["full_attention"]), zlab_tensors(), "layer_types"),
-    "unknown layer type": (config(layer_types=["full_attention", "linear_attention"]), zlab_tensors(), "linear_attention"),
+    "unknown layer type": (
+        config(layer_types=["full_attention", "linear_attention"]),
+        zlab_tensors(),
+        "linear_attention",
+    ),
     "another activation": (config(hidden_act="gelu"), zlab_tensors(), "hidden_act is 'gelu'"),
     "rotary unknown": (config(rope_scaling={"rope_type": "spiral"}), zlab_tensors(), "'spiral'"),
 }
@@ -396,7 +534,9 @@ def test_truncated_file_is_refused_by_name(tmp_path: Path, name: str, share: flo
 
 
 def test_pointer_in_the_place_of_weights_is_named(tmp_path: Path) -> None:
-    (save_zlab(tmp_path) / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    (save_zlab(tmp_path) / "model.safetensors").write_bytes(
+        b"version https://git-lfs.github.com/spec/v1\n"
+    )
     with pytest.raises(CheckpointError) as error:
         read_draft(tmp_path)
     assert "is a git-lfs pointer" in one_line_and_hint(error)
@@ -418,10 +558,15 @@ def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
         ({"dspark_config": {"markov_rank": 256}}, "dspark"),
         ({"model_type": "domino"}, "domino"),
         ({"sample_from_anchor": True}, "sample_from_anchor"),
-        ({"dflash_config": {**ZLAB["dflash_config"], "sample_from_anchor": True}}, "sample_from_anchor"),
+        (
+            {"dflash_config": {**ZLAB["dflash_config"], "sample_from_anchor": True}},
+            "sample_from_anchor",
+        ),
     ],
 )
-def test_foreign_drafter_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], name: str) -> None:
+def test_foreign_drafter_is_refused_by_name(
+    tmp_path: Path, changes: dict[str, Any], name: str
+) -> None:
     save_zlab(tmp_path, config=config(**changes))
     with pytest.raises(CheckpointError) as error:
         DFlashDraftModel.from_pretrained(tmp_path)
@@ -437,9 +582,18 @@ def test_drafter_that_does_not_sample_from_the_anchor_is_no_foreigner(tmp_path: 
     ("changes", "expected"),
     [
         ({"hidden_size": 64}, "the draft has hidden size 64, but `llama` has 32"),
-        ({"target_layer_ids": (1, 4)}, "the draft wants hidden states of layer 4, but `llama` has 4 layers"),
-        ({"target_layer_ids": (-1, 2)}, "the draft wants hidden states of layer -1, but `llama` has 4 layers"),
-        ({"num_target_layers": 5}, "the draft was made for a target with 5 layers, but `llama` has 4"),
+        (
+            {"target_layer_ids": (1, 4)},
+            "the draft wants hidden states of layer 4, but `llama` has 4 layers",
+        ),
+        (
+            {"target_layer_ids": (-1, 2)},
+            "the draft wants hidden states of layer -1, but `llama` has 4 layers",
+        ),
+        (
+            {"num_target_layers": 5},
+            "the draft was made for a target with 5 layers, but `llama` has 4",
+        ),
         ({"mask_token_id": VOCAB}, f"the mask token {VOCAB}, but `llama` has {VOCAB}"),
         ({"mask_token_id": -1}, "the mask token -1"),
     ],
@@ -470,22 +624,31 @@ def vocabulary_of(count: int, *, d2t: bool = False) -> tuple[dict[str, Any], dic
         "lm_head.weight": noise.flip(0) * torch.arange(1, count + 1)[:, None],
     }
     if d2t:
-        tensors |= {"d2t": torch.zeros(count, dtype=torch.int64), "t2d": torch.ones(count, dtype=torch.bool)}
+        tensors |= {
+            "d2t": torch.zeros(count, dtype=torch.int64),
+            "t2d": torch.ones(count, dtype=torch.bool),
+        }
     return config(vocab_size=count, **({"draft_vocab_size": count} if d2t else {})), tensors
 
 
 @pytest.mark.parametrize("d2t", [False, True], ids=["whole", "reduced"])
 @pytest.mark.parametrize("count", [VOCAB - 20, VOCAB, VOCAB + 20])
-def test_drafter_of_a_cut_or_padded_vocabulary_proposes_only_what_its_target_knows(tmp_path: Path, count: int, d2t: bool) -> None:
+def test_drafter_of_a_cut_or_padded_vocabulary_proposes_only_what_its_target_knows(
+    tmp_path: Path, count: int, d2t: bool
+) -> None:
     target = target_of(save_target(tmp_path / "target"))
     written, tensors = vocabulary_of(count, d2t=d2t)
     written["dflash_config"] = {**ZLAB["dflash_config"], "mask_token_id": 3}
-    model = DFlashDraftModel.from_pretrained(save_zlab(tmp_path / "draft", config=written, tensors=tensors))
+    model = DFlashDraftModel.from_pretrained(
+        save_zlab(tmp_path / "draft", config=written, tensors=tensors)
+    )
     drafted = proposals(model, target)
     assert max(drafted) < min(count, VOCAB)
     assert len(set(drafted)) > 1
     whole = PackedDraft(model, target)
-    assert whole.embed(torch.tensor([VOCAB - 1])).abs().sum() > 0 or count < VOCAB  # what it never saw is nothing to it
+    assert (
+        whole.embed(torch.tensor([VOCAB - 1])).abs().sum() > 0 or count < VOCAB
+    )  # what it never saw is nothing to it
 
 
 def test_uncut_head_would_propose_what_the_target_lacks(tmp_path: Path) -> None:
@@ -505,7 +668,9 @@ def test_drafter_without_tables_of_its_own_fits_any_length(tmp_path: Path, count
     )
 
 
-def test_mask_token_beyond_a_cut_vocabulary_is_refused_unless_the_drafter_has_its_row(tmp_path: Path) -> None:
+def test_mask_token_beyond_a_cut_vocabulary_is_refused_unless_the_drafter_has_its_row(
+    tmp_path: Path,
+) -> None:
     target = target_of(save_target(tmp_path / "target"))
     written, tensors = vocabulary_of(VOCAB + 20)
     written["dflash_config"] = {**ZLAB["dflash_config"], "mask_token_id": VOCAB + 5}
@@ -521,7 +686,10 @@ def test_mask_token_beyond_a_cut_vocabulary_is_refused_unless_the_drafter_has_it
 def test_vocabulary_that_lies_beyond_the_target_is_refused(tmp_path: Path) -> None:
     target = target_of(save_target(tmp_path / "target"))
     written = config(vocab_size=200, draft_vocab_size=5)
-    extra = {"d2t": torch.full((5,), 100, dtype=torch.int64), "t2d": torch.zeros(200, dtype=torch.bool)}
+    extra = {
+        "d2t": torch.full((5,), 100, dtype=torch.int64),
+        "t2d": torch.zeros(200, dtype=torch.bool),
+    }
     folder = save_zlab(tmp_path / "draft", config=written, tensors={**zlab_tensors(), **extra})
     with pytest.raises(DraftMismatch) as error:
         PackedDraft(DFlashDraftModel.from_pretrained(folder), target)
@@ -532,16 +700,24 @@ def test_vocabulary_that_lies_beyond_the_target_is_refused(tmp_path: Path) -> No
 
 
 def gemma_draft(folder: Path, table: Tensor | None = None, **special: Any) -> DFlashDraftModel:
-    tensors = zlab_tensors() if table is None else {**zlab_tensors(), "embed_tokens.weight": table.float()}
+    tensors = (
+        zlab_tensors()
+        if table is None
+        else {**zlab_tensors(), "embed_tokens.weight": table.float()}
+    )
     written = config(dflash_config={**ZLAB["dflash_config"], **special})
     return DFlashDraftModel.from_pretrained(save_zlab(folder, config=written, tensors=tensors))
 
 
-def test_copy_of_a_scaled_embedding_is_scaled_and_another_table_needs_a_scale(tmp_path: Path) -> None:
+def test_copy_of_a_scaled_embedding_is_scaled_and_another_table_needs_a_scale(
+    tmp_path: Path,
+) -> None:
     target: Any = tiny_target("gemma3")
     some = torch.tensor([3, 9, MASK])
     rows = target.embedding_rows(torch.arange(VOCAB)).float().double()
-    copied = PackedDraft(gemma_draft(tmp_path / "copy", target.embedding_rows(torch.arange(VOCAB)).double()), target)
+    copied = PackedDraft(
+        gemma_draft(tmp_path / "copy", target.embedding_rows(torch.arange(VOCAB)).double()), target
+    )
     exact = torch.equal(rows, target.embedding_rows(torch.arange(VOCAB)))
     if exact:
         assert torch.equal(copied.embed(some), target.embed(some))
@@ -549,7 +725,9 @@ def test_copy_of_a_scaled_embedding_is_scaled_and_another_table_needs_a_scale(tm
     with pytest.raises(DraftMismatch) as error:
         PackedDraft(gemma_draft(tmp_path / "other", rows.flip(0)), target)
     assert "an embedding of its own" in one_line_and_hint(error)
-    own = PackedDraft(gemma_draft(tmp_path / "own", rows.flip(0), input_embedding_scale=4.0), target)
+    own = PackedDraft(
+        gemma_draft(tmp_path / "own", rows.flip(0), input_embedding_scale=4.0), target
+    )
     assert torch.allclose(own.embed(some), rows.flip(0)[some] * 4.0)
     with pytest.raises(DraftMismatch) as error:
         PackedDraft(gemma_draft(tmp_path / "shared", input_embedding_scale=4.0), target)
@@ -561,7 +739,9 @@ def test_head_of_a_capped_target_is_capped(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(target.config, "final_logit_softcapping", 3.0)
     hidden = torch.randn(5, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     tensors = {**zlab_tensors(), "lm_head.weight": target.head_weight(torch.arange(VOCAB)).float()}
-    own = PackedDraft(DFlashDraftModel.from_pretrained(save_zlab(tmp_path / "own", tensors=tensors)), target)
+    own = PackedDraft(
+        DFlashDraftModel.from_pretrained(save_zlab(tmp_path / "own", tensors=tensors)), target
+    )
     shared = PackedDraft(gemma_draft(tmp_path / "shared"), target)
     raw = target.uncapped_logits(hidden)
     capped = 3 * torch.tanh(raw / 3)
@@ -576,9 +756,14 @@ KEPT = (3, 9, 20, 41, 59)
 
 def reduced(*, own_head: bool) -> dict[str, Tensor]:
     kept = torch.tensor(KEPT)
-    extra = {"d2t": kept - torch.arange(len(KEPT)), "t2d": torch.zeros(VOCAB, dtype=torch.bool).index_fill(0, kept, True)}
+    extra = {
+        "d2t": kept - torch.arange(len(KEPT)),
+        "t2d": torch.zeros(VOCAB, dtype=torch.bool).index_fill(0, kept, True),
+    }
     if own_head:
-        extra["lm_head.weight"] = torch.randn(len(KEPT), HIDDEN, generator=torch.Generator().manual_seed(5)).bfloat16()
+        extra["lm_head.weight"] = torch.randn(
+            len(KEPT), HIDDEN, generator=torch.Generator().manual_seed(5)
+        ).bfloat16()
     return {**zlab_tensors(), **extra}
 
 
@@ -595,18 +780,29 @@ def proposals(model: DFlashDraftModel, target: LeanTarget) -> list[int]:
     history, drafted = [1], []
     for token in torch.randint(3, 60, (40,), generator=generator).tolist():
         features = torch.randn(1, 2 * HIDDEN, generator=generator, dtype=torch.float64)
-        drafter.observe(Rows([0], [history], [SamplingParams()], [1]), [torch.tensor(history[-1:])], [features])
+        drafter.observe(
+            Rows([0], [history], [SamplingParams()], [1]), [torch.tensor(history[-1:])], [features]
+        )
         history.append(token)
-        drafted += drafter.propose(Rows([0], [history], [SamplingParams()], [1]), 8).tokens[0, 1:].tolist()
+        drafted += (
+            drafter.propose(Rows([0], [history], [SamplingParams()], [1]), 8).tokens[0, 1:].tolist()
+        )
     return drafted
 
 
 @pytest.mark.parametrize("own_head", [False, True], ids=["the-target's-rows", "own-lm_head"])
-def test_reduced_vocabulary_drafts_only_its_tokens_and_leaves_the_target_alone(tmp_path: Path, own_head: bool) -> None:
+def test_reduced_vocabulary_drafts_only_its_tokens_and_leaves_the_target_alone(
+    tmp_path: Path, own_head: bool
+) -> None:
     target = target_of(save_target(tmp_path / "target"))
-    save_zlab(tmp_path / "draft", config=config(draft_vocab_size=5), tensors=reduced(own_head=own_head))
+    save_zlab(
+        tmp_path / "draft", config=config(draft_vocab_size=5), tensors=reduced(own_head=own_head)
+    )
     save_zlab(tmp_path / "whole")
-    head, hidden = target.head_weight(torch.arange(VOCAB)).clone(), torch.randn(3, HIDDEN, dtype=torch.float64)
+    head, hidden = (
+        target.head_weight(torch.arange(VOCAB)).clone(),
+        torch.randn(3, HIDDEN, dtype=torch.float64),
+    )
     logits = target.lm_head(hidden)
     drafted = set(proposals(DFlashDraftModel.from_pretrained(tmp_path / "draft"), target))
     assert drafted <= set(KEPT)
@@ -619,17 +815,29 @@ def test_reduced_vocabulary_drafts_only_its_tokens_and_leaves_the_target_alone(t
 
 def test_reduced_vocabulary_takes_the_best_of_its_tokens(tmp_path: Path) -> None:
     target = target_of(save_target(tmp_path / "target"))
-    save_zlab(tmp_path / "draft", config=config(draft_vocab_size=5), tensors=reduced(own_head=False))
+    save_zlab(
+        tmp_path / "draft", config=config(draft_vocab_size=5), tensors=reduced(own_head=False)
+    )
     network = PackedDraft(DFlashDraftModel.from_pretrained(tmp_path / "draft"), target)
-    hidden = torch.randn(50, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    hidden = torch.randn(
+        50, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     logits = target.lm_head(hidden)
     expected = [max(KEPT, key=lambda token: float(row[token])) for row in logits]
-    assert network.scored(hidden[None], torch.zeros(1, dtype=torch.long))[0][..., 0][0].tolist() == expected
-    assert network.scored(hidden[None], torch.zeros(1, dtype=torch.long))[0][..., 0][0].tolist() != logits.argmax(-1).tolist()
+    assert (
+        network.scored(hidden[None], torch.zeros(1, dtype=torch.long))[0][..., 0][0].tolist()
+        == expected
+    )
+    assert (
+        network.scored(hidden[None], torch.zeros(1, dtype=torch.long))[0][..., 0][0].tolist()
+        != logits.argmax(-1).tolist()
+    )
 
 
 def test_reduced_vocabulary_survives_saving(tmp_path: Path) -> None:
-    save_zlab(tmp_path / "theirs", config=config(draft_vocab_size=5), tensors=reduced(own_head=True))
+    save_zlab(
+        tmp_path / "theirs", config=config(draft_vocab_size=5), tensors=reduced(own_head=True)
+    )
     DFlashDraftModel.from_pretrained(tmp_path / "theirs").save_pretrained(tmp_path / "ours")
     assert same_bits(tensors_of(tmp_path / "ours" / "model.safetensors"), reduced(own_head=True))
 
@@ -638,7 +846,9 @@ def test_reduced_model_is_saved_with_its_vocabulary_or_without_it(tmp_path: Path
     model = DFlashDraftModel.from_pretrained(save_zlab(tmp_path / "theirs"))
     model.reduce_vocabulary(torch.tensor(KEPT))
     model.save_pretrained(tmp_path / "reduced")
-    assert same_bits(tensors_of(tmp_path / "reduced" / "model.safetensors"), reduced(own_head=False))
+    assert same_bits(
+        tensors_of(tmp_path / "reduced" / "model.safetensors"), reduced(own_head=False)
+    )
     assert read_draft(tmp_path / "reduced")[0].draft_vocab_size == len(KEPT)
     model.save_pretrained(tmp_path / "plain", plain=True)
     assert same_bits(tensors_of(tmp_path / "plain" / "model.safetensors"), zlab_tensors())
@@ -654,8 +864,12 @@ def test_reduced_model_is_saved_with_its_vocabulary_or_without_it(tmp_path: Path
         ({"lm_head.weight": torch.zeros(6, HIDDEN)}, "lm_head.weight has shape [6, 32]"),
     ],
 )
-def test_damaged_reduced_vocabulary_is_refused(tmp_path: Path, extra: dict[str, Tensor], expected: str) -> None:
-    save_zlab(tmp_path, config=config(draft_vocab_size=5), tensors={**reduced(own_head=True), **extra})
+def test_damaged_reduced_vocabulary_is_refused(
+    tmp_path: Path, extra: dict[str, Tensor], expected: str
+) -> None:
+    save_zlab(
+        tmp_path, config=config(draft_vocab_size=5), tensors={**reduced(own_head=True), **extra}
+    )
     with pytest.raises(CheckpointError) as error:
         DFlashDraftModel.from_pretrained(tmp_path)
     assert expected in one_line_and_hint(error)
@@ -664,7 +878,11 @@ def test_damaged_reduced_vocabulary_is_refused(tmp_path: Path, extra: dict[str, 
 @pytest.mark.parametrize("name", ["lm_head.weight", "embed_tokens.weight"])
 def test_own_embedding_or_head_is_used(tmp_path: Path, name: str) -> None:
     target = target_of(save_target(tmp_path / "target"))
-    weight = target.head_weight(torch.arange(VOCAB)) if name == "lm_head.weight" else target.embed(torch.arange(VOCAB))
+    weight = (
+        target.head_weight(torch.arange(VOCAB))
+        if name == "lm_head.weight"
+        else target.embed(torch.arange(VOCAB))
+    )
     folders = {
         "none": {},
         "the target's": {name: weight.float()},
@@ -703,7 +921,9 @@ def naive_write_file(path: Path, content: bytes) -> None:
         file.write(content[len(content) // 2 :])
 
 
-def survives_a_stop(write: Callable[[Path, bytes], None], path: Path, monkeypatch: pytest.MonkeyPatch) -> bool:
+def survives_a_stop(
+    write: Callable[[Path, bytes], None], path: Path, monkeypatch: pytest.MonkeyPatch
+) -> bool:
     """Whether a file and its folder are as they were after a stop at any of a writer's system calls, and new without one.
 
     A writer that does not make one of the calls fails, too: it cannot be safe.
@@ -724,7 +944,9 @@ def test_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Mo
     assert survives_a_stop(write_file, tmp_path / "file", monkeypatch)
 
 
-@pytest.mark.parametrize("wrong", [naive_write_file, lambda path, content: path.write_bytes(content)])
+@pytest.mark.parametrize(
+    "wrong", [naive_write_file, lambda path, content: path.write_bytes(content)]
+)
 def test_writing_in_place_is_caught(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: Callable[[Path, bytes], None]
 ) -> None:
@@ -752,7 +974,9 @@ def test_stopped_save_leaves_the_old_drafter_or_none(
     assert same_bits(read_draft(folder)[1], zlab_tensors(seed=2))
 
 
-def test_new_folder_without_its_last_file_is_no_drafter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_folder_without_its_last_file_is_no_drafter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "write_file", unplug)
         with pytest.raises(Unplugged):

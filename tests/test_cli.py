@@ -45,18 +45,28 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).mkdir()
         for path in (folder / whole).iterdir():
             content = path.read_bytes()
-            (folder / name / path.name).write_bytes(content[:-1000] if path.suffix == ".safetensors" else content)
+            (folder / name / path.name).write_bytes(
+                content[:-1000] if path.suffix == ".safetensors" else content
+            )
     return folder
 
 
 @pytest.fixture
-def run(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+def run(
+    folders: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Any:
     """Run a command line in an empty folder; `T` is the toy target, `D/x` the drafter x beside it. Returns status, out, err."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NO_COLOR", "1")
 
     def run(line: str) -> tuple[int, str, str]:
-        words = [re.sub(r"^D/", f"{folders}/", re.sub(r"^T$", f"{folders}/target", word)) for word in shlex.split(line)]
+        words = [
+            re.sub(r"^D/", f"{folders}/", re.sub(r"^T$", f"{folders}/target", word))
+            for word in shlex.split(line)
+        ]
         status = main(words)
         captured = capsys.readouterr()
         return status, captured.out, captured.err
@@ -68,7 +78,9 @@ Run = Callable[[str], tuple[int, str, str]]
 
 
 def give_input(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode("utf-8", "surrogateescape"))))
+    monkeypatch.setattr(
+        sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode("utf-8", "surrogateescape")))
+    )
 
 
 # --- slips ---------------------------------------------------------------------------------------------------------------
@@ -99,14 +111,30 @@ SLIPS = [
     ("bench --prompts good.jsonl", 2, "--out"),
     ("bench --prompts broken.jsonl --out out.jsonl --target T", 1, "line 3"),
     ("bench --prompts nothing.jsonl --out out.jsonl --target T", 1, "no prompts"),
-    ("bench --prompts textless.jsonl --out out.jsonl --target T", 1, "textless.jsonl, line 1: no text to ask"),
+    (
+        "bench --prompts textless.jsonl --out out.jsonl --target T",
+        1,
+        "textless.jsonl, line 1: no text to ask",
+    ),
     ("bench --prompts good.jsonl --out out.jsonl --target T", 1, "no drafter is shipped"),
-    ("bench --prompts good.jsonl --out out.jsonl --target T --draft D/draft --max-new-tokens 999", 1, "context"),
+    (
+        "bench --prompts good.jsonl --out out.jsonl --target T --draft D/draft --max-new-tokens 999",
+        1,
+        "context",
+    ),
     ("bench --prompts good.jsonl --out out.jsonl --target T --methods medusa", 1, "medusa"),
     ("bench --prompts good.jsonl --out out.jsonl --draft prompt_lookup", 1, "draft is"),
-    ("bench --prompts good.jsonl --out out.jsonl --methods autoregressive --block-size 3", 1, "no method uses it"),
+    (
+        "bench --prompts good.jsonl --out out.jsonl --methods autoregressive --block-size 3",
+        1,
+        "no method uses it",
+    ),
     ("bench --prompts good.jsonl --out out.jsonl --repeats 0", 1, "repeats is 0"),
-    ("bench --prompts good.jsonl --out good.jsonl --target T --methods autoregressive", 1, "exists"),
+    (
+        "bench --prompts good.jsonl --out good.jsonl --target T --methods autoregressive",
+        1,
+        "exists",
+    ),
     ("report nowhere.jsonl", 1, "nowhere.jsonl"),
     ("report good.jsonl", 1, "not a results file"),
     ("tasks --data nowhere --out out.jsonl", 1, "bench_ids.json"),
@@ -122,7 +150,11 @@ SLIPS = [
     ("regenerate good.jsonl --out out.jsonl --target T --limit 0", 1, "limit is 0"),
     ("features nowhere.jsonl --out out --target T --num-features 1", 1, "nowhere.jsonl"),
     ("features good.jsonl --out out --target T --num-features 3", 1, "num_features is 3"),
-    ("features good.jsonl --out out --target T --num-features 1 --max-length 1", 1, "max_length is 1"),
+    (
+        "features good.jsonl --out out --target T --num-features 1 --max-length 1",
+        1,
+        "max_length is 1",
+    ),
     ("train nowhere --out out --eval-prompts good.jsonl --target T", 1, "nowhere"),
     ("train nowhere --out out --eval-prompts nothing.jsonl --target T", 1, "no prompts"),
     ("train nowhere --out out --eval-prompts good.jsonl --target T --steps 0", 1, "steps is 0"),
@@ -154,22 +186,42 @@ def test_slip_prints_an_error_and_a_hint_and_leaves_no_file(
     assert [text.split(":")[0] for text in lines] == ["error", "hint"], err
     assert named in lines[0]
     assert out == "" or line.startswith("demo")
-    assert not [path for path in tmp_path.iterdir() if path not in data_files and not (path.is_dir() and not any(path.iterdir()))]
+    assert not [
+        path
+        for path in tmp_path.iterdir()
+        if path not in data_files and not (path.is_dir() and not any(path.iterdir()))
+    ]
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
 def test_unreachable_hub_id_prints_an_error_and_a_hint(tmp_path: Path) -> None:
     """In a process of its own: the hub client reads its settings when it is imported."""
     settings = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "flashdraft", "generate", "hi", "--target", "no-such-org/no-such-model"]
-    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "flashdraft",
+        "generate",
+        "hi",
+        "--target",
+        "no-such-org/no-such-model",
+    ]
+    done = subprocess.run(
+        command, env=os.environ | settings, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 1
-    assert [text.split(":")[0] for text in done.stderr.splitlines()] == ["error", "hint"], done.stderr
+    assert [text.split(":")[0] for text in done.stderr.splitlines()] == ["error", "hint"], (
+        done.stderr
+    )
     assert "no-such-org/no-such-model" in done.stderr
 
 
-def test_file_that_may_not_be_written_prints_an_error_and_a_hint(run: Run, data_files: set[Path]) -> None:
-    status, _, err = run("bench --prompts good.jsonl --out good.jsonl/out.jsonl --target T --methods autoregressive")
+def test_file_that_may_not_be_written_prints_an_error_and_a_hint(
+    run: Run, data_files: set[Path]
+) -> None:
+    status, _, err = run(
+        "bench --prompts good.jsonl --out good.jsonl/out.jsonl --target T --methods autoregressive"
+    )
     assert status == 1
     assert re.fullmatch(r"error: .*good\.jsonl.*\nhint: .*\n", err)
 
@@ -200,7 +252,9 @@ def test_help_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False False"
     assert all(re.search(rf"^  {name}  +\w", done.stdout, re.MULTILINE) for name in COMMANDS)
-    assert "..." not in done.stdout.split("Commands:")[1], "a command's help is cut off at 80 columns"
+    assert "..." not in done.stdout.split("Commands:")[1], (
+        "a command's help is cut off at 80 columns"
+    )
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -216,7 +270,9 @@ def test_help_of_a_command_ends_with_two_examples_that_are_well_formed(name: str
         assert words[:2] == ["flashdraft", name]
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("FLASHDRAFT_DATA", "data")
-            app._app(words[1:]).commands[name].make_context(name, words[2:])  # raises for an unknown option or a bad value
+            app._app(words[1:]).commands[name].make_context(
+                name, words[2:]
+            )  # raises for an unknown option or a bad value
 
 
 def test_every_option_has_its_help(run: Run) -> None:
@@ -234,11 +290,20 @@ def test_version(run: Run) -> None:
 
 def test_generate_prints_what_the_library_writes(run: Run, folders: Path) -> None:
     model = flashdraft.load(folders / "target")
-    expected = [model.generate(prompt, max_new_tokens=20, temperature=0.9, seed=3) for prompt in ("hi", "you there")]
+    expected = [
+        model.generate(prompt, max_new_tokens=20, temperature=0.9, seed=3)
+        for prompt in ("hi", "you there")
+    ]
     options = "--target T --draft D/draft --max-new-tokens 20 --temperature 0.9 --seed 3"
     assert run(f"generate hi {options}") == (0, expected[0].text + "\n", "")
-    assert run(f"generate hi 'you there' {options}")[1] == f"{expected[0].text}\n\n{expected[1].text}\n"
-    lines = [json.loads(line) for line in run(f"generate hi 'you there' {options} --json")[1].splitlines()]
+    assert (
+        run(f"generate hi 'you there' {options}")[1]
+        == f"{expected[0].text}\n\n{expected[1].text}\n"
+    )
+    lines = [
+        json.loads(line)
+        for line in run(f"generate hi 'you there' {options} --json")[1].splitlines()
+    ]
     assert [line["tokens"] for line in lines] == [list(result.tokens) for result in expected]
     assert [line["text"] for line in lines] == [result.text for result in expected]
     assert set(lines[0]) >= {"text", "tokens", "finish_reason", "tau", "tokens_per_second"}
@@ -247,7 +312,9 @@ def test_generate_prints_what_the_library_writes(run: Run, folders: Path) -> Non
 
 def test_generate_takes_penalties_and_shows_logprobs(run: Run, folders: Path) -> None:
     penalties = {"repetition_penalty": 1.3, "presence_penalty": -0.5, "frequency_penalty": 0.9}
-    expected = flashdraft.load(folders / "target").generate("hi", max_new_tokens=20, logprobs=True, **penalties)
+    expected = flashdraft.load(folders / "target").generate(
+        "hi", max_new_tokens=20, logprobs=True, **penalties
+    )
     options = "hi --target T --draft D/draft --max-new-tokens 20"
     spelled = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in penalties.items())
     line = json.loads(run(f"generate {options} {spelled} --json --logprobs")[1])
@@ -270,17 +337,33 @@ def test_what_a_command_line_cannot_express_is_no_option(run: Run) -> None:
     assert "--logits-processor" not in text
 
 
-def test_generate_reads_standard_input_and_stops(run: Run, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generate_reads_standard_input_and_stops(
+    run: Run, folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     give_input(monkeypatch, "hi")
     _, text, _ = run("generate - --target T --max-new-tokens 20 --ignore-eos")
     assert text == run("generate hi --target T --max-new-tokens 20 --ignore-eos")[1]
     stops = text[9:11], text[5:7]
     cut = text[: min(text.index(stop) for stop in stops)]
-    line = shlex.join(["generate", "hi", "--max-new-tokens", "20", "--ignore-eos", "--stop", stops[0], "--stop", stops[1]])
+    line = shlex.join(
+        [
+            "generate",
+            "hi",
+            "--max-new-tokens",
+            "20",
+            "--ignore-eos",
+            "--stop",
+            stops[0],
+            "--stop",
+            stops[1],
+        ]
+    )
     assert run(f"{line} --target T")[1] == cut + "\n"
 
 
-def test_a_byte_order_mark_is_no_part_of_what_is_piped_in(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_byte_order_mark_is_no_part_of_what_is_piped_in(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     answers = []
     for piped in ("hi", "\ufeffhi"):
         give_input(monkeypatch, piped)
@@ -290,7 +373,9 @@ def test_a_byte_order_mark_is_no_part_of_what_is_piped_in(run: Run, monkeypatch:
     assert answers[0] == answers[1]
 
 
-def test_standard_input_that_is_no_text_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_standard_input_that_is_no_text_is_refused(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     give_input(monkeypatch, "\udcff")
     status, out, err = run("generate - --target T")
     assert (status, out) == (1, "")
@@ -298,7 +383,9 @@ def test_standard_input_that_is_no_text_is_refused(run: Run, monkeypatch: pytest
 
 
 def test_demo_tells_drafted_from_own_tokens_and_compares(run: Run, folders: Path) -> None:
-    status, out, _ = run("demo abcabcabc --target T --draft prompt_lookup --block-size 8 --max-new-tokens 60")
+    status, out, _ = run(
+        "demo abcabcabc --target T --draft prompt_lookup --block-size 8 --max-new-tokens 60"
+    )
     assert status == 0
     legend, _, answer, _, *figures = out.splitlines()
     assert legend == "⟨drafted and accepted⟩, the target's own"
@@ -306,7 +393,12 @@ def test_demo_tells_drafted_from_own_tokens_and_compares(run: Run, folders: Path
     assert re.sub("[⟨⟩]", "", answer) == expected.text
     assert "⟨" in answer
     assert figures[-1] == "texts identical: yes"
-    assert [line.split()[0] for line in figures[:-1]] == ["prompt_lookup", "autoregressive", "ratio", "tau"]
+    assert [line.split()[0] for line in figures[:-1]] == [
+        "prompt_lookup",
+        "autoregressive",
+        "ratio",
+        "tau",
+    ]
 
 
 def test_demo_without_a_shipped_drafter_says_so(run: Run) -> None:
@@ -321,13 +413,19 @@ def test_terminal_shows_drafted_text_underlined(monkeypatch: pytest.MonkeyPatch)
 
     stats = flashdraft.Stats()
     result = flashdraft.Result("abc", (1, 2, 3), "length", stats)
-    pieces = [commands.Chunk(0, (piece,), ()) for piece in _pieces(("a", False), ("b", True), ("", False), ("c", True))]
+    pieces = [
+        commands.Chunk(0, (piece,), ())
+        for piece in _pieces(("a", False), ("b", True), ("", False), ("c", True))
+    ]
     shown = {}
     for no_color in ("", "1"):
         terminal = Terminal()
         monkeypatch.setattr(sys, "stdout", terminal)
         monkeypatch.setenv("NO_COLOR", no_color)
-        assert commands._show([*pieces, replace(pieces[0], pieces=(), result=result)], origin=True) is result
+        assert (
+            commands._show([*pieces, replace(pieces[0], pieces=(), result=result)], origin=True)
+            is result
+        )
         shown[no_color] = terminal.getvalue().split("own\n\n")[1]
     assert shown == {"": "a\033[4;32mbc\033[0m\n\n", "1": "a⟨bc⟩\n\n"}
 
@@ -336,20 +434,30 @@ def _pieces(*parts: tuple[str, bool]) -> list[Any]:
     return [flashdraft.types.Piece(text, drafted) for text, drafted in parts]
 
 
-def test_chat_keeps_the_conversation_until_reset(run: Run, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chat_keeps_the_conversation_until_reset(
+    run: Run, folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = flashdraft.load(folders / "target")
     first = model.generate("hi", max_new_tokens=8).text
-    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": first}, {"role": "user", "content": "go"}]
+    turns = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": first},
+        {"role": "user", "content": "go"},
+    ]
     second = model.generate(turns, max_new_tokens=8).text
     give_input(monkeypatch, "hi\n\ngo\n/reset\nhi\n/exit\nhi\n")
     status, out, err = run("chat --target T --max-new-tokens 8")
     assert status == 0
     assert out.splitlines() == [first, second, first]
     assert len(err.splitlines()) == 3
-    assert all(re.fullmatch(r"\(tau \d\.\d\d, [\d.]+ tokens/s\)", line) for line in err.splitlines())
+    assert all(
+        re.fullmatch(r"\(tau \d\.\d\d, [\d.]+ tokens/s\)", line) for line in err.splitlines()
+    )
 
 
-def test_chat_at_a_terminal_goes_on_after_a_turn_that_does_not_fit(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chat_at_a_terminal_goes_on_after_a_turn_that_does_not_fit(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     give_input(monkeypatch, f"{'a' * 300}\nhi\n")
     status, _, err = run("chat --target T --max-new-tokens 8")
     assert status == 1
@@ -363,7 +471,9 @@ def test_chat_at_a_terminal_goes_on_after_a_turn_that_does_not_fit(run: Run, mon
     assert out.count("tau") == 1
 
 
-def test_ctrl_c_ends_the_answer_and_not_the_talk(run: Run, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_ends_the_answer_and_not_the_talk(
+    run: Run, folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = flashdraft.load(folders / "target")
     asked: list[Any] = []
     stream_of = flashdraft.Model.stream
@@ -422,7 +532,9 @@ def test_slip_of_usage_says_what_was_meant(run: Run, line: str, meant: str) -> N
 
 @pytest.mark.parametrize("methods", ["''", "autoregressive,", ",", "dflash,,medusa"])
 def test_empty_method_is_refused(run: Run, methods: str) -> None:
-    status, _, err = run(f"bench --prompts good.jsonl --out out.jsonl --target T --methods {methods}")
+    status, _, err = run(
+        f"bench --prompts good.jsonl --out out.jsonl --target T --methods {methods}"
+    )
     assert status == 1
     assert err.startswith("error: methods is ")
 
@@ -442,7 +554,9 @@ def test_errors_are_not_printed_where_standard_error_is_closed(
     assert capsys.readouterr().out == ""
 
 
-def test_sigterm_ends_with_143_and_leaves_nothing_half_written(folders: Path, tmp_path: Path) -> None:
+def test_sigterm_ends_with_143_and_leaves_nothing_half_written(
+    folders: Path, tmp_path: Path
+) -> None:
     code = "import os, signal, sys; from flashdraft.cli import commands, main; "
     code += "commands.report = lambda results: os.kill(os.getpid(), signal.SIGTERM); sys.argv = ['flashdraft', 'report', 'x']; "
     code += "sys.exit(main())"
@@ -477,7 +591,9 @@ def test_profile_with_a_context_that_is_too_large_says_what_fits(run: Run) -> No
 @pytest.mark.parametrize("draft", ["D/draft", "prompt_lookup", "D/draft+prompt_lookup"])
 def test_profile_takes_every_drafter(run: Run, draft: str) -> None:
     words = draft.split("+")
-    status, out, err = run(f"profile --target T --nodes 2 --context 16 --steps 1 --draft {words[0]}")
+    status, out, err = run(
+        f"profile --target T --nodes 2 --context 16 --steps 1 --draft {words[0]}"
+    )
     assert (status, err) == (0, "")
     assert "drafter weights" in out
 
@@ -491,7 +607,10 @@ def test_doctor_refuses_other_methods_by_name(run: Run, tmp_path: Path) -> None:
 
 
 def test_end_token_is_no_mask(run: Run, tmp_path: Path) -> None:
-    rows = [{"source": "x", "row": n, "prompt": "hi", "response": "", "tokens": [5 + n] * 12} for n in range(2)]
+    rows = [
+        {"source": "x", "row": n, "prompt": "hi", "response": "", "tokens": [5 + n] * 12}
+        for n in range(2)
+    ]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "held.jsonl").write_text('{"prompt": "hi"}\n')
     assert run("features a.jsonl --out feats --target T --num-features 1")[0] == 0
@@ -504,12 +623,23 @@ def test_end_token_is_no_mask(run: Run, tmp_path: Path) -> None:
     assert "too early for min_context 90" in err.splitlines()[0]
 
 
-def test_prompts_of_every_stage_are_prompts_of_eval_and_regenerate(run: Run, tmp_path: Path) -> None:
-    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+def test_prompts_of_every_stage_are_prompts_of_eval_and_regenerate(
+    run: Run, tmp_path: Path
+) -> None:
+    talk = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
     tasks = [{"task": "x", "row": 0, "prompt": "hi"}, {"task": "y", "row": 0, "prompt": "go"}]
     (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tasks))
-    (tmp_path / "prompts.jsonl").write_text(json.dumps({"source": "s", "row": 3, "prompt": talk}) + "\n")
-    assert run("regenerate tasks.jsonl --out a.jsonl --target T --max-new-tokens 4")[1] == "2 new answers in a.jsonl\n"
+    (tmp_path / "prompts.jsonl").write_text(
+        json.dumps({"source": "s", "row": 3, "prompt": talk}) + "\n"
+    )
+    assert (
+        run("regenerate tasks.jsonl --out a.jsonl --target T --max-new-tokens 4")[1]
+        == "2 new answers in a.jsonl\n"
+    )
     for name in ("tasks", "prompts", "a"):
         status, out, err = run(f"eval {name}.jsonl --target T --draft D/draft --max-new-tokens 4")
         assert (status, err) == (0, ""), name
@@ -533,11 +663,17 @@ def test_stages_lead_from_data_to_a_drafter(run: Run, tmp_path: Path) -> None:
         (data / folder).mkdir(parents=True)
     (data / "gsm8k/train.jsonl").write_text('{"question": "how many"}\n')
     for name in ("codegen-instruct", "roleplay-similarity_0.6-instruct-dataset"):
-        (data / f"gpteacher/{name}.json").write_text(json.dumps([{"instruction": f"do {name[:4]}", "input": ""}]))
+        (data / f"gpteacher/{name}.json").write_text(
+            json.dumps([{"instruction": f"do {name[:4]}", "input": ""}])
+        )
     for name in ("seed_tasks", "user_oriented_instructions"):
-        (data / f"self_instruct/{name}.jsonl").write_text(json.dumps({"instruction": f"say {name[:4]}", "input": "x"}) + "\n")
+        (data / f"self_instruct/{name}.jsonl").write_text(
+            json.dumps({"instruction": f"say {name[:4]}", "input": "x"}) + "\n"
+        )
     assert run("prompts --data data --out prompts.jsonl")[:2] == (0, "5 prompts in prompts.jsonl\n")
-    status, out, _ = run("regenerate prompts.jsonl --out answers.jsonl --target T --max-new-tokens 24 --ignore-eos --limit 4")
+    status, out, _ = run(
+        "regenerate prompts.jsonl --out answers.jsonl --target T --max-new-tokens 24 --ignore-eos --limit 4"
+    )
     assert (status, out) == (0, "4 new answers in answers.jsonl\n")
     again = "regenerate prompts.jsonl --out answers.jsonl --target T --limit 4"
     assert run(f"{again} --max-new-tokens 24 --ignore-eos")[1].startswith("0 new answers")
@@ -547,16 +683,29 @@ def test_stages_lead_from_data_to_a_drafter(run: Run, tmp_path: Path) -> None:
     status, _, err = run("regenerate prompts.jsonl --out answers.jsonl --target T --soft-labels")
     assert status == 1
     assert "soft_labels is True, but nothing is kept" in err
-    assert run("features answers.jsonl --out feats --target T --num-features 1")[:2] == (0, "1 shards in feats\n")
+    assert run("features answers.jsonl --out feats --target T --num-features 1")[:2] == (
+        0,
+        "1 shards in feats\n",
+    )
     train = "train feats --eval-prompts prompts.jsonl --target T --steps 2 --anchors 4 --sequences 2 --vocab 0 --precision fp32"
     status, out, err = run(f"{train} --out run --num-features 1 --mask-token-id 60 --num-layers 2")
     assert (status, err) == (0, "")
     assert re.fullmatch(r"best tau [\d.]+; the drafter: run/best\n", out)
     drafter = DFlashDraftModel.from_pretrained("run/best").config
     assert (drafter.num_hidden_layers, drafter.block_size, drafter.target_layer_ids) == (2, 4, (2,))
-    assert run(f"{train} --out run2 --init-from run/best --block-size 5 --head swiglu --head-rank 4")[0] == 0
+    assert (
+        run(f"{train} --out run2 --init-from run/best --block-size 5 --head swiglu --head-rank 4")[
+            0
+        ]
+        == 0
+    )
     drafter = DFlashDraftModel.from_pretrained("run2/best").config
-    assert (drafter.num_hidden_layers, drafter.block_size, drafter.sequential_head, drafter.head_rank) == (2, 5, "swiglu", 4)
+    assert (
+        drafter.num_hidden_layers,
+        drafter.block_size,
+        drafter.sequential_head,
+        drafter.head_rank,
+    ) == (2, 5, "swiglu", 4)
     for wrong, named in (
         ("--init run/best", "init is 'run/best'"),
         ("--num-layers 9", "num_layers is 9"),

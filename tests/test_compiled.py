@@ -55,7 +55,9 @@ def traces(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     assert options == {} or (options["fullgraph"] is True and options["dynamic"] is False)
 
 
-def made(family: str = "llama", kernel: str = "compiled", dtype: torch.dtype = torch.float64) -> LeanTarget:
+def made(
+    family: str = "llama", kernel: str = "compiled", dtype: torch.dtype = torch.float64
+) -> LeanTarget:
     """Two layers: a trace takes a second and more."""
     kind = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}[family]
     model = tiny_model("", dtype=dtype, config=kind(**{**SHAPE, "num_hidden_layers": 2}))
@@ -66,7 +68,9 @@ def text(*shape: int, seed: int = 0) -> Tensor:
     return torch.randint(3, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def read(target: Target, cache: Any, lengths: dict[int, int], sizes: list[int], seed: int = 0) -> Tensor:
+def read(
+    target: Target, cache: Any, lengths: dict[int, int], sizes: list[int], seed: int = 0
+) -> Tensor:
     """Give rows these lengths and read a chain behind each: the logits that count."""
     for slot, length in lengths.items():
         cache.lengths[slot] = length
@@ -82,7 +86,12 @@ def test_trees_after_rejected_drafts_in_a_ragged_batch_read_as_plain_text(
 ) -> None:
     if family != "qwen3":  # one family traced is enough
         monkeypatch.setattr(torch, "compile", uncompiled)
-    assert worst_after_all(LeanTarget(tiny_model(family), family, kernel="compiled"), own_model(family)) < LEAN_CLOSE
+    assert (
+        worst_after_all(
+            LeanTarget(tiny_model(family), family, kernel="compiled"), own_model(family)
+        )
+        < LEAN_CLOSE
+    )
     assert len(traces) == (4 if family == "qwen3" else 0)  # widths 8, 32, 4 and 2
 
 
@@ -105,7 +114,11 @@ def test_a_planted_fault_is_far_off(fault: str, monkeypatch: pytest.MonkeyPatch)
 def test_bfloat16_is_the_torch_kernels_to_its_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", uncompiled)
     logits = []
-    for kernel, dtype in (("torch", torch.bfloat16), ("compiled", torch.bfloat16), ("torch", torch.float64)):
+    for kernel, dtype in (
+        ("torch", torch.bfloat16),
+        ("compiled", torch.bfloat16),
+        ("torch", torch.float64),
+    ):
         target = made("qwen3", kernel, dtype)
         cache = target.new_cache(3, 64)
         target.prefill(cache, 2, text(13), ())
@@ -130,7 +143,9 @@ def test_a_pass_leaves_the_other_rows_nodes_alone(monkeypatch: pytest.MonkeyPatc
 
     def everywhere(self: Any, shape: list[Tensor], *rest: Any) -> Any:
         tokens, lengths, sizes, *others = shape
-        return real(self, [tokens, lengths, torch.full_like(sizes, tokens.shape[1]), *others], *rest)
+        return real(
+            self, [tokens, lengths, torch.full_like(sizes, tokens.shape[1]), *others], *rest
+        )
 
     monkeypatch.setattr(CompiledStep, "_trace", everywhere)
     assert float((after(made()) - wanted).abs().max()) > FAR
@@ -155,11 +170,18 @@ def test_one_trace_serves_every_length_and_proposal_of_a_width(traces: list[Any]
     assert (grown.slots, len(traces)) == (256, 3)
 
 
-def test_lengths_as_numbers_would_trace_again(traces: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lengths_as_numbers_would_trace_again(
+    traces: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     compiling = torch.compile
 
     def numbers(trace: Any, **options: Any) -> Any:
-        inner = compiling(lambda shape, lengths, *rest: trace([shape[0], torch.tensor(lengths), *shape[1:]], *rest), **options)
+        inner = compiling(
+            lambda shape, lengths, *rest: trace(
+                [shape[0], torch.tensor(lengths), *shape[1:]], *rest
+            ),
+            **options,
+        )
         return lambda shape, *rest: inner([shape[0], *shape[2:]], shape[1].tolist(), *rest)
 
     monkeypatch.setattr(torch, "compile", numbers)
@@ -171,7 +193,9 @@ def test_lengths_as_numbers_would_trace_again(traces: list[Any], monkeypatch: py
 
 
 @pytest.mark.parametrize("pinned", [True, False])
-def test_a_graph_copies_in_the_proposal_only(pinned: bool, traces: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_copies_in_the_proposal_only(
+    pinned: bool, traces: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not pinned:
         monkeypatch.setattr(flashdraft.models.decoder, "_pin", lambda tensors: None)
     target = made("qwen2")
@@ -179,24 +203,33 @@ def test_a_graph_copies_in_the_proposal_only(pinned: bool, traces: list[Any], mo
     texts(target, drafter, 3)
     assert len(traces) >= 2  # the target's and the drafter's
     for graph in traces:
-        inputs = [node.meta["tensor_dict"] for node in graph.graph.nodes if node.op == "placeholder"]
+        inputs = [
+            node.meta["tensor_dict"] for node in graph.graph.nodes if node.op == "placeholder"
+        ]
         copied = [facts for facts in inputs if "_dynamo_static_input_type" not in facts]
         assert (len(copied) == 5) is pinned  # tokens, lengths, sizes, depths, and who sees whom
         assert len(inputs) > 20
 
 
-@pytest.mark.parametrize(("nodes", "width"), [(1, 1), (2, 2), (3, 4), (5, 8), (16, 16), (17, 32), (32, 32), (33, 64), (65, 96)])
+@pytest.mark.parametrize(
+    ("nodes", "width"),
+    [(1, 1), (2, 2), (3, 4), (5, 8), (16, 16), (17, 32), (32, 32), (33, 64), (65, 96)],
+)
 def test_widths(nodes: int, width: int) -> None:
     assert padded(nodes) == width
 
 
-def texts(target: Target, drafter: Drafter, count: int, temperature: float = 0.0) -> list[list[int]]:
+def texts(
+    target: Target, drafter: Drafter, count: int, temperature: float = 0.0
+) -> list[list[int]]:
     """Two rows of different lengths decoded together; the second one ends first."""
     engine = Engine(target, drafter, max_rows=2)
     requests = []
     for i, prompt in enumerate(PROMPTS):
         params = SamplingParams(max_new_tokens=count - i, temperature=temperature, ignore_eos=True)
-        requests.append(Request(list(prompt), params, TextDecoder(LetterTokenizer(), ()), frozenset({EOS}), i))
+        requests.append(
+            Request(list(prompt), params, TextDecoder(LetterTokenizer(), ()), frozenset({EOS}), i)
+        )
         engine.admit(requests[-1])
     while engine.running:
         engine.step()
@@ -211,7 +244,9 @@ def test_drafted_text_is_plain_text(tree_nodes: int | None, traces: list[Any]) -
     assert texts(target, drafter, 24) == texts(made("qwen3", "torch"), Autoregressive(), 24)
 
 
-def test_the_compiled_drafter_drafts_what_the_torch_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_compiled_drafter_drafts_what_the_torch_one_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(torch, "compile", uncompiled)
     proposals: dict[str, list[Any]] = {"torch": [], "compiled": []}
     windows: Any = {"layer_types": ("sliding_attention", "full_attention"), "sliding_window": 5}
@@ -233,7 +268,13 @@ def test_the_compiled_drafter_drafts_what_the_torch_one_does(monkeypatch: pytest
 def test_load_takes_it_by_name_and_refuses_other_models(tmp_path: Path, traces: list[Any]) -> None:
     save_target(tmp_path / "target")
     save_zlab(tmp_path / "draft")
-    model = flashdraft.load(tmp_path / "target", draft=tmp_path / "draft", block_size=4, kernel="compiled", dtype="bfloat16")
+    model = flashdraft.load(
+        tmp_path / "target",
+        draft=tmp_path / "draft",
+        block_size=4,
+        kernel="compiled",
+        dtype="bfloat16",
+    )
     assert (model.target.kernel_name, model.target.kernel) == ("compiled", "compiled bfloat16")
     assert model.generate("Hello", max_new_tokens=8, ignore_eos=True).stats.num_tokens == 8
     assert len(traces) >= 2
@@ -254,7 +295,12 @@ TARGETS: dict[str, Callable[[Any], Target]] = {
 
 @pytest.mark.parametrize(
     ("kernel", "changes", "temperature"),
-    [("torch", {"tree_nodes": 6}, 0.0), ("torch", HEAD, 0.7), ("compiled", {}, 0.0), ("transformers", {}, 0.7)],
+    [
+        ("torch", {"tree_nodes": 6}, 0.0),
+        ("torch", HEAD, 0.7),
+        ("compiled", {}, 0.0),
+        ("transformers", {}, 0.7),
+    ],
 )
 def test_no_tensor_is_left_on_the_cpu(
     kernel: str, changes: dict[str, Any], temperature: float, monkeypatch: pytest.MonkeyPatch
@@ -266,7 +312,11 @@ def test_no_tensor_is_left_on_the_cpu(
         target = TARGETS[kernel](moved(tiny_model("qwen3")))
         drafter = tiny_drafter(target, **changes)
         assert texts(target, drafter, 7, temperature) == wanted
-        assert all(keys is not None and keys.device == DEVICE for cache in drafter.caches for keys in cache.keys)
+        assert all(
+            keys is not None and keys.device == DEVICE
+            for cache in drafter.caches
+            for keys in cache.keys
+        )
         (rotary,) = drafter.network.decoder.rotaries
         rotary.tables = rotary.tables[0].cpu(), rotary.tables[1]
         with pytest.raises(RuntimeError, match="on the CPU"):

@@ -27,10 +27,15 @@ STEEP = {1: 1.0, 8: 8.0}  # a node costs a step
 def proposal(*confidences: list[float], parents: list[int] | None = None) -> Proposal:
     width = 1 + max(len(row) for row in confidences)
     scores = torch.tensor(
-        [[0.0, *[float(torch.tensor(c).log()) for c in row], *[0.0] * (width - 1 - len(row))] for row in confidences]
+        [
+            [0.0, *[float(torch.tensor(c).log()) for c in row], *[0.0] * (width - 1 - len(row))]
+            for row in confidences
+        ]
     )
     tokens = torch.arange(width).expand(len(confidences), width)
-    shape = (chain(width) if parents is None else torch.tensor(parents)).expand(len(confidences), width)
+    shape = (chain(width) if parents is None else torch.tensor(parents)).expand(
+        len(confidences), width
+    )
     return Proposal(tokens, shape, torch.tensor([1 + len(row) for row in confidences]), scores)
 
 
@@ -41,7 +46,10 @@ def best_by_force(control: Control, made: Proposal, draft: float) -> float:
     choices: list[list[int]] = [[]]
     for size in made.sizes.tolist():
         choices = [[*c, n] for c in choices for n in range(1, size + 1)]
-    rates = [sum(sum(paths[r][:n]) for r, n in enumerate(c)) / (control.cost(sum(c)) + draft) for c in choices]
+    rates = [
+        sum(sum(paths[r][:n]) for r, n in enumerate(c)) / (control.cost(sum(c)) + draft)
+        for c in choices
+    ]
     return max(rates)
 
 
@@ -50,7 +58,9 @@ def test_the_choice_is_the_best_of_all_choices(seconds: Mapping[int, float]) -> 
     draw = random.Random(3)
     for _ in range(40):
         control = Control(seconds)
-        made = proposal(*[[draw.random() for _ in range(draw.randint(1, 4))] for _ in range(draw.randint(1, 3))])
+        made = proposal(
+            *[[draw.random() for _ in range(draw.randint(1, 4))] for _ in range(draw.randint(1, 3))]
+        )
         assert made.scores is not None
         sizes = control.trim(made).tolist()
         paths = made.scores.exp().cumprod(1).tolist()
@@ -128,7 +138,9 @@ def test_what_a_large_batch_has_taught_says_nothing_of_one_row() -> None:
             made = proposal(*[[0.6]] * rows)
             size = torch.tensor([2] * rows)
             control.trim(made)
-            control.learn(replace(made, sizes=size), [[0, 1]] * rows, 0.1, 0.1 + control.cost(2 * rows) + late)
+            control.learn(
+                replace(made, sizes=size), [[0, 1]] * rows, 0.1, 0.1 + control.cost(2 * rows) + late
+            )
     assert control.wants_drafts(1)
     assert not control.wants_drafts(4)
     assert not control.wants_drafts(64)  # nobody has tried it yet
@@ -182,7 +194,9 @@ def drafts_after_a_slow_start() -> int:
     return sum(drafted[260:])
 
 
-def test_a_plain_step_now_and_then_shows_that_drafting_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plain_step_now_and_then_shows_that_drafting_does_not_pay(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     assert drafts_after_a_slow_start() <= 4
     monkeypatch.setattr(flashdraft.decoding.control, "_LOOK", 1000)
     assert drafts_after_a_slow_start() == 40
@@ -256,7 +270,9 @@ def test_texts_mix_in_a_batch_so_that_a_new_one_changes_less() -> None:
         dear.trim(made)
         dear.learn(made, [[0]] * 16, 0.6, 0.6 + dear.cost(32))
         counts.append(pause(dear, 16))
-    assert [count for count in counts if not count] == [0] * 5  # as often as it took to know, and no more
+    assert [count for count in counts if not count] == [
+        0
+    ] * 5  # as often as it took to know, and no more
     assert 50 < counts[-1] < 500
 
 
@@ -356,10 +372,14 @@ class Silent:
         return ""
 
 
-def finished(engine: Engine, prompts: list[list[int]], temperature: float = 0.0, tokens: int = 40) -> list[Request]:
+def finished(
+    engine: Engine, prompts: list[list[int]], temperature: float = 0.0, tokens: int = 40
+) -> list[Request]:
     requests = []
     for index, prompt in enumerate(prompts):
-        params = SamplingParams(temperature=temperature, seed=index, max_new_tokens=tokens, ignore_eos=True)
+        params = SamplingParams(
+            temperature=temperature, seed=index, max_new_tokens=tokens, ignore_eos=True
+        )
         requests.append(Request(prompt, params, TextDecoder(Silent()), index=index))
         engine.admit(requests[-1])
     while engine.running:
@@ -375,14 +395,18 @@ def text_of(engine: Engine, prompt: list[int]) -> list[int]:
 def test_texts_are_plain_and_the_drafter_misses_nothing(
     seconds: Mapping[int, float], drafted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flashdraft.decoding.control, "_GAIN_DRIFT", 4e-3)  # so that it is tried again after some 25 steps
+    monkeypatch.setattr(
+        flashdraft.decoding.control, "_GAIN_DRIFT", 4e-3
+    )  # so that it is tried again after some 25 steps
     prompt = [3, 7, 11, 5]
     plain = text_of(Engine(tiny_target("llama", lean=True), Autoregressive()), prompt)
     target: object = Timed(seconds)
     drafter = Halves([*plain, 0, 0, 0, 0])
     engine = Engine(target, drafter, control=Control(seconds))  # type: ignore[arg-type]
     assert text_of(engine, prompt) == plain
-    pauses = [after - before for before, after in zip(drafter.calls, drafter.calls[1:], strict=False)]
+    pauses = [
+        after - before for before, after in zip(drafter.calls, drafter.calls[1:], strict=False)
+    ]
     assert (max(pauses) < 10) == drafted
     assert len(pauses) > 3
     assert drafter.seen == plain[: len(drafter.seen)]
@@ -400,13 +424,22 @@ def test_adaptive_rows_of_a_batch_write_their_plain_texts(temperature: float) ->
 
 
 def test_without_step_times_every_node_is_read() -> None:
-    model = Model(tiny_target("llama"), Silent(), Autoregressive, eos=frozenset(), max_rows=1, adaptive=True)
+    model = Model(
+        tiny_target("llama"), Silent(), Autoregressive, eos=frozenset(), max_rows=1, adaptive=True
+    )
     assert model.control is None
 
 
 def test_what_one_text_teaches_serves_the_next() -> None:
     drafter = Halves([0] * 300)
-    model = Model(Timed({1: 1e-9, 8: 8e-9}), Silent(), lambda: drafter, eos=frozenset(), max_rows=1, adaptive=True)  # type: ignore[arg-type]
+    model = Model(
+        Timed({1: 1e-9, 8: 8e-9}),
+        Silent(),
+        lambda: drafter,
+        eos=frozenset(),
+        max_rows=1,
+        adaptive=True,
+    )  # type: ignore[arg-type]
     counts = []
     for _ in range(4):
         drafter.seen.clear()

@@ -50,10 +50,27 @@ from flashdraft.types import SamplingParams
 
 Groups = Mapping[str, Mapping[str, Tensor]]
 Save = Callable[[Path, int, Groups, Mapping[str, Any]], None]
-PROMPTS = ("hello there", "what is it", "a b c", "zebra", "Quick fox", "sing a song", "why?", "tell me")
+PROMPTS = (
+    "hello there",
+    "what is it",
+    "a b c",
+    "zebra",
+    "Quick fox",
+    "sing a song",
+    "why?",
+    "tell me",
+)
 HELD_OUT = PROMPTS[:1]
 SETTINGS = TrainConfig(
-    steps=20, sequences=4, anchors=6, lr=3e-3, vocab=0, precision="fp32", save_every=5, eval_every=100, weight_decay=0.1
+    steps=20,
+    sequences=4,
+    anchors=6,
+    lr=3e-3,
+    vocab=0,
+    precision="fp32",
+    save_every=5,
+    eval_every=100,
+    weight_decay=0.1,
 )
 
 
@@ -63,7 +80,9 @@ SETTINGS = TrainConfig(
 def forked(job: Callable[[], Any]) -> int:
     """A child that runs `job` and leaves without any of pytest's endings; returns its process id."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns where threads are about
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # Python 3.12 warns where threads are about
         child = os.fork()
     if child:
         return child
@@ -120,7 +139,10 @@ CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod",
 
 def groups_of(number: int) -> dict[str, dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(number)
-    return {name: {"w": torch.randn(size, generator=generator), "b": torch.ones(3)} for name, size in SIZES.items()}
+    return {
+        name: {"w": torch.randn(size, generator=generator), "b": torch.ones(3)}
+        for name, size in SIZES.items()
+    }
 
 
 def write(save: Save, folder: Path, step: int, number: int | None = None) -> None:
@@ -132,8 +154,17 @@ def write(save: Save, folder: Path, step: int, number: int | None = None) -> Non
 def holds(path: Path, number: int) -> bool:
     groups, state = load_checkpoint(path)
     wanted = groups_of(number)
-    same = all(torch.equal(tensor, wanted[name][key]) for name, tensors in groups.items() for key, tensor in tensors.items())
-    return same and groups.keys() == wanted.keys() and state["best"] == number / 7 and f"step-{state['step']:07d}" == path.name
+    same = all(
+        torch.equal(tensor, wanted[name][key])
+        for name, tensors in groups.items()
+        for key, tensor in tensors.items()
+    )
+    return (
+        same
+        and groups.keys() == wanted.keys()
+        and state["best"] == number / 7
+        and f"step-{state['step']:07d}" == path.name
+    )
 
 
 @pytest.fixture
@@ -175,13 +206,20 @@ def deaths(save: Save, before: Path, work: Path) -> list[str]:
         elif last.name == "step-0000008" and holds(last, 8):
             found.append("old")
         else:
-            found.append("new" if last.name == "step-0000012" and holds(last, 12) else f"{last.name} is a mixture")
+            found.append(
+                "new"
+                if last.name == "step-0000012" and holds(last, 12)
+                else f"{last.name} is a mixture"
+            )
         if code == 0:
             return found
         if save is save_checkpoint:
             after = 12 if found[-1] == "old" else 16
             write(save, work, after)
-            assert sorted(path.name for path in work.iterdir()) == [last.name if last else "", f"step-{after:07d}"]
+            assert sorted(path.name for path in work.iterdir()) == [
+                last.name if last else "",
+                f"step-{after:07d}",
+            ]
     raise AssertionError
 
 
@@ -191,7 +229,9 @@ def test_save_that_dies_at_any_operation_leaves_the_old_or_the_new(
     monkeypatch.setattr(files, "save_file", torn_save_file)
     found = deaths(save_checkpoint, before, tmp_path / "work")
     assert set(found) == {"old", "new"}
-    assert found == sorted(found, reverse=True)  # at one operation the new one takes the old one's place
+    assert found == sorted(
+        found, reverse=True
+    )  # at one operation the new one takes the old one's place
     assert len(found) > 30
 
 
@@ -205,7 +245,9 @@ def saved_in_its_place(folder: Path, step: int, groups: Groups, state: Mapping[s
     (final / "state.json").write_text(json.dumps({**state, "step": step, "files": sizes}))
 
 
-def saved_after_making_room(folder: Path, step: int, groups: Groups, state: Mapping[str, Any]) -> None:
+def saved_after_making_room(
+    folder: Path, step: int, groups: Groups, state: Mapping[str, Any]
+) -> None:
     """The planted fault: the older ones are removed first."""
     for path in folder.glob("step-*"):
         shutil.rmtree(path)
@@ -213,13 +255,18 @@ def saved_after_making_room(folder: Path, step: int, groups: Groups, state: Mapp
 
 
 @pytest.mark.parametrize(
-    ("wrong", "symptom"), [(saved_in_its_place, "is a mixture"), (saved_after_making_room, "nothing is left")]
+    ("wrong", "symptom"),
+    [(saved_in_its_place, "is a mixture"), (saved_after_making_room, "nothing is left")],
 )
-def test_planted_wrong_save_is_caught(before: Path, tmp_path: Path, wrong: Save, symptom: str) -> None:
+def test_planted_wrong_save_is_caught(
+    before: Path, tmp_path: Path, wrong: Save, symptom: str
+) -> None:
     assert any(symptom in text for text in deaths(wrong, before, tmp_path / "work"))
 
 
-def test_save_killed_at_thirty_random_moments_loses_nothing_that_was_finished(tmp_path: Path) -> None:
+def test_save_killed_at_thirty_random_moments_loses_nothing_that_was_finished(
+    tmp_path: Path,
+) -> None:
     chance, busy = random.Random(0), 0
     folder = tmp_path / "checkpoints"
     for _ in range(30):
@@ -258,7 +305,9 @@ def is_synced(monkeypatch: pytest.MonkeyPatch, folder: Path) -> bool:
 
     def judging(old: Any, new: Any) -> None:
         if Path(new).name.startswith("step-"):
-            verdicts.append({path.stat().st_ino for path in (Path(old), *Path(old).iterdir())} <= synced)
+            verdicts.append(
+                {path.stat().st_ino for path in (Path(old), *Path(old).iterdir())} <= synced
+            )
             synced.clear()
         move(old, new)
 
@@ -269,13 +318,19 @@ def is_synced(monkeypatch: pytest.MonkeyPatch, folder: Path) -> bool:
     return verdicts == [True] and folder.stat().st_ino in synced
 
 
-def test_checkpoint_is_on_the_disk_before_its_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoint_is_on_the_disk_before_its_name_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert is_synced(monkeypatch, tmp_path / "a")
     with monkeypatch.context() as patch:
         patch.setattr(config_module, "_sync", lambda _: None)
         assert not is_synced(monkeypatch, tmp_path / "b")
     with monkeypatch.context() as patch:
-        patch.setattr(config_module, "write_tensors", lambda path, tensors: safetensors.torch.save_file(tensors, path))
+        patch.setattr(
+            config_module,
+            "write_tensors",
+            lambda path, tensors: safetensors.torch.save_file(tensors, path),
+        )
         assert not is_synced(monkeypatch, tmp_path / "c")
 
 
@@ -329,7 +384,16 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = []
     for n, prompt in enumerate(PROMPTS):
         tokens = [chance.randrange(3, MASK) for _ in range(5 + 3 * n)]
-        rows.append({"source": "toy", "row": n, "prompt": prompt, "response": "", "tokens": tokens, "finish": "length"})
+        rows.append(
+            {
+                "source": "toy",
+                "row": n,
+                "prompt": prompt,
+                "response": "",
+                "tokens": tokens,
+                "finish": "length",
+            }
+        )
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -346,10 +410,19 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer_module, "_MEASURED", SamplingParams(max_new_tokens=8))
 
 
-def new_trainer(data: FeatureSet, out: Path, *, seed: int = 0, head: tuple[str, int] | None = None, **changes: Any) -> Trainer:
+def new_trainer(
+    data: FeatureSet,
+    out: Path,
+    *,
+    seed: int = 0,
+    head: tuple[str, int] | None = None,
+    **changes: Any,
+) -> Trainer:
     lm = language_model()
     config = draft_config(lm.target, num_layers=1, block_size=4, num_features=1, mask_token_id=MASK)
-    return Trainer(random_weights(config, seed), lm, data, out, replace(SETTINGS, **changes), head=head)
+    return Trainer(
+        random_weights(config, seed), lm, data, out, replace(SETTINGS, **changes), head=head
+    )
 
 
 def in_step(trainer: Trainer, step: int, action: Callable[[], Any]) -> Trainer:
@@ -383,7 +456,10 @@ def equal(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
 
 def metrics(out: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "positions_per_second"} for row in rows]
+    return [
+        {name: value for name, value in row.items() if name != "positions_per_second"}
+        for row in rows
+    ]
 
 
 def left(out: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any], list[dict[str, Any]]]:
@@ -395,11 +471,17 @@ def left(out: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any], list[
 
 def same_end(first: Path, second: Path) -> bool:
     (groups, *rest), (others, *other_rest) = left(first), left(second)
-    return groups.keys() == others.keys() and all(equal(groups[n], others[n]) for n in groups) and rest == other_rest
+    return (
+        groups.keys() == others.keys()
+        and all(equal(groups[n], others[n]) for n in groups)
+        and rest == other_rest
+    )
 
 
 def files_of(out: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()
+    }
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -420,7 +502,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, data: FeatureSet) -> U
 
     def run(variant: str) -> tuple[Path, list[int]]:
         if variant not in made:
-            trainer, order = watched(new_trainer(data, tmp_path_factory.mktemp(variant), **VARIANTS[variant]))
+            trainer, order = watched(
+                new_trainer(data, tmp_path_factory.mktemp(variant), **VARIANTS[variant])
+            )
             trainer.run(HELD_OUT, quiet=True)
             made[variant] = trainer.out, order
         return made[variant]
@@ -436,7 +520,9 @@ def watched(trainer: Trainer) -> tuple[Trainer, list[int]]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_ten_steps_and_ten_more_are_twenty(tmp_path: Path, data: FeatureSet, undisturbed: Undisturbed, variant: str) -> None:
+def test_ten_steps_and_ten_more_are_twenty(
+    tmp_path: Path, data: FeatureSet, undisturbed: Undisturbed, variant: str
+) -> None:
     whole, whole_order = undisturbed(variant)
     trainer, order = watched(in_step(new_trainer(data, tmp_path, **VARIANTS[variant]), 10, unplug))
     with pytest.raises(Unplugged):
@@ -455,13 +541,17 @@ def test_run_stopped_before_its_first_checkpoint_begins_again_alike(
     tmp_path: Path, data: FeatureSet, undisturbed: Undisturbed, variant: str
 ) -> None:
     with pytest.raises(Unplugged):
-        in_step(new_trainer(data, tmp_path, **VARIANTS[variant]), 3, unplug).run(HELD_OUT, quiet=True)
+        in_step(new_trainer(data, tmp_path, **VARIANTS[variant]), 3, unplug).run(
+            HELD_OUT, quiet=True
+        )
     torch.rand(17)
     new_trainer(data, tmp_path, **VARIANTS[variant]).run(HELD_OUT, quiet=True)
     assert same_end(tmp_path, undisturbed(variant)[0])
 
 
-def test_run_resumed_without_its_average_is_caught(tmp_path: Path, data: FeatureSet, undisturbed: Undisturbed) -> None:
+def test_run_resumed_without_its_average_is_caught(
+    tmp_path: Path, data: FeatureSet, undisturbed: Undisturbed
+) -> None:
     with pytest.raises(Unplugged):
         in_step(new_trainer(data, tmp_path, ema=0.9), 10, unplug).run(HELD_OUT, quiet=True)
     resumed = new_trainer(data, tmp_path, ema=0.9)
@@ -474,15 +564,24 @@ def pickles(out: Path) -> list[str]:
     """Files that are neither tensors nor text nor tensorboard's, by their names, and pickles by their first bytes."""
     known = (".safetensors", ".json", ".jsonl", ".md")
     odd = [n for n in files_of(out) if not n.endswith(known) and not n.startswith("tensorboard/")]
-    return odd + [n for n, content in files_of(out).items() if content[:2] == b"PK" or re.match(rb"\x80[\x00-\x05]", content)]
+    return odd + [
+        n
+        for n, content in files_of(out).items()
+        if content[:2] == b"PK" or re.match(rb"\x80[\x00-\x05]", content)
+    ]
 
 
-def test_run_leaves_tensors_in_safetensors_and_no_pickle(tmp_path: Path, undisturbed: Undisturbed) -> None:
+def test_run_leaves_tensors_in_safetensors_and_no_pickle(
+    tmp_path: Path, undisturbed: Undisturbed
+) -> None:
     out, _ = undisturbed("swiglu")
     assert pickles(out) == []
     last = last_checkpoint(out / "checkpoints")
     assert last is not None
-    assert sorted(path.name for path in last.iterdir()) == [*(f"{n}.safetensors" for n in sorted(SIZES)), "state.json"]
+    assert sorted(path.name for path in last.iterdir()) == [
+        *(f"{n}.safetensors" for n in sorted(SIZES)),
+        "state.json",
+    ]
     groups, state = load_checkpoint(last)
     moments = {name.rpartition(".")[2] for name in groups["optimizer"]}
     assert moments == {"exp_avg", "exp_avg_sq", "step"}
@@ -507,7 +606,13 @@ def test_run_goes_on_from_the_last_whole_checkpoint(
 
 
 def test_run_killed_ten_times_ends_with_the_same_bits(tmp_path: Path, data: FeatureSet) -> None:
-    settings: dict[str, Any] = {"steps": 60, "save_every": 2, "eval_every": 25, "sequences": 2, "ema": 0.5}
+    settings: dict[str, Any] = {
+        "steps": 60,
+        "save_every": 2,
+        "eval_every": 25,
+        "sequences": 2,
+        "ema": 0.5,
+    }
     chance, kills, lives = random.Random(0), 0, []
 
     def living(out: BinaryIO) -> None:
@@ -591,19 +696,28 @@ class Poisoned(FeatureSet):
 
     def __getitem__(self, i: int) -> Sample:
         sample = super().__getitem__(i)
-        return replace(sample, features=sample.features * math.nan) if i == self.poisoned else sample
+        return (
+            replace(sample, features=sample.features * math.nan) if i == self.poisoned else sample
+        )
 
 
 @pytest.mark.parametrize("variant", ["plain", "accumulate", "swiglu", "dpace"])
-def test_loss_that_is_no_number_names_its_step_and_only_its_sample(tmp_path: Path, data: FeatureSet, variant: str) -> None:
-    trainer = new_trainer(Poisoned(data.folder), tmp_path, save_every=1, seed=0, **VARIANTS[variant])
+def test_loss_that_is_no_number_names_its_step_and_only_its_sample(
+    tmp_path: Path, data: FeatureSet, variant: str
+) -> None:
+    trainer = new_trainer(
+        Poisoned(data.folder), tmp_path, save_every=1, seed=0, **VARIANTS[variant]
+    )
     step = next(n for n in itertools.count() if trainer._place(n) == Poisoned.poisoned) // 4
     kept: dict[str, bytes] = {}
     in_step(trainer, step, lambda: kept.update(files_of(tmp_path)))
     with pytest.raises(FlashDraftError) as error:
         trainer.run(HELD_OUT, quiet=True)
     message, hint = str(error.value).split("\n")
-    assert f"the loss is nan at step {step}, in sample {data.index[Poisoned.poisoned][1]} of " in message
+    assert (
+        f"the loss is nan at step {step}, in sample {data.index[Poisoned.poisoned][1]} of "
+        in message
+    )
     assert message.count("sample") == 1
     assert hint.startswith("hint: look at that data")
     after = files_of(tmp_path)
@@ -614,26 +728,39 @@ def test_loss_that_is_no_number_names_its_step_and_only_its_sample(tmp_path: Pat
     assert all(torch.isfinite(tensor).all() for tensor in weights(trainer).values())
 
 
-def test_gradient_that_is_no_number_names_its_step_and_overwrites_nothing(tmp_path: Path, data: FeatureSet) -> None:
+def test_gradient_that_is_no_number_names_its_step_and_overwrites_nothing(
+    tmp_path: Path, data: FeatureSet
+) -> None:
     trainer = new_trainer(data, tmp_path, save_every=2, ema=0.9)
-    trainer.model.fc.weight.register_hook(lambda gradient: gradient * math.nan if trainer.step == 7 else gradient)
+    trainer.model.fc.weight.register_hook(
+        lambda gradient: gradient * math.nan if trainer.step == 7 else gradient
+    )
     with pytest.raises(FlashDraftError) as error:
         trainer.run(HELD_OUT, quiet=True)
     message, _ = str(error.value).split("\n")
     assert "the gradient's norm is nan at step 7, in sample" in message
     assert left(tmp_path)[1]["step"] == 6
-    assert all(torch.isfinite(tensor).all() for tensor in (*weights(trainer).values(), *trainer.average.values()))
+    assert all(
+        torch.isfinite(tensor).all()
+        for tensor in (*weights(trainer).values(), *trainer.average.values())
+    )
     assert len(metrics(tmp_path)) == 7
 
 
 # Micro-batches, and the moving average.
 
 
-@pytest.mark.parametrize("changes", [{}, {"weights": "dpace"}, {"head": ("swiglu", 4)}], ids=["decay", "dpace", "swiglu"])
-def test_micro_batches_join_to_the_whole_batch(tmp_path: Path, data: FeatureSet, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "changes", [{}, {"weights": "dpace"}, {"head": ("swiglu", 4)}], ids=["decay", "dpace", "swiglu"]
+)
+def test_micro_batches_join_to_the_whole_batch(
+    tmp_path: Path, data: FeatureSet, changes: dict[str, Any]
+) -> None:
     runs = []
     for name, accumulate, sequences in (("two", 2, 3), ("one", 1, 6)):
-        trainer = new_trainer(data, tmp_path / name, accumulate=accumulate, sequences=sequences, **changes)
+        trainer = new_trainer(
+            data, tmp_path / name, accumulate=accumulate, sequences=sequences, **changes
+        )
         runs.append([trainer.train_step() for _ in range(6)])
     for two, one in zip(*runs, strict=True):
         assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
@@ -663,7 +790,9 @@ def test_kept_weights_are_the_moving_average(tmp_path: Path, data: FeatureSet) -
         torch.testing.assert_close(groups["average"][name].double(), tensor, atol=1e-6, rtol=1e-5)
         assert torch.equal(best[name], groups["average"][name].bfloat16().float())
     assert not equal(groups["average"], weights(trainer))
-    assert equal(groups["model"], {f"model.{name}": tensor for name, tensor in weights(trainer).items()})
+    assert equal(
+        groups["model"], {f"model.{name}": tensor for name, tensor in weights(trainer).items()}
+    )
 
 
 # The command line: full disks and bad data.
@@ -686,7 +815,9 @@ def shop(tmp_path_factory: pytest.TempPathFactory, answers: Path) -> Path:
 
 
 @pytest.fixture
-def run(shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(
+    shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Run:
     """Run a command line in a folder of its own that holds the shop's files; `T` is the target."""
     monkeypatch.setenv("NO_COLOR", "1")
     for path in shop.iterdir():
@@ -714,7 +845,9 @@ def said(got: tuple[int, str, str]) -> tuple[str, str]:
 
 FULL: dict[str, Callable[[], Exception]] = {
     "oserror": lambda: OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
-    "safetensors": lambda: SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    "safetensors": lambda: SafetensorError(
+        "Error while serializing: I/O error: No space left on device (os error 28)"
+    ),
 }
 
 
@@ -725,7 +858,11 @@ def fill_disk(patch: pytest.MonkeyPatch, name: str, error: Callable[[], Exceptio
 
     def full(path: Any) -> bool:
         here = (".tmp-save" if place == "" else f"/{place}/") in str(Path(path).absolute())
-        return here and Path(path).name == name and last_checkpoint(Path("run/checkpoints")) is not None
+        return (
+            here
+            and Path(path).name == name
+            and last_checkpoint(Path("run/checkpoints")) is not None
+        )
 
     def save_file(tensors: Any, path: Any, metadata: Any = None) -> None:
         real["checkpoint"](tensors, path, metadata=metadata)
@@ -750,7 +887,10 @@ def fill_disk(patch: pytest.MonkeyPatch, name: str, error: Callable[[], Exceptio
     patch.setattr(Trainer, "_log", logged)
 
 
-PLACES = [*((f"{name}.safetensors", kind) for name in SIZES for kind in FULL), ("state.json", "oserror")]
+PLACES = [
+    *((f"{name}.safetensors", kind) for name in SIZES for kind in FULL),
+    ("state.json", "oserror"),
+]
 PLACES += [("best/model.safetensors", kind) for kind in FULL] + [("metrics.jsonl", "oserror")]
 
 
@@ -763,7 +903,9 @@ def test_full_disk_is_one_line_and_the_last_checkpoint_is_kept_and_named(
         fill_disk(patch, name, FULL[kind])
         error, hint = said(run(line))
     assert "the disk is full: " in error
-    assert ("run/checkpoints/step-0000004" if "/" not in name and name != "metrics.jsonl" else "run`") in error
+    assert (
+        "run/checkpoints/step-0000004" if "/" not in name and name != "metrics.jsonl" else "run`"
+    ) in error
     assert "make room" in hint
     assert "step-0000002" in hint
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-0000002"]
@@ -774,7 +916,9 @@ def test_full_disk_is_one_line_and_the_last_checkpoint_is_kept_and_named(
         assert same_end(tmp_path / "run", tmp_path / "whole")
 
 
-def test_another_trouble_of_the_disk_is_not_called_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_trouble_of_the_disk_is_not_called_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refused(*_: Any) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
@@ -797,8 +941,12 @@ def test_file_without_answers_is_named(run: Run, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("wrong", ['{"prompt": "a", ', "[]", '{"prompt": "a"}'], ids=["cut", "no-object", "no-response"])
-def test_bad_line_of_a_file_with_answers_is_left_out_and_named(run: Run, tmp_path: Path, answers: Path, wrong: str) -> None:
+@pytest.mark.parametrize(
+    "wrong", ['{"prompt": "a", ', "[]", '{"prompt": "a"}'], ids=["cut", "no-object", "no-response"]
+)
+def test_bad_line_of_a_file_with_answers_is_left_out_and_named(
+    run: Run, tmp_path: Path, answers: Path, wrong: str
+) -> None:
     lines = (answers.read_text().splitlines() * 3)[:20]
     lines[16] = wrong
     (tmp_path / "bad.jsonl").write_text("".join(line + "\n" for line in lines))
@@ -807,7 +955,10 @@ def test_bad_line_of_a_file_with_answers_is_left_out_and_named(run: Run, tmp_pat
     assert status == 0
     assert "bad.jsonl, line 17" in err
     assert files_of(tmp_path / "feats") == finished
-    assert run("features answers.jsonl --out feats --target T --num-features 1")[:2] == (0, "1 shards in feats\n")
+    assert run("features answers.jsonl --out feats --target T --num-features 1")[:2] == (
+        0,
+        "1 shards in feats\n",
+    )
 
 
 def test_bad_line_of_a_prompt_file_costs_no_answer(run: Run, tmp_path: Path) -> None:
@@ -816,7 +967,9 @@ def test_bad_line_of_a_prompt_file_costs_no_answer(run: Run, tmp_path: Path) -> 
     line = "regenerate prompts.jsonl --out out.jsonl --target T --max-new-tokens 4"
     assert run(f"{line} --limit 6")[1] == "6 new answers in out.jsonl\n"
     finished = (tmp_path / "out.jsonl").read_bytes()
-    (tmp_path / "prompts.jsonl").write_text("".join(row + "\n" for row in [*rows[:16], rows[16][:-9], *rows[17:]]))
+    (tmp_path / "prompts.jsonl").write_text(
+        "".join(row + "\n" for row in [*rows[:16], rows[16][:-9], *rows[17:]])
+    )
     status, out, err = run(line)
     assert (status, out) == (0, "13 new answers in out.jsonl\n")
     assert "prompts.jsonl, line 17" in err
@@ -824,7 +977,9 @@ def test_bad_line_of_a_prompt_file_costs_no_answer(run: Run, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("damage", ["is gone", "has "])
-def test_vanished_shard_is_found_before_the_first_step(run: Run, tmp_path: Path, damage: str) -> None:
+def test_vanished_shard_is_found_before_the_first_step(
+    run: Run, tmp_path: Path, damage: str
+) -> None:
     line = f"train feats --out run {TRAIN} --save-every 1 --eval-every 100 --sequences 2 --steps"
     assert run(f"{line} 2")[0] == 0
     finished = files_of(tmp_path / "run")
@@ -843,11 +998,17 @@ def test_vanished_shard_is_found_before_the_first_step(run: Run, tmp_path: Path,
 def test_network_or_features_of_another_target_are_named(run: Run, tmp_path: Path) -> None:
     lm = language_model()
     config = draft_config(lm.target, num_layers=1, block_size=4, num_features=1, mask_token_id=MASK)
-    random_weights(replace(config, hidden_size=64, head_dim=16), 0).save_pretrained(tmp_path / "wide")
-    error, hint = said(run(f"train feats --out run {TRAIN.replace('--init random', '--init-from wide')}"))
+    random_weights(replace(config, hidden_size=64, head_dim=16), 0).save_pretrained(
+        tmp_path / "wide"
+    )
+    error, hint = said(
+        run(f"train feats --out run {TRAIN.replace('--init random', '--init-from wide')}")
+    )
     assert "64 wide, these 32" in error
     assert "--init target" in hint
-    write_features(lm, [tmp_path / "answers.jsonl"], tmp_path / "other", layers=(1,), max_length=64, quiet=True)
+    write_features(
+        lm, [tmp_path / "answers.jsonl"], tmp_path / "other", layers=(1,), max_length=64, quiet=True
+    )
     error, hint = said(run(f"train other --out run {TRAIN}"))
     assert "`other` holds layers (1,), the drafter reads (2,)" in error
     assert "flashdraft features" in hint
@@ -856,8 +1017,12 @@ def test_network_or_features_of_another_target_are_named(run: Run, tmp_path: Pat
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_command_that_is_told_to_stop_leaves_with_the_signals_code(run: Run, tmp_path: Path, number: int) -> None:
-    line = f"train feats --out run {TRAIN} --steps 4 --save-every 100 --eval-every 100 --sequences 2"
+def test_command_that_is_told_to_stop_leaves_with_the_signals_code(
+    run: Run, tmp_path: Path, number: int
+) -> None:
+    line = (
+        f"train feats --out run {TRAIN} --steps 4 --save-every 100 --eval-every 100 --sequences 2"
+    )
     train_step = Trainer.train_step
 
     def interrupted(self: Trainer) -> dict[str, Any]:
@@ -870,7 +1035,9 @@ def test_command_that_is_told_to_stop_leaves_with_the_signals_code(run: Run, tmp
         with pytest.raises(SystemExit) as left_with:
             run(line)
     assert left_with.value.code == 128 + number
-    assert last_checkpoint(tmp_path / "run/checkpoints") == tmp_path / "run/checkpoints/step-0000002"
+    assert (
+        last_checkpoint(tmp_path / "run/checkpoints") == tmp_path / "run/checkpoints/step-0000002"
+    )
     assert run(line)[0] == 0
     assert run(line.replace("--out run", "--out whole"))[0] == 0
     assert same_end(tmp_path / "run", tmp_path / "whole")
@@ -901,7 +1068,12 @@ def together(job: Callable[[int], Any], *, fsdp: bool = False) -> list[int]:
     accelerate shards (FSDP2) on accelerators only: there the CPU is passed off as one, by recipes/accelerate/fsdp2.yaml's
     settings.
     """
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
     shared |= {"OMP_NUM_THREADS": "1"} | (FSDP2 if fsdp else {"ACCELERATE_USE_CPU": "true"})
 
     def member(rank: int) -> None:
@@ -912,7 +1084,10 @@ def together(job: Callable[[int], Any], *, fsdp: bool = False) -> list[int]:
         os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(rank))
         state.AcceleratorState._reset_state(reset_partial_state=True)
         if fsdp:
-            state.PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+            state.PartialState._prepare_backend = lambda *_, **__: (
+                "gloo",
+                DistributedType.MULTI_GPU,
+            )
         assert trainer_module.process_device().type == "cpu"
         job(rank)
 
@@ -925,7 +1100,9 @@ def near(first: Path, second: Path) -> None:
     for row, other in zip(rows, other_rows, strict=True):
         assert row["loss"] == pytest.approx(other["loss"], abs=1e-5)
         assert row["norm"] == pytest.approx(other["norm"], rel=1e-4)
-        assert [row[name] for name in ("step", "positions", "accuracy")] == [other[n] for n in ("step", "positions", "accuracy")]
+        assert [row[name] for name in ("step", "positions", "accuracy")] == [
+            other[n] for n in ("step", "positions", "accuracy")
+        ]
     assert groups.keys() == others.keys()
     for name in groups.keys() - {"optimizer"}:
         for key, tensor in groups[name].items():
@@ -933,19 +1110,29 @@ def near(first: Path, second: Path) -> None:
     assert groups["optimizer"].keys() == others["optimizer"].keys()
 
 
-SPREAD: dict[str, dict[str, Any]] = {"ddp": {"weights": "dpace", "head": ("swiglu", 4)}, "fsdp2": {"ema": 0.9}}
+SPREAD: dict[str, dict[str, Any]] = {
+    "ddp": {"weights": "dpace", "head": ("swiglu", 4)},
+    "fsdp2": {"ema": 0.9},
+}
 
 
 @pytest.mark.parametrize("kind", SPREAD)
-def test_two_processes_are_one_with_two_micro_batches(tmp_path: Path, data: FeatureSet, kind: str) -> None:
+def test_two_processes_are_one_with_two_micro_batches(
+    tmp_path: Path, data: FeatureSet, kind: str
+) -> None:
     """One of the two is told to stop, both do, and the run goes on in two processes."""
     settings: dict[str, Any] = {"steps": 12, "sequences": 3, **SPREAD[kind]}
 
     def job(rank: int, name: str, stop: int | None) -> None:
-        seed = rank if kind == "ddp" else 0  # the first one's weights are everybody's; FSDP2 has every one bring its part
+        seed = (
+            rank if kind == "ddp" else 0
+        )  # the first one's weights are everybody's; FSDP2 has every one bring its part
         trainer = new_trainer(data, tmp_path / name, seed=seed, **settings)
         kinds = {type(parameter).__name__ for parameter in trainer.model.parameters()}
-        assert (trainer.acc.num_processes, kinds) == (2, {"DTensor" if kind == "fsdp2" else "Parameter"})
+        assert (trainer.acc.num_processes, kinds) == (
+            2,
+            {"DTensor" if kind == "fsdp2" else "Parameter"},
+        )
         if rank == 1 and stop is not None:
             in_step(trainer, stop, lambda: os.kill(os.getpid(), signal.SIGTERM))
         trainer.run(HELD_OUT, quiet=True)
@@ -958,10 +1145,24 @@ def test_two_processes_are_one_with_two_micro_batches(tmp_path: Path, data: Feat
     near(tmp_path / "two", tmp_path / "one")
 
 
-def test_accelerate_launch_of_two_processes_is_one_with_accumulate_2(run: Run, shop: Path, tmp_path: Path) -> None:
+def test_accelerate_launch_of_two_processes_is_one_with_accumulate_2(
+    run: Run, shop: Path, tmp_path: Path
+) -> None:
     line = f"train feats --out {{}} {TRAIN} --steps 6 --save-every 3 --eval-every 100 --sequences 2"
-    words = [str(shop / "target") if word == "T" else word for word in shlex.split(line.format("two"))]
-    launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    words = [
+        str(shop / "target") if word == "T" else word for word in shlex.split(line.format("two"))
+    ]
+    launch = [
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
     launch += ["--main_process_port", str(free_port()), "-m", "flashdraft", *words]
     done = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", *launch],

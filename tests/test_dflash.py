@@ -31,7 +31,10 @@ from flashdraft.types import Proposal, Rows, SamplingParams
 
 BLOCK = 4
 FEATURES = (1, 2)
-WINDOWED: dict[str, Any] = {"layer_types": ("sliding_attention", "full_attention"), "sliding_window": 8}
+WINDOWED: dict[str, Any] = {
+    "layer_types": ("sliding_attention", "full_attention"),
+    "sliding_window": 8,
+}
 PROMPTS = ((5, 9, 31), tuple(range(3, 40)), (7, 7, 12, 50, 3, 22, 17, 8, 40, 41, 9), (33,))
 GREEDY = SamplingParams(max_new_tokens=30, ignore_eos=True)
 
@@ -42,7 +45,9 @@ def the_target() -> Target:
 
 def the_model(seed: int = 0, **changes: Any) -> DFlashDraftModel:
     """A random network whose drafts depend on everything it reads; `changes` are fields of its DraftConfig."""
-    config = replace(DraftConfig.from_json(ZLAB, "here"), rope_parameters={"rope_theta": 1000.0}, **changes)
+    config = replace(
+        DraftConfig.from_json(ZLAB, "here"), rope_parameters={"rope_theta": 1000.0}, **changes
+    )
     model = DFlashDraftModel(config)
     model.load_state_dict({name: t.float() for name, t in zlab_tensors(seed=seed).items()})
     return model.eval()
@@ -91,7 +96,9 @@ def attended(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
     return torch.cat(outputs, dim=1)
 
 
-def what_is_seen(config: DraftConfig, layer: int, num_context: int, size: int, fault: str) -> Tensor:
+def what_is_seen(
+    config: DraftConfig, layer: int, num_context: int, size: int, fault: str
+) -> Tensor:
     """[block rows, context and block], position by position."""
     seen = torch.zeros(size, num_context + size, dtype=torch.bool)
     sliding = bool(config.layer_types) and config.layer_types[layer] == "sliding_attention"
@@ -119,7 +126,12 @@ def what_is_seen(config: DraftConfig, layer: int, num_context: int, size: int, f
 
 
 def reference(
-    model: DFlashDraftModel, features: Tensor, anchor: int, size: int, fault: str = "", thetas: Sequence[float] = (1000.0,)
+    model: DFlashDraftModel,
+    features: Tensor,
+    anchor: int,
+    size: int,
+    fault: str = "",
+    thetas: Sequence[float] = (1000.0,),
 ) -> Tensor:
     """Normed states [size - 1, hidden] of the masked rows. features: [n, F * hidden] of the tokens before the anchor, and of
     the anchor in the last row, which only one of the faults reads."""
@@ -130,7 +142,10 @@ def reference(
     context = features @ w["fc.weight"].T
     context = context if fault == FAULTS[7] else rms(context, w["hidden_norm.weight"])
     block = list(range(at, at + size)) if fault != FAULTS[2] else list(range(at + 1, at + 1 + size))
-    x = target.embed(torch.tensor([anchor] + [config.mask_token_id] * (size - 1))) * config.input_embedding_scale
+    x = (
+        target.embed(torch.tensor([anchor] + [config.mask_token_id] * (size - 1)))
+        * config.input_embedding_scale
+    )
     for n in range(config.num_hidden_layers):
         p, theta = f"layers.{n}.", thetas[n % len(thetas)]
 
@@ -156,33 +171,53 @@ def reference(
 def features_of(history: Sequence[int], layers: Sequence[int] = FEATURES) -> Tensor:
     """The target's features of every token, [n, F * hidden]."""
     target = the_target()
-    _, features = target.prefill(target.new_cache(1, len(history)), 0, torch.tensor(history), layers)
+    _, features = target.prefill(
+        target.new_cache(1, len(history)), 0, torch.tensor(history), layers
+    )
     assert features is not None
     return features
 
 
 def rows_of(histories: Sequence[Sequence[int]], slots: Sequence[int] | None = None) -> Rows:
     count = len(histories)
-    return Rows(list(slots or range(count)), [list(h) for h in histories], [SamplingParams()] * count, [1] * count)
+    return Rows(
+        list(slots or range(count)),
+        [list(h) for h in histories],
+        [SamplingParams()] * count,
+        [1] * count,
+    )
 
 
-def observed(drafter: DFlashDrafter, histories: Sequence[Sequence[int]], *, pieces: int = 3) -> Rows:
+def observed(
+    drafter: DFlashDrafter, histories: Sequence[Sequence[int]], *, pieces: int = 3
+) -> Rows:
     """Let the drafter observe every token before the anchors, in pieces of different sizes; returns the rows."""
     rows = rows_of(histories)
     features = [features_of(history) for history in histories]
     for piece in range(pieces):
-        ends = [(len(h) - 1) * piece // pieces for h in histories], [(len(h) - 1) * (piece + 1) // pieces for h in histories]
+        ends = (
+            [(len(h) - 1) * piece // pieces for h in histories],
+            [(len(h) - 1) * (piece + 1) // pieces for h in histories],
+        )
         parts = [slice(first, last) for first, last in zip(*ends, strict=True)]
-        tokens = [torch.tensor(h, dtype=torch.long)[part] for h, part in zip(histories, parts, strict=True)]
+        tokens = [
+            torch.tensor(h, dtype=torch.long)[part]
+            for h, part in zip(histories, parts, strict=True)
+        ]
         drafter.observe(rows, tokens, [f[part] for f, part in zip(features, parts, strict=True)])
     return rows
 
 
-def states_and_tokens(drafter: DFlashDrafter, rows: Rows, max_nodes: int = 99) -> tuple[Tensor, Proposal]:
+def states_and_tokens(
+    drafter: DFlashDrafter, rows: Rows, max_nodes: int = 99
+) -> tuple[Tensor, Proposal]:
     """What the packed path hands to the lm_head, [rows, size - 1, hidden], and what it proposes."""
     network, caught = drafter.network, []
     scored = network.scored
-    network.scored = lambda hidden, *rest: (caught.append(hidden.flatten(0, 1)), scored(hidden, *rest))[1]  # type: ignore[method-assign]
+    network.scored = lambda hidden, *rest: (
+        caught.append(hidden.flatten(0, 1)),
+        scored(hidden, *rest),
+    )[1]  # type: ignore[method-assign]
     proposal = drafter.propose(rows, max_nodes)
     network.scored = scored  # type: ignore[method-assign]
     return caught[0].view(len(rows), -1, caught[0].shape[-1]), proposal
@@ -199,7 +234,9 @@ def far_from(got: Tensor, expected: Tensor) -> bool:
 
 
 def assert_same_states(got: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-3)  # the network's rotary table is made in float32
+    torch.testing.assert_close(
+        got, expected, rtol=0, atol=1e-3
+    )  # the network's rotary table is made in float32
 
 
 # (a) The definition.
@@ -211,10 +248,15 @@ def test_a_tree_holds_the_chain_and_every_smaller_tree() -> None:
         drafter.tree_nodes = tree_nodes
         return drafter.propose(observed(drafter, [[5, 6, 7, 8], [9, 10, 11]]), max_nodes)
 
-    chained, whole = proposed(None), proposed(1 + 8 + 8**2 + 8**3)  # all of three positions of eight tokens
+    chained, whole = (
+        proposed(None),
+        proposed(1 + 8 + 8**2 + 8**3),
+    )  # all of three positions of eight tokens
     check(whole)
     assert whole.sizes.tolist() == [585, 585]
-    for row, (tokens, parents) in enumerate(zip(whole.tokens.tolist(), whole.parents.tolist(), strict=True)):
+    for row, (tokens, parents) in enumerate(
+        zip(whole.tokens.tolist(), whole.parents.tolist(), strict=True)
+    ):
         paths: list[tuple[int, ...]] = [()]
         for node in range(1, len(tokens)):
             paths.append((*paths[parents[node]], tokens[node]))
@@ -257,11 +299,17 @@ def test_plain_module_equals_the_definition(changes: dict[str, Any]) -> None:
         features, at = features_of(history), len(history) - 1
         double = the_model(**changes).double()
 
-        def attend(layer: int, q: Tensor, context_kv: Any, block_kv: Any, num_context: int = at) -> Tensor:
+        def attend(
+            layer: int, q: Tensor, context_kv: Any, block_kv: Any, num_context: int = at
+        ) -> Tensor:
             keys, values = (torch.cat(pair) for pair in zip(context_kv, block_kv, strict=True))
-            return attended(q, keys, values, what_is_seen(model.config, layer, num_context, BLOCK, ""))
+            return attended(
+                q, keys, values, what_is_seen(model.config, layer, num_context, BLOCK, "")
+            )
 
-        block = the_target().embed(torch.tensor([history[-1]] + [model.config.mask_token_id] * (BLOCK - 1)))
+        block = the_target().embed(
+            torch.tensor([history[-1]] + [model.config.mask_token_id] * (BLOCK - 1))
+        )
         positions = torch.arange(at), torch.arange(at, at + BLOCK)
         with torch.no_grad():
             states = double(double.context(features[:at]), block, positions, attend)
@@ -278,7 +326,11 @@ def test_context_at_the_first_positions_counts() -> None:
 
 # (d') Sliding-window layers: causal inside the block, and windowed.
 
-WINDOW_FAULTS = ("sliding layers see everything", "the window is one wider", "sliding layers see the whole block")
+WINDOW_FAULTS = (
+    "sliding layers see everything",
+    "the window is one wider",
+    "sliding layers see the whole block",
+)
 
 
 def test_sliding_layers_equal_the_definition() -> None:
@@ -301,7 +353,11 @@ def test_planted_window_fault_changes_states(fault: str) -> None:
 def test_window_of_all_layers_forgets_what_is_older() -> None:
     changes = {"layer_types": ("sliding_attention",) * 2, "sliding_window": 8}
     history, proposals = PROMPTS[1], {}
-    for changed in (None, 0, len(history) - 3):  # nothing; a feature far outside the window; one inside it
+    for changed in (
+        None,
+        0,
+        len(history) - 3,
+    ):  # nothing; a feature far outside the window; one inside it
         drafter, features = new_drafter(**changes), features_of(history).clone()
         if changed is not None:
             features[changed] += 10.0
@@ -319,8 +375,15 @@ def requests(prompts: Sequence[Sequence[int]], params: SamplingParams = GREEDY) 
 
 
 @cache
-def plain_texts(prompts: tuple[tuple[int, ...], ...], params: SamplingParams = GREEDY) -> list[tuple[int, ...]]:
-    return [result.tokens for result in run(Engine(the_target(), Autoregressive(), max_rows=1), requests(prompts, params))]
+def plain_texts(
+    prompts: tuple[tuple[int, ...], ...], params: SamplingParams = GREEDY
+) -> list[tuple[int, ...]]:
+    return [
+        result.tokens
+        for result in run(
+            Engine(the_target(), Autoregressive(), max_rows=1), requests(prompts, params)
+        )
+    ]
 
 
 class Led(DFlashDrafter):
@@ -381,7 +444,9 @@ def trace_of_rejected_drafts(engine: Engine, drafter: DFlashDrafter) -> float:
         if drafter.cache.lengths[slot] != n or fresh.cache.lengths[0] != n:
             return math.inf
         for got, expected in zip(
-            (*drafter.cache.keys, *drafter.cache.values), (*fresh.cache.keys, *fresh.cache.values), strict=True
+            (*drafter.cache.keys, *drafter.cache.values),
+            (*fresh.cache.keys, *fresh.cache.values),
+            strict=True,
         ):
             assert got is not None
             assert expected is not None
@@ -426,7 +491,9 @@ def test_drafts_after_partial_acceptance_are_those_of_a_fresh_drafter() -> None:
 # (c) Beyond the positions that it was trained on.
 
 
-def test_row_beyond_the_trained_positions_is_drafted_by_the_definition(caplog: pytest.LogCaptureFixture) -> None:
+def test_row_beyond_the_trained_positions_is_drafted_by_the_definition(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     limit = 20
     histories = [list(range(3, 3 + n)) for n in (limit - BLOCK, limit - BLOCK + 1, 57, 5)]
     drafter = new_drafter(max_position_embeddings=limit)
@@ -434,10 +501,14 @@ def test_row_beyond_the_trained_positions_is_drafted_by_the_definition(caplog: p
     states, proposal = states_and_tokens(drafter, rows)
     assert proposal.sizes.tolist() == [BLOCK] * 4
     for row, history in enumerate(histories):
-        assert_same_states(states[row], reference(the_model(), features_of(history), history[-1], BLOCK))
+        assert_same_states(
+            states[row], reference(the_model(), features_of(history), history[-1], BLOCK)
+        )
     drafter.propose(rows, 8)
     told = [record.getMessage() for record in caplog.records]
-    assert told == ["the drafter was not trained from position 20 on: it drafts on, and may be accepted less"]
+    assert told == [
+        "the drafter was not trained from position 20 on: it drafts on, and may be accepted less"
+    ]
 
 
 def test_nothing_is_said_within_the_trained_positions(caplog: pytest.LogCaptureFixture) -> None:
@@ -450,7 +521,9 @@ def test_tables_are_as_long_as_what_is_read() -> None:
     drafter = new_drafter(max_position_embeddings=100_000)
     (rotary,) = drafter.network.decoder.rotaries
     assert len(rotary.tables[0]) == 256
-    features = torch.randn(700, 2 * 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    features = torch.randn(
+        700, 2 * 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     drafter.observe(rows_of([[5]]), [torch.arange(700) % 50], [features])
     assert 700 <= len(rotary.tables[0]) <= 1400
 
@@ -460,14 +533,20 @@ def test_positions_without_a_row_of_the_table_are_caught(monkeypatch: pytest.Mon
     drafter = new_drafter()
     monkeypatch.setattr("flashdraft.models.layers.Rotary.reserve", lambda self, count: False)
     with pytest.raises(IndexError):
-        drafter.observe(rows_of([[5]]), [torch.arange(700) % 50], [torch.zeros(700, 2 * 32, dtype=torch.float64)])
+        drafter.observe(
+            rows_of([[5]]),
+            [torch.arange(700) % 50],
+            [torch.zeros(700, 2 * 32, dtype=torch.float64)],
+        )
 
 
 @pytest.mark.parametrize("limit", [1, 20, 40])
 def test_text_and_drafts_stay_equal_across_the_trained_positions(limit: int) -> None:
     texts, drafted = [], []
     for length in (limit, 256):
-        results = run(Engine(the_target(), led(max_position_embeddings=length), max_rows=4), requests(PROMPTS))
+        results = run(
+            Engine(the_target(), led(max_position_embeddings=length), max_rows=4), requests(PROMPTS)
+        )
         texts.append([result.tokens for result in results])
         drafted.append([result.stats.accepted_lengths for result in results])
     assert texts == [plain_texts(PROMPTS)] * 2
@@ -491,7 +570,12 @@ MASKS: dict[str, tuple[dict[str, Any], list[tuple[int | None, bool]]]] = {
         [(8, False), (None, False)],
     ),
     "windows, all causal": (
-        {"layer_types": KINDS, "sliding_window": 8, "use_sliding_window": True, "dflash_config": {"causal": True}},
+        {
+            "layer_types": KINDS,
+            "sliding_window": 8,
+            "use_sliding_window": True,
+            "dflash_config": {"causal": True},
+        },
         [(8, True), (None, True)],
     ),
     "use_swa": ({"dflash_config": {"use_swa": True, "swa_window_size": 5}}, [(5, False)] * 2),
@@ -499,14 +583,25 @@ MASKS: dict[str, tuple[dict[str, Any], list[tuple[int | None, bool]]]] = {
         {"layer_types": [SLIDING] * 2, "dflash_config": {"use_swa": True, "swa_window_size": 5}},
         [(5, True)] * 2,
     ),
-    "use_swa, causal": ({"dflash_config": {"use_swa": True, "swa_window_size": 5, "causal": True}}, [(5, True)] * 2),
-    "sliding layers without a window": ({"layer_types": KINDS, "sliding_window": 8}, [(None, True), (None, False)]),
+    "use_swa, causal": (
+        {"dflash_config": {"use_swa": True, "swa_window_size": 5, "causal": True}},
+        [(5, True)] * 2,
+    ),
+    "sliding layers without a window": (
+        {"layer_types": KINDS, "sliding_window": 8},
+        [(None, True), (None, False)],
+    ),
     "windows not switched on": (
         {"layer_types": KINDS, "sliding_window": 8, "use_sliding_window": None},
         [(None, True), (None, False)],
     ),
     "windows from a layer on": (
-        {"layer_types": None, "sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1},
+        {
+            "layer_types": None,
+            "sliding_window": 8,
+            "use_sliding_window": True,
+            "max_window_layers": 1,
+        },
         [(None, False), (8, True)],
     ),
 }
@@ -515,7 +610,9 @@ MASKS: dict[str, tuple[dict[str, Any], list[tuple[int | None, bool]]]] = {
 def model_of(changes: dict[str, Any]) -> DFlashDraftModel:
     """The same random weights under a folder's config.json; those of dflash_config are changed key by key."""
     special = {**ZLAB["dflash_config"], **changes.get("dflash_config", {})}
-    config = DraftConfig.from_json({**ZLAB, "rope_theta": 1000.0, **changes, "dflash_config": special}, "here")
+    config = DraftConfig.from_json(
+        {**ZLAB, "rope_theta": 1000.0, **changes, "dflash_config": special}, "here"
+    )
     model = DFlashDraftModel(config)
     model.load_state_dict({name: t.float() for name, t in zlab_tensors().items()})
     return model.eval()
@@ -537,7 +634,9 @@ def test_masks_are_those_that_the_folder_says(case: str) -> None:
     assert float((states - plain).abs().max()) > 0.02
 
 
-@pytest.mark.parametrize("case", ["is_causal, full layers", "windows both ways", "windows from a layer on"])
+@pytest.mark.parametrize(
+    "case", ["is_causal, full layers", "windows both ways", "windows from a layer on"]
+)
 def test_trained_pass_has_the_masks_of_the_folder(case: str) -> None:
     """What is trained, and what `doctor` measures, is what is served."""
     model, tokens = model_of(MASKS[case][0]).double(), list(PROMPTS[1])
@@ -545,7 +644,9 @@ def test_trained_pass_has_the_masks_of_the_folder(case: str) -> None:
     batch = make_batch([(0, Sample(torch.tensor(tokens), features, 12))], model.config, 99, 0)
     with torch.no_grad():
         states = Pass(model, lambda ids: the_target().embed(ids))(batch).view(-1, BLOCK, 32)
-        full = Pass(model_of({}).double(), lambda ids: the_target().embed(ids))(batch).view(-1, BLOCK, 32)
+        full = Pass(model_of({}).double(), lambda ids: the_target().embed(ids))(batch).view(
+            -1, BLOCK, 32
+        )
     at = batch.positions[1][::BLOCK].tolist().index(25)
     assert_same_states(states[at, 1:], reference(model, features[:26], tokens[25], BLOCK))
     assert float((states - full).abs().max()) > 0.02
@@ -553,7 +654,9 @@ def test_trained_pass_has_the_masks_of_the_folder(case: str) -> None:
 
 def test_window_of_transformers_is_taken_where_none_is_given() -> None:
     written = {name: value for name, value in ZLAB.items() if name != "sliding_window"}
-    config = DraftConfig.from_json({**written, "use_sliding_window": True, "layer_types": KINDS}, "here")
+    config = DraftConfig.from_json(
+        {**written, "use_sliding_window": True, "layer_types": KINDS}, "here"
+    )
     assert config.sliding_window == 4096
 
 
@@ -576,17 +679,27 @@ def test_causal_blocks_run_in_the_kernels_and_windows_in_torch() -> None:
 
 
 ROPES: dict[str, tuple[dict[str, Any], list[float]]] = {
-    "by kinds, all alike": ({"rope_theta": None, "rope_parameters": {k: {"rope_theta": 70.0} for k in KINDS}}, [70.0]),
+    "by kinds, all alike": (
+        {"rope_theta": None, "rope_parameters": {k: {"rope_theta": 70.0} for k in KINDS}},
+        [70.0],
+    ),
     "by kinds, one of them there": (
         {"rope_parameters": {FULL: {"rope_theta": 70.0}, SLIDING: {"rope_theta": 9.0}}},
         [70.0],
     ),
     "by kinds, both there": (
-        {"layer_types": KINDS, "rope_parameters": {FULL: {"rope_theta": 70.0}, SLIDING: {"rope_theta": 9.0}}},
+        {
+            "layer_types": KINDS,
+            "rope_parameters": {FULL: {"rope_theta": 70.0}, SLIDING: {"rope_theta": 9.0}},
+        },
         [9.0, 70.0],
     ),
     "by kinds, theta of one beside them": (
-        {"layer_types": KINDS, "rope_theta": 30.0, "rope_parameters": {FULL: {"rope_theta": 70.0}, SLIDING: {"type": "default"}}},
+        {
+            "layer_types": KINDS,
+            "rope_theta": 30.0,
+            "rope_parameters": {FULL: {"rope_theta": 70.0}, SLIDING: {"type": "default"}},
+        },
         [30.0, 70.0],
     ),
     "theta as text": ({"rope_theta": "70.0"}, [70.0]),
@@ -599,8 +712,12 @@ def test_rotary_positions_are_those_that_the_folder_says(case: str) -> None:
     changes, thetas = ROPES[case]
     model, history = model_of(changes), PROMPTS[1]
     states = states_of(model)
-    assert_same_states(states, reference(model, features_of(history), history[-1], BLOCK, thetas=thetas))
-    assert far_from(states, states_of(model_of({"layer_types": changes.get("layer_types", [FULL] * 2)})))
+    assert_same_states(
+        states, reference(model, features_of(history), history[-1], BLOCK, thetas=thetas)
+    )
+    assert far_from(
+        states, states_of(model_of({"layer_types": changes.get("layer_types", [FULL] * 2)}))
+    )
     written = model.config.to_json()
     assert DraftConfig.from_json(written, "here") == model.config
 
@@ -613,10 +730,19 @@ def test_plain_module_has_the_rotary_positions_of_each_layer() -> None:
         keys, values = (torch.cat(pair) for pair in zip(context_kv, block_kv, strict=True))
         return attended(q, keys, values, what_is_seen(model.config, layer, at, BLOCK, ""))
 
-    block = the_target().embed(torch.tensor([history[-1]] + [model.config.mask_token_id] * (BLOCK - 1)))
+    block = the_target().embed(
+        torch.tensor([history[-1]] + [model.config.mask_token_id] * (BLOCK - 1))
+    )
     with torch.no_grad():
-        states = model(model.context(features[:at]), block, (torch.arange(at), torch.arange(at, at + BLOCK)), attend)
-    assert_same_states(states[1:], reference(model, features, history[-1], BLOCK, thetas=(9.0, 70.0)))
+        states = model(
+            model.context(features[:at]),
+            block,
+            (torch.arange(at), torch.arange(at, at + BLOCK)),
+            attend,
+        )
+    assert_same_states(
+        states[1:], reference(model, features, history[-1], BLOCK, thetas=(9.0, 70.0))
+    )
 
 
 @pytest.mark.parametrize("place", ["top", "dflash_config"])
@@ -654,16 +780,25 @@ def test_scores_are_those_of_the_scaled_and_capped_logits(
     if not head:
         assert torch.allclose(scores[..., 0], logits.log_softmax(-1).amax(-1), atol=1e-6)
     else:  # among the likely ones
-        assert torch.allclose(scores[..., 0], logits.topk(61).values.log_softmax(-1)[..., 0], atol=1e-6)
+        assert torch.allclose(
+            scores[..., 0], logits.topk(61).values.log_softmax(-1)[..., 0], atol=1e-6
+        )
     assert DraftConfig.from_json(model.config.to_json(), "here") == model.config
 
 
 def test_second_request_is_drafted_like_a_first() -> None:
     engine = Engine(the_target(), new_drafter(), max_rows=1)
-    several = [run(engine, requests([prompt]))[0] for prompt in (PROMPTS[1], PROMPTS[0], PROMPTS[2], PROMPTS[0])]
+    several = [
+        run(engine, requests([prompt]))[0]
+        for prompt in (PROMPTS[1], PROMPTS[0], PROMPTS[2], PROMPTS[0])
+    ]
     fresh = run(Engine(the_target(), new_drafter(), max_rows=1), requests([PROMPTS[0]]))[0]
     assert several[1].tokens == several[3].tokens == fresh.tokens
-    assert several[1].stats.accepted_lengths == several[3].stats.accepted_lengths == fresh.stats.accepted_lengths
+    assert (
+        several[1].stats.accepted_lengths
+        == several[3].stats.accepted_lengths
+        == fresh.stats.accepted_lengths
+    )
 
 
 class Forgetful(Led):
@@ -734,7 +869,9 @@ class Padded:
         self.drafter.observe(rows, tokens, padded)
 
 
-def drafts_of(histories: Sequence[Sequence[int]], wrap: Callable[[DFlashDrafter], Any]) -> list[list[int]]:
+def drafts_of(
+    histories: Sequence[Sequence[int]], wrap: Callable[[DFlashDrafter], Any]
+) -> list[list[int]]:
     drafter, rows = new_drafter(block_size=9), rows_of(histories)
     features = [features_of(history)[:-1] for history in histories]
     wrap(drafter).observe(rows, [torch.tensor(h[:-1]) for h in histories], features)
@@ -779,5 +916,7 @@ def test_weight_bytes_are_counted() -> None:
     network = new_drafter().network
     tensors = zlab_tensors()
     matrices = [t for t in tensors.values() if t.ndim == 2]
-    matrices += [t for name, t in tensors.items() if "k_proj" in name or "v_proj" in name]  # of the context, side by side
+    matrices += [
+        t for name, t in tensors.items() if "k_proj" in name or "v_proj" in name
+    ]  # of the context, side by side
     assert network.nbytes == 8 * sum(t.numel() for t in matrices)

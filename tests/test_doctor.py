@@ -59,7 +59,9 @@ def silent(model: Any, dtype: torch.dtype = torch.float32) -> Any:
     return model.to(dtype)
 
 
-def language_model(*, seed: int = 0, dtype: torch.dtype = torch.float32, chat: str = CHAT, hf: bool = False) -> Model:
+def language_model(
+    *, seed: int = 0, dtype: torch.dtype = torch.float32, chat: str = CHAT, hf: bool = False
+) -> Model:
     model = silent(tiny_model("llama", seed=seed), dtype)
     tokenizer = letter_tokenizer()
     tokenizer.chat_template = chat
@@ -67,17 +69,23 @@ def language_model(*, seed: int = 0, dtype: torch.dtype = torch.float32, chat: s
     return Model(target, tokenizer, Autoregressive, eos=frozenset({EOS}), max_rows=4)
 
 
-def answered(lm: Model, params: SamplingParams = ANSWER, *, thinking: bool | None = None) -> list[dict[str, Any]]:
+def answered(
+    lm: Model, params: SamplingParams = ANSWER, *, thinking: bool | None = None
+) -> list[dict[str, Any]]:
     prompts = [lm.encode(prompt, thinking=thinking) for prompt in PROMPTS]
     results = lm.generate(prompts, [replace(params, seed=n) for n in range(len(prompts))])
     return [{"prompt": p, "tokens": r.tokens} for p, r in zip(prompts, results, strict=True)]
 
 
-def read(lm: Model, rows: Sequence[dict[str, Any]], layers: tuple[int, ...] = LAYERS) -> list[Sample]:
+def read(
+    lm: Model, rows: Sequence[dict[str, Any]], layers: tuple[int, ...] = LAYERS
+) -> list[Sample]:
     return [Reader(lm, layers, 128).read(row) for row in rows]
 
 
-def stored(folder: Path, lm: Model, samples: Sequence[Sample], layers: tuple[int, ...] = LAYERS) -> FeatureSet:
+def stored(
+    folder: Path, lm: Model, samples: Sequence[Sample], layers: tuple[int, ...] = LAYERS
+) -> FeatureSet:
     writer = ShardWriter(lm, folder, layers=layers, max_length=128)
     writer.add("a", samples[:2])
     writer.add("b", samples[2:])
@@ -101,7 +109,10 @@ def trained(
         model.add_head(head, 8)
     settings = TrainConfig(vocab=0, precision="fp32", gamma=100.0)
     tokens = torch.arange(VOCAB) if vocabulary is None else vocabulary
-    blocks, loss = Pass(model, lm.target.embed), Loss(model, lm.target, tokens, settings, torch.device("cpu"))
+    blocks, loss = (
+        Pass(model, lm.target.embed),
+        Loss(model, lm.target, tokens, settings, torch.device("cpu")),
+    )
     batch = plant(make_batch(list(enumerate(samples)), config, 64, 0))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     weight = loss.weight(batch)
@@ -138,7 +149,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(lm, rows, samples, data, switched, trained(lm, samples + switched))
 
 
-def findings(model: DFlashDraftModel, lm: Model, data: FeatureSet, **options: Any) -> dict[str, Finding]:
+def findings(
+    model: DFlashDraftModel, lm: Model, data: FeatureSet, **options: Any
+) -> dict[str, Finding]:
     found = list(diagnose(model, lm, data, **options))
     assert all(finding.passed != bool(finding.hint) for finding in found)
     assert len({finding.test for finding in found}) == len(found)
@@ -157,9 +170,14 @@ def test_healthy_drafter_passes_every_test(world: World) -> None:
 
 def test_nothing_is_changed(world: World) -> None:
     before = {name: tensor.clone() for name, tensor in world.model.state_dict().items()}
-    first, second = findings(world.model, world.lm, world.data), findings(world.model, world.lm, world.data)
+    first, second = (
+        findings(world.model, world.lm, world.data),
+        findings(world.model, world.lm, world.data),
+    )
     assert first == second
-    assert all(torch.equal(before[name], tensor) for name, tensor in world.model.state_dict().items())
+    assert all(
+        torch.equal(before[name], tensor) for name, tensor in world.model.state_dict().items()
+    )
 
 
 def test_accepted_length_on_the_answers_is_what_decoding_reaches(world: World) -> None:
@@ -202,16 +220,27 @@ def test_prompt_of_another_template_among_others_is_found(world: World, tmp_path
     assert "user sing a song" in found["template"].text
 
 
-def test_prompts_with_a_system_turn_and_of_several_turns_are_known(world: World, tmp_path: Path) -> None:
-    lm = with_template(world.lm, "{% if messages[0]['role'] != 'system' %}s be brief.{% endif %}" + CHAT)
-    say = [{"role": role, "content": content} for role, content in (("system", "be kind"), ("user", "hi"), ("assistant", "you"))]
+def test_prompts_with_a_system_turn_and_of_several_turns_are_known(
+    world: World, tmp_path: Path
+) -> None:
+    lm = with_template(
+        world.lm, "{% if messages[0]['role'] != 'system' %}s be brief.{% endif %}" + CHAT
+    )
+    say = [
+        {"role": role, "content": content}
+        for role, content in (("system", "be kind"), ("user", "hi"), ("assistant", "you"))
+    ]
     prompts = [lm.encode([*say[start:], {"role": "user", "content": "why"}]) for start in (0, 1, 3)]
     rows = [{"prompt": prompt, "tokens": lm.generate(prompt, ANSWER).tokens} for prompt in prompts]
     assert "template" not in failed(findings(world.model, lm, stored(tmp_path, lm, read(lm, rows))))
 
 
-def test_template_that_refuses_a_system_turn_or_tells_the_date_is_known(world: World, tmp_path: Path) -> None:
-    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}" + CHAT
+def test_template_that_refuses_a_system_turn_or_tells_the_date_is_known(
+    world: World, tmp_path: Path
+) -> None:
+    refusing = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}" + CHAT
+    )
     assert failed(findings(world.model, with_template(world.lm, refusing), world.data)) == []
 
 
@@ -221,11 +250,16 @@ def test_prompts_without_a_template_are_not_judged(world: World) -> None:
     assert "no chat template" in found["template"].text
 
 
-def test_data_of_one_thinking_mode_served_in_the_other_is_named(world: World, tmp_path: Path) -> None:
+def test_data_of_one_thinking_mode_served_in_the_other_is_named(
+    world: World, tmp_path: Path
+) -> None:
     data = stored(tmp_path / "off", world.lm, world.silent)
     found = findings(world.model, world.lm, data)
     assert failed(found) == ["thinking"]
-    assert "0 of 4 prompts have the thinking mode that is served by default (on)" in found["thinking"].text
+    assert (
+        "0 of 4 prompts have the thinking mode that is served by default (on)"
+        in found["thinking"].text
+    )
     mixed = stored(tmp_path / "mixed", world.lm, [*world.samples[:1], *world.silent[1:]])
     assert failed(findings(world.model, world.lm, mixed)) == []
 
@@ -240,27 +274,46 @@ def test_data_that_thinks_served_by_a_template_that_does_not_is_named(world: Wor
 # Features.
 
 
-@pytest.mark.parametrize(("held", "said"), [((0, 1), "one layer lower"), ((2, 3), "one layer higher")])
-def test_features_of_the_neighbouring_layers_are_named(world: World, tmp_path: Path, held: tuple[int, ...], said: str) -> None:
-    found = findings(world.model, world.lm, stored(tmp_path, world.lm, read(world.lm, world.rows, held)))
+@pytest.mark.parametrize(
+    ("held", "said"), [((0, 1), "one layer lower"), ((2, 3), "one layer higher")]
+)
+def test_features_of_the_neighbouring_layers_are_named(
+    world: World, tmp_path: Path, held: tuple[int, ...], said: str
+) -> None:
+    found = findings(
+        world.model, world.lm, stored(tmp_path, world.lm, read(world.lm, world.rows, held))
+    )
     assert failed(found) == ["layers"]
     assert said in found["layers"].text
 
 
 @pytest.mark.parametrize(("step", "said"), [(-1, "one layer lower"), (1, "one layer higher")])
-def test_neighbours_of_the_first_and_the_last_layer_are_named(world: World, tmp_path: Path, step: int, said: str) -> None:
+def test_neighbours_of_the_first_and_the_last_layer_are_named(
+    world: World, tmp_path: Path, step: int, said: str
+) -> None:
     """The embeddings stand before the first one, the final normed state behind the last."""
     layers = (0, 2) if step < 0 else (1, 3)
     model = random_weights(replace(CONFIG, target_layer_ids=layers), 0)
     samples = read(world.lm, world.rows, tuple(max(i + step, 0) for i in layers))
     if step < 0:
         samples = [
-            replace(s, features=torch.cat((world.lm.target.embed(s.tokens).bfloat16(), s.features[:, 32:]), 1)) for s in samples
+            replace(
+                s,
+                features=torch.cat(
+                    (world.lm.target.embed(s.tokens).bfloat16(), s.features[:, 32:]), 1
+                ),
+            )
+            for s in samples
         ]
-    assert said in findings(model, world.lm, stored(tmp_path, world.lm, samples, layers))["layers"].text
+    assert (
+        said
+        in findings(model, world.lm, stored(tmp_path, world.lm, samples, layers))["layers"].text
+    )
 
 
-def test_neighbours_are_told_apart_where_one_token_outweighs_all(world: World, tmp_path: Path) -> None:
+def test_neighbours_are_told_apart_where_one_token_outweighs_all(
+    world: World, tmp_path: Path
+) -> None:
     """Large models hold the first token's state, a hundred times the others', unchanged through their layers."""
     samples = read(world.lm, world.rows, (0, 1))
     for sample in samples:
@@ -274,11 +327,15 @@ def test_neighbours_are_told_apart_where_one_token_outweighs_all(world: World, t
         return logits, torch.cat((torch.full_like(features[:1], 1e4), features[1:]))
 
     lm.target.prefill = sink  # type: ignore[method-assign,assignment]
-    assert "one layer lower" in findings(world.model, lm, stored(tmp_path, lm, samples))["layers"].text
+    assert (
+        "one layer lower" in findings(world.model, lm, stored(tmp_path, lm, samples))["layers"].text
+    )
 
 
 def test_features_of_other_weights_are_named(world: World, tmp_path: Path) -> None:
-    found = findings(world.model, world.lm, stored(tmp_path, world.lm, read(language_model(seed=1), world.rows)))
+    found = findings(
+        world.model, world.lm, stored(tmp_path, world.lm, read(language_model(seed=1), world.rows))
+    )
     assert failed(found) == ["layers"]
     assert "other weights or tokens" in found["layers"].text
 
@@ -290,7 +347,9 @@ def test_drafter_of_other_layers_is_named(world: World) -> None:
     assert "the data holds layers (1, 2), the drafter reads (0, 2)" in found["layers"].text
 
 
-def test_features_that_are_no_numbers_or_of_another_width_are_named(world: World, tmp_path: Path) -> None:
+def test_features_that_are_no_numbers_or_of_another_width_are_named(
+    world: World, tmp_path: Path
+) -> None:
     nan = [replace(sample, features=sample.features * float("nan")) for sample in world.samples]
     for n, samples in enumerate((nan, [*world.samples[:3], nan[3]])):
         found = findings(world.model, world.lm, stored(tmp_path / str(n), world.lm, samples))
@@ -311,26 +370,42 @@ def other_answers(world: World, kind: str) -> list[dict[str, Any]]:
         "another model's": lambda: [row["tokens"] for row in answered(language_model(seed=1))],
         "another prompt's": lambda: [row["tokens"] for row in (*world.rows[1:], world.rows[0])],
         "shuffled": lambda: [
-            [row["tokens"][i] for i in torch.randperm(len(row["tokens"]), generator=generator)] for row in world.rows
+            [row["tokens"][i] for i in torch.randperm(len(row["tokens"]), generator=generator)]
+            for row in world.rows
         ],
-        "random": lambda: [torch.randint(3, MASK, (20,), generator=generator).tolist() for _ in world.rows],
+        "random": lambda: [
+            torch.randint(3, MASK, (20,), generator=generator).tolist() for _ in world.rows
+        ],
     }[kind]()
     return [row | {"tokens": tokens} for row, tokens in zip(world.rows, answers, strict=True)]
 
 
 @pytest.mark.parametrize("kind", ["another model's", "another prompt's", "shuffled", "random"])
-def test_answers_that_the_target_did_not_write_are_named(world: World, tmp_path: Path, kind: str) -> None:
-    found = findings(world.model, world.lm, stored(tmp_path, world.lm, read(world.lm, other_answers(world, kind))))
+def test_answers_that_the_target_did_not_write_are_named(
+    world: World, tmp_path: Path, kind: str
+) -> None:
+    found = findings(
+        world.model,
+        world.lm,
+        stored(tmp_path, world.lm, read(world.lm, other_answers(world, kind))),
+    )
     assert failed(found) == ["answers"]
     assert "it did not write them" in found["answers"].text
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_answers_that_were_drawn_are_known_as_its_own(world: World, tmp_path: Path, seed: int) -> None:
+def test_answers_that_were_drawn_are_known_as_its_own(
+    world: World, tmp_path: Path, seed: int
+) -> None:
     lm = world.lm
     prompts = [row["prompt"] for row in world.rows]
-    results = lm.generate(prompts, [replace(ANSWER, temperature=1.0, seed=100 * seed + n) for n in range(len(prompts))])
-    rows = [row | {"tokens": result.tokens} for row, result in zip(world.rows, results, strict=True)]
+    results = lm.generate(
+        prompts,
+        [replace(ANSWER, temperature=1.0, seed=100 * seed + n) for n in range(len(prompts))],
+    )
+    rows = [
+        row | {"tokens": result.tokens} for row, result in zip(world.rows, results, strict=True)
+    ]
     assert "answers" not in failed(findings(world.model, lm, stored(tmp_path, lm, read(lm, rows))))
 
 
@@ -362,7 +437,9 @@ def test_mask_token_in_a_prompt_is_named(world: World, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_mask_token_in_an_answer_is_found_beyond_the_samples(world: World, tmp_path: Path, seed: int) -> None:
+def test_mask_token_in_an_answer_is_found_beyond_the_samples(
+    world: World, tmp_path: Path, seed: int
+) -> None:
     rows = [*world.rows[:3], world.rows[3] | {"tokens": [*world.rows[3]["tokens"][:10], MASK]}]
     data = stored(tmp_path, world.lm, read(world.lm, rows))
     assert "mask token" in failed(findings(world.model, world.lm, data, num_samples=1, seed=seed))
@@ -384,9 +461,15 @@ def test_damaged_shard_is_named_and_nothing_else_is_tested(world: World, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"), [({"hidden_size": 48}, "hidden size 48"), ({"num_target_layers": 6}, "made for a target with 6 layers")]
+    ("changes", "said"),
+    [
+        ({"hidden_size": 48}, "hidden size 48"),
+        ({"num_target_layers": 6}, "made for a target with 6 layers"),
+    ],
 )
-def test_drafter_of_another_target_is_named(world: World, changes: dict[str, Any], said: str) -> None:
+def test_drafter_of_another_target_is_named(
+    world: World, changes: dict[str, Any], said: str
+) -> None:
     found = findings(random_weights(replace(CONFIG, **changes), 0), world.lm, world.data)
     assert list(found) == failed(found) == ["files"]
     assert said in found["files"].text
@@ -403,7 +486,9 @@ def test_drafter_of_a_foreign_embedding_is_named(world: World) -> None:
 
 def shifted(batch: Batch, by: int) -> Batch:
     """Row k's label is the token at anchor + k + by."""
-    blocks = torch.where(batch.offsets == 0, batch.block_tokens, batch.labels).view(-1, CONFIG.block_size)
+    blocks = torch.where(batch.offsets == 0, batch.block_tokens, batch.labels).view(
+        -1, CONFIG.block_size
+    )
     labels = blocks.roll(-by, 1)
     labels[:, 0] = -1
     if by > 0:
@@ -422,7 +507,9 @@ def test_drafter_of_shifted_labels_is_named(world: World, by: int, said: str) ->
 
 def anchor_first(batch: Batch) -> Batch:
     """Row k's label is the token at anchor + k + 1, from the anchor's own row on."""
-    blocks = torch.where(batch.offsets == 0, batch.block_tokens, batch.labels).view(-1, CONFIG.block_size)
+    blocks = torch.where(batch.offsets == 0, batch.block_tokens, batch.labels).view(
+        -1, CONFIG.block_size
+    )
     labels = blocks.roll(-1, 1)
     labels[:, -1] = -1
     return replace(batch, labels=labels.flatten())
@@ -433,7 +520,10 @@ def test_drafter_of_another_block_layout_is_named(world: World) -> None:
     model = trained(world.lm, world.samples, plant=anchor_first)
     found = findings(model, world.lm, world.data)
     assert set(failed(found)) - {"served"} == {"labels"}
-    assert "its blocks are anchor-first (row k predicts the token at anchor + k + 1" in found["labels"].text
+    assert (
+        "its blocks are anchor-first (row k predicts the token at anchor + k + 1"
+        in found["labels"].text
+    )
     assert "off by one" in found["labels"].text
 
 
@@ -453,7 +543,9 @@ def test_drafter_of_late_features_is_named(world: World, tmp_path: Path) -> None
     assert "one token later" in found["layers"].text
 
 
-def test_drafter_that_decoding_feeds_otherwise_is_named(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drafter_that_decoding_feeds_otherwise_is_named(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The data is right, the drafter too, and the engine's features come a row late."""
     observe = DFlashDrafter.observe
 
@@ -475,7 +567,9 @@ def test_untrained_drafter_is_named(world: World) -> None:
 
 
 @pytest.mark.parametrize("head", ["swiglu"])
-def test_healthy_drafter_with_a_head_and_a_vocabulary_of_its_own_passes(world: World, head: str) -> None:
+def test_healthy_drafter_with_a_head_and_a_vocabulary_of_its_own_passes(
+    world: World, head: str
+) -> None:
     vocabulary = common_tokens(world.data, 40)[0]
     model = trained(world.lm, world.samples, vocabulary=vocabulary, head=head)
     assert failed(findings(model, world.lm, world.data)) == []
@@ -498,7 +592,9 @@ def test_healthy_drafter_of_two_rows_passes_and_its_shifted_labels_are_named(wor
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("hf", [False, True])
-def test_target_of_another_precision_is_healthy(world: World, tmp_path: Path, dtype: torch.dtype, hf: bool) -> None:
+def test_target_of_another_precision_is_healthy(
+    world: World, tmp_path: Path, dtype: torch.dtype, hf: bool
+) -> None:
     lm = language_model(dtype=dtype, hf=hf)
     found = findings(world.model, lm, stored(tmp_path, lm, read(lm, answered(lm))))
     assert failed(found) == []
@@ -507,14 +603,18 @@ def test_target_of_another_precision_is_healthy(world: World, tmp_path: Path, dt
 def test_features_one_row_short_and_short_answers_are_healthy(world: World, tmp_path: Path) -> None:
     """Decoding never reads the last token, and answers may end at once."""
     short = [replace(sample, features=sample.features[:-1]) for sample in world.samples]
-    assert failed(findings(world.model, world.lm, stored(tmp_path / "short", world.lm, short))) == []
+    assert (
+        failed(findings(world.model, world.lm, stored(tmp_path / "short", world.lm, short))) == []
+    )
     cut = [
         replace(s, tokens=s.tokens[:end], features=s.features[:end].clone())
         for s in world.samples
         for end in (s.num_prompt + n for n in (0, 1, 2, 7))
     ]
     assert failed(findings(world.model, world.lm, stored(tmp_path / "cut", world.lm, cut))) == []
-    found = findings(world.model, world.lm, stored(tmp_path / "none", world.lm, [cut[n] for n in (0, 1, 4, 5)]))
+    found = findings(
+        world.model, world.lm, stored(tmp_path / "none", world.lm, [cut[n] for n in (0, 1, 4, 5)])
+    )
     assert list(found) == ["files", "answers"]
     assert failed(found) == ["answers"]
 
@@ -525,5 +625,7 @@ def test_data_beyond_the_positions_is_cut(world: World, tmp_path: Path) -> None:
     model.config = replace(CONFIG, max_position_embeddings=30)
     row = {"prompt": world.lm.encode("a very long question is this one")}
     row["tokens"] = world.lm.generate(row["prompt"], ANSWER).tokens
-    found = findings(model, world.lm, stored(tmp_path, world.lm, [*world.samples, *read(world.lm, [row])]))
+    found = findings(
+        model, world.lm, stored(tmp_path, world.lm, [*world.samples, *read(world.lm, [row])])
+    )
     assert failed(found) == []

@@ -39,7 +39,12 @@ SAMPLED = SamplingParams(temperature=0.8, seed=1, max_new_tokens=NEW)
 KINDS = {
     "greedy": (GREEDY,) * 4,
     "sampled": tuple(replace(SAMPLED, seed=seed) for seed in range(4)),
-    "mixed": (replace(SAMPLED, top_p=0.9), GREEDY, replace(SAMPLED, top_k=9, min_p=0.01), replace(SAMPLED, seed=4)),
+    "mixed": (
+        replace(SAMPLED, top_p=0.9),
+        GREEDY,
+        replace(SAMPLED, top_k=9, min_p=0.01),
+        replace(SAMPLED, seed=4),
+    ),
 }
 
 
@@ -50,23 +55,36 @@ def network(lean: bool = False, noise: float = 0.01, **shape: Any) -> Target:
     torch.manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * noise * parameter.std(), alpha=1.0 if parameter.ndim > 1 else 0.0)
+            parameter.add_(
+                torch.randn_like(parameter) * noise * parameter.std(),
+                alpha=1.0 if parameter.ndim > 1 else 0.0,
+            )
     return (LeanTarget if lean else HFTarget)(model, "small")
 
 
 @functools.cache
-def plain(params: tuple[SamplingParams, ...], prompts: tuple[tuple[int, ...], ...] = PROMPTS) -> list[tuple[int, ...]]:
+def plain(
+    params: tuple[SamplingParams, ...], prompts: tuple[tuple[int, ...], ...] = PROMPTS
+) -> list[tuple[int, ...]]:
     engine = Engine(tiny_target("llama"), Autoregressive(), max_rows=1)
     return [result.tokens for result in run(engine, requests_of(prompts, params))]
 
 
-def texts(drafter: Any, params: Sequence[SamplingParams], *, max_rows: int = 4, lean: bool = False) -> list[Result]:
-    return run(Engine(tiny_target("llama", lean=lean), drafter, max_rows=max_rows), requests_of(PROMPTS, params))
+def texts(
+    drafter: Any, params: Sequence[SamplingParams], *, max_rows: int = 4, lean: bool = False
+) -> list[Result]:
+    return run(
+        Engine(tiny_target("llama", lean=lean), drafter, max_rows=max_rows),
+        requests_of(PROMPTS, params),
+    )
 
 
 def rows_of(histories: Sequence[Sequence[int]], params: SamplingParams = GREEDY) -> Rows:
     return Rows(
-        list(range(len(histories))), [list(history) for history in histories], [params] * len(histories), [1] * len(histories)
+        list(range(len(histories))),
+        [list(history) for history in histories],
+        [params] * len(histories),
+        [1] * len(histories),
     )
 
 
@@ -80,7 +98,9 @@ def test_chosen_drafts_leave_greedy_and_seeded_texts_as_they_are(kind: str, lean
         drafter = DraftModelDrafter(network(lean), block_size=block_size, drawn=False)
         results = texts(drafter, KINDS[kind], max_rows=3, lean=lean)
         assert [result.tokens for result in results] == plain(KINDS[kind])
-        drafted, accepted = (sum(getattr(r.stats, name) for r in results) for name in ("num_drafted", "num_accepted"))
+        drafted, accepted = (
+            sum(getattr(r.stats, name) for r in results) for name in ("num_drafted", "num_accepted")
+        )
         assert block_size == 1 or 0.05 < accepted / drafted < 0.97
         assert drafter.cache.lengths == [0] * 3
 
@@ -94,16 +114,23 @@ def test_greedy_rows_beside_drawn_ones_write_the_plain_text() -> None:
 @pytest.mark.parametrize("drawn", [False, True])
 def test_the_text_of_a_row_does_not_depend_on_its_neighbours(drawn: bool) -> None:
     params = KINDS["mixed"]
-    together, pairs = (texts(DraftModelDrafter(network(), drawn=drawn), params, max_rows=n) for n in (4, 2))
+    together, pairs = (
+        texts(DraftModelDrafter(network(), drawn=drawn), params, max_rows=n) for n in (4, 2)
+    )
     for i, own in enumerate(params):
         engine = Engine(tiny_target("llama"), DraftModelDrafter(network(), drawn=drawn))
         (alone,) = run(engine, requests_of(PROMPTS[i : i + 1], [own]))
         for result in (together[i], pairs[i]):
-            assert (result.tokens, result.stats.accepted_lengths) == (alone.tokens, alone.stats.accepted_lengths)
+            assert (result.tokens, result.stats.accepted_lengths) == (
+                alone.tokens,
+                alone.stats.accepted_lengths,
+            )
 
 
 def test_the_same_seed_gives_the_same_drawn_text_and_another_seed_another() -> None:
-    first, again = ([r.tokens for r in texts(DraftModelDrafter(network()), KINDS["sampled"])] for _ in range(2))
+    first, again = (
+        [r.tokens for r in texts(DraftModelDrafter(network()), KINDS["sampled"])] for _ in range(2)
+    )
     others = tuple(replace(own, seed=own.seed + 50) for own in KINDS["sampled"])
     assert first == again
     assert not set(first) & {r.tokens for r in texts(DraftModelDrafter(network()), others)}
@@ -119,7 +146,12 @@ def test_drafts_are_the_networks_own_text() -> None:
         text = [*prompt]
         for node in range(1, BLOCK):
             with torch.no_grad():
-                law = network().model(torch.tensor([text]), use_cache=False).logits[0, -1].log_softmax(-1)
+                law = (
+                    network()
+                    .model(torch.tensor([text]), use_cache=False)
+                    .logits[0, -1]
+                    .log_softmax(-1)
+                )
             text.append(int(law.argmax()))
             assert int(proposal.tokens[row, node]) == text[-1]
             assert float(proposal.scores[row, node]) == pytest.approx(float(law.max()), abs=1e-4)
@@ -159,7 +191,12 @@ def stepped(drafter: DraftModelDrafter, params: Sequence[SamplingParams]) -> Ite
 def trace(drafter: DraftModelDrafter, engine: Engine) -> float:
     """The largest difference between the cache and one that has read the committed tokens alone; inf for one that holds more."""
     slots, running = list(engine.running), list(engine.running.values())
-    rows = Rows(slots, [one.history for one in running], [one.params for one in running], [len(one.prompt) for one in running])
+    rows = Rows(
+        slots,
+        [one.history for one in running],
+        [one.params for one in running],
+        [len(one.prompt) for one in running],
+    )
     drafter.observe(rows, [torch.empty(0)] * len(slots), None)
     worst = 0.0
     for slot, request in engine.running.items():
@@ -167,10 +204,14 @@ def trace(drafter: DraftModelDrafter, engine: Engine) -> float:
         if n > len(request.history) - 1:
             return math.inf
         drafter.network.prefill(fresh, 0, torch.tensor(request.history[: max(n, 1)]), ())
-        for got, wanted in zip((*drafter.cache.keys, *drafter.cache.values), (*fresh.keys, *fresh.values), strict=True):
+        for got, wanted in zip(
+            (*drafter.cache.keys, *drafter.cache.values), (*fresh.keys, *fresh.values), strict=True
+        ):
             if got is not None:
                 assert wanted is not None
-                worst = max(worst, float((got[slot, :, :n] - wanted[0, :, :n]).abs().max()) if n else 0.0)
+                worst = max(
+                    worst, float((got[slot, :, :n] - wanted[0, :, :n]).abs().max()) if n else 0.0
+                )
     return worst
 
 
@@ -178,7 +219,9 @@ def trace(drafter: DraftModelDrafter, engine: Engine) -> float:
 def test_a_rejected_draft_leaves_no_trace(kind: str) -> None:
     drafter, lengths = DraftModelDrafter(network()), set[int]()
     for engine in stepped(drafter, KINDS[kind]):
-        lengths |= {n for request in engine.running.values() for n in request.stats.accepted_lengths}
+        lengths |= {
+            n for request in engine.running.values() for n in request.stats.accepted_lengths
+        }
         assert trace(drafter, engine) < 1e-9
     assert lengths >= {1, BLOCK}  # all rejected, all accepted
 
@@ -198,11 +241,16 @@ class Blind(DraftModelDrafter):
 
 
 @pytest.mark.parametrize("kind", [DraftModelDrafter, Blind])
-def test_a_text_that_went_another_way_is_read_from_where_it_parted(kind: type[DraftModelDrafter]) -> None:
+def test_a_text_that_went_another_way_is_read_from_where_it_parted(
+    kind: type[DraftModelDrafter],
+) -> None:
     """As in a union, where another drafter's branch was accepted, or after steps without drafts."""
     drafter, fresh = kind(network()), DraftModelDrafter(network())
     drafted = drafter.propose(rows_of(PROMPTS), 9).tokens.tolist()
-    others = [[*prompt, *own[1 : 1 + same], 50, 51, 52] for prompt, own, same in zip(PROMPTS, drafted, (0, 1, 2, 4), strict=True)]
+    others = [
+        [*prompt, *own[1 : 1 + same], 50, 51, 52]
+        for prompt, own, same in zip(PROMPTS, drafted, (0, 1, 2, 4), strict=True)
+    ]
     right = fresh.propose(rows_of(others), 9)
     proposal = drafter.propose(rows_of(others), 9)
     close = torch.allclose(proposal.scores, right.scores, atol=1e-6)  # type: ignore[arg-type]
@@ -229,7 +277,15 @@ class Counting:
         self.note(cache, slot, tokens.tolist())
         return self.inner.prefill(cache, slot, tokens, layers)
 
-    def forward(self, cache: SlotCache, slots: Sequence[int], tokens: Tensor, parents: Any, sizes: Tensor, layers: Any) -> Any:
+    def forward(
+        self,
+        cache: SlotCache,
+        slots: Sequence[int],
+        tokens: Tensor,
+        parents: Any,
+        sizes: Tensor,
+        layers: Any,
+    ) -> Any:
         self.passes += 1
         for slot, own, size in zip(slots, tokens.tolist(), sizes.tolist(), strict=True):
             self.note(cache, slot, own[:size])
@@ -245,13 +301,18 @@ class Forgetful(DraftModelDrafter):
 
 
 @pytest.mark.parametrize("kind", [DraftModelDrafter, Forgetful])
-def test_no_token_is_read_twice_and_a_drafted_one_costs_one_pass(kind: type[DraftModelDrafter]) -> None:
+def test_no_token_is_read_twice_and_a_drafted_one_costs_one_pass(
+    kind: type[DraftModelDrafter],
+) -> None:
     counting = Counting(network())
     drafter = kind(counting)  # type: ignore[arg-type]
     engine = Engine(tiny_target("llama"), drafter, max_rows=4)
     for request in requests_of(PROMPTS, KINDS["mixed"]):
         engine.admit(request)
-    assert [len(drafter._read.get(slot, [])) for slot in range(4)][1:3] == [len(PROMPTS[1]) - 1, len(PROMPTS[2]) - 1]
+    assert [len(drafter._read.get(slot, [])) for slot in range(4)][1:3] == [
+        len(PROMPTS[1]) - 1,
+        len(PROMPTS[2]) - 1,
+    ]
     for step in range(1, 5):
         engine.step()
         assert counting.passes == step * (BLOCK - 1)
@@ -263,13 +324,18 @@ def test_long_prompts_are_read_in_chunks_and_not_again(monkeypatch: pytest.Monke
     prompts = (tuple(3 + i * i % 50 for i in range(70)), PROMPTS[0])
     drafter = DraftModelDrafter(network(), drawn=False)
     engine = Engine(tiny_target("llama"), drafter, max_rows=2)
-    assert [r.tokens for r in run(engine, requests_of(prompts, [GREEDY] * 2))] == plain((GREEDY,) * 2, prompts)
+    assert [r.tokens for r in run(engine, requests_of(prompts, [GREEDY] * 2))] == plain(
+        (GREEDY,) * 2, prompts
+    )
 
 
 def test_rows_that_join_and_leave_write_what_they_write_alone() -> None:
     limits = (14, 3, 9, 1, 12)
     prompts = (*PROMPTS, (50, 44))
-    params = [replace(own, max_new_tokens=n) for own, n in zip((*KINDS["mixed"], GREEDY), limits, strict=True)]
+    params = [
+        replace(own, max_new_tokens=n)
+        for own, n in zip((*KINDS["mixed"], GREEDY), limits, strict=True)
+    ]
     for drawn in (False, True):
         drafter = DraftModelDrafter(network(), drawn=drawn)
         engine = Engine(tiny_target("llama"), drafter, max_rows=2)
@@ -303,7 +369,9 @@ def test_a_draft_that_failed_can_be_asked_again(monkeypatch: pytest.MonkeyPatch)
     rows = dict(engine.running)
     while engine.running:
         engine.step()
-    assert [tuple(rows[i].history[len(prompt) :]) for i, prompt in enumerate(PROMPTS)] == plain(KINDS["greedy"])
+    assert [tuple(rows[i].history[len(prompt) :]) for i, prompt in enumerate(PROMPTS)] == plain(
+        KINDS["greedy"]
+    )
 
 
 # ---------------------------------------------------------------- limits
@@ -317,11 +385,15 @@ def test_a_row_beyond_the_networks_positions_goes_on_without_drafts(limit: int) 
     for prompt, result in zip(PROMPTS, results, strict=True):
         assert (result.stats.num_drafted > 0) == (len(prompt) + BLOCK - 1 <= limit)
     drafter = DraftModelDrafter(small)
-    sizes = drafter.propose(rows_of([[5] * (limit - BLOCK + 2), [5] * (limit - BLOCK + 3), [5]], SAMPLED), 9).sizes
+    sizes = drafter.propose(
+        rows_of([[5] * (limit - BLOCK + 2), [5] * (limit - BLOCK + 3), [5]], SAMPLED), 9
+    ).sizes
     assert sizes.tolist() == [BLOCK, 1, BLOCK]
 
 
-def test_without_the_limit_a_block_beyond_the_positions_is_drafted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_limit_a_block_beyond_the_positions_is_drafted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     small = network(True, max_position_embeddings=12)
     assert DraftModelDrafter(small).propose(rows_of([[5] * 12]), 9).sizes.tolist() == [1]
     monkeypatch.setattr(DraftModelDrafter, "_fits", lambda self, position, unread: True)
@@ -366,10 +438,14 @@ def test_a_draft_with_another_tokenizer_is_refused_with_the_reason() -> None:
     target, small = tiny_target("llama"), network()
     check_tokenizers(letter_tokenizer(), letter_tokenizer(), target, small)
     check_tokenizers(Words(["a", "b"]), Words(["a", "b"]), target, network(vocab_size=40))
-    with pytest.raises(DraftMismatch, match=r"token 1 is 'x' to `small`, but 'b' to `llama`") as raised:
+    with pytest.raises(
+        DraftMismatch, match=r"token 1 is 'x' to `small`, but 'b' to `llama`"
+    ) as raised:
         check_tokenizers(Words(["a", "b", "c"]), Words(["a", "x", "y"]), target, small)
     assert "smaller model of the family of `llama`" in str(raised.value.hint)
-    with pytest.raises(DraftMismatch, match=r"token 0 is '\u2581a' to `small`, but '\u0120a' to `llama`"):
+    with pytest.raises(
+        DraftMismatch, match=r"token 0 is '\u2581a' to `small`, but '\u0120a' to `llama`"
+    ):
         check_tokenizers(Words(["\u0120a", "b"]), Words(["\u2581a", "b"]), target, small)
 
 
@@ -396,7 +472,9 @@ def test_tokens_that_one_of_the_two_lacks_do_no_harm_and_moved_ones_do() -> None
 @pytest.mark.parametrize("drawn", [False, True])
 def test_a_larger_vocabulary_drafts_nothing_that_the_target_lacks(drawn: bool) -> None:
     wide = network(vocab_size=99)
-    proposal = DraftModelDrafter(wide, vocab_size=VOCAB, drawn=drawn).propose(rows_of(PROMPTS, SAMPLED), 9)
+    proposal = DraftModelDrafter(wide, vocab_size=VOCAB, drawn=drawn).propose(
+        rows_of(PROMPTS, SAMPLED), 9
+    )
     uncut = DraftModelDrafter(wide, drawn=drawn).propose(rows_of(PROMPTS, SAMPLED), 9)
     assert int(proposal.tokens.max()) < VOCAB <= int(uncut.tokens.max())
     assert not drawn or proposal.probs.shape[-1] == VOCAB  # type: ignore[union-attr]
@@ -409,7 +487,11 @@ def test_a_larger_vocabulary_drafts_nothing_that_the_target_lacks(drawn: bool) -
 RUNS, FEWER, LETTERS = 20_000, 4_000, 4
 SEEN = 100  # chi-square above its degrees of freedom: at most 30 with the right rule
 HOT = SamplingParams(temperature=1.0, max_new_tokens=9)
-LAWS = {"plain": HOT, "top_k": replace(HOT, top_k=2), "top_p": replace(HOT, temperature=1.3, top_p=0.8)}
+LAWS = {
+    "plain": HOT,
+    "top_k": replace(HOT, top_k=2),
+    "top_p": replace(HOT, temperature=1.3, top_p=0.8),
+}
 JUMP = {1: 1.0, 2: 1.65, 3: 1.7, 4: 1.75}  # a second token is dear, more of them are not
 
 
@@ -424,7 +506,10 @@ class Alone:
         return True
 
     def trim(self, proposal: Proposal) -> Tensor:
-        names, known = ("tokens", "parents", "sizes", "scores", "drawn"), dict[tuple[float, ...], Tensor]()
+        names, known = (
+            ("tokens", "parents", "sizes", "scores", "drawn"),
+            dict[tuple[float, ...], Tensor](),
+        )
         sizes, whole = [], [getattr(proposal, name) for name in names]
         for i, scores in enumerate(map(tuple, proposal.scores.tolist())):  # type: ignore[union-attr]
             if scores not in known:
@@ -457,7 +542,12 @@ class Mute:
 
 
 def excess(
-    patch: pytest.MonkeyPatch, kind: str = "plain", *, runs: int = FEWER, control: Any = None, drafter: Any = DraftModelDrafter
+    patch: pytest.MonkeyPatch,
+    kind: str = "plain",
+    *,
+    runs: int = FEWER,
+    control: Any = None,
+    drafter: Any = DraftModelDrafter,
 ) -> tuple[float, float]:
     """Chi-square of the first three tokens of seeded texts against the target's law: above its degrees of freedom, and p.
 
@@ -465,7 +555,9 @@ def excess(
     """
     target, params = Table(1, 1.5), LAWS[kind]
     patch.setattr(METHOD, "probabilities", remembered)  # for time
-    patch.setattr(flashdraft.engine, "target_probs", lambda logits, own, sizes: probabilities(logits, params))
+    patch.setattr(
+        flashdraft.engine, "target_probs", lambda logits, own, sizes: probabilities(logits, params)
+    )
     engine = Engine(target, drafter(Table(11, 1.5), block_size=4), max_rows=runs)  # type: ignore[arg-type]
     engine.control = control
     engine.drafter.cache.reserve(0, rows=runs)  # type: ignore[attr-defined]
@@ -489,11 +581,15 @@ def excess(
 
 
 @pytest.mark.parametrize("kind", LAWS)
-def test_texts_with_drawn_drafts_have_the_law_of_the_target(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_with_drawn_drafts_have_the_law_of_the_target(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert excess(monkeypatch, kind, runs=RUNS)[1] > 1e-4
 
 
-def test_texts_of_adaptive_length_have_the_law_of_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_of_adaptive_length_have_the_law_of_the_target(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     assert excess(monkeypatch, runs=RUNS, control=Alone(JUMP))[1] > 1e-4
 
 
@@ -533,17 +629,29 @@ class LooksAhead(Control):
         return super().trim(replace(proposal, drawn=None))
 
 
-def levels_of_the_target(seeds: Sequence[int], starts: Sequence[int], count: int, lane: int) -> Tensor:
+def levels_of_the_target(
+    seeds: Sequence[int], starts: Sequence[int], count: int, lane: int
+) -> Tensor:
     return uniforms(seeds, [start - lane for start in starts], count)
 
 
 FAULTS: dict[str, Callable[[pytest.MonkeyPatch], tuple[float, float]]] = {
-    "an argmax judged as if drawn": lambda patch: (patch.setattr(METHOD, "draw", argmax_as_if_drawn), excess(patch))[1],
+    "an argmax judged as if drawn": lambda patch: (
+        patch.setattr(METHOD, "draw", argmax_as_if_drawn),
+        excess(patch),
+    )[1],
     "the law of another position": lambda patch: excess(patch, drafter=WrongPosition),
     "the law before top-k": lambda patch: excess(patch, "top_k", drafter=Uncut_law),
-    "the target's own uniforms": lambda patch: (patch.setattr(METHOD, "uniforms", levels_of_the_target), excess(patch))[1],
-    "trimmed by the token's own score": lambda patch: excess(patch, control=Alone(JUMP), drafter=OwnScores),
-    "trimmed for the sake of later nodes": lambda patch: excess(patch, control=Alone(JUMP, LooksAhead)),
+    "the target's own uniforms": lambda patch: (
+        patch.setattr(METHOD, "uniforms", levels_of_the_target),
+        excess(patch),
+    )[1],
+    "trimmed by the token's own score": lambda patch: excess(
+        patch, control=Alone(JUMP), drafter=OwnScores
+    ),
+    "trimmed for the sake of later nodes": lambda patch: excess(
+        patch, control=Alone(JUMP, LooksAhead)
+    ),
 }
 
 

@@ -52,9 +52,19 @@ def tokenizer_with(chat: str | None, *added: str) -> Any:
 
 @pytest.mark.parametrize("name", CHATS)
 def test_template_says_what_ends_a_turn(name: str) -> None:
-    tokenizer = tokenizer_with(CHATS[name], "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|end|>x")
+    tokenizer = tokenizer_with(
+        CHATS[name],
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|eot_id|>",
+        "<end_of_turn>",
+        "<|end|>",
+        "<|end|>x",
+    )
     wanted = ENDS.get(name)
-    assert turn_end(tokenizer) == (None if wanted is None else tokenizer.convert_tokens_to_ids(wanted))
+    assert turn_end(tokenizer) == (
+        None if wanted is None else tokenizer.convert_tokens_to_ids(wanted)
+    )
 
 
 def test_tokenizer_without_a_template_says_nothing() -> None:
@@ -66,16 +76,25 @@ def test_ends_come_from_configs_tokenizer_and_template_together() -> None:
     tokenizer = tokenizer_with(CHATS["chatml"], "<|im_start|>", "<|im_end|>")
     own = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert end_tokens([{"eos_token_id": 7}], tokenizer, 1000) == {2, 7, own}
-    assert end_tokens([{"eos_token_id": [7, 8]}, {"text_config": {"eos_token_id": [9]}}], tokenizer, 1000) == {2, 7, 8, 9, own}
+    assert end_tokens(
+        [{"eos_token_id": [7, 8]}, {"text_config": {"eos_token_id": [9]}}], tokenizer, 1000
+    ) == {2, 7, 8, 9, own}
     assert end_tokens([{}, {"eos_token_id": None, "pad_token_id": 0}], tokenizer, 1000) == {2, own}
     assert end_tokens([{"eos_token_id": [7, 5000, -1, "2", None]}], tokenizer, 50) == {2, 7}
 
 
 @pytest.mark.parametrize(
     ("generation", "config", "wanted"),
-    [(None, 2, {2}), ([5, 6], 2, {2, 5, 6}), ({"eos_token_id": None}, 7, {2, 7}), ("damaged", 4, {2, 4})],
+    [
+        (None, 2, {2}),
+        ([5, 6], 2, {2, 5, 6}),
+        ({"eos_token_id": None}, 7, {2, 7}),
+        ("damaged", 4, {2, 4}),
+    ],
 )
-def test_folder_ends_where_its_own_files_say(tmp_path: Path, generation: Any, config: int, wanted: set[int]) -> None:
+def test_folder_ends_where_its_own_files_say(
+    tmp_path: Path, generation: Any, config: int, wanted: set[int]
+) -> None:
     folder = save_target(tmp_path / "t")
     facts = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(facts | {"eos_token_id": config}))
@@ -97,7 +116,9 @@ def test_what_a_class_adds_by_default_ends_nothing(tmp_path: Path) -> None:
     tokenizer = letter_tokenizer()
     tokenizer.eos_token = "a"
     tokenizer.save_pretrained(folder)
-    assert flashdraft.load(folder, draft="autoregressive").eos == {tokenizer.convert_tokens_to_ids("a")}
+    assert flashdraft.load(folder, draft="autoregressive").eos == {
+        tokenizer.convert_tokens_to_ids("a")
+    }
 
 
 # --- answers without token ids -------------------------------------------------------------------------------------------
@@ -123,7 +144,10 @@ def test_answer_that_ended_itself_gets_the_end_of_a_turn(told: dict[str, Any], e
     lm.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
     wide = replace(lm, eos=frozenset({0, 2}))  # a pad token that ends texts as well, as Qwen's
     tokens, num_prompt = encode(wide, {"prompt": "hi", "response": "Yes", **told})
-    assert tokens[num_prompt:] == [*lm.tokenizer.encode("Yes", add_special_tokens=False), *[2] * ended]
+    assert tokens[num_prompt:] == [
+        *lm.tokenizer.encode("Yes", add_special_tokens=False),
+        *[2] * ended,
+    ]
 
 
 def test_answer_ends_by_the_tokenizer_where_no_template_says_how() -> None:
@@ -167,7 +191,9 @@ STOPS = [  # tokens, stop, text, how many tokens were read
 
 
 @pytest.mark.parametrize(("tokens", "stop", "text", "read"), STOPS)
-def test_stop_string_sees_special_tokens(tokens: list[int], stop: str, text: str, read: int | None) -> None:
+def test_stop_string_sees_special_tokens(
+    tokens: list[int], stop: str, text: str, read: int | None
+) -> None:
     decoder = TextDecoder(Marks(), [stop])
     pieces = []
     count = None
@@ -181,7 +207,9 @@ def test_stop_string_sees_special_tokens(tokens: list[int], stop: str, text: str
     assert count == read
 
 
-def test_planted_decoder_that_sees_no_special_token_never_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_planted_decoder_that_sees_no_special_token_never_stops(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("flashdraft.decoding.text.hidden_tokens", lambda tokenizer: {})
     decoder = TextDecoder(Marks(), ["<end>"])
     assert [decoder.push(token) for token in (0, 100, 1)] == ["a", "", "b"]
@@ -207,7 +235,9 @@ def test_pending_text_stays_short_however_many_special_tokens_come() -> None:
 
 @pytest.mark.parametrize("ignore_eos", [True, False])
 @pytest.mark.parametrize("block_size", [None, 4])
-def test_text_stops_at_a_special_token_inside_a_block(ignore_eos: bool, block_size: int | None) -> None:
+def test_text_stops_at_a_special_token_inside_a_block(
+    ignore_eos: bool, block_size: int | None
+) -> None:
     lm = language_model()
     made = Autoregressive if block_size is None else lambda: PromptLookup(block_size=4)
     options: dict[str, Any] = {"temperature": 2.0, "ignore_eos": True, "max_new_tokens": 40}
@@ -242,10 +272,13 @@ def poisoned() -> HFTarget:
 
 
 @pytest.mark.parametrize(
-    "params", [SamplingParams(), SamplingParams(temperature=1.0), SamplingParams(temperature=1.0, top_p=0.5)]
+    "params",
+    [SamplingParams(), SamplingParams(temperature=1.0), SamplingParams(temperature=1.0, top_p=0.5)],
 )
 @pytest.mark.parametrize("new_drafter", [Autoregressive, PromptLookup])
-def test_logits_without_a_law_are_named_and_leave_the_row_clean(params: SamplingParams, new_drafter: type[Drafter]) -> None:
+def test_logits_without_a_law_are_named_and_leave_the_row_clean(
+    params: SamplingParams, new_drafter: type[Drafter]
+) -> None:
     lm = replace(language_model(torch.float64), target=poisoned())
     engine = Engine(lm.target, new_drafter(), max_rows=1)
     own = replace(params, max_new_tokens=6)
@@ -253,7 +286,11 @@ def test_logits_without_a_law_are_named_and_leave_the_row_clean(params: Sampling
     with pytest.raises(UnusableLogits, match=r"`poisoned` \(transformers float64\) are NaN"):
         engine.admit(lm.request([5, 6, 7, POISON] + [8] * 80, own))
     assert not engine.running
-    assert all(bool(tensor.isfinite().all()) for tensor in (*engine._cache.keys, *engine._cache.values) if tensor is not None)
+    assert all(
+        bool(tensor.isfinite().all())
+        for tensor in (*engine._cache.keys, *engine._cache.values)
+        if tensor is not None
+    )
     chunks = [engine.admit(lm.request([5, 6, 7], own))]
     while chunks[-1].result is None:
         chunks += engine.step()
@@ -281,7 +318,9 @@ def test_row_that_goes_wrong_later_is_forgotten_and_the_others_go_on() -> None:
 def test_planted_release_without_wiping_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flashdraft.models.cache.SlotCache.wipe", lambda self, row: None)
     with pytest.raises(AssertionError):
-        test_logits_without_a_law_are_named_and_leave_the_row_clean(SamplingParams(), Autoregressive)
+        test_logits_without_a_law_are_named_and_leave_the_row_clean(
+            SamplingParams(), Autoregressive
+        )
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -294,6 +333,8 @@ def test_no_law_is_an_error_also_where_assertions_are_off(value: float) -> None:
 
 def test_drafted_texts_of_a_network_name_it_too() -> None:
     target = poisoned()
-    lm = replace(language_model(torch.float64), target=target, new_drafter=lambda: tiny_drafter(target))
+    lm = replace(
+        language_model(torch.float64), target=target, new_drafter=lambda: tiny_drafter(target)
+    )
     with pytest.raises(UnusableLogits, match="poisoned"):
         lm.generate([5, POISON], max_new_tokens=6)

@@ -14,7 +14,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, VOCAB, LetterTokenizer, Table, requests_of, tiny_drafter, tiny_model, tiny_target, uniform
+from conftest import (
+    FAMILIES,
+    VOCAB,
+    LetterTokenizer,
+    Table,
+    requests_of,
+    tiny_drafter,
+    tiny_model,
+    tiny_target,
+    uniform,
+)
 from scipy import stats
 from torch import Tensor
 from transformers import GPT2Config
@@ -65,7 +75,9 @@ def plain(name: str, prompt: tuple[int, ...], params: SamplingParams = GREEDY) -
 
 
 def letters(tokens: Iterable[int]) -> str:
-    return LETTERS.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return LETTERS.decode(
+        list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
 
 
 # ---------------------------------------------------------------- drafters that know the future
@@ -84,7 +96,9 @@ class Oracle:
         known = [text for text in self.texts if text[: len(history)] == tuple(history)]
         return list(known[0][len(history) :]) if known else []
 
-    def observe(self, rows: Rows, tokens: Sequence[Tensor], features: Sequence[Tensor] | None) -> None:
+    def observe(
+        self, rows: Rows, tokens: Sequence[Tensor], features: Sequence[Tensor] | None
+    ) -> None:
         pass
 
     def end(self, rows: Rows) -> None:
@@ -122,16 +136,26 @@ class Tree(Oracle):
     block_size: int = 4
 
     def propose(self, rows: Rows, max_nodes: int) -> Proposal:
-        grown = [self.grow(history, max_nodes, random.Random(len(history))) for history in rows.histories]
+        grown = [
+            self.grow(history, max_nodes, random.Random(len(history))) for history in rows.histories
+        ]
         sizes = torch.tensor([len(tokens) for tokens, _ in grown])
-        return Proposal(padded([tokens for tokens, _ in grown]), padded([parents for _, parents in grown]), sizes)
+        return Proposal(
+            padded([tokens for tokens, _ in grown]),
+            padded([parents for _, parents in grown]),
+            sizes,
+        )
 
-    def grow(self, history: Sequence[int], max_nodes: int, luck: random.Random) -> tuple[list[int], list[int]]:
+    def grow(
+        self, history: Sequence[int], max_nodes: int, luck: random.Random
+    ) -> tuple[list[int], list[int]]:
         future, tokens, parents, right = self.future(history), [history[-1]], [-1], {0: 0}
         for node in range(1, min(luck.randint(1, 2 * self.block_size), max_nodes)):
             parent = luck.choice([luck.randrange(node), max(right)])
             siblings = [tokens[i] for i in range(node) if parents[i] == parent]
-            true = future[right[parent]] if parent in right and right[parent] < len(future) else None
+            true = (
+                future[right[parent]] if parent in right and right[parent] < len(future) else None
+            )
             token = luck.choice([t for t in range(VOCAB) if t != true and t not in siblings])
             if true is not None and true not in siblings and luck.random() < 0.6:
                 token, right[node] = true, right[parent] + 1
@@ -170,7 +194,9 @@ class Drawn(Oracle):
                     futures[child] = futures[node][1:] if futures[node][:1] == [token] else []
         drawn = torch.arange(size).expand(len(rows), -1) > 0
         sizes = torch.tensor([self.luck.randint(1, size) for _ in rows.slots])
-        return Proposal(tokens, torch.tensor(shape).expand(len(rows), -1), sizes, probs=probs, drawn=drawn)
+        return Proposal(
+            tokens, torch.tensor(shape).expand(len(rows), -1), sizes, probs=probs, drawn=drawn
+        )
 
 
 @dataclass
@@ -181,9 +207,13 @@ class Quoting(Oracle):
 
     def propose(self, rows: Rows, max_nodes: int) -> Proposal:
         texts = [[*history, *self.future(history)] for history in rows.histories]
-        changed = [[(token + (i % 5 == 0)) % VOCAB for i, token in enumerate(text)] for text in texts]
+        changed = [
+            [(token + (i % 5 == 0)) % VOCAB for i, token in enumerate(text)] for text in texts
+        ]
         quoted = [[*text, *history] for text, history in zip(changed, rows.histories, strict=True)]
-        return PromptLookup(block_size=self.block_size).propose(replace(rows, histories=quoted), max_nodes)
+        return PromptLookup(block_size=self.block_size).propose(
+            replace(rows, histories=quoted), max_nodes
+        )
 
 
 @dataclass
@@ -205,7 +235,9 @@ class Witness:
         self.proposals.append(self.inner.propose(rows, max_nodes))
         return self.proposals[-1]
 
-    def observe(self, rows: Rows, tokens: Sequence[Tensor], features: Sequence[Tensor] | None) -> None:
+    def observe(
+        self, rows: Rows, tokens: Sequence[Tensor], features: Sequence[Tensor] | None
+    ) -> None:
         assert features is not None
         for slot, own, seen in zip(rows.slots, tokens, features, strict=True):
             assert len(own) == len(seen)
@@ -216,9 +248,13 @@ class Witness:
         for slot, history in zip(rows.slots, rows.histories, strict=True):
             tokens, features = self.tokens.pop(slot), torch.cat(self.features.pop(slot))
             assert tokens == history[: len(tokens)]  # nothing that an end of text cut off
-            _, wanted = self.target.prefill(self.target.new_cache(1, len(tokens)), 0, torch.tensor(tokens), self.layers)
+            _, wanted = self.target.prefill(
+                self.target.new_cache(1, len(tokens)), 0, torch.tensor(tokens), self.layers
+            )
             assert wanted is not None
-            assert torch.allclose(features, wanted, atol=1e-6), float((features - wanted).abs().max())
+            assert torch.allclose(features, wanted, atol=1e-6), float(
+                (features - wanted).abs().max()
+            )
 
 
 Method = Callable[[Target, Sequence[tuple[int, ...]], int], Drafter]
@@ -227,8 +263,12 @@ METHODS: dict[str, Method] = {
     "prompt_lookup": lambda target, texts, block: PromptLookup(block_size=block),
     "quoting": lambda target, texts, block: Quoting(texts, block_size=block),
     "dflash": lambda target, texts, block: tiny_drafter(target, block_size=block),
-    "dflash tree": lambda target, texts, block: tiny_drafter(target, block_size=block, tree_nodes=2 * block),
-    "cheater": lambda target, texts, block: Cheater(texts, block_size=block, right=lambda position: position % (block + 1)),
+    "dflash tree": lambda target, texts, block: tiny_drafter(
+        target, block_size=block, tree_nodes=2 * block
+    ),
+    "cheater": lambda target, texts, block: Cheater(
+        texts, block_size=block, right=lambda position: position % (block + 1)
+    ),
     "tree": lambda target, texts, block: Tree(texts, block_size=block),
     "drawn": lambda target, texts, block: Drawn(texts, block_size=block),
 }
@@ -269,15 +309,27 @@ def checked(request: Request, chunks: Sequence[Chunk]) -> Result:
     assert counts.target_passes == len(passes)
     assert counts.accepted_lengths == passes
     assert counts.tau == (sum(passes) / len(passes) if passes else 1.0)
-    assert counts.num_accepted == sum(piece.drafted for chunk in chunks for piece in chunk.pieces) <= counts.num_drafted
+    assert (
+        counts.num_accepted
+        == sum(piece.drafted for chunk in chunks for piece in chunk.pieces)
+        <= counts.num_drafted
+    )
     assert not any(piece.drafted for piece in chunks[0].pieces)
-    assert set(counts.seconds) == ({"prefill", "draft", "target", "host"} if passes else {"prefill"})
-    assert counts.decode_seconds == pytest.approx(sum(counts.seconds.values()) - counts.seconds["prefill"])
+    assert set(counts.seconds) == (
+        {"prefill", "draft", "target", "host"} if passes else {"prefill"}
+    )
+    assert counts.decode_seconds == pytest.approx(
+        sum(counts.seconds.values()) - counts.seconds["prefill"]
+    )
     return result
 
 
 def generate(
-    name: str, method: str, prompts: Sequence[tuple[int, ...]], params: Sequence[SamplingParams], block: int
+    name: str,
+    method: str,
+    prompts: Sequence[tuple[int, ...]],
+    params: Sequence[SamplingParams],
+    block: int,
 ) -> tuple[list[Result], list[tuple[int, ...]]]:
     """What the engine writes with this method, and what the target writes alone."""
     wanted = [plain(name, prompt, own) for prompt, own in zip(prompts, params, strict=True)]
@@ -286,7 +338,12 @@ def generate(
     return run(engine, requests_of(prompts, params)), wanted
 
 
-def check_law(name: str, method: str, params: Sequence[SamplingParams] = (GREEDY,) * 3, blocks: Iterable[int] = BLOCKS) -> None:
+def check_law(
+    name: str,
+    method: str,
+    params: Sequence[SamplingParams] = (GREEDY,) * 3,
+    blocks: Iterable[int] = BLOCKS,
+) -> None:
     for prompts, block in [(PROMPTS[1:2], 4), *((PROMPTS, block) for block in blocks)]:
         own = params[1:2] if len(prompts) == 1 else params
         results, wanted = generate(name, method, prompts, own, block)
@@ -319,8 +376,14 @@ def test_seeded_sampled_text_is_the_plain_sampled_text(name: str, method: str) -
 @pytest.mark.parametrize("method", ["quoting", "cheater", "tree", "drawn"])
 def test_the_drafters_of_the_tests_have_tokens_accepted_and_rejected(method: str) -> None:
     """Otherwise the tests above would show nothing."""
-    results = [result for block in BLOCKS for result in generate("llama", method, PROMPTS, (GREEDY,) * 3, block)[0]]
-    drafted, accepted = (sum(getattr(r.stats, n) for r in results) for n in ("num_drafted", "num_accepted"))
+    results = [
+        result
+        for block in BLOCKS
+        for result in generate("llama", method, PROMPTS, (GREEDY,) * 3, block)[0]
+    ]
+    drafted, accepted = (
+        sum(getattr(r.stats, n) for r in results) for n in ("num_drafted", "num_accepted")
+    )
     assert 0.03 < accepted / drafted < 0.97
 
 
@@ -332,7 +395,9 @@ def test_the_plain_texts_differ_by_prompt_and_by_sampling() -> None:
 
 @pytest.mark.parametrize("method", ["cheater", "tree", "dflash"])
 @pytest.mark.parametrize("name", ["llama", "gpt_oss", "lean qwen3"])
-def test_a_drafter_observes_what_was_committed_with_the_targets_own_features(name: str, method: str) -> None:
+def test_a_drafter_observes_what_was_committed_with_the_targets_own_features(
+    name: str, method: str
+) -> None:
     check_observations(name, method)
 
 
@@ -360,7 +425,9 @@ def accept_everything(proposal: Proposal, law: Tensor, *_: Any) -> Verdict:
 def forget_to_cut(patch: pytest.MonkeyPatch) -> None:
     write, keep, written = SlotCache.write, SlotCache.keep, [0]
 
-    def noting(self: SlotCache, index: int, row: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def noting(
+        self: SlotCache, index: int, row: int, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor]:
         written[0] = keys.shape[1]
         return write(self, index, row, keys, values)
 
@@ -375,18 +442,28 @@ def forget_to_move(patch: pytest.MonkeyPatch) -> None:
 
 def key_by_step(patch: pytest.MonkeyPatch) -> None:
     """Draws that belong to the place in the step, not to the position in the text."""
-    patch.setattr(flashdraft.engine, "uniforms", lambda seeds, starts, count: uniforms(seeds, [len(seeds)] * len(seeds), count))
+    patch.setattr(
+        flashdraft.engine,
+        "uniforms",
+        lambda seeds, starts, count: uniforms(seeds, [len(seeds)] * len(seeds), count),
+    )
 
 
 def one_for_all(patch: pytest.MonkeyPatch) -> None:
     laws = flashdraft.engine.target_probs
-    patch.setattr(flashdraft.engine, "target_probs", lambda logits, params, sizes: laws(logits, params[:1] * len(params), sizes))
+    patch.setattr(
+        flashdraft.engine,
+        "target_probs",
+        lambda logits, params, sizes: laws(logits, params[:1] * len(params), sizes),
+    )
 
 
 def observe_the_first_nodes(patch: pytest.MonkeyPatch) -> None:
     collect = Engine._collect
 
-    def first(self: Engine, slots: list[int], proposal: Proposal, features: Tensor, paths: list[list[int]]) -> None:
+    def first(
+        self: Engine, slots: list[int], proposal: Proposal, features: Tensor, paths: list[list[int]]
+    ) -> None:
         collect(self, slots, proposal, features, [list(range(len(path))) for path in paths])
 
     patch.setattr(Engine, "_collect", first)
@@ -396,7 +473,9 @@ def roll_features(patch: pytest.MonkeyPatch) -> None:
     """Tokens right, features of the node before."""
     collect = Engine._collect
 
-    def late(self: Engine, slots: list[int], proposal: Proposal, features: Tensor, paths: list[list[int]]) -> None:
+    def late(
+        self: Engine, slots: list[int], proposal: Proposal, features: Tensor, paths: list[list[int]]
+    ) -> None:
         collect(self, slots, proposal, features.roll(1, dims=1), paths)
 
     patch.setattr(Engine, "_collect", late)
@@ -429,7 +508,10 @@ FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], Callable[[], None]
     "the path is not moved": (forget_to_move, lambda: check_law("llama", "tree")),
     "draws are keyed by step": (key_by_step, lambda: check_law("llama", "cheater", SAMPLED)),
     "one row's sampling for all": (one_for_all, lambda: check_law("llama", "cheater", SAMPLED)),
-    "the first nodes are observed": (observe_the_first_nodes, lambda: check_observations("llama", "tree")),
+    "the first nodes are observed": (
+        observe_the_first_nodes,
+        lambda: check_observations("llama", "tree"),
+    ),
     "features are one node late": (roll_features, lambda: check_observations("llama", "cheater")),
     "cut tokens are counted": (count_what_was_cut, lambda: check_law("llama", "cheater")),
 }
@@ -454,7 +536,9 @@ PROMPT = PROMPTS[1]
 LONG = replace(GREEDY, max_new_tokens=24)
 
 
-def cheat(block: int, params: SamplingParams = GREEDY, eos: Iterable[int] = (), right: int = 99) -> Result:
+def cheat(
+    block: int, params: SamplingParams = GREEDY, eos: Iterable[int] = (), right: int = 99
+) -> Result:
     """One greedy request whose drafter is right in the first `right` nodes of every block."""
     text = PROMPT + plain("llama", PROMPT, LONG)
     engine = Engine(made("llama"), Cheater([text], block_size=block, right=lambda _: right))
@@ -476,7 +560,9 @@ def check_eos_at_every_offset(block: int) -> None:
         assert result.tokens == text[: k + 1], k
         assert result.text == letters(text[:k])
         assert result.finish_reason == "stop"
-        assert result.stats.num_accepted == k - 1 - (k - 1) // block + (offset(k, block) < block - 1), k
+        assert result.stats.num_accepted == k - 1 - (k - 1) // block + (
+            offset(k, block) < block - 1
+        ), k
         offsets.add(offset(k, block))
     assert offsets == set(range(block))
 
@@ -507,24 +593,36 @@ def check_every_limit(block: int) -> None:
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize("check", [check_eos_at_every_offset, check_stop_at_every_offset, check_every_limit])
-def test_a_text_ends_where_it_must_at_every_offset_of_a_block(check: Callable[[int], None], block: int) -> None:
+@pytest.mark.parametrize(
+    "check", [check_eos_at_every_offset, check_stop_at_every_offset, check_every_limit]
+)
+def test_a_text_ends_where_it_must_at_every_offset_of_a_block(
+    check: Callable[[int], None], block: int
+) -> None:
     check(block)
 
 
-def whole_block(self: Request, tokens: Sequence[int], num_drafted: int, logits: Sequence[Tensor]) -> Chunk:
+def whole_block(
+    self: Request, tokens: Sequence[int], num_drafted: int, logits: Sequence[Tensor]
+) -> Chunk:
     """Looks for the end after the block, not in it."""
     chunks = [commit(self, [token], int(i < num_drafted)) for i, token in enumerate(tokens)]
     pieces = tuple(piece for chunk in chunks for piece in chunk.pieces)
     ended = next((chunk.result for chunk in chunks if chunk.result is not None), None)
-    result = None if ended is None else replace(ended, tokens=tuple(self.history[len(self.prompt) :]), text=self.decoder.text)
+    result = (
+        None
+        if ended is None
+        else replace(ended, tokens=tuple(self.history[len(self.prompt) :]), text=self.decoder.text)
+    )
     return Chunk(self.index, pieces, tuple(tokens), result)
 
 
 commit = Request.commit
 
 
-def pushes_eos(self: Request, tokens: Sequence[int], num_drafted: int, logits: Sequence[Tensor]) -> Chunk:
+def pushes_eos(
+    self: Request, tokens: Sequence[int], num_drafted: int, logits: Sequence[Tensor]
+) -> Chunk:
     """The end-of-text token's own text leaks."""
     chunk = commit(self, tokens, num_drafted)
     if chunk.result is None or chunk.tokens[-1] not in self.eos:
@@ -541,7 +639,9 @@ def pushes_eos(self: Request, tokens: Sequence[int], num_drafted: int, logits: S
         (pushes_eos, check_eos_at_every_offset),
     ],
 )
-def test_a_leak_at_the_end_is_caught(faulty: Any, check: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_leak_at_the_end_is_caught(
+    faulty: Any, check: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Request, "commit", faulty)
     with pytest.raises(AssertionError):
         check(4)
@@ -558,7 +658,11 @@ def test_one_token_too_many_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_stop_string_that_had_only_begun_is_text(reason: str) -> None:
     text = plain("llama", PROMPT)
     k = next(k for k in range(5, NEW) if text[k] not in text[:k])
-    params = replace(GREEDY, stop=(letters(text[k - 1 : k]) + "!",), max_new_tokens=k if reason == "length" else NEW)
+    params = replace(
+        GREEDY,
+        stop=(letters(text[k - 1 : k]) + "!",),
+        max_new_tokens=k if reason == "length" else NEW,
+    )
     result = cheat(7, params, eos=text[k : k + 1])
     assert result.text == letters(text[:k])
     assert result.finish_reason == reason
@@ -587,7 +691,9 @@ def test_nothing_accepted_is_plain_decoding() -> None:
 
 
 def test_tau_counts_committed_tokens_per_pass_and_nothing_that_was_cut() -> None:
-    result = cheat(7, replace(GREEDY, max_new_tokens=10))  # 1 with the prompt, 7 in the first pass, 2 left
+    result = cheat(
+        7, replace(GREEDY, max_new_tokens=10)
+    )  # 1 with the prompt, 7 in the first pass, 2 left
     assert result.stats.accepted_lengths == [7, 2]
     assert result.stats.tau == 4.5
     assert result.stats.num_accepted == 6 + 1
@@ -596,7 +702,12 @@ def test_tau_counts_committed_tokens_per_pass_and_nothing_that_was_cut() -> None
     result = cheat(7, eos=[text[k]])  # the rest of the block was right, too, but does not count
     assert result.stats.accepted_lengths == [k]
     assert (result.stats.tau, result.stats.num_accepted, result.stats.num_drafted) == (k, k, 6)
-    assert result.to_dict() == {"text": letters(text[:k]), "tokens": list(text[: k + 1]), "finish_reason": "stop", "tau": k}
+    assert result.to_dict() == {
+        "text": letters(text[:k]),
+        "tokens": list(text[: k + 1]),
+        "finish_reason": "stop",
+        "tau": k,
+    }
 
 
 # ---------------------------------------------------------------- rows come and go
@@ -607,7 +718,10 @@ LIMITS = (14, 3, 9, 1, 12)
 
 
 def crowd_params() -> list[SamplingParams]:
-    return [replace(params, max_new_tokens=limit) for params, limit in zip((GREEDY, *SAMPLED, GREEDY), LIMITS, strict=True)]
+    return [
+        replace(params, max_new_tokens=limit)
+        for params, limit in zip((GREEDY, *SAMPLED, GREEDY), LIMITS, strict=True)
+    ]
 
 
 def check_crowd(method: str, rows: int, rounds: int = 1) -> None:
@@ -677,8 +791,13 @@ def keep_the_first_slot(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(SlotCache, "free", lambda self, row: self.lengths.__setitem__(row, 1))
 
 
-@pytest.mark.parametrize("check", [lambda: check_crowd("cheater", 2), lambda: check_crowd("dflash", 2), check_used_drafter])
-def test_a_row_that_is_not_freed_is_caught(check: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "check",
+    [lambda: check_crowd("cheater", 2), lambda: check_crowd("dflash", 2), check_used_drafter],
+)
+def test_a_row_that_is_not_freed_is_caught(
+    check: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     keep_the_first_slot(monkeypatch)
     with pytest.raises(AssertionError):
         check()
@@ -702,7 +821,10 @@ def test_the_caches_grow_while_rows_run() -> None:
     assert engine._cache.slots > before
     while engine.running:
         chunks += engine.step()
-    tokens = {index: tuple(token for c in chunks if c.index == index for token in c.tokens) for index in (0, 1)}
+    tokens = {
+        index: tuple(token for c in chunks if c.index == index for token in c.tokens)
+        for index in (0, 1)
+    }
     assert tokens[0] == plain("llama", PROMPTS[0])
     assert tuple(late.history[len(long) :]) == plain("llama", long, params[1])
 
@@ -761,7 +883,10 @@ def test_a_wide_proposal_beside_a_long_row_finds_room(name: str) -> None:
     long = tuple(3 + i * i % 50 for i in range(184))
     params = [replace(GREEDY, max_new_tokens=5), replace(GREEDY, max_new_tokens=100)]
     texts = [prompt + plain(name, prompt) for prompt in (long, PROMPTS[0])]
-    results = run(Engine(made(name), Tree(texts, block_size=99), max_rows=2), requests_of([long, PROMPTS[0]], params))
+    results = run(
+        Engine(made(name), Tree(texts, block_size=99), max_rows=2),
+        requests_of([long, PROMPTS[0]], params),
+    )
     assert results[0].tokens == plain(name, long)[:5]
     assert results[1].tokens[:NEW] == plain(name, PROMPTS[0])
 
@@ -779,17 +904,29 @@ def test_an_empty_prompt_is_refused() -> None:
 @pytest.mark.parametrize(("length", "asked"), [(256, 1), (250, 7), (400, 1)])
 def test_a_text_beyond_the_context_is_refused(length: int, asked: int) -> None:
     engine = Engine(made("llama"), Autoregressive())
-    with pytest.raises(ContextLengthError, match=f"{length} tokens and {asked} new .* holds 256") as raised:
+    with pytest.raises(
+        ContextLengthError, match=f"{length} tokens and {asked} new .* holds 256"
+    ) as raised:
         engine.admit(requests_of([(5,) * length], [replace(GREEDY, max_new_tokens=asked)])[0])
     room = 256 - length
-    assert (f"at most {room} new" if room > 0 else f"by {1 - room} tokens") in str(raised.value.hint)
+    assert (f"at most {room} new" if room > 0 else f"by {1 - room} tokens") in str(
+        raised.value.hint
+    )
     assert engine.num_free == 1
 
 
 @functools.cache
 def gpt2() -> HFTarget:
     """Learned positions: one beyond the last is an error, not a number."""
-    config = GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=4, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
+    config = GPT2Config(
+        vocab_size=VOCAB,
+        n_embd=32,
+        n_layer=4,
+        n_head=4,
+        n_positions=64,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     return HFTarget(tiny_model("", config=config), "gpt2")
 
 
@@ -799,7 +936,10 @@ def test_a_text_may_fill_the_context_to_its_last_position(target: Callable[[], T
     model, texts = target(), []
     prompts = [tuple(3 + i * i % 50 for i in range(model.context_length - NEW)), PROMPTS[0]]
     params = [GREEDY, replace(GREEDY, max_new_tokens=40)]
-    for drafter in (Autoregressive(), tiny_drafter(model, block_size=7, max_position_embeddings=512)):
+    for drafter in (
+        Autoregressive(),
+        tiny_drafter(model, block_size=7, max_position_embeddings=512),
+    ):
         results = run(Engine(model, drafter, max_rows=2), requests_of(prompts, params))
         texts.append([result.tokens for result in results])
     assert texts[0] == texts[1]
@@ -810,7 +950,9 @@ def test_a_draft_with_fewer_positions_than_its_target_drafts_on_and_the_texts_st
     drafter = Recording(tiny_drafter(made("llama"), block_size=4, max_position_embeddings=16))
     results = run(Engine(made("llama"), drafter, max_rows=3), requests_of(PROMPTS, (GREEDY,) * 3))
     assert [result.tokens for result in results] == [plain("llama", prompt) for prompt in PROMPTS]
-    assert all(result.stats.num_drafted > 0 for result in results)  # the last prompt alone has more positions
+    assert all(
+        result.stats.num_drafted > 0 for result in results
+    )  # the last prompt alone has more positions
 
 
 def test_a_faulty_proposal_is_an_error_and_not_a_text() -> None:
@@ -847,9 +989,13 @@ class DrawnTable:
         tokens = torch.cat([anchors[:, None], pair, child], 1)
         parents = torch.tensor([[-1, 0, 0, 1]]).expand(len(tokens), -1)
         drawn = torch.tensor([[False, True, True, True]]).expand(len(tokens), -1)
-        return Proposal(tokens, parents, torch.full((len(tokens),), 4), probs=self.table[tokens], drawn=drawn)
+        return Proposal(
+            tokens, parents, torch.full((len(tokens),), 4), probs=self.table[tokens], drawn=drawn
+        )
 
-    def observe(self, rows: Rows, tokens: Sequence[Tensor], features: Sequence[Tensor] | None) -> None:
+    def observe(
+        self, rows: Rows, tokens: Sequence[Tensor], features: Sequence[Tensor] | None
+    ) -> None:
         pass
 
     def end(self, rows: Rows) -> None:
@@ -867,7 +1013,12 @@ def chi_square() -> tuple[float, int]:
     target, counts = Table(1, 1.0), torch.zeros(4**3)
     engine = Engine(target, DrawnTable(), max_rows=500)
     waiting = [
-        Request([0], SamplingParams(temperature=1.0, seed=seed, max_new_tokens=9), TextDecoder(LETTERS), index=seed)
+        Request(
+            [0],
+            SamplingParams(temperature=1.0, seed=seed, max_new_tokens=9),
+            TextDecoder(LETTERS),
+            index=seed,
+        )
         for seed in range(NUM_TEXTS)
     ]
     while waiting or engine.running:
@@ -888,7 +1039,9 @@ def test_texts_with_drawn_drafts_have_the_targets_law() -> None:
     assert distance < stats.chi2.ppf(1 - 1e-4, degrees)
 
 
-def coins_that_are_the_draws(seeds: Sequence[int], anchors: Sequence[int], num_nodes: int) -> Tensor:
+def coins_that_are_the_draws(
+    seeds: Sequence[int], anchors: Sequence[int], num_nodes: int
+) -> Tensor:
     return uniforms(seeds, [anchor + 1 for anchor in anchors], 1).expand(-1, num_nodes)
 
 

@@ -64,7 +64,9 @@ Start = Callable[[str], Any]
 @pytest.fixture
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
     """The engine for a text, its server a program of its own that ends with the tests."""
-    (tmp_path / "server").write_text(SERVER.format(python=sys.executable, log=str(tmp_path / "log")))
+    (tmp_path / "server").write_text(
+        SERVER.format(python=sys.executable, log=str(tmp_path / "log"))
+    )
     (tmp_path / "server").chmod(0o755)
     monkeypatch.setenv("LLAMA_SERVER", str(tmp_path / "server"))
     return lambda text: runpy.run_path(str(ENGINES))["llama_server"](text, SimpleNamespace())
@@ -74,11 +76,15 @@ def asked(folder: Path) -> list[Any]:
     return [json.loads(line) for line in (folder / "log").read_text().splitlines()]
 
 
-def test_the_server_answers_token_ids_greedily_and_without_a_cache(start: Start, tmp_path: Path) -> None:
+def test_the_server_answers_token_ids_greedily_and_without_a_cache(
+    start: Start, tmp_path: Path
+) -> None:
     method = start("f32.gguf")
     answers = method([[1, 2], [1, 5]], [SamplingParams(max_new_tokens=5)] * 2)
     assert [answer.tokens for answer in answers] == [(3, 4, 5, 6, 7), (6, 7, 8, 9)]
-    assert [(answer.tau, answer.decode_seconds, answer.figures["num_drafted"]) for answer in answers] == [(1.0, 0.25, 0)] * 2
+    assert [
+        (answer.tau, answer.decode_seconds, answer.figures["num_drafted"]) for answer in answers
+    ] == [(1.0, 0.25, 0)] * 2
     (path, options, first), (_, _, second) = asked(tmp_path)
     assert (path, first["prompt"], second["prompt"]) == ("/completion", [1, 2], [1, 5])
     wanted = {"n_predict": 5, "temperature": 0, "cache_prompt": False, "return_tokens": True}
@@ -92,18 +98,32 @@ def test_the_server_answers_token_ids_greedily_and_without_a_cache(start: Start,
     [
         ("", 20, 13, 4),  # 3 drafts of which 2 are accepted: 12 tokens after the first, 3 a pass
         ("+5", 20, 12, 3),  # the last token comes without drafts: 5, 5 and 1
-        ("+5", 2, 13, 2),  # the end, token 9, comes first in the second block, whose 4 accepted drafts are dropped: 5 and 1
+        (
+            "+5",
+            2,
+            13,
+            2,
+        ),  # the end, token 9, comes first in the second block, whose 4 accepted drafts are dropped: 5 and 1
     ],
 )
-def test_drafts_count_into_tau(start: Start, tmp_path: Path, drafting: str, prompt: int, length: int, passes: int) -> None:
-    (answer,) = start("f32.gguf+draft.gguf" + drafting)([[1, prompt]], [SamplingParams(max_new_tokens=length)])
+def test_drafts_count_into_tau(
+    start: Start, tmp_path: Path, drafting: str, prompt: int, length: int, passes: int
+) -> None:
+    (answer,) = start("f32.gguf+draft.gguf" + drafting)(
+        [[1, prompt]], [SamplingParams(max_new_tokens=length)]
+    )
     assert answer.figures["target_passes"] == passes
     assert answer.tau == (len(answer.tokens) - 1) / passes
     ((_, options, _),) = asked(tmp_path)
-    assert f"-md draft.gguf --spec-type draft-dflash --spec-draft-n-max {drafting[1:] or 3} " in " ".join(options)
+    assert (
+        f"-md draft.gguf --spec-type draft-dflash --spec-draft-n-max {drafting[1:] or 3} "
+        in " ".join(options)
+    )
 
 
-def test_what_the_server_cannot_answer_is_refused(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_server_cannot_answer_is_refused(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     method = start("f32.gguf")
     with pytest.raises(InvalidParameter, match="length of prompt and answer is 4097"):
         method([[1] * 4092], [SamplingParams(max_new_tokens=5)])

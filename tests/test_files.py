@@ -40,16 +40,24 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_target(folder / "t")
     save_target(folder / "other", model=tiny_model("llama", seed=5, dtype=torch.float32))
     write_lines(folder / "set.jsonl", [{"prompt": text} for text in ("hi", "you", "she")])
-    write_lines(folder / "p.jsonl", [{"source": "s", "row": n, "prompt": text} for n, text in enumerate(("hi", "you"))])
+    write_lines(
+        folder / "p.jsonl",
+        [{"source": "s", "row": n, "prompt": text} for n, text in enumerate(("hi", "you"))],
+    )
     tokens = [[5 + (n * 7 + k) % 40 for k in range(12)] for n in range(4)]
-    rows = [{"source": "s", "row": n, "prompt": "hi" * (n + 1), "response": "", "tokens": tokens[n]} for n in range(4)]
+    rows = [
+        {"source": "s", "row": n, "prompt": "hi" * (n + 1), "response": "", "tokens": tokens[n]}
+        for n in range(4)
+    ]
     write_lines(folder / "hand.jsonl", rows)
     write_lines(folder / "held.jsonl", [{"prompt": "ab"}])
     return folder
 
 
 @pytest.fixture
-def run(shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(
+    shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Run:
     """One command line in a folder with links to the shop's files; its status, output and errors."""
     for path in shop.iterdir():
         (tmp_path / path.name).symlink_to(path)
@@ -71,7 +79,11 @@ def refused(said: tuple[int, str, str]) -> str:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 WRITERS = {
@@ -83,14 +95,18 @@ WRITERS = {
 
 @pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN.keys())
 @pytest.mark.parametrize("command", WRITERS.values(), ids=WRITERS.keys())
-def test_a_file_of_another_is_named_and_stays(run: Run, tmp_path: Path, command: str, content: str) -> None:
+def test_a_file_of_another_is_named_and_stays(
+    run: Run, tmp_path: Path, command: str, content: str
+) -> None:
     (tmp_path / "mine.txt").write_text(content)
     before = contents(tmp_path)
     assert "mine.txt`" in refused(run(f"{command} mine.txt"))
     assert contents(tmp_path) == before
 
 
-def test_planted_writer_that_does_not_ask_is_caught(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_planted_writer_that_does_not_ask_is_caught(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(files, "_check_first_line", lambda *_: None)
     monkeypatch.setattr(files, "_foreign", lambda *_: None)
     (tmp_path / "mine.txt").write_text("my notes")
@@ -99,7 +115,9 @@ def test_planted_writer_that_does_not_ask_is_caught(run: Run, tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("command", WRITERS.values(), ids=WRITERS.keys())
-def test_a_folder_a_device_and_a_packed_name_are_refused(run: Run, tmp_path: Path, command: str) -> None:
+def test_a_folder_a_device_and_a_packed_name_are_refused(
+    run: Run, tmp_path: Path, command: str
+) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("mine")
     os.mkfifo(tmp_path / "fifo")
@@ -118,7 +136,9 @@ def test_a_folder_a_device_and_a_packed_name_are_refused(run: Run, tmp_path: Pat
 
 
 @pytest.mark.parametrize("command", WRITERS.values(), ids=WRITERS.keys())
-def test_the_commands_own_input_is_refused_by_any_path(run: Run, tmp_path: Path, command: str) -> None:
+def test_the_commands_own_input_is_refused_by_any_path(
+    run: Run, tmp_path: Path, command: str
+) -> None:
     source = command.split()[1 if "bench" not in command else 2]
     (tmp_path / "link").symlink_to(source)
     os.link(os.path.realpath(source), tmp_path / "hard")
@@ -129,7 +149,9 @@ def test_the_commands_own_input_is_refused_by_any_path(run: Run, tmp_path: Path,
 
 
 @pytest.mark.parametrize("command", WRITERS.values(), ids=WRITERS.keys())
-def test_an_empty_file_is_a_new_one_and_links_are_written_through(run: Run, tmp_path: Path, command: str) -> None:
+def test_an_empty_file_is_a_new_one_and_links_are_written_through(
+    run: Run, tmp_path: Path, command: str
+) -> None:
     real = tmp_path / "real.jsonl"
     real.touch(mode=0o600)
     (tmp_path / "link.jsonl").symlink_to(real)
@@ -139,7 +161,9 @@ def test_an_empty_file_is_a_new_one_and_links_are_written_through(run: Run, tmp_
     assert stat.S_IMODE(real.stat().st_mode) == 0o600
 
 
-def test_prompts_are_made_again_but_not_over_what_was_changed_or_is_anothers(run: Run, tmp_path: Path) -> None:
+def test_prompts_are_made_again_but_not_over_what_was_changed_or_is_anothers(
+    run: Run, tmp_path: Path
+) -> None:
     out = tmp_path / "out.jsonl"
     assert run("prompts set.jsonl --out out.jsonl")[0] == 0
     first = out.read_bytes()
@@ -153,7 +177,9 @@ def test_prompts_are_made_again_but_not_over_what_was_changed_or_is_anothers(run
     assert "was changed since" in refused(run("prompts set.jsonl --out out.jsonl"))
     assert out.read_bytes() == changed
     assert run(f"{WRITERS['regenerate']} answers.jsonl")[0] == 0
-    assert "written by `flashdraft regenerate`" in refused(run("prompts set.jsonl --out answers.jsonl"))
+    assert "written by `flashdraft regenerate`" in refused(
+        run("prompts set.jsonl --out answers.jsonl")
+    )
 
 
 def test_prompts_of_an_earlier_version_may_be_made_again_alike(run: Run, tmp_path: Path) -> None:
@@ -162,12 +188,16 @@ def test_prompts_of_an_earlier_version_may_be_made_again_alike(run: Run, tmp_pat
     (tmp_path / "out.jsonl.run.json").unlink()
     assert run("prompts set.jsonl --out out.jsonl")[0] == 0
     (tmp_path / "out.jsonl.run.json").unlink()
-    assert "not written by `flashdraft prompts`" in refused(run("prompts set.jsonl --seed 5 --out out.jsonl"))
+    assert "not written by `flashdraft prompts`" in refused(
+        run("prompts set.jsonl --seed 5 --out out.jsonl")
+    )
     assert (tmp_path / "out.jsonl").read_bytes() == first
 
 
 @pytest.mark.parametrize("command", ["prompts", "regenerate"])
-def test_a_foreign_file_in_the_place_of_the_note_stays(run: Run, tmp_path: Path, command: str) -> None:
+def test_a_foreign_file_in_the_place_of_the_note_stays(
+    run: Run, tmp_path: Path, command: str
+) -> None:
     (tmp_path / "out.jsonl.run.json").write_text('{"mine": true}')
     assert "out.jsonl.run.json`" in refused(run(f"{WRITERS[command]} out.jsonl"))
     assert (tmp_path / "out.jsonl.run.json").read_text() == '{"mine": true}'
@@ -221,7 +251,9 @@ def answered(run: Run, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("look", ["crlf", "no last end", "cr", "mark", "crlf and no last end"])
-def test_answers_with_other_endings_are_gone_on_with(run: Run, answered: Path, tmp_path: Path, look: str) -> None:
+def test_answers_with_other_endings_are_gone_on_with(
+    run: Run, answered: Path, tmp_path: Path, look: str
+) -> None:
     assert run(f"{WRITERS['regenerate']} whole.jsonl")[0] == 0
     content = answered.read_bytes()
     answered.write_bytes(
@@ -235,7 +267,9 @@ def test_answers_with_other_endings_are_gone_on_with(run: Run, answered: Path, t
     )
     assert run(f"{WRITERS['regenerate']} a.jsonl")[1] == "1 new answers in a.jsonl\n"
     rows = [json.loads(line) for line in answered.read_text(encoding="utf-8-sig").splitlines()]
-    assert rows == [json.loads(line) for line in (tmp_path / "whole.jsonl").read_text().splitlines()]
+    assert rows == [
+        json.loads(line) for line in (tmp_path / "whole.jsonl").read_text().splitlines()
+    ]
 
 
 @pytest.mark.parametrize(
@@ -248,18 +282,24 @@ def test_answers_with_other_endings_are_gone_on_with(run: Run, answered: Path, t
         ("--dtype bfloat16", 'dtype "float32", not "bfloat16"'),
     ],
 )
-def test_other_answers_are_not_mixed_with_these(run: Run, answered: Path, options: str, why: str) -> None:
+def test_other_answers_are_not_mixed_with_these(
+    run: Run, answered: Path, options: str, why: str
+) -> None:
     before = answered.read_bytes()
     assert why in refused(run(f"{WRITERS['regenerate']} a.jsonl {options}"))
     assert answered.read_bytes() == before
 
 
-@pytest.mark.parametrize("options", ["--seed 3", "--top-k 5", "--draft prompt_lookup", "--max-rows 1"])
+@pytest.mark.parametrize(
+    "options", ["--seed 3", "--top-k 5", "--draft prompt_lookup", "--max-rows 1"]
+)
 def test_what_changes_no_text_is_no_difference(run: Run, answered: Path, options: str) -> None:
     assert run(f"{WRITERS['regenerate']} a.jsonl {options}")[0] == 0
 
 
-def test_the_same_target_in_another_place_goes_on_and_another_template_does_not(run: Run, answered: Path, tmp_path: Path) -> None:
+def test_the_same_target_in_another_place_goes_on_and_another_template_does_not(
+    run: Run, answered: Path, tmp_path: Path
+) -> None:
     shutil.copytree(tmp_path / "t", tmp_path / "moved")
     call = WRITERS["regenerate"].replace("--target t", "--target moved")
     assert run(f"{call} a.jsonl --limit 1")[0] == 0
@@ -273,10 +313,14 @@ def test_one_changed_weight_is_another_target(run: Run, answered: Path, tmp_path
     with torch.no_grad():
         model.model.layers[2].mlp.up_proj.weight[0, 0] += 1
     save_target(tmp_path / "tuned", model=model)
-    assert "target `t`" in refused(run(f"{WRITERS['regenerate'].replace('--target t', '--target tuned')} a.jsonl"))
+    assert "target `t`" in refused(
+        run(f"{WRITERS['regenerate'].replace('--target t', '--target tuned')} a.jsonl")
+    )
 
 
-def test_a_changed_set_is_refused_and_a_grown_one_goes_on(run: Run, answered: Path, tmp_path: Path) -> None:
+def test_a_changed_set_is_refused_and_a_grown_one_goes_on(
+    run: Run, answered: Path, tmp_path: Path
+) -> None:
     before = answered.read_bytes()
     call = WRITERS["regenerate"].replace("p.jsonl", "q.jsonl")
     for row, why in (
@@ -288,11 +332,16 @@ def test_a_changed_set_is_refused_and_a_grown_one_goes_on(run: Run, answered: Pa
         assert why in refused(run(f"{call} a.jsonl"))
         assert answered.read_bytes() == before
     texts = ["so", "hi", "no"]
-    write_lines(tmp_path / "q.jsonl", [{"source": "s", "row": 5 - 5 * (text == "hi"), "prompt": text} for text in texts])
+    write_lines(
+        tmp_path / "q.jsonl",
+        [{"source": "s", "row": 5 - 5 * (text == "hi"), "prompt": text} for text in texts],
+    )
     assert run(f"{call} a.jsonl")[1] == "2 new answers in a.jsonl\n"
 
 
-def test_answers_without_a_note_are_taken_with_one_line_unless_a_line_contradicts(run: Run, answered: Path) -> None:
+def test_answers_without_a_note_are_taken_with_one_line_unless_a_line_contradicts(
+    run: Run, answered: Path
+) -> None:
     (answered.parent / "a.jsonl.run.json").unlink()
     whole = json.loads(answered.read_text())
     for change, why in (
@@ -325,12 +374,16 @@ def test_half_a_line_is_cut_only_where_it_is_ours(run: Run, answered: Path) -> N
 # Features, training, drafters.
 
 
-def test_features_and_answers_of_another_target_are_refused(run: Run, answered: Path, tmp_path: Path) -> None:
+def test_features_and_answers_of_another_target_are_refused(
+    run: Run, answered: Path, tmp_path: Path
+) -> None:
     assert "target `t`" in refused(run("features a.jsonl --out f --target other --num-features 1"))
     assert not (tmp_path / "f").exists()
     assert run("features a.jsonl --out f --target t --num-features 1") == (0, "1 shards in f\n", "")
     before = contents(tmp_path / "f")
-    assert "target `t`" in refused(run("features hand.jsonl --out f --target other --num-features 1"))
+    assert "target `t`" in refused(
+        run("features hand.jsonl --out f --target other --num-features 1")
+    )
     assert contents(tmp_path / "f") == before
     held = f"--eval-prompts held.jsonl {TINY}"
     assert "target `t`" in refused(run(f"train f --out run --target other {held}"))
@@ -345,20 +398,28 @@ def test_features_of_an_earlier_version_are_taken_with_one_line(run: Run, tmp_pa
         del manifest[name]
     (tmp_path / "f/manifest.json").write_text(json.dumps(manifest))
     train = f"--eval-prompts held.jsonl {TINY}"
-    assert "target `t`" in refused(run(f"train f --out run --target other {train}"))  # `t` lies there and is another
+    assert "target `t`" in refused(
+        run(f"train f --out run --target other {train}")
+    )  # `t` lies there and is another
     status, _, err = run(f"train f --out run --target t {train}")
     assert status == 0
     assert err.count("only the name `t` says what made these features") == 1
 
 
-def test_a_models_folder_and_a_foreign_manifest_are_no_folder_of_features(run: Run, tmp_path: Path) -> None:
+def test_a_models_folder_and_a_foreign_manifest_are_no_folder_of_features(
+    run: Run, tmp_path: Path
+) -> None:
     shutil.copytree(tmp_path / "t", tmp_path / "model")
     (tmp_path / "web").mkdir()
     (tmp_path / "web/manifest.json").write_text('{"name": "app"}')
     before = contents(tmp_path)
     for out in ("model", "web", "held.jsonl"):
         refused(run(f"features hand.jsonl --out {out} --target t --num-features 1"))
-        refused(run(f"regenerate p.jsonl --target t --max-new-tokens 4 --out a.jsonl --num-features 1 --keep-features {out}"))
+        refused(
+            run(
+                f"regenerate p.jsonl --target t --max-new-tokens 4 --out a.jsonl --num-features 1 --keep-features {out}"
+            )
+        )
     assert contents(tmp_path) == before
 
 
@@ -370,9 +431,19 @@ def features(shop: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", ["run.json", "metrics.jsonl", "best/config.json", "checkpoints/step-100/x", "vocabulary.safetensors", "tensorboard/x"]
+    "name",
+    [
+        "run.json",
+        "metrics.jsonl",
+        "best/config.json",
+        "checkpoints/step-100/x",
+        "vocabulary.safetensors",
+        "tensorboard/x",
+    ],
 )
-def test_a_folder_of_another_is_not_trained_into(features: Path, run: Run, tmp_path: Path, name: str) -> None:
+def test_a_folder_of_another_is_not_trained_into(
+    features: Path, run: Run, tmp_path: Path, name: str
+) -> None:
     (tmp_path / "run" / name).parent.mkdir(parents=True)
     (tmp_path / "run" / name).write_text("{}")
     before = contents(tmp_path / "run")
@@ -382,7 +453,9 @@ def test_a_folder_of_another_is_not_trained_into(features: Path, run: Run, tmp_p
     refused(run(f"{train} --out {features}"))
 
 
-def test_a_run_goes_on_with_what_it_was_begun_with(features: Path, run: Run, tmp_path: Path) -> None:
+def test_a_run_goes_on_with_what_it_was_begun_with(
+    features: Path, run: Run, tmp_path: Path
+) -> None:
     train = f"train {features} --out run --target t {TINY}"
     assert run(f"{train} --eval-prompts held.jsonl --profile 1")[0] == 0
     assert not (tmp_path / "run").exists()  # what is only measured leaves nothing
@@ -392,7 +465,10 @@ def test_a_run_goes_on_with_what_it_was_begun_with(features: Path, run: Run, tmp
     before = contents(tmp_path / "run")
     assert "held_out" in refused(run(f"{train} --eval-prompts held2.jsonl"))
     assert run("features a2.jsonl --out f2 --target t --num-features 1")[0] == 1
-    write_lines(tmp_path / "a2.jsonl", [json.loads(line) for line in (tmp_path / "hand.jsonl").read_text().splitlines()[:3]])
+    write_lines(
+        tmp_path / "a2.jsonl",
+        [json.loads(line) for line in (tmp_path / "hand.jsonl").read_text().splitlines()[:3]],
+    )
     assert run("features a2.jsonl --out f2 --target t --num-features 1")[0] == 0
     said = run(f"{train.replace(str(features), 'f2')} --eval-prompts held.jsonl")
     assert "made with data" in refused(said)
@@ -414,7 +490,9 @@ def test_a_vocabulary_that_a_stopped_start_left_is_not_the_next_ones_and_eval_te
     assert run(train.replace("--vocab 20", "--vocab 9"))[0] == 0
     assert DFlashDraftModel.from_pretrained(tmp_path / "run/best").config.draft_vocab_size == 9
     for target, lines in (("t", 0), ("other", 1)):
-        status, _, err = run(f"eval held.jsonl --draft run/best --target {target} --max-new-tokens 4")
+        status, _, err = run(
+            f"eval held.jsonl --draft run/best --target {target} --max-new-tokens 4"
+        )
         assert (status, err.count("was made with target `t`")) == (0, lines)
 
 
@@ -445,7 +523,9 @@ def test_a_drafter_is_saved_over_nothing_but_drafters(tmp_path: Path, shop: Path
 # Results and pictures.
 
 
-def test_results_that_hold_no_answer_are_gone(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_that_hold_no_answer_are_gone(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from flashdraft.bench import run as stage
 
     def broken(*_: Any) -> Any:
@@ -459,7 +539,9 @@ def test_results_that_hold_no_answer_are_gone(run: Run, tmp_path: Path, monkeypa
     assert (tmp_path / "empty.jsonl").read_bytes() == b""
 
 
-def test_results_of_other_settings_are_refused_and_half_ones_are_measured_again(run: Run, tmp_path: Path) -> None:
+def test_results_of_other_settings_are_refused_and_half_ones_are_measured_again(
+    run: Run, tmp_path: Path
+) -> None:
     from flashdraft.bench.run import BenchConfig, _is_measured
 
     paths = {"prompts": Path("held.jsonl"), "out": Path("r.jsonl")}
@@ -510,9 +592,18 @@ def test_a_new_file_has_the_modes_that_the_process_gives(tmp_path: Path) -> None
 
 def test_facts_that_are_not_known_on_both_sides_do_not_differ(tmp_path: Path) -> None:
     noted = {"target": {"name": "t", "id": "a"}, "template": None, "sampling": {"seed": 1}}
-    for now in ({"target": {"name": "moved", "id": "a"}}, {"template": "x"}, {"sampling": {"stop": []}}, {"more": 1}):
+    for now in (
+        {"target": {"name": "moved", "id": "a"}},
+        {"template": "x"},
+        {"sampling": {"stop": []}},
+        {"more": 1},
+    ):
         check_facts(tmp_path, noted, now)
-    for now in ({"target": {"name": "t", "id": "b"}}, {"sampling": {"seed": 2}}, {"target": {"name": "u", "id": None}}):
+    for now in (
+        {"target": {"name": "t", "id": "b"}},
+        {"sampling": {"seed": 2}},
+        {"target": {"name": "u", "id": None}},
+    ):
         with pytest.raises(DataError, match="was made with"):
             check_facts(tmp_path, noted, now)
 

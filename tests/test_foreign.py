@@ -18,10 +18,24 @@ from flashdraft.errors import CheckpointError
 from flashdraft.formats.checkpoint import DraftConfig, read_draft
 from flashdraft.formats.foreign import is_draft
 
-LLAMA: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32, "vocab_size": 61}
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 32,
+    "vocab_size": 61,
+}
 SPECIAL = ZLAB["dflash_config"]
-EAGLE: dict[str, Any] = {**ZLAB, "architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", "num_hidden_layers": 1}
-EAGLE = {name: value for name, value in EAGLE.items() if name not in ("dflash_config", "layer_types", "block_size")}
+EAGLE: dict[str, Any] = {
+    **ZLAB,
+    "architectures": ["LlamaForCausalLMEagle3"],
+    "model_type": "llama",
+    "num_hidden_layers": 1,
+}
+EAGLE = {
+    name: value
+    for name, value in EAGLE.items()
+    if name not in ("dflash_config", "layer_types", "block_size")
+}
 
 
 def inside(**changes: Any) -> dict[str, Any]:
@@ -29,27 +43,48 @@ def inside(**changes: Any) -> dict[str, Any]:
 
 
 FOREIGN: dict[str, tuple[dict[str, Any], str]] = {
-    "flag of anchor-first blocks": ({"query_zero_predicts_next": True}, "is a query_zero_predicts_next drafter"),
-    "the same in dflash_config": (inside(query_zero_predicts_next=True), "is a query_zero_predicts_next drafter"),
+    "flag of anchor-first blocks": (
+        {"query_zero_predicts_next": True},
+        "is a query_zero_predicts_next drafter",
+    ),
+    "the same in dflash_config": (
+        inside(query_zero_predicts_next=True),
+        "is a query_zero_predicts_next drafter",
+    ),
     "DeepSpec's DFlash": (
         {"architectures": ["Qwen3DSparkModel"], "markov_rank": 0},
         "is a DeepSpec DFlash (anchor-first) drafter",
     ),
-    "the same under z-lab's name": ({"markov_rank": 0, "num_anchors": 512}, "is a DeepSpec DFlash (anchor-first) drafter"),
+    "the same under z-lab's name": (
+        {"markov_rank": 0, "num_anchors": 512},
+        "is a DeepSpec DFlash (anchor-first) drafter",
+    ),
     "DeepSpec's training keys": ({"num_anchors": 512}, "is a dspark drafter"),
     "DSpark of SpecForge": (inside(projector_type="dspark"), "is a dspark drafter"),
-    "Domino under z-lab's name": (inside(projector_type="domino", shift_label=False), "is a domino drafter"),
-    "DFlash 2 under z-lab's name": (inside(conv_kernel_size=2, conv_group_size=16), "is a dflash2 drafter"),
+    "Domino under z-lab's name": (
+        inside(projector_type="domino", shift_label=False),
+        "is a domino drafter",
+    ),
+    "DFlash 2 under z-lab's name": (
+        inside(conv_kernel_size=2, conv_group_size=16),
+        "is a dflash2 drafter",
+    ),
     "LiLiCorr": ({"architectures": ["LiLiCorrDraftModel"]}, "is a LiLiCorr drafter"),
     "xPress": ({"architectures": ["Qwen3XPressModel"]}, "is a xPress drafter"),
     "Laguna": ({"architectures": ["DFlashLagunaForCausalLM"]}, "is a Laguna DFlash drafter"),
     "Muse": ({"architectures": ["MuseGlimmerAssistantModel"]}, "is a Muse Glimmer drafter"),
     "P-EAGLE": ({**EAGLE, "parallel_drafting": True}, "is a P-EAGLE drafter"),
-    "DeepSpec's EAGLE-3": ({"architectures": ["Qwen3Eagle3Model"]}, "is a DeepSpec EAGLE-3 drafter"),
+    "DeepSpec's EAGLE-3": (
+        {"architectures": ["Qwen3Eagle3Model"]},
+        "is a DeepSpec EAGLE-3 drafter",
+    ),
     "EAGLE-1": ({"architectures": ["EagleLlamaForCausalLM"]}, "is an EAGLE-1 or EAGLE-2 drafter"),
     "Medusa as published": ({"medusa_num_heads": 5}, "is a published Medusa drafter"),
     "pairs side by side": ({"rope_is_neox_style": False}, "has rope_is_neox_style False"),
-    "the same in its scaling": ({"rope_scaling": {"rope_type": "default", "is_neox_style": False}}, "has is_neox_style False"),
+    "the same in its scaling": (
+        {"rope_scaling": {"rope_type": "default", "is_neox_style": False}},
+        "has is_neox_style False",
+    ),
     "part of a head rotated": ({"partial_rotary_factor": 0.25}, "has partial_rotary_factor 0.25"),
     "part of a head, in rope_parameters": (
         {"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.25}},
@@ -59,9 +94,15 @@ FOREIGN: dict[str, tuple[dict[str, Any], str]] = {
         {"rope_parameters": {"full_attention": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}}},
         "has partial_rotary_factor 0.5",
     ),
-    "width of the rotation": ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "rope_dim": 8}}, "has rope_dim 8"),
+    "width of the rotation": (
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "rope_dim": 8}},
+        "has rope_dim 8",
+    ),
     "two scalings": (
-        {"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        {
+            "rope_parameters": {"rope_theta": 1e6},
+            "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+        },
         "rope_parameters and rope_scaling that differ",
     ),
     "a kind without positions": (
@@ -73,25 +114,50 @@ FOREIGN: dict[str, tuple[dict[str, Any], str]] = {
     "scaled values": (inside(attention_value_scale=0.5), "has attention_value_scale 0.5"),
     "sinks": (inside(attention_sink_bias=True), "has attention_sink_bias True"),
     "muP": ({"h_mup_width_multiplier": 4.0}, "has h_mup_width_multiplier 4.0"),
-    "another activation": ({"hidden_activation": "gelu_pytorch_tanh"}, "hidden_activation is 'gelu_pytorch_tanh'"),
-    "quantised": ({"quantization_config": {"quant_method": "compressed-tensors"}}, "has quantization_config"),
+    "another activation": (
+        {"hidden_activation": "gelu_pytorch_tanh"},
+        "hidden_activation is 'gelu_pytorch_tanh'",
+    ),
+    "quantised": (
+        {"quantization_config": {"quant_method": "compressed-tensors"}},
+        "has quantization_config",
+    ),
     "another width than its target": ({"target_hidden_size": 128}, "target_hidden_size 128"),
-    "windows without their switch": (inside(swa_window_size=8), "has swa_window_size without use_swa"),
+    "windows without their switch": (
+        inside(swa_window_size=8),
+        "has swa_window_size without use_swa",
+    ),
     "windows over layers of two kinds": (
-        {"layer_types": ["sliding_attention", "full_attention"], **inside(use_swa=True, swa_window_size=8)},
+        {
+            "layer_types": ["sliding_attention", "full_attention"],
+            **inside(use_swa=True, swa_window_size=8),
+        },
         "nothing says which are causal",
     ),
     "a mask token by its text": (
         {"dflash_config": {"target_layer_ids": [1], "mask_token": "<|MASK|>"}},
         "names its mask token '<|MASK|>', but not its id",
     ),
-    "the embeddings as features": (inside(target_layer_ids=[-1, 2]), "reads layer -1, the target's embeddings"),
-    "EAGLE-3 of embeddings": ({**EAGLE, "eagle_aux_hidden_state_layer_ids": [0, 1, 2]}, "reads the target's embeddings"),
+    "the embeddings as features": (
+        inside(target_layer_ids=[-1, 2]),
+        "reads layer -1, the target's embeddings",
+    ),
+    "EAGLE-3 of embeddings": (
+        {**EAGLE, "eagle_aux_hidden_state_layer_ids": [0, 1, 2]},
+        "reads the target's embeddings",
+    ),
     "EAGLE-3 of two lists": (
-        {**EAGLE, "eagle_aux_hidden_state_layer_ids": [1, 2, 3], "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]}},
+        {
+            **EAGLE,
+            "eagle_aux_hidden_state_layer_ids": [1, 2, 3],
+            "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]},
+        },
         "names its layers twice and differently",
     ),
-    "EAGLE-3 of one state": ({**EAGLE, "eagle_config": {"use_aux_hidden_state": False}}, "has use_aux_hidden_state False"),
+    "EAGLE-3 of one state": (
+        {**EAGLE, "eagle_config": {"use_aux_hidden_state": False}},
+        "has use_aux_hidden_state False",
+    ),
     "EAGLE-3 with a norm before fc": ({**EAGLE, "norm_before_fc": True}, "has norm_before_fc True"),
     "EAGLE-3 with windows": ({**EAGLE, "layer_types": ["sliding_attention"]}, "has sliding layers"),
 }
@@ -108,15 +174,24 @@ def test_foreign_folder_is_refused_by_its_name(case: str) -> None:
 
 
 HARMLESS: dict[str, dict[str, Any]] = {
-    "flags that say no": {"sample_from_anchor": False, "query_zero_predicts_next": False, "use_gemma_norm": False},
+    "flags that say no": {
+        "sample_from_anchor": False,
+        "query_zero_predicts_next": False,
+        "use_gemma_norm": False,
+    },
     "what is usual": {
         "rope_is_neox_style": True,
         "attention_value_scale": 1.0,
         "h_mup_width_multiplier": 1,
         "is_neox_style": None,
     },
-    "whole heads": {"partial_rotary_factor": 1.0, "rope_scaling": {"type": "default", "rope_dim": 16}},
-    "sections of a picture's positions": {"rope_scaling": {"type": "default", "mrope_section": [2, 3, 3]}},
+    "whole heads": {
+        "partial_rotary_factor": 1.0,
+        "rope_scaling": {"type": "default", "rope_dim": 16},
+    },
+    "sections of a picture's positions": {
+        "rope_scaling": {"type": "default", "mrope_section": [2, 3, 3]}
+    },
     "the same twice": {
         "rope_parameters": {"rope_type": "linear", "factor": 2.0},
         "rope_scaling": {"type": "linear", "factor": 2.0},
@@ -131,19 +206,31 @@ def test_keys_that_say_nothing_refuse_nothing(case: str) -> None:
     assert DraftConfig.from_json({**ZLAB, **HARMLESS[case]}, "here").block_size == 4
 
 
-@pytest.mark.parametrize("kind", ["dflash", "dflash2", "dspark", "eagle3", "peagle", "xpress", "mtp"])
+@pytest.mark.parametrize(
+    "kind", ["dflash", "dflash2", "dspark", "eagle3", "peagle", "xpress", "mtp"]
+)
 def test_speculators_folders_are_told_what_they_are(kind: str, tmp_path: Path) -> None:
-    written = {"speculators_model_type": kind, "speculators_version": "0.9.0", "transformer_layer_config": LLAMA, "block_size": 8}
+    written = {
+        "speculators_model_type": kind,
+        "speculators_version": "0.9.0",
+        "transformer_layer_config": LLAMA,
+        "block_size": 8,
+    }
     assert is_draft(written)
     folder = save_zlab(tmp_path / "draft", config=written)
     with pytest.raises(CheckpointError) as error:
         flashdraft.load(save_target(tmp_path / "target"), draft=folder)
-    assert f"is a {kind} drafter in the speculators format, which is not read yet" in one_line_and_hint(error)
+    assert (
+        f"is a {kind} drafter in the speculators format, which is not read yet"
+        in one_line_and_hint(error)
+    )
 
 
 def test_old_speculators_folders_are_known_by_their_version() -> None:
     with pytest.raises(CheckpointError, match="is a eagle3 drafter in the speculators format"):
-        DraftConfig.from_json({"speculators_version": "0.1.0", "speculators_config": {"algorithm": "eagle3"}}, "here")
+        DraftConfig.from_json(
+            {"speculators_version": "0.1.0", "speculators_config": {"algorithm": "eagle3"}}, "here"
+        )
 
 
 @pytest.mark.parametrize(
@@ -206,7 +293,14 @@ def test_drafters_are_no_language_models(config: dict[str, Any]) -> None:
 @pytest.mark.parametrize("kind", ["gpt2", "nameless"])
 def test_language_model_of_any_class_name_drafts(tmp_path: Path, kind: str) -> None:
     if kind == "gpt2":
-        shape: Any = {"vocab_size": 61, "n_embd": 32, "n_head": 4, "n_positions": 128, "bos_token_id": 1, "eos_token_id": 2}
+        shape: Any = {
+            "vocab_size": 61,
+            "n_embd": 32,
+            "n_head": 4,
+            "n_positions": 128,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
         model = tiny_model("", dtype=torch.float32, config=GPT2Config(**shape, n_layer=1))
         folder = save_target(tmp_path / kind, model=model)
     else:

@@ -55,7 +55,9 @@ def the_target() -> Target:
     return tiny_target("llama", lean=True)
 
 
-def model_with(kind: str | None, vocabulary: str = "whole", *, seed: int = 0, blank: bool = False) -> DFlashDraftModel:
+def model_with(
+    kind: str | None, vocabulary: str = "whole", *, seed: int = 0, blank: bool = False
+) -> DFlashDraftModel:
     """A random network; its head has weights that matter, or (`blank`) those that a new one has."""
     model = network(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -65,7 +67,9 @@ def model_with(kind: str | None, vocabulary: str = "whole", *, seed: int = 0, bl
         model.extras["lm_head.weight"] = torch.randn(len(KEPT), HIDDEN, generator=generator)
     if kind is not None:
         model.add_head(kind, RANK)
-        for parameter in model.sequential_head.parameters() if model.sequential_head and not blank else ():
+        for parameter in (
+            model.sequential_head.parameters() if model.sequential_head and not blank else ()
+        ):
             with torch.no_grad():
                 parameter.normal_(0.0, 0.6, generator=generator)
     return model
@@ -85,9 +89,15 @@ def hidden_states(rows: int = 30, seed: int = 1) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("kind", HEADS)
 def test_new_head_changes_nothing(kind: str, vocabulary: str) -> None:
     hidden, anchors = hidden_states()
-    without = PackedDraft(model_with(None, vocabulary), the_target()).scored(hidden, anchors)[0][..., 0]
-    blank = PackedDraft(model_with(kind, vocabulary, blank=True), the_target()).scored(hidden, anchors)[0][..., 0]
-    trained = PackedDraft(model_with(kind, vocabulary), the_target()).scored(hidden, anchors)[0][..., 0]
+    without = PackedDraft(model_with(None, vocabulary), the_target()).scored(hidden, anchors)[0][
+        ..., 0
+    ]
+    blank = PackedDraft(model_with(kind, vocabulary, blank=True), the_target()).scored(
+        hidden, anchors
+    )[0][..., 0]
+    trained = PackedDraft(model_with(kind, vocabulary), the_target()).scored(hidden, anchors)[0][
+        ..., 0
+    ]
     assert torch.equal(blank, without)
     assert not torch.equal(trained, without)
 
@@ -110,9 +120,15 @@ DECODING_FAULTS = (
 )
 
 
-def slow_logits(model: DFlashDraftModel, state: Tensor, previous: int, drafted: Sequence[int]) -> Tensor:
+def slow_logits(
+    model: DFlashDraftModel, state: Tensor, previous: int, drafted: Sequence[int]
+) -> Tensor:
     """The corrected logits of one position over the drafted tokens, by the formulas of SwigluHead's docstring."""
-    w = {name: t.double() for name, t in model.state_dict().items() if name.startswith("sequential_head.")}
+    w = {
+        name: t.double()
+        for name, t in model.state_dict().items()
+        if name.startswith("sequential_head.")
+    }
     own, kind = model.extras.get("lm_head.weight"), model.config.sequential_head
     head = the_target().head_weight(torch.tensor(drafted)) if own is None else own.double()
     if kind == "swiglu":
@@ -123,7 +139,9 @@ def slow_logits(model: DFlashDraftModel, state: Tensor, previous: int, drafted: 
     return logits
 
 
-def slow_predict(model: DFlashDraftModel, hidden: Tensor, anchors: Tensor, fault: str = "") -> list[list[int]]:
+def slow_predict(
+    model: DFlashDraftModel, hidden: Tensor, anchors: Tensor, fault: str = ""
+) -> list[list[int]]:
     """Row by row and position by position; `fault` plants a mistake."""
     drafted = list(KEPT) if "d2t" in model.extras else list(range(VOCAB))
     bare = DFlashDraftModel(replace(model.config, sequential_head=None))
@@ -136,7 +154,9 @@ def slow_predict(model: DFlashDraftModel, hidden: Tensor, anchors: Tensor, fault
             row.append(drafted[best])
             previous = {
                 DECODING_FAULTS[0]: anchor,
-                DECODING_FAULTS[1]: drafted[int(slow_logits(bare, state, previous, drafted).argmax())],
+                DECODING_FAULTS[1]: drafted[
+                    int(slow_logits(bare, state, previous, drafted).argmax())
+                ],
                 DECODING_FAULTS[2]: best,
             }.get(fault, drafted[best])
         chosen.append(row[::-1] if fault == DECODING_FAULTS[3] else row)
@@ -150,12 +170,18 @@ def test_drafts_with_a_head_are_those_of_the_slow_loop(kind: str, vocabulary: st
     model, (hidden, anchors) = model_with(kind, vocabulary), hidden_states()
     drafts = PackedDraft(model, the_target()).scored(hidden, anchors)[0][..., 0]
     assert drafts.tolist() == slow_predict(model, hidden, anchors)
-    faults = [fault for fault in DECODING_FAULTS if vocabulary != "whole" or fault != DECODING_FAULTS[2]]
-    assert [fault for fault in faults if slow_predict(model, hidden, anchors, fault) == drafts.tolist()] == []
+    faults = [
+        fault for fault in DECODING_FAULTS if vocabulary != "whole" or fault != DECODING_FAULTS[2]
+    ]
+    assert [
+        fault for fault in faults if slow_predict(model, hidden, anchors, fault) == drafts.tolist()
+    ] == []
 
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
-def test_swiglu_head_chooses_among_the_likeliest(monkeypatch: pytest.MonkeyPatch, vocabulary: str) -> None:
+def test_swiglu_head_chooses_among_the_likeliest(
+    monkeypatch: pytest.MonkeyPatch, vocabulary: str
+) -> None:
     monkeypatch.setattr(dflash, "_LIKELY", 4)
     model, (hidden, anchors) = model_with("swiglu", vocabulary), hidden_states()
     bare = DFlashDraftModel(replace(model.config, sequential_head=None))
@@ -163,7 +189,9 @@ def test_swiglu_head_chooses_among_the_likeliest(monkeypatch: pytest.MonkeyPatch
     drafted, expected = list(KEPT) if "d2t" in model.extras else list(range(VOCAB)), []
     for states, previous in zip(hidden, anchors.tolist(), strict=True):
         for state in states:
-            likely = slow_logits(bare, state, previous, drafted).argsort(descending=True)[:4].tolist()
+            likely = (
+                slow_logits(bare, state, previous, drafted).argsort(descending=True)[:4].tolist()
+            )
             logits = slow_logits(model, state, previous, drafted).tolist()
             previous = drafted[max(likely, key=logits.__getitem__)]
             expected.append(previous)
@@ -175,7 +203,10 @@ def test_swiglu_head_chooses_among_the_likeliest(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("kind", HEADS)
 def test_rows_of_a_batch_are_drafted_like_each_alone(kind: str) -> None:
     packed, (hidden, anchors) = PackedDraft(model_with(kind), the_target()), hidden_states()
-    alone = [packed.scored(hidden[i : i + 1], anchors[i : i + 1])[0][..., 0][0].tolist() for i in range(len(hidden))]
+    alone = [
+        packed.scored(hidden[i : i + 1], anchors[i : i + 1])[0][..., 0][0].tolist()
+        for i in range(len(hidden))
+    ]
     assert packed.scored(hidden, anchors)[0][..., 0].tolist() == alone
 
 
@@ -183,7 +214,10 @@ def test_rows_of_a_batch_are_drafted_like_each_alone(kind: str) -> None:
 def test_every_node_of_a_tree_is_judged_behind_its_own_parent(vocabulary: str) -> None:
     """The planted fault is the law behind the main path's token, for all nodes of a depth."""
     model, (hidden, anchors) = model_with("swiglu", vocabulary), hidden_states(8)
-    drafted, main = list(KEPT) if "d2t" in model.extras else list(range(VOCAB)), slow_predict(model, hidden, anchors)
+    drafted, main = (
+        list(KEPT) if "d2t" in model.extras else list(range(VOCAB)),
+        slow_predict(model, hidden, anchors),
+    )
     wrong, side = 0, 0
     for i, laws in enumerate(PackedDraft(model, the_target()).laws(hidden, anchors, trees=True)):
         tokens, parents, scores = best_first(int(anchors[i]), laws, 24)
@@ -192,14 +226,18 @@ def test_every_node_of_a_tree_is_judged_behind_its_own_parent(vocabulary: str) -
             depths.append(depths[parent] + 1)
             likeliest = texts[0] if parent == 0 else main[i][depths[parent]]
             law, fault = (
-                slow_logits(model, hidden[i, depths[-1]], before, drafted).log_softmax(-1)[drafted.index(token)]
+                slow_logits(model, hidden[i, depths[-1]], before, drafted).log_softmax(-1)[
+                    drafted.index(token)
+                ]
                 for before in (texts[parent], likeliest)
             )
             assert score == pytest.approx(float(law), abs=1e-9)
             wrong += score != pytest.approx(float(fault), abs=1e-6)
             side += texts[parent] != likeliest
         at = [next(n for n, p in enumerate(parents) if p == 0)]
-        while (below := [n for n, p in enumerate(parents) if p == at[-1] + 1]) and len(at) < BLOCK - 1:
+        while (below := [n for n, p in enumerate(parents) if p == at[-1] + 1]) and len(
+            at
+        ) < BLOCK - 1:
             at.append(below[0])
         assert [tokens[n] for n in at] == main[i][: len(at)], "the likeliest path is the chain"
     assert wrong >= side / 2 > 0
@@ -211,7 +249,10 @@ def test_trees_go_on_from_the_likeliest_paths(monkeypatch: pytest.MonkeyPatch, p
     monkeypatch.setattr(dflash, "_PATHS", paths)
     model, (hidden, anchors) = model_with("swiglu", "reduced"), hidden_states(8)
     whole, first, forgetful = (
-        [likeliest_ends(model, states, int(anchor), paths, fault) for states, anchor in zip(hidden, anchors, strict=True)]
+        [
+            likeliest_ends(model, states, int(anchor), paths, fault)
+            for states, anchor in zip(hidden, anchors, strict=True)
+        ]
         for fault in ("", "first", "forgetful")
     )
     laws = PackedDraft(model, the_target()).laws(hidden, anchors, trees=True)
@@ -219,7 +260,9 @@ def test_trees_go_on_from_the_likeliest_paths(monkeypatch: pytest.MonkeyPatch, p
     assert (whole == first) == (whole == forgetful) == (paths == 1)
 
 
-def likeliest_ends(model: DFlashDraftModel, states: Tensor, anchor: int, paths: int, fault: str) -> list[list[int]]:
+def likeliest_ends(
+    model: DFlashDraftModel, states: Tensor, anchor: int, paths: int, fault: str
+) -> list[list[int]]:
     """By depth: the tokens before, those of the likeliest paths."""
     reached, ends = {anchor: 0.0}, []
     for state in states:
@@ -228,7 +271,9 @@ def likeliest_ends(model: DFlashDraftModel, states: Tensor, anchor: int, paths: 
         for before, score in list(reached.items())[: 1 if fault == "first" else None]:
             law = slow_logits(model, state, before, KEPT).log_softmax(-1).tolist()
             for token, own in zip(KEPT, law, strict=True):
-                best[token] = max(best.get(token, -math.inf), own + (0.0 if fault == "forgetful" else score))
+                best[token] = max(
+                    best.get(token, -math.inf), own + (0.0 if fault == "forgetful" else score)
+                )
         reached = dict(sorted(best.items(), key=lambda pair: -pair[1])[:paths])
     return ends
 
@@ -241,7 +286,11 @@ def test_bytes_of_a_head_are_counted() -> None:
 
 # Training, against a loss written row by row.
 
-SAMPLES = [(7, toy_sample(20, 6, 1, final=True)), (8, toy_sample(9, 2, 2, final=True)), (9, toy_sample(33, 30, 3, final=True))]
+SAMPLES = [
+    (7, toy_sample(20, 6, 1, final=True)),
+    (8, toy_sample(9, 2, 2, final=True)),
+    (9, toy_sample(33, 30, 3, final=True)),
+]
 LOSSES = {
     "cross-entropy": TrainConfig(negatives=0),
     "cross-entropy and dpace": TrainConfig(negatives=0, weights="dpace"),
@@ -249,7 +298,9 @@ LOSSES = {
 }
 
 
-def naive_loss(model: DFlashDraftModel, states: Tensor, batch: Batch, config: TrainConfig) -> Tensor:
+def naive_loss(
+    model: DFlashDraftModel, states: Tensor, batch: Batch, config: TrainConfig
+) -> Tensor:
     """From samples and positions alone; the softmax is over the drafted tokens and this batch's labels."""
     target, total, own = the_target(), torch.zeros((), dtype=torch.float64), model.sequential_head
     samples, drafted = dict(SAMPLES), list(KEPT) if "d2t" in model.extras else list(range(VOCAB))
@@ -280,13 +331,19 @@ def naive_loss(model: DFlashDraftModel, states: Tensor, batch: Batch, config: Tr
                 rows.append((loss, reach))
             for k, (loss, _) in enumerate(rows):
                 dpace = sum(reach for _, reach in rows[k:])
-                total = total + loss * (dpace if config.weights == "dpace" else math.exp(-k / config.gamma))
+                total = total + loss * (
+                    dpace if config.weights == "dpace" else math.exp(-k / config.gamma)
+                )
     return total
 
 
-def fast_loss(model: DFlashDraftModel, states: Tensor, batch: Batch, config: TrainConfig) -> tuple[Tensor, float]:
+def fast_loss(
+    model: DFlashDraftModel, states: Tensor, batch: Batch, config: TrainConfig
+) -> tuple[Tensor, float]:
     vocabulary = torch.tensor(KEPT) if "d2t" in model.extras else torch.arange(VOCAB)
-    surrogate, value, _ = Loss(model, the_target(), vocabulary, config, torch.device("cpu"))(states, batch, 0)
+    surrogate, value, _ = Loss(model, the_target(), vocabulary, config, torch.device("cpu"))(
+        states, batch, 0
+    )
     return surrogate, value
 
 
@@ -300,19 +357,31 @@ def test_loss_with_a_head_equals_the_naive_one(
     monkeypatch.setattr(loss_stage, "_CHUNK", 3 * BLOCK)
     model, batch = model_with(kind, vocabulary).double(), make_batch(SAMPLES, CONFIG, 5, 0)
     generator = torch.Generator().manual_seed(0)
-    states = (0.3 * torch.randn(len(batch.labels), HIDDEN, generator=generator, dtype=torch.float64)).requires_grad_()
-    wanted = [states, *([] if model.sequential_head is None else model.sequential_head.parameters())]
+    states = (
+        0.3 * torch.randn(len(batch.labels), HIDDEN, generator=generator, dtype=torch.float64)
+    ).requires_grad_()
+    wanted = [
+        states,
+        *([] if model.sequential_head is None else model.sequential_head.parameters()),
+    ]
     expected = naive_loss(model, states, batch, LOSSES[config])
     surrogate, value = fast_loss(model, states, batch, LOSSES[config])
     assert value == pytest.approx(float(expected.detach()), rel=1e-5)  # logits are in float32
-    pairs = zip(torch.autograd.grad(surrogate, wanted), torch.autograd.grad(expected, wanted), strict=True)
+    pairs = zip(
+        torch.autograd.grad(surrogate, wanted), torch.autograd.grad(expected, wanted), strict=True
+    )
     for got, gradient in pairs:
         torch.testing.assert_close(got, gradient, rtol=1e-3, atol=1e-4)
         assert gradient.abs().max() > 0.01
     if kind is None:
         return
     anchors = batch.block_tokens.view(-1, BLOCK)[:, :1].expand(-1, BLOCK).flatten()
-    for wrong in (batch.labels.clamp(min=0), anchors, batch.block_tokens.roll(1), batch.previous.roll(1)):
+    for wrong in (
+        batch.labels.clamp(min=0),
+        anchors,
+        batch.block_tokens.roll(1),
+        batch.previous.roll(1),
+    ):
         _, value = fast_loss(model, states, replace(batch, previous=wrong), LOSSES[config])
         assert abs(value / float(expected.detach()) - 1) > 1e-3
 
@@ -336,25 +405,38 @@ def saved(folder: Path, kind: str, vocabulary: str = "whole", *, plain: bool = F
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
 @pytest.mark.parametrize("kind", HEADS)
 def test_head_survives_saving(tmp_path: Path, kind: str, vocabulary: str) -> None:
-    model, read = model_with(kind, vocabulary), DFlashDraftModel.from_pretrained(saved(tmp_path, kind, vocabulary))
+    model, read = (
+        model_with(kind, vocabulary),
+        DFlashDraftModel.from_pretrained(saved(tmp_path, kind, vocabulary)),
+    )
     assert read.config == model.config
     for ours, theirs in ((model.state_dict(), read.state_dict()), (model.extras, read.extras)):
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     hidden, anchors = hidden_states()
-    drafts = [PackedDraft(one, the_target()).scored(hidden, anchors)[0][..., 0] for one in (model, read)]
+    drafts = [
+        PackedDraft(one, the_target()).scored(hidden, anchors)[0][..., 0] for one in (model, read)
+    ]
     assert torch.equal(*drafts)
 
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
 @pytest.mark.parametrize("kind", HEADS)
-def test_plain_folder_has_no_head_and_the_published_names(tmp_path: Path, kind: str, vocabulary: str) -> None:
+def test_plain_folder_has_no_head_and_the_published_names(
+    tmp_path: Path, kind: str, vocabulary: str
+) -> None:
     saved(tmp_path / "plain", kind, vocabulary, plain=True)
     assert load_file(tmp_path / "plain" / "model.safetensors").keys() == zlab_tensors().keys()
     written = json.loads((tmp_path / "plain" / "config.json").read_text())
-    assert not {"flashdraft_config", "draft_vocab_size", "sequential_head", "head_rank"} & written.keys()
+    assert (
+        not {"flashdraft_config", "draft_vocab_size", "sequential_head", "head_rank"}
+        & written.keys()
+    )
     assert DFlashDraftModel.from_pretrained(tmp_path / "plain").sequential_head is None
-    assert load_file(saved(tmp_path / "own", kind) / "model.safetensors").keys() > zlab_tensors().keys()
+    assert (
+        load_file(saved(tmp_path / "own", kind) / "model.safetensors").keys()
+        > zlab_tensors().keys()
+    )
 
 
 def test_published_folder_gets_a_head(tmp_path: Path) -> None:
@@ -367,11 +449,23 @@ def test_published_folder_gets_a_head(tmp_path: Path) -> None:
 
 
 DAMAGED: dict[str, tuple[Any, str]] = {
-    "unknown kind": ({"sequential_head": "medusa", "head_rank": RANK}, "has a sequential head 'medusa', which is not known"),
-    "kind that is no name": ({"sequential_head": ["swiglu"], "head_rank": RANK}, "has a sequential head ['swiglu']"),
-    "another rank": ({"sequential_head": "swiglu", "head_rank": 6}, "sequential_head.gate_up.weight has shape [10, "),
+    "unknown kind": (
+        {"sequential_head": "medusa", "head_rank": RANK},
+        "has a sequential head 'medusa', which is not known",
+    ),
+    "kind that is no name": (
+        {"sequential_head": ["swiglu"], "head_rank": RANK},
+        "has a sequential head ['swiglu']",
+    ),
+    "another rank": (
+        {"sequential_head": "swiglu", "head_rank": 6},
+        "sequential_head.gate_up.weight has shape [10, ",
+    ),
     "no kind": ({}, "has a tensor sequential_head."),
-    "rank that is no number": ({"sequential_head": "swiglu", "head_rank": "wide"}, "lacks or garbles"),
+    "rank that is no number": (
+        {"sequential_head": "swiglu", "head_rank": "wide"},
+        "lacks or garbles",
+    ),
     "no object": ("swiglu", "lacks or garbles"),
 }
 
@@ -382,7 +476,9 @@ def test_damaged_head_is_refused(tmp_path: Path, case: str) -> None:
     own, expected = DAMAGED[case]
     config = json.loads((tmp_path / "config.json").read_text())
     for layer_types in (config["layer_types"], []):  # theirs may be absent
-        (tmp_path / "config.json").write_text(json.dumps(config | {"flashdraft_config": own, "layer_types": layer_types}))
+        (tmp_path / "config.json").write_text(
+            json.dumps(config | {"flashdraft_config": own, "layer_types": layer_types})
+        )
         with pytest.raises(CheckpointError) as error:
             DFlashDraftModel.from_pretrained(tmp_path)
         assert expected in one_line_and_hint(error)
@@ -392,7 +488,9 @@ def test_damaged_head_is_refused(tmp_path: Path, case: str) -> None:
 
 def test_head_without_a_tensor_is_refused(tmp_path: Path) -> None:
     path = saved(tmp_path, "swiglu") / "model.safetensors"
-    save_file({n: t for n, t in load_file(path).items() if n != "sequential_head.down.weight"}, path)
+    save_file(
+        {n: t for n, t in load_file(path).items() if n != "sequential_head.down.weight"}, path
+    )
     with pytest.raises(CheckpointError) as error:
         read_draft(tmp_path)
     assert "lacks the tensor sequential_head.down.weight" in one_line_and_hint(error)
@@ -400,9 +498,27 @@ def test_head_without_a_tensor_is_refused(tmp_path: Path) -> None:
 
 # The whole way: answers, features, training, decoding.
 
-PROMPTS = ("hello there", "what is it", "a b c", "zebra", "Quick fox", "sing a song", "why?", "tell me")
+PROMPTS = (
+    "hello there",
+    "what is it",
+    "a b c",
+    "zebra",
+    "Quick fox",
+    "sing a song",
+    "why?",
+    "tell me",
+)
 ANSWER = SamplingParams(max_new_tokens=24, ignore_eos=True)
-OVERFIT = TrainConfig(steps=50, sequences=8, anchors=24, lr=1e-2, weight_decay=0.0, vocab=0, precision="fp32", save_every=10)
+OVERFIT = TrainConfig(
+    steps=50,
+    sequences=8,
+    anchors=24,
+    lr=1e-2,
+    weight_decay=0.0,
+    vocab=0,
+    precision="fp32",
+    save_every=10,
+)
 SHORT = replace(OVERFIT, steps=4, sequences=4, anchors=6, vocab=20, negatives=9)
 
 
@@ -410,9 +526,17 @@ SHORT = replace(OVERFIT, steps=4, sequences=4, anchors=6, vocab=20, negatives=9)
 def data(tmp_path_factory: pytest.TempPathFactory) -> FeatureSet:
     folder = tmp_path_factory.mktemp("data")
     rows = [{"source": "toy", "row": n, "prompt": prompt} for n, prompt in enumerate(PROMPTS)]
-    regenerate(language_model(), write_lines(folder / "prompts.jsonl", rows), folder / "answers.jsonl", params=ANSWER, quiet=True)
+    regenerate(
+        language_model(),
+        write_lines(folder / "prompts.jsonl", rows),
+        folder / "answers.jsonl",
+        params=ANSWER,
+        quiet=True,
+    )
     out = folder / "features"
-    write_features(language_model(), [folder / "answers.jsonl"], out, layers=LAYERS, max_length=64, quiet=True)
+    write_features(
+        language_model(), [folder / "answers.jsonl"], out, layers=LAYERS, max_length=64, quiet=True
+    )
     return FeatureSet(out)
 
 
@@ -422,9 +546,13 @@ def drafting_with(model: DFlashDraftModel) -> Model:
     return Model(lm.target, lm.tokenizer, lambda: DFlashDrafter(packed), eos=lm.eos, max_rows=8)
 
 
-def texts_and_tau(lm: Model, params: SamplingParams, count: int = len(PROMPTS)) -> tuple[list[tuple[int, ...]], float]:
+def texts_and_tau(
+    lm: Model, params: SamplingParams, count: int = len(PROMPTS)
+) -> tuple[list[tuple[int, ...]], float]:
     results = lm.generate(list(PROMPTS[:count]), params)
-    return [result.tokens for result in results], sum(result.stats.tau for result in results) / len(results)
+    return [result.tokens for result in results], sum(result.stats.tau for result in results) / len(
+        results
+    )
 
 
 @functools.cache
@@ -433,9 +561,13 @@ def plain_texts(params: SamplingParams, count: int = len(PROMPTS)) -> list[tuple
 
 
 @pytest.fixture(scope="module", params=HEADS)
-def overfitted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, data: FeatureSet) -> Trainer:
+def overfitted(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, data: FeatureSet
+) -> Trainer:
     out = tmp_path_factory.mktemp("run")
-    trainer = Trainer(random_weights(CONFIG, 0), language_model(), data, out, OVERFIT, head=(request.param, 8))
+    trainer = Trainer(
+        random_weights(CONFIG, 0), language_model(), data, out, OVERFIT, head=(request.param, 8)
+    )
     trainer.run(PROMPTS[:3], quiet=True)
     return trainer
 
@@ -485,13 +617,26 @@ def test_text_with_any_head_equals_the_plain_one(kind: str, vocabulary: str) -> 
 
 
 def new_trainer(
-    data: FeatureSet, out: Path, config: TrainConfig, head: tuple[str, int] | None, model: DFlashDraftModel | None = None
+    data: FeatureSet,
+    out: Path,
+    config: TrainConfig,
+    head: tuple[str, int] | None,
+    model: DFlashDraftModel | None = None,
 ) -> Trainer:
-    return Trainer(random_weights(CONFIG, 0) if model is None else model, language_model(), data, out, config, head=head)
+    return Trainer(
+        random_weights(CONFIG, 0) if model is None else model,
+        language_model(),
+        data,
+        out,
+        config,
+        head=head,
+    )
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_stopped_run_with_a_head_ends_with_the_same_bits(tmp_path: Path, data: FeatureSet, kind: str) -> None:
+def test_stopped_run_with_a_head_ends_with_the_same_bits(
+    tmp_path: Path, data: FeatureSet, kind: str
+) -> None:
     config, states = replace(SHORT, save_every=2), []
     for out, stops in (("whole", (4,)), ("stopped", (2, 4))):
         for stop in stops:
@@ -504,7 +649,9 @@ def test_stopped_run_with_a_head_ends_with_the_same_bits(tmp_path: Path, data: F
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     before = new_trainer(data, tmp_path / "fresh", config, (kind, RANK)).model.state_dict()
-    assert all((states[0][n] != before[n]).any() for n in before if n.startswith("sequential_head."))
+    assert all(
+        (states[0][n] != before[n]).any() for n in before if n.startswith("sequential_head.")
+    )
     for head in (None, (kind, RANK + 1)):
         with pytest.raises(InvalidParameter) as error:
             new_trainer(data, tmp_path / "whole", config, head)

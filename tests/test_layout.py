@@ -24,7 +24,12 @@ LEVELS = {  # a module imports only its own level and those below; `.*` stands f
     )
     for name in names.split()
 }
-ONLY_IN = {"accelerate": "train.", "fastapi": "serve.", "matplotlib": "bench.plot", "diffusers": "diffusion."}
+ONLY_IN = {
+    "accelerate": "train.",
+    "fastapi": "serve.",
+    "matplotlib": "bench.plot",
+    "diffusers": "diffusion.",
+}
 
 
 def level_of(name: str) -> int:
@@ -39,13 +44,18 @@ def level_of(name: str) -> int:
 def runtime_imports(tree: ast.Module) -> Iterator[str]:
     """Dotted names of all imports, also inside functions; `if TYPE_CHECKING:` blocks do not run and do not count."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+        if isinstance(node, ast.If) and ast.unparse(node.test) in (
+            "TYPE_CHECKING",
+            "typing.TYPE_CHECKING",
+        ):
             node.body = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield from (f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names)
+            yield from (
+                f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names
+            )
 
 
 def check(name: str, source: str) -> Iterator[str]:
@@ -61,14 +71,18 @@ def check(name: str, source: str) -> Iterator[str]:
             yield f"{name}: relative import {imported}; write flashdraft.<module>"
         if top == "flashdraft" and level_of(below) > level_of(name):
             yield f"{name}: imports {imported} of level {level_of(below)} from level {level_of(name)}"
-        is_method = f"{imported}.".startswith("flashdraft.methods.") and not below.startswith("methods.network")
+        is_method = f"{imported}.".startswith("flashdraft.methods.") and not below.startswith(
+            "methods.network"
+        )
         if is_method and knows_no_method:
             yield f"{name}: imports a method, {imported}"
         if not name.startswith(ONLY_IN.get(top, "")) or (name == "scheduler" and top == "torch"):
             yield f"{name}: may not import {top}"
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            parameters = [a.arg for a in node.args.posonlyargs + node.args.args + node.args.kwonlyargs]
+            parameters = [
+                a.arg for a in node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+            ]
             count = len(parameters) - (parameters[:1] in (["self"], ["cls"]))
             if count > MAX_PARAMETERS:
                 yield f"{name}.{node.name}: {count} parameters; {MAX_PARAMETERS} are allowed"
@@ -77,15 +91,24 @@ def check(name: str, source: str) -> Iterator[str]:
 def check_package(sources: dict[str, str]) -> list[str]:
     """What the package as a whole breaks, and each of its modules."""
     problems = [problem for name, source in sources.items() for problem in check(name, source)]
-    users = [n for n, s in sources.items() if any(i.split(".")[0] == "accelerate" for i in runtime_imports(ast.parse(s)))]
-    return problems + ([f"accelerate is imported in {users}, one file is allowed"] if len(users) > 1 else [])
+    users = [
+        n
+        for n, s in sources.items()
+        if any(i.split(".")[0] == "accelerate" for i in runtime_imports(ast.parse(s)))
+    ]
+    return problems + (
+        [f"accelerate is imported in {users}, one file is allowed"] if len(users) > 1 else []
+    )
 
 
 def test_package_keeps_the_house_rules() -> None:
     paths = sorted(PACKAGE.rglob("*.py"))
     assert paths
     names = [".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in paths]
-    assert check_package({n: p.read_text(encoding="utf-8") for n, p in zip(names, paths, strict=True)}) == []
+    assert (
+        check_package({n: p.read_text(encoding="utf-8") for n, p in zip(names, paths, strict=True)})
+        == []
+    )
 
 
 @pytest.mark.parametrize(
@@ -104,7 +127,11 @@ def test_package_keeps_the_house_rules() -> None:
         ("train.trainer", "import fastapi", "may not import fastapi"),
         ("bench.run", "from matplotlib import pyplot", "may not import matplotlib"),
         ("surprise", "", "give it a level"),
-        ("decoding.tree", "class A:\n    def f(self, a, b, c, d, *, e, f, g, h): ...", "8 parameters"),
+        (
+            "decoding.tree",
+            "class A:\n    def f(self, a, b, c, d, *, e, f, g, h): ...",
+            "8 parameters",
+        ),
     ],
 )
 def test_planted_fault_is_reported(name: str, source: str, problem: str) -> None:
@@ -114,7 +141,9 @@ def test_planted_fault_is_reported(name: str, source: str, problem: str) -> None
 
 
 def test_planted_fault_across_files_is_reported() -> None:
-    twice = check_package({"train.a": "import accelerate", "train.b": "from accelerate import Accelerator"})
+    twice = check_package(
+        {"train.a": "import accelerate", "train.b": "from accelerate import Accelerator"}
+    )
     assert twice == ["accelerate is imported in ['train.a', 'train.b'], one file is allowed"]
 
 
@@ -122,7 +151,20 @@ def test_allowed_imports_pass() -> None:
     type_only = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from flashdraft.engine import Engine\n"
     assert list(check("types", type_only)) == []
     assert (
-        list(check("methods.dflash", "from flashdraft.methods.network import DraftNetwork\nfrom flashdraft.types import Drafter"))
+        list(
+            check(
+                "methods.dflash",
+                "from flashdraft.methods.network import DraftNetwork\nfrom flashdraft.types import Drafter",
+            )
+        )
         == []
     )
-    assert list(check("serve.app", "import fastapi\nfrom flashdraft import load\nfrom flashdraft.serve import worker")) == []
+    assert (
+        list(
+            check(
+                "serve.app",
+                "import fastapi\nfrom flashdraft import load\nfrom flashdraft.serve import worker",
+            )
+        )
+        == []
+    )

@@ -32,7 +32,9 @@ EXACT = ("float32", "bfloat16", "q8", "q4")
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: LlamaConfig(**{**SHAPE, **SIZES}),
-    "llama with biases": lambda: LlamaConfig(**{**SHAPE, **SIZES}, attention_bias=True, mlp_bias=True),
+    "llama with biases": lambda: LlamaConfig(
+        **{**SHAPE, **SIZES}, attention_bias=True, mlp_bias=True
+    ),
     "llama, one key head": lambda: LlamaConfig(**{**SHAPE, **SIZES, "num_key_value_heads": 1}),
     "qwen2": lambda: Qwen2Config(**{**SHAPE, **SIZES}),
     "qwen3": lambda: Qwen3Config(**{**SHAPE, **SIZES}),
@@ -71,8 +73,14 @@ def weight_for(format: str, outputs: int, inputs: int) -> Tensor:
 @pytest.mark.parametrize("format", EXACT)
 @pytest.mark.parametrize(("outputs", "inputs"), [(96, 64), (50, 96), (32, 160)])
 @pytest.mark.parametrize("biased", [False, True])
-def test_every_exact_format_multiplies_like_torch_and_alike(format: str, outputs: int, inputs: int, biased: bool) -> None:
-    weight, bias, x = weight_for(format, outputs, inputs), noise(outputs, seed=1) if biased else None, noise(37, inputs, seed=2)
+def test_every_exact_format_multiplies_like_torch_and_alike(
+    format: str, outputs: int, inputs: int, biased: bool
+) -> None:
+    weight, bias, x = (
+        weight_for(format, outputs, inputs),
+        noise(outputs, seed=1) if biased else None,
+        noise(37, inputs, seed=2),
+    )
     linear = NativeLinear(weight, bias, kernel=format)
     wanted = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     assert torch.allclose(linear(x).double(), wanted, atol=1e-5)
@@ -97,7 +105,9 @@ def test_compact_takes_the_fewest_bytes_that_are_exact() -> None:
     sizes = [NativeLinear(weight_for(format, 64, 64), kernel=format).nbytes for format in EXACT]
     assert sizes == sorted(sizes, reverse=True)
     assert NativeLinear(torch.zeros(64, 64)).format == "q4"
-    assert NativeLinear(weight_for("q4", 64, 64)[:, :40].contiguous()).format == "float32"  # no whole blocks
+    assert (
+        NativeLinear(weight_for("q4", 64, 64)[:, :40].contiguous()).format == "float32"
+    )  # no whole blocks
 
 
 def test_int8_rounds_weights_by_output_and_rows_by_blocks_of_32() -> None:
@@ -130,7 +140,9 @@ def test_a_sequential_head_goes_from_left_to_right(hidden: int) -> None:
             logits = (tables[0][ids[:, k]] @ head(states[:, k], previous)[..., None])[..., 0]
             assert torch.allclose(laws[:, k], logits.log_softmax(-1), rtol=1e-4, atol=1e-2)
             previous = tables[1][ids[:, k].gather(1, logits.argmax(-1, keepdim=True))[:, 0]]
-    assert not torch.allclose(native.chain(states, anchors.roll(1, 0), (*tables, *weights), ids), laws, atol=1e-2)
+    assert not torch.allclose(
+        native.chain(states, anchors.roll(1, 0), (*tables, *weights), ids), laws, atol=1e-2
+    )
 
 
 def made(name: str, kernel: str = "float32") -> LeanTarget:
@@ -145,11 +157,15 @@ def made(name: str, kernel: str = "float32") -> LeanTarget:
     return target
 
 
-def read(target: Any, texts: list[list[int]], drafts: Tensor, parents: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+def read(
+    target: Any, texts: list[list[int]], drafts: Tensor, parents: Tensor, sizes: Tensor
+) -> tuple[Tensor, Tensor]:
     cache = target.new_cache(len(texts), 128)
     for slot, text in enumerate(texts):
         target.prefill(cache, slot, torch.tensor(text), (1, 4))
-    logits, features = target.forward(cache, list(range(len(texts))), drafts, parents, sizes, (1, 4))
+    logits, features = target.forward(
+        cache, list(range(len(texts))), drafts, parents, sizes, (1, 4)
+    )
     assert features is not None
     return logits, features
 
@@ -164,8 +180,14 @@ SOME = torch.tensor([9, 4, 7])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_native_step_is_the_torch_step(name: str) -> None:
     for parents in (torch.arange(-1, 8).expand(3, 9), TREE):
-        got, wanted = (read(made(name, kernel), TEXTS, DRAFTS, parents, SOME) for kernel in ("float32", "torch"))
-        assert all(float((a - b).abs().max() / b.abs().max()) < 2e-5 for a, b in zip(got, wanted, strict=True))
+        got, wanted = (
+            read(made(name, kernel), TEXTS, DRAFTS, parents, SOME)
+            for kernel in ("float32", "torch")
+        )
+        assert all(
+            float((a - b).abs().max() / b.abs().max()) < 2e-5
+            for a, b in zip(got, wanted, strict=True)
+        )
 
 
 def check_bits(target: LeanTarget) -> None:
@@ -177,7 +199,9 @@ def check_bits(target: LeanTarget) -> None:
             cache = target.new_cache(1, 128)
             target.prefill(cache, 0, torch.tensor(text), ())
             for token in DRAFTS[row, seen[row, node]]:
-                one, own = target.forward(cache, [0], token.view(1, 1), torch.tensor([[-1]]), torch.tensor([1]), (1, 4))
+                one, own = target.forward(
+                    cache, [0], token.view(1, 1), torch.tensor([[-1]]), torch.tensor([1]), (1, 4)
+                )
                 cache.keep(0, [0])
             assert own is not None
             assert torch.equal(one[0, 0], logits[row, node])
@@ -208,7 +232,9 @@ def test_a_prompt_has_the_bits_of_its_tokens_one_by_one() -> None:
     whole, single = target.new_cache(1, 64), target.new_cache(1, 64)
     logits, _ = target.prefill(whole, 0, text, ())
     for token in text:
-        one, _ = target.forward(single, [0], token.view(1, 1), torch.tensor([[-1]]), torch.tensor([1]), ())
+        one, _ = target.forward(
+            single, [0], token.view(1, 1), torch.tensor([[-1]]), torch.tensor([1]), ()
+        )
         single.keep(0, [0])
     assert torch.equal(one[0, 0], logits)
 
@@ -227,7 +253,9 @@ def test_a_step_says_where_its_time_went() -> None:
 
 
 @pytest.mark.parametrize(
-    "sizes", [{"head_dim": 8}, {"hidden_size": 48}, {"intermediate_size": 80}], ids=["small heads", "hidden", "intermediate"]
+    "sizes",
+    [{"head_dim": 8}, {"hidden_size": 48}, {"intermediate_size": 80}],
+    ids=["small heads", "hidden", "intermediate"],
 )
 def test_shapes_that_do_not_fit_the_panels_take_torch(sizes: dict[str, int]) -> None:
     config = LlamaConfig(**{**SHAPE, **SIZES, **sizes})
@@ -243,15 +271,21 @@ def older_processors() -> list[str]:
 
 
 @pytest.mark.parametrize("march", older_processors())
-def test_narrower_vectors_give_the_same_numbers(march: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_narrower_vectors_give_the_same_numbers(
+    march: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FLASHDRAFT_CACHE", str(tmp_path))
-    monkeypatch.setattr(native, "_FLAGS", tuple(flag.replace("native", march) for flag in native._FLAGS))
+    monkeypatch.setattr(
+        native, "_FLAGS", tuple(flag.replace("native", march) for flag in native._FLAGS)
+    )
     for cached in (native.library, native.fingerprint):
         cached.cache_clear()
     try:
         for format in EXACT:
             weight, x = weight_for(format, 50, 96), noise(9, 96, seed=2)
-            assert torch.allclose(NativeLinear(weight, kernel=format)(x), F.linear(x, weight), atol=1e-5)
+            assert torch.allclose(
+                NativeLinear(weight, kernel=format)(x), F.linear(x, weight), atol=1e-5
+            )
         test_int8_rounds_weights_by_output_and_rows_by_blocks_of_32()
         test_a_native_step_is_the_torch_step("qwen3")
         check_bits(made("qwen3"))
@@ -280,10 +314,14 @@ def test_without_a_compiler_torch_runs_everything(no_compiler: None) -> None:
     assert isinstance(pack(noise(64, 64)), TorchLinear)
 
 
-def test_the_kernels_are_compiled_once_and_for_older_processors_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernels_are_compiled_once_and_for_older_processors_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = []
     run = subprocess.run
-    monkeypatch.setattr(subprocess, "run", lambda *args, **options: (calls.append(args), run(*args, **options))[1])
+    monkeypatch.setattr(
+        subprocess, "run", lambda *args, **options: (calls.append(args), run(*args, **options))[1]
+    )
     monkeypatch.setenv("FLASHDRAFT_CACHE", str(tmp_path))
     for _ in range(2):
         native.library.cache_clear()
@@ -332,16 +370,22 @@ def test_a_noisy_measurement_does_not_stay(tmp_path: Path, monkeypatch: pytest.M
     kernel_of(model)
     for path in tmp_path.glob("seconds-*.json"):
         table = json.loads(path.read_text())
-        path.write_text(json.dumps(dict.fromkeys(table, 1.0 if len(table) == 2 else 9.0)))  # the kernels look slow
+        path.write_text(
+            json.dumps(dict.fromkeys(table, 1.0 if len(table) == 2 else 9.0))
+        )  # the kernels look slow
     assert kernel_of(model) == "compact"
-    monkeypatch.setattr(LeanTarget, "measure_again", lambda self: self.step_seconds)  # the planted fault: it is believed
+    monkeypatch.setattr(
+        LeanTarget, "measure_again", lambda self: self.step_seconds
+    )  # the planted fault: it is believed
     for path in tmp_path.glob("seconds-*.json"):
         table = json.loads(path.read_text())
         path.write_text(json.dumps(dict.fromkeys(table, 1.0 if len(table) == 2 else 9.0)))
     assert kernel_of(model) == "torch"
 
 
-def test_a_kernel_that_is_slow_whenever_it_is_measured_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_that_is_slow_whenever_it_is_measured_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FLASHDRAFT_CACHE", str(tmp_path))
     model = tiny_model("", dtype=torch.float32, config=CONFIGS["llama"]())
     quick = native.step
@@ -354,7 +398,9 @@ def test_a_kernel_that_is_slow_whenever_it_is_measured_is_left(tmp_path: Path, m
     assert kernel_of(model) == "torch"
 
 
-def test_a_load_packs_every_weight_once_and_lets_the_model_go(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_load_packs_every_weight_once_and_lets_the_model_go(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     packed: list[int] = []
     plain = native.NativeLinear.__init__
 
@@ -364,14 +410,18 @@ def test_a_load_packs_every_weight_once_and_lets_the_model_go(monkeypatch: pytes
 
     monkeypatch.setattr(native.NativeLinear, "__init__", counted)
     model = tiny_model("", dtype=torch.float32, config=CONFIGS["llama"]())
-    weights = [p.numel() for p in (*model.model.layers.parameters(), model.lm_head.weight) if p.ndim == 2]
+    weights = [
+        p.numel() for p in (*model.model.layers.parameters(), model.lm_head.weight) if p.ndim == 2
+    ]
     made = fastest(model, consume=True)
     assert made is not None
     assert sum(packed) == sum(weights)
     assert all(p.numel() == 0 for p in model.model.layers.parameters() if p.ndim == 2)
 
 
-def test_a_cache_that_cannot_be_written_costs_a_measurement_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_written_costs_a_measurement_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     target = made("llama")
     (tmp_path / "file").touch()
     monkeypatch.setenv("FLASHDRAFT_CACHE", str(tmp_path / "file"))
@@ -411,7 +461,9 @@ def test_torch_stays_on_one_thread_while_our_kernels_draft(two_threads: None) ->
     assert (torch.get_num_threads(), num_threads()) == (2, 2)
 
 
-def test_what_a_drafter_changes_of_its_thread_is_undone_after_an_error_and_never_another_threads(two_threads: None) -> None:
+def test_what_a_drafter_changes_of_its_thread_is_undone_after_an_error_and_never_another_threads(
+    two_threads: None,
+) -> None:
     class Fails(Serial):
         @serial(lambda self: True)
         def propose(self) -> tuple[int, int]:
@@ -461,7 +513,14 @@ def test_a_long_chain_goes_through_several_jobs(two_threads: None) -> None:
     """Three phases a place: more places than one list of phases holds."""
     hidden, rank, rows, nodes = 32, 8, 100, 16
     states, anchors = noise(rows, nodes, hidden), noise(rows, hidden)
-    tables = [noise(50, hidden), noise(50, hidden), noise(2 * rank, 2 * hidden), noise(hidden, rank)]
+    tables = [
+        noise(50, hidden),
+        noise(50, hidden),
+        noise(2 * rank, 2 * hidden),
+        noise(hidden, rank),
+    ]
     ids = torch.randint(50, (rows, nodes, 5), generator=torch.Generator().manual_seed(0))
     found = native.chain(states, anchors, tables, ids)
-    torch.testing.assert_close(found, chain_by_torch(states, anchors, tables, ids), rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(
+        found, chain_by_torch(states, anchors, tables, ids), rtol=1e-3, atol=1e-2
+    )

@@ -27,10 +27,14 @@ from flashdraft.train.objectives import Loss, chunked_loss, position_weights, ro
 Weights = Callable[[Tensor, Tensor, Tensor], Tensor]  # log_q, offsets, blocks
 
 
-def weight_case(lengths: Sequence[int], numbers: Sequence[int], seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def weight_case(
+    lengths: Sequence[int], numbers: Sequence[int], seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Blocks with these numbers of labelled positions; a block that the sequence's end cuts short has fewer."""
     offsets = torch.cat([torch.arange(1, n + 1) for n in lengths])
-    blocks = torch.cat([torch.full((n,), number) for n, number in zip(lengths, numbers, strict=True)])
+    blocks = torch.cat(
+        [torch.full((n,), number) for n, number in zip(lengths, numbers, strict=True)]
+    )
     q = torch.rand(len(offsets), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return q.log(), offsets, blocks
 
@@ -39,7 +43,9 @@ WEIGHT_CASES = [
     weight_case((3, 3, 3), (0, 1, 2), 1),
     weight_case((3, 1, 3, 2), (0, 1, 2, 3), 2),  # two sequences, each with a block cut short
     weight_case((1,), (0,), 3),
-    weight_case((2, 7, 5), (3, 4, 9), 4),  # as in a later chunk: numbers neither from 0 nor without gaps
+    weight_case(
+        (2, 7, 5), (3, 4, 9), 4
+    ),  # as in a later chunk: numbers neither from 0 nor without gaps
 ]
 
 
@@ -55,15 +61,22 @@ def slow_dpace(log_q: Tensor, offsets: Tensor, blocks: Tensor, fault: str = "") 
                 continue
             first = offset[j] if fault == "the product begins at j" else 1
             inside = [i for i in mates if first <= offset[i] <= offset[m]]
-            terms.append(math.prod(q[i] if fault == "not softened" else (1 + q[i]) / 2 for i in inside))
+            terms.append(
+                math.prod(q[i] if fault == "not softened" else (1 + q[i]) / 2 for i in inside)
+            )
         if fault == "what lies behind the sequence's end counts":
-            terms += [terms[-1] * 0.5**k for k in range(1, size - max(offset[i] for i in mates) + 1)]
+            terms += [
+                terms[-1] * 0.5**k for k in range(1, size - max(offset[i] for i in mates) + 1)
+            ]
         weights.append(sum(terms))
     return torch.tensor(weights, dtype=torch.float64)
 
 
 def is_dpace(weights: Weights) -> bool:
-    return all(torch.allclose(weights(*case), slow_dpace(*case), rtol=1e-12, atol=0) for case in WEIGHT_CASES)
+    return all(
+        torch.allclose(weights(*case), slow_dpace(*case), rtol=1e-12, atol=0)
+        for case in WEIGHT_CASES
+    )
 
 
 def dpace(log_q: Tensor, offsets: Tensor, blocks: Tensor) -> Tensor:
@@ -95,14 +108,20 @@ def test_dpace_weights_are_the_gradient_of_the_expected_accepted_length() -> Non
     accept = logs.exp()
     expected = torch.zeros((), dtype=torch.float64)
     for outcome in itertools.product((True, False), repeat=4):
-        likelihood = torch.stack([a if hit else 1 - a for a, hit in zip(accept, outcome, strict=True)]).prod()
+        likelihood = torch.stack(
+            [a if hit else 1 - a for a, hit in zip(accept, outcome, strict=True)]
+        ).prod()
         expected = expected + likelihood * len(list(itertools.takewhile(bool, outcome)))
     (gradient,) = torch.autograd.grad(expected, logs)
     torch.testing.assert_close(dpace(log_q, offsets, blocks), gradient)
 
 
 def test_dpace_weight_of_a_certain_block_is_what_is_left_of_it() -> None:
-    weights = dpace(torch.zeros(5, dtype=torch.float64), torch.tensor([1, 2, 3, 1, 2]), torch.tensor([0, 0, 0, 1, 1]))
+    weights = dpace(
+        torch.zeros(5, dtype=torch.float64),
+        torch.tensor([1, 2, 3, 1, 2]),
+        torch.tensor([0, 0, 0, 1, 1]),
+    )
     assert weights.tolist() == [3, 2, 1, 2, 1]
 
 
@@ -114,13 +133,16 @@ def test_dpace_weights_of_no_rows_are_none() -> None:
 def is_decay(weights: Callable[[Tensor, float], Tensor]) -> bool:
     offsets = torch.tensor([1, 2, 3, 7, 15])
     return all(
-        weights(offsets, gamma).tolist() == pytest.approx([math.exp(-(k - 1) / gamma) for k in offsets.tolist()], rel=1e-9)
+        weights(offsets, gamma).tolist()
+        == pytest.approx([math.exp(-(k - 1) / gamma) for k in offsets.tolist()], rel=1e-9)
         for gamma in (1.0, 4.0, 7.0)
     )
 
 
 def decay(offsets: Tensor, gamma: float) -> Tensor:
-    return position_weights("decay", torch.zeros(len(offsets), dtype=torch.float64), offsets, offsets, gamma=gamma)
+    return position_weights(
+        "decay", torch.zeros(len(offsets), dtype=torch.float64), offsets, offsets, gamma=gamma
+    )
 
 
 def test_decay_equals_the_definition() -> None:
@@ -151,7 +173,9 @@ def slow_softmax(row: Sequence[float]) -> list[float]:
 
 def slow_row_loss(kind: str, logits: Tensor, labels: Tensor, target_logits: Tensor) -> list[float]:
     losses = []
-    for ours, label, theirs in zip(logits.tolist(), labels.tolist(), target_logits.tolist(), strict=True):
+    for ours, label, theirs in zip(
+        logits.tolist(), labels.tolist(), target_logits.tolist(), strict=True
+    ):
         q, p = slow_softmax(ours), slow_softmax(theirs)
         losses.append(
             {
@@ -171,7 +195,9 @@ def row_case(seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def is_row_loss(kind: str, loss: RowLoss) -> bool:
     return all(
-        loss(kind, *row_case(seed)).tolist() == pytest.approx(slow_row_loss(kind, *row_case(seed)), rel=1e-9) for seed in range(4)
+        loss(kind, *row_case(seed)).tolist()
+        == pytest.approx(slow_row_loss(kind, *row_case(seed)), rel=1e-9)
+        for seed in range(4)
     )
 
 
@@ -187,11 +213,17 @@ def mean_of_both_ways(kind: str, logits: Tensor, labels: Tensor, theirs: Tensor)
 WRONG_ROW_LOSSES: dict[str, tuple[str, RowLoss]] = {
     "kl the other way": ("kl", lambda kind, x, y, z: row_loss(kind, z, y, x)),
     "kl both ways": ("kl", mean_of_both_ways),
-    "kl with the target's entropy left in": ("kl", lambda kind, x, y, z: -(z.softmax(-1) * x.log_softmax(-1)).sum(-1)),
+    "kl with the target's entropy left in": (
+        "kl",
+        lambda kind, x, y, z: -(z.softmax(-1) * x.log_softmax(-1)).sum(-1),
+    ),
     "kl as a mean": ("kl", lambda kind, x, y, z: row_loss(kind, x, y, z) / x.shape[-1]),
     "tv without the half": ("tv", lambda kind, x, y, z: 2 * row_loss(kind, x, y, z)),
     "tv of logits": ("tv", lambda kind, x, y, z: 0.5 * (x - z).abs().sum(-1)),
-    "tv squared": ("tv", lambda kind, x, y, z: 0.5 * (x.softmax(-1) - z.softmax(-1)).pow(2).sum(-1)),
+    "tv squared": (
+        "tv",
+        lambda kind, x, y, z: 0.5 * (x.softmax(-1) - z.softmax(-1)).pow(2).sum(-1),
+    ),
     "softmax over the rows": ("tv", lambda kind, x, y, z: row_loss(kind, x.T, y, z.T)[:6]),
 }
 
@@ -230,7 +262,9 @@ class Toy:
             return torch.randn(*shape, generator=g, dtype=torch.float64)
 
         self.states = noise(ROWS, 5).requires_grad_()
-        self.scale, self.bias, self.idle = (noise(*shape).requires_grad_() for shape in ((5,), (COLUMNS,), (3,)))
+        self.scale, self.bias, self.idle = (
+            noise(*shape).requires_grad_() for shape in ((5,), (COLUMNS,), (3,))
+        )
         self.weight, self.labels = noise(COLUMNS, 5), torch.randint(COLUMNS, (ROWS,), generator=g)
 
     @property
@@ -247,10 +281,15 @@ class Toy:
     def gradients(self, scalar: Tensor) -> list[Tensor]:
         wanted = [self.states, *self.parameters]
         got = torch.autograd.grad(scalar * 3.0, wanted, allow_unused=True)
-        return [torch.zeros_like(one) if grad is None else grad for one, grad in zip(wanted, got, strict=True)]
+        return [
+            torch.zeros_like(one) if grad is None else grad
+            for one, grad in zip(wanted, got, strict=True)
+        ]
 
 
-Chunked = Callable[[Tensor, Sequence[Tensor], Sequence[slice], Any], tuple[Tensor, float, dict[str, Tensor]]]
+Chunked = Callable[
+    [Tensor, Sequence[Tensor], Sequence[slice], Any], tuple[Tensor, float, dict[str, Tensor]]
+]
 
 
 def is_the_whole(chunked: Chunked) -> bool:
@@ -260,26 +299,40 @@ def is_the_whole(chunked: Chunked) -> bool:
     whole = torch.stack([loss for loss, _ in parts]).sum()
     surrogate, value, figures = chunked(toy.states, toy.parameters, CHUNKS, toy.part)
     same = abs(value - float(whole.detach())) < 1e-9 and figures["row"].tolist() == list(range(9))
-    same = same and torch.allclose(figures["loss"], torch.cat([figure["loss"] for _, figure in parts]))
+    same = same and torch.allclose(
+        figures["loss"], torch.cat([figure["loss"] for _, figure in parts])
+    )
     pairs = zip(toy.gradients(surrogate), other.gradients(whole), strict=True)
-    return same and all(torch.allclose(got, expected, rtol=1e-10, atol=1e-12) for got, expected in pairs)
+    return same and all(
+        torch.allclose(got, expected, rtol=1e-10, atol=1e-12) for got, expected in pairs
+    )
 
 
 def test_chunked_loss_has_value_and_gradients_of_the_whole() -> None:
     assert is_the_whole(chunked_loss)
 
 
-def one_state_gradient_for_all(states: Tensor, parameters: Sequence[Tensor], chunks: Sequence[slice], part: Any) -> Any:
+def one_state_gradient_for_all(
+    states: Tensor, parameters: Sequence[Tensor], chunks: Sequence[slice], part: Any
+) -> Any:
     surrogate, value, figures = chunked_loss(states, parameters, chunks, part)
     return surrogate + (states - states.detach()).sum(), value, figures
 
 
 WRONG_CHUNKS: dict[str, Chunked] = {
     "a chunk is forgotten": lambda s, p, chunks, part: chunked_loss(s, p, chunks[:-1], part),
-    "a chunk counts twice": lambda s, p, chunks, part: chunked_loss(s, p, [*chunks, chunks[0]], part),
-    "the head's gradients are dropped": lambda s, p, chunks, part: chunked_loss(s, (), chunks, part),
-    "one parameter's gradient is dropped": lambda s, p, chunks, part: chunked_loss(s, p[:1], chunks, part),
-    "the states' gradients are dropped": lambda s, p, chunks, part: chunked_loss(s.detach(), p, chunks, part),
+    "a chunk counts twice": lambda s, p, chunks, part: chunked_loss(
+        s, p, [*chunks, chunks[0]], part
+    ),
+    "the head's gradients are dropped": lambda s, p, chunks, part: chunked_loss(
+        s, (), chunks, part
+    ),
+    "one parameter's gradient is dropped": lambda s, p, chunks, part: chunked_loss(
+        s, p[:1], chunks, part
+    ),
+    "the states' gradients are dropped": lambda s, p, chunks, part: chunked_loss(
+        s.detach(), p, chunks, part
+    ),
     "the states have a gradient more": one_state_gradient_for_all,
 }
 
@@ -322,7 +375,11 @@ class Kept:
 
     @property
     def rows(self) -> int:
-        return sum(h.tensor.shape[0] for h in self.alive if h.tensor.ndim == 2 and h.tensor.shape[1] == self.columns)
+        return sum(
+            h.tensor.shape[0]
+            for h in self.alive
+            if h.tensor.ndim == 2 and h.tensor.shape[1] == self.columns
+        )
 
 
 def rows_kept_before_each_chunk(chunked: Chunked) -> list[int]:
@@ -339,7 +396,9 @@ def rows_kept_before_each_chunk(chunked: Chunked) -> list[int]:
     return counts
 
 
-def whole_graph(states: Tensor, parameters: Sequence[Tensor], chunks: Sequence[slice], part: Any) -> Any:
+def whole_graph(
+    states: Tensor, parameters: Sequence[Tensor], chunks: Sequence[slice], part: Any
+) -> Any:
     """The planted fault: all chunks' graphs are there at once."""
     parts = [part(states[chunk], chunk) for chunk in chunks]
     return torch.stack([loss for loss, _ in parts]).sum(), 0.0, {}
@@ -355,18 +414,28 @@ def test_logits_that_stay_alive_are_caught() -> None:
 
 # The loss of a batch in small chunks and in one.
 
-SAMPLES = [(7, toy_sample(20, 6, 1, final=True)), (8, toy_sample(9, 2, 2, final=True)), (9, toy_sample(33, 30, 3, final=True))]
+SAMPLES = [
+    (7, toy_sample(20, 6, 1, final=True)),
+    (8, toy_sample(9, 2, 2, final=True)),
+    (9, toy_sample(33, 30, 3, final=True)),
+]
 
 
 def loss_and_gradient(config: TrainConfig, seen: list[int] | None = None) -> tuple[float, Tensor]:
     batch, target = make_batch(SAMPLES, CONFIG, 5, 0), language_model(torch.float64).target
-    states = torch.randn(len(batch.labels), HIDDEN, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    states = torch.randn(
+        len(batch.labels), HIDDEN, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     states.requires_grad_()
     kept = Kept(VOCAB)
     loss = Loss(network().double(), target, torch.arange(VOCAB), config, torch.device("cpu"))
     with kept.watch(), pytest.MonkeyPatch.context() as patch:
         real = loss_stage.row_loss
-        patch.setattr(loss_stage, "row_loss", lambda *a: (seen is not None and seen.append(kept.rows), real(*a))[1])
+        patch.setattr(
+            loss_stage,
+            "row_loss",
+            lambda *a: (seen is not None and seen.append(kept.rows), real(*a))[1],
+        )
         surrogate, value, _ = loss(states, batch, 0)
     (gradient,) = torch.autograd.grad(surrogate, states)
     return value, gradient
@@ -377,7 +446,9 @@ def loss_and_gradient(config: TrainConfig, seen: list[int] | None = None) -> tup
     [TrainConfig(), TrainConfig(weights="dpace"), TrainConfig(weights="dpace", kl=0.3, tv=0.2)],
     ids=["decay", "dpace", "soft-labels"],
 )
-def test_loss_of_a_batch_does_not_depend_on_the_chunks(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_of_a_batch_does_not_depend_on_the_chunks(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A chunk ends between blocks: one cut in two would have other dpace weights."""
     whole, gradient = loss_and_gradient(config)
     for rows in (1, 2 * BLOCK, 3 * BLOCK + 1):
@@ -388,13 +459,17 @@ def test_loss_of_a_batch_does_not_depend_on_the_chunks(config: TrainConfig, monk
 
 
 @pytest.mark.parametrize("chunked", [chunked_loss, whole_graph])
-def test_loss_of_a_batch_keeps_one_chunk_of_logits(monkeypatch: pytest.MonkeyPatch, chunked: Chunked) -> None:
+def test_loss_of_a_batch_keeps_one_chunk_of_logits(
+    monkeypatch: pytest.MonkeyPatch, chunked: Chunked
+) -> None:
     monkeypatch.setattr(loss_stage, "_CHUNK", BLOCK)
     monkeypatch.setattr(loss_stage, "chunked_loss", chunked)
     seen: list[int] = []
     loss_and_gradient(TrainConfig(weights="dpace"), seen)
     assert len(seen) > 5
-    only_the_lm_head = seen == [HIDDEN] * len(seen)  # it is transposed; nothing is kept of earlier chunks
+    only_the_lm_head = seen == [HIDDEN] * len(
+        seen
+    )  # it is transposed; nothing is kept of earlier chunks
     assert only_the_lm_head == (chunked is chunked_loss)
 
 
@@ -405,14 +480,25 @@ CPU = torch.device("cpu")
 PACKED = [
     ([torch.tensor([1])], [1], 2),
     ([torch.tensor([3, 4, 9]), torch.tensor([5]), torch.tensor([2, 7])], [9, 5, 7], 4),
-    ([torch.tensor([5]), torch.tensor([5])], [8, 6], 3),  # a context that is longer than what is seen of it
+    (
+        [torch.tensor([5]), torch.tensor([5])],
+        [8, 6],
+        3,
+    ),  # a context that is longer than what is seen of it
 ]
 
 
 def slow_flex(anchors: Sequence[Tensor], num_context: Sequence[int], size: int) -> list[list[bool]]:
     """Row by row and key by key: the own sequence's context before the anchor, and the own block."""
-    rows = [(s, int(a), n) for s, each in enumerate(anchors) for n, a in enumerate(each) for _ in range(size)]
-    keys: list[tuple[int, int | None, int]] = [(s, place, -1) for s, n in enumerate(num_context) for place in range(n)]
+    rows = [
+        (s, int(a), n)
+        for s, each in enumerate(anchors)
+        for n, a in enumerate(each)
+        for _ in range(size)
+    ]
+    keys: list[tuple[int, int | None, int]] = [
+        (s, place, -1) for s, n in enumerate(num_context) for place in range(n)
+    ]
     keys += [(s, None, n) for s, _, n in rows]
     mask = []
     for s, anchor, block in rows:
@@ -426,7 +512,9 @@ def slow_flex(anchors: Sequence[Tensor], num_context: Sequence[int], size: int) 
 def dense(mask: Any) -> list[list[bool]]:
     rows, keys = mask.seq_lengths
     zero = torch.tensor(0)
-    dense: list[list[bool]] = mask.mask_mod(zero, zero, torch.arange(rows)[:, None], torch.arange(keys)[None]).tolist()
+    dense: list[list[bool]] = mask.mask_mod(
+        zero, zero, torch.arange(rows)[:, None], torch.arange(keys)[None]
+    ).tolist()
     return dense
 
 
@@ -441,13 +529,17 @@ def test_flex_mask_equals_the_definition() -> None:
 def as_one(anchors: Sequence[Tensor], num_context: Sequence[int]) -> tuple[list[Tensor], list[int]]:
     """The sequences as if they were one."""
     starts = itertools.accumulate(num_context[:-1], initial=0)
-    return [torch.cat([a + start for a, start in zip(anchors, starts, strict=True)])], [sum(num_context)]
+    return [torch.cat([a + start for a, start in zip(anchors, starts, strict=True)])], [
+        sum(num_context)
+    ]
 
 
 def changed(change: Callable[[Any, Tensor, Tensor], Tensor]) -> FlexMask:
     """The mask with another rule: change(mask, row, key)."""
 
-    def make(anchors: Sequence[Tensor], num_context: Sequence[int], size: int, device: torch.device) -> Any:
+    def make(
+        anchors: Sequence[Tensor], num_context: Sequence[int], size: int, device: torch.device
+    ) -> Any:
         from torch.nn.attention.flex_attention import create_block_mask
 
         mask, total = flex_mask(anchors, num_context, size, device), sum(num_context)
@@ -463,8 +555,12 @@ def changed(change: Callable[[Any, Tensor, Tensor], Tensor]) -> FlexMask:
 
 WRONG_MASKS: dict[str, FlexMask] = {
     "sequences see each other": lambda a, n, size, device: flex_mask(*as_one(a, n), size, device),
-    "the anchor is in its context": lambda a, n, size, device: flex_mask([x + 1 for x in a], n, size, device),
-    "the context lacks its last token": lambda a, n, size, device: flex_mask([x - 1 for x in a], n, size, device),
+    "the anchor is in its context": lambda a, n, size, device: flex_mask(
+        [x + 1 for x in a], n, size, device
+    ),
+    "the context lacks its last token": lambda a, n, size, device: flex_mask(
+        [x - 1 for x in a], n, size, device
+    ),
     "blocks see each other": changed(lambda seen, row, key: seen | (key >= 0)),
     "blocks are causal": changed(lambda seen, row, key: seen & (key <= row)),
     "blocks do not see themselves": changed(lambda seen, row, key: seen & (key < 0)),
@@ -481,7 +577,10 @@ def test_flex_mask_skips_only_tiles_that_nobody_sees() -> None:
     """Kernels trust the tiles of 128 x 128, not the rule."""
     anchors = [torch.arange(20, 150, 2), torch.tensor([299]), torch.arange(3, 60)]
     num_context, size = [150, 300, 60], 4
-    mask, expected = flex_mask(anchors, num_context, size, CPU), torch.tensor(slow_flex(anchors, num_context, size))
+    mask, expected = (
+        flex_mask(anchors, num_context, size, CPU),
+        torch.tensor(slow_flex(anchors, num_context, size)),
+    )
     tiles = mask.to_dense()[0, 0].bool()
     whole = F.pad(expected, (0, -expected.shape[1] % 128, 0, -len(expected) % 128))
     needed = whole.unflatten(0, (-1, 128)).unflatten(2, (-1, 128)).any(3).any(1)
@@ -503,6 +602,10 @@ def test_network_with_the_flex_mask_equals_the_dense_one() -> None:
     torch.testing.assert_close(states_of(flex_batch), expected, rtol=0, atol=1e-5)
     anchors = [dense_batch.positions[1][r0:r1:BLOCK] for _, _, r0, r1 in dense_batch.spans]
     contexts = [c1 - c0 for c0, c1, _, _ in dense_batch.spans]
-    for wrong in ("sequences see each other", "blocks see each other", "the context lacks its last token"):
+    for wrong in (
+        "sequences see each other",
+        "blocks see each other",
+        "the context lacks its last token",
+    ):
         leaking = replace(flex_batch, flex=WRONG_MASKS[wrong](anchors, contexts, BLOCK, CPU))
         assert float((states_of(leaking) - expected).abs().max()) > 0.01, wrong

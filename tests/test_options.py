@@ -29,7 +29,9 @@ from flashdraft.train.config import TrainConfig
 from flashdraft.train.regenerate import mixed
 from flashdraft.types import HIGHEST, SEEDS, Allowed, SamplingParams, counted_on, kind_of, option
 
-NEEDED: dict[type, dict[str, Any]] = {BenchConfig: {"prompts": Path("p.jsonl"), "out": Path("o.jsonl"), "methods": "dflash"}}
+NEEDED: dict[type, dict[str, Any]] = {
+    BenchConfig: {"prompts": Path("p.jsonl"), "out": Path("o.jsonl"), "methods": "dflash"}
+}
 GROUPS = (
     SamplingParams,
     TrainConfig,
@@ -54,7 +56,9 @@ def options_of(group: type) -> Iterator[Option]:
 
 def options_of_command(name: str) -> Iterator[Option]:
     """Also those of its dataclasses."""
-    module = import_module("flashdraft.cli.train_commands" if name in TRAINING else "flashdraft.cli.commands")
+    module = import_module(
+        "flashdraft.cli.train_commands" if name in TRAINING else "flashdraft.cli.commands"
+    )
     for parameter in inspect.signature(getattr(module, name)).parameters.values():
         hint = parameter.annotation
         if dataclasses.is_dataclass(hint):
@@ -88,7 +92,9 @@ def outside(kind: type | None, allowed: Allowed) -> list[Any]:
     return bad
 
 
-NUMBERS = [(group, *each) for group in GROUPS for each in options_of(group) if each[1] in (int, float)]
+NUMBERS = [
+    (group, *each) for group in GROUPS for each in options_of(group) if each[1] in (int, float)
+]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -104,12 +110,19 @@ def test_planted_number_without_a_range_is_found() -> None:
         good: int = option(1, "a range", least=1, most=2)
 
     hints = {"steps": int, "share": float, "good": int}
-    options = ((field.name, hints[field.name], field.metadata["allowed"]) for field in dataclasses.fields(Careless))
+    options = (
+        (field.name, hints[field.name], field.metadata["allowed"])
+        for field in dataclasses.fields(Careless)
+    )
     assert unranged(options) == ["steps", "share"]
 
 
-@pytest.mark.parametrize(("group", "name", "kind", "allowed"), NUMBERS, ids=[f"{g.__name__}.{n}" for g, n, *_ in NUMBERS])
-def test_what_lies_outside_is_refused_by_name(group: type, name: str, kind: type, allowed: Allowed) -> None:
+@pytest.mark.parametrize(
+    ("group", "name", "kind", "allowed"), NUMBERS, ids=[f"{g.__name__}.{n}" for g, n, *_ in NUMBERS]
+)
+def test_what_lies_outside_is_refused_by_name(
+    group: type, name: str, kind: type, allowed: Allowed
+) -> None:
     for value in outside(kind, allowed):
         with pytest.raises(InvalidParameter, match=rf"^{name} is ") as error:
             group(**NEEDED.get(group, {}) | {name: value})
@@ -117,15 +130,26 @@ def test_what_lies_outside_is_refused_by_name(group: type, name: str, kind: type
         assert str(error.value.hint).startswith(f"{name} must be ")
 
 
-@pytest.mark.parametrize(("group", "name", "kind", "allowed"), NUMBERS, ids=[f"{g.__name__}.{n}" for g, n, *_ in NUMBERS])
-def test_the_ends_of_a_range_are_inside(group: type, name: str, kind: type, allowed: Allowed) -> None:
+@pytest.mark.parametrize(
+    ("group", "name", "kind", "allowed"), NUMBERS, ids=[f"{g.__name__}.{n}" for g, n, *_ in NUMBERS]
+)
+def test_the_ends_of_a_range_are_inside(
+    group: type, name: str, kind: type, allowed: Allowed
+) -> None:
     for end in (allowed.least, allowed.most):
         if end is not None:
             assert allowed.holds(end)
 
 
 def test_flags_and_words_are_checked_too() -> None:
-    for given in ({"ignore_eos": "no"}, {"ignore_eos": 1}, {"logprobs": 0}, {"stop": None}, {"stop": [""]}, {"stop": [1]}):
+    for given in (
+        {"ignore_eos": "no"},
+        {"ignore_eos": 1},
+        {"logprobs": 0},
+        {"stop": None},
+        {"stop": [""]},
+        {"stop": [1]},
+    ):
         with pytest.raises(InvalidParameter, match=f"^{next(iter(given))} is "):
             SamplingParams(**given)
     for group, given in (
@@ -141,8 +165,18 @@ def test_flags_and_words_are_checked_too() -> None:
 
 
 def test_numbers_of_numpy_and_torch_are_checked_as_numbers() -> None:
-    params = SamplingParams(temperature=np.float32(0.5), max_new_tokens=np.int64(3), seed=torch.tensor(7), ignore_eos=np.True_)
-    assert (params.temperature, params.max_new_tokens, params.seed, params.ignore_eos) == (0.5, 3, 7, True)
+    params = SamplingParams(
+        temperature=np.float32(0.5),
+        max_new_tokens=np.int64(3),
+        seed=torch.tensor(7),
+        ignore_eos=np.True_,
+    )
+    assert (params.temperature, params.max_new_tokens, params.seed, params.ignore_eos) == (
+        0.5,
+        3,
+        7,
+        True,
+    )
     with pytest.raises(InvalidParameter, match=r"^temperature is nan"):
         SamplingParams(temperature=np.float32("nan"))
     with pytest.raises(InvalidParameter, match=r"^sequences is array"):
@@ -188,7 +222,12 @@ CALLS = [(name, *each) for name in COMMANDS for each in numbers_of(name)]
 
 @pytest.mark.parametrize(("command", "name", "value"), CALLS, ids=[f"{c} {n}" for c, n, _ in CALLS])
 def test_command_names_the_option_as_it_was_written_before_anything_is_loaded(
-    command: str, name: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str,
+    name: str,
+    value: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     words = [command]
@@ -234,7 +273,10 @@ def test_seeds_count_on_and_begin_again_behind_the_largest() -> None:
 
 def test_largest_seeds_draw_different_texts() -> None:
     lm = language_model()
-    first, second = (lm.generate("hi", temperature=1.0, seed=seed, max_new_tokens=8) for seed in (HIGHEST, HIGHEST - 1))
+    first, second = (
+        lm.generate("hi", temperature=1.0, seed=seed, max_new_tokens=8)
+        for seed in (HIGHEST, HIGHEST - 1)
+    )
     assert first.tokens != second.tokens
 
 
@@ -244,7 +286,11 @@ def test_largest_seeds_draw_different_texts() -> None:
 def test_hint_of_a_full_context_asks_for_nothing_that_cannot_be_done() -> None:
     lm = language_model()
     limit = lm.target.context_length
-    for length, asked, wanted in ((limit, 1, "by 1 tokens"), (limit + 4, 1, "by 5 tokens"), (limit - 3, 4, "at most 3 new")):
+    for length, asked, wanted in (
+        (limit, 1, "by 1 tokens"),
+        (limit + 4, 1, "by 5 tokens"),
+        (limit - 3, 4, "at most 3 new"),
+    ):
         with pytest.raises(ContextLengthError) as error:
             check(lm.target, lm.request([5] * length, SamplingParams(max_new_tokens=asked)))
         assert wanted in str(error.value.hint)

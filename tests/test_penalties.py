@@ -18,10 +18,24 @@ from conftest import EOS, SHAPE, VOCAB, Table, tiny_model, uniform
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from test_engine import METHODS, NEW, PROMPTS, Cheater, Oracle, Tree, letters, made, requests_of, run
+from test_engine import (
+    METHODS,
+    NEW,
+    PROMPTS,
+    Cheater,
+    Oracle,
+    Tree,
+    letters,
+    made,
+    requests_of,
+    run,
+)
 from torch import Tensor
 from transformers import LlamaConfig
-from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor, SequenceBiasLogitsProcessor
+from transformers.generation.logits_process import (
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+)
 
 import flashdraft.engine
 from flashdraft.decoding.sampling import Context, Counts, adjusted, draw, logprob, probabilities
@@ -63,13 +77,17 @@ ADJUSTMENTS: dict[str, dict[str, Any]] = {
 }
 
 
-def by_hand(logits: Tensor, params: SamplingParams, tokens: Sequence[int], num_prompt: int) -> Tensor:
+def by_hand(
+    logits: Tensor, params: SamplingParams, tokens: Sequence[int], num_prompt: int
+) -> Tensor:
     """The documented formula, one number at a time."""
     wanted, new = logits.tolist(), list(tokens[num_prompt:])
     for token, bias in params.logit_bias.items():
         wanted[token] += bias
     for token in set(tokens):
-        wanted[token] *= params.repetition_penalty if wanted[token] < 0 else 1 / params.repetition_penalty
+        wanted[token] *= (
+            params.repetition_penalty if wanted[token] < 0 else 1 / params.repetition_penalty
+        )
     for token in set(new):
         wanted[token] -= params.frequency_penalty * new.count(token) + params.presence_penalty
     result = torch.tensor(wanted, dtype=logits.dtype)
@@ -84,14 +102,22 @@ HISTORY = [3, 5, 5, 9, 4, 3, 7, 7, 7, 9, 20]
 @pytest.mark.parametrize("changes", ADJUSTMENTS.values(), ids=ADJUSTMENTS)
 @pytest.mark.parametrize("num_prompt", [1, 5, len(HISTORY)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_adjusted_logits_are_the_documented_formula(changes: dict[str, Any], num_prompt: int, dtype: torch.dtype) -> None:
-    logits = (torch.randn(VOCAB, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3).to(dtype)
+def test_adjusted_logits_are_the_documented_formula(
+    changes: dict[str, Any], num_prompt: int, dtype: torch.dtype
+) -> None:
+    logits = (
+        torch.randn(VOCAB, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3
+    ).to(dtype)
     before, params = logits.clone(), SamplingParams(**changes)
     result = adjusted(logits, params, tuple(HISTORY), num_prompt)
     assert result.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    torch.testing.assert_close(result, by_hand(logits.to(result.dtype), params, HISTORY, num_prompt), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        result, by_hand(logits.to(result.dtype), params, HISTORY, num_prompt), rtol=1e-6, atol=1e-6
+    )
     assert torch.equal(logits, before)
-    assert not torch.equal(result, logits.to(result.dtype)) or (params.repetition_penalty == 1 and num_prompt == len(HISTORY))
+    assert not torch.equal(result, logits.to(result.dtype)) or (
+        params.repetition_penalty == 1 and num_prompt == len(HISTORY)
+    )
 
 
 def test_bias_and_repetition_penalty_are_those_of_transformers_in_their_order() -> None:
@@ -109,7 +135,18 @@ def test_bias_and_repetition_penalty_are_those_of_transformers_in_their_order() 
 def test_frequency_and_presence_are_openais_on_generated_tokens_alone() -> None:
     logits = torch.zeros(10)
     params = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25)
-    assert adjusted(logits, params, [1, 1, 2, 3, 3, 3, 2], 3).tolist() == [0, 0, -0.75, -1.25, 0, 0, 0, 0, 0, 0]
+    assert adjusted(logits, params, [1, 1, 2, 3, 3, 3, 2], 3).tolist() == [
+        0,
+        0,
+        -0.75,
+        -1.25,
+        0,
+        0,
+        0,
+        0,
+        0,
+        0,
+    ]
     assert not adjusted(logits, params, [1, 1, 2], 3).any()
 
 
@@ -137,7 +174,12 @@ def test_the_hook_is_last_and_gets_copies() -> None:
         tokens.clear()  # type: ignore[attr-defined]
         return values
 
-    result = adjusted(logits, SamplingParams(logits_processor=hook, logit_bias={4: 1.0}, presence_penalty=1.0), history, 1)
+    result = adjusted(
+        logits,
+        SamplingParams(logits_processor=hook, logit_bias={4: 1.0}, presence_penalty=1.0),
+        history,
+        1,
+    )
     assert seen == [([1, 2, 2], [0, 0, -1, 0, 1])]
     assert result.tolist() == [7] * 5
     assert history == [1, 2, 2]
@@ -151,21 +193,42 @@ def test_a_hook_may_return_another_dtype() -> None:
 
 def test_a_network_may_be_the_hook() -> None:
     layer = torch.nn.Linear(5, 5)
-    assert not adjusted(torch.zeros(5), SamplingParams(logits_processor=lambda _, logits: layer(logits)), [1], 1).requires_grad
+    assert not adjusted(
+        torch.zeros(5), SamplingParams(logits_processor=lambda _, logits: layer(logits)), [1], 1
+    ).requires_grad
 
 
-@pytest.mark.parametrize("value", [None, torch.zeros(4), torch.full((5,), -math.inf), torch.full((5,), math.nan)])
+@pytest.mark.parametrize(
+    "value", [None, torch.zeros(4), torch.full((5,), -math.inf), torch.full((5,), math.nan)]
+)
 def test_a_hook_without_a_law_is_refused(value: Any) -> None:
     with pytest.raises(InvalidParameter, match="logits_processor returned no law after 2 tokens"):
-        adjusted(torch.zeros(5), SamplingParams(logits_processor=lambda tokens, logits: value), [1, 2], 1)
+        adjusted(
+            torch.zeros(5), SamplingParams(logits_processor=lambda tokens, logits: value), [1, 2], 1
+        )
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
         *({"repetition_penalty": value} for value in (0, -1.0, 101, math.inf, math.nan, "a", None)),
-        *({name: value} for name in ("presence_penalty", "frequency_penalty") for value in (2.1, -2.1, math.nan, "a")),
-        *({"logit_bias": value} for value in ([3], {"3": 1.0}, {-1: 1.0}, {True: 1.0}, {3: math.nan}, {3: -101}, {3: "a"})),
+        *(
+            {name: value}
+            for name in ("presence_penalty", "frequency_penalty")
+            for value in (2.1, -2.1, math.nan, "a")
+        ),
+        *(
+            {"logit_bias": value}
+            for value in (
+                [3],
+                {"3": 1.0},
+                {-1: 1.0},
+                {True: 1.0},
+                {3: math.nan},
+                {3: -101},
+                {3: "a"},
+            )
+        ),
         {"logits_processor": 0},
         {"logprobs": 1},
     ],
@@ -196,7 +259,9 @@ def test_a_bias_beyond_the_vocabulary_is_refused() -> None:
 
 
 @functools.cache
-def _plain(name: str, prompt: tuple[int, ...], params: SamplingParams, kind: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
+def _plain(
+    name: str, prompt: tuple[int, ...], params: SamplingParams, kind: str
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
     target, text, logprobs = made(name), list(prompt), []
     for _ in range(params.max_new_tokens):
         logits, _ = target.prefill(target.new_cache(1, len(text)), 0, torch.tensor(text), ())
@@ -207,25 +272,38 @@ def _plain(name: str, prompt: tuple[int, ...], params: SamplingParams, kind: str
     return tuple(text[len(prompt) :]), tuple(logprobs)
 
 
-def plain(name: str, prompt: tuple[int, ...], params: SamplingParams) -> tuple[tuple[int, ...], tuple[float, ...]]:
+def plain(
+    name: str, prompt: tuple[int, ...], params: SamplingParams
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """Tokens and log-probabilities of the target alone; every token from a fresh pass."""
     return _plain(name, prompt, params, repr((params.logit_bias, params.logits_processor)))
 
 
 def rows_of(kind: str, temperature: float) -> list[SamplingParams]:
     """A ragged batch: two rows with adjustments, and a greedy one without between them."""
-    common, changes = SamplingParams(temperature=temperature, max_new_tokens=NEW, seed=3), ADJUSTMENTS[kind]
-    return [replace(common, **changes), replace(common, temperature=0.0), replace(common, seed=5, top_k=20, **changes)]
+    common, changes = (
+        SamplingParams(temperature=temperature, max_new_tokens=NEW, seed=3),
+        ADJUSTMENTS[kind],
+    )
+    return [
+        replace(common, **changes),
+        replace(common, temperature=0.0),
+        replace(common, seed=5, top_k=20, **changes),
+    ]
 
 
-def written(name: str, method: str, params: Sequence[SamplingParams], block: int = 4) -> tuple[list[Result], list[Any]]:
+def written(
+    name: str, method: str, params: Sequence[SamplingParams], block: int = 4
+) -> tuple[list[Result], list[Any]]:
     wanted = [plain(name, prompt, own) for prompt, own in zip(PROMPTS, params, strict=True)]
     texts = [prompt + tokens for prompt, (tokens, _) in zip(PROMPTS, wanted, strict=True)]
     engine = Engine(made(name), METHODS[method](made(name), texts, block), max_rows=len(params))
     return run(engine, requests_of(PROMPTS, params)), wanted
 
 
-def check_texts(name: str, method: str, params: Sequence[SamplingParams], block: int = 4) -> list[Result]:
+def check_texts(
+    name: str, method: str, params: Sequence[SamplingParams], block: int = 4
+) -> list[Result]:
     results, wanted = written(name, method, params, block)
     for result, (tokens, _) in zip(results, wanted, strict=True):
         assert result.tokens == tokens
@@ -236,7 +314,9 @@ def check_texts(name: str, method: str, params: Sequence[SamplingParams], block:
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "drawn"])
 @pytest.mark.parametrize("kind", ADJUSTMENTS)
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_text_is_the_plain_text_in_a_batch_with_and_without_adjustments(method: str, kind: str, temperature: float) -> None:
+def test_text_is_the_plain_text_in_a_batch_with_and_without_adjustments(
+    method: str, kind: str, temperature: float
+) -> None:
     check_texts("llama", method, rows_of(kind, temperature))
 
 
@@ -248,21 +328,33 @@ def test_text_is_the_plain_text_on_other_targets(name: str, method: str) -> None
 
 @pytest.mark.parametrize("kind", ADJUSTMENTS)
 def test_greedy_text_is_the_plain_text_where_drafts_are_drawn(kind: str) -> None:
-    check_texts("llama", "drawn", [replace(params, temperature=0.0) for params in rows_of(kind, 0.0)])
+    check_texts(
+        "llama", "drawn", [replace(params, temperature=0.0) for params in rows_of(kind, 0.0)]
+    )
 
 
 @pytest.mark.parametrize("kind", ADJUSTMENTS)
 def test_adjustments_change_the_text_and_drafts_are_accepted_and_rejected(kind: str) -> None:
     """Otherwise the tests above would show nothing."""
     for params, prompt in zip(rows_of(kind, 0.0), PROMPTS, strict=True):
-        bare = SamplingParams(params.temperature, params.top_k, seed=params.seed, max_new_tokens=NEW)
-        assert (plain("llama", prompt, params)[0] != plain("llama", prompt, bare)[0]) == params.adjusts
+        bare = SamplingParams(
+            params.temperature, params.top_k, seed=params.seed, max_new_tokens=NEW
+        )
+        assert (
+            plain("llama", prompt, params)[0] != plain("llama", prompt, bare)[0]
+        ) == params.adjusts
     for method in ("cheater", "tree"):
         results = [check_texts("llama", method, rows_of(kind, 0.9))[i] for i in (0, 2)]
-        assert 0 < sum(r.stats.num_accepted for r in results) < sum(r.stats.num_drafted for r in results)
+        assert (
+            0
+            < sum(r.stats.num_accepted for r in results)
+            < sum(r.stats.num_drafted for r in results)
+        )
 
 
-def test_rows_without_adjustments_never_reach_the_nodes_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_without_adjustments_never_reach_the_nodes_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def fails(*_: Any) -> None:
         raise MemoryError
 
@@ -284,19 +376,28 @@ def nodes_by(path_of: Callable[[list[int]], list[int]]) -> Callable[..., Tensor]
             paths: dict[int, list[int]] = {0: []}
             for node in range(int(proposal.sizes[row])):
                 if node:
-                    paths[node] = [*paths[int(proposal.parents[row, node])], int(proposal.tokens[row, node])]
+                    paths[node] = [
+                        *paths[int(proposal.parents[row, node])],
+                        int(proposal.tokens[row, node]),
+                    ]
                 history = [*rows.histories[row], *path_of(paths[node])]
-                wanted[row, node] = flashdraft.engine.adjusted(logits[row, node], params, history, rows.num_prompts[row])
+                wanted[row, node] = flashdraft.engine.adjusted(
+                    logits[row, node], params, history, rows.num_prompts[row]
+                )
         return wanted
 
     return wrong
 
 
 def counting(count: Callable[[int], int]) -> Callable[..., Tensor]:
-    return lambda logits, params, history, num_prompt: adjusted(logits, params, history, count(num_prompt))
+    return lambda logits, params, history, num_prompt: adjusted(
+        logits, params, history, count(num_prompt)
+    )
 
 
-def prompt_alone_forgotten(logits: Tensor, params: SamplingParams, history: Sequence[int], num_prompt: int) -> Tensor:
+def prompt_alone_forgotten(
+    logits: Tensor, params: SamplingParams, history: Sequence[int], num_prompt: int
+) -> Tensor:
     return logits if len(history) == num_prompt else adjusted(logits, params, history, num_prompt)
 
 
@@ -321,7 +422,9 @@ def harsh(temperature: float) -> list[SamplingParams]:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_the_rule_of_the_faults_without_a_fault_is_right(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rule_of_the_faults_without_a_fault_is_right(
+    temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     check_texts("llama", "cheater", harsh(temperature))
     monkeypatch.setattr(*NODES, nodes_by(lambda path: path))
     check_texts("llama", "cheater", harsh(temperature))
@@ -329,7 +432,9 @@ def test_the_rule_of_the_faults_without_a_fault_is_right(temperature: float, mon
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_changes_a_text(fault: str, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_planted_fault_changes_a_text(
+    fault: str, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     where, wrong = FAULTS[fault]
     for prompt, params in zip(PROMPTS, harsh(temperature), strict=True):
         plain("llama", prompt, params)
@@ -362,12 +467,17 @@ class Strict:
 
 def grammar_rows(least: int = 99) -> list[SamplingParams]:
     rows = rows_of("hook", 0.0)
-    return [replace(own, logits_processor=Strict(len(p), least)) for own, p in zip(rows, PROMPTS, strict=True)]
+    return [
+        replace(own, logits_processor=Strict(len(p), least))
+        for own, p in zip(rows, PROMPTS, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("method", ["cheater", "tree", "dflash", "dflash tree"])
 def test_a_grammar_holds_and_is_never_asked_about_what_it_forbade(method: str) -> None:
-    for result, prompt in zip(check_texts("llama", method, grammar_rows(), block=7), PROMPTS, strict=True):
+    for result, prompt in zip(
+        check_texts("llama", method, grammar_rows(), block=7), PROMPTS, strict=True
+    ):
         path = [prompt[-1], *result.tokens]
         assert all(a % 2 != b % 2 for a, b in pairwise(path))
     for result in check_texts("llama", method, rows_of("digits", 0.9))[::2]:
@@ -382,7 +492,9 @@ def test_a_rule_that_asks_about_every_node_is_seen(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("least", [1, 2, 3, 4, 5])
-def test_a_grammar_that_ended_is_never_asked_again(least: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_grammar_that_ended_is_never_asked_again(
+    least: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The drafter goes on behind the end of the text, in every row."""
     params = grammar_rows(least)
     short = [replace(own, max_new_tokens=least + 1) for own in params]
@@ -391,9 +503,14 @@ def test_a_grammar_that_ended_is_never_asked_again(least: int, monkeypatch: pyte
     texts = [prompt + tokens + (7, 8, 9, 10) for prompt, tokens in zip(PROMPTS, ended, strict=True)]
 
     def results() -> list[Result]:
-        return run(Engine(made("llama"), Cheater(texts, block_size=7), max_rows=3), requests_of(PROMPTS, params, [EOS]))
+        return run(
+            Engine(made("llama"), Cheater(texts, block_size=7), max_rows=3),
+            requests_of(PROMPTS, params, [EOS]),
+        )
 
-    assert [(result.tokens, result.finish_reason) for result in results()] == [(tokens, "stop") for tokens in ended]
+    assert [(result.tokens, result.finish_reason) for result in results()] == [
+        (tokens, "stop") for tokens in ended
+    ]
     monkeypatch.setattr(Request, "ends", frozenset())
     with pytest.raises(MemoryError, match="the end"):
         results()
@@ -403,7 +520,10 @@ def test_a_hook_that_fails_frees_its_row_at_once_or_on_request() -> None:
     def late(tokens: Sequence[int], logits: Tensor) -> Tensor:
         return logits if len(tokens) < 6 else torch.full_like(logits, -math.inf)
 
-    engine, params = Engine(made("llama"), Autoregressive(), max_rows=2), SamplingParams(logits_processor=late, max_new_tokens=9)
+    engine, params = (
+        Engine(made("llama"), Autoregressive(), max_rows=2),
+        SamplingParams(logits_processor=late, max_new_tokens=9),
+    )
     with pytest.raises(InvalidParameter, match="after 10 tokens"):
         engine.admit(requests_of(PROMPTS[1:2], [params])[0])
     assert engine.num_free == 2
@@ -429,7 +549,12 @@ LAWS: dict[str, dict[str, Any]] = {
     "top_k": {"top_k": 3},
     "top_p": {"top_p": 0.8},
     "penalties": {"repetition_penalty": 3.0, "presence_penalty": 1.2, "frequency_penalty": 1.6},
-    "penalties, cut": {"presence_penalty": 1.5, "frequency_penalty": 1.5, "top_p": 0.9, "logit_bias": {1: 0.7}},
+    "penalties, cut": {
+        "presence_penalty": 1.5,
+        "frequency_penalty": 1.5,
+        "top_p": 0.9,
+        "logit_bias": {1: 0.7},
+    },
     "hook": {"logits_processor": no_sum_of_two},
 }
 SHORT, NUM_TEXTS = [2, 1, 0], 1500
@@ -450,15 +575,31 @@ class Mixed(Oracle):
         probs = torch.zeros(*tokens.shape, 4, dtype=torch.float64)
         for node, (parent, kind) in enumerate(self.shape, 1):
             law = self.table[tokens[:, parent]]
-            chosen = [i for i, other in enumerate(self.shape, 1) if other == (parent, "chosen") and i < node]
+            chosen = [
+                i
+                for i, other in enumerate(self.shape, 1)
+                if other == (parent, "chosen") and i < node
+            ]
             for sibling in chosen:
                 law = law.scatter(1, tokens[:, sibling, None], 0.0)
             if kind == "drawn":
                 probs[:, parent] = law / law.sum(1, keepdim=True)
-            tokens[:, node] = law.argmax(1) if kind == "chosen" else torch.multinomial(law, 1, generator=self.generator)[:, 0]
+            tokens[:, node] = (
+                law.argmax(1)
+                if kind == "chosen"
+                else torch.multinomial(law, 1, generator=self.generator)[:, 0]
+            )
         parents = torch.tensor([-1, *(parent for parent, _ in self.shape)]).expand(len(tokens), -1)
-        drawn = torch.tensor([False, *(kind == "drawn" for _, kind in self.shape)]).expand(len(tokens), -1)
-        return Proposal(tokens, parents, torch.full((len(tokens),), len(self.shape) + 1), probs=probs, drawn=drawn)
+        drawn = torch.tensor([False, *(kind == "drawn" for _, kind in self.shape)]).expand(
+            len(tokens), -1
+        )
+        return Proposal(
+            tokens,
+            parents,
+            torch.full((len(tokens),), len(self.shape) + 1),
+            probs=probs,
+            drawn=drawn,
+        )
 
 
 def joint(target: Table, params: SamplingParams) -> Tensor:
@@ -468,7 +609,9 @@ def joint(target: Table, params: SamplingParams) -> Tensor:
         law[text] = 1.0
         for n, token in enumerate(text):
             history = [*SHORT, *text[:n]]
-            law[text] *= probabilities(by_hand(target.logits[history[-1]], params, history, len(SHORT)), params)[token]
+            law[text] *= probabilities(
+                by_hand(target.logits[history[-1]], params, history, len(SHORT)), params
+            )[token]
     return law.flatten()
 
 
@@ -476,27 +619,40 @@ def remembering(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The same rule, computed once for every history: the table's logits are functions of it."""
     known: dict[Any, Tensor] = {}
 
-    def again(logits: Tensor, params: SamplingParams, history: Sequence[int], num_prompt: int) -> Tensor:
+    def again(
+        logits: Tensor, params: SamplingParams, history: Sequence[int], num_prompt: int
+    ) -> Tensor:
         key = (*history, num_prompt)
-        return known[key] if key in known else known.setdefault(key, rule(logits, params, history, num_prompt))
+        return (
+            known[key]
+            if key in known
+            else known.setdefault(key, rule(logits, params, history, num_prompt))
+        )
 
     return again
 
 
-def chi_square(shape: Sequence[tuple[int, str]], changes: dict[str, Any], patch: pytest.MonkeyPatch) -> tuple[float, float]:
+def chi_square(
+    shape: Sequence[tuple[int, str]], changes: dict[str, Any], patch: pytest.MonkeyPatch
+) -> tuple[float, float]:
     """Of the first three tokens of texts against the law, and the level that one in 10,000 right rules exceeds; fixed seeds."""
     patch.setattr(flashdraft.engine, "adjusted", remembering(flashdraft.engine.adjusted))
     target, counts = Table(1, 1.0), torch.zeros(64)
     engine = Engine(target, Mixed([], shape=shape), max_rows=500)
     params = SamplingParams(temperature=1.0, max_new_tokens=12, **changes)
-    waiting = [Request(SHORT, replace(params, seed=i), TextDecoder(None), index=i) for i in range(NUM_TEXTS)]
+    waiting = [
+        Request(SHORT, replace(params, seed=i), TextDecoder(None), index=i)
+        for i in range(NUM_TEXTS)
+    ]
     for request in waiting:
         request.decoder.push = lambda token: ""  # type: ignore[method-assign]
     while waiting or engine.running:
         while waiting and engine.num_free:
             engine.admit(waiting.pop())
         engine.step()
-        for request in [request for request in engine.running.values() if len(request.history) >= len(SHORT) + 3]:
+        for request in [
+            request for request in engine.running.values() if len(request.history) >= len(SHORT) + 3
+        ]:
             a, b, c = request.history[len(SHORT) :][:3]
             counts[16 * a + 4 * b + c] += 1
             engine.abort(request.index)
@@ -504,7 +660,10 @@ def chi_square(shape: Sequence[tuple[int, str]], changes: dict[str, Any], patch:
     likely = expected >= 5
     assert float(expected.sum()) == pytest.approx(NUM_TEXTS)
     assert not counts[expected == 0].any(), "a text without mass"
-    groups = [(counts[likely], expected[likely]), (counts[~likely].sum()[None], expected[~likely].sum()[None])]
+    groups = [
+        (counts[likely], expected[likely]),
+        (counts[~likely].sum()[None], expected[~likely].sum()[None]),
+    ]
     distance = sum(float(((a - b) ** 2 / b).sum()) for a, b in groups if float(b.sum()) > 0)
     return distance, float(stats.chi2.ppf(1 - 1e-4, int(likely.sum())))
 
@@ -518,7 +677,9 @@ def test_texts_with_chosen_and_drawn_drafts_have_the_adjusted_law(
     assert distance < level
 
 
-@pytest.mark.parametrize("fault", [fault for fault in FAULTS if "between" not in fault])  # that one shows in the fourth token
+@pytest.mark.parametrize(
+    "fault", [fault for fault in FAULTS if "between" not in fault]
+)  # that one shows in the fourth token
 def test_a_planted_fault_changes_the_law(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     where, wrong = FAULTS[fault]
     monkeypatch.setattr(*where, wrong)
@@ -531,7 +692,10 @@ def test_a_planted_fault_changes_the_law(fault: str, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("method", METHODS)
 def test_logprobs_are_those_of_the_target_before_anything_changed_its_law(method: str) -> None:
-    params = [replace(own, logprobs=i != 1) for i, own in enumerate(rows_of("all", 0.0 if method == "drawn" else 0.9))]
+    params = [
+        replace(own, logprobs=i != 1)
+        for i, own in enumerate(rows_of("all", 0.0 if method == "drawn" else 0.9))
+    ]
     if method == "drawn":
         params = [replace(own, temperature=0.0) for own in params]
     results, wanted = written("llama", method, params)
@@ -547,7 +711,10 @@ SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # what th
 
 
 def exact_logprobs(drafter: Callable[[list[Any]], Any]) -> list[Any]:
-    target = LeanTarget(tiny_model("", dtype=torch.float32, config=LlamaConfig(**{**SHAPE, **SIZES})), "row-exact llama")
+    target = LeanTarget(
+        tiny_model("", dtype=torch.float32, config=LlamaConfig(**{**SHAPE, **SIZES})),
+        "row-exact llama",
+    )
     assert target.row_exact
     params = [replace(own, logprobs=True) for own in rows_of("all", 0.9)]
     requests = requests_of(PROMPTS, params)
@@ -556,7 +723,9 @@ def exact_logprobs(drafter: Callable[[list[Any]], Any]) -> list[Any]:
     while engine.running:
         chunks += engine.step()
     pieces = [[p.logprob for c in chunks if c.index == i for p in c.pieces] for i in range(3)]
-    ends = [chunk.result for chunk in sorted(chunks, key=lambda c: c.index) if chunk.result is not None]
+    ends = [
+        chunk.result for chunk in sorted(chunks, key=lambda c: c.index) if chunk.result is not None
+    ]
     assert [list(result.logprobs or ()) for result in ends] == pieces
     return [(result.tokens, result.logprobs) for result in ends]
 
@@ -564,30 +733,46 @@ def exact_logprobs(drafter: Callable[[list[Any]], Any]) -> list[Any]:
 def test_logprobs_are_equal_bit_for_bit_on_row_exact_kernels() -> None:
     expected = exact_logprobs(lambda prompts: Autoregressive())
     texts = [prompt + tokens for prompt, (tokens, _) in zip(PROMPTS, expected, strict=True)]
-    assert exact_logprobs(lambda prompts: Cheater(texts, block_size=7, right=lambda position: position % 4)) == expected
+    assert (
+        exact_logprobs(
+            lambda prompts: Cheater(texts, block_size=7, right=lambda position: position % 4)
+        )
+        == expected
+    )
     assert exact_logprobs(lambda prompts: Tree(texts, block_size=5)) == expected
 
 
 def test_logprobs_of_the_wrong_nodes_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     commit = Request.commit
-    monkeypatch.setattr(Request, "commit", lambda self, tokens, n, logits: commit(self, tokens, n, logits[::-1]))
+    monkeypatch.setattr(
+        Request, "commit", lambda self, tokens, n, logits: commit(self, tokens, n, logits[::-1])
+    )
     with pytest.raises(AssertionError):
         test_logprobs_are_those_of_the_target_before_anything_changed_its_law("cheater")
 
 
 def test_logprobs_of_half_precision_are_computed_in_float32() -> None:
     logits = torch.tensor([1.0, 2.0, 3.0], dtype=torch.bfloat16)
-    assert logprob(logits, 1) == pytest.approx(-1 - math.log(1 + math.exp(-1) + math.exp(-2)), abs=1e-6)
+    assert logprob(logits, 1) == pytest.approx(
+        -1 - math.log(1 + math.exp(-1) + math.exp(-2)), abs=1e-6
+    )
 
 
-def test_nothing_is_computed_where_no_logprobs_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_computed_where_no_logprobs_were_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(flashdraft.engine, "logprob", None)
     check_texts("llama", "cheater", rows_of("all", 0.9))
 
 
 # ---------------------------------------------------------------- where an adjusted text ends
 
-ENDING = {"temperature": 0.9, "repetition_penalty": 2.0, "presence_penalty": 1.0, "logit_bias": {0: -90.0, 1: -90.0, EOS: -90.0}}
+ENDING = {
+    "temperature": 0.9,
+    "repetition_penalty": 2.0,
+    "presence_penalty": 1.0,
+    "logit_bias": {0: -90.0, 1: -90.0, EOS: -90.0},
+}
 LONG = SamplingParams(**ENDING, seed=3, max_new_tokens=24, logprobs=True)
 DRAFTS: dict[str, Callable[[list[tuple[int, ...]], int], Any]] = {
     "chain": lambda texts, block: Cheater(texts, block_size=block),
@@ -597,7 +782,9 @@ DRAFTS: dict[str, Callable[[list[tuple[int, ...]], int], Any]] = {
 
 def one(kind: str, block: int, params: SamplingParams, eos: Iterable[int] = ()) -> Result:
     texts = [PROMPTS[1] + plain("llama", PROMPTS[1], LONG)[0]]
-    return run(Engine(made("llama"), DRAFTS[kind](texts, block)), requests_of(PROMPTS[1:2], [params], eos))[0]
+    return run(
+        Engine(made("llama"), DRAFTS[kind](texts, block)), requests_of(PROMPTS[1:2], [params], eos)
+    )[0]
 
 
 @pytest.mark.parametrize(("kind", "block"), [("chain", 2), ("chain", 4), ("chain", 7), ("tree", 4)])
@@ -613,7 +800,11 @@ def test_an_adjusted_sampled_text_ends_where_it_must_at_every_offset(kind: str, 
             results.append((one(kind, block, LONG, eos=[tokens[k]]), "stop", k))
             results.append((one(kind, block, replace(LONG, stop=text[k])), "stop", k))
         for result, reason, shown in results:
-            assert (result.tokens, result.text, result.finish_reason) == (tokens[: k + 1], text[:shown], reason)
+            assert (result.tokens, result.text, result.finish_reason) == (
+                tokens[: k + 1],
+                text[:shown],
+                reason,
+            )
             assert result.logprobs == pytest.approx(logprobs[: k + 1], abs=1e-9)
     assert offsets == set(range(block))
 
@@ -641,7 +832,10 @@ def test_tokens_counted_step_by_step_are_penalised_like_a_list_of_them(
         context = context.then(token)
     assert list(context) == [*history, *path]
     assert len(context) == len(history) + len(path)
-    assert torch.equal(adjusted(logits, params, context, num_prompt), adjusted(logits, params, [*history, *path], num_prompt))
+    assert torch.equal(
+        adjusted(logits, params, context, num_prompt),
+        adjusted(logits, params, [*history, *path], num_prompt),
+    )
 
 
 class Walked(list[int]):

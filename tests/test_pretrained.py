@@ -104,22 +104,39 @@ TENSORS: dict[str, tuple[Callable[[Tensors], Tensors], tuple[str, ...]]] = {
     "one is gone": (without(DOWN), ("lacks the tensor", DOWN)),
     "two are gone": (without(DOWN, "model.norm.weight"), (DOWN, "and 1 more")),
     "the head is gone": (without("lm_head.weight"), ("lacks the tensor lm_head.weight",)),
-    "the embedding is gone": (without("model.embed_tokens.weight"), ("lacks the tensor model.embed_tokens.weight",)),
+    "the embedding is gone": (
+        without("model.embed_tokens.weight"),
+        ("lacks the tensor model.embed_tokens.weight",),
+    ),
     "compiled": (renamed("_orig_mod."), ("called _orig_mod.",)),
     "data parallel": (renamed("module."), ("called module.",)),
     "of a peft model": (renamed("base_model.model."), ("called base_model.model.",)),
     "another shape": (lambda t: t | {DOWN: torch.zeros(32, 48)}, (DOWN, "[32, 48]", "[32, 64]")),
-    "a bias too many": (plus("model.layers.1.mlp.down_proj.bias", torch.ones(32)), ("down_proj.bias", "leaves out")),
-    "scales": (plus("model.layers.1.mlp.down_proj.weight_scale", torch.ones(1)), ("weight_scale", "leaves out")),
-    "an adapter in it": (plus("model.layers.1.mlp.down_proj.lora_A.weight", torch.ones(1)), ("lora_A", "leaves out")),
-    "whole numbers": (lambda t: t | {DOWN: t[DOWN].to(torch.int8)}, (DOWN, "I8", "no quantisation")),
+    "a bias too many": (
+        plus("model.layers.1.mlp.down_proj.bias", torch.ones(32)),
+        ("down_proj.bias", "leaves out"),
+    ),
+    "scales": (
+        plus("model.layers.1.mlp.down_proj.weight_scale", torch.ones(1)),
+        ("weight_scale", "leaves out"),
+    ),
+    "an adapter in it": (
+        plus("model.layers.1.mlp.down_proj.lora_A.weight", torch.ones(1)),
+        ("lora_A", "leaves out"),
+    ),
+    "whole numbers": (
+        lambda t: t | {DOWN: t[DOWN].to(torch.int8)},
+        (DOWN, "I8", "no quantisation"),
+    ),
     "nothing in it": (lambda t: {"x": torch.zeros(1)}, ("lacks the tensor",)),
 }
 
 
 @pytest.mark.parametrize("case", TENSORS)
 @pytest.mark.parametrize("sharded", [False, True])
-def test_the_first_tensor_that_is_not_as_it_should_be_is_named(folder: Path, case: str, sharded: bool) -> None:
+def test_the_first_tensor_that_is_not_as_it_should_be_is_named(
+    folder: Path, case: str, sharded: bool
+) -> None:
     change, words = TENSORS[case]
     edit_tensors(folder, change)
     if sharded:
@@ -147,7 +164,9 @@ def test_planted_fault_a_load_that_is_not_looked_at_fills_in_random_numbers(
         lambda tensors: {name.removeprefix("model."): tensor for name, tensor in tensors.items()},
     ],
 )
-def test_what_belongs_to_other_parts_is_left_out_by_right(folder: Path, whole: Path, change: Any) -> None:
+def test_what_belongs_to_other_parts_is_left_out_by_right(
+    folder: Path, whole: Path, change: Any
+) -> None:
     edit_tensors(folder, change)
     assert same(logits(folder), logits(whole))
 
@@ -163,7 +182,9 @@ def test_a_tied_head_may_be_stored_or_not(folder: Path, tmp_path: Path) -> None:
     assert same(logits(folder), logits(only_head))
 
 
-@pytest.mark.parametrize("change", [{"num_hidden_layers": 6}, {"num_hidden_layers": 2}, {"vocab_size": 100}])
+@pytest.mark.parametrize(
+    "change", [{"num_hidden_layers": 6}, {"num_hidden_layers": 2}, {"vocab_size": 100}]
+)
 def test_a_config_of_another_model_is_refused(folder: Path, change: dict[str, int]) -> None:
     edit_config(folder, **change)
     refusal(folder, CheckpointError)
@@ -226,19 +247,27 @@ def test_an_index_that_promises_a_tensor_in_the_wrong_shard_is_refused(folder: P
     assert f"lacks the tensor {DOWN}, which the index promises" in refusal(folder, CheckpointError)
 
 
-def test_a_tensor_that_the_index_does_not_name_is_read_where_it_lies(folder: Path, whole: Path) -> None:
+def test_a_tensor_that_the_index_does_not_name_is_read_where_it_lies(
+    folder: Path, whole: Path
+) -> None:
     write_shards(folder)
-    spoil_index(folder, lambda places: {name: file for name, file in places.items() if name != DOWN})
+    spoil_index(
+        folder, lambda places: {name: file for name, file in places.items() if name != DOWN}
+    )
     assert same(logits(folder), logits(whole))
 
 
 def test_a_shard_that_the_index_does_not_name_is_missed(folder: Path) -> None:
     write_shards(folder)
-    spoil_index(folder, lambda places: {name: file for name, file in places.items() if "00001" in file})
+    spoil_index(
+        folder, lambda places: {name: file for name, file in places.items() if "00001" in file}
+    )
     assert "lacks the tensor" in refusal(folder, CheckpointError)
 
 
-@pytest.mark.parametrize("content", ["{}", '{"weight_map": {}}', '{"weight_map": 5}', "{", "[]", ""])
+@pytest.mark.parametrize(
+    "content", ["{}", '{"weight_map": {}}', '{"weight_map": 5}', "{", "[]", ""]
+)
 def test_a_bad_index_is_named(folder: Path, content: str) -> None:
     write_shards(folder).write_text(content)
     assert "model.safetensors.index.json" in refusal(folder, CheckpointError)
@@ -276,7 +305,15 @@ def test_what_lies_in_the_place_of_a_file_is_said(folder: Path, name: str, word:
     assert word in told
 
 
-@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "generation_config.json",
+        "tokenizer_config.json",
+        "tokenizer.json",
+        "special_tokens_map.json",
+    ],
+)
 def test_a_damaged_json_file_is_named(folder: Path, name: str) -> None:
     """End tokens stand in some of them; transformers goes on without."""
     (folder / name).write_text('{"eos_token')
@@ -303,7 +340,9 @@ def test_a_folder_without_readable_weights_says_what_it_has(folder: Path, name: 
 
 
 def test_an_adapter_is_never_left_out(folder: Path) -> None:
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "org/base"}))
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": "org/base"})
+    )
     told = refusal(folder, CheckpointError)
     assert "adapter" in told
     assert "merge" in told
@@ -326,24 +365,45 @@ def test_a_link_that_leads_nowhere_is_named(folder: Path, sharded: bool) -> None
 
 CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "no type": ({"model_type": ...}, ("names no model_type",)),
-    "a new type": ({"model_type": "llama9", "architectures": ["Llama9ForCausalLM"]}, ("'llama9'", "pip install -U transformers")),
+    "a new type": (
+        {"model_type": "llama9", "architectures": ["Llama9ForCausalLM"]},
+        ("'llama9'", "pip install -U transformers"),
+    ),
     "seq2seq": ({"model_type": "t5", "is_encoder_decoder": True}, ("t5", "encoder")),
     "vision": ({"model_type": "vit", "architectures": ["ViTModel"]}, ("vit", "no language model")),
     "masked": ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, ("BertForMaskedLM",)),
-    "reward": ({"architectures": ["LlamaForSequenceClassification"]}, ("LlamaForSequenceClassification",)),
+    "reward": (
+        {"architectures": ["LlamaForSequenceClassification"]},
+        ("LlamaForSequenceClassification",),
+    ),
     "both sides": ({"is_causal": False}, ("both sides",)),
     "drafter": ({"dflash_config": {}}, ("is a drafter", "dflash_config")),
-    "own code": ({"model_type": "weird", "auto_map": {"AutoConfig": "a.B"}}, ("'weird'", "own Python")),
+    "own code": (
+        {"model_type": "weird", "auto_map": {"AutoConfig": "a.B"}},
+        ("'weird'", "own Python"),
+    ),
     "own class": (
-        {"architectures": ["OddForCausalLM"], "auto_map": {"AutoModelForCausalLM": "a.OddForCausalLM"}},
+        {
+            "architectures": ["OddForCausalLM"],
+            "auto_map": {"AutoModelForCausalLM": "a.OddForCausalLM"},
+        },
         ("OddForCausalLM", "own Python"),
     ),
-    "a kernel": ({"attn_implementation": "kernels-community/flash-attn"}, ("attn_implementation", "kernels-community")),
-    "flash": ({"_attn_implementation": "flash_attention_2"}, ("attn_implementation", "flash_attention_2")),
+    "a kernel": (
+        {"attn_implementation": "kernels-community/flash-attn"},
+        ("attn_implementation", "kernels-community"),
+    ),
+    "flash": (
+        {"_attn_implementation": "flash_attention_2"},
+        ("attn_implementation", "flash_attention_2"),
+    ),
     "experts": ({"experts_implementation": "org/kernel"}, ("experts_implementation", "org/kernel")),
     "fusion": ({"fusion_config": {"patch_embeddings": True}}, ("fusion_config",)),
     "other weights": ({"transformers_weights": "adapter_model.bin"}, ("adapter_model.bin",)),
-    "weights that are not there": ({"transformers_weights": "b.safetensors"}, ("lacks b.safetensors",)),
+    "weights that are not there": (
+        {"transformers_weights": "b.safetensors"},
+        ("lacks b.safetensors",),
+    ),
     "exl2": ({"quantization_config": {"quant_method": "exl2"}}, ("exl2",)),
     "modelopt": ({"quantization_config": {"quant_method": "modelopt"}}, ("modelopt",)),
     "mlx": ({"quantization": {"group_size": 64, "bits": 4}}, ("MLX",)),
@@ -357,7 +417,13 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "higgs": ({"quantization_config": {"quant_method": "higgs"}}, ("higgs", "unquantised")),
     "nvfp4": ({"quantization_config": {"quant_method": "nvfp4"}}, ("nvfp4", "unquantised")),
     "bitnet, packed": (
-        {"quantization_config": {"quant_method": "bitnet", "linear_class": "bitlinear", "quantization_mode": "offline"}},
+        {
+            "quantization_config": {
+                "quant_method": "bitnet",
+                "linear_class": "bitlinear",
+                "quantization_mode": "offline",
+            }
+        },
         ("lacks the tensor", "weight_scale"),
     ),
 }
@@ -429,7 +495,11 @@ def write_spy(folder: Path, name: str, ran: Path) -> None:
 
 
 def spy_on_config(folder: Path) -> None:
-    edit_config(folder, model_type="weird", auto_map={"AutoConfig": "spy.C", "AutoModelForCausalLM": "spy.M"})
+    edit_config(
+        folder,
+        model_type="weird",
+        auto_map={"AutoConfig": "spy.C", "AutoModelForCausalLM": "spy.M"},
+    )
 
 
 def spy_on_model(folder: Path) -> None:
@@ -446,19 +516,30 @@ def spy_on_generate(_folder: Path) -> None:
     """The spy in custom_generate lies there in every case."""
 
 
-SPIES = {"config": spy_on_config, "model": spy_on_model, "tokenizer": spy_on_tokenizer, "generate": spy_on_generate}
+SPIES = {
+    "config": spy_on_config,
+    "model": spy_on_model,
+    "tokenizer": spy_on_tokenizer,
+    "generate": spy_on_generate,
+}
 
 
 @pytest.mark.parametrize("where", SPIES)
 def test_no_code_of_a_folder_runs_whatever_is_piped_in(
-    folder: Path, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    tmp_path: Path,
+    where: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     ran = tmp_path / "ran"
     SPIES[where](folder)
     write_spy(folder, "spy.py", ran)
     write_spy(folder, "custom_generate/generate.py", ran)
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
     if where in ("model", "generate"):
         load(folder).generate("zebra", max_new_tokens=1)
     else:
@@ -472,7 +553,9 @@ def test_a_command_with_a_yes_piped_in_asks_nothing(folder: Path, tmp_path: Path
     spy_on_config(folder)
     write_spy(folder, "spy.py", ran)
     call = [sys.executable, "-m", "flashdraft", "chat", "--target", str(folder)]
-    done = subprocess.run(call, input="y\ny\n", capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        call, input="y\ny\n", capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr
@@ -480,7 +563,9 @@ def test_a_command_with_a_yes_piped_in_asks_nothing(folder: Path, tmp_path: Path
     assert not ran.exists()
 
 
-def test_no_code_of_a_draft_runs(folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_code_of_a_draft_runs(
+    folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ran = tmp_path / "ran"
     edit_config(folder, model_type="weird", architectures=["OddForCausalLM"])
     edit_config(folder, auto_map={"AutoConfig": "spy.C", "AutoModelForCausalLM": "spy.M"})
@@ -504,7 +589,9 @@ def test_every_call_of_transformers_says_that_it_trusts_no_code() -> None:
 
 
 def test_a_native_model_with_code_beside_it_runs_natively(folder: Path, whole: Path) -> None:
-    edit_config(folder, auto_map={"AutoConfig": "a.C", "AutoModelForCausalLM": "a.LlamaForCausalLM"})
+    edit_config(
+        folder, auto_map={"AutoConfig": "a.C", "AutoModelForCausalLM": "a.LlamaForCausalLM"}
+    )
     assert same(logits(folder), logits(whole))
 
 
@@ -515,7 +602,10 @@ def test_a_native_model_with_code_beside_it_runs_natively(folder: Path, whole: P
     ("error", "words"),
     [
         (MemoryError(), ("not enough memory", "--dtype")),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 1 bytes"), ("not enough memory",)),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 1 bytes"),
+            ("not enough memory",),
+        ),
         (PermissionError(13, "Permission denied", "model.safetensors"), ("who owns",)),
         (OSError(28, "No space left on device"), ("free some space",)),
         (ImportError("needs `sentencepiece`"), ("sentencepiece", "install that package")),
@@ -536,7 +626,9 @@ def test_a_cause_has_its_own_hint(
     assert "fetch the model's files again" not in told
 
 
-def test_a_folder_that_may_not_be_read_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_may_not_be_read_says_so(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(*_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
@@ -573,7 +665,9 @@ def with_one_head(tensors: Tensors) -> Tensors:
     return tensors
 
 
-def test_a_folder_is_looked_at_before_anything_is_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_looked_at_before_anything_is_loaded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pretrained, "AutoModelForCausalLM", None)
     assert check_folder(Source("m", folder))["model_type"] == "llama"
     write_shards(folder)
@@ -594,8 +688,14 @@ ODD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         {"rope_parameters": ..., "rope_scaling": {"type": "foo", "factor": 2}},
         "has rotary positions of type 'foo'",
     ),
-    "theta as text": ({"rope_parameters": ..., "rope_theta": "500000"}, "has rope_theta '500000': text, not a number"),
-    "no factor": ({"rope_parameters": ..., "rope_scaling": {"rope_type": "linear"}}, "cannot be used: "),
+    "theta as text": (
+        {"rope_parameters": ..., "rope_theta": "500000"},
+        "has rope_theta '500000': text, not a number",
+    ),
+    "no factor": (
+        {"rope_parameters": ..., "rope_scaling": {"rope_type": "linear"}},
+        "cannot be used: ",
+    ),
 }
 
 
@@ -611,6 +711,8 @@ def test_config_that_no_class_takes_is_named(folder: Path, name: str) -> None:
 
 def test_template_in_a_file_of_its_own_is_read(folder: Path) -> None:
     (folder / "chat_template.jinja").unlink()
-    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "Q {{ messages[0]['content'] }} A "}))
+    (folder / "chat_template.json").write_text(
+        json.dumps({"chat_template": "Q {{ messages[0]['content'] }} A "})
+    )
     lm = load(str(folder))
     assert lm.tokenizer.decode(lm.encode("hi")) == "Q hi A "

@@ -50,14 +50,32 @@ from flashdraft.train.initialise import draft_config, random_weights
 from flashdraft.types import SamplingParams
 
 PACKAGE = Path(__file__).parent.parent / "flashdraft"
-WIDE = {**SHAPE, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # as the C++ kernels want it
+WIDE = {
+    **SHAPE,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "head_dim": 16,
+}  # as the C++ kernels want it
 DRAFTS = ("autoregressive", *NETWORKS, "prompt_lookup", "dflash+prompt_lookup", "small")
 PROMPTS = ("hi you", "Why, why? " * 7)
 
 
 # ---- every tensor states its dtype and its device ---------------------------------------------------------------------
 
-FACTORIES = {"arange", "empty", "eye", "full", "linspace", "logspace", "normal", "ones", "rand", "randint", "randn", "randperm"}
+FACTORIES = {
+    "arange",
+    "empty",
+    "eye",
+    "full",
+    "linspace",
+    "logspace",
+    "normal",
+    "ones",
+    "rand",
+    "randint",
+    "randn",
+    "randperm",
+}
 FACTORIES |= {"as_tensor", "scalar_tensor", "tensor", "zeros"}
 KINDS = {"INTS", "FLOATS", "BOOLS"}  # of flashdraft.process
 MODULES = {"Embedding", "LayerNorm", "Linear"}
@@ -84,7 +102,9 @@ def unstated(source: str) -> list[str]:
 
 def test_every_tensor_states_its_dtype_and_its_device() -> None:
     paths = sorted(PACKAGE.rglob("*.py"))
-    assert {str(path): found for path in paths if (found := unstated(path.read_text(encoding="utf-8")))} == {}
+    assert {
+        str(path): found for path in paths if (found := unstated(path.read_text(encoding="utf-8")))
+    } == {}
 
 
 @pytest.mark.parametrize(
@@ -100,7 +120,12 @@ def test_every_tensor_states_its_dtype_and_its_device() -> None:
 )
 def test_a_tensor_of_the_default_dtype_or_device_is_reported(fault: str) -> None:
     assert len(unstated(fault)) == 1
-    assert unstated("torch.zeros(3, **FLOATS); torch.full_like(x, 1); nn.Linear(2, 3, **FLOATS); torch.Generator('cpu')") == []
+    assert (
+        unstated(
+            "torch.zeros(3, **FLOATS); torch.full_like(x, 1); nn.Linear(2, 3, **FLOATS); torch.Generator('cpu')"
+        )
+        == []
+    )
 
 
 # ---- texts ------------------------------------------------------------------------------------------------------------
@@ -111,16 +136,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A target for the kernels, a smaller LM, and a random drafter of every method; dflash with all that it may have."""
     torch.set_num_threads(1)
     where = tmp_path_factory.mktemp("process")
-    save_target(where / "target", model=tiny_model("llama", dtype=torch.float32, config=LlamaConfig(**WIDE)))
+    save_target(
+        where / "target", model=tiny_model("llama", dtype=torch.float32, config=LlamaConfig(**WIDE))
+    )
     small = LlamaConfig(**{**WIDE, "num_hidden_layers": 1})
-    save_target(where / "small", model=tiny_model("llama", seed=1, dtype=torch.float32, config=small))
+    save_target(
+        where / "small", model=tiny_model("llama", seed=1, dtype=torch.float32, config=small)
+    )
     target, _, _ = load_target(str(where / "target"))
     for method in NETWORKS:
         config = draft_config(target, method=method, num_layers=1, num_features=1, mask_token_id=60)
         network: Any = random_weights(config, 0)
         if method == "dflash":
             network.add_head("swiglu", 8)
-            torch.nn.init.normal_(network.sequential_head.down.weight, generator=torch.Generator().manual_seed(1))
+            torch.nn.init.normal_(
+                network.sequential_head.down.weight, generator=torch.Generator().manual_seed(1)
+            )
         network.reduce_vocabulary(torch.arange(3, 50))
         network.save_pretrained(where / method)
     return where
@@ -132,13 +163,19 @@ def texts(folder: Path, kernel: str, drafts: tuple[str, ...] = DRAFTS) -> dict[s
     target, tokenizer, eos = load_target(name, kernel=kernel)
     found = {}
     for draft in drafts:
-        parts = [str(folder / part) if (folder / part).exists() else part for part in draft.split("+")]
+        parts = [
+            str(folder / part) if (folder / part).exists() else part for part in draft.split("+")
+        ]
         size = None if draft == "autoregressive" else 4
         made = drafters("+".join(parts), target, name, size, tokenizer=tokenizer)
         model = Model(target, tokenizer, made, eos=eos, max_rows=2)
         for temperature in (0.0, 1.0):
-            results = model.generate(PROMPTS, max_new_tokens=12, temperature=temperature, seed=3, logit_bias={5: 3.14159})
-            found[f"{draft} at {temperature}"] = [(one.tokens, one.stats.accepted_lengths) for one in results]
+            results = model.generate(
+                PROMPTS, max_new_tokens=12, temperature=temperature, seed=3, logit_bias={5: 3.14159}
+            )
+            found[f"{draft} at {temperature}"] = [
+                (one.tokens, one.stats.accepted_lengths) for one in results
+            ]
     return found
 
 
@@ -199,7 +236,9 @@ DISTURBED: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("kernel", ["compact", "torch", "transformers"])
 @pytest.mark.parametrize("disturbed", DISTURBED)
-def test_what_is_loaded_and_written_does_not_depend_on_torchs_globals(folder: Path, kernel: str, disturbed: str) -> None:
+def test_what_is_loaded_and_written_does_not_depend_on_torchs_globals(
+    folder: Path, kernel: str, disturbed: str
+) -> None:
     wanted = right(folder, kernel)
     with DISTURBED[disturbed]():
         found = texts(folder, kernel)
@@ -209,7 +248,9 @@ def test_what_is_loaded_and_written_does_not_depend_on_torchs_globals(folder: Pa
 def test_loading_and_training_leave_the_users_random_numbers_alone(folder: Path) -> None:
     torch.manual_seed(7)
     wanted = torch.random.get_rng_state()
-    model = flashdraft.load(folder / "target", draft=folder / "dflash", kernel="torch", block_size=4)
+    model = flashdraft.load(
+        folder / "target", draft=folder / "dflash", kernel="torch", block_size=4
+    )
     model.generate("hi", max_new_tokens=4, temperature=1.0)
     target, _, _ = load_target(str(folder / "target"))
     random_weights(draft_config(target, method="eagle3"), 0)
@@ -250,8 +291,15 @@ def test_what_the_environment_asks_of_accelerate_is_refused_by_name(
         begin()
 
 
-def test_what_a_launch_with_its_usual_settings_says_is_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    usual = {"MIXED_PRECISION": "no", "GRADIENT_ACCUMULATION_STEPS": "1", "DYNAMO_BACKEND": "NO", "USE_DEEPSPEED": "false"}
+def test_what_a_launch_with_its_usual_settings_says_is_taken(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    usual = {
+        "MIXED_PRECISION": "no",
+        "GRADIENT_ACCUMULATION_STEPS": "1",
+        "DYNAMO_BACKEND": "NO",
+        "USE_DEEPSPEED": "false",
+    }
     for name, value in (usual | {"USE_CPU": "true"}).items():
         monkeypatch.setenv(f"ACCELERATE_{name}", value)
     for precision in ("fp32", "bf16", "auto"):
@@ -325,12 +373,19 @@ def test_streams_that_take_turns_in_one_thread_write_the_texts_of_one(folder: Pa
         assert texts == wanted
 
 
-def test_a_tokenizers_truncation_and_padding_are_gone_when_it_is_loaded(folder: Path, tmp_path: Path) -> None:
+def test_a_tokenizers_truncation_and_padding_are_gone_when_it_is_loaded(
+    folder: Path, tmp_path: Path
+) -> None:
     """Otherwise two threads' first calls would change it at once, which tokenizers refuses (Already borrowed)."""
     shutil.copytree(folder / "target", tmp_path / "own")
     path = tmp_path / "own" / "tokenizer.json"
     rules = json.loads(path.read_text(encoding="utf-8"))
-    rules["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    rules["truncation"] = {
+        "direction": "Right",
+        "max_length": 3,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
     path.write_text(json.dumps(rules), encoding="utf-8")
     _, tokenizer, _ = load_target(str(tmp_path / "own"), kernel="torch")
     assert tokenizer.backend_tokenizer.truncation is None
@@ -341,13 +396,20 @@ def test_a_text_may_be_written_by_asyncio_in_other_threads(folder: Path) -> None
     wanted = [model.generate(prompt, max_new_tokens=8).tokens for prompt in PROMPTS]
 
     async def both() -> list[Any]:
-        return await asyncio.gather(*(asyncio.to_thread(model.generate, prompt, max_new_tokens=8) for prompt in PROMPTS))
+        return await asyncio.gather(
+            *(asyncio.to_thread(model.generate, prompt, max_new_tokens=8) for prompt in PROMPTS)
+        )
 
     assert [result.tokens for result in asyncio.run(both())] == wanted
 
 
-def test_an_interrupted_pass_leaves_a_model_as_it_was(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for kernel, place in (("compact", (native, "step")), ("transformers", (torch.nn.functional, "silu"))):
+def test_an_interrupted_pass_leaves_a_model_as_it_was(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kernel, place in (
+        ("compact", (native, "step")),
+        ("transformers", (torch.nn.functional, "silu")),
+    ):
         model = loaded(folder, "dflash", kernel)
         wanted = model.generate("hi you", max_new_tokens=10).tokens
         own, calls = getattr(*place), count()
@@ -407,7 +469,9 @@ if __name__ == "__main__":
 """
 
 
-def test_workers_of_every_kind_load_for_themselves_and_daemons_do_not_keep_the_process(folder: Path, tmp_path: Path) -> None:
+def test_workers_of_every_kind_load_for_themselves_and_daemons_do_not_keep_the_process(
+    folder: Path, tmp_path: Path
+) -> None:
     (tmp_path / "workers.py").write_text(SPAWNED, encoding="utf-8")
     done = script(tmp_path / "workers.py", folder / "target", folder / "dflash")
     assert (done.stdout, done.returncode) == ("the end\n", 0), done.stderr
@@ -416,7 +480,11 @@ def test_workers_of_every_kind_load_for_themselves_and_daemons_do_not_keep_the_p
 def script(code: str | Path, *arguments: object) -> Any:
     """A process of its own with two threads."""
     start = [str(code)] if isinstance(code, Path) else ["-c", code]
-    env = os.environ | {"OMP_NUM_THREADS": "2", "PYTHONPATH": str(PACKAGE.parent), "HF_HUB_OFFLINE": "1"}
+    env = os.environ | {
+        "OMP_NUM_THREADS": "2",
+        "PYTHONPATH": str(PACKAGE.parent),
+        "HF_HUB_OFFLINE": "1",
+    }
     how: Any = {"capture_output": True, "encoding": "utf-8", "timeout": 120, "env": env}
     return subprocess.run([sys.executable, *start, *map(str, arguments)], check=False, **how)
 
@@ -427,7 +495,10 @@ def test_a_model_says_why_it_cannot_be_sent_to_another_process(folder: Path) -> 
         with pytest.raises(FlashDraftError, match="cannot be pickled") as refused:
             send(model)
         assert "load" in str(refused.value.hint)
-    assert copy.copy(model).generate("hi", max_new_tokens=4).tokens == model.generate("hi", max_new_tokens=4).tokens
+    assert (
+        copy.copy(model).generate("hi", max_new_tokens=4).tokens
+        == model.generate("hi", max_new_tokens=4).tokens
+    )
 
 
 # ---- the kernels' border ----------------------------------------------------------------------------------------------
@@ -438,7 +509,11 @@ def addresses_taken(source: str) -> list[str]:
     found = []
     for function in ast.walk(ast.parse(source)):
         if isinstance(function, ast.FunctionDef):
-            calls = [node for node in ast.walk(function) if isinstance(node, ast.Attribute) and node.attr == "data_ptr"]
+            calls = [
+                node
+                for node in ast.walk(function)
+                if isinstance(node, ast.Attribute) and node.attr == "data_ptr"
+            ]
             found += [function.name] if calls else []
     return found
 
@@ -448,15 +523,27 @@ def test_every_address_is_taken_where_the_tensor_is_checked() -> None:
     for path in sorted(PACKAGE.rglob("*.py")):
         if functions := addresses_taken(path.read_text(encoding="utf-8")):
             taken[path.name] = functions
-    assert taken == {"native.py": ["pointer"], "decoder.py": ["_forget_pages"]}  # the latter for the system, not for C++
+    assert taken == {
+        "native.py": ["pointer"],
+        "decoder.py": ["_forget_pages"],
+    }  # the latter for the system, not for C++
     assert addresses_taken("def step(x):\n    return x.data_ptr()") == ["step"]
 
 
 WEIGHT = torch.ones(64, 64)
-CHAIN = {"states": (1, 2, 32), "anchors": (1, 32), "head": (9, 32), "embedding": (9, 32), "gate_up": (8, 64), "down": (32, 4)}
+CHAIN = {
+    "states": (1, 2, 32),
+    "anchors": (1, 32),
+    "head": (9, 32),
+    "embedding": (9, 32),
+    "gate_up": (8, 64),
+    "down": (32, 4),
+}
 
 
-@pytest.mark.parametrize("fault", [lambda x: x.double(), lambda x: x[:, :32], lambda x: x.to("meta"), lambda x: x.long()])
+@pytest.mark.parametrize(
+    "fault", [lambda x: x.double(), lambda x: x[:, :32], lambda x: x.to("meta"), lambda x: x.long()]
+)
 def test_a_linear_refuses_what_is_not_its_input(fault: Callable[[Any], Any]) -> None:
     linear = native.NativeLinear(WEIGHT)
     with pytest.raises(AssertionError, match=r"a linear's input is \[3"):
@@ -465,7 +552,9 @@ def test_a_linear_refuses_what_is_not_its_input(fault: Callable[[Any], Any]) -> 
 
 @pytest.mark.parametrize("name", CHAIN)
 @pytest.mark.parametrize("fault", [lambda t: t.double(), lambda t: torch.cat((t, t), -1)])
-def test_a_chain_refuses_what_is_of_another_kind_or_size(name: str, fault: Callable[[Any], Any]) -> None:
+def test_a_chain_refuses_what_is_of_another_kind_or_size(
+    name: str, fault: Callable[[Any], Any]
+) -> None:
     given = {each: torch.ones(shape) for each, shape in CHAIN.items()}
     ids = torch.zeros(1, 2, 3, dtype=torch.int64)
 
@@ -488,8 +577,12 @@ def test_a_step_refuses_what_its_cache_or_its_tables_do_not_hold(folder: Path) -
     assert target.kernel_name == "compact"
     chain, one = torch.tensor([[-1, 0]]), torch.tensor([2])
 
-    def step(cache: Any, tokens: Any = None, slots: Any = (0,), parents: Any = chain, sizes: Any = one) -> Any:
-        return target.forward(cache, slots, torch.tensor([[5, 6]]) if tokens is None else tokens, parents, sizes, ())
+    def step(
+        cache: Any, tokens: Any = None, slots: Any = (0,), parents: Any = chain, sizes: Any = one
+    ) -> Any:
+        return target.forward(
+            cache, slots, torch.tensor([[5, 6]]) if tokens is None else tokens, parents, sizes, ()
+        )
 
     assert step(target.new_cache(1, 64))[0].shape == (1, 2, SHAPE["vocab_size"])
     cases: list[tuple[Any, str]] = []
@@ -499,7 +592,9 @@ def test_a_step_refuses_what_its_cache_or_its_tables_do_not_hold(folder: Path) -
     decoder: Any = target.decoder  # type: ignore[attr-defined]
     shape = torch.ones(1, 2, 2, dtype=torch.bool), torch.tensor([[0, 9999]]), one
     beyond = target.embed(torch.tensor([[5, 6]]))
-    cases.append((lambda: decoder(target.new_cache(1, 64), (0,), beyond, shape, ()), "position 9999 of"))
+    cases.append(
+        (lambda: decoder(target.new_cache(1, 64), (0,), beyond, shape, ()), "position 9999 of")
+    )
     cases.append((lambda: step(target.new_cache(1, 64), slots=(1,)), "no such row|range"))
     cases.append((lambda: step(target.new_cache(1, 64), sizes=torch.tensor([3])), "more nodes"))
     narrow.keys[:] = [torch.zeros(1, 2, 1, 8, 64) for _ in narrow.keys]
@@ -521,10 +616,20 @@ def test_a_step_refuses_what_its_cache_or_its_tables_do_not_hold(folder: Path) -
 @pytest.mark.parametrize("closed", [False, True])
 @pytest.mark.parametrize("command", ["generate", "json", "chat", "demo", "slip"])
 def test_a_command_runs_with_a_standard_stream_that_is_closed(
-    name: str, closed: bool, command: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    name: str,
+    closed: bool,
+    command: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     how = ["--target", str(folder / "target"), "--max-new-tokens", "2", "--kernel", "torch"]
-    words = {"generate": ["generate", "hi"], "json": ["generate", "hi", "--json"], "chat": ["chat"], "demo": ["demo", "hi"]}
+    words = {
+        "generate": ["generate", "hi"],
+        "json": ["generate", "hi", "--json"],
+        "chat": ["chat"],
+        "demo": ["demo", "hi"],
+    }
     gone = io.StringIO()
     gone.close()
     own = gone if closed else None
@@ -539,14 +644,25 @@ def test_a_command_runs_with_a_standard_stream_that_is_closed(
     assert "Traceback" not in err
 
 
-def test_a_free_descriptor_is_not_given_to_a_file_that_a_command_writes(folder: Path, tmp_path: Path) -> None:
+def test_a_free_descriptor_is_not_given_to_a_file_that_a_command_writes(
+    folder: Path, tmp_path: Path
+) -> None:
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text(json.dumps({"source": "x", "row": 0, "prompt": "hi"}) + "\n", encoding="utf-8")
-    code = "import os, sys; from flashdraft.cli import main; main(sys.argv[1:]); os.write(1, b'printed by a library')"
-    words = ["regenerate", prompts, "--out", tmp_path / "out.jsonl", "--target", folder / "target", "--max-new-tokens", 2]
-    closing = (
-        "import os, subprocess, sys; os.close(1); os.close(0); os.execv(sys.executable, [sys.executable, '-c', *sys.argv[1:]])"
+    prompts.write_text(
+        json.dumps({"source": "x", "row": 0, "prompt": "hi"}) + "\n", encoding="utf-8"
     )
+    code = "import os, sys; from flashdraft.cli import main; main(sys.argv[1:]); os.write(1, b'printed by a library')"
+    words = [
+        "regenerate",
+        prompts,
+        "--out",
+        tmp_path / "out.jsonl",
+        "--target",
+        folder / "target",
+        "--max-new-tokens",
+        2,
+    ]
+    closing = "import os, subprocess, sys; os.close(1); os.close(0); os.execv(sys.executable, [sys.executable, '-c', *sys.argv[1:]])"
     done = script(closing, code, *words)
     assert done.returncode == 0, done.stderr
     (line,) = (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()
@@ -559,7 +675,10 @@ def test_the_level_of_transformers_warnings_and_its_bars_are_the_callers(folder:
     before = logging.get_verbosity()
     logging.set_verbosity_info()
     try:
-        assert main(["generate", "hi", "--target", str(folder / "target"), "--max-new-tokens", "1"]) == 0
+        assert (
+            main(["generate", "hi", "--target", str(folder / "target"), "--max-new-tokens", "1"])
+            == 0
+        )
         assert logging.get_verbosity() == logging.INFO
     finally:
         logging.set_verbosity(before)
@@ -572,14 +691,20 @@ def test_the_level_of_transformers_warnings_and_its_bars_are_the_callers(folder:
     assert logging.is_progress_bar_enabled()
 
 
-def test_a_load_leaves_standard_error_to_other_threads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_load_leaves_standard_error_to_other_threads(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = []
     own = LeanTarget.__init__
-    monkeypatch.setattr(LeanTarget, "__init__", lambda *a, **k: (seen.append(sys.stderr), own(*a, **k))[1])
+    monkeypatch.setattr(
+        LeanTarget, "__init__", lambda *a, **k: (seen.append(sys.stderr), own(*a, **k))[1]
+    )
     real = sys.stderr
     load_target(str(folder / "target"), kernel="torch")
     assert seen == [real]
-    assert "redirect_std" not in "".join(path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py"))
+    assert "redirect_std" not in "".join(
+        path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")
+    )
 
 
 @pytest.fixture
@@ -618,8 +743,13 @@ def test_a_compiler_may_be_several_words(fresh: pytest.MonkeyPatch) -> None:
     assert native.library() is not None
 
 
-@pytest.mark.parametrize("fault", [subprocess.TimeoutExpired("c++", 1), subprocess.CalledProcessError(1, "c++"), OSError()])
-def test_a_compiler_that_hangs_or_fails_costs_the_kernels_and_no_more(fresh: pytest.MonkeyPatch, fault: Exception) -> None:
+@pytest.mark.parametrize(
+    "fault",
+    [subprocess.TimeoutExpired("c++", 1), subprocess.CalledProcessError(1, "c++"), OSError()],
+)
+def test_a_compiler_that_hangs_or_fails_costs_the_kernels_and_no_more(
+    fresh: pytest.MonkeyPatch, fault: Exception
+) -> None:
     def failing(*_: Any, **__: Any) -> Any:
         raise fault
 
@@ -630,7 +760,9 @@ def test_a_compiler_that_hangs_or_fails_costs_the_kernels_and_no_more(fresh: pyt
 
 
 @pytest.mark.parametrize("where", ["a folder", "ünï cödé", ".", "a file", "nowhere to run"])
-def test_kernels_are_had_whatever_the_cache_folder_is(where: str, fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_kernels_are_had_whatever_the_cache_folder_is(
+    where: str, fresh: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     fresh.chdir(tmp_path)
     fresh.setenv("FLASHDRAFT_CACHE", where)
     if where == "a file":
@@ -653,7 +785,9 @@ def test_kernels_are_had_whatever_the_cache_folder_is(where: str, fresh: pytest.
         assert hub.cache_dir() == cache
 
 
-def test_without_a_home_everything_lies_in_a_folder_of_the_process(fresh: pytest.MonkeyPatch, folder: Path) -> None:
+def test_without_a_home_everything_lies_in_a_folder_of_the_process(
+    fresh: pytest.MonkeyPatch, folder: Path
+) -> None:
     def homeless(path: Path) -> Path:
         raise RuntimeError("Could not determine home directory.")
 
@@ -668,9 +802,7 @@ def test_without_a_home_everything_lies_in_a_folder_of_the_process(fresh: pytest
 
 def test_files_are_to_others_what_the_umask_says(tmp_path: Path) -> None:
     code = "import os, sys; from pathlib import Path; from flashdraft.files import write_file\n"
-    code += (
-        "os.umask(int(sys.argv[2], 8)); write_file(Path(sys.argv[1]), b'x'); print(oct(Path(sys.argv[1]).stat().st_mode & 0o777))"
-    )
+    code += "os.umask(int(sys.argv[2], 8)); write_file(Path(sys.argv[1]), b'x'); print(oct(Path(sys.argv[1]).stat().st_mode & 0o777))"
     assert script(code, tmp_path / "new", "077").stdout.strip() == "0o600"
 
 
@@ -682,7 +814,11 @@ def unencoded(source: str) -> list[str]:
             continue
         name = ast.unparse(node.func).rpartition(".")[2]
         words = {keyword.arg for keyword in node.keywords}
-        modes = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+        modes = [
+            arg.value
+            for arg in node.args
+            if isinstance(arg, ast.Constant) and isinstance(arg.value, str)
+        ]
         binary = any(re.fullmatch(r"[rwax+]*b[rwax+]*", mode) for mode in modes)
         owner = ast.unparse(node.func).rpartition(".")[0]
         opens = name == "open" and owner not in ("os", "where", "webbrowser") and not binary
@@ -694,10 +830,20 @@ def unencoded(source: str) -> list[str]:
 
 def test_every_text_is_read_and_written_as_utf_8() -> None:
     paths = sorted(PACKAGE.rglob("*.py"))
-    assert {str(path): found for path in paths if (found := unencoded(path.read_text(encoding="utf-8")))} == {}
-    for fault in ("path.read_text()", "path.open('a')", "open(path)", "subprocess.run(x, text=True)"):
+    assert {
+        str(path): found for path in paths if (found := unencoded(path.read_text(encoding="utf-8")))
+    } == {}
+    for fault in (
+        "path.read_text()",
+        "path.open('a')",
+        "open(path)",
+        "subprocess.run(x, text=True)",
+    ):
         assert len(unencoded(fault)) == 1
-    assert unencoded("path.open('rb'); path.open('a', encoding='utf-8'); os.open(path, os.O_RDONLY)") == []
+    assert (
+        unencoded("path.open('rb'); path.open('a', encoding='utf-8'); os.open(path, os.O_RDONLY)")
+        == []
+    )
 
 
 def test_every_module_is_imported_on_systems_without_unixs_own() -> None:
@@ -724,14 +870,19 @@ print("all")
     assert done.stdout == "all\n", done.stderr
 
 
-def test_a_run_knows_its_folders_when_the_working_folder_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_knows_its_folders_when_the_working_folder_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from test_features import language_model
 
     monkeypatch.chdir(tmp_path)
     lm: Any = language_model()
     writer = ShardWriter(lm, Path("shards"), layers=(0,), max_length=8)
     monkeypatch.chdir("/")
-    writer.add("one", [Sample(torch.arange(4), torch.zeros(4, lm.target.hidden_size, dtype=torch.bfloat16), 1)])
+    writer.add(
+        "one",
+        [Sample(torch.arange(4), torch.zeros(4, lm.target.hidden_size, dtype=torch.bfloat16), 1)],
+    )
     assert (tmp_path / "shards" / "one.safetensors").exists()
     monkeypatch.chdir(tmp_path)
     data = FeatureSet(Path("shards"))

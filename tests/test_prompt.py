@@ -23,13 +23,18 @@ from flashdraft.methods.autoregressive import Autoregressive
 IDS = [7, 9, 12]
 PARTS = "{% for m in messages %}{{ m['role'][0] }} {% for p in m['content'] %}{{ p['text'] }}{% endfor %}.{% endfor %}a "
 STRICT = CHAT.replace("{{ m['content'] }}", "{{ m['content'] + '' }}")
-USERS = CHAT.replace("{{ m['role'][0] }} {{ m['content'] }}.", "{% if m['role'] != 'tool' %}{{ m['content'] }}.{% endif %}")
+USERS = CHAT.replace(
+    "{{ m['role'][0] }} {{ m['content'] }}.",
+    "{% if m['role'] != 'tool' %}{{ m['content'] }}.{% endif %}",
+)
 
 
 def language_model(template: str | None = CHAT) -> Model:
     tokenizer = letter_tokenizer()
     tokenizer.chat_template = template
-    return Model(tiny_target("llama", lean=True), tokenizer, Autoregressive, eos=frozenset({EOS}), max_rows=4)
+    return Model(
+        tiny_target("llama", lean=True), tokenizer, Autoregressive, eos=frozenset({EOS}), max_rows=4
+    )
 
 
 def told(lm: Model, prompt: Any) -> str:
@@ -105,7 +110,9 @@ NO_PROMPTS: list[tuple[Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("prompt", "named"), NO_PROMPTS, ids=[repr(prompt)[:40] for prompt, _ in NO_PROMPTS])
+@pytest.mark.parametrize(
+    ("prompt", "named"), NO_PROMPTS, ids=[repr(prompt)[:40] for prompt, _ in NO_PROMPTS]
+)
 def test_what_is_no_prompt_is_refused_by_its_type(prompt: Any, named: str) -> None:
     """Alone, and among others."""
     lm = language_model()
@@ -120,7 +127,9 @@ def test_what_is_no_prompt_is_refused_by_its_type(prompt: Any, named: str) -> No
 def test_hints_name_what_to_give() -> None:
     hints = {b"a": "prompt.decode()", Path("a"): "path.read_text()", frozenset("a"): "a list"}
     for prompt, hint in hints.items():
-        with pytest.raises(InvalidPrompt, match=rf"hint: .*{hint.replace('(', '.').replace(')', '.')}"):
+        with pytest.raises(
+            InvalidPrompt, match=rf"hint: .*{hint.replace('(', '.').replace(')', '.')}"
+        ):
             as_asked(prompt)
     with pytest.raises(InvalidPrompt, match="hint: give its `input_ids`"):
         as_asked({"input_ids": [[1]], "attention_mask": [[1]]})
@@ -143,7 +152,9 @@ SEVERAL = [
 def test_several_prompts_are_answered_in_their_order(prompts: Any) -> None:
     lm = language_model()
     results = lm.generate(prompts, max_new_tokens=3)
-    assert [result.tokens for result in results] == [lm.generate(text, max_new_tokens=3).tokens for text in "ab"]
+    assert [result.tokens for result in results] == [
+        lm.generate(text, max_new_tokens=3).tokens for text in "ab"
+    ]
 
 
 def test_arrays_of_ids_among_others() -> None:
@@ -174,45 +185,76 @@ def test_parameters_of_another_type_are_refused(params: Any) -> None:
         ([], ""),
         (["hi"], "hi"),
         ([{"text": "hi"}], "hi"),
-        ([{"type": "text", "text": "hi", "image_url": None}, {"type": "input_text", "text": "you"}], "hi\nyou"),
+        (
+            [
+                {"type": "text", "text": "hi", "image_url": None},
+                {"type": "input_text", "text": "you"},
+            ],
+            "hi\nyou",
+        ),
     ],
 )
 def test_parts_of_text_are_text(content: Any, text: str) -> None:
     assert content_text(content) == text
 
 
-@pytest.mark.parametrize("template", [CHAT, PARTS, STRICT, CHAT.replace("['content']", "['content'] | trim")])
+@pytest.mark.parametrize(
+    "template", [CHAT, PARTS, STRICT, CHAT.replace("['content']", "['content'] | trim")]
+)
 def test_text_and_its_parts_are_told_alike_by_every_template(template: str) -> None:
     """Some want a string, some want parts; neither must see the other, and a text must not vanish."""
     lm = language_model(template)
     parts = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
-    assert told(lm, "hi") == told(lm, parts) == told(lm, [{"role": "user", "content": "hi"}]) == "u hi.a "
-    system = [{"role": "system", "content": [{"type": "text", "text": "be"}]}, {"role": "user", "content": "hi"}]
+    assert (
+        told(lm, "hi")
+        == told(lm, parts)
+        == told(lm, [{"role": "user", "content": "hi"}])
+        == "u hi.a "
+    )
+    system = [
+        {"role": "system", "content": [{"type": "text", "text": "be"}]},
+        {"role": "user", "content": "hi"},
+    ]
     assert told(lm, system) == "s be.u hi.a "
 
 
-TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "tool", "content": "c"}]
+TALK = [
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b"},
+    {"role": "tool", "content": "c"},
+]
 
 
 def test_template_that_drops_a_turn_is_named() -> None:
     assert told(language_model(), TALK) == "u a.a b.t c.a "
-    with pytest.raises(InvalidPrompt, match="the chat template of `llama` drops turns of role `tool`"):
+    with pytest.raises(
+        InvalidPrompt, match="the chat template of `llama` drops turns of role `tool`"
+    ):
         language_model(USERS).encode(TALK)
     assert told(language_model(USERS), TALK[:2]) == "a.b.a "
 
 
-def test_planted_template_check_that_sees_nothing_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_planted_template_check_that_sees_nothing_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(module, "_PROBE", "")
     with pytest.raises(InvalidPrompt, match="drops turns of role `tool`"):
         language_model().encode(TALK)  # every turn would seem dropped: the probe is what tells
 
 
 def test_calls_of_tools_need_a_template_that_tells_them() -> None:
-    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    call = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}],
+    }
     turns = [TALK[0], call, TALK[2]]
     with pytest.raises(InvalidPrompt, match="no `tool_calls`"):
         language_model().encode(turns)
-    knows = CHAT.replace("{{ m['content'] }}", "{{ m['content'] }}{{ m.tool_calls[0].function.name if m.tool_calls }}")
+    knows = CHAT.replace(
+        "{{ m['content'] }}",
+        "{{ m['content'] }}{{ m.tool_calls[0].function.name if m.tool_calls }}",
+    )
     assert told(language_model(knows), turns) == "u a.a f.t c.a "
 
 
@@ -220,7 +262,10 @@ def test_developers_are_systems_where_the_template_knows_none() -> None:
     turns = [{"role": "developer", "content": "be"}, TALK[0]]
     assert told(language_model(), turns) == "s be.u a.a "
     assert told(language_model(CHAT + "{# developer #}"), turns) == "d be.u a.a "
-    refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHAT
+    refuses = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        + CHAT
+    )
     with pytest.raises(InvalidPrompt, match="System role not supported"):
         language_model(refuses).encode(turns)
 
@@ -228,7 +273,11 @@ def test_developers_are_systems_where_the_template_knows_none() -> None:
 BROKEN: dict[str, tuple[Any, str, str]] = {
     "cut short": ("{{ oops", "is damaged", "fetch the model's files again"),
     "unsafe": ("{{ ''.__class__.__mro__ }}", "is damaged", "fetch the model's files again"),
-    "none by default": ({"rag": CHAT, "tool_use": CHAT}, "several chat templates (rag, tool_use)", "`default`"),
+    "none by default": (
+        {"rag": CHAT, "tool_use": CHAT},
+        "several chat templates (rag, tool_use)",
+        "`default`",
+    ),
     "refuses": ("{{ raise_exception('no') }}", "refuses the conversation: no", "give turns"),
 }
 

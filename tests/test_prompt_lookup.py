@@ -22,7 +22,11 @@ def lookup(history: Sequence[int], max_ngram: int, count: int) -> list[int]:
 def slow(history: Sequence[int], max_ngram: int, count: int) -> list[int]:
     """What followed the latest earlier place where the longest known ending of the text stands."""
     for size in range(max_ngram, 0, -1):
-        places = [i for i in range(len(history) - size) if history[i : i + size] == history[len(history) - size :]]
+        places = [
+            i
+            for i in range(len(history) - size)
+            if history[i : i + size] == history[len(history) - size :]
+        ]
         if places and size < len(history):
             return list(history[places[-1] + size :][:count])
     return []
@@ -30,7 +34,11 @@ def slow(history: Sequence[int], max_ngram: int, count: int) -> list[int]:
 
 def earliest(history: Sequence[int], max_ngram: int, count: int) -> list[int]:
     for size in range(max_ngram, 0, -1):
-        places = [i for i in range(len(history) - size) if history[i : i + size] == history[len(history) - size :]]
+        places = [
+            i
+            for i in range(len(history) - size)
+            if history[i : i + size] == history[len(history) - size :]
+        ]
         if places:
             return list(history[places[0] + size :][:count])
     return []
@@ -46,8 +54,14 @@ PLANTED: dict[str, Callable[[Sequence[int], int, int], list[int]]] = {
 
 
 @settings(derandomize=True, deadline=None, max_examples=300)
-@given(history=st.lists(st.integers(0, 2), min_size=1, max_size=14), max_ngram=st.integers(1, 4), count=st.integers(0, 5))
-def test_the_draft_is_what_followed_the_longest_known_ending(history: list[int], max_ngram: int, count: int) -> None:
+@given(
+    history=st.lists(st.integers(0, 2), min_size=1, max_size=14),
+    max_ngram=st.integers(1, 4),
+    count=st.integers(0, 5),
+)
+def test_the_draft_is_what_followed_the_longest_known_ending(
+    history: list[int], max_ngram: int, count: int
+) -> None:
     assert lookup(history, max_ngram, count) == slow(history, max_ngram, count)
 
 
@@ -82,15 +96,24 @@ def test_rows_without_a_match_send_their_anchor_alone() -> None:
     assert torch.equal(proposal.tokens[:, 0], torch.tensor([5, 3, 8]))
 
 
-@pytest.mark.parametrize(("block_size", "max_nodes", "width"), [(4, 99, 4), (4, 2, 2), (1, 99, 1), (9, 1, 1)])
-def test_a_proposal_fits_into_the_block_and_the_budget(block_size: int, max_nodes: int, width: int) -> None:
+@pytest.mark.parametrize(
+    ("block_size", "max_nodes", "width"), [(4, 99, 4), (4, 2, 2), (1, 99, 1), (9, 1, 1)]
+)
+def test_a_proposal_fits_into_the_block_and_the_budget(
+    block_size: int, max_nodes: int, width: int
+) -> None:
     rows = Rows([0], [[5, 6, 7, 8, 5]], [SamplingParams()], [5])
     assert PromptLookup(block_size=block_size).propose(rows, max_nodes).num_nodes == width
 
 
 @settings(derandomize=True, deadline=None, max_examples=200)
-@given(history=st.lists(st.integers(0, 2), min_size=2, max_size=20), cuts=st.lists(st.integers(1, 20), max_size=6))
-def test_an_index_that_grows_with_its_text_finds_what_a_new_one_finds(history: list[int], cuts: list[int]) -> None:
+@given(
+    history=st.lists(st.integers(0, 2), min_size=2, max_size=20),
+    cuts=st.lists(st.integers(1, 20), max_size=6),
+)
+def test_an_index_that_grows_with_its_text_finds_what_a_new_one_finds(
+    history: list[int], cuts: list[int]
+) -> None:
     index = NgramIndex(3)
     for length in sorted({*cuts, len(history)}):
         text = history[:length]
@@ -119,7 +142,9 @@ class Counted(list[int]):
         return super().__getitem__(place)
 
 
-@pytest.mark.parametrize("history", [[7] * 3000, list(range(3000)), [n if n % 2 else 7 for n in range(3000)]])
+@pytest.mark.parametrize(
+    "history", [[7] * 3000, list(range(3000)), [n if n % 2 else 7 for n in range(3000)]]
+)
 def test_a_step_does_not_walk_the_whole_text(history: list[int]) -> None:
     text, drafter = Counted(history), PromptLookup(block_size=4)
     drafter.propose(Rows([0], [text], [SamplingParams()], [5]), 99)

@@ -59,7 +59,11 @@ class Hub:
         assert given["repo_id"] == REPO
         self._called("upload_folder")
         folder = Path(given["folder_path"])
-        self.files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        self.files = {
+            str(path.relative_to(folder)): path.read_bytes()
+            for path in folder.rglob("*")
+            if path.is_file()
+        }
         return CommitInfo(ADDRESS, given["commit_message"], "", "0123abc")
 
     def _called(self, name: str) -> None:
@@ -77,7 +81,9 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Hub:
 
 @pytest.fixture
 def drafter(tmp_path: Path) -> Path:
-    DFlashDraftModel.from_pretrained(save_zlab(tmp_path / "theirs")).save_pretrained(tmp_path / "drafter", readme="# A card\n")
+    DFlashDraftModel.from_pretrained(save_zlab(tmp_path / "theirs")).save_pretrained(
+        tmp_path / "drafter", readme="# A card\n"
+    )
     return tmp_path / "drafter"
 
 
@@ -98,7 +104,9 @@ def test_pushed_model_is_the_model(tmp_path: Path, fake: Hub) -> None:
     assert (fake.private, fake.token) == (False, None)
     again = read_back(fake, tmp_path / "there")
     assert again.config == model.config
-    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert all(
+        torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items()
+    )
 
 
 def test_card_and_options_are_passed_on(fake: Hub) -> None:
@@ -119,7 +127,9 @@ def test_plain_model_is_pushed_without_its_head(tmp_path: Path, fake: Hub) -> No
     assert plain.state_dict().keys() == zlab_tensors().keys()
 
 
-def test_command_pushes_the_folder_as_it_is(fake: Hub, drafter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_pushes_the_folder_as_it_is(
+    fake: Hub, drafter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["push", str(drafter), REPO]) == 0
     assert capsys.readouterr().out == f"{ADDRESS}\n"
     assert fake.files == {path.name: path.read_bytes() for path in drafter.iterdir()}
@@ -130,7 +140,8 @@ def test_command_pushes_the_folder_as_it_is(fake: Hub, drafter: Path, capsys: py
 
 
 @pytest.mark.parametrize(
-    ("method", "title"), [("dflash", "DFlash"), ("eagle3", "EAGLE-3"), ("medusa", "Medusa"), ("draft_model", "draft")]
+    ("method", "title"),
+    [("dflash", "DFlash"), ("eagle3", "EAGLE-3"), ("medusa", "Medusa"), ("draft_model", "draft")],
 )
 def test_command_pushes_drafters_of_every_method_and_names_it(
     monkeypatch: pytest.MonkeyPatch, fake: Hub, method: str, title: str
@@ -143,13 +154,24 @@ def test_command_pushes_drafters_of_every_method_and_names_it(
         return upload(*args, **options)
 
     monkeypatch.setattr(fake, "upload_folder", noted)
-    assert main(["push", str(Path(flashdraft.__file__).parent / "assets" / f"smollm2-135m-{method}"), REPO]) == 0
+    assert (
+        main(
+            [
+                "push",
+                str(Path(flashdraft.__file__).parent / "assets" / f"smollm2-135m-{method}"),
+                REPO,
+            ]
+        )
+        == 0
+    )
     assert len(said) == 1
     assert title in said[0]
     assert method == "dflash" or "DFlash" not in said[0]
 
 
-def test_language_model_is_not_pushed(fake: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_language_model_is_not_pushed(
+    fake: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     target = save_target(tmp_path / "t")
     assert main(["push", str(target), REPO]) == 1
     assert "it is a language model" in capsys.readouterr().err
@@ -169,13 +191,20 @@ DAMAGES: list[tuple[Callable[[Path], object], str]] = [
     (without_weights, "holds no .safetensors file"),
     (cut, "is damaged"),
     (lambda drafter: (drafter / "config.json").unlink(), "holds no config.json"),
-    (lambda drafter: (drafter / "config.json").write_text('{"model_type": "llama"}'), "is not a DFlash drafter"),
+    (
+        lambda drafter: (drafter / "config.json").write_text('{"model_type": "llama"}'),
+        "is not a DFlash drafter",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("damage", "expected"), DAMAGES, ids=[expected for _, expected in DAMAGES])
 def test_folder_that_is_no_drafter_is_not_pushed(
-    fake: Hub, drafter: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], object], expected: str
+    fake: Hub,
+    drafter: Path,
+    capsys: pytest.CaptureFixture[str],
+    damage: Callable[[Path], object],
+    expected: str,
 ) -> None:
     damage(drafter)
     assert main(["push", str(drafter), REPO]) == 1
@@ -215,12 +244,19 @@ def test_refusal_is_one_line_and_a_hint(
     assert (out, err.splitlines()) == ("", [f"error: cannot push to `{REPO}`: {said}", hint])
 
 
-@pytest.mark.parametrize(("repo", "said"), [("someone/a-drafter", "refused"), ("not/a/name", "not/a/name"), ("a b", "a b")])
+@pytest.mark.parametrize(
+    ("repo", "said"),
+    [("someone/a-drafter", "refused"), ("not/a/name", "not/a/name"), ("a b", "a b")],
+)
 def test_errors_of_the_real_client_are_one_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, drafter: Path, repo: str, said: str
 ) -> None:
     """Nobody listens at this address; names are checked before anything is sent."""
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda token=None: HfApi(endpoint="http://127.0.0.1:9", token=token))
+    monkeypatch.setattr(
+        huggingface_hub,
+        "HfApi",
+        lambda token=None: HfApi(endpoint="http://127.0.0.1:9", token=token),
+    )
     with pytest.raises(ModelNotFound) as error:
         hub.push(drafter, repo)
     message = one_line_and_hint(error)
@@ -228,7 +264,9 @@ def test_errors_of_the_real_client_are_one_line(
     assert said in message.removeprefix(f"cannot push to `{repo}`: ")
 
 
-def test_push_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fake: Hub) -> None:
+def test_push_leaves_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fake: Hub
+) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     network().push_to_hub(REPO)
     fake.error = ConnectError("gone")
@@ -241,11 +279,19 @@ def test_push_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 # The card.
 
 RUN = provenance() | {"config": asdict(TrainConfig(lr=3e-4, gamma=5.5))}
-FIGURES = {"step": 40, "positions_seen": 12345, "num_prompts": 6, "flops": 1.5e14, "taus": [(20, 1.5), (40, 2.345)]}
+FIGURES = {
+    "step": 40,
+    "positions_seen": 12345,
+    "num_prompts": 6,
+    "flops": 1.5e14,
+    "taus": [(20, 1.5), (40, 2.345)],
+}
 
 
 def test_card_names_target_figures_command_and_versions() -> None:
-    card = model_card(replace(CONFIG, draft_vocab_size=20), "org/target", RUN, FIGURES, num_samples=77)
+    card = model_card(
+        replace(CONFIG, draft_vocab_size=20), "org/target", RUN, FIGURES, num_samples=77
+    )
     assert "# DFlash drafter of org/target" in card
     table = dict(re.findall(r"^\| ([a-z, ]+) \| (.+) \|$", card, re.M))
     assert table["target"] == "`org/target`"
@@ -270,7 +316,9 @@ def test_card_names_target_figures_command_and_versions() -> None:
 
 
 def test_card_names_the_head() -> None:
-    card = model_card(replace(CONFIG, sequential_head="swiglu", head_rank=7), "t", RUN, FIGURES, num_samples=1)
+    card = model_card(
+        replace(CONFIG, sequential_head="swiglu", head_rank=7), "t", RUN, FIGURES, num_samples=1
+    )
     assert "| sequential head | swiglu, inner size 7 |" in card
     assert "| draft vocabulary | 61 of 61 tokens |" in card
 
@@ -286,17 +334,27 @@ def test_trained_drafter_is_pushed_with_the_card_of_its_run(
     tmp_path: Path, fake: Hub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Every measurement up to the best one is in the card's table."""
-    lm, tokens = language_model(), torch.randint(3, 50, (4, 30), generator=torch.Generator().manual_seed(0)).tolist()
-    rows = [{"prompt": "abc"[: 1 + n % 3], "response": "", "tokens": row} for n, row in enumerate(tokens)]
+    lm, tokens = (
+        language_model(),
+        torch.randint(3, 50, (4, 30), generator=torch.Generator().manual_seed(0)).tolist(),
+    )
+    rows = [
+        {"prompt": "abc"[: 1 + n % 3], "response": "", "tokens": row}
+        for n, row in enumerate(tokens)
+    ]
     answers = write_lines(tmp_path / "answers.jsonl", rows)
     write_features(lm, [answers], tmp_path / "features", layers=LAYERS, max_length=64, quiet=True)
     config = TrainConfig(steps=3, sequences=2, anchors=4, vocab=0, precision="fp32", eval_every=1)
-    trainer = Trainer(random_weights(CONFIG, 0), lm, FeatureSet(tmp_path / "features"), tmp_path / "run", config)
+    trainer = Trainer(
+        random_weights(CONFIG, 0), lm, FeatureSet(tmp_path / "features"), tmp_path / "run", config
+    )
     trainer.run(["hello"], quiet=True)
     assert main(["push", str(tmp_path / "run" / "best"), REPO]) == 0
     assert sorted(fake.files) == ["README.md", *WEIGHTS]
     card = fake.files["README.md"].decode()
-    measured = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    measured = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     best = next(row["step"] for row in measured if row["tau"] == trainer.best)
     expected = [f"| {row['step']} | {row['tau']:.2f} |" for row in measured[:best]]
     assert re.findall(r"^\| \d+ \| [\d.]+ \|$", card, re.M) == expected

@@ -31,7 +31,9 @@ def test_there_are_blocks_to_check() -> None:
     assert len(blocks("sh")) >= 2
 
 
-@pytest.mark.parametrize("line", [line for block in blocks("sh") for line in block.splitlines() if "flashdraft " in line])
+@pytest.mark.parametrize(
+    "line", [line for block in blocks("sh") for line in block.splitlines() if "flashdraft " in line]
+)
 def test_commands_and_their_options_exist(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = shlex.split(line, comments=True)
     words = words[words.index("flashdraft") + 1 :]

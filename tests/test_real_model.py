@@ -47,9 +47,15 @@ def models() -> dict[str, Model]:
     target, tokenizer, eos = load_target("smollm2-135m")
 
     def model(draft: str) -> Model:
-        return Model(target, tokenizer, drafters(draft, target, "smollm2-135m"), eos=eos, max_rows=4)
+        return Model(
+            target, tokenizer, drafters(draft, target, "smollm2-135m"), eos=eos, max_rows=4
+        )
 
-    return {"dflash": model("auto"), "prompt_lookup": model("prompt_lookup"), "autoregressive": model("autoregressive")}
+    return {
+        "dflash": model("auto"),
+        "prompt_lookup": model("prompt_lookup"),
+        "autoregressive": model("autoregressive"),
+    }
 
 
 def test_the_shipped_drafter_is_the_default(models: dict[str, Model]) -> None:
@@ -62,16 +68,29 @@ def test_greedy_text_is_the_plain_text(models: dict[str, Model]) -> None:
     for method in ("dflash", "prompt_lookup"):
         results = models[method].generate(PROMPTS, max_new_tokens=40)
         assert [result.tokens for result in results] == [result.tokens for result in plain]
-    assert sum(result.stats.num_accepted for result in models["dflash"].generate(PROMPTS[:4], max_new_tokens=40)) > 0
+    assert (
+        sum(
+            result.stats.num_accepted
+            for result in models["dflash"].generate(PROMPTS[:4], max_new_tokens=40)
+        )
+        > 0
+    )
 
 
 def test_seeded_sampled_text_is_the_plain_seeded_text(models: dict[str, Model]) -> None:
     params = [SamplingParams(temperature=1.0, seed=seed, max_new_tokens=40) for seed in range(4)]
-    params = [params[0], replace(params[1], top_p=0.9), replace(params[2], top_k=40), replace(params[3], min_p=0.05)]
+    params = [
+        params[0],
+        replace(params[1], top_p=0.9),
+        replace(params[2], top_k=40),
+        replace(params[3], min_p=0.05),
+    ]
     plain = models["autoregressive"].generate(PROMPTS[:4], params)
     drafted = models["dflash"].generate(PROMPTS[:4], params)
     assert [result.tokens for result in drafted] == [result.tokens for result in plain]
-    other = models["dflash"].generate(PROMPTS[:4], [replace(one, seed=one.seed + 100) for one in params])
+    other = models["dflash"].generate(
+        PROMPTS[:4], [replace(one, seed=one.seed + 100) for one in params]
+    )
     assert [result.tokens for result in other] != [result.tokens for result in plain]
 
 
@@ -99,20 +118,34 @@ def _proposal_after(model: Model, tokens: list[int]) -> tuple[Proposal, Tensor, 
     drafter.observe(rows, [torch.tensor(tokens[:-1])], [features])
     states: list[Tensor] = []
     scored = drafter.network.scored
-    with pytest.MonkeyPatch.context() as patch:  # the drafter keeps its argmax only; the planted fault needs its law
-        patch.setattr(drafter.network, "scored", lambda hidden, *rest: states.append(hidden[0]) or scored(hidden, *rest))
+    with (
+        pytest.MonkeyPatch.context() as patch
+    ):  # the drafter keeps its argmax only; the planted fault needs its law
+        patch.setattr(
+            drafter.network,
+            "scored",
+            lambda hidden, *rest: states.append(hidden[0]) or scored(hidden, *rest),
+        )
         proposal = drafter.propose(rows, 8)
-    logits, _ = model.target.forward(cache, [0], proposal.tokens, proposal.parents, proposal.sizes, ())
+    logits, _ = model.target.forward(
+        cache, [0], proposal.tokens, proposal.parents, proposal.sizes, ()
+    )
     laws = target_probs(logits, rows.params, proposal.sizes)
     network = drafter.network
     assert network.head is not None
     assert network.vocabulary is not None
-    softmax = torch.zeros_like(laws[0]).double()  # row i: the law from which node i's child would have been drawn
-    softmax[: proposal.num_nodes - 1, network.vocabulary] = network.head(states[0]).double().softmax(-1)
+    softmax = torch.zeros_like(
+        laws[0]
+    ).double()  # row i: the law from which node i's child would have been drawn
+    softmax[: proposal.num_nodes - 1, network.vocabulary] = (
+        network.head(states[0]).double().softmax(-1)
+    )
     return proposal, laws[0].double(), softmax
 
 
-def _pooled(proposal: Proposal, laws: Tensor, *others: Tensor, num_draws: int = NUM_DRAWS) -> tuple[Proposal, list[Tensor]]:
+def _pooled(
+    proposal: Proposal, laws: Tensor, *others: Tensor, num_draws: int = NUM_DRAWS
+) -> tuple[Proposal, list[Tensor]]:
     """The same proposal over fewer tokens: those with 5 expected draws or more, the drafts', and one for all the rest.
 
     Pooling commutes with the rule: a chosen node asks only whether the draw is its own token.
@@ -120,11 +153,20 @@ def _pooled(proposal: Proposal, laws: Tensor, *others: Tensor, num_draws: int = 
     kept = ((laws * num_draws) >= 5).any(0)
     kept[proposal.tokens[0]] = True
     ids = kept.nonzero()[:, 0]
-    small = [torch.cat((law[:, ids], law[:, ~kept].sum(1, keepdim=True)), 1) for law in (laws, *others)]
+    small = [
+        torch.cat((law[:, ids], law[:, ~kept].sum(1, keepdim=True)), 1) for law in (laws, *others)
+    ]
     return replace(proposal, tokens=torch.searchsorted(ids, proposal.tokens)), small
 
 
-def _draws(proposal: Proposal, laws: Tensor, *, seed: int, num_draws: int = NUM_DRAWS, fault: Tensor | None = None) -> Tensor:
+def _draws(
+    proposal: Proposal,
+    laws: Tensor,
+    *,
+    seed: int,
+    num_draws: int = NUM_DRAWS,
+    fault: Tensor | None = None,
+) -> Tensor:
     """First and second emitted tokens of many verdicts: [draws, 2]; -1 where a verdict emitted one only."""
     generator = torch.Generator().manual_seed(seed)
     nodes, out = proposal.num_nodes, []
@@ -183,5 +225,9 @@ def test_the_planted_fault_is_caught(models: dict[str, Model]) -> None:
         proposal, laws, softmax = _real_proposal(models["dflash"], prompt)
         proposal, (laws, softmax) = _pooled(proposal, laws, softmax, num_draws=20_000)
         faulty = _draws(proposal, laws, seed=index, num_draws=20_000, fault=softmax)
-        caught.append(_p_value(torch.bincount(faulty[:, 0], minlength=laws.shape[1]), laws[0]) < 1e-12)
-    assert sum(caught) >= 6, caught  # a draft that happens to be as sure as the target shows nothing
+        caught.append(
+            _p_value(torch.bincount(faulty[:, 0], minlength=laws.shape[1]), laws[0]) < 1e-12
+        )
+    assert sum(caught) >= 6, (
+        caught
+    )  # a draft that happens to be as sure as the target shows nothing

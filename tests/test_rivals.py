@@ -53,7 +53,9 @@ def the_target() -> Target:
 def network(method: str, **changes: Any) -> Any:
     """A random network whose drafts depend on everything it reads, of three features where its method reads several."""
     config = replace(draft_config(the_target(), method=method), **changes)
-    model = NETWORKS[method](replace(config, target_layer_ids=(0, 1, 2)) if method == "eagle3" else config)
+    model = NETWORKS[method](
+        replace(config, target_layer_ids=(0, 1, 2)) if method == "eagle3" else config
+    )
     torch.manual_seed(5)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 else 0.0, 0.3)
@@ -71,7 +73,9 @@ def rows_of(history: Sequence[int]) -> Rows:
     return Rows([0], [list(history)], [GREEDY], [1])
 
 
-def drafts(method: str, history: Sequence[int], *, pieces: int = 3, max_nodes: int = 99, **options: Any) -> Any:
+def drafts(
+    method: str, history: Sequence[int], *, pieces: int = 3, max_nodes: int = 99, **options: Any
+) -> Any:
     """What a fresh drafter proposes behind `history`, which it observed in pieces."""
     drafter = network(method).drafters(the_target())(**options)
     seen = features_of(history[:-1], drafter.layers)
@@ -107,21 +111,34 @@ def rotated(x: Tensor, position: int) -> Tensor:
     return out
 
 
-def chain_by_definition(history: Sequence[int], depth: int, fault: str = "") -> tuple[list[int], list[float]]:
+def chain_by_definition(
+    history: Sequence[int], depth: int, fault: str = ""
+) -> tuple[list[int], list[float]]:
     """Tokens and their log-probabilities."""
     model, target, layer = network("eagle3"), the_target(), network("eagle3").midlayer
     d, heads = model.config.head_dim, model.config.num_attention_heads
-    fused = [g @ model.fc.weight.double().T for g in features_of(history[:-1], model.config.target_layer_ids)]
+    fused = [
+        g @ model.fc.weight.double().T
+        for g in features_of(history[:-1], model.config.target_layer_ids)
+    ]
     early = fault == "the pair's token is one too early"
     known = list(history) if not early else [history[0], *history[:-1]]
     pairs = list(zip(known[1:], fused, strict=True))  # token t + 1 beside g_t
     keys, values, found, scores_found = [], [], list[int](), list[float]()
     for step in range(len(pairs) - 1 + depth):
         token, state = pairs[step]
-        names = ("hidden_norm", "input_layernorm") if fault == "the two norms are swapped" else ("input_layernorm", "hidden_norm")
+        names = (
+            ("hidden_norm", "input_layernorm")
+            if fault == "the two norms are swapped"
+            else ("input_layernorm", "hidden_norm")
+        )
         embedded = target.embed(torch.tensor([token]))[0]
-        both = torch.cat((rms(embedded, layer[names[0]].weight), rms(state, layer[names[1]].weight)))
-        q, k, v = ((both @ layer.self_attn[f"{x}_proj"].weight.double().T).view(-1, d) for x in "qkv")
+        both = torch.cat(
+            (rms(embedded, layer[names[0]].weight), rms(state, layer[names[1]].weight))
+        )
+        q, k, v = (
+            (both @ layer.self_attn[f"{x}_proj"].weight.double().T).view(-1, d) for x in "qkv"
+        )
         keys.append(rotated(k, step))
         values.append(v)
         if step < len(pairs) - 1 and len(pairs) < len(history) + len(found):
@@ -130,18 +147,33 @@ def chain_by_definition(history: Sequence[int], depth: int, fault: str = "") -> 
         outputs = []
         for head in range(heads):
             group = head // (heads // len(k))
-            scores = torch.stack([rotated(q, step)[head] @ key[group] for key in keys[first:]]) / math.sqrt(d)
-            outputs.append(scores.softmax(0) @ torch.stack([value[group] for value in values[first:]]))
-        base = rms(state, layer.hidden_norm.weight) if fault == "the residual is the normed state" else state
+            scores = torch.stack(
+                [rotated(q, step)[head] @ key[group] for key in keys[first:]]
+            ) / math.sqrt(d)
+            outputs.append(
+                scores.softmax(0) @ torch.stack([value[group] for value in values[first:]])
+            )
+        base = (
+            rms(state, layer.hidden_norm.weight)
+            if fault == "the residual is the normed state"
+            else state
+        )
         x = base + torch.cat(outputs) @ layer.self_attn.o_proj.weight.double().T
         y = rms(x, layer.post_attention_layernorm.weight)
-        gate, up = (y @ linear.weight.double().T for linear in (layer.mlp.gate_proj, layer.mlp.up_proj))
+        gate, up = (
+            y @ linear.weight.double().T for linear in (layer.mlp.gate_proj, layer.mlp.up_proj)
+        )
         x = x + (gate * torch.sigmoid(gate) * up) @ layer.mlp.down_proj.weight.double().T
         law = target.lm_head(rms(x, model.norm.weight)).log_softmax(-1)
         found.append(int(law.argmax()))
         scores_found.append(float(law.max()))
         pairs.append(
-            (found[-1], rms(x, model.norm.weight) if fault == "the drafted state is normed before it is fed back" else x)
+            (
+                found[-1],
+                rms(x, model.norm.weight)
+                if fault == "the drafted state is normed before it is fed back"
+                else x,
+            )
         )
     return found[:depth], scores_found[:depth]
 
@@ -158,7 +190,9 @@ def test_eagle3_chain_equals_its_definition() -> None:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_fault_changes_the_chain(fault: str) -> None:
     for history in PROMPTS[:3]:
-        assert chain_by_definition(history, 5, fault)[1] != pytest.approx(chain_by_definition(history, 5)[1], rel=1e-3)
+        assert chain_by_definition(history, 5, fault)[1] != pytest.approx(
+            chain_by_definition(history, 5)[1], rel=1e-3
+        )
 
 
 @pytest.mark.parametrize(
@@ -173,7 +207,11 @@ def test_switch_of_eagle3_is_obeyed(switch: str, definition: str) -> None:
     model = network("eagle3", **{switch: True})
     for history in PROMPTS[:3]:
         drafter = model.drafters(the_target())()
-        drafter.observe(rows_of(history), [torch.tensor(history[:-1])], [features_of(history[:-1], drafter.layers)])
+        drafter.observe(
+            rows_of(history),
+            [torch.tensor(history[:-1])],
+            [features_of(history[:-1], drafter.layers)],
+        )
         proposal = drafter.propose(rows_of(history), 99)
         tokens, scores = chain_by_definition(history, 5, definition)
         assert proposal.tokens[0, 1:].tolist() == tokens
@@ -187,7 +225,9 @@ def test_eagle3_tree_has_the_likeliest_paths_of_all(monkeypatch: pytest.MonkeyPa
     whole = 1 + VOCAB + VOCAB**2
     joints = path_scores(drafts("eagle3", history, tree_nodes=whole, block_size=3, max_nodes=whole))
     assert len(joints) == VOCAB + VOCAB**2
-    assert sum(math.exp(score) for path, score in joints.items() if len(path) == 1) == pytest.approx(1.0)
+    assert sum(
+        math.exp(score) for path, score in joints.items() if len(path) == 1
+    ) == pytest.approx(1.0)
     narrow = path_scores(drafts("eagle3", history, tree_nodes=nodes, block_size=3))
     assert sorted(narrow.values()) == pytest.approx(sorted(joints.values())[1 - nodes :])
     chain = path_scores(drafts("eagle3", history, block_size=3))
@@ -199,7 +239,9 @@ def path_scores(proposal: Any) -> dict[tuple[int, ...], float]:
     """By path from the anchor: the sum of its nodes' scores."""
     paths: dict[int, tuple[int, ...]] = {0: ()}
     joints = {(): 0.0}
-    tokens, parents, scores = (t[0].tolist() for t in (proposal.tokens, proposal.parents, proposal.scores))
+    tokens, parents, scores = (
+        t[0].tolist() for t in (proposal.tokens, proposal.parents, proposal.scores)
+    )
     for node in range(1, int(proposal.sizes[0])):
         paths[node] = (*paths[parents[node]], tokens[node])
         joints[paths[node]] = joints[paths[parents[node]]] + scores[node]
@@ -219,10 +261,19 @@ def test_medusa_heads_equal_their_definition() -> None:
 
 
 def test_medusa_tree_is_static_and_holds_the_chain() -> None:
-    shapes = {tuple(drafts("medusa", history, tree_nodes=14).parents[0].tolist()) for history in PROMPTS[:3]}
+    shapes = {
+        tuple(drafts("medusa", history, tree_nodes=14).parents[0].tolist())
+        for history in PROMPTS[:3]
+    }
     assert len(shapes) == 1
     tree, chain = drafts("medusa", PROMPTS[1], tree_nodes=14), drafts("medusa", PROMPTS[1])
-    edges = dict(zip(zip(tree.parents[0].tolist(), tree.tokens[0].tolist(), strict=True), range(14), strict=True))
+    edges = dict(
+        zip(
+            zip(tree.parents[0].tolist(), tree.tokens[0].tolist(), strict=True),
+            range(14),
+            strict=True,
+        )
+    )
     node = 0
     for token in chain.tokens[0, 1:].tolist():
         node = edges[node, token]
@@ -231,11 +282,16 @@ def test_medusa_tree_is_static_and_holds_the_chain() -> None:
 # Losslessness.
 
 
-def texts(drafter: Any, params: SamplingParams, *, max_rows: int, adaptive: Control | None = None) -> list[tuple[int, ...]]:
+def texts(
+    drafter: Any, params: SamplingParams, *, max_rows: int, adaptive: Control | None = None
+) -> list[tuple[int, ...]]:
     """Every text, in order; rows join and leave where there are fewer of them than prompts."""
     engine = Engine(the_target(), drafter, max_rows=max_rows)
     engine.control = adaptive
-    return [result.tokens for result in run(engine, requests_of(PROMPTS, [params] * len(PROMPTS), {EOS}))]
+    return [
+        result.tokens
+        for result in run(engine, requests_of(PROMPTS, [params] * len(PROMPTS), {EOS}))
+    ]
 
 
 @cache
@@ -250,7 +306,9 @@ def test_text_equals_plain_text(method: str, tree_nodes: int | None, adaptive: b
     make = network(method).drafters(the_target())
     for params, max_rows in product((GREEDY, SAMPLED), (1, 2, 4)):
         control = Control({1: 1.0, 2: 1.01, 64: 1.5}) if adaptive else None
-        assert texts(make(tree_nodes=tree_nodes), params, max_rows=max_rows, adaptive=control) == plain(params)
+        assert texts(
+            make(tree_nodes=tree_nodes), params, max_rows=max_rows, adaptive=control
+        ) == plain(params)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -263,14 +321,19 @@ def test_drafts_while_decoding_are_those_of_a_fresh_drafter(method: str) -> None
         for _ in range(4):
             engine.step()
             (request,) = engine.running.values()
-            got, fresh = drafter.propose(rows_of(request.history), 9), drafts(method, request.history, tree_nodes=9, max_nodes=9)
+            got, fresh = (
+                drafter.propose(rows_of(request.history), 9),
+                drafts(method, request.history, tree_nodes=9, max_nodes=9),
+            )
             assert got.tokens.tolist() == fresh.tokens.tolist()
             torch.testing.assert_close(got.scores, fresh.scores, rtol=0, atol=1e-5)
         engine.abort(request.index)
 
 
 @pytest.mark.parametrize("limit", [1, 8, 22, 40])
-def test_eagle3_beyond_its_trained_positions_drafts_on(limit: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_eagle3_beyond_its_trained_positions_drafts_on(
+    limit: int, caplog: pytest.LogCaptureFixture
+) -> None:
     """As one with more positions does, and says so once."""
     made = network("eagle3", max_position_embeddings=limit).drafters(the_target())
     assert texts(made(), GREEDY, max_rows=4) == plain(GREEDY)
@@ -279,8 +342,14 @@ def test_eagle3_beyond_its_trained_positions_drafts_on(limit: int, caplog: pytes
     history = PROMPTS[1]
     short, long = made(), network("eagle3").drafters(the_target())()
     for drafter in (short, long):
-        drafter.observe(rows_of(history), [torch.tensor(history[:-1])], [features_of(history[:-1], drafter.layers)])
-    assert torch.equal(short.propose(rows_of(history), 9).tokens, long.propose(rows_of(history), 9).tokens)
+        drafter.observe(
+            rows_of(history),
+            [torch.tensor(history[:-1])],
+            [features_of(history[:-1], drafter.layers)],
+        )
+    assert torch.equal(
+        short.propose(rows_of(history), 9).tokens, long.propose(rows_of(history), 9).tokens
+    )
 
 
 # Files.
@@ -309,8 +378,14 @@ def published(folder: Path, *, pickled: bool = False, **changes: Any) -> Path:
 @pytest.mark.parametrize("pickled", [False, True])
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLMEagle3", "LlamaForCausalLM"])
 def test_published_eagle3_folder_loads(tmp_path: Path, architecture: str, pickled: bool) -> None:
-    model = Eagle3DraftModel.from_pretrained(published(tmp_path, pickled=pickled, architectures=[architecture]))
-    assert (model.config.target_layer_ids, model.config.num_target_layers, model.config.draft_vocab_size) == ((), 0, 40)
+    model = Eagle3DraftModel.from_pretrained(
+        published(tmp_path, pickled=pickled, architectures=[architecture])
+    )
+    assert (
+        model.config.target_layer_ids,
+        model.config.num_target_layers,
+        model.config.draft_vocab_size,
+    ) == ((), 0, 40)
     assert fused_layers(40) == (1, 19, 36)
     made = model.drafters(deep_target())
     assert made.args[0].config.target_layer_ids == fused_layers(8) == (1, 3, 4)
@@ -357,17 +432,28 @@ def test_pickle_of_something_else_is_refused_by_name(tmp_path: Path, case: str) 
 
 IDS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "of hidden_states, at the top": ({"eagle_aux_hidden_state_layer_ids": [1, 3, 4]}, (0, 2, 3)),
-    "of outputs, in eagle_config": ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 2, 3]}}, (0, 2, 3)),
-    "of hidden_states, in eagle_config": ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 3, 4]}}, (0, 2, 3)),
+    "of outputs, in eagle_config": (
+        {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 2, 3]}},
+        (0, 2, 3),
+    ),
+    "of hidden_states, in eagle_config": (
+        {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 3, 4]}},
+        (0, 2, 3),
+    ),
     "both, which agree": (
-        {"eagle_aux_hidden_state_layer_ids": [1, 3, 4], "eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 2, 3]}},
+        {
+            "eagle_aux_hidden_state_layer_ids": [1, 3, 4],
+            "eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 2, 3]},
+        },
         (0, 2, 3),
     ),
 }
 
 
 @pytest.mark.parametrize("case", IDS)
-def test_layers_of_a_published_eagle3_folder_are_those_that_it_means(tmp_path: Path, case: str) -> None:
+def test_layers_of_a_published_eagle3_folder_are_those_that_it_means(
+    tmp_path: Path, case: str
+) -> None:
     changes, layers = IDS[case]
     made = Eagle3DraftModel.from_pretrained(published(tmp_path, **changes)).drafters(the_target())
     assert made.args[0].config.target_layer_ids == layers
@@ -377,7 +463,9 @@ def test_layers_of_a_published_eagle3_folder_are_those_that_it_means(tmp_path: P
 @pytest.mark.parametrize("place", ["top", "eagle_config"])
 def test_switches_of_a_published_eagle3_folder_are_read(tmp_path: Path, place: str) -> None:
     switches = {"norm_before_residual": True, "norm_output": True}
-    model = Eagle3DraftModel.from_pretrained(published(tmp_path, **(switches if place == "top" else {place: switches})))
+    model = Eagle3DraftModel.from_pretrained(
+        published(tmp_path, **(switches if place == "top" else {place: switches}))
+    )
     assert (model.config.norm_before_residual, model.config.norm_output) == (True, True)
     again = DraftConfig.from_json(model.config.to_json(), "here")
     assert (again.norm_before_residual, again.norm_output) == (True, True)
@@ -387,7 +475,10 @@ def test_switches_of_a_published_eagle3_folder_are_read(tmp_path: Path, place: s
 
 def test_tied_head_of_eagle3_is_its_own_embedding(tmp_path: Path) -> None:
     folder = published(tmp_path, tie_word_embeddings=True)
-    tensors, written = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    tensors, written = (
+        load_file(folder / "model.safetensors"),
+        json.loads((folder / "config.json").read_text()),
+    )
     kept = {name: t for name, t in tensors.items() if name not in ("lm_head.weight", "d2t", "t2d")}
     table = torch.randn(VOCAB, 32, generator=torch.Generator().manual_seed(4))
     hidden = torch.randn(3, 32, dtype=torch.float64)
@@ -416,7 +507,11 @@ def test_our_folder_is_read_back_as_it_was_written(tmp_path: Path, method: str) 
     if method == "eagle3":
         stored = json.loads((tmp_path / "config.json").read_text())
         assert stored["architectures"] == ["LlamaForCausalLMEagle3"]
-        assert stored["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [1, 2, 3]  # inputs of blocks
+        assert stored["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [
+            1,
+            2,
+            3,
+        ]  # inputs of blocks
 
 
 def test_folders_that_do_not_fit_are_refused_in_a_line(tmp_path: Path) -> None:
@@ -450,9 +545,13 @@ def served_and_trained(method: str, shift: int = 0) -> tuple[list[int], list[int
     tokens = [*history, *chain[1:], 5]
     model = network(method)
     features = features_of(tokens, model.config.target_layer_ids).roll(shift, 0)
-    batch = make_batch([(0, Sample(torch.tensor(tokens), features.float(), 12))], model.config, 99, 0)
+    batch = make_batch(
+        [(0, Sample(torch.tensor(tokens), features.float(), 12))], model.config, 99, 0
+    )
     at = batch.positions[1][:: model.config.block_size].tolist().index(12)
-    states = Pass(model, lambda ids: the_target().embed(ids).float())(batch).view(-1, model.config.block_size, 32)[at]
+    states = Pass(model, lambda ids: the_target().embed(ids).float())(batch).view(
+        -1, model.config.block_size, 32
+    )[at]
     return chain[1:], the_target().lm_head(states[1:].double()).argmax(-1).tolist()
 
 
@@ -462,10 +561,15 @@ def test_draft_model_is_the_target_where_it_has_all_of_its_layers(tmp_path: Path
     lm = load(target, draft="autoregressive")
     taus = []
     for count in (4, 3):
-        network = copied_from_target(draft_config(lm.target, method="draft_model", num_layers=count), str(target), None, 0)
+        network = copied_from_target(
+            draft_config(lm.target, method="draft_model", num_layers=count), str(target), None, 0
+        )
         drafting = replace(lm, new_drafter=partial(network.drafters(lm.target), block_size=4))
         params = SamplingParams(max_new_tokens=33, ignore_eos=True)
-        drafted, expected = drafting.generate("hello there", params), lm.generate("hello there", params)
+        drafted, expected = (
+            drafting.generate("hello there", params),
+            lm.generate("hello there", params),
+        )
         assert drafted.tokens == expected.tokens
         taus.append(drafted.stats.tau)
     assert taus[0] == 4.0
@@ -486,17 +590,47 @@ def test_trained_pass_guesses_what_is_served(method: str) -> None:
 def test_rival_overfits_and_is_accepted(tmp_path: Path, method: str) -> None:
     target = tiny_target("llama", dtype=torch.float32)
     lm = Model(target, letter_tokenizer(), Autoregressive, eos=frozenset({EOS}), max_rows=8)
-    texts = ["hello there", "a", "what is it?", "zebra", "Quick brown fox", "numbers", "no", "Why not?"]
+    texts = [
+        "hello there",
+        "a",
+        "what is it?",
+        "zebra",
+        "Quick brown fox",
+        "numbers",
+        "no",
+        "Why not?",
+    ]
     answers = lm.generate(texts, max_new_tokens=24, ignore_eos=True)
-    rows = [{"prompt": p, "response": a.text, "tokens": a.tokens} for p, a in zip(texts, answers, strict=True)]
+    rows = [
+        {"prompt": p, "response": a.text, "tokens": a.tokens}
+        for p, a in zip(texts, answers, strict=True)
+    ]
     (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = draft_config(target, method=method, block_size=2 if method == "draft_model" else 4, num_layers=2)
-    layers = tuple(sorted({*config.target_layer_ids, 0, 4}))  # more than one method reads
-    write_features(lm, [tmp_path / "answers.jsonl"], tmp_path / "features", layers=layers, max_length=64, quiet=True)
-    settings = TrainConfig(
-        steps=120, sequences=8, anchors=24, lr=1e-2, weight_decay=0.0, vocab=0, precision="fp32", eval_every=120
+    config = draft_config(
+        target, method=method, block_size=2 if method == "draft_model" else 4, num_layers=2
     )
-    trainer = Trainer(random_weights(config, 0), lm, FeatureSet(tmp_path / "features"), tmp_path / "run", settings)
+    layers = tuple(sorted({*config.target_layer_ids, 0, 4}))  # more than one method reads
+    write_features(
+        lm,
+        [tmp_path / "answers.jsonl"],
+        tmp_path / "features",
+        layers=layers,
+        max_length=64,
+        quiet=True,
+    )
+    settings = TrainConfig(
+        steps=120,
+        sequences=8,
+        anchors=24,
+        lr=1e-2,
+        weight_decay=0.0,
+        vocab=0,
+        precision="fp32",
+        eval_every=120,
+    )
+    trainer = Trainer(
+        random_weights(config, 0), lm, FeatureSet(tmp_path / "features"), tmp_path / "run", settings
+    )
 
     def tau() -> float:
         drafting = replace(lm, new_drafter=trainer.model.eval().drafters(target))
@@ -506,7 +640,9 @@ def test_rival_overfits_and_is_accepted(tmp_path: Path, method: str) -> None:
 
     untrained = tau()
     trainer.run(texts, quiet=True)
-    assert tau() > untrained * (1.3 if method == "medusa" else 1.8)  # the heads alone cannot learn the answers by heart
+    assert tau() > untrained * (
+        1.3 if method == "medusa" else 1.8
+    )  # the heads alone cannot learn the answers by heart
     assert trainer.flops == trainer.flops_a_step * 120 > 0
     card = (tmp_path / "run" / "best" / "README.md").read_text()
     assert method in card

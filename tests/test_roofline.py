@@ -31,7 +31,9 @@ from flashdraft.cli import commands, main
 from flashdraft.errors import InvalidParameter, ModelNotFound, UnsupportedTarget
 
 NET = Shape(layers=2, hidden=4, inner=8, heads=2, kv_heads=1, head_dim=2, vocab=10)
-DEVICE = Device(bandwidth=100.0, rates={1: 1000.0}, weight=2.0, cached=2.0, layer=0.5, host=0.25, round=0.125)
+DEVICE = Device(
+    bandwidth=100.0, rates={1: 1000.0}, weight=2.0, cached=2.0, layer=0.5, host=0.25, round=0.125
+)
 QWEN = shape("qwen3-8b")
 
 
@@ -47,7 +49,9 @@ def is_computed_by_hand(device: Device) -> bool:
     """Behind 3 tokens, bytes at 100/s and FLOPs at 1000/s of layers, head and attention, the root of their squares' sum."""
     one = hypot(5.76, 0.576) + hypot(0.8, 0.08) + hypot(0.64, 0.128) + 2 * 0.5 + 0.25
     many = hypot(5.76, 9.216) + hypot(0.8, 1.28) + hypot(3.04, 9.728) + 2 * 0.5 + 0.25
-    return device.step(NET, 1, 1, 3) == pytest.approx(one) and device.step(NET, 16, 1, 3) == pytest.approx(many)
+    return device.step(NET, 1, 1, 3) == pytest.approx(one) and device.step(
+        NET, 16, 1, 3
+    ) == pytest.approx(many)
 
 
 def time_never_falls(device: Device) -> bool:
@@ -58,7 +62,9 @@ def time_never_falls(device: Device) -> bool:
         replace(device, bandwidth=0.9 * device.bandwidth),
         replace(device, rates={n: 0.9 * r for n, r in device.rates.items()}),
     )
-    return all(seconds >= few for seconds in [*more, *(each.step(QWEN, 4, 2, 100) for each in slower)])
+    return all(
+        seconds >= few for seconds in [*more, *(each.step(QWEN, 4, 2, 100) for each in slower)]
+    )
 
 
 class Smaller(Device):
@@ -108,11 +114,24 @@ def test_tau_sums_the_chances_of_whole_paths() -> None:
 
 def test_a_round_is_drafting_and_verifying() -> None:
     """DFlash: one pass of two layers over the block, with fc; EAGLE-3: three of one layer, whose q, k and v read 8 numbers."""
-    config = RooflineConfig(device="h200", drafter="both", tau=2.0, block_size=4, context=3, draft_layers=2, draft_vocab=5)
+    config = RooflineConfig(
+        device="h200",
+        drafter="both",
+        tau=2.0,
+        block_size=4,
+        context=3,
+        draft_layers=2,
+        draft_vocab=5,
+    )
     rows = {(row.drafter, row.block): row for row in predict(NET, config, (DEVICE, DEVICE))}
     small = NET._replace(vocab=5)
-    assert rows["dflash", 4].draft == pytest.approx(DEVICE.step(small, 4, 1, 3, extra=5 * 16) + 0.125)
-    passes = [DEVICE.step(small._replace(layers=1), tokens, 1, 3, extra=4 * 4 * 2) for tokens in (2.0, 1, 1)]
+    assert rows["dflash", 4].draft == pytest.approx(
+        DEVICE.step(small, 4, 1, 3, extra=5 * 16) + 0.125
+    )
+    passes = [
+        DEVICE.step(small._replace(layers=1), tokens, 1, 3, extra=4 * 4 * 2)
+        for tokens in (2.0, 1, 1)
+    ]
     assert rows["eagle3", 4].draft == pytest.approx(sum(passes) + 0.125, rel=1e-3)
     for row in rows.values():
         assert row.verify == DEVICE.step(NET, row.block, 1, 3)
@@ -123,7 +142,14 @@ def test_a_round_is_drafting_and_verifying() -> None:
 @pytest.mark.parametrize("drafter", ["dflash", "eagle3"])
 def test_a_block_of_one_is_plain_decoding(drafter: str) -> None:
     first, *others = predict(QWEN, *gpu(drafter=drafter))
-    assert first[1:] == (1, 0.0, first.verify, 1.0, pytest.approx(1 / first.verify), pytest.approx(1.0))
+    assert first[1:] == (
+        1,
+        0.0,
+        first.verify,
+        1.0,
+        pytest.approx(1 / first.verify),
+        pytest.approx(1.0),
+    )
     assert all(row.draft > 0 for row in others)
 
 
@@ -140,7 +166,9 @@ def test_one_launch_wins_where_launches_cost_and_many_passes_where_they_do_not()
     def leads(block: int, **free: float) -> str:
         config, on = gpu(drafter="both", block_size=16)
         rows = predict(QWEN, config, (replace(on[0], **free), replace(on[1], **free)))  # type: ignore[arg-type]
-        return str(max((row for row in rows if row.block == block), key=lambda row: row.gain).drafter)
+        return str(
+            max((row for row in rows if row.block == block), key=lambda row: row.gain).drafter
+        )
 
     assert leads(16) == "dflash"
     assert leads(2, layer=0.0, host=0.0, round=0.0) == "eagle3"
@@ -157,14 +185,18 @@ def test_the_verdict_names_the_best_block_and_the_tau_that_pays() -> None:
     good = verdict([row(1, 1.0, 1.0), row(4, 3.0, 2.0), row(8, 3.5, 1.5)])
     assert good.startswith("Worth training a drafter: dflash with block 4 gives 2.00 times")
     assert "from tau 1.80 on" in good
-    assert verdict([row(1, 1.0, 1.0), row(2, 1.5, 1.1)]).startswith("Not worth training a drafter: dflash with block 2")
+    assert verdict([row(1, 1.0, 1.0), row(2, 1.5, 1.1)]).startswith(
+        "Not worth training a drafter: dflash with block 2"
+    )
     assert verdict([row(1, 1.0, 1.0), row(2, 1.5, 0.8)]).endswith("that block never pays.")
 
 
 # --- names ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_shapes_come_from_names_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shapes_come_from_names_and_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert shape("Qwen/Qwen3-8B") == QWEN == (36, 4096, 12_288, 32, 8, 128, 151_936)
     assert shape(str(save_target(tmp_path / "toy"))) == (4, 32, 64, 4, 2, 8, VOCAB)
     tiny_model("gemma3").config.save_pretrained(tmp_path / "gemma3")
@@ -174,7 +206,9 @@ def test_shapes_come_from_names_and_folders(tmp_path: Path, monkeypatch: pytest.
     assert shape("qwen3-8b").layers == 4
 
 
-def test_of_a_hub_id_the_config_alone_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_a_hub_id_the_config_alone_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def download(name: str, *, allow_patterns: list[str], **_: Any) -> str:
         assert (name, list(allow_patterns)) == ("org/name", ["config.json"])
         return str(tmp_path)
@@ -186,7 +220,10 @@ def test_of_a_hub_id_the_config_alone_is_fetched(tmp_path: Path, monkeypatch: py
 
 
 def test_experts_and_other_shapes_are_refused(tmp_path: Path) -> None:
-    configs = {"experts": tiny_model("qwen3_moe").config.to_dict(), "gpt2": {"n_layer": 12, "n_embd": 768}}
+    configs = {
+        "experts": tiny_model("qwen3_moe").config.to_dict(),
+        "gpt2": {"n_layer": 12, "n_embd": 768},
+    }
     for name, config in configs.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config))
@@ -207,7 +244,9 @@ def test_experts_and_other_shapes_are_refused(tmp_path: Path) -> None:
         ("--engine serving", "engine is 'serving'"),
     ],
 )
-def test_slip_prints_an_error_and_a_hint(options: str, problem: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_slip_prints_an_error_and_a_hint(
+    options: str, problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["roofline", "qwen3-8b", *options.split()]) == 1
     out, err = capsys.readouterr()
     assert out == ""
@@ -226,16 +265,24 @@ def test_unknown_model_prints_an_error_and_a_hint(capsys: pytest.CaptureFixture[
 # --- the command and this machine -------------------------------------------------------------------------------------------
 
 
-def table_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[list[list[str]], str]:
+def table_of(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> tuple[list[list[str]], str]:
     assert main(["roofline", *arguments]) == 0
     table, sentence = capsys.readouterr().out.rstrip().split("\n\n")
     return [line.split() for line in table.splitlines()[1:]], sentence
 
 
-def test_command_marks_the_best_block_of_each_drafter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_marks_the_best_block_of_each_drafter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     toy = str(save_target(tmp_path / "toy"))
-    rows, sentence = table_of([toy, "--device", "h200", "--drafter", "both", "--block-size", "6", "--tau", "3"], capsys)
-    assert [(line[0], int(line[1])) for line in rows] == [(d, b) for d in ("dflash", "eagle3") for b in (1, 2, 4, 6, 8, 16)]
+    rows, sentence = table_of(
+        [toy, "--device", "h200", "--drafter", "both", "--block-size", "6", "--tau", "3"], capsys
+    )
+    assert [(line[0], int(line[1])) for line in rows] == [
+        (d, b) for d in ("dflash", "eagle3") for b in (1, 2, 4, 6, 8, 16)
+    ]
     for drafter in ("dflash", "eagle3"):
         own = [line for line in rows if line[0] == drafter]
         marked = [line for line in own if line[-1] == "best"]
@@ -244,7 +291,9 @@ def test_command_marks_the_best_block_of_each_drafter(tmp_path: Path, capsys: py
     assert re.match(r"(Worth|Not worth) training a drafter: \w+ with block \d+ gives", sentence)
 
 
-def test_command_measures_this_machine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_measures_this_machine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     asked: list[str] = []
 
     def measure(weights: str) -> tuple[Device, Device]:
@@ -254,7 +303,9 @@ def test_command_measures_this_machine(monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setattr(commands, "calibrate", measure)
     rows, _ = table_of(["smollm2-135m", "--weights", "q4"], capsys)
     assert asked == ["q4"]
-    assert float(rows[0][3]) == pytest.approx(1000 * DEVICE.step(shape("smollm2-135m"), 1, 1, 1024), rel=1e-3)
+    assert float(rows[0][3]) == pytest.approx(
+        1000 * DEVICE.step(shape("smollm2-135m"), 1, 1, 1024), rel=1e-3
+    )
 
 
 def test_calibration_is_a_machine() -> None:

@@ -65,23 +65,41 @@ def test_rows_of_every_file_are_read_whatever_it_is_called(tmp_path: Path, name:
     path.write_bytes(FILES[name])
     assert list(read_jsonl(path)) == json_list(path) == ROWS
     assert write_prompts(None, tmp_path / "out", files=[str(path)]) == 2
-    assert {row["prompt"] for row in read_jsonl(tmp_path / "out")} == {row["prompt"] for row in ROWS}
+    assert {row["prompt"] for row in read_jsonl(tmp_path / "out")} == {
+        row["prompt"] for row in ROWS
+    }
     assert [prompt.text for prompt in read_prompts(path)] == [row["prompt"] for row in ROWS]
 
 
 OTHERS: dict[str, tuple[bytes, str, str]] = {
     "set.parquet": (b"PAR1\x15\x04", "is a table", "read_parquet('set.parquet')"),
-    "parquet-by-content.jsonl": (b"PAR1\x15\x04", "is a Parquet file", "read_parquet('parquet-by-content.jsonl')"),
+    "parquet-by-content.jsonl": (
+        b"PAR1\x15\x04",
+        "is a Parquet file",
+        "read_parquet('parquet-by-content.jsonl')",
+    ),
     "set.csv": (b"prompt,answer\na,b\n", "is a table", "read_csv('set.csv')"),
     "set.tsv": (b"prompt\tanswer\na\tb\n", "is a table", "read_table('set.tsv')"),
-    "set.jsonl.zst": (b"\x28\xb5\x2f\xfd\x04", "compressed by Zstandard", "zstd -d 'set.jsonl.zst'"),
+    "set.jsonl.zst": (
+        b"\x28\xb5\x2f\xfd\x04",
+        "compressed by Zstandard",
+        "zstd -d 'set.jsonl.zst'",
+    ),
     "set.zip": (b"PK\x03\x04\x14", "a zip archive", "unpack it"),
-    "pointer.jsonl": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "Git LFS", "git lfs pull"),
+    "pointer.jsonl": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n",
+        "Git LFS",
+        "git lfs pull",
+    ),
     "page.jsonl": (b"<!DOCTYPE html>\n<html>", "a web page", "fetch the file itself"),
     "cut.jsonl.gz": (gzip.compress(LINES.encode() * 50)[:-9], "cannot be read", "fetch it again"),
     "junk.jsonl.gz": (b"junk", "cannot be read", "fetch it again"),
     "cut.json": (PRETTY[:-3].encode(), "not valid JSON", "mend it"),
-    "several.json": (json.dumps({"train": ROWS, "test": ROWS}).encode(), "several lists: train, test", "save the one"),
+    "several.json": (
+        json.dumps({"train": ROWS, "test": ROWS}).encode(),
+        "several lists: train, test",
+        "save the one",
+    ),
 }
 
 

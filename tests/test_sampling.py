@@ -9,9 +9,22 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
-from transformers.generation.logits_process import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from flashdraft.decoding.sampling import coins, draw, likeliest, probabilities, target_probs, total, uniforms
+from flashdraft.decoding.sampling import (
+    coins,
+    draw,
+    likeliest,
+    probabilities,
+    target_probs,
+    total,
+    uniforms,
+)
 from flashdraft.errors import UnusableLogits
 from flashdraft.types import SamplingParams
 
@@ -47,7 +60,10 @@ def naive_law(logits: list[float], params: SamplingParams) -> list[float]:
         kept = {token: logit for token, logit in kept.items() if logit >= least}
 
     def law() -> dict[int, float]:
-        weights = {token: math.exp((logit - max(logits)) / params.temperature) for token, logit in kept.items()}
+        weights = {
+            token: math.exp((logit - max(logits)) / params.temperature)
+            for token, logit in kept.items()
+        }
         return {token: weight / sum(weights.values()) for token, weight in weights.items()}
 
     mass = 0.0
@@ -58,7 +74,11 @@ def naive_law(logits: list[float], params: SamplingParams) -> list[float]:
     kept = {token: logit for token, logit in kept.items() if logit >= least}
     best = max(law().values())
     assume(all(abs(probability / best - params.min_p) > 1e-9 for probability in law().values()))
-    kept = {token: kept[token] for token, probability in law().items() if probability >= params.min_p * best}
+    kept = {
+        token: kept[token]
+        for token, probability in law().items()
+        if probability >= params.min_p * best
+    }
     return [law().get(token, 0.0) for token in range(len(logits))]
 
 
@@ -99,14 +119,22 @@ def test_cuts_come_in_the_order_of_transformers() -> None:
     law = probabilities(logits, params)
     same = transformers_law(logits, params, "temperature top_k top_p min_p")
     torch.testing.assert_close(law, same, rtol=1e-5, atol=1e-7)
-    assert not torch.equal(law > 0, transformers_law(logits, params, "temperature top_p top_k min_p") > 0)
-    assert not torch.equal(law > 0, transformers_law(logits, params, "top_p temperature top_k min_p") > 0)
+    assert not torch.equal(
+        law > 0, transformers_law(logits, params, "temperature top_p top_k min_p") > 0
+    )
+    assert not torch.equal(
+        law > 0, transformers_law(logits, params, "top_p temperature top_k min_p") > 0
+    )
 
 
 def test_a_nucleus_of_exactly_the_wanted_mass_is_enough() -> None:
     logits = torch.tensor([math.log(2), 0.0, 0.0], dtype=torch.float64)
     assert logits.softmax(-1).tolist() == [0.5, 0.25, 0.25]
-    assert probabilities(logits, SamplingParams(temperature=1.0, top_p=0.5)).tolist() == [1.0, 0.0, 0.0]
+    assert probabilities(logits, SamplingParams(temperature=1.0, top_p=0.5)).tolist() == [
+        1.0,
+        0.0,
+        0.0,
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -124,7 +152,10 @@ def test_likeliest_is_the_law_of_temperature_0(dtype: torch.dtype) -> None:
 def test_a_long_nucleus_is_found_beyond_the_likeliest_tokens() -> None:
     """Nuclei of 1 to 2700 tokens in one batch: found among 64, among 1024, and among all."""
     scales = torch.tensor([30.0, 3.0, 1.5, 0.1])[:, None]
-    logits = torch.randn(4, 3000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * scales
+    logits = (
+        torch.randn(4, 3000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        * scales
+    )
     law = probabilities(logits, SamplingParams(temperature=1.0, top_p=0.9))
     sizes = (law > 0).sum(-1).tolist()
     ordered = logits.softmax(-1).sort(descending=True).values.cumsum(-1)
@@ -143,7 +174,9 @@ def test_greedy_is_a_point_mass_and_the_lowest_id_wins_ties(dtype: torch.dtype) 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-300, 5e-324])
 def test_the_coldest_temperatures_share_the_mass_among_ties(temperature: float) -> None:
-    law = probabilities(torch.tensor([-90.0, 80.0, 79.0, 80.0, -math.inf]), SamplingParams(temperature=temperature))
+    law = probabilities(
+        torch.tensor([-90.0, 80.0, 79.0, 80.0, -math.inf]), SamplingParams(temperature=temperature)
+    )
     assert law.tolist() == [0.0, 0.5, 0.0, 0.5, 0.0]
 
 
@@ -159,7 +192,10 @@ def test_masked_tokens_have_no_mass_and_broken_logits_are_refused(params: Sampli
         with pytest.raises(UnusableLogits, match="without mass"):
             draw(probabilities(logits, params), torch.full((3,), 0.5, dtype=torch.float64))
     with pytest.raises(UnusableLogits, match="without mass"):
-        draw(probabilities(torch.full((1, 7), -math.inf), params), torch.zeros(1, dtype=torch.float64))
+        draw(
+            probabilities(torch.full((1, 7), -math.inf), params),
+            torch.zeros(1, dtype=torch.float64),
+        )
 
 
 def long_logits(vocab: int = VOCAB) -> Tensor:
@@ -192,7 +228,9 @@ def test_no_order_of_addition_changes_a_total() -> None:
     weights = torch.rand(1, 10_000, generator=torch.Generator().manual_seed(0)) / 10_000
     orders = [torch.randperm(10_000, generator=torch.Generator().manual_seed(i)) for i in range(20)]
     assert len({total(weights[:, order]).item() for order in orders}) == 1
-    assert len({weights[:, order].sum().item() for order in orders}) > 1  # a sum of floats is changed
+    assert (
+        len({weights[:, order].sum().item() for order in orders}) > 1
+    )  # a sum of floats is changed
     assert total(weights).item() == pytest.approx(weights.double().sum().item(), rel=1e-7)
 
 
@@ -204,7 +242,9 @@ def test_target_probs_gives_each_row_its_own_law_and_padding_none() -> None:
         size = int(sizes[row])
         assert torch.equal(laws[row, :size], probabilities(logits[row, :size], params))
         assert not laws[row, size:].any()
-        assert torch.equal(target_probs(logits[row : row + 1], [params], sizes[row : row + 1]), laws[row : row + 1])
+        assert torch.equal(
+            target_probs(logits[row : row + 1], [params], sizes[row : row + 1]), laws[row : row + 1]
+        )
 
 
 def naive_draw(probs: list[float], u: float) -> int:
@@ -218,14 +258,20 @@ def naive_draw(probs: list[float], u: float) -> int:
 
 @quick
 @given(
-    weights=st.lists(st.integers(0, 5), min_size=1, max_size=9).filter(any), eighths=st.integers(0, 7), power=st.integers(3, 30)
+    weights=st.lists(st.integers(0, 5), min_size=1, max_size=9).filter(any),
+    eighths=st.integers(0, 7),
+    power=st.integers(3, 30),
 )
-def test_draw_inverts_the_law_exactly_at_its_steps(weights: list[int], eighths: int, power: int) -> None:
+def test_draw_inverts_the_law_exactly_at_its_steps(
+    weights: list[int], eighths: int, power: int
+) -> None:
     """Small multiples of powers of 2 are exact, so a uniform that lands on a step must take the next token."""
     weights.append((-sum(weights)) % 8)  # now an eighth of the whole is a whole number too
     probs = [weight / 2**6 / 2**power for weight in weights]
     for u in (eighths / 8, ALMOST_ONE):
-        token = draw(torch.tensor([probs], dtype=torch.float64), torch.tensor([u], dtype=torch.float64)).item()
+        token = draw(
+            torch.tensor([probs], dtype=torch.float64), torch.tensor([u], dtype=torch.float64)
+        ).item()
         assert token == naive_draw(probs, u)
         assert probs[int(token)] > 0
 
@@ -250,7 +296,12 @@ def test_draws_follow_the_law_and_no_other() -> None:
     counts = torch.bincount(draw(law.expand(len(u), -1), u), minlength=5)
     assert counts[1] == 0
     observed = counts[law > 0].numpy()
-    assert stats.chisquare(observed, (law[law > 0] / law.sum() * len(u)).double().numpy(), sum_check=False).pvalue > 1e-3
+    assert (
+        stats.chisquare(
+            observed, (law[law > 0] / law.sum() * len(u)).double().numpy(), sum_check=False
+        ).pvalue
+        > 1e-3
+    )
     wrong = torch.tensor([0.05, 0.3, 0.26, 0.39], dtype=torch.float64) * len(u)
     assert stats.chisquare(observed, wrong.numpy()).statistic > 50
 
@@ -267,18 +318,28 @@ def splitmix(state: int, position: int) -> int:
 
 
 def test_the_reference_generator_gives_its_published_numbers() -> None:
-    published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
+    published = [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
     assert [splitmix(1234567, i) for i in range(5)] == published
 
 
 @quick
 @given(seed=st.integers(0, 2**63 - 1), position=st.integers(0, 2**40), lane=st.integers(-100, 100))
-def test_a_uniform_is_the_documented_number_one_by_one_and_many_at_once(seed: int, position: int, lane: int) -> None:
+def test_a_uniform_is_the_documented_number_one_by_one_and_many_at_once(
+    seed: int, position: int, lane: int
+) -> None:
     state = splitmix(splitmix(0, seed), lane & MASK)
     assert uniform(seed, position, lane) == (splitmix(state, position) >> 11) / 2**53
     many = uniforms([seed, 3], [position, 9], 4, lane)
     assert many.dtype == torch.float64
-    assert many.tolist() == [[uniform(s, p + i, lane) for i in range(4)] for s, p in ((seed, position), (3, 9))]
+    assert many.tolist() == [
+        [uniform(s, p + i, lane) for i in range(4)] for s, p in ((seed, position), (3, 9))
+    ]
     assert coins([seed, 3], [position, 9], 4).tolist() == [
         [uniform(s, p, 1 + node) for node in range(4)] for s, p in ((seed, position), (3, 9))
     ]
@@ -298,20 +359,31 @@ def independence(left: Tensor, right: Tensor) -> float:
 @pytest.mark.parametrize(
     "other",
     [
-        pytest.param(lambda seeds, starts: uniforms(seeds, [s + 1 for s in starts], 200), id="next position"),
-        pytest.param(lambda seeds, starts: uniforms([s + 1 for s in seeds], starts, 200), id="next seed"),
+        pytest.param(
+            lambda seeds, starts: uniforms(seeds, [s + 1 for s in starts], 200), id="next position"
+        ),
+        pytest.param(
+            lambda seeds, starts: uniforms([s + 1 for s in seeds], starts, 200), id="next seed"
+        ),
         pytest.param(lambda seeds, starts: uniforms(seeds, starts, 200, lane=1), id="next lane"),
         pytest.param(lambda seeds, starts: uniforms(seeds, starts, 200, lane=-1), id="draft lane"),
-        pytest.param(lambda seeds, starts: uniforms([s + 1 for s in seeds], [s - 1 for s in starts], 200), id="diagonal"),
+        pytest.param(
+            lambda seeds, starts: uniforms([s + 1 for s in seeds], [s - 1 for s in starts], 200),
+            id="diagonal",
+        ),
         pytest.param(lambda seeds, starts: coins(seeds, starts, 200), id="coins"),
     ],
 )
-def test_neighbouring_uniforms_are_uniform_and_independent(other: Callable[[list[int], list[int]], Tensor]) -> None:
+def test_neighbouring_uniforms_are_uniform_and_independent(
+    other: Callable[[list[int], list[int]], Tensor],
+) -> None:
     seeds, starts = list(range(1000)), [10] * 1000
     values = uniforms(seeds, starts, 200)
     assert values.min() >= 0
     assert values.max() < 1
     assert uniformity(other(seeds, starts)) > 1e-3
     assert independence(values, other(seeds, starts)) > 1e-3
-    assert independence(values, values) < 1e-12  # what a hash that ignores a word, or adds seed and position, would show
+    assert (
+        independence(values, values) < 1e-12
+    )  # what a hash that ignores a word, or adds seed and position, would show
     assert uniformity(values**1.05) < 1e-12

@@ -19,7 +19,10 @@ def read(methods: str) -> list[tuple[str, str, str]]:
     ("methods", "expected"),
     [
         ("dflash", [("dflash", "dflash", "")]),
-        ("autoregressive, dflash:int8", [("autoregressive", "autoregressive", ""), ("dflash:int8", "dflash", "int8")]),
+        (
+            "autoregressive, dflash:int8",
+            [("autoregressive", "autoregressive", ""), ("dflash:int8", "dflash", "int8")],
+        ),
         ("x=dflash:int8", [("x", "dflash", "int8")]),
         ("dflash:fast", [("dflash:fast", "dflash", "fast")]),
         ("mine=my.py:run:a=b,dflash", [("mine", "my.py", "run:a=b"), ("dflash", "dflash", "")]),
@@ -33,13 +36,18 @@ def test_names_kinds_and_variants(methods: str, expected: list[tuple[str, str, s
     assert read(methods) == expected
 
 
-@pytest.mark.parametrize("name", ["lr=1e-3", "a:b", "a,b", "a+b", "x_tree8", "plain", "all=a:b,c+d"])
+@pytest.mark.parametrize(
+    "name", ["lr=1e-3", "a:b", "a,b", "a+b", "x_tree8", "plain", "all=a:b,c+d"]
+)
 def test_path_that_is_there_is_whole(tmp_path: Path, name: str) -> None:
     folder = tmp_path / name / "best"
     folder.mkdir(parents=True)
     for variant in ("", "int8"):
         text = f"{folder}:{variant}" if variant else str(folder)
-        assert read(f"autoregressive,x={text},medusa")[1:] == [("x", str(folder), variant), ("medusa", "medusa", "")]
+        assert read(f"autoregressive,x={text},medusa")[1:] == [
+            ("x", str(folder), variant),
+            ("medusa", "medusa", ""),
+        ]
         assert read(text) == [(text, str(folder), variant)]
     assert parts_of(str(folder)) == [str(folder)]
     assert parts_of(f"{folder}+prompt_lookup") == [str(folder), "prompt_lookup"]

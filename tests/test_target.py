@@ -81,7 +81,9 @@ def plain_once(model: Any, tokens: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     raw: list[Tensor] = []
     decoder = model.get_decoder()
     hook = (decoder.layers if hasattr(decoder, "layers") else decoder.h)[-1].register_forward_hook(
-        lambda _module, _inputs, output: raw.append(output[0] if isinstance(output, tuple) else output)
+        lambda _module, _inputs, output: raw.append(
+            output[0] if isinstance(output, tuple) else output
+        )
     )
     with torch.no_grad():
         out = model(torch.tensor([tokens]), output_hidden_states=True, use_cache=False)
@@ -114,7 +116,9 @@ class Batch:
         self.cache = self.target.new_cache(4, 64)
         for slot, length in zip(self.slots, PROMPTS, strict=True):
             self.texts.append(self.tokens(length))
-            logits, features = self.target.prefill(self.cache, slot, torch.tensor(self.texts[-1]), LAYERS)
+            logits, features = self.target.prefill(
+                self.cache, slot, torch.tensor(self.texts[-1]), LAYERS
+            )
             wanted, wanted_features = plain(self.model, self.texts[-1])
             self.compare(logits, wanted[-1])
             self.compare(features, wanted_features)
@@ -139,7 +143,9 @@ class Batch:
         for row, own in enumerate(parents):
             for node in range(len(own)):
                 above = lineage(own, node)
-                wanted, wanted_features = plain(self.model, self.texts[row] + [tokens[row][n] for n in above])
+                wanted, wanted_features = plain(
+                    self.model, self.texts[row] + [tokens[row][n] for n in above]
+                )
                 self.compare(logits[row, node], wanted[-1])
                 self.compare(features[row, node], wanted_features[-1])
             self.texts[row] += [tokens[row][node] for node in paths[row]]
@@ -158,7 +164,12 @@ def lineage(parents: list[int], node: int) -> list[int]:
     return [] if node < 0 else [*lineage(parents, parents[node]), node]
 
 
-DEEP = [-1, 0, 0, *(node - 1 - node % 2 for node in range(3, 22))]  # a spine of odd nodes, deeper than the window; even leaves
+DEEP = [
+    -1,
+    0,
+    0,
+    *(node - 1 - node % 2 for node in range(3, 22)),
+]  # a spine of odd nodes, deeper than the window; even leaves
 TREES = [[-1, 0, 0, 1, 1, 2, 4, 2, 6], [-1, 0, 0, 0, 3, 3], DEEP]
 TREE_PATHS = [[0, 1, 4, 6, 8], [0, 3, 5], [0, *range(1, 21, 2)]]
 
@@ -199,7 +210,9 @@ def test_a_tree_read_as_a_chain_is_far_off(name: str, monkeypatch: pytest.Monkey
 def test_a_window_counted_in_slots_is_far_off(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a tree, a node's slot is not its position."""
 
-    def by_slot(self: HFTarget, seen: Tensor, positions: Tensor, held: Tensor, masks: Any = HFTarget._masks) -> Any:
+    def by_slot(
+        self: HFTarget, seen: Tensor, positions: Tensor, held: Tensor, masks: Any = HFTarget._masks
+    ) -> Any:
         return masks(self, seen, positions, torch.arange(held.shape[1]).expand_as(held))
 
     monkeypatch.setattr(HFTarget, "_masks", by_slot)
@@ -254,7 +267,13 @@ def test_embedding_and_head_are_the_models_own(name: str) -> None:
     tokens = torch.tensor([[3, 60], [7, 7]])
     with torch.no_grad():
         assert torch.equal(target.embed(tokens), model.get_input_embeddings()(tokens))
-        hidden = torch.randn(2, 3, SHAPE["hidden_size"], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        hidden = torch.randn(
+            2,
+            3,
+            SHAPE["hidden_size"],
+            dtype=torch.float64,
+            generator=torch.Generator().manual_seed(0),
+        )
         assert torch.allclose(target.lm_head(hidden), model.lm_head(hidden), atol=1e-9)
         assert torch.equal(target.head_weight(torch.tensor([5, 60])), model.lm_head.weight[[5, 60]])
 
@@ -271,7 +290,12 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
-YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 LEAN_CONFIGS = {
     **{family: FAMILIES[family] for family in LEAN},
     "llama with biases": scaled(LlamaConfig, attention_bias=True, mlp_bias=True),
@@ -280,7 +304,9 @@ LEAN_CONFIGS = {
     "llama, wide heads": scaled(LlamaConfig, head_dim=16),
     "llama, tied": scaled(LlamaConfig, tie_word_embeddings=True),
     "llama, rope llama3": scaled(LlamaConfig, rope_parameters=LLAMA3),
-    "llama, rope linear": scaled(LlamaConfig, rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}),
+    "llama, rope linear": scaled(
+        LlamaConfig, rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+    ),
     "qwen3 with biases": scaled(Qwen3Config, head_dim=8, attention_bias=True),
     "qwen3, rope yarn": scaled(Qwen3Config, head_dim=8, rope_parameters=YARN),
     "qwen2, wide": scaled(Qwen2Config, hidden_size=48),
@@ -298,7 +324,9 @@ def with_random_vectors(model: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", LEAN_CONFIGS)
-def test_the_lean_target_is_the_hugging_face_target(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lean_target_is_the_hugging_face_target(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(flashdraft.models.target, "PREFILL_CHUNK", 8)
     model = with_random_vectors(tiny_model("", dtype=torch.float32, config=LEAN_CONFIGS[name]()))
     assert LeanTarget.fits(model.config)
@@ -308,10 +336,16 @@ def test_the_lean_target_is_the_hugging_face_target(name: str, monkeypatch: pyte
     assert worst_after_all(lean, model) < LEAN_CLOSE
 
 
-@pytest.mark.parametrize("vector", ["input_norm", "post_norm", "q_norm", "k_norm", "qkv", "out", "gate_up", "down"])
+@pytest.mark.parametrize(
+    "vector", ["input_norm", "post_norm", "q_norm", "k_norm", "qkv", "out", "gate_up", "down"]
+)
 def test_a_dropped_bias_or_norm_of_the_lean_target_is_far_off(vector: str) -> None:
     biased = vector in ("gate_up", "down")
-    model = with_random_vectors(tiny_model("", config=LEAN_CONFIGS["llama with biases" if biased else "qwen3 with biases"]()))
+    model = with_random_vectors(
+        tiny_model(
+            "", config=LEAN_CONFIGS["llama with biases" if biased else "qwen3 with biases"]()
+        )
+    )
     lean = LeanTarget(model, "faulty")
     norms, linears = lean.decoder.norms[1], lean.decoder.linears[1]
     if vector in norms:
@@ -327,8 +361,18 @@ def test_a_dropped_bias_or_norm_of_the_lean_target_is_far_off(vector: str) -> No
         scaled(Qwen2Config, hidden_act="gelu"),
         scaled(MistralConfig, sliding_window=8),
         scaled(Qwen3Config, use_sliding_window=True, sliding_window=8, max_window_layers=2),
-        scaled(LlamaConfig, rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}),
-        scaled(LlamaConfig, rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}),
+        scaled(
+            LlamaConfig,
+            rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+        ),
+        scaled(
+            LlamaConfig,
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.5,
+            },
+        ),
         scaled(GlmConfig, head_dim=8),
         scaled(Qwen2Config, use_sliding_window=True, sliding_window=8, max_window_layers=2),
         lambda: SimpleNamespace(
@@ -339,7 +383,9 @@ def test_a_dropped_bias_or_norm_of_the_lean_target_is_far_off(vector: str) -> No
         ),
     ],
 )
-def test_what_the_lean_target_cannot_compute_is_left_to_transformers(config: Callable[[], Any]) -> None:
+def test_what_the_lean_target_cannot_compute_is_left_to_transformers(
+    config: Callable[[], Any],
+) -> None:
     assert not LeanTarget.fits(config())
 
 
@@ -350,7 +396,15 @@ UNLISTED = {
     "gemma2": scaled(Gemma2Config, head_dim=8, sliding_window=WINDOW),  # caps its logits
     "starcoder2": scaled(Starcoder2Config, sliding_window=WINDOW),
     "opt": scaled(OPTConfig, ffn_dim=64, word_embed_proj_dim=32),  # learned positions
-    "gpt2": lambda: GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=4, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=VOCAB,
+        n_embd=32,
+        n_layer=4,
+        n_head=4,
+        n_positions=64,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
 }
 
 
@@ -363,8 +417,16 @@ def test_an_unlisted_family_that_passes_the_measurement_is_right(name: str) -> N
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (lambda: MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4), "running state"),
-        (lambda: RwkvConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2), "running state \\(recurrent\\)"),
+        (
+            lambda: MambaConfig(
+                vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4
+            ),
+            "running state",
+        ),
+        (
+            lambda: RwkvConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2),
+            "running state \\(recurrent\\)",
+        ),
         (
             scaled(
                 Qwen3NextConfig,
@@ -398,14 +460,21 @@ def test_an_unlisted_family_that_passes_the_measurement_is_right(name: str) -> N
             ),
             "does not take our cache",  # its keys and values differ in size
         ),
-        (lambda: BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4), "no max_position_embeddings"),
+        (
+            lambda: BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4),
+            "no max_position_embeddings",
+        ),
         (scaled(GraniteConfig, logits_scaling=4.0), "does not give its own logits"),
         (scaled(CohereConfig, logit_scale=0.25), "does not give its own logits"),
     ],
 )
-def test_a_family_that_would_be_wrong_is_refused_by_name(config: Callable[[], Any], reason: str) -> None:
+def test_a_family_that_would_be_wrong_is_refused_by_name(
+    config: Callable[[], Any], reason: str
+) -> None:
     made_config = config()
-    with pytest.raises(UnsupportedTarget, match=f"`tiny` is a `{made_config.model_type}` model.*{reason}") as raised:
+    with pytest.raises(
+        UnsupportedTarget, match=f"`tiny` is a `{made_config.model_type}` model.*{reason}"
+    ) as raised:
         HFTarget(tiny_model("", config=made_config), "tiny")
     assert "llama" in str(raised.value.hint)
 
@@ -437,7 +506,9 @@ def test_a_family_that_remembers_rejected_drafts_is_refused() -> None:
 
     model.model.register_forward_pre_hook(enter, with_kwargs=True)
     model.model.embed_tokens.register_forward_hook(shift)
-    with pytest.raises(UnsupportedTarget, match="`tiny` is a `homemade` model: a rejected draft left a trace"):
+    with pytest.raises(
+        UnsupportedTarget, match="`tiny` is a `homemade` model: a rejected draft left a trace"
+    ):
         HFTarget(model, "tiny")
 
 
@@ -446,7 +517,9 @@ def test_a_family_that_ignores_our_cache_is_refused() -> None:
     forward = model.model.forward
 
     def stubborn(**given: Any) -> Any:
-        return forward(**{**given, "past_key_values": None, "use_cache": False, "attention_mask": None})
+        return forward(
+            **{**given, "past_key_values": None, "use_cache": False, "attention_mask": None}
+        )
 
     model.model.forward = stubborn
     with pytest.raises(UnsupportedTarget, match="does not give its own logits"):
@@ -454,7 +527,9 @@ def test_a_family_that_ignores_our_cache_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["opt", "gpt2"])
-def test_padding_beside_a_row_at_the_end_of_the_context_reads_no_position_beyond_it(name: str) -> None:
+def test_padding_beside_a_row_at_the_end_of_the_context_reads_no_position_beyond_it(
+    name: str,
+) -> None:
     config = UNLISTED[name]()
     model = tiny_model("", config=config)
     target = HFTarget(model, name)
@@ -469,7 +544,12 @@ def test_padding_beside_a_row_at_the_end_of_the_context_reads_no_position_beyond
 
 
 def test_longrope_ends_the_context_where_its_frequencies_would_change() -> None:
-    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+    }
     config = Phi3Config(**SHAPE, original_max_position_embeddings=32, rope_parameters=rope)
     model = tiny_model("", config=config)
     target = HFTarget(model, "phi3")
@@ -527,7 +607,9 @@ def planted(where: str) -> Any:
     elif where == "hook":
         layer.mlp.register_forward_hook(lambda *_: None)
     elif where == "parameter":
-        layer.mlp.down_proj.weight = torch.nn.Parameter(layer.mlp.down_proj.weight.detach().as_subclass(OtherParameter))
+        layer.mlp.down_proj.weight = torch.nn.Parameter(
+            layer.mlp.down_proj.weight.detach().as_subclass(OtherParameter)
+        )
     elif where == "dtype":
         layer.mlp.down_proj.to(torch.bfloat16)
     return model
@@ -593,12 +675,16 @@ SCALED: dict[str, tuple[dict[str, Any], int]] = {
 @pytest.mark.parametrize("case", SCALED)
 def test_context_of_a_scaled_target_is_the_scaled_one(case: str) -> None:
     rope, length = SCALED[case]
-    config = LlamaConfig(**{**SHAPE, "max_position_embeddings": 64}, rope_scaling={"rope_theta": 1e4, **rope})
+    config = LlamaConfig(
+        **{**SHAPE, "max_position_embeddings": 64}, rope_scaling={"rope_theta": 1e4, **rope}
+    )
     model = tiny_model("", config=config)
     lean, stock = LeanTarget(model, "lean", kernel="torch"), HFTarget(model, "stock")
     assert (lean.context_length, stock.context_length) == (length, length)
     tokens = torch.arange(length) % 50 + 3
-    got, wanted = (target.prefill(target.new_cache(1, length), 0, tokens, ())[0] for target in (lean, stock))
+    got, wanted = (
+        target.prefill(target.new_cache(1, length), 0, tokens, ())[0] for target in (lean, stock)
+    )
     assert float((got - wanted).abs().max()) < LEAN_CLOSE * 10
 
 
@@ -608,11 +694,15 @@ def test_lean_target_reads_far_beyond_its_first_table() -> None:
     (rotary,) = lean.decoder.rotaries
     assert len(rotary.tables[0]) == 256
     tokens = torch.arange(700) % 50 + 3
-    got, wanted = (target.prefill(target.new_cache(1, 704), 0, tokens, ())[0] for target in (lean, stock))
+    got, wanted = (
+        target.prefill(target.new_cache(1, 704), 0, tokens, ())[0] for target in (lean, stock)
+    )
     assert float((got - wanted).abs().max()) < LEAN_CLOSE * 10
     assert len(rotary.tables[0]) < 4096
     exact = LeanTarget(tiny_model("", dtype=torch.float32, config=model.config), "kernels")
-    assert torch.allclose(exact.prefill(exact.new_cache(1, 704), 0, tokens, ())[0].double(), wanted, atol=1e-2)
+    assert torch.allclose(
+        exact.prefill(exact.new_cache(1, 704), 0, tokens, ())[0].double(), wanted, atol=1e-2
+    )
 
 
 def test_rotary_parameters_by_kinds_that_the_family_does_not_read_are_refused() -> None:

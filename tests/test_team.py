@@ -56,19 +56,25 @@ def stress(tmp_path_factory: pytest.TempPathFactory) -> Path:
     try:
         program = built(tmp_path_factory.mktemp("tsan"), header, "-fsanitize=thread")
         run(program, 1, 1, 1).check_returncode()
-    except subprocess.CalledProcessError:  # no runtime of the sanitizer, or a system that it does not know
+    except (
+        subprocess.CalledProcessError
+    ):  # no runtime of the sanitizer, or a system that it does not know
         program = built(tmp_path_factory.mktemp("plain"), header)
     return program
 
 
 @pytest.mark.parametrize(("threads", "callers"), [(1, 1), (2, 1), (3, 2), (8, 3)])
-def test_every_piece_is_done_once_and_no_phase_begins_early(stress: Path, threads: int, callers: int) -> None:
+def test_every_piece_is_done_once_and_no_phase_begins_early(
+    stress: Path, threads: int, callers: int
+) -> None:
     done = run(stress, 400, threads, callers)
     assert (done.returncode, done.stdout, done.stderr) == (0, "ok\n", "")
 
 
 @pytest.mark.parametrize("caught", [True, False])
-def test_a_system_that_allows_no_more_threads_costs_time_and_no_more(caught: bool, tmp_path: Path) -> None:
+def test_a_system_that_allows_no_more_threads_costs_time_and_no_more(
+    caught: bool, tmp_path: Path
+) -> None:
     hired = "std::thread([this, index] { serve(index); }).detach();"
     refused = f"if (index > 1) throw std::system_error(std::make_error_code(std::errc::resource_unavailable_try_again)); {hired}"
     header = HEADER.read_text(encoding="utf-8")

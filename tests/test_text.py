@@ -41,7 +41,9 @@ def pieces(tokenizer: Any, tokens: Sequence[int], stop: Sequence[str] = ()) -> l
 
 
 def whole(tokenizer: Any, tokens: Sequence[int]) -> str:
-    return str(tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    return str(
+        tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    )
 
 
 def check_characters_are_whole(tokenizer: Any, text: str) -> None:
@@ -109,7 +111,9 @@ def test_a_stop_string_that_spans_tokens_ends_the_text_before_it(tokenizer: Any,
 
 
 @pytest.mark.real_model
-def test_a_character_split_over_tokens_can_be_a_stop_string_at_the_very_start(tokenizer: Any) -> None:
+def test_a_character_split_over_tokens_can_be_a_stop_string_at_the_very_start(
+    tokenizer: Any,
+) -> None:
     decoder = TextDecoder(tokenizer, ["🫠"])
     tokens = tokenizer.encode("🫠 rest")
     stopped = [(decoder.push(token), decoder.stopped)[1] for token in tokens]
@@ -117,15 +121,22 @@ def test_a_character_split_over_tokens_can_be_a_stop_string_at_the_very_start(to
     assert stopped.index(True) < len(tokens) - 1
 
 
-@pytest.mark.parametrize("planted", ["token by token", "without the window", "half characters", "no flush"])
+@pytest.mark.parametrize(
+    "planted", ["token by token", "without the window", "half characters", "no flush"]
+)
 @pytest.mark.real_model
-def test_a_planted_fault_of_decoding_is_caught(tokenizer: Any, monkeypatch: pytest.MonkeyPatch, planted: str) -> None:
+def test_a_planted_fault_of_decoding_is_caught(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, planted: str
+) -> None:
     def token_by_token(self: TextDecoder, token: int) -> str:
         return self._give(whole(self.tokenizer, [token]), final=False)
 
     def without_window(self: TextDecoder, token: int) -> str:
         self._tokens.append(token)
-        self._start, self._read = self._read, len(self._tokens)  # whether or not a character is finished
+        self._start, self._read = (
+            self._read,
+            len(self._tokens),
+        )  # whether or not a character is finished
         return self._give(self._decode(self._start, self._read), final=False)
 
     text = "mixed 漢a🫠"
@@ -150,7 +161,9 @@ class Syllables:
 
     WORDS = ("a", "b", "ab", "ba", "aab", "c", "")
 
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
+    def decode(
+        self, ids: Sequence[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool
+    ) -> str:
         return "".join(self.WORDS[token] for token in ids)
 
 
@@ -167,7 +180,12 @@ def check_stops(tokens: Sequence[int], stops: Sequence[str]) -> None:
             text = text[: min(found)]
             assert out == text
             break
-        held = [n for n in range(len(text) + 1) for stop in stops if n < len(stop) and text.endswith(stop[:n])]
+        held = [
+            n
+            for n in range(len(text) + 1)
+            for stop in stops
+            if n < len(stop) and text.endswith(stop[:n])
+        ]
         assert out == text[: len(text) - max(held, default=0)]
     out += decoder.push(0) + decoder.flush() if decoder.stopped else decoder.flush()
     assert out == decoder.text == text
@@ -178,7 +196,9 @@ def check_stops(tokens: Sequence[int], stops: Sequence[str]) -> None:
     tokens=st.lists(st.integers(0, len(Syllables.WORDS) - 1), max_size=12),
     stops=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),
 )
-def test_the_text_ends_before_the_first_stop_and_holds_back_no_more_than_it_must(tokens: list[int], stops: list[str]) -> None:
+def test_the_text_ends_before_the_first_stop_and_holds_back_no_more_than_it_must(
+    tokens: list[int], stops: list[str]
+) -> None:
     check_stops(tokens, stops)
 
 
@@ -190,8 +210,12 @@ def check_all_stops() -> None:
     check_stops([2, 5], ["a"])  # at the very start
 
 
-@pytest.mark.parametrize("planted", ["nothing is held", "first of the list", "longest hold lost", "goes on"])
-def test_a_planted_fault_of_stopping_is_caught(monkeypatch: pytest.MonkeyPatch, planted: str) -> None:
+@pytest.mark.parametrize(
+    "planted", ["nothing is held", "first of the list", "longest hold lost", "goes on"]
+)
+def test_a_planted_fault_of_stopping_is_caught(
+    monkeypatch: pytest.MonkeyPatch, planted: str
+) -> None:
     check_all_stops()
     give = TextDecoder._give
 
@@ -209,10 +233,14 @@ def test_a_planted_fault_of_stopping_is_caught(monkeypatch: pytest.MonkeyPatch, 
         monkeypatch.setattr(flashdraft.decoding.text, "_overlap", lambda text, stops: 0)
     elif planted == "longest hold lost":
         monkeypatch.setattr(
-            flashdraft.decoding.text, "_overlap", lambda text, stops: int(any(text[-1:] == stop[0] for stop in stops))
+            flashdraft.decoding.text,
+            "_overlap",
+            lambda text, stops: int(any(text[-1:] == stop[0] for stop in stops)),
         )
     else:
-        monkeypatch.setattr(TextDecoder, "_give", first_of_the_list if planted == "first of the list" else goes_on)
+        monkeypatch.setattr(
+            TextDecoder, "_give", first_of_the_list if planted == "first of the list" else goes_on
+        )
     with pytest.raises(AssertionError):
         check_all_stops()
 
@@ -242,7 +270,9 @@ class Metaspace:
 
     WORDS = ("", " a", " b", "c", " d")
 
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
+    def decode(
+        self, ids: Sequence[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool
+    ) -> str:
         return "".join(self.WORDS[token] for token in ids).removeprefix(" ")
 
 

@@ -30,7 +30,9 @@ class Clock:
         self.now += self.takes.pop(0)
 
 
-def test_one_burst_of_other_work_leaves_no_trace_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_burst_of_other_work_leaves_no_trace_in_the_table(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     clock = Clock(5.0, 8.0, 1.0, 9.0, 9.0, 2.0)
     monkeypatch.setattr(timing.time, "perf_counter", lambda: clock.now)
     assert best_of(clock.step, (1, 8), rounds=3) == {1: 1.0, 8: 2.0}
@@ -47,7 +49,16 @@ def test_a_table_is_measured_once_and_kept(times: StepTimes) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", "{}", '{"1": 1.0}', '{"1": "x", "8": 1}', '{"1": -1.0, "8": 1.0}', '{"1": NaN, "8": 1}']
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"1": 1.0}',
+        '{"1": "x", "8": 1}',
+        '{"1": -1.0, "8": 1.0}',
+        '{"1": NaN, "8": 1}',
+    ],
 )
 def test_a_damaged_table_is_measured_again(times: StepTimes, content: str) -> None:
     times.path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +98,9 @@ def test_sizes_that_the_table_lacks_are_not_judged(times: StepTimes) -> None:
     assert times.read() is not None
 
 
-def test_decoding_renews_a_table_that_was_made_on_a_busy_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_renews_a_table_that_was_made_on_a_busy_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FLASHDRAFT_CACHE", str(tmp_path))
     target = LeanTarget(tiny_model("llama"), "toy", kernel="torch")
     honest = target.step_seconds

@@ -32,7 +32,14 @@ from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDra
 from flashdraft.models.hf import HFTarget
 from flashdraft.train import answers as answers_stage
 from flashdraft.train import features as features_stage
-from flashdraft.train.batch import Batch, Pass, block_mask, block_positions, draw_anchors, make_batch
+from flashdraft.train.batch import (
+    Batch,
+    Pass,
+    block_mask,
+    block_positions,
+    draw_anchors,
+    make_batch,
+)
 from flashdraft.train.config import TrainConfig
 from flashdraft.train.features import FeatureSet, Sample, write_features
 from flashdraft.train.initialise import copied_from_target, draft_config, random_weights
@@ -43,7 +50,16 @@ from flashdraft.train.trainer import Trainer
 from flashdraft.types import Rows, SamplingParams
 
 LAYERS, BLOCK, HIDDEN = (1, 2), 4, 32
-PROMPTS = ("hello there", "what is it", "a b c", "zebra", "Quick fox", "sing a song", "why?", "tell me")
+PROMPTS = (
+    "hello there",
+    "what is it",
+    "a b c",
+    "zebra",
+    "Quick fox",
+    "sing a song",
+    "why?",
+    "tell me",
+)
 ANSWER = SamplingParams(max_new_tokens=24, ignore_eos=True)
 CONFIG = DraftConfig(
     hidden_size=HIDDEN,
@@ -60,7 +76,15 @@ CONFIG = DraftConfig(
     max_position_embeddings=256,
 )
 SETTINGS = TrainConfig(
-    steps=12, sequences=4, anchors=6, lr=3e-3, vocab=0, precision="fp32", save_every=4, eval_every=100, weight_decay=0.1
+    steps=12,
+    sequences=4,
+    anchors=6,
+    lr=3e-3,
+    vocab=0,
+    precision="fp32",
+    save_every=4,
+    eval_every=100,
+    weight_decay=0.1,
 )
 
 
@@ -118,7 +142,9 @@ def causal_block(anchors: Tensor, num_context: int, size: int) -> Tensor:
 
 def is_the_mask(mask: Mask) -> bool:
     cases = [((1,), 1, 2), ((3, 4, 9), 9, 4), ((5,), 8, 1), ((2, 7, 8, 11), 12, 3)]
-    return all(mask(torch.tensor(a), n, size).tolist() == slow_mask(a, n, size) for a, n, size in cases)
+    return all(
+        mask(torch.tensor(a), n, size).tolist() == slow_mask(a, n, size) for a, n, size in cases
+    )
 
 
 def test_block_mask_equals_the_definition() -> None:
@@ -140,7 +166,9 @@ Draw = Callable[[int, int, int, torch.Generator], Tensor]
 
 
 def drawn(draw: Draw, num_prompt: int, num_tokens: int, count: int, number: int) -> list[int]:
-    anchors: list[int] = draw(num_prompt, num_tokens, count, torch.Generator().manual_seed(number)).tolist()
+    anchors: list[int] = draw(
+        num_prompt, num_tokens, count, torch.Generator().manual_seed(number)
+    ).tolist()
     return anchors
 
 
@@ -149,11 +177,17 @@ def is_fair(draw: Draw) -> bool:
     counts = dict.fromkeys(range(5, 11), 0)
     for number in range(600):
         anchors = drawn(draw, 5, 12, 3, number)
-        if len(anchors) != 3 or anchors != sorted(set(anchors)) or not set(anchors) <= counts.keys():
+        if (
+            len(anchors) != 3
+            or anchors != sorted(set(anchors))
+            or not set(anchors) <= counts.keys()
+        ):
             return False
         for anchor in anchors:
             counts[anchor] += 1
-    return all(abs(count - 300) < 75 for count in counts.values())  # 300 expected, 12 is one standard deviation
+    return all(
+        abs(count - 300) < 75 for count in counts.values()
+    )  # 300 expected, 12 is one standard deviation
 
 
 def test_anchors_are_fair() -> None:
@@ -175,8 +209,12 @@ def test_planted_unfair_anchors_are_caught(wrong: str) -> None:
     assert not is_fair(PLANTED[wrong])
 
 
-@pytest.mark.parametrize(("num_tokens", "expected"), [(3, []), (5, []), (6, []), (7, [5]), (8, [5, 6])])
-def test_short_or_cut_answers_give_the_anchors_that_they_have(num_tokens: int, expected: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("num_tokens", "expected"), [(3, []), (5, []), (6, []), (7, [5]), (8, [5, 6])]
+)
+def test_short_or_cut_answers_give_the_anchors_that_they_have(
+    num_tokens: int, expected: list[int]
+) -> None:
     assert drawn(draw_anchors, 5, num_tokens, 9, 0) == expected
 
 
@@ -201,10 +239,14 @@ def loss_case(seed: int) -> tuple[Tensor, Tensor, Tensor]:
     return logits, torch.randint(-2, 7, (12,), generator=g), torch.arange(12) % 4
 
 
-def decayed_cross_entropy(logits: Tensor, labels: Tensor, offsets: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+def decayed_cross_entropy(
+    logits: Tensor, labels: Tensor, offsets: Tensor, gamma: float
+) -> tuple[Tensor, Tensor]:
     """As the trainer puts it together: labelled rows alone, one sum and one weight."""
     wanted = labels >= 0
-    weights = position_weights("decay", logits[wanted, 0], offsets[wanted], offsets[wanted], gamma=gamma)
+    weights = position_weights(
+        "decay", logits[wanted, 0], offsets[wanted], offsets[wanted], gamma=gamma
+    )
     losses = row_loss("ce", logits[wanted], labels[wanted], None)
     return (losses * weights).sum() / weights.sum().clamp(min=1e-9), weights.sum()
 
@@ -212,7 +254,9 @@ def decayed_cross_entropy(logits: Tensor, labels: Tensor, offsets: Tensor, gamma
 def is_the_loss(loss: Loss) -> bool:
     for seed in range(5):
         case = loss_case(seed)
-        if not torch.allclose(torch.stack(loss(*case, 3.0)), torch.tensor(slow_loss(*case, 3.0), dtype=torch.float64)):
+        if not torch.allclose(
+            torch.stack(loss(*case, 3.0)), torch.tensor(slow_loss(*case, 3.0), dtype=torch.float64)
+        ):
             return False
     return True
 
@@ -220,7 +264,9 @@ def is_the_loss(loss: Loss) -> bool:
 WRONG_LOSSES: dict[str, Loss] = {
     "no decay": lambda x, y, k, gamma: decayed_cross_entropy(x, y, k, 1e9),
     "decay from 0": lambda x, y, k, gamma: decayed_cross_entropy(x, y, k + 1, gamma),
-    "ignored labels count": lambda x, y, k, gamma: decayed_cross_entropy(x, y.clamp(min=0), k, gamma),
+    "ignored labels count": lambda x, y, k, gamma: decayed_cross_entropy(
+        x, y.clamp(min=0), k, gamma
+    ),
     "labels shifted": lambda x, y, k, gamma: decayed_cross_entropy(x, y.roll(1), k, gamma),
 }
 
@@ -237,7 +283,10 @@ def test_planted_wrong_loss_is_caught(wrong: str) -> None:
 def test_losses_of_parts_join_exactly() -> None:
     logits, labels, offsets = loss_case(1)
     whole, _ = decayed_cross_entropy(logits, labels, offsets, 3.0)
-    parts = [decayed_cross_entropy(logits[p], labels[p], offsets[p], 3.0) for p in (slice(0, 5), slice(5, 12))]
+    parts = [
+        decayed_cross_entropy(logits[p], labels[p], offsets[p], 3.0)
+        for p in (slice(0, 5), slice(5, 12))
+    ]
     joined = sum(loss * weight for loss, weight in parts) / sum(weight for _, weight in parts)
     torch.testing.assert_close(joined, whole)
 
@@ -257,10 +306,17 @@ def test_loss_without_labels_is_zero_and_has_a_gradient() -> None:
 def toy_sample(length: int, num_prompt: int, seed: int) -> Sample:
     """Tokens count upwards, so that any shift shows; features are noise."""
     g = torch.Generator().manual_seed(seed)
-    return Sample(torch.arange(length) % 50 + 3, torch.randn(length, 2 * HIDDEN, generator=g), num_prompt)
+    return Sample(
+        torch.arange(length) % 50 + 3, torch.randn(length, 2 * HIDDEN, generator=g), num_prompt
+    )
 
 
-SAMPLES = [(7, toy_sample(20, 6, 1)), (8, toy_sample(9, 2, 2)), (9, toy_sample(33, 30, 3)), (10, toy_sample(14, 3, 4))]
+SAMPLES = [
+    (7, toy_sample(20, 6, 1)),
+    (8, toy_sample(9, 2, 2)),
+    (9, toy_sample(33, 30, 3)),
+    (10, toy_sample(14, 3, 4)),
+]
 
 
 def network(seed: int = 0, **changes: Any) -> DFlashDraftModel:
@@ -281,7 +337,15 @@ def test_labels_are_the_tokens_at_their_own_positions() -> None:
     (sample,) = [sample for number, sample in SAMPLES if number == 7]
     batch = make_batch([(7, sample)], CONFIG, 99, seed=0)
     tokens = sample.tokens.tolist()
-    rows = list(zip(*(t.tolist() for t in (batch.positions[1], batch.offsets, batch.block_tokens, batch.labels)), strict=True))
+    rows = list(
+        zip(
+            *(
+                t.tolist()
+                for t in (batch.positions[1], batch.offsets, batch.block_tokens, batch.labels)
+            ),
+            strict=True,
+        )
+    )
     assert len(rows) == 13 * BLOCK  # 14 answer tokens, of which the last has no successor
     for start in range(0, len(rows), BLOCK):
         anchor = rows[start][0]
@@ -290,7 +354,9 @@ def test_labels_are_the_tokens_at_their_own_positions() -> None:
             assert token == (tokens[anchor] if k == 0 else MASK)
             inside = k > 0 and anchor + k < len(tokens)
             assert label == (tokens[anchor + k] if inside else -1)
-    assert -1 in [label for _, offset, _, label in rows if offset]  # a block that reaches past the end is among them
+    assert -1 in [
+        label for _, offset, _, label in rows if offset
+    ]  # a block that reaches past the end is among them
 
 
 def test_packed_sequences_have_the_states_of_each_alone() -> None:
@@ -304,7 +370,11 @@ def test_packed_sequences_that_see_each_other_are_caught() -> None:
     model, batch = network(), make_batch(SAMPLES, CONFIG, 4, seed=0)
     num_context, num_rows = batch.spans[-1][1], batch.spans[-1][3]
     anchors = torch.cat([batch.positions[1][r0:r1:BLOCK] + c0 for c0, _, r0, r1 in batch.spans])
-    leaking = replace(batch, spans=[(0, num_context, 0, num_rows)], masks=[block_mask(anchors, num_context, BLOCK)])
+    leaking = replace(
+        batch,
+        spans=[(0, num_context, 0, num_rows)],
+        masks=[block_mask(anchors, num_context, BLOCK)],
+    )
     assert float((states_of(leaking, model) - states_of(batch, model)).abs().max()) > 0.1
 
 
@@ -313,7 +383,9 @@ def test_loss_of_a_batch_is_that_of_its_sequences() -> None:
 
     def loss_of(samples: Sequence[tuple[int, Sample]]) -> tuple[Tensor, Tensor]:
         batch = make_batch(samples, CONFIG, 4, seed=0)
-        return decayed_cross_entropy(states_of(batch, model) @ head.T, batch.labels, batch.offsets, 4.0)
+        return decayed_cross_entropy(
+            states_of(batch, model) @ head.T, batch.labels, batch.offsets, 4.0
+        )
 
     whole, _ = loss_of(SAMPLES)
     parts = [loss_of([one]) for one in SAMPLES]
@@ -349,16 +421,24 @@ def test_blocks_beyond_the_draft_positions_are_not_trained(limit: int) -> None:
     assert torch.isfinite(states_of(batch, network(max_position_embeddings=limit))).all()
 
 
-@pytest.mark.parametrize("shift", [0, -1, 1], ids=["as-it-is", "features-one-late", "features-one-early"])
-def test_training_computes_what_decoding_computes(shift: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "shift", [0, -1, 1], ids=["as-it-is", "features-one-late", "features-one-early"]
+)
+def test_training_computes_what_decoding_computes(
+    shift: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Else accuracy is high in training and nothing is accepted when served. The planted faults shift the features by one."""
     monkeypatch.setattr(flashdraft.methods.dflash, "DRAFT_KERNEL", "float32")
-    monkeypatch.setattr(flashdraft.methods.network, "DRAFT_KERNEL", "float32")  # a draft is rounded to 8 bits otherwise
+    monkeypatch.setattr(
+        flashdraft.methods.network, "DRAFT_KERNEL", "float32"
+    )  # a draft is rounded to 8 bits otherwise
     model, target = network(), language_model().target
     tokens = torch.tensor([1, 9, 17, 30, 4, 22, 41, 8, 15, 33, 27, 5])
     _, features = target.prefill(target.new_cache(1, 64), 0, tokens, LAYERS)
     assert features is not None
-    batch = make_batch([(0, Sample(tokens, features.clone().roll(shift, 0), 4))], CONFIG, 99, seed=0)
+    batch = make_batch(
+        [(0, Sample(tokens, features.clone().roll(shift, 0), 4))], CONFIG, 99, seed=0
+    )
     states = states_of(batch, model).view(-1, BLOCK, HIDDEN)
     anchors = batch.positions[1][::BLOCK].tolist()
     assert anchors == list(range(4, 11))
@@ -368,7 +448,10 @@ def test_training_computes_what_decoding_computes(shift: int, monkeypatch: pytes
         history = tokens[: anchor + 1].tolist()
         drafter.observe(Rows([0], [history], [ANSWER], [1]), [tokens[:anchor]], [features[:anchor]])
         caught: list[Tensor] = []
-        drafter.network.scored = lambda hidden, *_, into=caught: (into.append(hidden[0]), hidden.topk(1, -1)[::-1])[1]  # type: ignore
+        drafter.network.scored = lambda hidden, *_, into=caught: (
+            into.append(hidden[0]),
+            hidden.topk(1, -1)[::-1],
+        )[1]  # type: ignore
         drafter.propose(Rows([0], [history], [ANSWER], [1]), BLOCK)
         differences.append(float((caught[0] - trained[1:]).abs().max()))
     assert max(differences) < 1e-4 if shift == 0 else min(differences) > 0.05
@@ -385,7 +468,8 @@ def sets(tmp_path: Path) -> Path:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         rows: list[dict[str, Any]] = [
-            {"question": f"{source} {n}", "instruction": f"{source} {n}", "input": ""} for n in range(2)
+            {"question": f"{source} {n}", "instruction": f"{source} {n}", "input": ""}
+            for n in range(2)
         ]
         if name.endswith(".json"):
             path.write_text(json.dumps([*rows, rows[0]]))
@@ -398,7 +482,9 @@ def test_prompts_are_written_once_each_in_a_seeded_order(tmp_path: Path, sets: P
     out = tmp_path / "out" / "prompts.jsonl"
     assert write_prompts(sets, out) == 10
     rows = list(read_jsonl(out))
-    assert {(row["source"], row["row"]) for row in rows} == {(source, n) for source in SOURCES for n in range(2)}
+    assert {(row["source"], row["row"]) for row in rows} == {
+        (source, n) for source in SOURCES for n in range(2)
+    }
     assert len({row["prompt"] for row in rows}) == 10
     first = out.read_bytes()
     write_prompts(sets, out)
@@ -408,7 +494,9 @@ def test_prompts_are_written_once_each_in_a_seeded_order(tmp_path: Path, sets: P
     assert sorted(out.read_bytes().split(b"\n")) == sorted(first.split(b"\n"))
 
 
-@pytest.mark.parametrize("name", ["gsm8k/test.jsonl", "openai_humaneval:test", "mt_bench", "alpaca_eval"])
+@pytest.mark.parametrize(
+    "name", ["gsm8k/test.jsonl", "openai_humaneval:test", "mt_bench", "alpaca_eval"]
+)
 def test_evaluation_sets_are_refused_by_name(tmp_path: Path, sets: Path, name: str) -> None:
     with pytest.raises(InvalidParameter) as error:
         write_prompts(sets, tmp_path / "out.jsonl", files=[name])
@@ -418,10 +506,26 @@ def test_evaluation_sets_are_refused_by_name(tmp_path: Path, sets: Path, name: s
 
 
 BAD_SETS = {
-    "broken line": ("gsm8k/train.jsonl", '{"question": "a"}\n{"question": \n', "train.jsonl, line 2: not valid JSON"),
-    "not an object": ("gsm8k/train.jsonl", '{"question": "a"}\n\n[1]\n', "train.jsonl, line 3: not a JSON object"),
-    "another field": ("gsm8k/train.jsonl", '{"question": "a"}\n{"asked": "b"}\n', "train.jsonl, line 2: none of the fields"),
-    "list of others": ("gpteacher/codegen-instruct.json", '[{"instruction": "a"}, "b"]', "codegen-instruct.json, entry 2: "),
+    "broken line": (
+        "gsm8k/train.jsonl",
+        '{"question": "a"}\n{"question": \n',
+        "train.jsonl, line 2: not valid JSON",
+    ),
+    "not an object": (
+        "gsm8k/train.jsonl",
+        '{"question": "a"}\n\n[1]\n',
+        "train.jsonl, line 3: not a JSON object",
+    ),
+    "another field": (
+        "gsm8k/train.jsonl",
+        '{"question": "a"}\n{"asked": "b"}\n',
+        "train.jsonl, line 2: none of the fields",
+    ),
+    "list of others": (
+        "gpteacher/codegen-instruct.json",
+        '[{"instruction": "a"}, "b"]',
+        "codegen-instruct.json, entry 2: ",
+    ),
 }
 
 
@@ -470,7 +574,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, prompts: Path) -> Path
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.55, 0.97])
-def test_regenerate_resumes_after_a_torn_last_line(tmp_path: Path, prompts: Path, undisturbed: Path, share: float) -> None:
+def test_regenerate_resumes_after_a_torn_last_line(
+    tmp_path: Path, prompts: Path, undisturbed: Path, share: float
+) -> None:
     whole, out = undisturbed.read_bytes(), tmp_path / "answers.jsonl"
     out.write_bytes(whole[: int(share * len(whole))])
     kept = out.read_bytes().count(b"\n")
@@ -491,7 +597,9 @@ def test_torn_line_that_is_kept_is_caught(
         regenerate(language_model(torch.float64), prompts, out, params=SAMPLED, quiet=True)
 
 
-def test_answers_are_written_as_they_end(tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_are_written_as_they_end(
+    tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A kill in the middle loses only what was not finished."""
     lm, out, stream = language_model(), tmp_path / "answers.jsonl", Model.stream
     lm.max_rows = 2
@@ -519,11 +627,18 @@ def test_answers_are_the_models_own(answers: Path, prompts: Path) -> None:
         result = lm.generate(row["prompt"], ANSWER)
         assert row == {
             **{"source": "toy", "row": PROMPTS.index(row["prompt"]), "prompt": row["prompt"]},
-            **{"response": result.text, "finish": "length", "num_tokens": 24, "tokens": list(result.tokens)},
+            **{
+                "response": result.text,
+                "finish": "length",
+                "num_tokens": 24,
+                "tokens": list(result.tokens),
+            },
         }
 
 
-def test_sampled_answers_differ_by_prompt_number_and_seed(tmp_path: Path, undisturbed: Path) -> None:
+def test_sampled_answers_differ_by_prompt_number_and_seed(
+    tmp_path: Path, undisturbed: Path
+) -> None:
     same = [{"source": "toy", "row": n, "prompt": "why?"} for n in range(3)]
     path, texts = write_lines(tmp_path / "prompts.jsonl", same), set()
     for seed in (0, 100):
@@ -534,7 +649,10 @@ def test_sampled_answers_differ_by_prompt_number_and_seed(tmp_path: Path, undist
 
 
 def test_prompt_beyond_the_context_is_left_out_and_limit_counts(tmp_path: Path) -> None:
-    rows = [{"source": "toy", "row": n, "prompt": prompt} for n, prompt in enumerate(("a", "x" * 250, "b", "c"))]
+    rows = [
+        {"source": "toy", "row": n, "prompt": prompt}
+        for n, prompt in enumerate(("a", "x" * 250, "b", "c"))
+    ]
     path, out = write_lines(tmp_path / "prompts.jsonl", rows), tmp_path / "answers.jsonl"
     assert regenerate(language_model(), path, out, params=ANSWER, limit=3, quiet=True) == 2
     assert {row["row"] for row in read_jsonl(out)} == {0, 2}
@@ -547,7 +665,10 @@ def test_prompt_file_of_another_form_is_named_with_its_line(
     """A line is left out; a file of such lines is refused."""
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"source": "s", "row": 0, "prompt": "a"}\n' + line + "\n")
-    assert regenerate(language_model(), path, tmp_path / "answers.jsonl", params=ANSWER, quiet=True) == 1
+    assert (
+        regenerate(language_model(), path, tmp_path / "answers.jsonl", params=ANSWER, quiet=True)
+        == 1
+    )
     assert "prompts.jsonl, line 2: " in capsys.readouterr().err
     path.write_text(line)
     with pytest.raises(DataError) as error:
@@ -563,15 +684,27 @@ def test_features_are_the_targets_hidden_states(tmp_path: Path, answers: Path) -
     lm, model = language_model(torch.float64), tiny_model("llama")
     write_features(lm, [answers], tmp_path, layers=LAYERS, max_length=128, quiet=True)
     data = FeatureSet(tmp_path)
-    assert (data.layers, data.hidden_size, data.target, len(data)) == (LAYERS, HIDDEN, "llama", len(PROMPTS))
-    texts = {tuple(lm.encode(row["prompt"]) + row["tokens"]): len(lm.encode(row["prompt"])) for row in read_jsonl(answers)}
+    assert (data.layers, data.hidden_size, data.target, len(data)) == (
+        LAYERS,
+        HIDDEN,
+        "llama",
+        len(PROMPTS),
+    )
+    texts = {
+        tuple(lm.encode(row["prompt"]) + row["tokens"]): len(lm.encode(row["prompt"]))
+        for row in read_jsonl(answers)
+    }
     for sample in (data[i] for i in range(len(data))):
         assert sample.num_prompt == texts[tuple(sample.tokens.tolist())]
         with torch.no_grad():
             hidden = model(sample.tokens[None], output_hidden_states=True).hidden_states
         theirs = [torch.cat([hidden[i + off][0] for i in LAYERS], -1) for off in (0, 1, 2)]
         half_a_bit = {"rtol": 2**-8, "atol": 1e-3}  # of bfloat16's eight
-        assert [torch.allclose(sample.features.double(), one, **half_a_bit) for one in theirs] == [False, True, False]
+        assert [torch.allclose(sample.features.double(), one, **half_a_bit) for one in theirs] == [
+            False,
+            True,
+            False,
+        ]
         _, own = lm.target.prefill(lm.target.new_cache(1, 64), 0, sample.tokens, LAYERS)
         assert own is not None
         assert torch.equal(sample.features, own.bfloat16())
@@ -581,7 +714,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_features_resume_and_make_nothing_twice(tmp_path: Path, answers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_resume_and_make_nothing_twice(
+    tmp_path: Path, answers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(features_stage, "SHARD", 3)
     lm, made = language_model(), []
 
@@ -597,7 +732,9 @@ def test_features_resume_and_make_nothing_twice(tmp_path: Path, answers: Path, m
 
         with monkeypatch.context() as patch:
             patch.setattr(files, "save_file", save)
-            return write_features(lm, [answers], tmp_path / folder, layers=LAYERS, max_length=128, quiet=True)
+            return write_features(
+                lm, [answers], tmp_path / folder, layers=LAYERS, max_length=128, quiet=True
+            )
 
     assert write("whole") == 3
     made.clear()
@@ -609,12 +746,20 @@ def test_features_resume_and_make_nothing_twice(tmp_path: Path, answers: Path, m
     assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
 
 
-def test_more_answers_do_not_count_the_first_ones_twice(tmp_path: Path, answers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_answers_do_not_count_the_first_ones_twice(
+    tmp_path: Path, answers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(features_stage, "SHARD", 3)
-    lines, growing, lm = answers.read_text().splitlines(keepends=True), tmp_path / "growing.jsonl", language_model()
+    lines, growing, lm = (
+        answers.read_text().splitlines(keepends=True),
+        tmp_path / "growing.jsonl",
+        language_model(),
+    )
     for count in (4, 8, 8):
         growing.write_text("".join(lines[:count]))
-        write_features(lm, [growing], tmp_path / "features", layers=LAYERS, max_length=128, quiet=True)
+        write_features(
+            lm, [growing], tmp_path / "features", layers=LAYERS, max_length=128, quiet=True
+        )
         data = FeatureSet(tmp_path / "features")
         assert len({tuple(data[i].tokens.tolist()) for i in range(len(data))}) == len(data) == count
 
@@ -625,7 +770,9 @@ def test_features_of_another_kind_are_refused(tmp_path: Path, answers: Path) -> 
     before = contents(tmp_path)
     for layers, max_length in (((0, 1), 128), (LAYERS, 64)):
         with pytest.raises(DataError) as error:
-            write_features(lm, [answers], tmp_path, layers=layers, max_length=max_length, quiet=True)
+            write_features(
+                lm, [answers], tmp_path, layers=layers, max_length=max_length, quiet=True
+            )
         assert "holds features of another kind" in one_line_and_hint(error)
     assert contents(tmp_path) == before
 
@@ -640,9 +787,13 @@ def test_long_answers_are_cut(tmp_path: Path, answers: Path) -> None:
     make_batch(((i, data[i]) for i in range(len(data))), CONFIG, 4, 0)
 
 
-@pytest.mark.parametrize("read", [lambda data: data[0], lambda data: data.answer_tokens(0)], ids=["sample", "tokens"])
+@pytest.mark.parametrize(
+    "read", [lambda data: data[0], lambda data: data.answer_tokens(0)], ids=["sample", "tokens"]
+)
 @pytest.mark.parametrize("damage", ["cut", "gone"])
-def test_damaged_shard_is_named(tmp_path: Path, answers: Path, damage: str, read: Callable[[FeatureSet], Any]) -> None:
+def test_damaged_shard_is_named(
+    tmp_path: Path, answers: Path, damage: str, read: Callable[[FeatureSet], Any]
+) -> None:
     write_features(language_model(), [answers], tmp_path, layers=LAYERS, max_length=128, quiet=True)
     data, (shard,) = FeatureSet(tmp_path), tmp_path.glob("*.safetensors")
     read(data)
@@ -660,7 +811,9 @@ def test_damaged_manifest_is_named(tmp_path: Path, answers: Path, content: str) 
     (tmp_path / "manifest.json").write_text(content)
     for read in (
         FeatureSet,
-        lambda out: write_features(language_model(), [answers], out, layers=LAYERS, max_length=9, quiet=True),
+        lambda out: write_features(
+            language_model(), [answers], out, layers=LAYERS, max_length=9, quiet=True
+        ),
     ):
         with pytest.raises(DataError) as error:
             read(tmp_path)
@@ -679,7 +832,9 @@ def test_folder_without_samples_is_refused(tmp_path: Path) -> None:
         FeatureSet(tmp_path)
     assert "holds no manifest.json" in one_line_and_hint(error)
     empty = write_lines(tmp_path / "empty.jsonl", [])
-    write_features(language_model(), [empty], tmp_path / "out", layers=LAYERS, max_length=9, quiet=True)
+    write_features(
+        language_model(), [empty], tmp_path / "out", layers=LAYERS, max_length=9, quiet=True
+    )
     with pytest.raises(DataError) as error:
         FeatureSet(tmp_path / "out")
     assert "holds no samples" in one_line_and_hint(error)
@@ -688,7 +843,9 @@ def test_folder_without_samples_is_refused(tmp_path: Path) -> None:
 # Stage 4: the trainer.
 
 
-def new_trainer(data: FeatureSet, out: Path, *, config: TrainConfig = SETTINGS, seed: int = 0) -> Trainer:
+def new_trainer(
+    data: FeatureSet, out: Path, *, config: TrainConfig = SETTINGS, seed: int = 0
+) -> Trainer:
     return Trainer(random_weights(CONFIG, seed), language_model(), data, out, config)
 
 
@@ -723,8 +880,17 @@ def finished(tmp_path_factory: pytest.TempPathFactory, data: FeatureSet) -> Trai
 
 def test_finished_run_leaves_its_files(finished: Trainer) -> None:
     out = finished.out
-    assert sorted(path.name for path in out.iterdir()) == ["best", "checkpoints", "metrics.jsonl", "run.json", "tensorboard"]
-    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-0000008", "step-0000012"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "best",
+        "checkpoints",
+        "metrics.jsonl",
+        "run.json",
+        "tensorboard",
+    ]
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == [
+        "step-0000008",
+        "step-0000012",
+    ]
     rows = list(read_jsonl(out / "metrics.jsonl"))
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert "tau" in rows[-1]
@@ -733,27 +899,38 @@ def test_finished_run_leaves_its_files(finished: Trainer) -> None:
 
 
 @pytest.mark.parametrize("step", [1, 4, 7, 11])
-def test_stopped_run_ends_with_the_same_bits(tmp_path: Path, data: FeatureSet, finished: Trainer, step: int) -> None:
+def test_stopped_run_ends_with_the_same_bits(
+    tmp_path: Path, data: FeatureSet, finished: Trainer, step: int
+) -> None:
     stop_at(new_trainer(data, tmp_path), step)
-    resumed = new_trainer(data, tmp_path, seed=9 if step >= 4 else 0)  # weights come from the checkpoint, if there is one
+    resumed = new_trainer(
+        data, tmp_path, seed=9 if step >= 4 else 0
+    )  # weights come from the checkpoint, if there is one
     assert resumed.step == step // 4 * 4
     resumed.run(PROMPTS[:1], quiet=True)
     assert equal(weights(resumed), weights(finished))
 
 
-def test_every_epoch_reads_every_sample_once_in_a_new_order(tmp_path: Path, data: FeatureSet) -> None:
+def test_every_epoch_reads_every_sample_once_in_a_new_order(
+    tmp_path: Path, data: FeatureSet
+) -> None:
     trainer = new_trainer(data, tmp_path)
     numbers: list[int] = []
     place = trainer._place
     trainer._place = lambda number: (numbers.append(number), place(number))[1]  # type: ignore[method-assign]
     trainer.run(PROMPTS[:1], quiet=True)
     assert numbers == list(range(12 * 4))
-    epochs = [[tuple(data[place(n)].tokens.tolist()) for n in range(first, first + len(data))] for first in (0, 8, 16)]
+    epochs = [
+        [tuple(data[place(n)].tokens.tolist()) for n in range(first, first + len(data))]
+        for first in (0, 8, 16)
+    ]
     assert {len(set(epoch)) for epoch in epochs} == {len(data)}
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
-def test_run_resumed_without_its_optimizer_state_is_caught(tmp_path: Path, data: FeatureSet, finished: Trainer) -> None:
+def test_run_resumed_without_its_optimizer_state_is_caught(
+    tmp_path: Path, data: FeatureSet, finished: Trainer
+) -> None:
     stop_at(new_trainer(data, tmp_path), 7)
     resumed = new_trainer(data, tmp_path)
     resumed.optimizer.optimizer.state.clear()
@@ -762,7 +939,9 @@ def test_run_resumed_without_its_optimizer_state_is_caught(tmp_path: Path, data:
 
 
 @pytest.mark.parametrize("step", [2, 7], ids=["before-the-first-checkpoint", "behind-a-checkpoint"])
-def test_metrics_of_a_resumed_run_hold_every_step_once(tmp_path: Path, data: FeatureSet, step: int) -> None:
+def test_metrics_of_a_resumed_run_hold_every_step_once(
+    tmp_path: Path, data: FeatureSet, step: int
+) -> None:
     stop_at(new_trainer(data, tmp_path), step)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "lo')  # a kill in the middle of a line
@@ -777,8 +956,12 @@ def test_finished_run_stays_finished(tmp_path: Path, data: FeatureSet, finished:
     assert equal(weights(again), weights(finished))
 
 
-@pytest.mark.parametrize("changes", [{"lr": 1e-3}, {"seed": 1}, {"anchors": 5}, {"vocab": 20}, {"gamma": 7.0}])
-def test_other_settings_on_resume_are_refused(finished: Trainer, data: FeatureSet, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "changes", [{"lr": 1e-3}, {"seed": 1}, {"anchors": 5}, {"vocab": 20}, {"gamma": 7.0}]
+)
+def test_other_settings_on_resume_are_refused(
+    finished: Trainer, data: FeatureSet, changes: dict[str, Any]
+) -> None:
     with pytest.raises(InvalidParameter) as error:
         new_trainer(data, finished.out, config=replace(SETTINGS, **changes))
     assert f"was begun with {next(iter(changes))} " in one_line_and_hint(error)
@@ -792,7 +975,9 @@ def test_another_draft_network_on_resume_is_refused(finished: Trainer, data: Fea
 
 
 def files_of(out: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()
+    }
 
 
 class Poisoned(FeatureSet):
@@ -804,10 +989,16 @@ class Poisoned(FeatureSet):
     def __getitem__(self, i: int) -> Sample:
         sample = super().__getitem__(i)
         self.served += 1
-        return sample if self.served <= self.poison_from else replace(sample, features=sample.features * math.nan)
+        return (
+            sample
+            if self.served <= self.poison_from
+            else replace(sample, features=sample.features * math.nan)
+        )
 
 
-def test_loss_that_is_no_number_stops_the_run_and_overwrites_nothing(tmp_path: Path, data: FeatureSet) -> None:
+def test_loss_that_is_no_number_stops_the_run_and_overwrites_nothing(
+    tmp_path: Path, data: FeatureSet
+) -> None:
     trainer = new_trainer(Poisoned(data.folder), tmp_path)
     files: list[dict[str, bytes]] = []
     save = trainer._save
@@ -820,9 +1011,13 @@ def test_loss_that_is_no_number_stops_the_run_and_overwrites_nothing(tmp_path: P
     assert new_trainer(data, tmp_path).step == 8
 
 
-def test_gradient_that_is_no_number_stops_the_run_before_the_weights_are_touched(tmp_path: Path, data: FeatureSet) -> None:
+def test_gradient_that_is_no_number_stops_the_run_before_the_weights_are_touched(
+    tmp_path: Path, data: FeatureSet
+) -> None:
     trainer = new_trainer(data, tmp_path)
-    trainer.model.fc.weight.register_hook(lambda gradient: gradient * math.inf if trainer.step == 3 else gradient)
+    trainer.model.fc.weight.register_hook(
+        lambda gradient: gradient * math.inf if trainer.step == 3 else gradient
+    )
     with pytest.raises(FlashDraftError) as error:
         trainer.run(PROMPTS[:1], quiet=True)
     assert "at step 3" in one_line_and_hint(error)
@@ -830,7 +1025,9 @@ def test_gradient_that_is_no_number_stops_the_run_before_the_weights_are_touched
     assert not list(tmp_path.glob("checkpoints/*"))
 
 
-@pytest.mark.parametrize("nth", [0, 1], ids=["while-weights-are-written", "while-the-optimizer-is-written"])
+@pytest.mark.parametrize(
+    "nth", [0, 1], ids=["while-weights-are-written", "while-the-optimizer-is-written"]
+)
 def test_kill_while_saving_leaves_the_last_whole_checkpoint(
     tmp_path: Path, data: FeatureSet, finished: Trainer, monkeypatch: pytest.MonkeyPatch, nth: int
 ) -> None:
@@ -851,7 +1048,10 @@ def test_kill_while_saving_leaves_the_last_whole_checkpoint(
     assert resumed.step == 4
     resumed.run(PROMPTS[:1], quiet=True)
     assert equal(weights(resumed), weights(finished))
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-0000008", "step-0000012"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "step-0000008",
+        "step-0000012",
+    ]
 
 
 def test_features_of_other_layers_are_refused(tmp_path: Path, data: FeatureSet) -> None:
@@ -861,8 +1061,12 @@ def test_features_of_other_layers_are_refused(tmp_path: Path, data: FeatureSet) 
     assert "holds layers (1, 2), the drafter reads (0, 1)" in one_line_and_hint(error)
 
 
-@pytest.mark.parametrize("what", ["lm_head.weight", "embed_tokens.weight", "sliding_attention layers"])
-def test_network_that_is_trained_otherwise_than_it_would_run_is_refused(tmp_path: Path, data: FeatureSet, what: str) -> None:
+@pytest.mark.parametrize(
+    "what", ["lm_head.weight", "embed_tokens.weight", "sliding_attention layers"]
+)
+def test_network_that_is_trained_otherwise_than_it_would_run_is_refused(
+    tmp_path: Path, data: FeatureSet, what: str
+) -> None:
     kinds = ("sliding_attention", "full_attention") if "sliding" in what else ()
     model = random_weights(replace(CONFIG, layer_types=kinds, sliding_window=4), 0)
     if "weight" in what:
@@ -872,7 +1076,9 @@ def test_network_that_is_trained_otherwise_than_it_would_run_is_refused(tmp_path
     assert f"the drafter has {what}" in one_line_and_hint(error)
 
 
-@pytest.mark.parametrize(("measured", "expected"), [([], "no prompts"), (["a", "b" * 130], "tokens and 128 new ones")])
+@pytest.mark.parametrize(
+    ("measured", "expected"), [([], "no prompts"), (["a", "b" * 130], "tokens and 128 new ones")]
+)
 def test_prompts_that_cannot_be_measured_stop_the_run_before_its_first_step(
     tmp_path: Path, data: FeatureSet, measured: list[str], expected: str
 ) -> None:
@@ -894,7 +1100,13 @@ def test_target_is_not_trained(tmp_path: Path, data: FeatureSet) -> None:
     """A transformers target, whose parameters would take gradients if they were given any."""
     model = tiny_model("llama", dtype=torch.float32)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    lm = Model(HFTarget(model, "llama"), letter_tokenizer(), Autoregressive, eos=frozenset({EOS}), max_rows=8)
+    lm = Model(
+        HFTarget(model, "llama"),
+        letter_tokenizer(),
+        Autoregressive,
+        eos=frozenset({EOS}),
+        max_rows=8,
+    )
     trainer = Trainer(random_weights(CONFIG, 0), lm, data, tmp_path, SETTINGS)
     first = weights(trainer)
     trainer.train_step()
@@ -904,15 +1116,21 @@ def test_target_is_not_trained(tmp_path: Path, data: FeatureSet) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_target_of_another_precision_trains(tmp_path: Path, data: FeatureSet, dtype: torch.dtype) -> None:
-    trainer = Trainer(random_weights(CONFIG, 0), language_model(dtype), data, tmp_path, replace(SETTINGS, steps=2))
+def test_target_of_another_precision_trains(
+    tmp_path: Path, data: FeatureSet, dtype: torch.dtype
+) -> None:
+    trainer = Trainer(
+        random_weights(CONFIG, 0), language_model(dtype), data, tmp_path, replace(SETTINGS, steps=2)
+    )
     assert trainer.run(PROMPTS[:1], quiet=True) >= 1.0
 
 
 def test_bf16_training_stays_near_fp32(tmp_path: Path, data: FeatureSet) -> None:
     losses = {}
     for precision in ("fp32", "bf16"):
-        trainer = new_trainer(data, tmp_path / precision, config=replace(SETTINGS, precision=precision))
+        trainer = new_trainer(
+            data, tmp_path / precision, config=replace(SETTINGS, precision=precision)
+        )
         losses[precision] = [trainer.train_step()["loss"] for _ in range(4)]
     assert losses["bf16"] == pytest.approx(losses["fp32"], abs=0.05)
     assert losses["bf16"] != losses["fp32"]
@@ -926,7 +1144,9 @@ def test_reduced_softmax_holds_every_label(tmp_path: Path, data: FeatureSet) -> 
     answers = [token for i in range(len(data)) for token in data.answer_tokens(i)]
     kept = trainer.loss.vocabulary.tolist()
     assert len(kept) == 20
-    assert min(answers.count(token) for token in kept) >= max(answers.count(t) for t in range(VOCAB) if t not in kept)
+    assert min(answers.count(token) for token in kept) >= max(
+        answers.count(t) for t in range(VOCAB) if t not in kept
+    )
     labels = torch.tensor(answers[:40])
     candidates, indices = trainer.loss._candidates(labels, 0)
     assert torch.equal(candidates[indices], labels)
@@ -964,14 +1184,28 @@ def target_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_copy_of_the_target_holds_its_last_layers(data: FeatureSet, target_folder: Path) -> None:
-    config = draft_config(load_target(str(target_folder))[0], num_layers=2, block_size=BLOCK, num_features=1, mask_token_id=MASK)
+    config = draft_config(
+        load_target(str(target_folder))[0],
+        num_layers=2,
+        block_size=BLOCK,
+        num_features=1,
+        mask_token_id=MASK,
+    )
     config = replace(config, target_layer_ids=LAYERS)
     state = copied_from_target(config, str(target_folder), data[0], seed=0).state_dict()
     theirs = load_file(target_folder / "model.safetensors")
     assert {name: tuple(tensor.shape) for name, tensor in state.items()} == config.shapes()
     for n in range(2):
-        for name in ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "post_attention_layernorm"):
-            assert torch.equal(state[f"layers.{n}.{name}.weight"], theirs[f"model.layers.{2 + n}.{name}.weight"]), name
+        for name in (
+            "self_attn.o_proj",
+            "mlp.gate_proj",
+            "mlp.up_proj",
+            "mlp.down_proj",
+            "post_attention_layernorm",
+        ):
+            assert torch.equal(
+                state[f"layers.{n}.{name}.weight"], theirs[f"model.layers.{2 + n}.{name}.weight"]
+            ), name
     assert torch.equal(state["norm.weight"], theirs["model.norm.weight"])
 
 
@@ -989,8 +1223,12 @@ def test_copy_draws_its_context_keys_like_the_target(data: FeatureSet, target_fo
     assert torch.nn.functional.cosine_similarity(noise, expected).abs().mean() < 0.5
 
 
-@pytest.mark.parametrize("changes", [{"num_attention_heads": 8}, {"intermediate_size": 48}, {"num_key_value_heads": 4}])
-def test_copy_of_a_target_of_another_shape_is_refused(data: FeatureSet, target_folder: Path, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "changes", [{"num_attention_heads": 8}, {"intermediate_size": 48}, {"num_key_value_heads": 4}]
+)
+def test_copy_of_a_target_of_another_shape_is_refused(
+    data: FeatureSet, target_folder: Path, changes: dict[str, Any]
+) -> None:
     with pytest.raises(CheckpointError) as error:
         copied_from_target(replace(CONFIG, **changes), str(target_folder), data[0], seed=0)
     assert "of the draft's size to copy" in one_line_and_hint(error)
@@ -1005,20 +1243,26 @@ def test_copy_trains(tmp_path: Path, data: FeatureSet, target_folder: Path) -> N
 
 # The point of it all.
 
-OVERFIT = TrainConfig(steps=140, sequences=8, anchors=24, lr=1e-2, weight_decay=0.0, vocab=0, precision="fp32")
+OVERFIT = TrainConfig(
+    steps=140, sequences=8, anchors=24, lr=1e-2, weight_decay=0.0, vocab=0, precision="fp32"
+)
 
 
 def tau_of(model: DFlashDraftModel) -> float:
     """The accepted length on the training prompts, decoded by the engine; the texts must be the plain ones."""
     lm = language_model()
     network = PackedDraft(model.eval(), lm.target)
-    drafting = Model(lm.target, lm.tokenizer, lambda: DFlashDrafter(network), eos=lm.eos, max_rows=8)
+    drafting = Model(
+        lm.target, lm.tokenizer, lambda: DFlashDrafter(network), eos=lm.eos, max_rows=8
+    )
     plain, drafted = lm.generate(list(PROMPTS), ANSWER), drafting.generate(list(PROMPTS), ANSWER)
     assert [result.tokens for result in drafted] == [result.tokens for result in plain]
     return float(sum(result.stats.tau for result in drafted) / len(drafted))
 
 
-def test_overfitted_drafter_is_accepted_and_an_untrained_one_is_not(tmp_path: Path, data: FeatureSet) -> None:
+def test_overfitted_drafter_is_accepted_and_an_untrained_one_is_not(
+    tmp_path: Path, data: FeatureSet
+) -> None:
     trainer = new_trainer(data, tmp_path, config=OVERFIT)
     assert tau_of(trainer.model) < 1.3
     trainer.model.train()

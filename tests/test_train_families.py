@@ -20,9 +20,20 @@ from flashdraft.train.regenerate import regenerate
 from flashdraft.train.trainer import Trainer
 from flashdraft.types import SamplingParams
 
-PROMPTS = ("hello there", "a", "what is it?", "zebra", "Quick brown fox", "numbers", "no", "Why not?")
+PROMPTS = (
+    "hello there",
+    "a",
+    "what is it?",
+    "zebra",
+    "Quick brown fox",
+    "numbers",
+    "no",
+    "Why not?",
+)
 ANSWER = SamplingParams(max_new_tokens=24, ignore_eos=True)
-SETTINGS = TrainConfig(steps=90, sequences=8, anchors=24, lr=1e-2, weight_decay=0.0, vocab=0, precision="fp32")
+SETTINGS = TrainConfig(
+    steps=90, sequences=8, anchors=24, lr=1e-2, weight_decay=0.0, vocab=0, precision="fp32"
+)
 BLOCK = 4
 
 
@@ -31,18 +42,37 @@ def test_drafter_of_this_family_overfits_and_is_accepted(tmp_path: Path, family:
     target = tiny_target(family, dtype=torch.float32)
     lm = Model(target, letter_tokenizer(), Autoregressive, eos=frozenset({EOS}), max_rows=8)
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"source": "toy", "row": n, "prompt": p}) + "\n" for n, p in enumerate(PROMPTS)))
-    assert regenerate(lm, prompts, tmp_path / "answers.jsonl", params=ANSWER, quiet=True) == 8
-    config = draft_config(target, num_layers=2, block_size=BLOCK, num_features=1, mask_token_id=MASK)
-    write_features(
-        lm, [tmp_path / "answers.jsonl"], tmp_path / "features", layers=config.target_layer_ids, max_length=64, quiet=True
+    prompts.write_text(
+        "".join(
+            json.dumps({"source": "toy", "row": n, "prompt": p}) + "\n"
+            for n, p in enumerate(PROMPTS)
+        )
     )
-    trainer = Trainer(random_weights(config, 0), lm, FeatureSet(tmp_path / "features"), tmp_path / "run", SETTINGS)
+    assert regenerate(lm, prompts, tmp_path / "answers.jsonl", params=ANSWER, quiet=True) == 8
+    config = draft_config(
+        target, num_layers=2, block_size=BLOCK, num_features=1, mask_token_id=MASK
+    )
+    write_features(
+        lm,
+        [tmp_path / "answers.jsonl"],
+        tmp_path / "features",
+        layers=config.target_layer_ids,
+        max_length=64,
+        quiet=True,
+    )
+    trainer = Trainer(
+        random_weights(config, 0), lm, FeatureSet(tmp_path / "features"), tmp_path / "run", SETTINGS
+    )
 
     def tau() -> float:
         network = PackedDraft(trainer.model.eval(), target)
-        drafting = Model(target, lm.tokenizer, lambda: DFlashDrafter(network), eos=lm.eos, max_rows=8)
-        plain, drafted = lm.generate(list(PROMPTS), ANSWER), drafting.generate(list(PROMPTS), ANSWER)
+        drafting = Model(
+            target, lm.tokenizer, lambda: DFlashDrafter(network), eos=lm.eos, max_rows=8
+        )
+        plain, drafted = (
+            lm.generate(list(PROMPTS), ANSWER),
+            drafting.generate(list(PROMPTS), ANSWER),
+        )
         assert [result.tokens for result in drafted] == [result.tokens for result in plain]
         return float(sum(result.stats.tau for result in drafted) / len(drafted))
 

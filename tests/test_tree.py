@@ -58,7 +58,9 @@ def paths_by_force(scores: list[list[float]]) -> list[float]:
     scores=st.lists(st.lists(st.floats(-5, -0.01), min_size=1, max_size=3), min_size=1, max_size=4),
     count=st.integers(1, 40),
 )
-def test_best_first_holds_the_likeliest_paths_and_every_prefix_is_a_tree(scores: list[list[float]], count: int) -> None:
+def test_best_first_holds_the_likeliest_paths_and_every_prefix_is_a_tree(
+    scores: list[list[float]], count: int
+) -> None:
     scores = [sorted(depth, reverse=True) for depth in scores]
     names = [[10 * depth + rank for rank in range(len(own))] for depth, own in enumerate(scores)]
     tokens, parents, own = best_first(-1, independent(-1, names, scores), count)
@@ -78,9 +80,14 @@ def test_one_token_a_depth_makes_a_chain() -> None:
 
 
 def test_every_branch_goes_on_by_its_own_token() -> None:
-    laws = [{9: ([1, 2, 5], [-0.5, -0.6, -9.0])}, {1: ([3, 4], [-2.0, -2.1]), 2: ([4, 3], [-0.1, -3.0])}]
+    laws = [
+        {9: ([1, 2, 5], [-0.5, -0.6, -9.0])},
+        {1: ([3, 4], [-2.0, -2.1]), 2: ([4, 3], [-0.1, -3.0])},
+    ]
     assert best_first(9, laws, 4) == ([1, 2, 4, 3], [0, 0, 2, 1], [-0.5, -0.6, -0.1, -2.0])
-    assert len(best_first(9, laws, 9)[0]) == 7, "nothing grows behind a token that the laws do not know"
+    assert len(best_first(9, laws, 9)[0]) == 7, (
+        "nothing grows behind a token that the laws do not know"
+    )
 
 
 def good() -> Proposal:

@@ -30,7 +30,10 @@ from flashdraft.types import Drafter, Proposal, Rows, SamplingParams
 NEW = 16
 PROMPTS = ((5, 9, 7), (9, 8, 30, 4, 11, 9, 8), (*range(10, 21), *range(10, 16)), (33,))
 GREEDY = SamplingParams(max_new_tokens=NEW)
-SAMPLED = tuple(SamplingParams(temperature=0.8, top_p=p, seed=int(100 * p), max_new_tokens=NEW) for p in (0.9, 1.0, 0.95, 1.0))
+SAMPLED = tuple(
+    SamplingParams(temperature=0.8, top_p=p, seed=int(100 * p), max_new_tokens=NEW)
+    for p in (0.9, 1.0, 0.95, 1.0)
+)
 KINDS = {"greedy": (GREEDY,) * 4, "sampled": SAMPLED, "mixed": (GREEDY, *SAMPLED[1:])}
 
 
@@ -41,7 +44,10 @@ def small() -> Target:
     torch.manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.01 * parameter.std(), alpha=1.0 if parameter.ndim > 1 else 0.0)
+            parameter.add_(
+                torch.randn_like(parameter) * 0.01 * parameter.std(),
+                alpha=1.0 if parameter.ndim > 1 else 0.0,
+            )
     return HFTarget(model, "small")
 
 
@@ -51,9 +57,13 @@ def draft_model(**options: Any) -> DraftModelDrafter:
 
 UNIONS: dict[str, Callable[[Target], Union]] = {
     "dflash+prompt_lookup": lambda target: Union(tiny_drafter(target), PromptLookup()),
-    "dflash tree+draft_model": lambda target: Union(tiny_drafter(target, tree_nodes=9), draft_model()),
+    "dflash tree+draft_model": lambda target: Union(
+        tiny_drafter(target, tree_nodes=9), draft_model()
+    ),
     "prompt_lookup+draft_model": lambda target: Union(PromptLookup(), draft_model()),
-    "three": lambda target: Union(Union(tiny_drafter(target), draft_model(block_size=3)), PromptLookup()),
+    "three": lambda target: Union(
+        Union(tiny_drafter(target), draft_model(block_size=3)), PromptLookup()
+    ),
     "nothing": lambda target: Union(Autoregressive(), Autoregressive()),
 }
 
@@ -94,7 +104,11 @@ def paths_of(tree: Nodes) -> dict[tuple[int, ...], float]:
 def slow(trees: Sequence[Nodes]) -> dict[tuple[int, ...], float]:
     """Every path of any tree with the log-confidence of the whole of it, the better of the two at each node."""
     known = [paths_of(tree) for tree in trees]
-    own = {path: max(found[path] for found in known if path in found) for found in known for path in found}
+    own = {
+        path: max(found[path] for found in known if path in found)
+        for found in known
+        for path in found
+    }
     return {path: sum(own[path[:n]] for n in range(1, len(path) + 1)) for path in own}
 
 
@@ -105,7 +119,9 @@ def check_merge(trees: Sequence[Nodes], count: int) -> None:
     wanted, merged = slow(trees), merge_under_test(trees, count)
     tokens, parents, _ = merged
     size = 1 + len(tokens)
-    check(Proposal(torch.tensor([[9, *tokens]]), torch.tensor([[-1, *parents]]), torch.tensor([size])))
+    check(
+        Proposal(torch.tensor([[9, *tokens]]), torch.tensor([[-1, *parents]]), torch.tensor([size]))
+    )
     assert len(tokens) == min(count, len(wanted))
     totals = [wanted[path] for path in paths_of(merged)]
     assert totals == pytest.approx(sorted(wanted.values(), reverse=True)[:count])
@@ -123,7 +139,11 @@ def test_the_merged_tree_holds_the_likeliest_paths_of_both() -> None:
 
 
 def test_of_equal_prefixes_one_remains_and_of_equal_scores_the_parent_comes_first() -> None:
-    assert merge([([1, 2], [0, 1], [-0.5, -0.5]), ([1, 3], [0, 1], [-0.1, 0.0])], 9) == ([1, 3, 2], [0, 1, 1], [-0.1, 0.0, -0.5])
+    assert merge([([1, 2], [0, 1], [-0.5, -0.5]), ([1, 3], [0, 1], [-0.1, 0.0])], 9) == (
+        [1, 3, 2],
+        [0, 1, 1],
+        [-0.1, 0.0, -0.5],
+    )
     assert merge([([1, 2, 3], [0, 1, 2], [0.0, 0.0, 1e-7]), ([4], [0], [0.0])], 3)[0] == [1, 2, 3]
     assert merge([([], [], []), ([], [], [])], 5) == ([], [], [])
 
@@ -131,7 +151,11 @@ def test_of_equal_prefixes_one_remains_and_of_equal_scores_the_parent_comes_firs
 def side_by_side(trees: Sequence[Nodes], count: int) -> Nodes:
     """Equal siblings stay two."""
     (a, b, c), (d, e, f) = trees
-    return [*a, *d][:count], [*b, *(above and above + len(a) for above in e)][:count], [*c, *f][:count]
+    return (
+        [*a, *d][:count],
+        [*b, *(above and above + len(a) for above in e)][:count],
+        [*c, *f][:count],
+    )
 
 
 def first_come(trees: Sequence[Nodes], count: int) -> Nodes:
@@ -155,7 +179,9 @@ def first_score(trees: Sequence[Nodes], count: int) -> Nodes:
 
 
 @pytest.mark.parametrize("faulty", [side_by_side, first_come, own_scores_only, first_score])
-def test_a_wrong_merge_is_seen(faulty: Callable[..., Nodes], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_merge_is_seen(
+    faulty: Callable[..., Nodes], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys.modules[__name__], "merge_under_test", faulty)
     with pytest.raises(AssertionError):
         all_merges()
@@ -166,7 +192,10 @@ def test_a_wrong_merge_is_seen(faulty: Callable[..., Nodes], monkeypatch: pytest
 
 def rows_of(histories: Sequence[Sequence[int]], params: SamplingParams = GREEDY) -> Rows:
     return Rows(
-        list(range(len(histories))), [list(history) for history in histories], [params] * len(histories), [1] * len(histories)
+        list(range(len(histories))),
+        [list(history) for history in histories],
+        [params] * len(histories),
+        [1] * len(histories),
     )
 
 
@@ -180,9 +209,15 @@ def test_a_union_keeps_to_the_budget_and_to_what_was_proposed(max_nodes: int) ->
     parts = [one.propose(rows, max_nodes) for one in (first, second)]
     for row, size in enumerate(joined.sizes.tolist()):
         own = [
-            (p.tokens[row, 1:n].tolist(), p.parents[row, 1:n].tolist(), [0.0] * (n - 1)) for p in parts for n in [p.sizes[row]]
+            (p.tokens[row, 1:n].tolist(), p.parents[row, 1:n].tolist(), [0.0] * (n - 1))
+            for p in parts
+            for n in [p.sizes[row]]
         ]
-        merged = joined.tokens[row, 1:size].tolist(), joined.parents[row, 1:size].tolist(), [0.0] * (size - 1)
+        merged = (
+            joined.tokens[row, 1:size].tolist(),
+            joined.parents[row, 1:size].tolist(),
+            [0.0] * (size - 1),
+        )
         both = {path for tree in own for path in paths_of(tree)}
         assert set(paths_of(merged)) <= both
         assert size == min(max_nodes, 1 + len(both))
@@ -218,7 +253,11 @@ def test_texts_are_the_plain_texts_while_rows_join_and_leave(name: str, kind: st
 
 def test_a_shared_budget_under_the_controller_leaves_texts_alone() -> None:
     for seconds in ({1: 1.0, 8: 1.1}, {1: 1.0, 8: 2.0}):
-        engine = Engine(tiny_target("llama"), UNIONS["prompt_lookup+draft_model"](tiny_target("llama")), max_rows=3)
+        engine = Engine(
+            tiny_target("llama"),
+            UNIONS["prompt_lookup+draft_model"](tiny_target("llama")),
+            max_rows=3,
+        )
         engine.control = Control(seconds)
         results = run(engine, requests_of(PROMPTS, KINDS["mixed"]))
         assert [result.tokens for result in results] == plain(KINDS["mixed"])
@@ -226,7 +265,11 @@ def test_a_shared_budget_under_the_controller_leaves_texts_alone() -> None:
 
 def test_a_union_accepts_what_either_would() -> None:
     texts = {}
-    for name, drafter in {"one": draft_model(), "two": PromptLookup(), "both": Union(draft_model(), PromptLookup())}.items():
+    for name, drafter in {
+        "one": draft_model(),
+        "two": PromptLookup(),
+        "both": Union(draft_model(), PromptLookup()),
+    }.items():
         engine = Engine(tiny_target("llama"), drafter, max_rows=4)
         requested = requests_of(PROMPTS, KINDS["greedy"])
         for request in requested:
@@ -252,7 +295,9 @@ class Listener(Drafter):
     def propose(self, rows: Rows, max_nodes: int) -> Proposal:
         return draft_model().propose(rows, max_nodes)
 
-    def observe(self, rows: Rows, tokens: Sequence[Tensor], features: Sequence[Tensor] | None) -> None:
+    def observe(
+        self, rows: Rows, tokens: Sequence[Tensor], features: Sequence[Tensor] | None
+    ) -> None:
         assert (features is None) == (not self.layers)
         for i, slot in enumerate(rows.slots):
             self.tokens.setdefault(slot, []).extend(tokens[i].tolist())
@@ -260,9 +305,15 @@ class Listener(Drafter):
 
     def end(self, rows: Rows) -> None:
         for slot, history in zip(rows.slots, rows.histories, strict=True):
-            tokens, features, target = self.tokens.pop(slot), self.features.pop(slot), tiny_target("llama")
+            tokens, features, target = (
+                self.tokens.pop(slot),
+                self.features.pop(slot),
+                tiny_target("llama"),
+            )
             assert tokens == history[: len(tokens)]
-            _, wanted = target.prefill(target.new_cache(1, len(tokens)), 0, torch.tensor(tokens), self.layers)
+            _, wanted = target.prefill(
+                target.new_cache(1, len(tokens)), 0, torch.tensor(tokens), self.layers
+            )
             assert wanted is None or torch.allclose(torch.cat(features), wanted, atol=1e-6)
             self.checked += 1
 
@@ -275,8 +326,12 @@ def check_features(first: tuple[int, ...], second: tuple[int, ...]) -> None:
     assert [one.checked for one in pair] == [len(PROMPTS)] * 2
 
 
-@pytest.mark.parametrize("layers", [((0, 3), ()), ((), (2,)), ((0, 3), (0, 3)), ((4, 1), (3, 1, 0)), ((), ())])
-def test_each_drafter_sees_the_features_that_it_asked_for(layers: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+@pytest.mark.parametrize(
+    "layers", [((0, 3), ()), ((), (2,)), ((0, 3), (0, 3)), ((4, 1), (3, 1, 0)), ((), ())]
+)
+def test_each_drafter_sees_the_features_that_it_asked_for(
+    layers: tuple[tuple[int, ...], tuple[int, ...]],
+) -> None:
     check_features(*layers)
 
 
@@ -284,7 +339,12 @@ def test_features_of_another_layer_are_seen(monkeypatch: pytest.MonkeyPatch) -> 
     observe = Union.observe
 
     def shifted(self: Union, rows: Rows, tokens: Any, features: Any) -> None:
-        observe(self, rows, tokens, features and [f.unflatten(1, (-1, 32)).flip(1).flatten(1) for f in features])
+        observe(
+            self,
+            rows,
+            tokens,
+            features and [f.unflatten(1, (-1, 32)).flip(1).flatten(1) for f in features],
+        )
 
     monkeypatch.setattr(Union, "observe", shifted)
     with pytest.raises(AssertionError):
@@ -312,7 +372,13 @@ def test_an_unknown_confidence_stands_between_the_sure_and_the_unlikely() -> Non
         def propose(self, rows: Rows, max_nodes: int) -> Proposal:
             tokens = torch.tensor([[rows.anchors[0], 40 if self.score is None else 50]])
             own = Proposal(tokens, torch.tensor([[-1, 0]]), torch.tensor([2]))
-            return own if self.score is None else replace(own, scores=torch.tensor([[0.0, self.score]]))
+            return (
+                own
+                if self.score is None
+                else replace(own, scores=torch.tensor([[0.0, self.score]]))
+            )
 
     for score, token in ((-0.1, 50), (-3.0, 40)):
-        assert Union(Fixed(score), Fixed(None)).propose(rows_of(PROMPTS[:1]), 2).tokens.tolist() == [[7, token]]
+        assert Union(Fixed(score), Fixed(None)).propose(
+            rows_of(PROMPTS[:1]), 2
+        ).tokens.tolist() == [[7, token]]

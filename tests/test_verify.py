@@ -21,16 +21,50 @@ from flashdraft.decoding.verify import verify
 from flashdraft.types import Proposal, SamplingParams, Verdict
 
 ROWS, VOCAB = 200_000, 5
-RULE = sys.modules["flashdraft.decoding.verify"]  # the module, also when the package exports the function under the same name
+RULE = sys.modules[
+    "flashdraft.decoding.verify"
+]  # the module, also when the package exports the function under the same name
 SEEN = 1000  # chi-square above its degrees of freedom: at most 56 with the right rule (72 seeds), 1,200 with the mildest fault
 
 Shape = Sequence[tuple[int, str]]  # parent and kind of node 1, 2, ...
 CHAIN_CHOSEN = ((0, "chosen"), (1, "chosen"), (2, "chosen"))
 CHAIN_DRAWN = ((0, "drawn"), (1, "drawn"), (2, "drawn"))
-TREE_CHOSEN = ((0, "chosen"), (0, "chosen"), (0, "chosen"), (1, "chosen"), (1, "chosen"), (2, "chosen"), (4, "chosen"))
-TREE_DRAWN = ((0, "drawn"), (0, "drawn"), (0, "drawn"), (1, "drawn"), (1, "drawn"), (2, "drawn"), (2, "drawn"), (4, "drawn"))
-UNION = ((0, "drawn"), (0, "chosen"), (0, "drawn"), (1, "chosen"), (1, "drawn"), (2, "drawn"), (2, "drawn"), (2, "chosen"))
-SHAPES = {"chain": CHAIN_DRAWN, "tree": TREE_DRAWN, "union": UNION, "chosen chain": CHAIN_CHOSEN, "chosen tree": TREE_CHOSEN}
+TREE_CHOSEN = (
+    (0, "chosen"),
+    (0, "chosen"),
+    (0, "chosen"),
+    (1, "chosen"),
+    (1, "chosen"),
+    (2, "chosen"),
+    (4, "chosen"),
+)
+TREE_DRAWN = (
+    (0, "drawn"),
+    (0, "drawn"),
+    (0, "drawn"),
+    (1, "drawn"),
+    (1, "drawn"),
+    (2, "drawn"),
+    (2, "drawn"),
+    (4, "drawn"),
+)
+UNION = (
+    (0, "drawn"),
+    (0, "chosen"),
+    (0, "drawn"),
+    (1, "chosen"),
+    (1, "drawn"),
+    (2, "drawn"),
+    (2, "drawn"),
+    (2, "chosen"),
+)
+SHAPES = {
+    "chain": CHAIN_DRAWN,
+    "tree": TREE_DRAWN,
+    "union": UNION,
+    "chosen chain": CHAIN_CHOSEN,
+    "chosen tree": TREE_CHOSEN,
+}
 
 
 class Language(Protocol):
@@ -50,7 +84,10 @@ class Toy:
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.seed)
         sizes = [(VOCAB,) * (length + 1) for length in range(4)]
-        logits = [torch.randn(size, generator=generator, dtype=torch.float64) * self.sharpness for size in sizes]
+        logits = [
+            torch.randn(size, generator=generator, dtype=torch.float64) * self.sharpness
+            for size in sizes
+        ]
         self.tables = [probabilities(table, self.params) for table in logits]
 
     def law(self, text: Tensor) -> Tensor:
@@ -83,7 +120,9 @@ def pick(law: Tensor, generator: torch.Generator) -> Tensor:
     return (law.cumsum(1) <= u * law.sum(1, keepdim=True)).sum(1)
 
 
-def draft_trees(shape: Shape, draft: Language, generator: torch.Generator, rows: int = ROWS) -> tuple[Proposal, list[Tensor]]:
+def draft_trees(
+    shape: Shape, draft: Language, generator: torch.Generator, rows: int = ROWS
+) -> tuple[Proposal, list[Tensor]]:
     """Trees after an empty text, as a drafter must make them; also the text at every node.
 
     Chosen children are the draft's likeliest tokens; drawn ones come without replacement from its law without the chosen ones.
@@ -98,7 +137,9 @@ def draft_trees(shape: Shape, draft: Language, generator: torch.Generator, rows:
             if shape[node - 1][1] == "chosen":
                 token = law.argmax(1)
             else:
-                probs[:, parent] += (probs[:, parent].sum(1, keepdim=True) == 0) * law  # before the first drawn sibling
+                probs[:, parent] += (
+                    probs[:, parent].sum(1, keepdim=True) == 0
+                ) * law  # before the first drawn sibling
                 token = pick(law, generator)
             tokens[:, node] = token
             texts[node] = torch.cat([texts[parent], token[:, None]], 1)
@@ -114,7 +155,13 @@ def node_laws(target: Language, texts: list[Tensor]) -> Tensor:
     return torch.stack([target.law(text) for text in texts], 1)
 
 
-def first_tokens(verdict: Verdict, proposal: Proposal, target: Language, generator: torch.Generator, length: int = 3) -> Tensor:
+def first_tokens(
+    verdict: Verdict,
+    proposal: Proposal,
+    target: Language,
+    generator: torch.Generator,
+    length: int = 3,
+) -> Tensor:
     """The text that a verdict begins, continued by the target alone: [rows, length]."""
     path = torch.nn.functional.pad(verdict.path[:, 1:], (0, length + 1), value=-1)
     text = torch.where(path >= 0, proposal.tokens.gather(1, path.clamp(min=0)), -1)
@@ -143,7 +190,9 @@ def chi_square(text: Tensor, target: Toy) -> list[tuple[float, int]]:
 
 
 def follows(text: Tensor, target: Toy) -> bool:
-    return all(stats.chi2.sf(statistic, degrees) > 1e-4 for statistic, degrees in chi_square(text, target))
+    return all(
+        stats.chi2.sf(statistic, degrees) > 1e-4 for statistic, degrees in chi_square(text, target)
+    )
 
 
 def excess(text: Tensor, target: Toy) -> float:
@@ -164,7 +213,9 @@ class Case:
     def run(self, **changed: Tensor) -> tuple[Verdict, Tensor]:
         """The verdict, and the first three tokens of every row."""
         proposal = replace(self.proposal, **changed)
-        draws, tosses = torch.rand(2, *proposal.tokens.shape, generator=self.generator, dtype=torch.float64)
+        draws, tosses = torch.rand(
+            2, *proposal.tokens.shape, generator=self.generator, dtype=torch.float64
+        )
         verdict = verify(proposal, self.laws, draws, tosses)
         return verdict, first_tokens(verdict, proposal, self.target, self.generator)
 
@@ -174,7 +225,9 @@ class Case:
         return self.proposal.probs.amax(-1).gather(1, self.proposal.parents.clamp(min=0))  # type: ignore[union-attr]
 
 
-def case(shape: Shape, target: Toy | None = None, draft: Toy | None = None, rows: int = ROWS) -> Case:
+def case(
+    shape: Shape, target: Toy | None = None, draft: Toy | None = None, rows: int = ROWS
+) -> Case:
     generator = torch.Generator().manual_seed(2026)
     target, draft = target or Toy(1), draft or Toy(2)
     proposal, texts = draft_trees(shape, draft, generator, rows)
@@ -186,7 +239,9 @@ def test_text_has_the_law_of_the_target(shape: Shape) -> None:
     some = case(shape)
     verdict, text = some.run()
     assert follows(text, some.target)
-    assert verdict.num_accepted.unique().tolist() == list(range(int(depths(some.proposal.parents[:1]).max()) + 1))
+    assert verdict.num_accepted.unique().tolist() == list(
+        range(int(depths(some.proposal.parents[:1]).max()) + 1)
+    )
     assert excess(text, some.draft) > SEEN  # the laws can be told apart
 
 
@@ -206,7 +261,9 @@ CUTS = {
 }
 
 
-@pytest.mark.parametrize("shape", [TREE_CHOSEN, TREE_DRAWN, UNION], ids=["chosen", "drawn", "union"])
+@pytest.mark.parametrize(
+    "shape", [TREE_CHOSEN, TREE_DRAWN, UNION], ids=["chosen", "drawn", "union"]
+)
 @pytest.mark.parametrize("params", CUTS.values(), ids=CUTS)
 def test_text_has_the_cut_law_of_the_target(params: SamplingParams, shape: Shape) -> None:
     some = case(shape, Toy(3, params=params))
@@ -230,7 +287,11 @@ def test_greedy_text_is_the_argmax_whatever_was_drafted(shape: Shape) -> None:
         verdict, text = some.run()
         assert text.unique(dim=0).tolist() == [[best // 25, best // 5 % 5, best % 5]]
         num_accepted += verdict.num_accepted.tolist()
-    assert min(num_accepted) < max(num_accepted) == max(depths(case(shape, rows=1).proposal.parents)[0])
+    assert (
+        min(num_accepted)
+        < max(num_accepted)
+        == max(depths(case(shape, rows=1).proposal.parents)[0])
+    )
 
 
 def test_drawn_nodes_may_be_pruned_by_what_was_known_before_their_tokens() -> None:
@@ -273,7 +334,10 @@ def test_a_wrong_rule_for_drawn_siblings_is_seen(
 
 def test_an_argmax_draft_judged_as_if_drawn_is_seen() -> None:
     some = case(CHAIN_CHOSEN)
-    probs = torch.stack([some.draft.law(text) for text in draft_trees(CHAIN_CHOSEN, some.draft, some.generator)[1]], 1)
+    probs = torch.stack(
+        [some.draft.law(text) for text in draft_trees(CHAIN_CHOSEN, some.draft, some.generator)[1]],
+        1,
+    )
     drawn = torch.tensor([False, True, True, True]).expand(ROWS, -1)
     assert excess(some.run(probs=probs, drawn=drawn)[1], some.target) > SEEN
 
@@ -287,12 +351,19 @@ def test_pruning_a_drawn_node_by_its_own_probability_is_seen() -> None:
 
 def test_drawn_siblings_that_share_one_coin_are_seen() -> None:
     some = case(TREE_DRAWN)
-    draws, tosses = torch.rand(2, *some.proposal.tokens.shape, generator=some.generator, dtype=torch.float64)
+    draws, tosses = torch.rand(
+        2, *some.proposal.tokens.shape, generator=some.generator, dtype=torch.float64
+    )
     verdict = verify(some.proposal, some.laws, draws, tosses[:, :1].expand_as(tosses))
-    assert excess(first_tokens(verdict, some.proposal, some.target, some.generator), some.target) > SEEN
+    assert (
+        excess(first_tokens(verdict, some.proposal, some.target, some.generator), some.target)
+        > SEEN
+    )
 
 
-def many_steps(toss: Callable[[Sequence[int], Sequence[int], int], Tensor], num_steps: int = 3) -> tuple[Tensor, Toy]:
+def many_steps(
+    toss: Callable[[Sequence[int], Sequence[int], int], Tensor], num_steps: int = 3
+) -> tuple[Tensor, Toy]:
     """Three steps over 200,000 seeds, each with a drawn tree, all randomness from `uniforms` and `coins` as in the engine."""
     target, draft, generator = Toy(1), Toy(2), torch.Generator().manual_seed(7)
     seeds = list(range(ROWS))
@@ -308,7 +379,11 @@ def many_steps(toss: Callable[[Sequence[int], Sequence[int], int], Tensor], num_
             anchors = [length] * len(own)  # position 0 holds the one token of the prompt
             draws = uniforms(own, [anchor + 1 for anchor in anchors], proposal.num_nodes)
             verdict = verify(proposal, laws, draws, toss(own, anchors, proposal.num_nodes))
-            path = torch.where(verdict.path[:, 1:] >= 0, proposal.tokens.gather(1, verdict.path[:, 1:].clamp(min=0)), -1)
+            path = torch.where(
+                verdict.path[:, 1:] >= 0,
+                proposal.tokens.gather(1, verdict.path[:, 1:].clamp(min=0)),
+                -1,
+            )
             text[rows, length : length + path.shape[1]] = path
             text[rows, length + verdict.num_accepted] = verdict.bonus
             lengths[rows] += verdict.num_accepted + 1
@@ -322,14 +397,23 @@ def test_many_steps_with_keyed_uniforms_and_coins_have_the_law_of_the_target() -
 
 def test_coins_that_come_back_in_the_next_step_are_seen() -> None:
     """Keyed by the anchor's position plus the node's index, a coin that rejected one node would judge a later one."""
-    assert excess(*many_steps(lambda seeds, anchors, nodes: uniforms(seeds, anchors, nodes, lane=1))) > SEEN
+    assert (
+        excess(*many_steps(lambda seeds, anchors, nodes: uniforms(seeds, anchors, nodes, lane=1)))
+        > SEEN
+    )
 
 
-def slow_walk(proposal: Proposal, row: int, laws: Tensor, draws: Tensor, tosses: Tensor) -> tuple[list[int], int]:
+def slow_walk(
+    proposal: Proposal, row: int, laws: Tensor, draws: Tensor, tosses: Tensor
+) -> tuple[list[int], int]:
     """The rule as the papers tell it, one row, one node, one number at a time."""
     assert proposal.probs is not None
     assert proposal.drawn is not None
-    tokens, parents, drawn = proposal.tokens[row].tolist(), proposal.parents[row].tolist(), proposal.drawn[row].tolist()
+    tokens, parents, drawn = (
+        proposal.tokens[row].tolist(),
+        proposal.parents[row].tolist(),
+        proposal.drawn[row].tolist(),
+    )
     path = [0]
     while True:
         p, q = laws[row, path[-1]].tolist(), proposal.probs[row, path[-1]].tolist()
@@ -350,7 +434,9 @@ def slow_walk(proposal: Proposal, row: int, laws: Tensor, draws: Tensor, tosses:
             level, token = float(draws[row, len(path) - 1]) * sum(p), 0
             while sum(p[: token + 1]) <= level:
                 token += 1
-            accepted = next((node for node in children if not drawn[node] and tokens[node] == token), None)
+            accepted = next(
+                (node for node in children if not drawn[node] and tokens[node] == token), None
+            )
             if accepted is None:
                 return path, token
         path.append(accepted)
@@ -363,15 +449,23 @@ def random_batch(chance: random.Random, rows: int = 12) -> tuple[Proposal, Tenso
     parents = torch.full((rows, num_nodes), -1)
     tokens = torch.zeros(rows, num_nodes, dtype=torch.long)
     for row in range(rows):
-        free = [random.Random(chance.random()).sample(range(VOCAB), VOCAB) for _ in range(num_nodes)]
+        free = [
+            random.Random(chance.random()).sample(range(VOCAB), VOCAB) for _ in range(num_nodes)
+        ]
         for node in range(1, num_nodes):
-            parents[row, node] = chance.choice([above for above in range(max(0, node - 4), node) if free[above]])
+            parents[row, node] = chance.choice(
+                [above for above in range(max(0, node - 4), node) if free[above]]
+            )
             tokens[row, node] = free[int(parents[row, node])].pop()
     sizes = torch.randint(1, num_nodes + 1, (rows,), generator=generator)
     drawn = torch.rand(rows, num_nodes, generator=generator) < chance.choice([0.0, 0.4, 0.9])
     drawn[:, 0] = False
-    probs, laws = torch.rand(2, rows, num_nodes, VOCAB, generator=generator, dtype=torch.float64) ** chance.choice([1, 4])
-    for row, node in drawn.logical_not().nonzero().tolist():  # the duty of a union: no mass on chosen siblings
+    probs, laws = torch.rand(
+        2, rows, num_nodes, VOCAB, generator=generator, dtype=torch.float64
+    ) ** chance.choice([1, 4])
+    for row, node in (
+        drawn.logical_not().nonzero().tolist()
+    ):  # the duty of a union: no mass on chosen siblings
         if node > 0:
             probs[row, parents[row, node], tokens[row, node]] = 0
     laws[torch.rand(laws.shape, generator=generator) < chance.choice([0.0, 0.5])] = 0
@@ -379,7 +473,9 @@ def random_batch(chance: random.Random, rows: int = 12) -> tuple[Proposal, Tenso
     probs /= probs.sum(-1, keepdim=True).clamp(min=1e-30)
     padding = torch.arange(num_nodes) >= sizes[:, None]
     laws[padding] = torch.nan
-    return Proposal(tokens, parents, sizes, probs=probs, drawn=drawn), laws / laws.sum(-1, keepdim=True)
+    return Proposal(tokens, parents, sizes, probs=probs, drawn=drawn), laws / laws.sum(
+        -1, keepdim=True
+    )
 
 
 def test_the_walk_is_the_slow_walk_node_for_node() -> None:
@@ -389,14 +485,19 @@ def test_the_walk_is_the_slow_walk_node_for_node() -> None:
         proposal, laws = random_batch(chance)
         check(proposal)
         generator = torch.Generator().manual_seed(chance.randrange(2**32))
-        draws, tosses = torch.rand(2, *proposal.tokens.shape, generator=generator, dtype=torch.float64)
+        draws, tosses = torch.rand(
+            2, *proposal.tokens.shape, generator=generator, dtype=torch.float64
+        )
         before = [tensor.clone() for tensor in (laws, proposal.probs, proposal.tokens)]  # type: ignore[union-attr]
         verdict = verify(proposal, laws, draws, tosses)
         for row in range(len(proposal.tokens)):
             path, bonus = slow_walk(proposal, row, laws, draws, tosses)
             assert [node for node in verdict.path[row].tolist() if node >= 0] == path
             assert verdict.path[row, : len(path)].tolist() == path
-            assert [int(verdict.num_accepted[row]), int(verdict.bonus[row])] == [len(path) - 1, bonus]
+            assert [int(verdict.num_accepted[row]), int(verdict.bonus[row])] == [
+                len(path) - 1,
+                bonus,
+            ]
             lengths.append(len(path))
         assert verdict.path.shape[1] == 1 + verdict.num_accepted.max()
         for tensor, copy in zip((laws, proposal.probs, proposal.tokens), before, strict=True):
@@ -423,7 +524,13 @@ def test_a_rejection_that_leaves_no_mass_by_rounding_keeps_the_law() -> None:
 def test_the_luckiest_coin_accepts_no_token_that_the_target_excludes() -> None:
     laws = torch.tensor([[[0.0, 1.0], [0.0, 1.0]]], dtype=torch.float64)
     drawn = torch.tensor([[False, True]])
-    proposal = Proposal(torch.tensor([[0, 0]]), chain(2)[None], torch.tensor([2]), probs=torch.full((1, 2, 2), 0.5), drawn=drawn)
+    proposal = Proposal(
+        torch.tensor([[0, 0]]),
+        chain(2)[None],
+        torch.tensor([2]),
+        probs=torch.full((1, 2, 2), 0.5),
+        drawn=drawn,
+    )
     zeros = torch.zeros(1, 2, dtype=torch.float64)
     verdict = verify(proposal, laws, zeros, zeros)
     assert (verdict.num_accepted.tolist(), verdict.bonus.tolist()) == ([0], [1])
@@ -443,7 +550,9 @@ REQUESTS = (
     SamplingParams(temperature=1.3, top_p=0.8, seed=15),
     SamplingParams(temperature=1.0, min_p=0.2, seed=16),
 )
-LANGUAGE = torch.randn(9, 9, generator=torch.Generator().manual_seed(0)) * 1.5  # logits after each of nine tokens
+LANGUAGE = (
+    torch.randn(9, 9, generator=torch.Generator().manual_seed(0)) * 1.5
+)  # logits after each of nine tokens
 
 
 def plain_text(params: SamplingParams, length: int) -> list[int]:
@@ -461,13 +570,21 @@ def random_trees(anchors: list[int], chance: random.Random) -> Proposal:
     for anchor in anchors:
         own, above, free = [anchor], [-1], {}
         for node in range(num_nodes):
-            free[node] = LANGUAGE[own[node]].argsort().tolist() if informed else chance.sample(range(9), 9)
+            free[node] = (
+                LANGUAGE[own[node]].argsort().tolist() if informed else chance.sample(range(9), 9)
+            )
             if node + 1 < num_nodes:
-                above.append(chance.choice([parent for parent in free if free[parent]]) if bushy else node)
+                above.append(
+                    chance.choice([parent for parent in free if free[parent]]) if bushy else node
+                )
                 own.append(free[above[-1]].pop())
         tokens.append(own)
         parents.append(above)
-    return Proposal(torch.tensor(tokens), torch.tensor(parents), torch.tensor([chance.randint(1, num_nodes) for _ in anchors]))
+    return Proposal(
+        torch.tensor(tokens),
+        torch.tensor(parents),
+        torch.tensor([chance.randint(1, num_nodes) for _ in anchors]),
+    )
 
 
 Keyed = Callable[[list[int], list[int], int], Tensor]
@@ -483,7 +600,9 @@ def drafted_texts(
         proposal = random_trees([text[-1] for text in texts], chance)
         check(proposal)
         laws = target_probs(LANGUAGE[proposal.tokens], requests, proposal.sizes)
-        draws = keyed([params.seed for params in requests], [len(text) for text in texts], proposal.num_nodes)
+        draws = keyed(
+            [params.seed for params in requests], [len(text) for text in texts], proposal.num_nodes
+        )
         verdict = verify(proposal, laws, draws)
         num_accepted += verdict.num_accepted.tolist()
         for row, text in enumerate(texts):
@@ -492,8 +611,12 @@ def drafted_texts(
     return [text[:length] for text in texts], num_accepted
 
 
-@pytest.mark.parametrize("requests", [REQUESTS, REQUESTS[:1], REQUESTS[3:4]], ids=["batch", "alone", "alone, cut"])
-def test_seeded_text_is_the_plain_seeded_text_token_for_token(requests: Sequence[SamplingParams]) -> None:
+@pytest.mark.parametrize(
+    "requests", [REQUESTS, REQUESTS[:1], REQUESTS[3:4]], ids=["batch", "alone", "alone, cut"]
+)
+def test_seeded_text_is_the_plain_seeded_text_token_for_token(
+    requests: Sequence[SamplingParams],
+) -> None:
     plain = [plain_text(params, 150) for params in requests]
     num_accepted = []
     for seed in range(3):
@@ -509,4 +632,6 @@ def test_draws_keyed_by_anything_but_the_position_are_seen() -> None:
 
     texts, _ = drafted_texts(REQUESTS, 150, random.Random(0), restarted)
     plain = [plain_text(params, 150) for params in REQUESTS]
-    assert [text == other for text, other in zip(texts, plain, strict=True)] == [params.temperature == 0 for params in REQUESTS]
+    assert [text == other for text, other in zip(texts, plain, strict=True)] == [
+        params.temperature == 0 for params in REQUESTS
+    ]

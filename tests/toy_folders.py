@@ -59,12 +59,16 @@ def letter_tokenizer(*, chat: bool = True) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
     names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "mask_token": "<mask>"}
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **names)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **names
+    )
     fast.chat_template = CHAT if chat else None
     return fast
 
 
-def save_target(folder: Path, *, chat: bool = True, dtype: torch.dtype = torch.float32, model: Any = None) -> Path:
+def save_target(
+    folder: Path, *, chat: bool = True, dtype: torch.dtype = torch.float32, model: Any = None
+) -> Path:
     """A random llama and the letters' tokenizer."""
     (model or tiny_model("llama", dtype=dtype)).save_pretrained(folder)
     letter_tokenizer(chat=chat).save_pretrained(folder)
@@ -87,16 +91,28 @@ def zlab_tensors(*, num_layers: int = 2, num_features: int = 2, seed: int = 0) -
         "mlp.up_proj.weight": (INTERMEDIATE, HIDDEN),
         "mlp.down_proj.weight": (HIDDEN, INTERMEDIATE),
     }
-    shapes = {"fc.weight": (HIDDEN, num_features * HIDDEN), "hidden_norm.weight": (HIDDEN,), "norm.weight": (HIDDEN,)}
-    shapes |= {f"layers.{i}.{name}": shape for i in range(num_layers) for name, shape in layer.items()}
+    shapes = {
+        "fc.weight": (HIDDEN, num_features * HIDDEN),
+        "hidden_norm.weight": (HIDDEN,),
+        "norm.weight": (HIDDEN,),
+    }
+    shapes |= {
+        f"layers.{i}.{name}": shape for i in range(num_layers) for name, shape in layer.items()
+    }
     generator = torch.Generator().manual_seed(seed)
     noise = {name: torch.randn(shape, generator=generator) * 0.3 for name, shape in shapes.items()}
     return {name: (1 + t if t.ndim == 1 else t).bfloat16() for name, t in noise.items()}
 
 
-def save_zlab(folder: Path, *, config: dict[str, Any] | None = None, tensors: dict[str, Tensor] | None = None) -> Path:
+def save_zlab(
+    folder: Path, *, config: dict[str, Any] | None = None, tensors: dict[str, Tensor] | None = None
+) -> Path:
     """A drafter's folder, not written by our code."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(ZLAB if config is None else config))
-    save_file(zlab_tensors() if tensors is None else tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        zlab_tensors() if tensors is None else tensors,
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     return folder

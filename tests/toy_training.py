@@ -74,4 +74,9 @@ def toy_sample(length: int, num_prompt: int, seed: int, *, final: bool = False) 
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(3, MASK, (length,), generator=generator)
     features = torch.randn(length, 2 * HIDDEN, generator=generator)
-    return Sample(tokens, features, num_prompt, torch.randn(length, HIDDEN, generator=generator) if final else None)
+    return Sample(
+        tokens,
+        features,
+        num_prompt,
+        torch.randn(length, HIDDEN, generator=generator) if final else None,
+    )

@@ -35,7 +35,9 @@ class Answer:
     tokens: tuple[int, ...]
     seconds: float  # from token ids to text
     decode_seconds: float  # the part after the first tokens
-    steps: tuple[int, ...] = ()  # tokens of every target pass after the one that read the prompt; left out: one each
+    steps: tuple[
+        int, ...
+    ] = ()  # tokens of every target pass after the one that read the prompt; left out: one each
     figures: dict[str, Any] = field(default_factory=dict)  # what only our own methods can tell
 
     def __post_init__(self) -> None:
@@ -55,7 +57,10 @@ def _added(values: Sequence[Any]) -> Any:
     """Numbers and tuples are added up, and dicts name by name; of what cannot be added up the last one stands."""
     last = values[-1]
     if isinstance(last, dict):
-        return {name: _added([one[name] for one in values if name in one]) for name in dict.fromkeys(chain(*values))}
+        return {
+            name: _added([one[name] for one in values if name in one])
+            for name in dict.fromkeys(chain(*values))
+        }
     if isinstance(last, tuple):
         return tuple(chain(*values))
     return sum(values) if isinstance(last, int | float) else last
@@ -78,7 +83,9 @@ class Transformers:
         self.threads: int | None = None
         seconds, short = dict[int, float](), SamplingParams(max_new_tokens=16)
         for self.threads in (1, 2)[: os.cpu_count()] if tuned else ():
-            seconds[self.threads] = min(self._one(list(range(8)), short, {}).seconds for _ in range(2))
+            seconds[self.threads] = min(
+                self._one(list(range(8)), short, {}).seconds for _ in range(2)
+            )
         self.threads = min(seconds, key=seconds.__getitem__, default=None)
 
     def method(self, kind: str, *, draft: str = "", assistant: str = "") -> Method:
@@ -90,28 +97,45 @@ class Transformers:
             small, _, _ = load_target(assistant, dtype=self.dtype, kernel="transformers")
             if small.vocab_size != self.target.vocab_size:
                 got = f"`{assistant}` has {small.vocab_size} tokens, `{self.target.name}` has {self.target.vocab_size}"
-                raise DraftMismatch(got, hint="name a smaller model of the same family with --assistant")
+                raise DraftMismatch(
+                    got, hint="name a smaller model of the same family with --assistant"
+                )
             assert isinstance(small, HFTarget)
             how = {"assistant_model": small.model}
         elif kind == "transformers_dflash":
-            how = {"assistant_model": DFlashAssistant(draft, self.target), "speculation_type": "dflash"}
-        return lambda prompts, params: [self._one(prompt, one, how) for prompt, one in zip(prompts, params, strict=True)]
+            how = {
+                "assistant_model": DFlashAssistant(draft, self.target),
+                "speculation_type": "dflash",
+            }
+        return lambda prompts, params: [
+            self._one(prompt, one, how) for prompt, one in zip(prompts, params, strict=True)
+        ]
 
     def _one(self, prompt: list[int], params: SamplingParams, how: dict[str, Any]) -> Answer:
         sampled = {"do_sample": True, "temperature": params.temperature, "top_k": 0, "top_p": 1.0}
         options = (sampled if params.temperature > 0 else {"do_sample": False}) | self.ends | how
-        clock: list[tuple[float, int]] = []  # when the prompt and every pass's tokens were there, and how many they are
-        noted = SimpleNamespace(put=lambda tokens: clock.append((time.perf_counter(), tokens.numel())), end=lambda: None)
+        clock: list[
+            tuple[float, int]
+        ] = []  # when the prompt and every pass's tokens were there, and how many they are
+        noted = SimpleNamespace(
+            put=lambda tokens: clock.append((time.perf_counter(), tokens.numel())), end=lambda: None
+        )
         with threads_set(self.threads), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(params.seed)
             started = time.perf_counter()
             ids = torch.tensor([prompt], **INTS)
-            options |= {"attention_mask": torch.ones_like(ids), "max_new_tokens": params.max_new_tokens, "streamer": noted}
+            options |= {
+                "attention_mask": torch.ones_like(ids),
+                "max_new_tokens": params.max_new_tokens,
+                "streamer": noted,
+            }
             output = self.model.generate(ids, **options)
             tokens = tuple(output[0, len(prompt) :].tolist())
             self.tokenizer.decode(tokens, skip_special_tokens=True)
             ended = time.perf_counter()
-        return Answer(tokens, ended - started, ended - clock[1][0], tuple(count for _, count in clock[2:]))
+        return Answer(
+            tokens, ended - started, ended - clock[1][0], tuple(count for _, count in clock[2:])
+        )
 
 
 class DFlashAssistant(nn.Module):
@@ -126,29 +150,50 @@ class DFlashAssistant(nn.Module):
         network = DFlashDraftModel.from_pretrained(draft)
         shape = network.config
         check_target(shape, target)
-        plain = shape.masks == ((None, False),) * shape.num_hidden_layers and shape.input_embedding_scale == 1
+        plain = (
+            shape.masks == ((None, False),) * shape.num_hidden_layers
+            and shape.input_embedding_scale == 1
+        )
         if not plain or "embed_tokens.weight" in network.extras:
             got = f"`{draft}` has causal or windowed layers or an embedding of its own"
-            raise UnsupportedTarget(got, hint="transformers' loop has neither; leave transformers_dflash out")
+            raise UnsupportedTarget(
+                got, hint="transformers' loop has neither; leave transformers_dflash out"
+            )
         self.network, self.device = network.to(target.model.dtype), target.model.device
-        read = {name: getattr(shape, name) for name in ("num_hidden_layers", "block_size", "mask_token_id")}
+        read = {
+            name: getattr(shape, name)
+            for name in ("num_hidden_layers", "block_size", "mask_token_id")
+        }
         read |= {"target_layer_ids": list(shape.target_layer_ids)}
         self.config = Qwen3Config(**read)  # what the loop and its cache read
 
     def forward(
-        self, noise_embeds: Tensor, context_hidden_states: Tensor, position_ids: Tensor, past_key_values: Any, **_: Any
+        self,
+        noise_embeds: Tensor,
+        context_hidden_states: Tensor,
+        position_ids: Tensor,
+        past_key_values: Any,
+        **_: Any,
     ) -> Any:
         """States [1, block, hidden] of a block of embeddings behind new features [1, n, F * hidden]; positions [1, n + block]."""
         context, positions = self.network.context(context_hidden_states[0]), position_ids[0]
         if (last := int(positions[-1])) >= (limit := self.network.config.trained_length):
             got = f"a block ends at position {last}, but the drafter knows {limit}"
-            raise ContextLengthError(got, hint="shorten prompts or answers, or leave transformers_dflash out")
+            raise ContextLengthError(
+                got, hint="shorten prompts or answers, or leave transformers_dflash out"
+            )
 
         def attend(layer: int, queries: Tensor, *kv: tuple[Tensor, Tensor]) -> Tensor:
-            new = (torch.cat(parts).transpose(0, 1)[None] for parts in zip(*kv, strict=True))  # the context's, then the block's
+            new = (
+                torch.cat(parts).transpose(0, 1)[None] for parts in zip(*kv, strict=True)
+            )  # the context's, then the block's
             keys, values = past_key_values.update(*new, layer)
-            out = scaled_dot_product_attention(queries.transpose(0, 1)[None], keys, values, enable_gqa=True)
+            out = scaled_dot_product_attention(
+                queries.transpose(0, 1)[None], keys, values, enable_gqa=True
+            )
             return out[0].transpose(0, 1).flatten(1)
 
         split = positions[: len(context)], positions[len(context) :]
-        return BaseModelOutputWithPast(last_hidden_state=self.network(context, noise_embeds[0], split, attend)[None])
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.network(context, noise_embeds[0], split, attend)[None]
+        )

@@ -21,7 +21,15 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from flashdraft.bench.report import COLUMNS, Line, grouped, origin, read_results, settings, summarise
+from flashdraft.bench.report import (
+    COLUMNS,
+    Line,
+    grouped,
+    origin,
+    read_results,
+    settings,
+    summarise,
+)
 from flashdraft.bench.run import acceptance
 from flashdraft.errors import InvalidParameter
 from flashdraft.files import output_folder, write_own
@@ -44,7 +52,10 @@ def draw(files: Sequence[Path], out: Path) -> list[Path]:
     folder = output_folder(out)
     for path in files:
         if sum(path.stem == other.stem for other in files) > 1:
-            raise InvalidParameter(f"two results files are called `{path.stem}`", hint="rename one: pictures have its name")
+            raise InvalidParameter(
+                f"two results files are called `{path.stem}`",
+                hint="rename one: pictures have its name",
+            )
     for path in files:
         header, lines = read_results(path)
         facts = "\n".join(origin(header))
@@ -53,15 +64,21 @@ def draw(files: Sequence[Path], out: Path) -> list[Path]:
         for setting, own in settings(lines).items():
             rows = [COLUMNS, *(row.cells for row in summarise(own))]
             ruled = [rows[0], ["---"] * 2 + ["--:"] * (len(COLUMNS) - 2), *rows[1:]]
-            markdown += [f"### {setting}"] * bool(setting) + ["\n".join(f"| {' | '.join(row)} |" for row in ruled)]
+            markdown += [f"### {setting}"] * bool(setting) + [
+                "\n".join(f"| {' | '.join(row)} |" for row in ruled)
+            ]
             cells = [[f"<td>{escape(cell)}</td>" for cell in row] for row in rows]
             table = "<tr>".join(map("".join, cells)).replace("td>", "th>", 2 * len(COLUMNS))
-            html += [f"<h3>{escape(setting)}</h3>"] * bool(setting) + [f"<table><tr>{table}</table>"]
+            html += [f"<h3>{escape(setting)}</h3>"] * bool(setting) + [
+                f"<table><tr>{table}</table>"
+            ]
         for name, title, svg in _pictures(header, lines):
             made[f"{path.stem}-{name}.svg"] = svg
             markdown += [f"![{title}]({path.stem}-{name}.svg)"]
             html += [f"<figure>{svg[svg.index('<svg') :]}</figure>"]
-    page = (_ASSETS / "report.html").read_text(encoding="utf-8").replace("{sections}", "\n".join(html))
+    page = (
+        (_ASSETS / "report.html").read_text(encoding="utf-8").replace("{sections}", "\n".join(html))
+    )
     made |= {"report.md": "\n\n".join(markdown) + "\n", "report.html": page}
     contents = {name: text.encode() for name, text in made.items()}
     write_own(folder / "report", contents, "plot", {"results": [str(path) for path in files]})
@@ -70,26 +87,49 @@ def draw(files: Sequence[Path], out: Path) -> list[Path]:
 
 def _pictures(header: dict[str, Any], lines: list[Line]) -> Iterator[tuple[str, str, str]]:
     """Name, title and SVG of those that the lines have figures for."""
-    config, named, panels = header.get("config", {}), settings(lines), defaultdict[str, dict[str, Panel]](dict)
+    config, named, panels = (
+        header.get("config", {}),
+        settings(lines),
+        defaultdict[str, dict[str, Panel]](dict),
+    )
     for setting, own in named.items():
         for task, rows in grouped(summarise(own), attrgetter("task")).items():
             panel = f"{task}\n{setting}".strip()
             panels["speedup"][panel] = {row.method: {"": row.ratio} for row in rows if row.ratio}
             panels["tau"][panel] = {row.method: {"": row.tau} for row in rows}
     batches = settings([line | {"max_rows": None, "rows": line.get("max_rows")} for line in lines])
-    for name, groups, value in (("acceptance", named, _accepted), ("batch", batches, _rates), ("step", named, _parts)):
+    for name, groups, value in (
+        ("acceptance", named, _accepted),
+        ("batch", batches, _rates),
+        ("step", named, _parts),
+    ):
         for setting, own in groups.items():
-            found = {method: value(those) for method, those in grouped(own, itemgetter("method")).items()}
-            panels[name][setting] = {method: figures for method, figures in found.items() if figures}
-    about = " · ".join([*(f"{name} {config[name]}" for name in ("target", "max_new_tokens") if config), header["device"]])
+            found = {
+                method: value(those) for method, those in grouped(own, itemgetter("method")).items()
+            }
+            panels[name][setting] = {
+                method: figures for method, figures in found.items() if figures
+            }
+    about = " · ".join(
+        [
+            *(f"{name} {config[name]}" for name in ("target", "max_new_tokens") if config),
+            header["device"],
+        ]
+    )
     for name, labels in _LOOK["labels"].items():
         if any(panels[name].values()):
-            columns = each if 1 < (each := len(panels[name]) // len(named)) < 6 else 4  # a setting's tasks in a row of their own
+            columns = (
+                each if 1 < (each := len(panels[name]) // len(named)) < 6 else 4
+            )  # a setting's tasks in a row of their own
             yield name, labels[0], _svg(panels[name], labels, about, columns)
 
 
 def _accepted(lines: list[Line]) -> dict[Any, float]:
-    return dict(enumerate(acceptance([count for line in lines for count in line.get("accepted_lengths", ())]), 1))
+    return dict(
+        enumerate(
+            acceptance([count for line in lines for count in line.get("accepted_lengths", ())]), 1
+        )
+    )
 
 
 def _rates(lines: list[Line]) -> dict[Any, float]:
@@ -100,7 +140,10 @@ def _rates(lines: list[Line]) -> dict[Any, float]:
 
 def _parts(lines: list[Line]) -> dict[Any, float]:
     passes = sum(line.get("target_passes", 0) for line in lines if "parts" in line)
-    spent = {part: sum(line.get("parts", {}).get(part, 0.0) for line in lines) for part in ("draft", "target", "host")}
+    spent = {
+        part: sum(line.get("parts", {}).get(part, 0.0) for line in lines)
+        for part in ("draft", "target", "host")
+    }
     return {part: 1000 * seconds / passes for part, seconds in spent.items()} if passes else {}
 
 
@@ -115,13 +158,23 @@ def _svg(panels: dict[str, Panel], labels: Sequence[str], about: str, columns: i
         figure.supxlabel(about, x=0.01, ha="left", fontsize=8, color="#5b6570")
         axes = [*figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat]
         for axis, (name, panel) in zip(axes, panels.items(), strict=False):
-            (_bars if bars else _curves)(axis, {method: panel[method] for method in names if method in panel}, names)
+            (_bars if bars else _curves)(
+                axis, {method: panel[method] for method in names if method in panel}, names
+            )
             axis.set(title=name, xlabel=labels[1])
             axis.tick_params(labelbottom=True)
-        axes[0].set(**{"xlim": (0, 1.18 * axes[0].get_xlim()[1])} if bars else {"ylabel": labels[2], "ylim": (0, None)})
+        axes[0].set(
+            **{"xlim": (0, 1.18 * axes[0].get_xlim()[1])}
+            if bars
+            else {"ylabel": labels[2], "ylim": (0, None)}
+        )
         for axis in axes[len(panels) :]:
             axis.set_axis_off()
-        legend = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+        legend = {
+            label: handle
+            for axis in axes
+            for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+        }
         if legend:
             figure.legend(legend.values(), legend.keys(), loc="outside right upper")
         file = StringIO()
@@ -134,10 +187,22 @@ def _bars(axis: Axes, panel: Panel, names: list[str]) -> None:
     places, ends = [names.index(name) for name in panel], [0.0] * len(panel)
     for part in dict.fromkeys(part for bar in panel.values() for part in bar):
         widths = [bar.get(part, 0.0) for bar in panel.values()]
-        bars = axis.barh(places, widths, 0.7, ends, color=[_colour(part or name) for name in panel], label=part or None)
+        bars = axis.barh(
+            places,
+            widths,
+            0.7,
+            ends,
+            color=[_colour(part or name) for name in panel],
+            label=part or None,
+        )
         ends = [end + width for end, width in zip(ends, widths, strict=True)]
     if panel:
-        axis.bar_label(bars, [f"{end:.2f}" if end < 10 else f"{end:.1f}" for end in ends], padding=3, fontsize=8)
+        axis.bar_label(
+            bars,
+            [f"{end:.2f}" if end < 10 else f"{end:.1f}" for end in ends],
+            padding=3,
+            fontsize=8,
+        )
     axis.set_yticks(range(len(names)), names)
     axis.set_ylim(len(names) - 0.5, -0.5)
     axis.grid(visible=False, axis="y")

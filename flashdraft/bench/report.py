@@ -14,12 +14,33 @@ from rich.table import Table
 from flashdraft.errors import DataError
 from flashdraft.train.prompts import read_jsonl
 
-__all__ = ["COLUMNS", "Summary", "grouped", "origin", "print_table", "read_results", "settings", "show", "summarise"]
+__all__ = [
+    "COLUMNS",
+    "Summary",
+    "grouped",
+    "origin",
+    "print_table",
+    "read_results",
+    "settings",
+    "show",
+    "summarise",
+]
 
 Line = dict[str, Any]
 _SPEEDS = ("batch_tokens_per_second", "decode_tokens_per_second")
 _SETTING = {"temperature": "T = {:g}", "max_rows": "batch {}", "threads": "threads {}"}
-COLUMNS = ["task", "method", "answers", "tokens/s", "ratio", "decode tokens/s", "decode ratio", "tau", "identical", "first, ms"]
+COLUMNS = [
+    "task",
+    "method",
+    "answers",
+    "tokens/s",
+    "ratio",
+    "decode tokens/s",
+    "decode ratio",
+    "tau",
+    "identical",
+    "first, ms",
+]
 
 
 class Summary(NamedTuple):
@@ -43,7 +64,10 @@ class Summary(NamedTuple):
     def cells(self) -> list[str]:
         """As COLUMNS want it."""
         forms = ("", "", "", ".1f", ".2f", ".1f", ".2f", ".2f", ".0%", ".0f")
-        return ["-" if value is None else format(value, form) for value, form in zip(self, forms, strict=True)]
+        return [
+            "-" if value is None else format(value, form)
+            for value, form in zip(self, forms, strict=True)
+        ]
 
 
 def grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
@@ -58,7 +82,9 @@ def settings(lines: Sequence[Line]) -> dict[str, list[Line]]:
     """The lines by temperature, batch size and number of threads, as far as they tell them."""
 
     def setting(line: Line) -> str:
-        return ", ".join(form.format(line[name]) for name, form in _SETTING.items() if line.get(name) is not None)
+        return ", ".join(
+            form.format(line[name]) for name, form in _SETTING.items() if line.get(name) is not None
+        )
 
     return grouped(lines, setting)
 
@@ -69,7 +95,9 @@ def summarise(lines: Sequence[Line]) -> list[Summary]:
     rows = []
     for task, part in [*parts, ("all", lines)] if len(parts) > 1 else parts:
         methods = grouped(part, itemgetter("method"))
-        for method in sorted(methods, key=lambda name: (not name.startswith("autoregressive"), name)):
+        for method in sorted(
+            methods, key=lambda name: (not name.startswith("autoregressive"), name)
+        ):
             rows.append(_summary(task, method, methods[method]))
     return rows
 
@@ -77,22 +105,40 @@ def summarise(lines: Sequence[Line]) -> list[Summary]:
 def read_results(path: Path, base: str | None = None) -> tuple[dict[str, Any], list[Line]]:
     """The header and the answers, each with its `pair`: the answer of `base`, or of plain decoding, to the same prompt."""
     rows = list(read_jsonl(path))
-    wanted = {"task", "prompt", "method", "repeat", "tau", "identical", "tokens_per_second", _SPEEDS[1]}
+    wanted = {
+        "task",
+        "prompt",
+        "method",
+        "repeat",
+        "tau",
+        "identical",
+        "tokens_per_second",
+        _SPEEDS[1],
+    }
     if not rows or "header" not in rows[0] or not all(wanted <= row.keys() for row in rows[1:]):
-        raise DataError(f"`{path}` is not a results file", hint="give a file that `flashdraft bench` wrote")
+        raise DataError(
+            f"`{path}` is not a results file", hint="give a file that `flashdraft bench` wrote"
+        )
     lines = [{_SPEEDS[0]: line["tokens_per_second"]} | line for line in rows[1:]]
     keys = [(line["prompt"], line["repeat"], *map(line.get, _SETTING)) for line in lines]
     answers = {(line["method"], key): line for line, key in zip(lines, keys, strict=True)}
     plain = (base or line.get("plain", "autoregressive") for line in lines)
     pairs = map(answers.get, zip(plain, keys, strict=True))
-    return rows[0]["header"], [line | {"pair": pair} for line, pair in zip(lines, pairs, strict=True)]
+    return rows[0]["header"], [
+        line | {"pair": pair} for line, pair in zip(lines, pairs, strict=True)
+    ]
 
 
 def origin(header: dict[str, Any]) -> list[str]:
     """What a results file was measured with and on, in two lines."""
     versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items())
-    threads = f"{header['threads']} threads" + (f", transformers {t}" if (t := header.get("transformers_threads")) else "")
-    return [header["command"], f"{header['device']}; {threads}; {header['kernel']}; {versions}; commit {header['commit']}"]
+    threads = f"{header['threads']} threads" + (
+        f", transformers {t}" if (t := header.get("transformers_threads")) else ""
+    )
+    return [
+        header["command"],
+        f"{header['device']}; {threads}; {header['kernel']}; {versions}; commit {header['commit']}",
+    ]
 
 
 def show(path: Path, base: str | None = None) -> None:
@@ -116,14 +162,29 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 def _summary(task: str, method: str, lines: list[Line]) -> Summary:
-    speed, decode = ((_known(median, (line[name] for line in lines)), _ratio(lines, name)) for name in _SPEEDS)
+    speed, decode = (
+        (_known(median, (line[name] for line in lines)), _ratio(lines, name)) for name in _SPEEDS
+    )
     identical = _known(fmean, (line["identical"] for line in lines))
-    first = _known(median, (1000 * t if (t := line.get("time_to_first_token")) else None for line in lines))
-    return Summary(task, method, len(lines), *speed, *decode, fmean(line["tau"] for line in lines), identical, first)
+    first = _known(
+        median, (1000 * t if (t := line.get("time_to_first_token")) else None for line in lines)
+    )
+    return Summary(
+        task,
+        method,
+        len(lines),
+        *speed,
+        *decode,
+        fmean(line["tau"] for line in lines),
+        identical,
+        first,
+    )
 
 
 def _ratio(lines: Iterable[Line], name: str) -> float | None:
-    pairs = [line for line in lines if line["pair"] is not None and line[name] and line["pair"][name]]
+    pairs = [
+        line for line in lines if line["pair"] is not None and line[name] and line["pair"][name]
+    ]
     return _known(median, (line[name] / line["pair"][name] for line in pairs))
 
 

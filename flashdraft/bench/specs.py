@@ -35,19 +35,28 @@ def read_specs(methods: str) -> list[Spec]:
         count = _length_of_first(pieces)
         text = ",".join(pieces[:count]).strip()
         if not text:
-            raise InvalidParameter(f"methods is {methods!r}", hint="methods must be names separated by commas", option="methods")
+            raise InvalidParameter(
+                f"methods is {methods!r}",
+                hint="methods must be names separated by commas",
+                option="methods",
+            )
         specs.append(_read(text))
         pieces = pieces[count:]
 
     names = {spec.name for spec in specs}
     if len(names) < len({spec.text for spec in specs}):
-        raise InvalidParameter(f"two of `{methods}` have one name", hint="write NAME=METHOD with names of their own")
+        raise InvalidParameter(
+            f"two of `{methods}` have one name", hint="write NAME=METHOD with names of their own"
+        )
     return list({spec.name: spec for spec in specs}.values())
 
 
 def parts_of(kind: str) -> list[str]:
     """The methods that one of ours is joined of, trees or not."""
-    return [part if Path(part).exists() else _TREE.sub("", part) for part in union_parts(kind, _is_there)]
+    return [
+        part if Path(part).exists() else _TREE.sub("", part)
+        for part in union_parts(kind, _is_there)
+    ]
 
 
 def tree_of(kind: str, default: int) -> int | None:

@@ -43,12 +43,16 @@ class BenchPrompt(NamedTuple):
     @property
     def asked(self) -> str | list[dict[str, str]]:
         """The first question, with the turns before it."""
-        return [*self.earlier, {"role": "user", "content": self.text}] if self.earlier else self.text
+        return (
+            [*self.earlier, {"role": "user", "content": self.text}] if self.earlier else self.text
+        )
 
 
 # task -> `file` below the data folder; `hub`, a data set as name:split or name:config:split, or a JSON file in one; `prompt`,
 # made of an entry's fields (without it, an entry has turns); `categories`: those of the file's entries that are the task's
-TASKS: dict[str, dict[str, Any]] = json.loads(Path(__file__).parents[1].joinpath("assets/tasks.json").read_text(encoding="utf-8"))
+TASKS: dict[str, dict[str, Any]] = json.loads(
+    Path(__file__).parents[1].joinpath("assets/tasks.json").read_text(encoding="utf-8")
+)
 
 
 @contextmanager
@@ -68,13 +72,23 @@ def read_ids(path: Path) -> dict[str, list[int]]:
             raise ValueError("none of its keys is a task")
         return found
     except FileNotFoundError:
-        raise DataError(f"no file `{path}`", hint="name recipes/bench_ids.json of the source tree with --ids") from None
+        raise DataError(
+            f"no file `{path}`", hint="name recipes/bench_ids.json of the source tree with --ids"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"`{path}` is not a table of entry numbers: {error!r}", hint=f"tasks are {', '.join(TASKS)}") from None
+        raise DataError(
+            f"`{path}` is not a table of entry numbers: {error!r}",
+            hint=f"tasks are {', '.join(TASKS)}",
+        ) from None
 
 
 def write_tasks(
-    data: Path | None, out: Path, ids: Mapping[str, Sequence[int]], *, tasks: Collection[str] = TASKS, first: int | None = None
+    data: Path | None,
+    out: Path,
+    ids: Mapping[str, Sequence[int]],
+    *,
+    tasks: Collection[str] = TASKS,
+    first: int | None = None,
 ) -> int:
     """Write the prompts of `ids`, or only each task's first ones; returns how many.
 
@@ -90,17 +104,27 @@ def write_tasks(
     lines = []
     for task in (task for task in TASKS if {task, task.split("/")[0]} & {*tasks}):
         if task not in ids:
-            raise DataError(f"no entry numbers for {task}", hint="add them to the file of --ids, or leave the task out")
+            raise DataError(
+                f"no entry numbers for {task}",
+                hint="add them to the file of --ids, or leave the task out",
+            )
         kinds = TASKS[task].get("categories")
-        entries = [row for row in _rows(task, data) if kinds is None or row.get("category") in kinds]
+        entries = [
+            row for row in _rows(task, data) if kinds is None or row.get("category") in kinds
+        ]
         if beyond := [i for i in ids[task] if not 0 <= i < len(entries)]:
-            raise DataError(f"{task} has no entry {beyond[0]}, only {len(entries)}", hint="the ids are of another version of it")
+            raise DataError(
+                f"{task} has no entry {beyond[0]}, only {len(entries)}",
+                hint="the ids are of another version of it",
+            )
         for i in ids[task][:first]:
             try:
                 asked = _asked(entries[i], TASKS[task].get("prompt"))
             except (KeyError, TypeError, AttributeError) as error:
                 hint = "the set is of another version, or damaged: fetch it again"
-                raise DataError(f"entry {i} of {task} cannot be asked: {error!r}", hint=hint) from None
+                raise DataError(
+                    f"entry {i} of {task} cannot be asked: {error!r}", hint=hint
+                ) from None
             lines.append(json.dumps({"task": task, "row": i} | asked, ensure_ascii=False) + "\n")
     facts = {"data": str(data or "the hub"), "tasks": sorted(tasks), "first": first}
     write_own(real, {real.name: "".join(lines).encode()}, "tasks", facts)
@@ -109,14 +133,20 @@ def write_tasks(
 
 def _asked(row: dict[str, Any], prompt: str | None) -> dict[str, Any]:
     if prompt is not None:
-        texts = {name: "\n".join(value) if isinstance(value, list) else str(value).rstrip() for name, value in row.items()}
+        texts = {
+            name: "\n".join(value) if isinstance(value, list) else str(value).rstrip()
+            for name, value in row.items()
+        }
         return {"prompt": prompt.format(**texts)}
     turns = row.get("turns") or row["prompt"]
     return {"turns": turns} if len(turns) > 1 else {"prompt": turns[0]}
 
 
 def _rows(task: str, data: Path | None) -> Sequence[dict[str, Any]]:
-    hint, name = "name the evaluation sets' folder with --data or FLASHDRAFT_DATA", str(TASKS[task].get("hub", ""))
+    hint, name = (
+        "name the evaluation sets' folder with --data or FLASHDRAFT_DATA",
+        str(TASKS[task].get("hub", "")),
+    )
     repo, _, file = name.rpartition("/")
     if data is not None:
         path = data / TASKS[task]["file"]
@@ -148,12 +178,16 @@ def read_prompts(path: Path) -> list[BenchPrompt]:
         try:
             turns, earlier = _questions(row)
         except ValueError as error:
-            raise DataError(f"{place}: no text to ask: {error}", hint="mend or remove that row") from None
+            raise DataError(
+                f"{place}: no text to ask: {error}", hint="mend or remove that row"
+            ) from None
         task = str(row.get("task", path.stem))
         prompts.append(BenchPrompt(len(prompts), task, seen[task], turns, earlier, place))
         seen[task] += 1
     if not prompts:
-        raise DataError(f"`{path}` holds no prompts", hint='a line is {"task": "chat", "prompt": "Hello"}')
+        raise DataError(
+            f"`{path}` holds no prompts", hint='a line is {"task": "chat", "prompt": "Hello"}'
+        )
     return prompts
 
 
@@ -161,7 +195,11 @@ def _questions(row: dict[str, Any]) -> tuple[tuple[str, ...], tuple[dict[str, st
     """What a row asks, one after the other, and the turns before. Raises ValueError for one that asks nothing."""
     turns = row.get("turns")
     if turns is not None and "prompt" not in row and not _holds_objects(turns):
-        if not (isinstance(turns, list) and turns and all(isinstance(text, str) and text.strip() for text in turns)):
+        if not (
+            isinstance(turns, list)
+            and turns
+            and all(isinstance(text, str) and text.strip() for text in turns)
+        ):
             raise ValueError("`turns` is no list of texts")
         return tuple(turns), ()
 

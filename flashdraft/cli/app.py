@@ -28,11 +28,28 @@ from flashdraft.types import Allowed, check_option, check_options, kind_of
 
 __all__ = ["COMMANDS", "flat", "main"]
 
-_TEXT = Path(__file__).parents[1].joinpath("assets").joinpath("commands.txt").read_text(encoding="utf-8")
+_TEXT = (
+    Path(__file__)
+    .parents[1]
+    .joinpath("assets")
+    .joinpath("commands.txt")
+    .read_text(encoding="utf-8")
+)
 # name of a function in commands.py or train_commands.py -> its help and two examples
-COMMANDS = {name: facts for name, *facts in re.findall(r"^(\w+): (.+)\n +(.+)\n +(.+)$", _TEXT, re.MULTILINE)}
+COMMANDS = {
+    name: facts
+    for name, *facts in re.findall(r"^(\w+): (.+)\n +(.+)\n +(.+)$", _TEXT, re.MULTILINE)
+}
 _STREAMS = ("stdin", "stdout", "stderr")  # by descriptor
-TRAINING = ("prompts", "regenerate", "features", "train", "eval", "doctor", "push")  # in train_commands.py
+TRAINING = (
+    "prompts",
+    "regenerate",
+    "features",
+    "train",
+    "eval",
+    "doctor",
+    "push",
+)  # in train_commands.py
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,7 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(given: list[str], *, own: bool) -> int:
     for stream, errors in ((sys.stdin, "strict"), (sys.stdout, "replace"), (sys.stderr, "replace")):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a character is no reason to stop
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # a terminal that cannot show a character is no reason to stop
             stream.reconfigure(encoding="utf-8-sig" if stream is sys.stdin else None, errors=errors)
     if own and threading.current_thread() is threading.main_thread():  # a process of its own
         signal.signal(signal.SIGTERM, _terminated)
@@ -59,12 +78,18 @@ def _run(given: list[str], *, own: bool) -> int:
     except TyperException as error:
         return _complain(error.format_message().rstrip("."), _usage_hint(error, given), status=2)
     except UnicodeDecodeError as error:
-        return _complain(f"got text that is not UTF-8 ({error.reason})", "send UTF-8, on standard input as well", status=1)
+        return _complain(
+            f"got text that is not UTF-8 ({error.reason})",
+            "send UTF-8, on standard input as well",
+            status=1,
+        )
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         with suppress(io.UnsupportedOperation):  # a stream of somebody's own
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more on its way out
+            os.dup2(
+                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+            )  # the interpreter flushes once more on its way out
         return 1
     except OSError as error:
         message = f"cannot use{f' `{error.filename}`' if error.filename else ''}: {error.strerror or error}"
@@ -92,7 +117,9 @@ def _open_streams() -> Iterator[None]:
 
     with ExitStack() as files:
         for name in closed:
-            nothing = files.enter_context(open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))
+            nothing = files.enter_context(
+                open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8")
+            )
             files.callback(setattr, sys, name, getattr(sys, name))
             setattr(sys, name, nothing)
         yield
@@ -159,7 +186,11 @@ def _as_written(error: FlashDraftError, given: Sequence[str]) -> str | None:
 
 def _app(given: Sequence[str]) -> Any:
     """All commands by name; only the one that was asked for has its options."""
-    app = typer.Typer(add_completion=False, rich_markup_mode=None, help="DFlash speculative decoding: the same text, sooner.")
+    app = typer.Typer(
+        add_completion=False,
+        rich_markup_mode=None,
+        help="DFlash speculative decoding: the same text, sooner.",
+    )
     app.callback()(_options)
     asked = next((word for word in given if not word.startswith("-")), None)
     for name, (text, *examples) in COMMANDS.items():
@@ -177,7 +208,9 @@ def _version(wanted: bool) -> None:
 
 
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     pass
 
@@ -202,11 +235,19 @@ def flat(function: Callable[..., None]) -> Callable[..., None]:
         for parameter in single:
             _check_single(parameter, values[parameter.name])
         for name, group in groups.items():
-            values[name] = group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group) if field.metadata})
+            values[name] = group(
+                **{
+                    field.name: values.pop(field.name)
+                    for field in dataclasses.fields(group)
+                    if field.metadata
+                }
+            )
             check_options(values[name])
         function(**values)
 
-    signature = inspect.Signature([parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters])
+    signature = inspect.Signature(
+        [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+    )
     call.__signature__ = signature  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return call
@@ -231,4 +272,6 @@ def _fields(group: Any) -> Iterator[inspect.Parameter]:
             if get_origin(hint) is tuple:
                 hint, default = list[get_args(hint)[0]], list(default)  # type: ignore[misc]
             option = typer.Option(f"--{field.name.replace('_', '-')}", help=field.metadata["help"])
-            yield parameters[field.name].replace(default=default, annotation=Annotated[hint, option])
+            yield parameters[field.name].replace(
+                default=default, annotation=Annotated[hint, option]
+            )

@@ -25,20 +25,29 @@ from flashdraft.generate import Model
 from flashdraft.loading import DTYPES, KERNELS, MOST_NODES, NETWORKS, load
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.process import is_terminal
-from flashdraft.types import COUNTS, SEEDS, Allowed, Chunk, Result, SamplingParams, check_options, option, require
+from flashdraft.types import (
+    COUNTS,
+    SEEDS,
+    Allowed,
+    Chunk,
+    Result,
+    SamplingParams,
+    check_options,
+    option,
+    require,
+)
 
 PROMPT = "A baker bakes 12 trays of 8 rolls and sells 71 of them. How many rolls are left? Explain step by step."
 TARGET_HELP = "built-in name, hub id, folder or GGUF file"
 DTYPE_HELP = f"{', '.join(name for name in DTYPES if name != 'auto')}, or auto: as stored"
 KERNEL_HELP = f"what runs the weights: {', '.join(KERNELS)}; auto is the fastest exact one, compiled: CUDA graphs"
-DRAFT_HELP = (
-    "drafter's folder or hub id, or a smaller causal LM's with the same tokenizer; a method, whose shipped drafter is taken "
-)
+DRAFT_HELP = "drafter's folder or hub id, or a smaller causal LM's with the same tokenizer; a method, whose shipped drafter is taken "
 DRAFT_HELP += f"({', '.join(NETWORKS)}) or that has none (prompt_lookup, autoregressive); two of these joined by +; or auto: "
 DRAFT_HELP += "the shipped one, or none"
 BLOCK_HELP = f"nodes per proposal, the anchor included, from 1 (nothing is drafted) to {MOST_NODES}; by default as many of what "
 BLOCK_HELP += "the drafter was trained for as pay"
 _NODES = Allowed(1, MOST_NODES)
+MAIN_TASKS = ["gsm8k", "humaneval", "mt_bench"]
 Out = Annotated[Path, Option(help="file to write")]
 
 
@@ -92,7 +101,9 @@ def demo(
     with_drafts = _show(chunks, origin=True)
     alone: Result = plain.generate(tokens, params)
     both = with_drafts.stats, alone.stats
-    speeds = [(one.num_tokens - 1) / one.decode_seconds if one.decode_seconds else 0.0 for one in both]
+    speeds = [
+        (one.num_tokens - 1) / one.decode_seconds if one.decode_seconds else 0.0 for one in both
+    ]
     for label, speed in zip((drafting.new_drafter().name, "autoregressive"), speeds, strict=True):
         print(f"{label:<15} {speed:6.1f} tokens/s")
     print(f"{'ratio':<15} {speeds[0] / (speeds[1] or 1.0):6.2f}")
@@ -106,7 +117,9 @@ def generate(
     params: SamplingParams,
     max_rows: Annotated[int, Option(help="prompts decoded together, at most"), COUNTS] = 8,
     json: Annotated[bool, Option("--json", help="one JSON object per answer")] = False,
-    logprobs: Annotated[bool, Option("--logprobs", help="log-probabilities of the tokens, in the JSON object")] = False,
+    logprobs: Annotated[
+        bool, Option("--logprobs", help="log-probabilities of the tokens, in the JSON object")
+    ] = False,
 ) -> None:
     require(json or not logprobs, "logprobs", logprobs, "left out without --json, which shows them")
     params = replace(params, logprobs=logprobs)
@@ -119,7 +132,11 @@ def generate(
         return
     for number, result in enumerate(lm.generate(texts, params)):
         record = result.to_dict() | {"tokens_per_second": _speed(result)}
-        print(jsonlib.dumps(record, ensure_ascii=False) if json else ("\n" if number else "") + result.text)
+        print(
+            jsonlib.dumps(record, ensure_ascii=False)
+            if json
+            else ("\n" if number else "") + result.text
+        )
 
 
 def _standard_input() -> str:
@@ -148,7 +165,9 @@ def chat(model: ModelOptions, params: SamplingParams) -> None:
                 hint = "begin again with /reset, or ask for fewer new tokens"
                 say(f"error: {error.args[0]}\nhint: {hint}")
                 continue
-            except KeyboardInterrupt:  # ends the answer; once more, before the next one, ends the talk
+            except (
+                KeyboardInterrupt
+            ):  # ends the answer; once more, before the next one, ends the talk
                 if not interactive:
                     raise
                 say("(stopped; Ctrl-C once more ends the talk)")
@@ -170,7 +189,10 @@ def bench(config: BenchConfig) -> None:
 
 def report(
     results: Annotated[list[Path], Argument(help="files that `flashdraft bench` wrote")],
-    base: Annotated[str | None, Option(help="method that ratios are to; by default plain decoding with the same kernel")] = None,
+    base: Annotated[
+        str | None,
+        Option(help="method that ratios are to; by default plain decoding with the same kernel"),
+    ] = None,
 ) -> None:
     for number, path in enumerate(results):
         print("\n" * bool(number), end="")
@@ -184,14 +206,21 @@ def plot(
     try:
         pictures = import_module("flashdraft.bench.plot")
     except ImportError as error:
-        raise InvalidParameter(f"pictures need matplotlib: {error}", hint="pip install 'flashdraft[plot]'") from None
+        raise InvalidParameter(
+            f"pictures need matplotlib: {error}", hint="pip install 'flashdraft[plot]'"
+        ) from None
     print(*pictures.draw(results, out), sep="\n")
 
 
 def peers(
     config: BenchConfig,
-    gguf: Annotated[list[Path], Option(help="the target's weights for llama.cpp and OpenVINO; may be given several times")] = [],  # noqa: B006
-    engines: Annotated[Path, Option(help="file whose functions run other engines")] = Path("recipes/engines.py"),
+    gguf: Annotated[
+        list[Path],
+        Option(help="the target's weights for llama.cpp and OpenVINO; may be given several times"),
+    ] = [],  # noqa: B006
+    engines: Annotated[Path, Option(help="file whose functions run other engines")] = Path(
+        "recipes/engines.py"
+    ),
 ) -> None:
     output_folder(config.out.with_suffix(""))  # where the pictures go
     files = run_peers(config, gguf, engines)
@@ -201,18 +230,27 @@ def peers(
 
 def tasks(
     out: Out,
-    data: Annotated[Path | None, Option(envvar="FLASHDRAFT_DATA", help="folder of the public data sets; else the hub")] = None,
-    ids: Annotated[Path, Option(help="entry numbers of every set")] = Path("recipes/bench_ids.json"),
+    data: Annotated[
+        Path | None,
+        Option(envvar="FLASHDRAFT_DATA", help="folder of the public data sets; else the hub"),
+    ] = None,
+    ids: Annotated[Path, Option(help="entry numbers of every set")] = Path(
+        "recipes/bench_ids.json"
+    ),
     first: Annotated[int | None, Option(help="only each set's first ones"), COUNTS] = None,
-    task: Annotated[list[str], Option(help=f"of {', '.join(TASKS)}; several times")] = ["gsm8k", "humaneval", "mt_bench"],  # noqa: B006
+    task: Annotated[list[str], Option(help=f"of {', '.join(TASKS)}; several times")] = MAIN_TASKS,
 ) -> None:
     print(f"{write_tasks(data, out, read_ids(ids), tasks=task, first=first)} prompts in {out}")
 
 
 def profile(
     target: Annotated[str, Option(help=TARGET_HELP)] = "smollm2-135m",
-    draft: Annotated[str, Option(help="drafter's folder or hub id; auto: the shipped one, or an untrained one")] = "auto",
-    nodes: Annotated[list[int], Option(help="nodes per step; may be given several times"), _NODES] = [1, 8],  # noqa: B006
+    draft: Annotated[
+        str, Option(help="drafter's folder or hub id; auto: the shipped one, or an untrained one")
+    ] = "auto",
+    nodes: Annotated[
+        list[int], Option(help="nodes per step; may be given several times"), _NODES
+    ] = [1, 8],  # noqa: B006
     context: Annotated[int, Option(help="tokens read before"), COUNTS] = 256,
     steps: Annotated[int, Option(help="steps measured; medians are shown"), COUNTS] = 20,
     kernel: Annotated[str, Option(help=KERNEL_HELP), Allowed(choices=KERNELS)] = "auto",
@@ -221,24 +259,41 @@ def profile(
     for count in nodes:
         one = measure(target, draft=draft, nodes=count, context=context, steps=steps, kernel=kernel)
         parts = one.milliseconds | {"step": sum(one.milliseconds.values())}
-        times += [[str(count), part, f"{ms:.2f}", f"{ms / parts['step']:.0%}"] for part, ms in parts.items()]
+        times += [
+            [str(count), part, f"{ms:.2f}", f"{ms / parts['step']:.0%}"]
+            for part, ms in parts.items()
+        ]
         held += [[str(count), name, f"{nbytes / 1e6:.1f}"] for name, nbytes in one.nbytes.items()]
     print_table(["nodes", "part", "ms", "share"], times)
     print()
     print_table(["nodes", "memory", "MB"], held)
 
 
-def roofline(target: Annotated[str, Argument(help=f"{TARGET_HELP}, or qwen3-8b and its like")], config: RooflineConfig) -> None:
-    cells, rows = [], predict(shape(target), config, calibrate(config.weights) if config.device == "this" else named(config))
+def roofline(
+    target: Annotated[str, Argument(help=f"{TARGET_HELP}, or qwen3-8b and its like")],
+    config: RooflineConfig,
+) -> None:
+    cells, rows = (
+        [],
+        predict(
+            shape(target),
+            config,
+            calibrate(config.weights) if config.device == "this" else named(config),
+        ),
+    )
     for row in rows:
         best = "best" * (row.gain == max(each.gain for each in rows if each.drafter == row.drafter))
         figures = f"{1000 * row.draft:.2f} {1000 * row.verify:.2f} {row.tau:.2f} {row.speed:.1f} {row.gain:.2f}".split()
         cells.append([row.drafter, str(row.block), *figures, best])
-    print_table(["drafter", "block", "draft ms", "target ms", "tau", "tokens/s", "to plain", ""], cells)
+    print_table(
+        ["drafter", "block", "draft ms", "target ms", "tau", "tokens/s", "to plain", ""], cells
+    )
     print(f"\n{verdict(rows)}")
 
 
-def _show(chunks: Iterable[Chunk], *, origin: bool = False, said: list[str] | None = None) -> Result:
+def _show(
+    chunks: Iterable[Chunk], *, origin: bool = False, said: list[str] | None = None
+) -> Result:
     """Write an answer as it comes; with `origin`, a legend first, and what was drafted in green or, without colours, brackets.
 
     said: takes the pieces that were written, for one who is interrupted.
@@ -251,7 +306,11 @@ def _show(chunks: Iterable[Chunk], *, origin: bool = False, said: list[str] | No
         for chunk in chunks:
             for piece in chunk.pieces:
                 if piece.text:
-                    print(("" if piece.drafted == inside else marks[inside]) + piece.text, end="", flush=True)
+                    print(
+                        ("" if piece.drafted == inside else marks[inside]) + piece.text,
+                        end="",
+                        flush=True,
+                    )
                     inside = piece.drafted
                     if said is not None:
                         said.append(piece.text)

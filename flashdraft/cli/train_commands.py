@@ -28,12 +28,35 @@ from flashdraft.train.answers import check_origin
 from flashdraft.train.config import TrainConfig, check_run_folder, tell_of_other_target
 from flashdraft.train.doctor import diagnose
 from flashdraft.train.facts import named_target
-from flashdraft.train.features import Data, FeatureSet, OnlineFeatures, ShardWriter, check_features_folder, write_features
-from flashdraft.train.initialise import copied_from_target, draft_config, layers_read, random_weights, taken_from
+from flashdraft.train.features import (
+    Data,
+    FeatureSet,
+    OnlineFeatures,
+    ShardWriter,
+    check_features_folder,
+    write_features,
+)
+from flashdraft.train.initialise import (
+    copied_from_target,
+    draft_config,
+    layers_read,
+    random_weights,
+    taken_from,
+)
 from flashdraft.train.prompts import write_prompts
 from flashdraft.train.regenerate import Later, Server, mixed
 from flashdraft.train.regenerate import regenerate as answer_prompts
-from flashdraft.types import COUNTS, HIGHEST, SEEDS, Allowed, SamplingParams, Stats, check_options, option, require
+from flashdraft.types import (
+    COUNTS,
+    HIGHEST,
+    SEEDS,
+    Allowed,
+    SamplingParams,
+    Stats,
+    check_options,
+    option,
+    require,
+)
 
 SETS_HELP = ".jsonl and .json files, or hub data sets as name:split or name:config:split"
 _MOST = 2**31 - 1
@@ -48,19 +71,36 @@ class DraftOptions:
     """The draft network to train; None: the default of `draft_config`, or what the drafter of --init-from has."""
 
     method: str = option("dflash", "what is trained", choices=tuple(NETWORKS))
-    init: str = option("target", "first weights: target (copied from its last layers) or random", choices=("target", "random"))
-    init_from: str | None = option(None, "first weights from this drafter, of the same target or of another of its width")
+    init: str = option(
+        "target",
+        "first weights: target (copied from its last layers) or random",
+        choices=("target", "random"),
+    )
+    init_from: str | None = option(
+        None, "first weights from this drafter, of the same target or of another of its width"
+    )
     num_layers: int | None = option(None, "draft layers; 3 without --init-from", least=1, most=1024)
     block_size: int | None = option(
-        None, "the anchor and what is drafted at once; by default 4, eagle3 6, medusa 5, draft_model 2", least=2, most=MOST_NODES
+        None,
+        "the anchor and what is drafted at once; by default 4, eagle3 6, medusa 5, draft_model 2",
+        least=2,
+        most=MOST_NODES,
     )
     num_features: int | None = option(
-        None, "target layers whose outputs the drafter reads; 5 without --init-from", least=1, most=1024
+        None,
+        "target layers whose outputs the drafter reads; 5 without --init-from",
+        least=1,
+        most=1024,
     )
     mask_token_id: int | None = option(
-        None, "an id that the target never reads or writes; known for built-in targets", least=0, most=HIGHEST
+        None,
+        "an id that the target never reads or writes; known for built-in targets",
+        least=0,
+        most=HIGHEST,
     )
-    head: str | None = option(None, "add a sequential head: swiglu (not in the plain format)", choices=HEADS)
+    head: str | None = option(
+        None, "add a sequential head: swiglu (not in the plain format)", choices=HEADS
+    )
     head_rank: int = option(64, "its inner size", least=1, most=1 << 16)
 
     def __post_init__(self) -> None:
@@ -69,7 +109,9 @@ class DraftOptions:
     def shape(self, target: Target) -> DraftConfig:
         """The network's config. Raises InvalidParameter for options that mean nothing beside each other."""
         if self.method != "dflash":
-            fixed = ("num_features", "mask_token_id", "head", "head_rank") + ("num_layers",) * (self.method != "draft_model")
+            fixed = ("num_features", "mask_token_id", "head", "head_rank") + ("num_layers",) * (
+                self.method != "draft_model"
+            )
             _refuse(self, f"{self.method} has no such thing", *fixed)
         if self.head is None:
             _refuse(self, "no head is added without --head", "head_rank")
@@ -78,7 +120,13 @@ class DraftOptions:
         if self.init_from is not None:
             _refuse(self, "--init-from has the first weights", "init")
             c = self._first(target).config
-            held = dict(zip(names, (c.num_hidden_layers, c.block_size, len(c.target_layer_ids), c.mask_token_id), strict=True))
+            held = dict(
+                zip(
+                    names,
+                    (c.num_hidden_layers, c.block_size, len(c.target_layer_ids), c.mask_token_id),
+                    strict=True,
+                )
+            )
             given = held | given
         return draft_config(target, method=self.method, **given)
 
@@ -87,7 +135,9 @@ class DraftOptions:
         found = open_network(str(self.init_from), target.name)
         if found.method != self.method:
             got = f"init_from is {self.init_from!r}, a drafter of {found.method}, but method is {self.method}"
-            raise InvalidParameter(got, hint=f"give --method {found.method}, or a drafter of {self.method}")
+            raise InvalidParameter(
+                got, hint=f"give --method {found.method}, or a drafter of {self.method}"
+            )
         return found
 
     def network(self, config: DraftConfig, target: Target, data: Data, seed: int) -> DraftNetwork:
@@ -105,8 +155,15 @@ class SourceOptions:
 
     target: str = option("smollm2-135m", TARGET_HELP)
     dtype: str = option("auto", DTYPE_HELP, choices=DTYPES)
-    online: bool = option(False, "FEATURES are answers: the target reads them at every use, and nothing is stored")
-    max_length: int = option(512, "with --online: tokens of prompt and answer that are read, at most", least=2, most=_MOST)
+    online: bool = option(
+        False, "FEATURES are answers: the target reads them at every use, and nothing is stored"
+    )
+    max_length: int = option(
+        512,
+        "with --online: tokens of prompt and answer that are read, at most",
+        least=2,
+        most=_MOST,
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -125,7 +182,10 @@ class SourceOptions:
             return OnlineFeatures(lm, paths, layers=layers, max_length=self.max_length, final=final)
         _refuse(self, "the folder of features has its own without --online", "max_length")
         if len(paths) > 1:
-            raise InvalidParameter(f"got {len(paths)} folders of features", hint="give all answers to one `flashdraft features`")
+            raise InvalidParameter(
+                f"got {len(paths)} folders of features",
+                hint="give all answers to one `flashdraft features`",
+            )
         return FeatureSet(paths[0])
 
 
@@ -140,31 +200,47 @@ def _check_mask(shape: DraftConfig, lm: Model) -> None:
 def _refuse(options: Any, reason: str, *names: str) -> None:
     """Options (these, or all) that would have no effect are named, not ignored."""
     for field in fields(options):
-        if (not names or field.name in names) and (value := getattr(options, field.name)) != field.default:
-            raise InvalidParameter(f"{field.name} is {value}, but {reason}", hint="leave out one of the two")
+        if (not names or field.name in names) and (
+            value := getattr(options, field.name)
+        ) != field.default:
+            raise InvalidParameter(
+                f"{field.name} is {value}, but {reason}", hint="leave out one of the two"
+            )
 
 
 def prompts(
     out: Out,
     files: Annotated[list[str] | None, Argument(metavar="SETS", help=SETS_HELP)] = None,
-    data: Annotated[Path | None, Option(help="folder of the known sets; if nothing is named, FLASHDRAFT_DATA")] = None,
+    data: Annotated[
+        Path | None, Option(help="folder of the known sets; if nothing is named, FLASHDRAFT_DATA")
+    ] = None,
     thinking: Annotated[
-        float | None, Option(help="share of the prompts that ask the target to think, from 0 to 1"), Allowed(0, 1)
+        float | None,
+        Option(help="share of the prompts that ask the target to think, from 0 to 1"),
+        Allowed(0, 1),
     ] = None,
     seed: Annotated[int, Option(help="seed of the order"), SEEDS] = 0,
 ) -> None:
     if data is None and not files and "FLASHDRAFT_DATA" in os.environ:
         data = Path(os.environ["FLASHDRAFT_DATA"])
-    print(f"{write_prompts(data, out, files=files or (), thinking=thinking, seed=seed)} prompts in {out}")
+    print(
+        f"{write_prompts(data, out, files=files or (), thinking=thinking, seed=seed)} prompts in {out}"
+    )
 
 
 @dataclass(frozen=True)
 class FeatureOptions:
     """What is stored of every answer."""
 
-    num_features: int = option(5, "target layers whose outputs are stored for dflash", least=1, most=1024)
-    methods: str = option("dflash", f"comma-separated: store what these read, of {', '.join(NETWORKS)}")
-    max_length: int = option(512, "tokens of prompt and answer that are stored, at most", least=2, most=_MOST)
+    num_features: int = option(
+        5, "target layers whose outputs are stored for dflash", least=1, most=1024
+    )
+    methods: str = option(
+        "dflash", f"comma-separated: store what these read, of {', '.join(NETWORKS)}"
+    )
+    max_length: int = option(
+        512, "tokens of prompt and answer that are stored, at most", least=2, most=_MOST
+    )
     soft_labels: bool = option(False, "also the final state, of which soft labels are made")
 
     def __post_init__(self) -> None:
@@ -174,8 +250,16 @@ class FeatureOptions:
         """As flashdraft.train.features takes it."""
         methods = self.methods.split(",")
         require({*methods} <= NETWORKS.keys(), "methods", self.methods, f"of {', '.join(NETWORKS)}")
-        layers = {layer for method in methods for layer in layers_read(lm.target.num_layers, method, self.num_features)}
-        return {"layers": tuple(sorted(layers)), "max_length": self.max_length, "final": self.soft_labels}
+        layers = {
+            layer
+            for method in methods
+            for layer in layers_read(lm.target.num_layers, method, self.num_features)
+        }
+        return {
+            "layers": tuple(sorted(layers)),
+            "max_length": self.max_length,
+            "final": self.soft_labels,
+        }
 
 
 @dataclass(frozen=True)
@@ -184,10 +268,19 @@ class AnswerOptions:
 
     max_rows: int = option(8, "prompts answered together, at most", least=1, most=_MOST)
     limit: int | None = option(None, "only the file's first prompts", least=1, most=_MOST)
-    greedy_share: float = option(0.0, "share of the prompts that are answered greedily at a temperature above 0", least=0, most=1)
-    url: str | None = option(None, "an OpenAI-compatible server that answers instead, http://host:port/v1")
+    greedy_share: float = option(
+        0.0,
+        "share of the prompts that are answered greedily at a temperature above 0",
+        least=0,
+        most=1,
+    )
+    url: str | None = option(
+        None, "an OpenAI-compatible server that answers instead, http://host:port/v1"
+    )
     model: str | None = option(None, "the target's name on that server")
-    keep_features: str | None = option(None, "keep what the target saw in this folder, for `flashdraft features`")
+    keep_features: str | None = option(
+        None, "keep what the target saw in this folder, for `flashdraft features`"
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -205,7 +298,12 @@ class AnswerOptions:
 
 
 def regenerate(
-    file: Prompts, out: Out, options: ModelOptions, params: SamplingParams, answer: AnswerOptions, stored: FeatureOptions
+    file: Prompts,
+    out: Out,
+    options: ModelOptions,
+    params: SamplingParams,
+    answer: AnswerOptions,
+    stored: FeatureOptions,
 ) -> None:
     law = mixed(params, answer.greedy_share)
     if (folder := answer.keep_features) is None and answer.url is None:
@@ -218,24 +316,35 @@ def regenerate(
         return lm, None if folder is None else ShardWriter(lm, Path(folder), **stored.kind(lm))
 
     lm = answer.server(options, stored) or Later(options.target, load_all)
-    count = answer_prompts(lm, file, out, params=law, limit=answer.limit, quiet=not is_terminal(sys.stdout))
+    count = answer_prompts(
+        lm, file, out, params=law, limit=answer.limit, quiet=not is_terminal(sys.stdout)
+    )
     print(f"{count} new answers in {out}")
 
 
 def features(answers: Answers, out: Folder, model: TargetOptions, stored: FeatureOptions) -> None:
     check_features_folder(out, model.target, inputs=answers)
     lm = model.load()
-    print(f"{write_features(lm, answers, out, **stored.kind(lm), quiet=not is_terminal(sys.stdout))} shards in {out}")
+    print(
+        f"{write_features(lm, answers, out, **stored.kind(lm), quiet=not is_terminal(sys.stdout))} shards in {out}"
+    )
 
 
 def train(
-    source: Annotated[list[Path], Argument(metavar="FEATURES", help="what `flashdraft features` wrote; with --online, answers")],
+    source: Annotated[
+        list[Path],
+        Argument(
+            metavar="FEATURES", help="what `flashdraft features` wrote; with --online, answers"
+        ),
+    ],
     out: Folder,
     eval_prompts: Annotated[Path, Option(help="held-out prompts, on which tau is measured")],
     draft: DraftOptions,
     config: TrainConfig,
     where: SourceOptions,
-    profile: Annotated[int, Option(help="only measure this many steps, and show where their time goes"), _STEPS] = 0,
+    profile: Annotated[
+        int, Option(help="only measure this many steps, and show where their time goes"), _STEPS
+    ] = 0,
 ) -> None:
     check_run_folder(out, inputs=source)
     held_out = [prompt.asked for prompt in read_prompts(eval_prompts)]
@@ -243,7 +352,9 @@ def train(
     try:
         from flashdraft.train.trainer import Trainer, process_device
     except ModuleNotFoundError as error:
-        raise FlashDraftError(f"training needs the package {error.name}", hint='pip install "flashdraft[train]"') from None
+        raise FlashDraftError(
+            f"training needs the package {error.name}", hint='pip install "flashdraft[train]"'
+        ) from None
     lm = load(where.target, draft="autoregressive", dtype=where.dtype, device=str(process_device()))
     data = where.open(source, lm, draft, final=bool(config.kl + config.tv))
     shape = draft.shape(lm.target)
@@ -264,13 +375,18 @@ def train(
 
 
 def eval(
-    file: Annotated[Path, Argument(metavar="PROMPTS", help="held-out prompts: objects with a `prompt`, one a line")],
+    file: Annotated[
+        Path,
+        Argument(metavar="PROMPTS", help="held-out prompts: objects with a `prompt`, one a line"),
+    ],
     model: ModelOptions,
     max_new_tokens: Annotated[int, Option(help="tokens an answer, at most"), COUNTS] = 256,
     max_rows: Annotated[int, Option(help="prompts decoded together, at most"), COUNTS] = 8,
 ) -> None:
     tell_of_other_target(model.draft, named_target(model.target))
-    lm = replace(model.load(max_rows=max_rows), adaptive=False)  # the drafter is judged by whole blocks
+    lm = replace(
+        model.load(max_rows=max_rows), adaptive=False
+    )  # the drafter is judged by whole blocks
     params, asked = SamplingParams(max_new_tokens=max_new_tokens), []
     for prompt in read_prompts(file):
         with named(prompt.place):
@@ -278,10 +394,15 @@ def eval(
         asked.append(prompt.asked)
     stats: list[Stats] = [result.stats for result in lm.generate(asked, params)]
     lengths = [length for one in stats for length in one.accepted_lengths]
-    print(f"tau {fmean(one.tau for one in stats):.3f} on {len(stats)} prompts, {len(lengths)} target passes")
+    print(
+        f"tau {fmean(one.tau for one in stats):.3f} on {len(stats)} prompts, {len(lengths)} target passes"
+    )
     shares = [fmean(length > k for length in lengths) for k in range(1, max(lengths, default=1))]
     if shares:
-        print_table(["draft position", "accepted"], [[str(k), f"{share:.1%}"] for k, share in enumerate(shares, 1)])
+        print_table(
+            ["draft position", "accepted"],
+            [[str(k), f"{share:.1%}"] for k, share in enumerate(shares, 1)],
+        )
 
 
 def doctor(
@@ -296,7 +417,10 @@ def doctor(
     network = open_network(draft, target)
     if not isinstance(network, DFlashDraftModel):
         got = f"the doctor knows drafters of dflash; `{draft}` is of {network.method}"
-        raise InvalidParameter(got, hint=f"`flashdraft eval PROMPTS --draft {draft}` measures how much of it is accepted")
+        raise InvalidParameter(
+            got,
+            hint=f"`flashdraft eval PROMPTS --draft {draft}` measures how much of it is accepted",
+        )
     for finding in diagnose(network, lm, FeatureSet(data), num_samples=num_samples):
         passed &= finding.passed
         print(f"{'ok  ' if finding.passed else 'FAIL'} {finding.test}: {finding.text}")

@@ -31,10 +31,22 @@ _WORTH = 1.02  # what drafting might gain at least, to plain decoding, to be don
 _FIRST = 2  # plain steps before the first drafts: what those are compared with
 _LOOK = 16  # drafted steps until a plain one shows what it takes by now, where they hardly pay; more where they do
 _NOISE = 1e-2  # variance of one step's time, in plain steps
-_UNSURE = (0.1, 0.1, 0.003)  # variances of what steps take beyond the table (see `learn`), before any was seen
+_UNSURE = (
+    0.1,
+    0.1,
+    0.003,
+)  # variances of what steps take beyond the table (see `learn`), before any was seen
 _DRIFT = (4e-4, 1e-5, 1e-6)  # and how they grow, a step
-_GAIN, _GAIN_DRIFT, _POOR = 0.16, 1e-4, 0.7  # the same of drafting's gain; no proposal counts for less than the last
-_SPREAD, _LEAST, _FADE = 0.25, 0.02, 0.9  # of single proposals around it: at first, at least, and what is kept of it
+_GAIN, _GAIN_DRIFT, _POOR = (
+    0.16,
+    1e-4,
+    0.7,
+)  # the same of drafting's gain; no proposal counts for less than the last
+_SPREAD, _LEAST, _FADE = (
+    0.25,
+    0.02,
+    0.9,
+)  # of single proposals around it: at first, at least, and what is kept of it
 
 
 class _Batch:
@@ -43,9 +55,17 @@ class _Batch:
     def __init__(self) -> None:
         self.draft = 0.0  # seconds of drafting in a step
         self.beyond = [0.0] * len(_UNSURE)  # see `learn`
-        self.doubt = [[variance * (i == k) for k in range(len(_UNSURE))] for i, variance in enumerate(_UNSURE)]
-        self.since = -_FIRST  # drafted steps since the last plain one; below 0: plain ones that come first
-        self.gain, self.unsure, self.spread = 1.0, _GAIN, _SPREAD  # tokens a second, to plain decoding: mean and variances
+        self.doubt = [
+            [variance * (i == k) for k in range(len(_UNSURE))] for i, variance in enumerate(_UNSURE)
+        ]
+        self.since = (
+            -_FIRST
+        )  # drafted steps since the last plain one; below 0: plain ones that come first
+        self.gain, self.unsure, self.spread = (
+            1.0,
+            _GAIN,
+            _SPREAD,
+        )  # tokens a second, to plain decoding: mean and variances
 
     def took(self, beyond: float, *known: float) -> None:
         """One step's time beyond the table: a Kalman filter's update."""
@@ -54,20 +74,26 @@ class _Batch:
         moves = [sum(map(mul, row, known)) for row in self.doubt]
         scale = 1 / (sum(map(mul, moves, known)) + _NOISE)
         error = beyond - sum(map(mul, self.beyond, known))
-        self.beyond = [old + scale * move * error for old, move in zip(self.beyond, moves, strict=True)]
+        self.beyond = [
+            old + scale * move * error for old, move in zip(self.beyond, moves, strict=True)
+        ]
         for row, move in zip(self.doubt, moves, strict=True):
             row[:] = [old - scale * move * other for old, other in zip(row, moves, strict=True)]
 
     def promised(self, gain: float, share: float) -> None:
         """One proposal's gain, for a step that takes `share` of a plain one's time: the same with one number."""
-        gain = max(gain, _POOR)  # a first draft may take seconds: it must not look hopeless for ever
+        gain = max(
+            gain, _POOR
+        )  # a first draft may take seconds: it must not look hopeless for ever
         self.spread = max(_FADE * self.spread + (1 - _FADE) * (gain - self.gain) ** 2, _LEAST)
         weight = self.unsure / (self.unsure + self.spread / share)
         self.gain += weight * (gain - self.gain)
         self.unsure *= 1 - weight
 
 
-def _one_at_a_time(method: Callable[Concatenate[Control, P], R]) -> Callable[Concatenate[Control, P], R]:
+def _one_at_a_time(
+    method: Callable[Concatenate[Control, P], R],
+) -> Callable[Concatenate[Control, P], R]:
     @functools.wraps(method)
     def call(self: Control, /, *args: P.args, **kwargs: P.kwargs) -> R:
         with self._lock:
@@ -110,7 +136,11 @@ class Control:
     def trim(self, proposal: Proposal) -> Tensor:
         """How many nodes of each row pay: [rows], 1 or more and no more than there are."""
         confidence, sizes = self._confidence(proposal), proposal.sizes.tolist()
-        chances = ((confidence[row][node], row) for row, size in enumerate(sizes) for node in range(1, size))
+        chances = (
+            (confidence[row][node], row)
+            for row, size in enumerate(sizes)
+            for node in range(1, size)
+        )
         order, rows = sorted(chances, key=itemgetter(0), reverse=True), len(sizes)
         batch = self._batches[rows.bit_length()]
         step, (always, more, node) = self.cost(rows), batch.beyond
@@ -121,7 +151,9 @@ class Control:
             time = max(self.cost(rows + count) + spent + step * node * count / rows, plain)
             if (rate := hope / time) > best:
                 best, kept, share = rate, count, time / plain
-            elif proposal.drawn is not None:  # what comes behind a drawn node may not speak for it: it has seen its token
+            elif (
+                proposal.drawn is not None
+            ):  # what comes behind a drawn node may not speak for it: it has seen its token
                 break
         if order:
             batch.promised(best * plain / rows, share)
@@ -129,7 +161,13 @@ class Control:
         return torch.tensor([1 + more_of[row] for row in range(rows)], **INTS)
 
     @_one_at_a_time
-    def learn(self, proposal: Proposal, paths: Sequence[Sequence[int]], draft_seconds: float | None, seconds: float) -> None:
+    def learn(
+        self,
+        proposal: Proposal,
+        paths: Sequence[Sequence[int]],
+        draft_seconds: float | None,
+        seconds: float,
+    ) -> None:
         """What became of a proposal that `trim` gave: seconds of the whole step; of propose and observe, None without drafts.
 
         Steps take more or less than the table says, in steps of the table: all of them (a longer context, a machine that slows
@@ -146,7 +184,10 @@ class Control:
             batch.since = min(batch.since + 1, 0)
             return
         usual = batch.draft or min(draft_seconds, self.cost(rows))
-        batch.draft, batch.since = _SMOOTH * usual + (1 - _SMOOTH) * min(draft_seconds, 2 * usual), batch.since + 1
+        batch.draft, batch.since = (
+            _SMOOTH * usual + (1 - _SMOOTH) * min(draft_seconds, 2 * usual),
+            batch.since + 1,
+        )
         if batch.since >= _LOOK * max(batch.gain, 1.0) ** 3:
             batch.since = -1
         shape = proposal.parents.tolist(), proposal.sizes.tolist()

@@ -12,7 +12,9 @@ _SAID = "FlashDraftEnds"  # what the assistant says where the chat template is l
 _TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _SAID}]
 
 
-def end_tokens(configs: Iterable[Mapping[str, Any]], tokenizer: Any, vocab_size: int) -> frozenset[int]:
+def end_tokens(
+    configs: Iterable[Mapping[str, Any]], tokenizer: Any, vocab_size: int
+) -> frozenset[int]:
     """All ids that end a text: those that the configs state, the tokenizer's, and the one that ends a turn of its template.
 
     configs: generation_config.json and config.json as they lie in the folder: what a class of transformers adds by default
@@ -56,7 +58,11 @@ def hidden_tokens(tokenizer: Any) -> dict[int, str]:
     """The text of every token that is left out of a decoded text because it is special."""
     special = _special_tokens(tokenizer)
     flags = getattr(tokenizer, "added_tokens_decoder", None) or {}
-    return {token: content for token, content in special.items() if getattr(flags.get(token), "special", True)}
+    return {
+        token: content
+        for token, content in special.items()
+        if getattr(flags.get(token), "special", True)
+    }
 
 
 def ends_itself(answer: Mapping[str, Any]) -> bool:

@@ -20,7 +20,11 @@ Asked = str | list[Turn] | list[int]
 
 _FORMS = "give text, a conversation (a list of {role, content}), or a list of token ids"
 _TEXT_PARTS = ("text", "input_text", "output_text")
-_TEMPLATE_ERRORS = ("TemplateSyntaxError", "TemplateAssertionError", "SecurityError")  # jinja's, whatever is asked
+_TEMPLATE_ERRORS = (
+    "TemplateSyntaxError",
+    "TemplateAssertionError",
+    "SecurityError",
+)  # jinja's, whatever is asked
 _PROBE = " FlashDraftProbe"  # what is added to a turn to see whether the template reads it
 # types that hold no prompt, though one can be made of them, and how
 _NEARLY: list[tuple[Any, str]] = [
@@ -59,7 +63,9 @@ def as_asked(prompt: Any) -> Asked:
         if not prompt:
             raise _empty()
         return prompt
-    if isinstance(prompt, (bytes, bytearray, memoryview, Mapping)) or not isinstance(prompt, Sequence):
+    if isinstance(prompt, (bytes, bytearray, memoryview, Mapping)) or not isinstance(
+        prompt, Sequence
+    ):
         raise _no_prompt(prompt)
     if not len(prompt):
         raise _empty()
@@ -104,7 +110,9 @@ def rendered(tokenizer: Any, name: str, turns: Sequence[Turn], **switch: Any) ->
         got = f"the chat template of `{name}` has no `tool_calls`, which a turn has"
         raise InvalidPrompt(got, hint="leave them out, or tell them in the turn's content")
     if "developer" not in template:
-        turns = [turn | {"role": "system"} if turn["role"] == "developer" else turn for turn in turns]
+        turns = [
+            turn | {"role": "system"} if turn["role"] == "developer" else turn for turn in turns
+        ]
 
     def told(turns: Sequence[Turn]) -> str:
         options = {"tokenize": False, "add_generation_prompt": True, **switch}
@@ -125,11 +133,15 @@ def _refusal(error: Exception, tokenizer: Any, name: str) -> InvalidPrompt:
     """Why a template tells nothing: it is missing or damaged, or it refuses this conversation."""
     cause = first_line(error)
     if isinstance(error, ImportError):
-        return InvalidPrompt(f"the chat template of `{name}` cannot run: {cause}", hint="pip install jinja2")
+        return InvalidPrompt(
+            f"the chat template of `{name}` cannot run: {cause}", hint="pip install jinja2"
+        )
     if isinstance(tokenizer.chat_template, Mapping) and "default" not in tokenizer.chat_template:
         found = ", ".join(map(str, tokenizer.chat_template))
         hint = "call the one that is meant `default` in its tokenizer_config.json"
-        return InvalidPrompt(f"`{name}` has several chat templates ({found}), and none is called default", hint=hint)
+        return InvalidPrompt(
+            f"`{name}` has several chat templates ({found}), and none is called default", hint=hint
+        )
     if type(error).__name__ in _TEMPLATE_ERRORS:
         hint = "fetch the model's files again, or mend its chat_template.jinja (or tokenizer_config.json)"
         return InvalidPrompt(f"the chat template of `{name}` is damaged: {cause}", hint=hint)
@@ -149,7 +161,9 @@ def _in_its_form(turns: Sequence[Turn], told: Any) -> tuple[Sequence[Turn], str]
     except InvalidPrompt as error:
         refusal = error
 
-    with suppress(InvalidPrompt):  # a template of parts passes over the characters of a text, or cannot read them
+    with suppress(
+        InvalidPrompt
+    ):  # a template of parts passes over the characters of a text, or cannot read them
         text_of_parts = told(in_parts)
         if last and last in text_of_parts:
             return in_parts, text_of_parts
@@ -161,7 +175,11 @@ def _in_its_form(turns: Sequence[Turn], told: Any) -> tuple[Sequence[Turn], str]
 def _is_dropped(turns: Sequence[Turn], number: int, text: str, told: Any) -> bool:
     """Whether the template makes the same text of it when the turn of this number says something else."""
     content = turns[number]["content"]
-    other = content + _PROBE if isinstance(content, str) else [*content, {"type": "text", "text": _PROBE}]
+    other = (
+        content + _PROBE
+        if isinstance(content, str)
+        else [*content, {"type": "text", "text": _PROBE}]
+    )
     changed = [*turns[:number], turns[number] | {"content": other}, *turns[number + 1 :]]
     try:
         return bool(told(changed) == text)
@@ -204,7 +222,9 @@ def _empty() -> InvalidPrompt:
 def _no_prompt(value: Any) -> InvalidPrompt:
     hint = next((hint for kind, hint in _NEARLY if isinstance(value, kind)), _FORMS)
     if isinstance(value, Mapping):
-        known = [name for name in ("input_ids", "messages", "conversations", "prompt") if name in value]
+        known = [
+            name for name in ("input_ids", "messages", "conversations", "prompt") if name in value
+        ]
         hint = f"give its `{known[0]}`" if known else "a conversation is a list of turns: [turn]"
     return InvalidPrompt(f"{_shown(value)} ({_type_name(value)}) is not a prompt", hint=hint)
 

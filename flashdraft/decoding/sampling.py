@@ -21,12 +21,25 @@ from flashdraft.errors import InvalidParameter, UnusableLogits
 from flashdraft.process import BOOLS, FLOATS, INTS
 from flashdraft.types import SamplingParams
 
-__all__ = ["Context", "Counts", "adjusted", "coins", "draw", "likeliest", "logprob", "precision", "probabilities"]
+__all__ = [
+    "Context",
+    "Counts",
+    "adjusted",
+    "coins",
+    "draw",
+    "likeliest",
+    "logprob",
+    "precision",
+    "probabilities",
+]
 __all__ += ["target_probs", "total", "uniforms"]
 
 _ONE = 2.0**62  # probability 1 in fixed point: room for a sum of nearly 2 below 2**63
 _NO_LAW = "a law without mass: the logits are NaN, +inf, or all -inf"
-_HEADS = (64, 1024)  # numbers of likeliest tokens among which a top-p set is looked for before all are sorted
+_HEADS = (
+    64,
+    1024,
+)  # numbers of likeliest tokens among which a top-p set is looked for before all are sorted
 
 
 class Counts:
@@ -36,7 +49,9 @@ class Counts:
         self.num_prompt = num_prompt
         self.num_counted = 0
         self.known = torch.zeros(vocab_size, **BOOLS)  # in the prompt or the text
-        self.in_text = torch.zeros(vocab_size, **FLOATS)  # how often in the text, the prompt left out
+        self.in_text = torch.zeros(
+            vocab_size, **FLOATS
+        )  # how often in the text, the prompt left out
 
     def add(self, tokens: Sequence[int]) -> None:
         """The tokens that follow those counted so far."""
@@ -90,7 +105,9 @@ def _counts_of(history: Sequence[int], num_prompt: int, vocab_size: int) -> Coun
 
 
 @torch.no_grad()  # a hook may be a network
-def adjusted(logits: Tensor, params: SamplingParams, history: Sequence[int], num_prompt: int) -> Tensor:
+def adjusted(
+    logits: Tensor, params: SamplingParams, history: Sequence[int], num_prompt: int
+) -> Tensor:
     """The logits [vocab] after `history`, whose first `num_prompt` tokens are the prompt; `probabilities` of it is the law.
 
     Bias first, then repetition, frequency and presence penalty, then the hook: the order of transformers and, but for the
@@ -99,10 +116,19 @@ def adjusted(logits: Tensor, params: SamplingParams, history: Sequence[int], num
     """
     if not params.adjusts:
         return logits
-    logits, ids = logits.to(precision(logits), copy=True), partial(torch.tensor, dtype=torch.int64, device=logits.device)
+    logits, ids = (
+        logits.to(precision(logits), copy=True),
+        partial(torch.tensor, dtype=torch.int64, device=logits.device),
+    )
     if bias := params.logit_bias:
-        logits[ids(list(bias))] += torch.tensor(list(bias.values()), dtype=logits.dtype, device=logits.device)
-    penalised = params.repetition_penalty != 1 or params.frequency_penalty != 0 or params.presence_penalty != 0
+        logits[ids(list(bias))] += torch.tensor(
+            list(bias.values()), dtype=logits.dtype, device=logits.device
+        )
+    penalised = (
+        params.repetition_penalty != 1
+        or params.frequency_penalty != 0
+        or params.presence_penalty != 0
+    )
     if penalised:
         counts = _counts_of(history, num_prompt, len(logits))
         _penalise(logits, params, counts)
@@ -110,9 +136,16 @@ def adjusted(logits: Tensor, params: SamplingParams, history: Sequence[int], num
         if not bool(logits.amax().isfinite()):
             raise UnusableLogits(_NO_LAW)  # which is not the hook's doing
         given, logits = logits, params.logits_processor(list(history), logits)
-        if not (isinstance(logits, Tensor) and logits.shape == given.shape and bool(logits.amax().isfinite())):
+        if not (
+            isinstance(logits, Tensor)
+            and logits.shape == given.shape
+            and bool(logits.amax().isfinite())
+        ):
             got = f"logits_processor returned no law after {len(history)} tokens"
-            raise InvalidParameter(got, hint=f"return logits [{len(given)}] without NaN or +inf, and not -inf for every token")
+            raise InvalidParameter(
+                got,
+                hint=f"return logits [{len(given)}] without NaN or +inf, and not -inf for every token",
+            )
         logits = logits.to(given)
     return logits
 
@@ -148,24 +181,32 @@ def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
     if params.temperature == 0:
         best = logits.max(-1, keepdim=True)
         one = (best.values * 0 + 1).to(dtype)  # NaN where the best logit is not finite
-        return torch.zeros(logits.shape, dtype=dtype, device=logits.device).scatter_(-1, best.indices, one)
+        return torch.zeros(logits.shape, dtype=dtype, device=logits.device).scatter_(
+            -1, best.indices, one
+        )
     logits = logits.to(dtype)
     # The maximum goes first and the divisor stays normal: no temperature, however small, makes 0 / 0 or inf - inf.
-    scaled = (logits - logits.amax(-1, keepdim=True)).div_(max(params.temperature, torch.finfo(torch.float32).tiny))
+    scaled = (logits - logits.amax(-1, keepdim=True)).div_(
+        max(params.temperature, torch.finfo(torch.float32).tiny)
+    )
     if 0 < params.top_k < scaled.shape[-1]:
         scaled.masked_fill_(scaled < scaled.topk(params.top_k).values[..., -1:], -math.inf)
     if params.top_p < 1:
         law = scaled.softmax(-1)
         scaled.masked_fill_(law < _nucleus_floor(law, params.top_p), -math.inf)
     if params.min_p > 0:
-        scaled.masked_fill_(scaled < math.log(params.min_p), -math.inf)  # the likeliest token stands at 0
+        scaled.masked_fill_(
+            scaled < math.log(params.min_p), -math.inf
+        )  # the likeliest token stands at 0
     return scaled.softmax(-1)
 
 
 def target_probs(logits: Tensor, params: Sequence[SamplingParams], sizes: Tensor) -> Tensor:
     """The law after every node [rows, nodes, vocab], each row by its own `params`; zeros at padding, beyond `sizes` [rows]."""
     if len(params) == 1 and sizes.tolist() == [logits.shape[1]]:
-        return probabilities(logits, params[0])  # no second copy in the case where every millisecond is seen
+        return probabilities(
+            logits, params[0]
+        )  # no second copy in the case where every millisecond is seen
     laws = torch.zeros(logits.shape, dtype=precision(logits), device=logits.device)
     for row, (own, size) in enumerate(zip(params, sizes.tolist(), strict=True)):
         laws[row, :size] = probabilities(logits[row, :size], own)
@@ -198,7 +239,9 @@ def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
     mass = cumulative[:, -1:]
     if not bool((mass > 0).all()):
         raise UnusableLogits(_NO_LAW)
-    level = (uniforms[:, None] * mass.double()).long()  # below the mass: (1 - 2**-53) x rounds to less than x
+    level = (
+        uniforms[:, None] * mass.double()
+    ).long()  # below the mass: (1 - 2**-53) x rounds to less than x
     return torch.searchsorted(cumulative, level, right=True)[:, 0]
 
 
@@ -212,7 +255,9 @@ def uniforms(seeds: Sequence[int], starts: Sequence[int], count: int, lane: int 
 
     splitmix64 (Steele, Lea and Flood, OOPSLA 2014): output `position` of the generator whose state hashes seed and lane.
     """
-    return _hash(_column(seeds), torch.tensor(lane, **INTS), _column(starts) + torch.arange(count, **INTS))
+    return _hash(
+        _column(seeds), torch.tensor(lane, **INTS), _column(starts) + torch.arange(count, **INTS)
+    )
 
 
 def coins(seeds: Sequence[int], anchors: Sequence[int], num_nodes: int) -> Tensor:
@@ -256,7 +301,9 @@ def _column(values: Sequence[int]) -> Tensor:
 
 def _hash(seed: Tensor, lane: Tensor, position: Tensor) -> Tensor:
     """53 bits of (seed, lane, position), which broadcast, as a number in [0, 1); int64 wraps around."""
-    return ((_step(_step(_step(seed * 0, seed), lane), position) >> 11) & (2**53 - 1)).double() * 2.0**-53
+    return (
+        (_step(_step(_step(seed * 0, seed), lane), position) >> 11) & (2**53 - 1)
+    ).double() * 2.0**-53
 
 
 def _step(state: Tensor, word: Tensor) -> Tensor:

@@ -26,7 +26,9 @@ class TextDecoder:
         self._tokens: list[int] = []
         self._start = 0  # tokens before this are left out of the decode window
         self._read = 0  # tokens before this are in the text already
-        self._hidden = hidden_tokens(tokenizer) if self.stop else {}  # texts of special tokens, which only stop strings see
+        self._hidden = (
+            hidden_tokens(tokenizer) if self.stop else {}
+        )  # texts of special tokens, which only stop strings see
         self._held = ""  # decoded, but it may be the beginning of a stop string
         self._shown: list[bool] = []  # by character of `_held`: False inside a special token
 
@@ -39,7 +41,9 @@ class TextDecoder:
         whole = self._decode(self._start, len(self._tokens))
         if whole.endswith(_UNFINISHED):
             return self._hide(token, final=False)
-        if len(whole) > len(known):  # a window that began with a token without text would lose the next word's space
+        if len(whole) > len(
+            known
+        ):  # a window that began with a token without text would lose the next word's space
             self._start = self._read
         self._read = len(self._tokens)
         piece = self._give(whole[len(known) :], final=False)
@@ -65,7 +69,11 @@ class TextDecoder:
 
     def _decode(self, first: int, last: int) -> str:
         window = self._tokens[first:last]
-        return str(self.tokenizer.decode(window, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return str(
+            self.tokenizer.decode(
+                window, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
 
     def _hide(self, token: int, *, final: bool) -> str:
         """Take a token's hidden text, if it has one, which stop strings see behind what is held back."""
@@ -78,7 +86,9 @@ class TextDecoder:
         """Give out what no stop string can touch any more."""
         whole = self._held + new
         shown = [*self._shown, *(True for _ in new)]
-        visible = "".join(character for character, is_shown in zip(whole, shown, strict=True) if is_shown)
+        visible = "".join(
+            character for character, is_shown in zip(whole, shown, strict=True) if is_shown
+        )
         found = [at for at in map(visible.find, self.stop) if at >= 0]
         found += [sum(shown[:at]) for at in map(whole.find, self.stop) if at >= 0]
 
@@ -86,7 +96,11 @@ class TextDecoder:
         kept = 0 if final else _overlap(whole, self.stop)
         kept_visible = 0 if final else _overlap(visible, self.stop)
         first_kept = len(whole) - kept
-        end = min(*found, len(visible)) if found else min(sum(shown[:first_kept]), len(visible) - kept_visible)
+        end = (
+            min(*found, len(visible))
+            if found
+            else min(sum(shown[:first_kept]), len(visible) - kept_visible)
+        )
 
         piece = visible[:end]
         while first_kept > 0 and sum(shown[:first_kept]) > end:
@@ -98,4 +112,12 @@ class TextDecoder:
 
 def _overlap(text: str, stops: Sequence[str]) -> int:
     """Length of the longest end of `text` that begins one of `stops`."""
-    return max((n for stop in stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])), default=0)
+    return max(
+        (
+            n
+            for stop in stops
+            for n in range(1, min(len(stop), len(text) + 1))
+            if text.endswith(stop[:n])
+        ),
+        default=0,
+    )

@@ -13,11 +13,27 @@ from torch import Tensor
 from flashdraft.process import FLOATS, INTS
 from flashdraft.types import Proposal
 
-__all__ = ["NOTHING", "Laws", "Nodes", "alone", "ancestors", "best_first", "chain", "check", "depths", "independent", "planted"]
+__all__ = [
+    "NOTHING",
+    "Laws",
+    "Nodes",
+    "alone",
+    "ancestors",
+    "best_first",
+    "chain",
+    "check",
+    "depths",
+    "independent",
+    "planted",
+]
 
 
-Nodes = tuple[list[int], list[int], list[float]]  # behind the anchor: tokens, parents, log-confidence given the parent
-Laws = Mapping[int, tuple[Sequence[int], Sequence[float]]]  # one depth's: token before -> tokens, log-probabilities, descending
+Nodes = tuple[
+    list[int], list[int], list[float]
+]  # behind the anchor: tokens, parents, log-confidence given the parent
+Laws = Mapping[
+    int, tuple[Sequence[int], Sequence[float]]
+]  # one depth's: token before -> tokens, log-probabilities, descending
 NOTHING: Nodes = ([], [], [])
 
 
@@ -46,10 +62,15 @@ def depths(parents: Tensor) -> Tensor:
     return ancestors(parents).sum(-1) - 1
 
 
-def independent(anchor: int, tokens: Sequence[Sequence[int]], scores: Sequence[Sequence[float]]) -> list[Laws]:
+def independent(
+    anchor: int, tokens: Sequence[Sequence[int]], scores: Sequence[Sequence[float]]
+) -> list[Laws]:
     """The laws of depths that do not see each other, from each depth's tokens and log-probabilities."""
     return [
-        dict.fromkeys(before, own) for before, own in zip([[anchor], *tokens[:-1]], zip(tokens, scores, strict=True), strict=True)
+        dict.fromkeys(before, own)
+        for before, own in zip(
+            [[anchor], *tokens[:-1]], zip(tokens, scores, strict=True), strict=True
+        )
     ]
 
 
@@ -65,7 +86,10 @@ def best_first(anchor: int, laws: Sequence[Laws], count: int) -> Nodes:
         cost, depth, rank, parent, (tokens, scores) = heappop(heap)
         nodes.append((tokens[rank], parent, scores[rank]))
         if rank + 1 < len(tokens):
-            heappush(heap, (cost + scores[rank] - scores[rank + 1], depth, rank + 1, parent, (tokens, scores)))
+            heappush(
+                heap,
+                (cost + scores[rank] - scores[rank + 1], depth, rank + 1, parent, (tokens, scores)),
+            )
         if depth + 1 < len(laws) and (below := laws[depth + 1].get(tokens[rank])):
             heappush(heap, (cost - below[1][0], depth + 1, 0, len(nodes), below))
     return [node[0] for node in nodes], [node[1] for node in nodes], [node[2] for node in nodes]
@@ -79,7 +103,10 @@ def alone(anchors: Sequence[int]) -> Proposal:
 
 def planted(anchors: Sequence[int], grown: Sequence[Nodes]) -> Proposal:
     """One proposal of chosen nodes from what was grown behind every anchor."""
-    rows = [([a, *own], [-1, *above], [0.0, *scores]) for a, (own, above, scores) in zip(anchors, grown, strict=True)]
+    rows = [
+        ([a, *own], [-1, *above], [0.0, *scores])
+        for a, (own, above, scores) in zip(anchors, grown, strict=True)
+    ]
     width = max(len(own) for own, _, _ in rows)
     above = [*range(-1, width - 1)]
     tokens = torch.tensor([own + [0] * (width - len(own)) for own, _, _ in rows], **INTS)
@@ -98,16 +125,24 @@ def check(proposal: Proposal) -> None:
     """
     tokens, parents, sizes = proposal.tokens, proposal.parents, proposal.sizes
     num_rows, num_nodes = tokens.shape
-    assert parents.shape == tokens.shape, f"parents {tuple(parents.shape)} do not fit tokens {tuple(tokens.shape)}"
+    assert parents.shape == tokens.shape, (
+        f"parents {tuple(parents.shape)} do not fit tokens {tuple(tokens.shape)}"
+    )
     assert sizes.shape == (num_rows,), f"sizes {tuple(sizes.shape)} for {num_rows} rows"
     for own, above, size in zip(tokens.tolist(), parents.tolist(), sizes.tolist(), strict=True):
         assert 1 <= size <= num_nodes, f"sizes {sizes.tolist()} outside 1..{num_nodes}"
         assert above[0] == -1, "node 0 is not a root"
-        assert all(-1 <= parent < node for node, parent in enumerate(above)), "a parent that does not precede its child"
+        assert all(-1 <= parent < node for node, parent in enumerate(above)), (
+            "a parent that does not precede its child"
+        )
         assert -1 not in above[1:size], "a second root"
-        assert len(set(zip(above[1:size], own[1:size], strict=True))) == size - 1, "siblings with the same token"
+        assert len(set(zip(above[1:size], own[1:size], strict=True))) == size - 1, (
+            "siblings with the same token"
+        )
     for name, values in (("scores", proposal.scores), ("drawn", proposal.drawn)):
-        assert values is None or values.shape == tokens.shape, f"{name} do not fit tokens {tuple(tokens.shape)}"
+        assert values is None or values.shape == tokens.shape, (
+            f"{name} do not fit tokens {tuple(tokens.shape)}"
+        )
     if proposal.drawn is None:
         return
     real = torch.arange(num_nodes, dtype=torch.int64, device=tokens.device) < sizes[:, None]
@@ -115,7 +150,9 @@ def check(proposal: Proposal) -> None:
     if not len(row):
         return
     assert proposal.probs is not None, "drawn nodes without their law"
-    assert proposal.probs.shape[:2] == tokens.shape, f"probs do not fit tokens {tuple(tokens.shape)}"
+    assert proposal.probs.shape[:2] == tokens.shape, (
+        f"probs do not fit tokens {tuple(tokens.shape)}"
+    )
     assert not bool(proposal.drawn[:, 0].any()), "the anchor is not drawn"
     mass = proposal.probs[row, parents[row, node], tokens[row, node]]
     assert bool((mass > 0).all()), "a drawn token to which its law gives no mass"

@@ -15,7 +15,9 @@ from flashdraft.types import Proposal, Verdict
 __all__ = ["follow", "verify"]
 
 
-def verify(proposal: Proposal, target_probs: Tensor, draws: Tensor, coins: Tensor | None = None) -> Verdict:
+def verify(
+    proposal: Proposal, target_probs: Tensor, draws: Tensor, coins: Tensor | None = None
+) -> Verdict:
     """Walk each row's tree from its anchor and keep what the target itself could have written.
 
     target_probs: [rows, nodes, vocab]; row r, node i holds the target's law after node i. Padding is never read.
@@ -31,8 +33,14 @@ def verify(proposal: Proposal, target_probs: Tensor, draws: Tensor, coins: Tenso
     """
     num_rows, num_nodes = proposal.tokens.shape
     nodes = torch.arange(num_nodes, dtype=torch.int64, device=proposal.tokens.device)
-    parents = proposal.parents.masked_fill(nodes >= proposal.sizes[:, None], -1)  # padding is nobody's child
-    drawn = proposal.drawn if proposal.drawn is not None else torch.zeros_like(parents, dtype=torch.bool)
+    parents = proposal.parents.masked_fill(
+        nodes >= proposal.sizes[:, None], -1
+    )  # padding is nobody's child
+    drawn = (
+        proposal.drawn
+        if proposal.drawn is not None
+        else torch.zeros_like(parents, dtype=torch.bool)
+    )
     any_drawn = bool((drawn & (parents >= 0)).any())
 
     # the rows still walking, and the node where each of them stands
@@ -47,7 +55,13 @@ def verify(proposal: Proposal, target_probs: Tensor, draws: Tensor, coins: Tenso
         if any_drawn:
             assert proposal.probs is not None, "drawn nodes without the law they were drawn from"
             assert coins is not None, "drawn nodes without coins"
-            accepted, law = _judge(law, proposal.probs[rows, here], children & drawn[rows], proposal.tokens[rows], coins[rows])
+            accepted, law = _judge(
+                law,
+                proposal.probs[rows, here],
+                children & drawn[rows],
+                proposal.tokens[rows],
+                coins[rows],
+            )
         token = draw(law, draws[rows, len(path) - 1])
         carries = children & ~drawn[rows] & (proposal.tokens[rows] == token[:, None])
         child = torch.where((accepted < 0) & carries.any(1), carries.long().argmax(1), accepted)
@@ -69,12 +83,16 @@ def follow(proposal: Proposal, tokens: Tensor) -> Verdict:
             path.append(child)
         paths.append(path)
         bonus.append(own[path[-1]])
-    full = torch.tensor([path + [-1] * (max(map(len, paths)) - len(path)) for path in paths], **INTS)
+    full = torch.tensor(
+        [path + [-1] * (max(map(len, paths)) - len(path)) for path in paths], **INTS
+    )
     counts = torch.tensor([len(path) - 1 for path in paths], **INTS)
     return Verdict(full, counts, torch.tensor(bonus, **INTS))
 
 
-def _judge(law: Tensor, draft: Tensor, siblings: Tensor, tokens: Tensor, coins: Tensor) -> tuple[Tensor, Tensor]:
+def _judge(
+    law: Tensor, draft: Tensor, siblings: Tensor, tokens: Tensor, coins: Tensor
+) -> tuple[Tensor, Tensor]:
     """Judge drawn siblings in node order, each with probability min(1, p / q); a rejected one leaves the rest of p and of q.
 
     law, draft: [rows, vocab], p and q of one node a row, overwritten; siblings, tokens, coins: [rows, nodes].

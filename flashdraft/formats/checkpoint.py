@@ -29,12 +29,34 @@ from flashdraft.process import INTS
 __all__ = ["OPTIONAL", "DraftConfig", "check_target", "read_draft", "spread_layers"]
 __all__ += ["write_draft"]
 
-_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+)
 _FIXED = {  # by method: what its config.json always says
-    "dflash": {"architectures": ["DFlashDraftModel"], "model_type": "qwen3", "tie_word_embeddings": True},
-    "eagle3": {"architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", "tie_word_embeddings": False},
-    "medusa": {"architectures": ["MedusaDraftModel"], "model_type": "medusa", "tie_word_embeddings": True},
-    "draft_model": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": True},
+    "dflash": {
+        "architectures": ["DFlashDraftModel"],
+        "model_type": "qwen3",
+        "tie_word_embeddings": True,
+    },
+    "eagle3": {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "tie_word_embeddings": False,
+    },
+    "medusa": {
+        "architectures": ["MedusaDraftModel"],
+        "model_type": "medusa",
+        "tie_word_embeddings": True,
+    },
+    "draft_model": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "tie_word_embeddings": True,
+    },
 }
 OPTIONAL = ("embed_tokens.weight", "lm_head.weight", "d2t", "t2d")  # tensors that a file may hold
 _KINDS = ("full_attention", "sliding_attention")
@@ -57,8 +79,17 @@ _ROPE_NUMBERS = {
     "mscale",
     "mscale_all_dim",
 }
-_USUAL = {"block_size": 6, "mask_token_id": 0, "num_target_layers": 0}  # of EAGLE-3 folders, which do not say
-_TITLES = {"dflash": "DFlash", "eagle3": "EAGLE-3", "medusa": "Medusa", "draft_model": "draft_model"}
+_USUAL = {
+    "block_size": 6,
+    "mask_token_id": 0,
+    "num_target_layers": 0,
+}  # of EAGLE-3 folders, which do not say
+_TITLES = {
+    "dflash": "DFlash",
+    "eagle3": "EAGLE-3",
+    "medusa": "Medusa",
+    "draft_model": "draft_model",
+}
 
 
 @dataclass(frozen=True)
@@ -74,7 +105,9 @@ class DraftConfig:
     vocab_size: int
     block_size: int  # anchor and masks
     mask_token_id: int
-    target_layer_ids: tuple[int, ...]  # 0-based: the outputs of these target layers are the features
+    target_layer_ids: tuple[
+        int, ...
+    ]  # 0-based: the outputs of these target layers are the features
     num_target_layers: int  # 0: not said
     rms_norm_eps: float = 1e-6
     rope_parameters: Mapping[str, Any] = field(
@@ -83,7 +116,9 @@ class DraftConfig:
     max_position_embeddings: int = 2048
     layer_types: tuple[str, ...] = ()  # per layer; empty: full attention in all
     sliding_window: int | None = None
-    causal: bool | None = None  # of all layers, inside a block; None: sliding layers are, full ones are not
+    causal: bool | None = (
+        None  # of all layers, inside a block; None: sliding layers are, full ones are not
+    )
     input_embedding_scale: float = 1.0  # of the block's embeddings
     output_multiplier: float = 1.0  # of the logits
     final_logit_softcapping: float | None = None  # behind it; None: the target's own
@@ -93,7 +128,9 @@ class DraftConfig:
     attention_bias: bool = False
     draft_vocab_size: int | None = None  # rows of the reduced vocabulary d2t, if there is one
     dtype: str = "bfloat16"
-    sequential_head: str | None = None  # an addition of ours: `swiglu` (layers.py); not in the plain format
+    sequential_head: str | None = (
+        None  # an addition of ours: `swiglu` (layers.py); not in the plain format
+    )
     head_rank: int = 64
     method: str = "dflash"
 
@@ -138,19 +175,26 @@ class DraftConfig:
     @property
     def ropes(self) -> dict[str, Mapping[str, Any]]:
         """Rotary parameters by kind of layer; one kind where all layers have the same."""
-        nested = {kind: self.rope_parameters[kind] for kind in _KINDS if kind in self.rope_parameters}
+        nested = {
+            kind: self.rope_parameters[kind] for kind in _KINDS if kind in self.rope_parameters
+        }
         return nested or {"full_attention": self.rope_parameters}
 
     @property
     def trained_length(self) -> int:
         """The positions that it was trained on, rotary scaling included; it drafts beyond them, too."""
-        return min(scaled_length(self.max_position_embeddings, rope) for rope in self.ropes.values())
+        return min(
+            scaled_length(self.max_position_embeddings, rope) for rope in self.ropes.values()
+        )
 
     def to_json(self) -> dict[str, Any]:
         """config.json as the method's authors write it; what theirs leave out stands in `flashdraft_config`."""
         config: dict[str, Any] = _FIXED[self.method] | {"hidden_act": "silu"} | vars(self)
         del config["method"]
-        special = {"mask_token_id": config.pop("mask_token_id"), "target_layer_ids": list(config.pop("target_layer_ids"))}
+        special = {
+            "mask_token_id": config.pop("mask_token_id"),
+            "target_layer_ids": list(config.pop("target_layer_ids")),
+        }
         rope = dict(config.pop("rope_parameters"))
         if len(self.ropes) > 1:
             config["rope_parameters"] = {kind: dict(own) for kind, own in self.ropes.items()}
@@ -161,14 +205,22 @@ class DraftConfig:
         own = {name: config.pop(name) for name in ("sequential_head", "head_rank")}
         if self.method == "dflash":
             config["use_sliding_window"] = self.sliding_window is not None
-            config["layer_types"] = list(self.layer_types) or ["full_attention"] * self.num_hidden_layers
+            config["layer_types"] = (
+                list(self.layer_types) or ["full_attention"] * self.num_hidden_layers
+            )
             config["dflash_config"] = special
         else:
             for name in ("layer_types", "sliding_window"):
                 del config[name]
-            own = {name: config.pop(name) for name in ("block_size", "num_target_layers")} | special | {"method": self.method}
+            own = (
+                {name: config.pop(name) for name in ("block_size", "num_target_layers")}
+                | special
+                | {"method": self.method}
+            )
         if self.method == "eagle3":  # the inputs of blocks are the outputs of those before
-            config["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": [i + 1 for i in self.target_layer_ids]}
+            config["eagle_config"] = {
+                "eagle_aux_hidden_state_layer_ids": [i + 1 for i in self.target_layer_ids]
+            }
         if self.sequential_head is not None or self.method != "dflash":
             config["flashdraft_config"] = own
         if self.draft_vocab_size is None:
@@ -179,7 +231,11 @@ class DraftConfig:
         """What few folders have is written only where it says something."""
         if (causal := config.pop("causal")) is not None:
             config["is_causal"] = causal
-        for name, nothing in (("input_embedding_scale", 1.0), ("output_multiplier", 1.0), ("final_logit_softcapping", None)):
+        for name, nothing in (
+            ("input_embedding_scale", 1.0),
+            ("output_multiplier", 1.0),
+            ("final_logit_softcapping", None),
+        ):
             value = config.pop(name)
             if value != nothing:
                 place = special if self.method == "dflash" else config
@@ -192,25 +248,60 @@ class DraftConfig:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor that the file must hold, with its shape."""
-        h, i, d, r, eagle3 = self.hidden_size, self.intermediate_size, self.head_dim, self.head_rank, self.method == "eagle3"
+        h, i, d, r, eagle3 = (
+            self.hidden_size,
+            self.intermediate_size,
+            self.head_dim,
+            self.head_rank,
+            self.method == "eagle3",
+        )
         if self.method == "medusa":
             heads: dict[str, tuple[int, ...]] = {"weight": (h, h), "bias": (h,)}
-            return {f"heads.{k}.{name}": shape for k in range(self.block_size - 1) for name, shape in heads.items()}
-        q, kv, read = self.num_attention_heads * d, self.num_key_value_heads * d, 2 * h if eagle3 else h  # embedding and state
-        attention = {"q_proj": (q, read), "k_proj": (kv, read), "v_proj": (kv, read), "o_proj": (h, q)}
-        layer: dict[str, tuple[int, ...]] = {f"self_attn.{name}.weight": shape for name, shape in attention.items()}
+            return {
+                f"heads.{k}.{name}": shape
+                for k in range(self.block_size - 1)
+                for name, shape in heads.items()
+            }
+        q, kv, read = (
+            self.num_attention_heads * d,
+            self.num_key_value_heads * d,
+            2 * h if eagle3 else h,
+        )  # embedding and state
+        attention = {
+            "q_proj": (q, read),
+            "k_proj": (kv, read),
+            "v_proj": (kv, read),
+            "o_proj": (h, q),
+        }
+        layer: dict[str, tuple[int, ...]] = {
+            f"self_attn.{name}.weight": shape for name, shape in attention.items()
+        }
         if self.attention_bias and not eagle3:
             layer |= {f"self_attn.{name}.bias": shape[:1] for name, shape in attention.items()}
-        layer |= {"mlp.gate_proj.weight": (i, h), "mlp.up_proj.weight": (i, h), "mlp.down_proj.weight": (h, i)}
+        layer |= {
+            "mlp.gate_proj.weight": (i, h),
+            "mlp.up_proj.weight": (i, h),
+            "mlp.down_proj.weight": (h, i),
+        }
         layer |= {"input_layernorm.weight": (h,), "post_attention_layernorm.weight": (h,)}
         layer |= {"hidden_norm.weight": (h,)} if eagle3 else {}
-        layer |= {"self_attn.q_norm.weight": (d,), "self_attn.k_norm.weight": (d,)} if self.method == "dflash" else {}
+        layer |= (
+            {"self_attn.q_norm.weight": (d,), "self_attn.k_norm.weight": (d,)}
+            if self.method == "dflash"
+            else {}
+        )
         places = ["midlayer"] if eagle3 else [f"layers.{n}" for n in range(self.num_hidden_layers)]
-        shapes = {f"{place}.{name}": shape for place in places for name, shape in layer.items()} | {"norm.weight": (h,)}
+        shapes = {f"{place}.{name}": shape for place in places for name, shape in layer.items()} | {
+            "norm.weight": (h,)
+        }
         if self.method != "draft_model":
             shapes["fc.weight"] = (h, (len(self.target_layer_ids) or 3 * eagle3) * h)
         shapes |= {"hidden_norm.weight": (h,)} if self.method == "dflash" else {}
-        head = {"gate_up": (2 * r, 2 * h), "down": (h, r)} if self.sequential_head and self.method == "dflash" else {}
+        head = (
+            {"gate_up": (2 * r, 2 * h), "down": (h, r)}
+            if self.sequential_head and self.method == "dflash"
+            else {}
+        )
         return shapes | {f"sequential_head.{name}.weight": shape for name, shape in head.items()}
 
 
@@ -218,7 +309,11 @@ def _method_of(config: Mapping[str, Any]) -> str:
     """The method whose folder this is: ours say so, EAGLE-3's are known by their class or by their shape."""
     own = config.get("flashdraft_config") or {}
     named = " ".join(map(str, config.get("architectures") or ())).lower()
-    unnamed = config.get("model_type") == "llama" and config.get("num_hidden_layers") == 1 and "draft_vocab_size" in config
+    unnamed = (
+        config.get("model_type") == "llama"
+        and config.get("num_hidden_layers") == 1
+        and "draft_vocab_size" in config
+    )
     return str(own.get("method") or ("eagle3" if unnamed or "eagle3" in named else "dflash"))
 
 
@@ -289,7 +384,9 @@ def _sizes(config: Mapping[str, Any], method: str) -> dict[str, Any]:
     defaults = _QWEN3 if method == "dflash" else {}
     groups = config.get("num_key_value_heads", defaults.get("num_key_value_heads"))
     sizes["num_key_value_heads"] = _count("num_key_value_heads", groups or heads)
-    sizes["head_dim"] = _count("head_dim", config.get("head_dim", defaults.get("head_dim")) or hidden // heads)
+    sizes["head_dim"] = _count(
+        "head_dim", config.get("head_dim", defaults.get("head_dim")) or hidden // heads
+    )
     sizes.setdefault("max_position_embeddings", defaults.get("max_position_embeddings", 2048))
     return sizes
 
@@ -299,17 +396,29 @@ def _masks(config: Mapping[str, Any], method: str, where: str) -> dict[str, Any]
     types = tuple(config.get("layer_types") or ())
     if method != "dflash":
         if "sliding_attention" in types:
-            raise CheckpointError(f"`{where}` has sliding layers", hint=f"in drafters of {method} they are not supported")
+            raise CheckpointError(
+                f"`{where}` has sliding layers",
+                hint=f"in drafters of {method} they are not supported",
+            )
         return {"layer_types": types}
 
-    count, special = _count("num_hidden_layers", config["num_hidden_layers"]), config.get("dflash_config") or {}
+    count, special = (
+        _count("num_hidden_layers", config["num_hidden_layers"]),
+        config.get("dflash_config") or {},
+    )
     window = config.get("sliding_window", 4096) if _flag(config, "use_sliding_window") else None
     if not types and window is not None:
         first = config.get("max_window_layers")
         first = 28 if first is None else _count("max_window_layers", first, least=0)
         types = tuple(_KINDS[n >= first] for n in range(count))
     told = [
-        flag for flag in (_flag(config, "is_causal"), _flag(special, "causal"), _flag(special, "is_causal")) if flag is not None
+        flag
+        for flag in (
+            _flag(config, "is_causal"),
+            _flag(special, "causal"),
+            _flag(special, "is_causal"),
+        )
+        if flag is not None
     ]
     causal = told[0] if told else None
 
@@ -319,7 +428,9 @@ def _masks(config: Mapping[str, Any], method: str, where: str) -> dict[str, Any]
         raise CheckpointError(f"`{where}` has swa_window_size without use_swa", hint=hint)
     if swa:  # it holds for all layers; their types still say which are causal
         if causal is None and len(set(types)) > 1:
-            got = f"`{where}` has use_swa over layers of two kinds, and nothing says which are causal"
+            got = (
+                f"`{where}` has use_swa over layers of two kinds, and nothing says which are causal"
+            )
             raise CheckpointError(got, hint="say it by is_causal in its config.json")
         causal = "sliding_attention" in types if causal is None else causal
         window, types = special["swa_window_size"], ("sliding_attention",) * count
@@ -332,9 +443,13 @@ def _rope(config: Mapping[str, Any], kinds: Iterable[str], where: str) -> Mappin
     new, old = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
     if new and old:
         differ = [name for name in old if name != "type" and name in new and new[name] != old[name]]
-        if differ or new.get("rope_type", "default") != old.get("rope_type", old.get("type", "default")):
+        if differ or new.get("rope_type", "default") != old.get(
+            "rope_type", old.get("type", "default")
+        ):
             hint = "keep the one that it was trained with"
-            raise CheckpointError(f"`{where}` has rope_parameters and rope_scaling that differ", hint=hint)
+            raise CheckpointError(
+                f"`{where}` has rope_parameters and rope_scaling that differ", hint=hint
+            )
     rope = dict(new or old)
     nested = {kind: rope.pop(kind) for kind in _KINDS if kind in rope}
     if not nested:
@@ -344,7 +459,9 @@ def _rope(config: Mapping[str, Any], kinds: Iterable[str], where: str) -> Mappin
     for kind in sorted(set(kinds)):
         if not nested.get(kind):
             hint = "every kind of layer that is there needs rotary positions"
-            raise CheckpointError(f"`{where}` gives no rope_parameters to its layers of {kind}", hint=hint)
+            raise CheckpointError(
+                f"`{where}` gives no rope_parameters to its layers of {kind}", hint=hint
+            )
         used[kind] = _one_rope({**rope, **nested[kind]}, config, where)
     first, *others = used.values()
     return used if any(other != first for other in others) else first
@@ -366,16 +483,22 @@ def _one_rope(given: Mapping[str, Any], config: Mapping[str, Any], where: str) -
     kind = rope.pop("type", None)
     if kind is None and "rope_type" not in rope and rope.get("factor", 1) != 1:
         hint = "say the rope_type that it was trained with"
-        raise CheckpointError(f"`{where}` scales its positions by {rope['factor']}, but names no rope_type", hint=hint)
+        raise CheckpointError(
+            f"`{where}` scales its positions by {rope['factor']}, but names no rope_type", hint=hint
+        )
     rope.setdefault("rope_type", kind or "default")
 
     part = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     if part is not None and float(part) != 1.0:
         hint = "whole heads are rotated here; if it was trained so, as z-lab's class does whatever the key says, remove the key"
-        raise CheckpointError(f"`{where}` has partial_rotary_factor {part}, which is not supported", hint=hint)
+        raise CheckpointError(
+            f"`{where}` has partial_rotary_factor {part}, which is not supported", hint=hint
+        )
     if rope.get("rope_dim") not in (None, config.get("head_dim")):
         hint = "whole heads are rotated here"
-        raise CheckpointError(f"`{where}` has rope_dim {rope['rope_dim']}, which is not supported", hint=hint)
+        raise CheckpointError(
+            f"`{where}` has rope_dim {rope['rope_dim']}, which is not supported", hint=hint
+        )
     return rope
 
 
@@ -385,7 +508,9 @@ def _reads(config: Mapping[str, Any], method: str, where: str) -> dict[str, Any]
     if method != "dflash":
         layers = own.get("target_layer_ids")
         layers = _eagle_layers(config, where) if layers is None else layers
-        facts = {name: _count(name, own.get(name, usual), least=0) for name, usual in _USUAL.items()}
+        facts = {
+            name: _count(name, own.get(name, usual), least=0) for name, usual in _USUAL.items()
+        }
         return {**facts, "target_layer_ids": _layer_ids(layers)}
 
     mask, layers = _given(config, "mask_token_id"), _given(config, "target_layer_ids")
@@ -393,7 +518,10 @@ def _reads(config: Mapping[str, Any], method: str, where: str) -> dict[str, Any]
     count = _count("num_hidden_layers", config["num_hidden_layers"])
     if mask is None and _given(config, "mask_token") is not None:
         hint = "put the token's id into its config.json: mask_token_id in dflash_config"
-        raise CheckpointError(f"`{where}` names its mask token {_given(config, 'mask_token')!r}, but not its id", hint=hint)
+        raise CheckpointError(
+            f"`{where}` names its mask token {_given(config, 'mask_token')!r}, but not its id",
+            hint=hint,
+        )
     if mask is None:
         raise KeyError("mask_token_id")
     if layers is None and not total:
@@ -401,9 +529,19 @@ def _reads(config: Mapping[str, Any], method: str, where: str) -> dict[str, Any]
     chosen = spread_layers(total, count) if layers is None else _layer_ids(layers)
     if chosen and min(chosen) < 0:
         hint = "the outputs of the target's layers are read, from 0 on"
-        raise CheckpointError(f"`{where}` reads layer {min(chosen)}, the target's embeddings, which is not supported", hint=hint)
-    facts = {"block_size": _count("block_size", _given(config, "block_size", 16), least=0), "num_target_layers": total}
-    return {**facts, "mask_token_id": _count("mask_token_id", mask, least=0), "target_layer_ids": chosen}
+        raise CheckpointError(
+            f"`{where}` reads layer {min(chosen)}, the target's embeddings, which is not supported",
+            hint=hint,
+        )
+    facts = {
+        "block_size": _count("block_size", _given(config, "block_size", 16), least=0),
+        "num_target_layers": total,
+    }
+    return {
+        **facts,
+        "mask_token_id": _count("mask_token_id", mask, least=0),
+        "target_layer_ids": chosen,
+    }
 
 
 def _eagle_layers(config: Mapping[str, Any], where: str) -> list[int]:
@@ -418,10 +556,15 @@ def _eagle_layers(config: Mapping[str, Any], where: str) -> list[int]:
     outputs = None if nested is None else [*_layer_ids(nested)]
     if states and outputs and states != outputs:
         hint = "at the top ids count the embeddings as 0, in eagle_config they do not; keep the list that it was trained with"
-        raise CheckpointError(f"`{where}` names its layers twice and differently: {top} and {nested}", hint=hint)
+        raise CheckpointError(
+            f"`{where}` names its layers twice and differently: {top} and {nested}", hint=hint
+        )
     layers = states or outputs or []
     if -1 in layers:
-        raise CheckpointError(f"`{where}` reads the target's embeddings, which is not supported", hint="layers' outputs are read")
+        raise CheckpointError(
+            f"`{where}` reads the target's embeddings, which is not supported",
+            hint="layers' outputs are read",
+        )
     return layers
 
 
@@ -431,10 +574,16 @@ def _scales(config: Mapping[str, Any], method: str, where: str) -> dict[str, Any
     multiplier *= _number("logit_scale", _given(config, "logit_scale", 1.0))
     scale = _number("input_embedding_scale", _given(config, "input_embedding_scale", 1.0))
     cap = _number("final_logit_softcapping", _given(config, "final_logit_softcapping", 0.0))
-    scales = {"input_embedding_scale": scale, "output_multiplier": multiplier, "final_logit_softcapping": cap or None}
+    scales = {
+        "input_embedding_scale": scale,
+        "output_multiplier": multiplier,
+        "final_logit_softcapping": cap or None,
+    }
     if method == "draft_model" and (multiplier != 1 or scale != 1 or cap):
         got = f"`{where}` scales its embeddings or logits"
-        raise CheckpointError(got, hint="a draft_model has its target's embedding and lm_head as they are")
+        raise CheckpointError(
+            got, hint="a draft_model has its target's embedding and lm_head as they are"
+        )
     if method != "eagle3":
         return scales
     nested = config.get("eagle_config") or {}
@@ -458,29 +607,51 @@ def read_draft(folder: Path) -> tuple[DraftConfig, dict[str, Tensor]]:
     written = read_config(folder)
     config = DraftConfig.from_json(written, str(folder))
     if config.block_size < 2:
-        raise CheckpointError(f"`{folder}` has block_size {config.block_size}", hint="a block is the anchor and 1 mask or more")
+        raise CheckpointError(
+            f"`{folder}` has block_size {config.block_size}",
+            hint="a block is the anchor and 1 mask or more",
+        )
     tensors = _read_tensors(folder, pickled=config.method == "eagle3")
     refuse_tensors(tensors, str(folder))
     config = _told_by_tensors(config, written, tensors, folder)
     kinds, count = config.layer_types, config.num_hidden_layers
     if odd := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
-        raise CheckpointError(f"`{folder}` has a layer of type {odd[0]}", hint="known: full_attention, sliding_attention")
+        raise CheckpointError(
+            f"`{folder}` has a layer of type {odd[0]}",
+            hint="known: full_attention, sliding_attention",
+        )
     if kinds and len(kinds) != count:
-        raise CheckpointError(f"`{folder}` has {len(kinds)} layer_types for {count} layers", hint="its config.json is damaged")
+        raise CheckpointError(
+            f"`{folder}` has {len(kinds)} layer_types for {count} layers",
+            hint="its config.json is damaged",
+        )
     if config.sequential_head not in (None, *HEADS):
         named = f"a sequential head {config.sequential_head!r}"
-        raise CheckpointError(f"`{folder}` has {named}, which is not known", hint=f"known: {', '.join(HEADS)}")
+        raise CheckpointError(
+            f"`{folder}` has {named}, which is not known", hint=f"known: {', '.join(HEADS)}"
+        )
     h, v, rows = config.hidden_size, config.vocab_size, config.draft_vocab_size or config.vocab_size
-    wanted, optional = config.shapes(), {"embed_tokens.weight": (v, h), "lm_head.weight": (rows, h), "d2t": (rows,), "t2d": (v,)}
+    wanted, optional = (
+        config.shapes(),
+        {"embed_tokens.weight": (v, h), "lm_head.weight": (rows, h), "d2t": (rows,), "t2d": (v,)},
+    )
     reduced = config.draft_vocab_size not in (None, config.vocab_size)
-    for name, shape in (wanted | {n: s for n, s in optional.items() if n in tensors or (n == "d2t" and reduced)}).items():
+    for name, shape in (
+        wanted | {n: s for n, s in optional.items() if n in tensors or (n == "d2t" and reduced)}
+    ).items():
         if name not in tensors:
-            raise CheckpointError(f"`{folder}` lacks the tensor {name}", hint="the folder is incomplete, or of another method")
+            raise CheckpointError(
+                f"`{folder}` lacks the tensor {name}",
+                hint="the folder is incomplete, or of another method",
+            )
         if tuple(tensors[name].shape) != shape:
             got = f"shape {list(tensors[name].shape)}, its config.json asks for {list(shape)}"
             raise CheckpointError(f"{name} has {got}", hint="the two do not belong together")
     if unknown := sorted(set(tensors) - set(wanted) - set(optional)):
-        raise CheckpointError(f"`{folder}` has a tensor {unknown[0]}, unknown to {config.method}", hint="it is of another method")
+        raise CheckpointError(
+            f"`{folder}` has a tensor {unknown[0]}, unknown to {config.method}",
+            hint="it is of another method",
+        )
     _check_numbers(tensors, str(folder))
     _check_heads(config, str(folder))
     if "d2t" in tensors:
@@ -491,19 +662,32 @@ def read_draft(folder: Path) -> tuple[DraftConfig, dict[str, Tensor]]:
     return config, tensors
 
 
-def _told_by_tensors(config: DraftConfig, written: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> DraftConfig:
+def _told_by_tensors(
+    config: DraftConfig, written: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path
+) -> DraftConfig:
     """What config.json leaves out and the tensors' shapes say: heads; and whether a tied head has what it is tied to."""
-    norm, keys = tensors.get("layers.0.self_attn.q_norm.weight"), tensors.get("layers.0.self_attn.k_proj.weight")
+    norm, keys = (
+        tensors.get("layers.0.self_attn.q_norm.weight"),
+        tensors.get("layers.0.self_attn.k_proj.weight"),
+    )
     if norm is not None and norm.ndim == 1 and written.get("head_dim") is None:
         config = replace(config, head_dim=len(norm))
-    if keys is not None and keys.ndim == 2 and config.method == "dflash" and written.get("num_key_value_heads") is None:
+    if (
+        keys is not None
+        and keys.ndim == 2
+        and config.method == "dflash"
+        and written.get("num_key_value_heads") is None
+    ):
         config = replace(config, num_key_value_heads=len(keys) // config.head_dim)
     if config.tied_head and "lm_head.weight" in tensors:
         config = replace(config, tied_head=False)
     reduced = config.draft_vocab_size not in (None, config.vocab_size)
     if config.tied_head and ("embed_tokens.weight" not in tensors or reduced):
         lacks = "tie_word_embeddings is true, but it holds no whole embed_tokens to be its lm_head"
-        raise CheckpointError(f"`{folder}`: {lacks}", hint="a folder with an lm_head.weight or a whole embed_tokens.weight works")
+        raise CheckpointError(
+            f"`{folder}`: {lacks}",
+            hint="a folder with an lm_head.weight or a whole embed_tokens.weight works",
+        )
     return config
 
 
@@ -516,14 +700,22 @@ def _check_heads(config: DraftConfig, where: str) -> None:
         got = f"`{where}` has num_attention_heads {heads} for num_key_value_heads {groups}"
         raise CheckpointError(got, hint="the first must be a multiple of the second")
     if config.head_dim % 2:
-        raise CheckpointError(f"`{where}` has head_dim {config.head_dim}", hint="rotary positions turn pairs: it must be even")
+        raise CheckpointError(
+            f"`{where}` has head_dim {config.head_dim}",
+            hint="rotary positions turn pairs: it must be even",
+        )
 
 
 def _read_tensors(folder: Path, *, pickled: bool) -> dict[str, Tensor]:
     """All tensors of a folder, without the prefix `model.`; pickled: SafeAILab's .bin files are read, too, tensors only."""
-    files = sorted(folder.glob("*.safetensors")) or (sorted(folder.glob("pytorch_model*.bin")) if pickled else [])
+    files = sorted(folder.glob("*.safetensors")) or (
+        sorted(folder.glob("pytorch_model*.bin")) if pickled else []
+    )
     if not files:
-        raise CheckpointError(f"`{folder}` holds no .safetensors file", hint="pickled weights are not read; convert them")
+        raise CheckpointError(
+            f"`{folder}` holds no .safetensors file",
+            hint="pickled weights are not read; convert them",
+        )
     tensors: dict[str, Tensor] = {}
     for path in files:
         for name, tensor in _tensors_of(path).items():
@@ -545,7 +737,9 @@ def _tensors_of(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, RuntimeError) as error:
-        raise CheckpointError(f"`{path}` is damaged: {error}", hint="it may be cut short; fetch or write it again") from None
+        raise CheckpointError(
+            f"`{path}` is damaged: {error}", hint="it may be cut short; fetch or write it again"
+        ) from None
 
 
 def _unpickled(path: Path) -> dict[str, Tensor]:
@@ -554,10 +748,17 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError:  # its own words recommend to run the code
         hint = "pickles can run code, which never runs here: take the drafter as safetensors"
-        raise CheckpointError(f"`{path}` holds more than tensors, or is no pickle", hint=hint) from None
-    is_plain = isinstance(loaded, dict) and all(isinstance(tensor, Tensor) for tensor in loaded.values())
+        raise CheckpointError(
+            f"`{path}` holds more than tensors, or is no pickle", hint=hint
+        ) from None
+    is_plain = isinstance(loaded, dict) and all(
+        isinstance(tensor, Tensor) for tensor in loaded.values()
+    )
     if not is_plain:
-        raise CheckpointError(f"`{path}` is no dictionary of tensors by name", hint="save its state_dict, or safetensors")
+        raise CheckpointError(
+            f"`{path}` is no dictionary of tensors by name",
+            hint="save its state_dict, or safetensors",
+        )
     return dict(loaded)
 
 
@@ -568,14 +769,20 @@ def _check_numbers(tensors: Mapping[str, Tensor], where: str) -> None:
             continue
         if not tensor.is_floating_point():
             dtype = str(tensor.dtype).removeprefix("torch.")
-            raise CheckpointError(f"`{where}` holds {name} as {dtype}", hint="quantised drafters are not read")
+            raise CheckpointError(
+                f"`{where}` holds {name} as {dtype}", hint="quantised drafters are not read"
+            )
         wide = tensor if tensor.element_size() > 1 else tensor.float()
         if not wide.isfinite().all():
             got = f"{name} of `{where}` holds infinite numbers, or none at all (NaN)"
-            raise CheckpointError(got, hint="its training failed, or the file is damaged: fetch or write it again")
+            raise CheckpointError(
+                got, hint="its training failed, or the file is damaged: fetch or write it again"
+            )
 
 
-def write_draft(folder: Path, config: DraftConfig, tensors: Mapping[str, Tensor], readme: str | None = None) -> None:
+def write_draft(
+    folder: Path, config: DraftConfig, tensors: Mapping[str, Tensor], readme: str | None = None
+) -> None:
     """Write a drafter's folder; each file appears whole or not at all, config.json last.
 
     Raises InvalidParameter where a folder is no drafter's, but has a file of one of these names.
@@ -584,7 +791,10 @@ def write_draft(folder: Path, config: DraftConfig, tensors: Mapping[str, Tensor]
     _check_free(folder, tensors, readme)
     folder.mkdir(parents=True, exist_ok=True)
     dtype = getattr(torch, config.dtype)
-    stored = {n: (t.to(dtype) if t.is_floating_point() else t).contiguous().cpu() for n, t in tensors.items()}
+    stored = {
+        n: (t.to(dtype) if t.is_floating_point() else t).contiguous().cpu()
+        for n, t in tensors.items()
+    }
     if readme is not None:
         write_file(folder / "README.md", readme.encode())
     write_tensors(folder / "model.safetensors", stored)
@@ -618,7 +828,10 @@ def _is_card(path: Path) -> bool:
 
 
 def _taken(path: Path) -> InvalidParameter:
-    return InvalidParameter(f"`{path}` is no drafter's and would be written over", hint="name another folder for the drafter")
+    return InvalidParameter(
+        f"`{path}` is no drafter's and would be written over",
+        hint="name another folder for the drafter",
+    )
 
 
 def check_target(config: DraftConfig, target: Target, *, num_embeddings: int | None = None) -> None:
@@ -627,14 +840,30 @@ def check_target(config: DraftConfig, target: Target, *, num_embeddings: int | N
     Vocabularies of two lengths fit where their common ids do: one is cut or padded. num_embeddings: of a drafter's own.
     """
     layers, but = config.num_target_layers, f"but `{target.name}` has"
-    hint = f"it was trained for a target with {layers or 'other'} layers of size {config.hidden_size}"
+    hint = (
+        f"it was trained for a target with {layers or 'other'} layers of size {config.hidden_size}"
+    )
     if config.hidden_size != target.hidden_size:
-        raise DraftMismatch(f"the draft has hidden size {config.hidden_size}, {but} {target.hidden_size}", hint=hint)
-    if beyond := [i for i in config.target_layer_ids if not 0 <= i <= target.num_layers - (config.method == "dflash")]:
-        raise DraftMismatch(f"the draft wants hidden states of layer {beyond[0]}, {but} {target.num_layers} layers", hint=hint)
+        raise DraftMismatch(
+            f"the draft has hidden size {config.hidden_size}, {but} {target.hidden_size}", hint=hint
+        )
+    if beyond := [
+        i
+        for i in config.target_layer_ids
+        if not 0 <= i <= target.num_layers - (config.method == "dflash")
+    ]:
+        raise DraftMismatch(
+            f"the draft wants hidden states of layer {beyond[0]}, {but} {target.num_layers} layers",
+            hint=hint,
+        )
     if layers and layers != target.num_layers:
-        raise DraftMismatch(f"the draft was made for a target with {layers} layers, {but} {target.num_layers}", hint=hint)
+        raise DraftMismatch(
+            f"the draft was made for a target with {layers} layers, {but} {target.num_layers}",
+            hint=hint,
+        )
     rows, mask = num_embeddings or target.vocab_size, config.mask_token_id
     if config.method == "dflash" and not 0 <= mask < rows:
         hint = "its row of the embedding is missing: take the target whose vocabulary was not cut, or a drafter with embed_tokens"
-        raise DraftMismatch(f"the draft fills its blocks with the mask token {mask}, {but} {rows} tokens", hint=hint)
+        raise DraftMismatch(
+            f"the draft fills its blocks with the mask token {mask}, {but} {rows} tokens", hint=hint
+        )

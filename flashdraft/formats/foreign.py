@@ -22,8 +22,22 @@ class _Format(NamedTuple):
 
 
 _FORMATS = (
-    _Format("dflash2", ("dflash2",), ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")),
-    _Format("dspark", ("dspark",), ("dspark_config", "markov_rank", "markov_head_type", "num_anchors", "enable_confidence_head")),
+    _Format(
+        "dflash2",
+        ("dflash2",),
+        ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k"),
+    ),
+    _Format(
+        "dspark",
+        ("dspark",),
+        (
+            "dspark_config",
+            "markov_rank",
+            "markov_head_type",
+            "num_anchors",
+            "enable_confidence_head",
+        ),
+    ),
     _Format("domino", ("domino",), ("domino_config", "shift_label", "pure_draft_prefix_len")),
     _Format("LiLiCorr", ("lilicorr",), ("lilicorr_config", "lilicorr_candidate_topk")),
     _Format("xPress", ("xpress",), ("xpress_rank", "xpress_topc")),
@@ -32,13 +46,26 @@ _FORMATS = (
     _Format("DFly", ("dfly",)),
     _Format("TreeFlash", ("treeflash",)),
     _Format("Muse Glimmer", ("museglimmer",)),
-    _Format("P-EAGLE", ("peagle",), ("pard_token", "parallel_drafting", "mask_hidden", "num_depths")),
+    _Format(
+        "P-EAGLE", ("peagle",), ("pard_token", "parallel_drafting", "mask_hidden", "num_depths")
+    ),
     _Format("DeepSpec EAGLE-3", ("qwen3eagle3", "gemma4eagle3")),
     _Format("published Medusa", (), ("medusa_num_heads",)),
     _Format("MLP speculator", ("mlp_speculator", "mlpspeculator")),
 )
 _ANCHOR_FIRST = ("sample_from_anchor", "query_zero_predicts_next")
-_WORDS = ("dflash", "dspark", "domino", "eagle", "medusa", "speculator", "lilicorr", "xpress", "draftmodel", "assistantmodel")
+_WORDS = (
+    "dflash",
+    "dspark",
+    "domino",
+    "eagle",
+    "medusa",
+    "speculator",
+    "lilicorr",
+    "xpress",
+    "draftmodel",
+    "assistantmodel",
+)
 _SPECULATORS = ("speculators_model_type", "speculators_version", "speculators_config")
 _KEYS = (
     "dflash_config",
@@ -101,7 +128,9 @@ _READ = "DFlash v1 in z-lab's format, EAGLE-3 in SafeAILab's and SpecForge's, an
 def is_draft(config: Mapping[str, Any]) -> bool:
     """Whether this config.json is a drafter's, and not a language model's own."""
     named = _named(config)
-    return any(word in named for word in _WORDS) or any(config.get(key) is not None for key in _KEYS)
+    return any(word in named for word in _WORDS) or any(
+        config.get(key) is not None for key in _KEYS
+    )
 
 
 def refuse_config(config: Mapping[str, Any], where: str) -> None:
@@ -116,9 +145,13 @@ def refuse_tensors(names: Iterable[str], where: str) -> None:
     for name in sorted(names):
         for part, owner in _TENSORS.items():
             if part in name:
-                raise CheckpointError(f"`{where}` holds {name}: a tensor of {owner}, not supported", hint=_READ)
+                raise CheckpointError(
+                    f"`{where}` holds {name}: a tensor of {owner}, not supported", hint=_READ
+                )
         if name.startswith("layers.0.self_attn.") and "midlayer.self_attn.q_proj.weight" in names:
-            raise CheckpointError(f"`{where}` holds {name} beside midlayer, which is not supported", hint=_READ)
+            raise CheckpointError(
+                f"`{where}` holds {name} beside midlayer, which is not supported", hint=_READ
+            )
 
 
 def refuse_files(folder: Path) -> None:
@@ -129,7 +162,9 @@ def refuse_files(folder: Path) -> None:
         raise CheckpointError(f"`{folder}` holds {name}, which is not supported", hint=hint)
     if (folder / "adapter_config.json").exists():
         got = f"`{folder}` holds an adapter (adapter_config.json), which would be left out"
-        raise CheckpointError(got, hint="merge it into the drafter, or take adapter_config.json out of the folder")
+        raise CheckpointError(
+            got, hint="merge it into the drafter, or take adapter_config.json out of the folder"
+        )
 
 
 def _named(config: Mapping[str, Any]) -> str:
@@ -141,7 +176,10 @@ def _named(config: Mapping[str, Any]) -> str:
 
 def _places(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Where a switch may stand: at the top, or in a part."""
-    parts = [config.get(name) for name in ("dflash_config", "eagle_config", "rope_parameters", "rope_scaling")]
+    parts = [
+        config.get(name)
+        for name in ("dflash_config", "eagle_config", "rope_parameters", "rope_scaling")
+    ]
     return [config, *(part for part in parts if isinstance(part, Mapping))]
 
 
@@ -152,7 +190,9 @@ def _refuse_speculators(config: Mapping[str, Any], where: str) -> None:
     algorithm = inner.get("algorithm") if isinstance(inner, Mapping) else None
     kind = config.get("speculators_model_type") or algorithm or "draft"
     got = f"`{where}` is a {kind} drafter in the speculators format, which is not read yet"
-    raise CheckpointError(got, hint=f"speculators (vLLM's library) wraps a drafter in keys of its own; {_READ}")
+    raise CheckpointError(
+        got, hint=f"speculators (vLLM's library) wraps a drafter in keys of its own; {_READ}"
+    )
 
 
 def _refuse_formats(config: Mapping[str, Any], where: str) -> None:
@@ -160,7 +200,9 @@ def _refuse_formats(config: Mapping[str, Any], where: str) -> None:
     special = config.get("dflash_config")
     projector = special.get("projector_type") if isinstance(special, Mapping) else None
     if projector not in (None, "", "dflash"):
-        raise CheckpointError(f"`{where}` is a {projector} drafter, which is not supported", hint=_READ)
+        raise CheckpointError(
+            f"`{where}` is a {projector} drafter, which is not supported", hint=_READ
+        )
 
     for format in _FORMATS:
         by_name = any(word in named for word in format.words)
@@ -169,27 +211,41 @@ def _refuse_formats(config: Mapping[str, Any], where: str) -> None:
         if by_name or by_key:
             plain = format.name == "dspark" and config.get("markov_rank") == 0
             name = "DeepSpec DFlash (anchor-first)" if plain else format.name
-            raise CheckpointError(f"`{where}` is a {name} drafter, which is not supported", hint=_READ)
-    if "eagle" in named and "eagle3" not in named and not isinstance(config.get("flashdraft_config"), Mapping):
-        raise CheckpointError(f"`{where}` is an EAGLE-1 or EAGLE-2 drafter, which is not supported", hint=_READ)
+            raise CheckpointError(
+                f"`{where}` is a {name} drafter, which is not supported", hint=_READ
+            )
+    if (
+        "eagle" in named
+        and "eagle3" not in named
+        and not isinstance(config.get("flashdraft_config"), Mapping)
+    ):
+        raise CheckpointError(
+            f"`{where}` is an EAGLE-1 or EAGLE-2 drafter, which is not supported", hint=_READ
+        )
 
     for key in _ANCHOR_FIRST:
         if any(place.get(key) for place in places):
             hint = "row k of its blocks predicts the token at anchor + k + 1; those whose row k predicts anchor + k are read"
-            raise CheckpointError(f"`{where}` is a {key} drafter, which is not supported", hint=hint)
+            raise CheckpointError(
+                f"`{where}` is a {key} drafter, which is not supported", hint=hint
+            )
 
 
 def _refuse_switches(config: Mapping[str, Any], where: str) -> None:
     family = str(config.get("model_type") or "")
     if family.startswith(_NORM_OFFSETS):
         hint = "its norms multiply by 1 + weight, these by the weight; convert it first"
-        raise CheckpointError(f"`{where}` has model_type {family}, which is not supported in a drafter", hint=hint)
+        raise CheckpointError(
+            f"`{where}` has model_type {family}, which is not supported in a drafter", hint=hint
+        )
     for place in _places(config):
         for key, harmless in _SWITCHES.items():
             value = place.get(key)
             if value is not None and value not in harmless:
                 hint = "the network would be computed otherwise than it was trained; there is no support for it here"
-                raise CheckpointError(f"`{where}` has {key} {value!r:.40}, which is not supported", hint=hint)
+                raise CheckpointError(
+                    f"`{where}` has {key} {value!r:.40}, which is not supported", hint=hint
+                )
     for key in ("hidden_act", "hidden_activation"):
         if (config.get(key) or "silu") not in ("silu", "swish"):
             raise CheckpointError(f"`{where}`: {key} is {config[key]!r}", hint="drafters have silu")

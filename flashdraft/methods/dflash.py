@@ -48,7 +48,10 @@ class _Layer(Qwen3DecoderLayer):
     def __init__(self, qwen3: Qwen3Config, index: int) -> None:
         super().__init__(qwen3, index)
         hidden, head, eps = qwen3.hidden_size, qwen3.head_dim, qwen3.rms_norm_eps
-        self.input_layernorm, self.post_attention_layernorm = RMSNorm(hidden, eps), RMSNorm(hidden, eps)
+        self.input_layernorm, self.post_attention_layernorm = (
+            RMSNorm(hidden, eps),
+            RMSNorm(hidden, eps),
+        )
         self.self_attn.q_norm, self.self_attn.k_norm = RMSNorm(head, eps), RMSNorm(head, eps)
         self.float()  # theirs are of the process's default dtype
 
@@ -60,7 +63,9 @@ class _Layer(Qwen3DecoderLayer):
     def keys_values(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """[n, hidden] -> [n, kv_heads, head_dim] each; the same weights serve the context and the block."""
         own = self.self_attn
-        keys, values = (linear(x).view(len(x), -1, own.head_dim) for linear in (own.k_proj, own.v_proj))
+        keys, values = (
+            linear(x).view(len(x), -1, own.head_dim) for linear in (own.k_proj, own.v_proj)
+        )
         return apply_rotary(own.k_norm(keys), *rotary), values
 
 
@@ -72,7 +77,12 @@ class DFlashDraftModel(DraftNetwork):
     @undisturbed
     def __init__(self, config: DraftConfig) -> None:
         super().__init__(config)
-        self.fc = nn.Linear(len(config.target_layer_ids) * config.hidden_size, config.hidden_size, bias=False, **FLOATS)
+        self.fc = nn.Linear(
+            len(config.target_layer_ids) * config.hidden_size,
+            config.hidden_size,
+            bias=False,
+            **FLOATS,
+        )
         self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         qwen3 = self.add_rotary()
         self.layers = nn.ModuleList(_Layer(qwen3, n) for n in range(config.num_hidden_layers))
@@ -89,7 +99,9 @@ class DFlashDraftModel(DraftNetwork):
         """features [n, F * hidden] -> C [n, hidden], from which every layer makes its context keys and values."""
         return self.hidden_norm(self.fc(features))  # type: ignore[no-any-return]
 
-    def forward(self, context: Tensor, block: Tensor, positions: tuple[Tensor, Tensor], attend: Any) -> Tensor:
+    def forward(
+        self, context: Tensor, block: Tensor, positions: tuple[Tensor, Tensor], attend: Any
+    ) -> Tensor:
         """The whole network on packed rows.
 
         context: C [n, hidden]; block: embeddings [m, hidden]; positions: absolute ones of both, [n] and [m];
@@ -98,14 +110,19 @@ class DFlashDraftModel(DraftNetwork):
         """
         rotaries = [[self.rotary(at) for at in positions]]
         if len(self.frequencies) > 1:
-            by_kind = {kind: [self.rotary(at, kind) for at in positions] for kind in self.frequencies}
+            by_kind = {
+                kind: [self.rotary(at, kind) for at in positions] for kind in self.frequencies
+            }
             rotaries = [by_kind[kind] for kind in self.config.layer_types]
         x = block
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, _Layer)
             context_rotary, block_rotary = rotaries[index % len(rotaries)]
             normed = layer.input_layernorm(x)
-            context_kv, block_kv = layer.keys_values(context, context_rotary), layer.keys_values(normed, block_rotary)
+            context_kv, block_kv = (
+                layer.keys_values(context, context_rotary),
+                layer.keys_values(normed, block_rotary),
+            )
             out = attend(index, layer.queries(normed, block_rotary), context_kv, block_kv)
             x = x + layer.self_attn.o_proj(out)
             x = x + layer.mlp(layer.post_attention_layernorm(x))
@@ -132,25 +149,48 @@ class PackedDraft(DraftHead):
             blocks.append(Block(layer, probe, window=window, causal=causal, rotary=own))
         norm = model.norm.weight.detach().to(probe)
         kernel = "compiled" if target.kernel_name == "compiled" else DRAFT_KERNEL
-        self.decoder = Decoder(blocks, norm, rotary=first_rotary, eps=config.rms_norm_eps, kernel=kernel)
-        first = config.num_attention_heads * config.head_dim  # behind the queries: keys and values, of all layers in one linear
+        self.decoder = Decoder(
+            blocks, norm, rotary=first_rotary, eps=config.rms_norm_eps, kernel=kernel
+        )
+        first = (
+            config.num_attention_heads * config.head_dim
+        )  # behind the queries: keys and values, of all layers in one linear
         weights, biases = zip(*(block.fused("qkv") for block in blocks), strict=True)
         bias = None if biases[0] is None else torch.cat([b[first:] for b in biases])
-        self.context_kv = pack(torch.cat([weight[first:] for weight in weights]), bias, kernel=DRAFT_KERNEL)
+        self.context_kv = pack(
+            torch.cat([weight[first:] for weight in weights]), bias, kernel=DRAFT_KERNEL
+        )
         self.k_norm = torch.stack([block.norms["k_norm"] for block in blocks])
         self.hidden_norm = model.hidden_norm.weight.detach().to(probe)
         compiled = self.decoder.kernel == "compiled"  # the target pins its own embedding
         self.step: CompiledStep | None = None
         if compiled:
             length = target.context_length + config.block_size
-            self.step = CompiledStep(self.decoder, self.embed, nn.Identity(), [self.embedding], num_positions=length)
-        head = [] if model.sequential_head is None else [part.detach().to(probe) for part in model.sequential_head.parameters()]
+            self.step = CompiledStep(
+                self.decoder, self.embed, nn.Identity(), [self.embedding], num_positions=length
+            )
+        head = (
+            []
+            if model.sequential_head is None
+            else [part.detach().to(probe) for part in model.sequential_head.parameters()]
+        )
         self.sequential = [self.packed(weight) for weight in head]
-        self.tables: tuple[Tensor, ...] = ()  # what the C++ kernel of the sequential head reads: of every draft id, and weights
+        self.tables: tuple[
+            Tensor, ...
+        ] = ()  # what the C++ kernel of the sequential head reads: of every draft id, and weights
         if head and self.vocabulary is not None and self.plain and native.usable(probe):
-            rows, embedded = self.head_rows(torch.arange(len(self.vocabulary), **INTS)), self.embed(self.vocabulary)
+            rows, embedded = (
+                self.head_rows(torch.arange(len(self.vocabulary), **INTS)),
+                self.embed(self.vocabulary),
+            )
             self.tables = rows, rows if torch.equal(rows, embedded) else embedded, *head
-        parts = self.decoder, self.fc, self.context_kv, *self.sequential, *dict.fromkeys(self.tables)
+        parts = (
+            self.decoder,
+            self.fc,
+            self.context_kv,
+            *self.sequential,
+            *dict.fromkeys(self.tables),
+        )
         self.nbytes += sum(part.nbytes for part in parts)
 
     def context(self, features: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,12 +198,19 @@ class PackedDraft(DraftHead):
         config, decoder = self.config, self.decoder
         decoder.reserve(int(positions.max()) + 1)
         tables = [rotary.at(positions) for rotary in decoder.rotaries]
-        cos, sin = (torch.stack(parts, dim=1) for parts in zip(*tables, strict=True))  # [n, tables, 1, head_dim]
+        cos, sin = (
+            torch.stack(parts, dim=1) for parts in zip(*tables, strict=True)
+        )  # [n, tables, 1, head_dim]
         if len(tables) > 1:
             cos, sin = cos[:, decoder.which], sin[:, decoder.which]
-        state = F.rms_norm(self.fc(features), self.hidden_norm.shape, self.hidden_norm, config.rms_norm_eps)
+        state = F.rms_norm(
+            self.fc(features), self.hidden_norm.shape, self.hidden_norm, config.rms_norm_eps
+        )
         kv = self.context_kv(state).view(len(state), len(self.k_norm), 2, -1, config.head_dim)
-        keys = F.rms_norm(kv[:, :, 0], (config.head_dim,), None, config.rms_norm_eps) * self.k_norm[:, None]
+        keys = (
+            F.rms_norm(kv[:, :, 0], (config.head_dim,), None, config.rms_norm_eps)
+            * self.k_norm[:, None]
+        )
         return apply_rotary(keys, cos, sin), kv[:, :, 1]
 
     def scored(self, hidden: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,19 +230,36 @@ class PackedDraft(DraftHead):
     def laws(self, hidden: Tensor, anchors: Tensor, *, trees: bool) -> Sequence[list[Laws]]:
         """By row, the laws of every depth; of trees with a sequential head, those behind the tokens of the likeliest paths."""
         if trees and self.sequential:
-            beam = [zip(*map(Tensor.tolist, depth), strict=True) for depth in list(self._beam(hidden, anchors, _PATHS))]
-            return [
-                [dict(zip(own[0], zip(*own[1:], strict=True), strict=True)) for own in row] for row in zip(*beam, strict=True)
+            beam = [
+                zip(*map(Tensor.tolist, depth), strict=True)
+                for depth in list(self._beam(hidden, anchors, _PATHS))
             ]
-        found = anchors, *(self.likely(hidden, _BRANCHES) if trees else self.scored(hidden, anchors))
+            return [
+                [dict(zip(own[0], zip(*own[1:], strict=True), strict=True)) for own in row]
+                for row in zip(*beam, strict=True)
+            ]
+        found = (
+            anchors,
+            *(self.likely(hidden, _BRANCHES) if trees else self.scored(hidden, anchors)),
+        )
         return [independent(*own) for own in zip(*map(Tensor.tolist, found), strict=True)]
 
-    def _beam(self, hidden: Tensor, anchors: Tensor, paths: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _beam(
+        self, hidden: Tensor, anchors: Tensor, paths: int
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """By depth: the likeliest paths' last tokens [rows, m], the likeliest tokens behind each, their scores [rows, m, n]."""
-        likely, before, reached = self._candidates(hidden), anchors[:, None], hidden.new_zeros(1, 1, 1)
+        likely, before, reached = (
+            self._candidates(hidden),
+            anchors[:, None],
+            hidden.new_zeros(1, 1, 1),
+        )
         heads = self.head_rows(likely)
         for k in range(hidden.shape[1]):
-            states = swiglu(hidden[:, k].repeat_interleave(before.shape[1], 0), self.embed(before.flatten()), *self.sequential)
+            states = swiglu(
+                hidden[:, k].repeat_interleave(before.shape[1], 0),
+                self.embed(before.flatten()),
+                *self.sequential,
+            )
             logits = self.transformed(states.view(*before.shape, -1) @ heads[:, k].mT)
             laws, ids = logits.log_softmax(-1), self.ids(likely[:, k])
             best = laws.topk(min(_BRANCHES if paths > 1 else 1, laws.shape[-1]), dim=-1)
@@ -217,7 +281,9 @@ class DFlashDrafter:
 
     name = "dflash"
 
-    def __init__(self, network: PackedDraft, *, block_size: int | None = None, tree_nodes: int | None = None) -> None:
+    def __init__(
+        self, network: PackedDraft, *, block_size: int | None = None, tree_nodes: int | None = None
+    ) -> None:
         config = network.config
         self.network, self.tree_nodes = network, tree_nodes
         self.block_size = block_size or config.block_size
@@ -227,7 +293,9 @@ class DFlashDrafter:
 
     @undisturbed
     @torch.inference_mode()
-    def observe(self, rows: Rows, tokens: Sequence[Tensor], features: Sequence[Tensor] | None) -> None:
+    def observe(
+        self, rows: Rows, tokens: Sequence[Tensor], features: Sequence[Tensor] | None
+    ) -> None:
         """Turn new features into context keys and values, once."""
         assert features is not None
         net, config = self.network, self.network.config
@@ -236,12 +304,21 @@ class DFlashDrafter:
         counts = [len(own) for own in features]
         if not sum(counts):
             return
-        positions = torch.cat([torch.arange(start, start + n, **INTS) for start, n in zip(starts, counts, strict=True)])
+        positions = torch.cat(
+            [
+                torch.arange(start, start + n, **INTS)
+                for start, n in zip(starts, counts, strict=True)
+            ]
+        )
         parts = net.context(torch.cat(list(features)), positions)
         self.cache.reserve(max(start + n for start, n in zip(starts, counts, strict=True)))
-        for slot, keys, values in zip(rows.slots, *(part.split(counts) for part in parts), strict=True):
+        for slot, keys, values in zip(
+            rows.slots, *(part.split(counts) for part in parts), strict=True
+        ):
             for index in range(config.num_hidden_layers):
-                self.cache.write(index, slot, keys[:, index].transpose(0, 1), values[:, index].transpose(0, 1))
+                self.cache.write(
+                    index, slot, keys[:, index].transpose(0, 1), values[:, index].transpose(0, 1)
+                )
             self.cache.keep(slot, range(len(keys)))
 
     @undisturbed
@@ -255,7 +332,9 @@ class DFlashDrafter:
             self.network.tell(max(rows.positions) + size)
             own = torch.tensor(anchors, **INTS)
             hidden = self._states(rows.slots, own)[:, 1:width]
-            for i, laws in enumerate(self.network.laws(hidden, own, trees=self.tree_nodes is not None)):
+            for i, laws in enumerate(
+                self.network.laws(hidden, own, trees=self.tree_nodes is not None)
+            ):
                 grown[i] = best_first(anchors[i], laws, min(self.tree_nodes or size, max_nodes) - 1)
         return planted(anchors, grown)
 
@@ -270,6 +349,10 @@ class DFlashDrafter:
         tokens = torch.full((count, size), net.config.mask_token_id, **INTS)
         tokens[:, 0] = anchors
         everything = torch.ones(count, size, size, **BOOLS)  # but for what a layer's own mask hides
-        shape = everything, torch.arange(size, **INTS).expand(count, size), torch.full((count,), size, **INTS)
+        shape = (
+            everything,
+            torch.arange(size, **INTS).expand(count, size),
+            torch.full((count,), size, **INTS),
+        )
         run, x = (net.step, tokens) if net.step else (net.decoder, net.embed(tokens))
         return run(self.cache, slots, x, shape, ())[0]

@@ -31,7 +31,9 @@ from flashdraft.types import Drafter, Proposal, Rows
 
 __all__ = ["Eagle3DraftModel", "Eagle3Drafter", "fused_layers"]
 
-_Found = tuple[float, int, int, int, float]  # a node looked at: -log-probability of its path, number, parent, token, score
+_Found = tuple[
+    float, int, int, int, float
+]  # a node looked at: -log-probability of its path, number, parent, token, score
 _BEAM = 8  # paths that a tree expands at every depth, and tokens looked at behind each
 
 
@@ -55,7 +57,10 @@ def _check_layers(layers: Sequence[int], count: int, target: Target) -> None:
     if len(layers) == count and min(layers) >= 0:
         return
     got = f"the draft reads the outputs of {count} layers, which `{target.name}` with its {target.num_layers} layers has not"
-    raise DraftMismatch(got, hint="it was trained for another target, or name the layers: eagle_aux_hidden_state_layer_ids")
+    raise DraftMismatch(
+        got,
+        hint="it was trained for another target, or name the layers: eagle_aux_hidden_state_layer_ids",
+    )
 
 
 class Eagle3DraftModel(DraftNetwork):
@@ -67,20 +72,37 @@ class Eagle3DraftModel(DraftNetwork):
     def __init__(self, config: DraftConfig) -> None:
         super().__init__(config)
         h, d = config.hidden_size, config.head_dim
-        sizes = {"q": config.num_attention_heads * d, "k": config.num_key_value_heads * d, "v": config.num_key_value_heads * d}
-        attention = {f"{name}_proj": nn.Linear(2 * h, size, bias=False, **FLOATS) for name, size in sizes.items()}
+        sizes = {
+            "q": config.num_attention_heads * d,
+            "k": config.num_key_value_heads * d,
+            "v": config.num_key_value_heads * d,
+        }
+        attention = {
+            f"{name}_proj": nn.Linear(2 * h, size, bias=False, **FLOATS)
+            for name, size in sizes.items()
+        }
         attention["o_proj"] = nn.Linear(sizes["q"], h, bias=False, **FLOATS)
-        norms = {name: RMSNorm(h, config.rms_norm_eps) for name in ("input_layernorm", "hidden_norm", "post_attention_layernorm")}
+        norms = {
+            name: RMSNorm(h, config.rms_norm_eps)
+            for name in ("input_layernorm", "hidden_norm", "post_attention_layernorm")
+        }
         mlp = Qwen3MLP(self.add_rotary()).float()  # theirs are of the process's default dtype
-        self.midlayer: Any = nn.ModuleDict({"self_attn": nn.ModuleDict(attention), "mlp": mlp, **norms})
+        self.midlayer: Any = nn.ModuleDict(
+            {"self_attn": nn.ModuleDict(attention), "mlp": mlp, **norms}
+        )
         self.fc = nn.Linear((len(config.target_layer_ids) or 3) * h, h, bias=False, **FLOATS)
         self.norm = RMSNorm(h, config.rms_norm_eps)
 
-    def project(self, embedded: Tensor, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(
+        self, embedded: Tensor, states: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v [n, heads, head_dim] of pairs: embeddings and states [n, hidden] at positions [n]."""
         layer, rotary = self.midlayer, self.rotary(positions)
         both = torch.cat((layer.input_layernorm(embedded), layer.hidden_norm(states)), dim=-1)
-        q, k, v = (layer.self_attn[f"{x}_proj"](both).view(len(both), -1, self.config.head_dim) for x in "qkv")
+        q, k, v = (
+            layer.self_attn[f"{x}_proj"](both).view(len(both), -1, self.config.head_dim)
+            for x in "qkv"
+        )
         return apply_rotary(q, *rotary), apply_rotary(k, *rotary), v
 
     def finish(self, states: Tensor, attended: Tensor) -> Tensor:
@@ -107,23 +129,39 @@ class _Packed(DraftHead):
         if not self.config.num_target_layers:
             layers = _outputs(model.config.target_layer_ids, target.num_layers)
             _check_layers(layers, model.fc.in_features // self.config.hidden_size, target)
-            self.config = replace(model.config, num_target_layers=target.num_layers, target_layer_ids=layers)
+            self.config = replace(
+                model.config, num_target_layers=target.num_layers, target_layer_ids=layers
+            )
         layer = Block(model.midlayer, self.probe)
         (self.rotary,) = model.rotaries(self.probe).values()
         self.fc = self.packed(model.fc.weight)
         self.linears = {name: self.packed(layer.fused(name)[0]) for name in layer.parts}
-        states, final = (norm.weight.detach().to(self.probe) for norm in (model.midlayer.hidden_norm, model.norm))
+        states, final = (
+            norm.weight.detach().to(self.probe) for norm in (model.midlayer.hidden_norm, model.norm)
+        )
         self.norms = layer.norms | {"states": states, "final": final}
         self.nbytes += sum(linear.nbytes for linear in (self.fc, *self.linears.values()))
 
     def normed(self, x: Tensor, name: str) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], self.norms[name], self.config.rms_norm_eps)
 
-    def project(self, tokens: Tensor, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(
+        self, tokens: Tensor, states: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """As Eagle3DraftModel.project, from token ids."""
-        heads, kv_heads, head_dim = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
-        both = torch.cat((self.normed(self.embed(tokens), "input_norm"), self.normed(states, "states")), dim=-1)
-        qk, v = self.linears["qkv"](both).view(len(both), -1, head_dim).split((heads + kv_heads, kv_heads), dim=1)
+        heads, kv_heads, head_dim = (
+            self.config.num_attention_heads,
+            self.config.num_key_value_heads,
+            self.config.head_dim,
+        )
+        both = torch.cat(
+            (self.normed(self.embed(tokens), "input_norm"), self.normed(states, "states")), dim=-1
+        )
+        qk, v = (
+            self.linears["qkv"](both)
+            .view(len(both), -1, head_dim)
+            .split((heads + kv_heads, kv_heads), dim=1)
+        )
         self.rotary.reserve(int(positions.max()) + 1)
         q, k = apply_rotary(qk, *self.rotary.at(positions)).split((heads, kv_heads), dim=1)
         return q, k, v
@@ -151,7 +189,9 @@ class Eagle3Drafter(Drafter):
 
     name = "eagle3"
 
-    def __init__(self, network: _Packed, *, block_size: int | None = None, tree_nodes: int | None = None) -> None:
+    def __init__(
+        self, network: _Packed, *, block_size: int | None = None, tree_nodes: int | None = None
+    ) -> None:
         self.network, self.tree_nodes = network, tree_nodes
         self.depth = (block_size or network.config.block_size) - 1
         self.layers = network.config.target_layer_ids
@@ -161,7 +201,9 @@ class Eagle3Drafter(Drafter):
 
     @undisturbed
     @torch.inference_mode()
-    def observe(self, rows: Rows, tokens: Sequence[Tensor], features: Sequence[Tensor] | None) -> None:
+    def observe(
+        self, rows: Rows, tokens: Sequence[Tensor], features: Sequence[Tensor] | None
+    ) -> None:
         """Pairs of what was read: keys and values, once."""
         assert features is not None
         self.cache.reserve(0, rows=max(rows.slots) + 1)
@@ -171,7 +213,9 @@ class Eagle3Drafter(Drafter):
             start = self.cache.lengths[slot]
             if count := len(paired):
                 own = new[len(new) - count :]
-                _, k, v = self.network.project(own, paired, torch.arange(start, start + count, **INTS))
+                _, k, v = self.network.project(
+                    own, paired, torch.arange(start, start + count, **INTS)
+                )
                 self.cache.reserve(start + count)
                 self.cache.write(0, slot, k.transpose(0, 1), v.transpose(0, 1))
                 self.cache.keep(slot, range(count))
@@ -200,9 +244,14 @@ class Eagle3Drafter(Drafter):
         """The likeliest tree of `budget` nodes among all that a beam looks at; with a beam of one, a chain."""
         net, start, width = self.network, self.cache.lengths[slot], _BEAM if self.tree_nodes else 1
         tokens, states = torch.tensor([anchor], **INTS), self._states[slot]
-        paths, joint = [-1], torch.zeros(1, 1, **FLOATS)  # of the beam: its nodes' numbers, and their paths' log-probabilities
+        paths, joint = (
+            [-1],
+            torch.zeros(1, 1, **FLOATS),
+        )  # of the beam: its nodes' numbers, and their paths' log-probabilities
         found: list[_Found] = []
-        own: tuple[Tensor, Tensor] | None = None  # keys and values [kv_heads, n, head_dim] of the beams, in order
+        own: tuple[Tensor, Tensor] | None = (
+            None  # keys and values [kv_heads, n, head_dim] of the beams, in order
+        )
         seen = torch.zeros(1, 0, **BOOLS)  # which of them each path of the beam goes through
         for level in range(depth):
             q, k, v = net.project(tokens, states, torch.full_like(tokens, start + level))
@@ -214,7 +263,10 @@ class Eagle3Drafter(Drafter):
             total = joint + scores
             numbers = len(found) + torch.arange(total.numel(), **INTS).view_as(total)
             parents = torch.tensor(paths, **INTS)[:, None].expand_as(total)
-            found += zip(*(t.flatten().tolist() for t in (-total, numbers, parents, ids, scores)), strict=True)
+            found += zip(
+                *(t.flatten().tolist() for t in (-total, numbers, parents, ids, scores)),
+                strict=True,
+            )
             best = total.flatten().topk(min(width, total.numel())).indices
             came = best // total.shape[1]
             tokens, joint = ids.flatten()[best], total.flatten()[best][:, None]
@@ -226,9 +278,14 @@ class Eagle3Drafter(Drafter):
         """q [n, heads, head_dim] over the row's pairs and, of the beams' own keys, those that `seen` [n, m] shows."""
         keys, values = self.cache.layer(0, own[0])
         length = self.cache.lengths[slot]
-        k, v = (torch.cat((past[slot, :, :length], new), 1) for past, new in zip((keys, values), own, strict=True))
+        k, v = (
+            torch.cat((past[slot, :, :length], new), 1)
+            for past, new in zip((keys, values), own, strict=True)
+        )
         mask = torch.cat((torch.ones(len(q), length, **BOOLS), seen), 1).to(q.device)
-        out = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k[None], v[None], attn_mask=mask, enable_gqa=True)
+        out = F.scaled_dot_product_attention(
+            q.transpose(0, 1)[None], k[None], v[None], attn_mask=mask, enable_gqa=True
+        )
         return out[0].transpose(0, 1).flatten(1)
 
 
@@ -236,4 +293,8 @@ def _kept(found: list[_Found], budget: int) -> Nodes:
     """The likeliest nodes. No parent is less likely than its child, and its number is lower: it is kept and stands before it."""
     best = sorted(found)[:budget]
     place = {-1: 0} | {number: i for i, (_, number, _, _, _) in enumerate(best, 1)}
-    return [token for *_, token, _ in best], [place[parent] for _, _, parent, _, _ in best], [score for *_, score in best]
+    return (
+        [token for *_, token, _ in best],
+        [place[parent] for _, _, parent, _, _ in best],
+        [score for *_, score in best],
+    )

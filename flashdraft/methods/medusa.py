@@ -25,7 +25,10 @@ from flashdraft.types import Drafter, Proposal, Rows
 __all__ = ["MedusaDraftModel", "MedusaDrafter"]
 
 _BRANCHES = 8  # tokens of a position that a tree may hold
-_FIRST, _FALL = 0.7, 0.3  # the static tree supposes: a head's likeliest token is right so often, each next one so much less
+_FIRST, _FALL = (
+    0.7,
+    0.3,
+)  # the static tree supposes: a head's likeliest token is right so often, each next one so much less
 
 
 class MedusaDraftModel(DraftNetwork):
@@ -36,7 +39,10 @@ class MedusaDraftModel(DraftNetwork):
     @undisturbed
     def __init__(self, config: DraftConfig) -> None:
         super().__init__(config)
-        heads = [nn.Linear(config.hidden_size, config.hidden_size, **FLOATS) for _ in range(config.block_size - 1)]
+        heads = [
+            nn.Linear(config.hidden_size, config.hidden_size, **FLOATS)
+            for _ in range(config.block_size - 1)
+        ]
         self.heads: Any = nn.ModuleList(heads)
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
@@ -53,13 +59,17 @@ class MedusaDraftModel(DraftNetwork):
 class _Packed(DraftHead):
     def __init__(self, model: MedusaDraftModel, target: Target) -> None:
         super().__init__(model, target)
-        self.weight = self.packed(torch.cat([head.weight for head in model.heads]))  # all heads in one linear
+        self.weight = self.packed(
+            torch.cat([head.weight for head in model.heads])
+        )  # all heads in one linear
         self.bias = torch.cat([head.bias.detach() for head in model.heads]).to(self.probe)
         self.nbytes += self.weight.nbytes + self.bias.nbytes
 
     def likely(self, hidden: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Of every head: states [n, hidden] -> [n, heads, count] each."""
-        corrected = hidden[:, None] + F.silu(self.weight(hidden) + self.bias).view(len(hidden), -1, hidden.shape[1])
+        corrected = hidden[:, None] + F.silu(self.weight(hidden) + self.bias).view(
+            len(hidden), -1, hidden.shape[1]
+        )
         return super().likely(corrected, count)
 
 
@@ -68,13 +78,19 @@ class MedusaDrafter(Drafter):
 
     name = "medusa"
 
-    def __init__(self, network: _Packed, *, block_size: int | None = None, tree_nodes: int | None = None) -> None:
+    def __init__(
+        self, network: _Packed, *, block_size: int | None = None, tree_nodes: int | None = None
+    ) -> None:
         self.network, self.tree_nodes = network, tree_nodes
         self.depth = min(block_size or network.config.block_size, network.config.block_size) - 1
         self.layers = (network.target.num_layers,)
-        self._states: dict[int, Tensor] = {}  # by slot: the last final state, which the anchor was drawn from
+        self._states: dict[
+            int, Tensor
+        ] = {}  # by slot: the last final state, which the anchor was drawn from
 
-    def observe(self, rows: Rows, tokens: Sequence[Tensor], features: Sequence[Tensor] | None) -> None:
+    def observe(
+        self, rows: Rows, tokens: Sequence[Tensor], features: Sequence[Tensor] | None
+    ) -> None:
         assert features is not None
         for slot, new in zip(rows.slots, features, strict=True):
             self._states[slot] = new[-1].clone()
@@ -88,7 +104,9 @@ class MedusaDrafter(Drafter):
             return planted(rows.anchors, [NOTHING] * len(rows))
         states = torch.stack([self._states[slot] for slot in rows.slots])
         found = self.network.likely(states, _BRANCHES if self.tree_nodes else 1)
-        places, parents = _static(depth, found[0].shape[-1], min(self.tree_nodes or depth + 1, max_nodes) - 1)
+        places, parents = _static(
+            depth, found[0].shape[-1], min(self.tree_nodes or depth + 1, max_nodes) - 1
+        )
         laws = zip(*(t.flatten(1)[:, places].tolist() for t in found), strict=True)
         return planted(rows.anchors, [(tokens, parents, scores) for tokens, scores in laws])
 

@@ -20,7 +20,13 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from flashdraft import hub
 from flashdraft.errors import CheckpointError, DraftMismatch, first_line
-from flashdraft.formats.checkpoint import OPTIONAL, DraftConfig, check_target, read_draft, write_draft
+from flashdraft.formats.checkpoint import (
+    OPTIONAL,
+    DraftConfig,
+    check_target,
+    read_draft,
+    write_draft,
+)
 from flashdraft.models import native
 from flashdraft.models.layers import ROPE_TYPES, Linear, Rotary, pack, rotary_of, rotary_table
 from flashdraft.models.target import Target
@@ -38,13 +44,17 @@ class DraftNetwork(nn.Module):
     """A draft network; its modules carry the tensor names of its method's published format (checkpoint.py)."""
 
     method: str
-    frequencies: dict[str, tuple[Tensor, float]]  # by kind of layer, where a method has positions: see `add_rotary`
+    frequencies: dict[
+        str, tuple[Tensor, float]
+    ]  # by kind of layer, where a method has positions: see `add_rotary`
 
     def __init__(self, config: DraftConfig) -> None:
         super().__init__()
         self.config = replace(config, method=self.method)
         self.sequential_head: Any = None  # dflash's addition
-        self.extras: dict[str, Tensor] = {}  # the format's optional tensors: lm_head.weight, embed_tokens.weight, d2t, t2d
+        self.extras: dict[
+            str, Tensor
+        ] = {}  # the format's optional tensors: lm_head.weight, embed_tokens.weight, d2t, t2d
 
     @classmethod
     @undisturbed
@@ -53,26 +63,39 @@ class DraftNetwork(nn.Module):
         """A drafter's folder or hub id, in float32. Raises CheckpointError or ModelNotFound."""
         files = hub.resolve(str(name))
         if not isinstance(files, Path):
-            raise CheckpointError(f"`{name}` is a GGUF file, not a drafter's folder", hint="give the folder it was made from")
+            raise CheckpointError(
+                f"`{name}` is a GGUF file, not a drafter's folder",
+                hint="give the folder it was made from",
+            )
         config, tensors = read_draft(files)
         if config.method != cls.method:
             hint = f"give a drafter of {cls.method}, or load it by its name: `flashdraft.load` knows the method of a folder"
-            raise CheckpointError(f"`{name}` is a drafter of {config.method}, not of {cls.method}", hint=hint)
+            raise CheckpointError(
+                f"`{name}` is a drafter of {config.method}, not of {cls.method}", hint=hint
+            )
         model = cls(config)
         model.extras = {n: tensors.pop(n) for n in OPTIONAL if n in tensors}
         model.load_state_dict({n: t.float() for n, t in tensors.items()})
         return model.eval()
 
-    def save_pretrained(self, folder: str | Path, *, readme: str | None = None, plain: bool = False) -> None:
+    def save_pretrained(
+        self, folder: str | Path, *, readme: str | None = None, plain: bool = False
+    ) -> None:
         """Write config.json and model.safetensors, in config.dtype; `readme` is the model card.
 
         plain: without the optional tensors, for engines that know only a method's own (DFlash: 11 a layer and 3 more).
         """
-        config = replace(self.config, draft_vocab_size=None, sequential_head=None) if plain else self.config
+        config = (
+            replace(self.config, draft_vocab_size=None, sequential_head=None)
+            if plain
+            else self.config
+        )
         tensors = {n: t for n, t in self.state_dict().items() if n in config.shapes()}
         write_draft(Path(folder), config, tensors | ({} if plain else self.extras), readme)
 
-    def push_to_hub(self, repo: str, *, readme: str | None = None, plain: bool = False, **options: Any) -> str:
+    def push_to_hub(
+        self, repo: str, *, readme: str | None = None, plain: bool = False, **options: Any
+    ) -> str:
         """Save into a model repository of the hub; `options` and errors are those of hub.push."""
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, readme=readme, plain=plain)
@@ -92,12 +115,16 @@ class DraftNetwork(nn.Module):
             kind = rope.get("rope_type", "default")
             if kind not in ROPE_TYPES:
                 known = f"known: {', '.join(ROPE_TYPES)}"
-                raise CheckpointError(f"rotary scaling {kind!r} is not supported in a drafter", hint=known)
+                raise CheckpointError(
+                    f"rotary scaling {kind!r} is not supported in a drafter", hint=known
+                )
             try:
                 made = Qwen3RotaryEmbedding(Qwen3Config(**network_shape(self.config, rope)))
             except (KeyError, TypeError, ValueError) as error:
                 got = f"rotary scaling {kind!r} lacks or garbles {first_line(error)}"
-                raise CheckpointError(got, hint="rope_parameters in its config.json are damaged") from None
+                raise CheckpointError(
+                    got, hint="rope_parameters in its config.json are damaged"
+                ) from None
             self.frequencies[layers] = made.inv_freq, float(made.attention_scaling)
         return Qwen3Config(**network_shape(self.config, next(iter(self.config.ropes.values()))))
 
@@ -112,11 +139,16 @@ class DraftNetwork(nn.Module):
     def cos(self) -> Tensor:
         """Of the positions that it was trained on [positions, head_dim]."""
         inv_freq, scaling = next(iter(self.frequencies.values()))
-        return rotary_table(inv_freq, self.config.max_position_embeddings, scaling, torch.float32)[0]
+        return rotary_table(inv_freq, self.config.max_position_embeddings, scaling, torch.float32)[
+            0
+        ]
 
     def rotaries(self, like: Tensor) -> dict[str, Rotary]:
         """Growing tables by kind of layer, in the dtype and on the device of `like`."""
-        return {kind: Rotary(inv_freq, scaling, like) for kind, (inv_freq, scaling) in self.frequencies.items()}
+        return {
+            kind: Rotary(inv_freq, scaling, like)
+            for kind, (inv_freq, scaling) in self.frequencies.items()
+        }
 
     def drafters(self, target: Target) -> Callable[..., Drafter]:
         """What makes drafters beside this target: the weights are packed once; takes block_size and tree_nodes, or None."""
@@ -125,7 +157,13 @@ class DraftNetwork(nn.Module):
 
 def network_shape(config: DraftConfig, rope: Mapping[str, Any]) -> dict[str, Any]:
     """What transformers' config of a network of this shape takes. rope: flat rotary parameters."""
-    names = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
+    names = [
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    ]
     names += ["head_dim", "rms_norm_eps", "max_position_embeddings", "attention_bias"]
     shape = {name: getattr(config, name) for name in names}
     return shape | {"rope_parameters": {"rope_type": "default", **rope}}
@@ -136,14 +174,18 @@ class DraftHead:
 
     def __init__(self, model: DraftNetwork, target: Target) -> None:
         embedding, own = model.extras.get("embed_tokens.weight"), model.extras.get("lm_head.weight")
-        check_target(model.config, target, num_embeddings=None if embedding is None else len(embedding))
+        check_target(
+            model.config, target, num_embeddings=None if embedding is None else len(embedding)
+        )
         self.config, self.target = model.config, target
         self.probe = target.embed(torch.zeros(1, **INTS))  # the dtype and device of everything here
         self.native = native.usable(self.probe)  # whether our kernels do the heavy work
         self.embedding = self._own_embedding(embedding)
         if own is None and model.config.tied_head:
             own = embedding
-        self.vocabulary: Tensor | None = None  # target ids of a reduced draft vocabulary; None: the target's
+        self.vocabulary: Tensor | None = (
+            None  # target ids of a reduced draft vocabulary; None: the target's
+        )
         if (offsets := model.extras.get("d2t")) is not None:  # target id - draft id
             leads = offsets.long() + torch.arange(len(offsets), **INTS)
             known = leads < target.vocab_size  # what the target lacks is never proposed
@@ -154,9 +196,13 @@ class DraftHead:
             own = target.head_weight(self.vocabulary) if own is None else own[known]
         elif own is not None:
             own = own[: target.vocab_size]
-        with_head = model.extras.get("lm_head.weight") is not None and model.sequential_head is not None
+        with_head = (
+            model.extras.get("lm_head.weight") is not None and model.sequential_head is not None
+        )
         self.own_head = own.to(self.probe) if with_head and own is not None else None
-        cap = model.config.final_logit_softcapping or getattr(target.config, "final_logit_softcapping", None)
+        cap = model.config.final_logit_softcapping or getattr(
+            target.config, "final_logit_softcapping", None
+        )
         self.cap = None if cap is None else float(cap)
         self.head: Linear | None = None if own is None else self.packed(own)
         self.nbytes = sum(t.nbytes for t in (self.embedding, self.head) if t is not None)
@@ -174,7 +220,8 @@ class DraftHead:
             if scaled and explicit:
                 got = f"the draft scales the embedding of `{target.name}`, which scales it already"
                 raise DraftMismatch(
-                    got, hint="readers of input_embedding_scale differ here: the drafter needs embed_tokens of its own"
+                    got,
+                    hint="readers of input_embedding_scale differ here: the drafter needs embed_tokens of its own",
                 )
             return None
 
@@ -183,8 +230,12 @@ class DraftHead:
             if torch.equal(stored[: len(rows)].to(rows), rows):
                 return None  # a copy of what the target scales
             got = f"the draft has an embedding of its own, beside `{target.name}`, which scales its embedding"
-            raise DraftMismatch(got, hint="say in its dflash_config by how much: input_embedding_scale")
-        missing = max(target.vocab_size - len(stored), 0)  # ids that it was not trained with are nothing to it
+            raise DraftMismatch(
+                got, hint="say in its dflash_config by how much: input_embedding_scale"
+            )
+        missing = max(
+            target.vocab_size - len(stored), 0
+        )  # ids that it was not trained with are nothing to it
         return F.pad(stored, (0, 0, 0, missing)).to(self.probe)
 
     def tell(self, end: int) -> None:
@@ -231,7 +282,11 @@ class DraftHead:
 
     def head_rows(self, drafts: Tensor) -> Tensor:
         """The lm_head's rows of draft ids: [...] -> [..., hidden]."""
-        return self.target.head_weight(self.ids(drafts)) if self.own_head is None else self.own_head[drafts]
+        return (
+            self.target.head_weight(self.ids(drafts))
+            if self.own_head is None
+            else self.own_head[drafts]
+        )
 
     def packed(self, weight: Tensor) -> Linear:
         return pack(weight.detach().to(self.probe), kernel=DRAFT_KERNEL)

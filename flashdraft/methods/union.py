@@ -35,12 +35,19 @@ class Union(Drafter):
     def propose(self, rows: Rows, max_nodes: int) -> Proposal:
         """The likeliest paths of both, likeliest first; the controller calibrates stated and unknown confidences alike."""
         trees = [_nodes(drafter.propose(rows, max_nodes)) for drafter in self.drafters]
-        return planted(rows.anchors, [merge(pair, max_nodes - 1) for pair in zip(*trees, strict=True)])
+        return planted(
+            rows.anchors, [merge(pair, max_nodes - 1) for pair in zip(*trees, strict=True)]
+        )
 
-    def observe(self, rows: Rows, tokens: Sequence[Tensor], features: Sequence[Tensor] | None) -> None:
+    def observe(
+        self, rows: Rows, tokens: Sequence[Tensor], features: Sequence[Tensor] | None
+    ) -> None:
         for drafter in self.drafters:
             columns = [self.layers.index(layer) for layer in drafter.layers]
-            own = [f.unflatten(1, (len(self.layers), -1))[:, columns].flatten(1) for f in features or ()]
+            own = [
+                f.unflatten(1, (len(self.layers), -1))[:, columns].flatten(1)
+                for f in features or ()
+            ]
             drafter.observe(rows, tokens, own if columns else None)
 
     def end(self, rows: Rows) -> None:
@@ -58,16 +65,33 @@ def merge(trees: Sequence[Nodes], count: int) -> Nodes:
             paths.append((*paths[parent], token))
             scores[paths[-1]] = max(score, scores.get(paths[-1], score))
     for path, score in scores.items():
-        total[path] = total[path[:-1]] + min(score, 0.0)  # rounding may leave a certain node above 0
-    order = sorted(scores, key=lambda path: -total[path])[:count]  # stable: parents stay before their children
+        total[path] = total[path[:-1]] + min(
+            score, 0.0
+        )  # rounding may leave a certain node above 0
+    order = sorted(scores, key=lambda path: -total[path])[
+        :count
+    ]  # stable: parents stay before their children
     places = {path: node for node, path in enumerate([(), *order])}
-    return [path[-1] for path in order], [places[path[:-1]] for path in order], [scores[path] for path in order]
+    return (
+        [path[-1] for path in order],
+        [places[path[:-1]] for path in order],
+        [scores[path] for path in order],
+    )
 
 
 def _nodes(proposal: Proposal) -> list[Nodes]:
     """By row: what lies behind the anchor."""
     if proposal.drawn is not None and bool(proposal.drawn.any()):
-        raise InvalidParameter("drawn drafts cannot be joined", hint="make the drafter with drawn=False")
-    scores = torch.full(proposal.tokens.shape, _UNKNOWN, **FLOATS) if proposal.scores is None else proposal.scores
+        raise InvalidParameter(
+            "drawn drafts cannot be joined", hint="make the drafter with drawn=False"
+        )
+    scores = (
+        torch.full(proposal.tokens.shape, _UNKNOWN, **FLOATS)
+        if proposal.scores is None
+        else proposal.scores
+    )
     lists = (t.tolist() for t in (proposal.tokens, proposal.parents, scores, proposal.sizes))
-    return [(own[1:size], parents[1:size], sure[1:size]) for own, parents, sure, size in zip(*lists, strict=True)]
+    return [
+        (own[1:size], parents[1:size], sure[1:size])
+        for own, parents, sure, size in zip(*lists, strict=True)
+    ]

@@ -31,8 +31,15 @@ class SlotCache:
     the C++ kernels read them. static: who reads it is compiled anew for every size, so it grows as seldom as it can.
     """
 
-    def __init__(self, num_layers: int, rows: int, slots: int, *, blocked: bool = False, static: bool = False) -> None:
-        self.num_layers, self.rows, self.slots, self.blocked = num_layers, rows, round_up(slots), blocked
+    def __init__(
+        self, num_layers: int, rows: int, slots: int, *, blocked: bool = False, static: bool = False
+    ) -> None:
+        self.num_layers, self.rows, self.slots, self.blocked = (
+            num_layers,
+            rows,
+            round_up(slots),
+            blocked,
+        )
         self.static = static
         self.lengths = [0] * rows
         self.keys: list[Tensor | None] = [None] * num_layers
@@ -41,7 +48,9 @@ class SlotCache:
 
     @property
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values) if t is not None)
+        return sum(
+            t.numel() * t.element_size() for t in (*self.keys, *self.values) if t is not None
+        )
 
     def reserve(self, slots: int, rows: int = 0, *, later: int = 0) -> None:
         """Make room for at least `slots` slots a row, and for `rows` rows; what is stored stays.
@@ -62,7 +71,16 @@ class SlotCache:
         self.slots += more_slots
         self.rows += more_rows
         self.lengths = self.lengths + [0] * more_rows
-        margins = (0, 0, 0, more_slots, 0, 0, 0, more_rows)  # before and after: head_dim, slots, heads, rows
+        margins = (
+            0,
+            0,
+            0,
+            more_slots,
+            0,
+            0,
+            0,
+            more_rows,
+        )  # before and after: head_dim, slots, heads, rows
         blocks = (0, 0, 0, 0, 0, more_slots // SLOT_STEP, 0, 0, 0, more_rows)
         for index in range(self.num_layers):
             keys, values = self.keys[index], self.values[index]
@@ -77,7 +95,11 @@ class SlotCache:
         keys, values = self.keys[index], self.values[index]
         if keys is None or values is None:
             shape = (self.rows, like.shape[-3], self.slots, like.shape[-1])
-            blocks = (*shape[:2], self.slots // SLOT_STEP, shape[3], SLOT_STEP) if self.blocked else shape
+            blocks = (
+                (*shape[:2], self.slots // SLOT_STEP, shape[3], SLOT_STEP)
+                if self.blocked
+                else shape
+            )
             keys, values = like.new_zeros(blocks), like.new_zeros(shape)
             self.keys[index], self.values[index] = keys, values
         return keys, values

@@ -24,9 +24,16 @@ __all__ = ["Block", "CompiledStep", "Decoder", "padded"]
 
 Pair = tuple[Tensor, Tensor]
 Mask = tuple[int | None, bool]  # of a block: its window, and whether it is causal
-Output = tuple[Tensor, Tensor | None]  # states, and the wanted layers' outputs side by side if there are any
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer; q, k, v [tokens, heads, head_dim] -> [tokens, heads * head_dim]
-_LIMITS: Any = {"recompile_limit": 64, "isolate_recompiles": True}  # widths times sizes of the cache; beyond 64 torch raises
+Output = tuple[
+    Tensor, Tensor | None
+]  # states, and the wanted layers' outputs side by side if there are any
+Attend = Callable[
+    [int, Tensor, Tensor, Tensor], Tensor
+]  # layer; q, k, v [tokens, heads, head_dim] -> [tokens, heads * head_dim]
+_LIMITS: Any = {
+    "recompile_limit": 64,
+    "isolate_recompiles": True,
+}  # widths times sizes of the cache; beyond 64 torch raises
 
 
 class Block:
@@ -37,7 +44,13 @@ class Block:
     """
 
     def __init__(
-        self, block: Any, like: Tensor, *, window: int | None = None, causal: bool = False, rotary: Rotary | None = None
+        self,
+        block: Any,
+        like: Tensor,
+        *,
+        window: int | None = None,
+        causal: bool = False,
+        rotary: Rotary | None = None,
     ) -> None:
         self.like, self.rotary = like, rotary
         self.mask: Mask = (window, causal)
@@ -49,8 +62,14 @@ class Block:
             "down": (mlp.down_proj,),
         }
         norms = {"input_norm": block.input_layernorm, "post_norm": block.post_attention_layernorm}
-        norms |= {name: getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)}
-        self.norms = {name: norm.weight.detach().to(like).contiguous() for name, norm in norms.items()}
+        norms |= {
+            name: getattr(attention, name)
+            for name in ("q_norm", "k_norm")
+            if hasattr(attention, name)
+        }
+        self.norms = {
+            name: norm.weight.detach().to(like).contiguous() for name, norm in norms.items()
+        }
 
     def shape(self, name: str) -> tuple[int, int]:
         """Outputs and inputs of a fused linear."""
@@ -82,36 +101,54 @@ def _forget_pages(weight: Tensor) -> None:
     first = -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     last = (weight.data_ptr() + weight.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
     if last > first:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+        ctypes.CDLL(None).madvise(
+            ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED
+        )
 
 
 class Decoder:
     """Blocks and the norm behind them, packed. rotary: of the blocks that have none of their own."""
 
     def __init__(
-        self, blocks: Iterable[Block], norm: Tensor, *, rotary: Rotary, eps: float, kernel: str = "compact", consume: bool = False
+        self,
+        blocks: Iterable[Block],
+        norm: Tensor,
+        *,
+        rotary: Rotary,
+        eps: float,
+        kernel: str = "compact",
+        consume: bool = False,
     ) -> None:
         self.norm, self.eps, self.hidden_size = norm.contiguous(), eps, len(norm)
         kept = list(blocks)
         self.norms, self.masks = [block.norms for block in kept], [block.mask for block in kept]
         own = [block.rotary or rotary for block in kept]
-        self.rotaries = list(dict.fromkeys(own))  # those that are there, and which of them each block has
+        self.rotaries = list(
+            dict.fromkeys(own)
+        )  # those that are there, and which of them each block has
         self.which = [self.rotaries.index(one) for one in own]
         qkv, out, down = (kept[0].shape(name) for name in ("qkv", "out", "down"))
         self.inner, self.head_dim = down[1], 2 * len(rotary.inv_freq)
         self.heads, self.kv_heads = out[1] // self.head_dim, (qkv[0] - out[1]) // self.head_dim // 2
         alike = len({*self.masks}) == 1 and len(self.rotaries) == 1
-        whole = alike and self.masks[0][0] is None  # one mask and one table for all blocks is what the kernels take
+        whole = (
+            alike and self.masks[0][0] is None
+        )  # one mask and one table for all blocks is what the kernels take
         fits = native.usable(norm) and whole and self.odd_size() is None
         self.native = fits and kernel not in ("torch", "compiled")
         self.kernel = kernel if self.native or kernel == "compiled" else "torch"
         self.linears = [self._packed_block(block, consume=consume) for block in kept]
         everything = [linear for linears in self.linears for linear in linears.values()]
-        self.row_exact, self.nbytes = all(one.row_exact for one in everything), sum(one.nbytes for one in everything)
+        self.row_exact, self.nbytes = (
+            all(one.row_exact for one in everything),
+            sum(one.nbytes for one in everything),
+        )
         self.formats = sorted({linear.format for linear in everything})
         self._model = self._native_model() if self.native else None
         self.attention: Callable[..., Tensor] = F.scaled_dot_product_attention
-        self.seconds: Tensor | None = None  # set it to a float64 [3]: linears, attention and the rest add up there
+        self.seconds: Tensor | None = (
+            None  # set it to a float64 [3]: linears, attention and the rest add up there
+        )
 
     def odd_size(self) -> str | None:
         """The first size that the C++ kernels cannot take, in words, or None."""
@@ -129,7 +166,12 @@ class Decoder:
         return None
 
     def __call__(
-        self, cache: SlotCache, slots: Sequence[int], x: Tensor, shape: tuple[Tensor, Tensor, Tensor], layers: Sequence[int]
+        self,
+        cache: SlotCache,
+        slots: Sequence[int],
+        x: Tensor,
+        shape: tuple[Tensor, Tensor, Tensor],
+        layers: Sequence[int],
     ) -> Output:
         """Read nodes behind the rows' lengths, which stay. x: [rows, nodes, hidden].
 
@@ -146,15 +188,22 @@ class Decoder:
         needed = max(map(sum, zip(lengths, counts, strict=True)))
         native.ensure(needed <= cache.slots, "the cache has too few slots")
         native.ensure(0 <= min(slots) <= max(slots) < cache.rows, "no such row in the cache")
-        native.ensure(1 <= min(counts) <= max(counts) <= x.shape[1], "a row with more nodes than there are, or none")
+        native.ensure(
+            1 <= min(counts) <= max(counts) <= x.shape[1],
+            "a row with more nodes than there are, or none",
+        )
         self.reserve(needed)
         real = torch.arange(x.shape[1], **INTS) < sizes[:, None]  # nothing below sees padding
         packed = x.flatten(0, 1) if min(counts) == x.shape[1] else x[real]
         if self._model is not None:
             seen = seen.tril() if self.masks[0][1] else seen
-            states, features = self._native(cache, packed, (torch.tensor(slots, **INTS), starts, sizes, depths, seen), layers)
+            states, features = self._native(
+                cache, packed, (torch.tensor(slots, **INTS), starts, sizes, depths, seen), layers
+            )
         else:
-            states, features = self.run(packed, *self._torch(cache, slots, (starts, depths, seen, real)), layers)
+            states, features = self.run(
+                packed, *self._torch(cache, slots, (starts, depths, seen, real)), layers
+            )
         return _spread(states, real), None if features is None else _spread(features, real)
 
     def reserve(self, num_positions: int) -> bool:
@@ -165,16 +214,28 @@ class Decoder:
                 self._model.cos, self._model.sin = self._table_pointers()
             return any(grown)
 
-    def _torch(self, cache: SlotCache, slots: Sequence[int], shape: tuple[Tensor, ...]) -> tuple[Tensor, Attend]:
+    def _torch(
+        self, cache: SlotCache, slots: Sequence[int], shape: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Attend]:
         """Positions [tokens] without padding, and attention to what the rows from the first slot to the last one hold."""
         starts, depths, seen, real = shape
         first, rows, width = min(slots), max(slots) - min(slots) + 1, real.shape[1]
         reads = min(round_up(int(starts.max()) + width), cache.slots)
-        kv = [(k[first : first + rows, :, :reads], v[first : first + rows, :, :reads]) for k, v in self.slots_of(cache)]
+        kv = [
+            (k[first : first + rows, :, :reads], v[first : first + rows, :, :reads])
+            for k, v in self.slots_of(cache)
+        ]
         row, (which, node) = torch.tensor(slots, **INTS) - first, real.nonzero(as_tuple=True)
         lengths, own = starts.new_zeros(rows), seen.new_zeros(rows, width, width)
         lengths[row], own[row] = starts, seen
-        given = starts[which] + depths[which, node], lengths, own, row[which], node, starts[which] + node
+        given = (
+            starts[which] + depths[which, node],
+            lengths,
+            own,
+            row[which],
+            node,
+            starts[which] + node,
+        )
         positions, lengths, own, *at = (t.to(self.norm.device) for t in given)
         return positions, self.attend_to(kv, lengths, own, at)
 
@@ -184,11 +245,15 @@ class Decoder:
         wanted: dict[int, Tensor] = {}
         split = self.heads, self.kv_heads
         for index, (norms, linears) in enumerate(zip(self.norms, self.linears, strict=True)):
-            qkv = linears["qkv"](self._normed(x, norms["input_norm"])).view(len(x), -1, self.head_dim)
+            qkv = linears["qkv"](self._normed(x, norms["input_norm"])).view(
+                len(x), -1, self.head_dim
+            )
             qk, v = qkv.split((sum(split), self.kv_heads), dim=1)
             if "q_norm" in norms:
                 q, k = qk.split(split, dim=1)
-                qk = torch.cat((self._normed(q, norms["q_norm"]), self._normed(k, norms["k_norm"])), dim=1)
+                qk = torch.cat(
+                    (self._normed(q, norms["q_norm"]), self._normed(k, norms["k_norm"])), dim=1
+                )
             q, k = apply_rotary(qk, *rotated[self.which[index]]).split(split, dim=1)
             x = x + linears["out"](attend(index, q, k, v))
             gate, up = linears["gate_up"](self._normed(x, norms["post_norm"])).chunk(2, dim=-1)
@@ -202,7 +267,9 @@ class Decoder:
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self.eps)
 
-    def attend_to(self, kv: Sequence[Pair], starts: Tensor, seen: Tensor, at: Sequence[Tensor | None]) -> Attend:
+    def attend_to(
+        self, kv: Sequence[Pair], starts: Tensor, seen: Tensor, at: Sequence[Tensor | None]
+    ) -> Attend:
         """One call for all rows and nodes, under each block's own mask.
 
         kv: every layer's keys and values [rows, kv_heads, slots, head_dim]; starts: what the rows hold [rows]; seen [rows,
@@ -215,18 +282,28 @@ class Decoder:
         ahead = behind - node_places[:, None]  # slots from a node to what it may see
         masks = {}
         for window, causal in dict.fromkeys(self.masks):
-            own = (seen.tril() if causal else seen).gather(2, behind.clamp(0, width - 1).expand(rows, width, -1))
+            own = (seen.tril() if causal else seen).gather(
+                2, behind.clamp(0, width - 1).expand(rows, width, -1)
+            )
             visible = (behind < 0) | ((behind < width) & own)
             if window is not None:
                 visible = visible & (ahead > -window) & (ahead < window)
-            visible = visible | (~visible.any(-1, keepdim=True) & (slots == 0))  # whoever is padding reads something
-            mask = torch.zeros_like(visible, dtype=self.norm.dtype).masked_fill(~visible, -torch.inf)
+            visible = visible | (
+                ~visible.any(-1, keepdim=True) & (slots == 0)
+            )  # whoever is padding reads something
+            mask = torch.zeros_like(visible, dtype=self.norm.dtype).masked_fill(
+                ~visible, -torch.inf
+            )
             masks[window, causal] = mask.repeat(1, groups, 1)[:, None]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = kv[layer]
             keys[row, :, place], values[row, :, place] = k, v
-            query = q if node is None else q.new_zeros(rows, width, *q.shape[1:]).index_put((row, node), q)
+            query = (
+                q
+                if node is None
+                else q.new_zeros(rows, width, *q.shape[1:]).index_put((row, node), q)
+            )
             query = query.view(rows, width, self.kv_heads, groups, -1).permute(0, 2, 3, 1, 4)
             folded = query.reshape(rows, self.kv_heads, groups * width, -1)
             out = self.attention(folded, keys, values, attn_mask=masks[self.masks[layer]])
@@ -257,8 +334,14 @@ class Decoder:
 
     def _native_model(self) -> native.Model:
         mixed = self.heads * self.head_dim
-        shapes = {"qkv": (mixed + 2 * self.kv_heads * self.head_dim, self.hidden_size), "out": (self.hidden_size, mixed)}
-        shapes |= {"gate_up": (2 * self.inner, self.hidden_size), "down": (self.hidden_size, self.inner)}
+        shapes = {
+            "qkv": (mixed + 2 * self.kv_heads * self.head_dim, self.hidden_size),
+            "out": (self.hidden_size, mixed),
+        }
+        shapes |= {
+            "gate_up": (2 * self.inner, self.hidden_size),
+            "down": (self.hidden_size, self.inner),
+        }
         self._layers = (native.Layer * len(self.linears))()
         for struct, norms, linears in zip(self._layers, self.norms, self.linears, strict=True):
             for name, norm in norms.items():
@@ -266,18 +349,34 @@ class Decoder:
                 setattr(struct, name, native.pointer(norm, name, size))
             for name, linear in linears.items():
                 assert isinstance(linear, native.NativeLinear)
-                native.ensure((linear.out_features, linear.in_features) == shapes[name], f"{name} is of another size")
+                native.ensure(
+                    (linear.out_features, linear.in_features) == shapes[name],
+                    f"{name} is of another size",
+                )
                 setattr(struct, name, linear.struct)
-        sizes = len(self.linears), self.hidden_size, self.heads, self.kv_heads, self.head_dim, self.inner, self.eps
+        sizes = (
+            len(self.linears),
+            self.hidden_size,
+            self.heads,
+            self.kv_heads,
+            self.head_dim,
+            self.inner,
+            self.eps,
+        )
         norm = native.pointer(self.norm, "the last norm", self.hidden_size)
         return native.Model(*sizes, self._layers, norm, *self._table_pointers())
 
     def _table_pointers(self) -> list[int]:
         """Where cos and sin lie."""
         tables = self.rotaries[0].tables
-        return [native.pointer(table, "a rotary table", len(tables[0]) * self.head_dim) for table in tables]
+        return [
+            native.pointer(table, "a rotary table", len(tables[0]) * self.head_dim)
+            for table in tables
+        ]
 
-    def _native(self, cache: SlotCache, x: Tensor, shape: Sequence[Tensor], layers: Sequence[int]) -> Output:
+    def _native(
+        self, cache: SlotCache, x: Tensor, shape: Sequence[Tensor], layers: Sequence[int]
+    ) -> Output:
         assert self._model is not None
         _, starts, counts, depths, _ = shape
         room = len(self.rotaries[0].tables[0])
@@ -291,8 +390,14 @@ class Decoder:
         if cache.addresses is None:
             count = cache.rows * self.kv_heads * cache.slots * self.head_dim
             cache.addresses = native.addresses(self.slots_of(cache), count)
-        sizes = (self.heads + 2 * self.kv_heads) * self.head_dim, self.heads * self.head_dim, self.inner
-        *work, features = (x.new_empty(len(x), size) for size in (*sizes, len(layers) * self.hidden_size))
+        sizes = (
+            (self.heads + 2 * self.kv_heads) * self.head_dim,
+            self.heads * self.head_dim,
+            self.inner,
+        )
+        *work, features = (
+            x.new_empty(len(x), size) for size in (*sizes, len(layers) * self.hidden_size)
+        )
         tensors = torch.tensor(wanted, **INTS), x, *work, features
         native.step(self._model, cache.slots, shape, cache.addresses, tensors, self.seconds)
         return x, features if layers else None
@@ -314,7 +419,9 @@ def _spread(packed: Tensor, real: Tensor) -> Tensor:
 
 def padded(num_nodes: int) -> int:
     """1, 2, 4, 8, 16, or a multiple of 32."""
-    return next((width for width in (1, 2, 4, 8, 16) if num_nodes <= width), -(-num_nodes // 32) * 32)
+    return next(
+        (width for width in (1, 2, 4, 8, 16) if num_nodes <= width), -(-num_nodes // 32) * 32
+    )
 
 
 def _pin(tensors: list[Any]) -> None:
@@ -332,18 +439,31 @@ class CompiledStep:
     num_positions: of the longest text.
     """
 
-    def __init__(self, decoder: Decoder, embed: Any, head: Any, weights: list[Any], *, num_positions: int) -> None:
+    def __init__(
+        self, decoder: Decoder, embed: Any, head: Any, weights: list[Any], *, num_positions: int
+    ) -> None:
         decoder.reserve(num_positions)  # all at once: a table that grows is traced again
         self.decoder, self.embed, self.head, self.device = decoder, embed, head, decoder.norm.device
         self._lock = new_lock()  # a replayed graph writes where the last one did
         linears = [linear for linears in decoder.linears for linear in linears.values()]
-        weights += [decoder.norm, *self._tables(), *(norm for norms in decoder.norms for norm in norms.values())]
+        weights += [
+            decoder.norm,
+            *self._tables(),
+            *(norm for norms in decoder.norms for norm in norms.values()),
+        ]
         _pin(weights + [tensor for linear in linears for tensor in (linear.weight, linear.bias)])
         mode = "reduce-overhead" if self.device.type == "cuda" else None  # CUDA graphs
-        self._step: Any = torch.compile(self._trace, fullgraph=True, dynamic=False, mode=mode, **_LIMITS)
+        self._step: Any = torch.compile(
+            self._trace, fullgraph=True, dynamic=False, mode=mode, **_LIMITS
+        )
 
     def __call__(
-        self, cache: SlotCache, slots: Sequence[int], tokens: Tensor, shape: tuple[Tensor, Tensor, Tensor], layers: Sequence[int]
+        self,
+        cache: SlotCache,
+        slots: Sequence[int],
+        tokens: Tensor,
+        shape: tuple[Tensor, Tensor, Tensor],
+        layers: Sequence[int],
     ) -> Output:
         """As Decoder.__call__, but of tokens [rows, nodes], and with the head behind the final state."""
         seen, depths, sizes = shape
@@ -375,11 +495,17 @@ class CompiledStep:
     def _trace(self, shape: list[Tensor], kv: Sequence[Pair], layers: Sequence[int]) -> Output:
         """All rows and nodes, padding included; a row that is not in this pass has size 0."""
         (tokens, lengths, sizes, depths, seen), (rows, width) = shape, shape[0].shape
-        node, row = (torch.arange(n, dtype=torch.int64, device=tokens.device) for n in (width, rows))
+        node, row = (
+            torch.arange(n, dtype=torch.int64, device=tokens.device) for n in (width, rows)
+        )
         real = node < sizes[:, None]
         place = torch.where(real, lengths[:, None] + node, kv[0][0].shape[2] - 1).flatten()
         positions = torch.where(real, lengths[:, None] + depths, 0).flatten()
-        attend = self.decoder.attend_to(kv, lengths, seen, (row[:, None].expand(rows, width).flatten(), None, place))
+        attend = self.decoder.attend_to(
+            kv, lengths, seen, (row[:, None].expand(rows, width).flatten(), None, place)
+        )
         states, features = self.decoder.run(self.embed(tokens.flatten()), positions, attend, layers)
         out = self.head(states).view(rows, width, -1).masked_fill(~real[..., None], 0)
-        return out, None if features is None else features.view(rows, width, -1).masked_fill(~real[..., None], 0)
+        return out, None if features is None else features.view(rows, width, -1).masked_fill(
+            ~real[..., None], 0
+        )

@@ -10,11 +10,27 @@ from torch import Tensor, nn
 from flashdraft.models import native
 from flashdraft.process import FLOATS, new_lock
 
-__all__ = ["GROWING", "HEADS", "ROPE_TYPES", "Linear", "RMSNorm", "Rotary", "SwigluHead", "TorchLinear", "apply_rotary", "pack"]
+__all__ = [
+    "GROWING",
+    "HEADS",
+    "ROPE_TYPES",
+    "Linear",
+    "RMSNorm",
+    "Rotary",
+    "SwigluHead",
+    "TorchLinear",
+    "apply_rotary",
+    "pack",
+]
 __all__ += ["rotary_of", "rotary_table", "scaled_length", "swiglu"]
 
 HEADS = ("swiglu",)
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # static: a position's angles do not depend on the length
+ROPE_TYPES = (
+    "default",
+    "linear",
+    "llama3",
+    "yarn",
+)  # static: a position's angles do not depend on the length
 _FIRST_POSITIONS = 256  # of a table; it doubles as texts grow
 GROWING = new_lock()  # a pass of another thread must not find a table shorter than it asked for
 
@@ -59,9 +75,13 @@ def rotary_of(positions: Tensor, inv_freq: Tensor, scaling: float) -> tuple[Tens
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
-def rotary_table(inv_freq: Tensor, num_positions: int, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary_table(
+    inv_freq: Tensor, num_positions: int, scaling: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """The same for every position: [positions, head_dim] each."""
-    cos, sin = rotary_of(torch.arange(num_positions, dtype=torch.int64, device=inv_freq.device), inv_freq, scaling)
+    cos, sin = rotary_of(
+        torch.arange(num_positions, dtype=torch.int64, device=inv_freq.device), inv_freq, scaling
+    )
     return cos.to(dtype), sin.to(dtype)
 
 
@@ -72,7 +92,9 @@ class Rotary:
         self.inv_freq = inv_freq.detach().to(like.device, torch.float32)
         self.scaling, self.dtype = scaling, like.dtype
         self.tables = rotary_table(self.inv_freq, _FIRST_POSITIONS, scaling, self.dtype)
-        self._former: list[tuple[Tensor, Tensor]] = []  # a pass of another thread may still be reading them
+        self._former: list[
+            tuple[Tensor, Tensor]
+        ] = []  # a pass of another thread may still be reading them
 
     def reserve(self, num_positions: int) -> bool:
         """Make the tables at least so long; whether they had to grow. What they held keeps its bits."""
@@ -138,7 +160,9 @@ class SwigluHead(nn.Module):
         return swiglu(states, embedded, self.gate_up, self.down)
 
 
-def swiglu(states: Tensor, embedded: Tensor, gate_up: Linear | nn.Module, down: Linear | nn.Module) -> Tensor:
+def swiglu(
+    states: Tensor, embedded: Tensor, gate_up: Linear | nn.Module, down: Linear | nn.Module
+) -> Tensor:
     """What SwigluHead does, by any linears."""
     gate, up = gate_up(torch.cat((states, embedded.to(states.dtype)), dim=-1)).chunk(2, dim=-1)
     return states + down(F.silu(gate) * up)

@@ -26,44 +26,76 @@ from flashdraft.process import INTS, undisturbed
 
 __all__ = ["LeanTarget", "fastest", "unfit"]
 
-FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # and what their classes begin with
+FAMILIES = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+}  # and what their classes begin with
 _PARTS = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding")
 _PLAIN = (nn.Linear, nn.Embedding, nn.ModuleList, type(ACT2FN["silu"]))
 
 _LONG = 256  # slots; the table of step times is measured behind an empty cache
-_BEYOND_CACHES = 64 * 2**20  # bytes of blocks that no cache holds, so that steps of them read memory as steps of all do
+_BEYOND_CACHES = (
+    64 * 2**20
+)  # bytes of blocks that no cache holds, so that steps of them read memory as steps of all do
 
 
 class LeanTarget(Target):
     """llama, mistral, qwen2 or qwen3 behind the Target contract (target.py). kernel: compact, float32, int8, torch, compiled."""
 
-    def __init__(self, model: Any, name: str, *, kernel: str = "compact", consume: bool = False) -> None:
+    def __init__(
+        self, model: Any, name: str, *, kernel: str = "compact", consume: bool = False
+    ) -> None:
         """consume: the model's blocks lose their weights as these are packed, so that not both are held at once."""
         config, decoder = model.config, model.model
         self.name, self.config = name, config
         self.vocab_size, self.hidden_size = int(config.vocab_size), int(config.hidden_size)
         self.num_layers, self.context_length = int(config.num_hidden_layers), context_of(config)
-        self.embedding, norm, rope = decoder.embed_tokens.weight.detach(), decoder.norm.weight.detach(), decoder.rotary_emb
+        self.embedding, norm, rope = (
+            decoder.embed_tokens.weight.detach(),
+            decoder.norm.weight.detach(),
+            decoder.rotary_emb,
+        )
         rotary = Rotary(rope.inv_freq, rope.attention_scaling, self.embedding)
         blocks = (Block(block, self.embedding) for block in decoder.layers)
         self._tables: dict[int, StepTimes] = {}  # by number of threads
-        self.decoder = Decoder(blocks, norm, rotary=rotary, eps=float(config.rms_norm_eps), kernel=kernel, consume=consume)
-        self._head_rows: Tensor = model.lm_head.weight.detach()  # the embedding itself where the two are tied
+        self.decoder = Decoder(
+            blocks,
+            norm,
+            rotary=rotary,
+            eps=float(config.rms_norm_eps),
+            kernel=kernel,
+            consume=consume,
+        )
+        self._head_rows: Tensor = (
+            model.lm_head.weight.detach()
+        )  # the embedding itself where the two are tied
         bias = None if model.lm_head.bias is None else model.lm_head.bias.detach()
         self.blocked_keys = self.decoder.native
-        make = partial(native.NativeLinear, kernel=self.decoder.kernel) if self.blocked_keys else TorchLinear
+        make = (
+            partial(native.NativeLinear, kernel=self.decoder.kernel)
+            if self.blocked_keys
+            else TorchLinear
+        )
         self.head: Linear = make(self._head_rows, bias)
         self.row_exact = self.decoder.row_exact and self.head.row_exact
         formats = sorted({*self.decoder.formats, self.head.format})
         self.kernel_name = self.decoder.kernel
         dtype = str(self.embedding.dtype).removeprefix("torch.")
-        self.kernel = f"native {' + '.join(formats)}" if self.decoder.native else f"{' + '.join(formats)} {dtype}"
+        self.kernel = (
+            f"native {' + '.join(formats)}"
+            if self.decoder.native
+            else f"{' + '.join(formats)} {dtype}"
+        )
         self._step = None
         if kernel == "compiled":
             self.kernel = f"compiled {dtype}"
             self.static_cache = True
             weights = [self.embedding, self._head_rows, bias]
-            self._step = CompiledStep(self.decoder, self.embed, self.head, weights, num_positions=self.context_length)
+            self._step = CompiledStep(
+                self.decoder, self.embed, self.head, weights, num_positions=self.context_length
+            )
         self.nbytes = self.decoder.nbytes + self.head.nbytes + self.embedding.nbytes
 
     @property
@@ -75,8 +107,16 @@ class LeanTarget(Target):
     def _times(self) -> StepTimes:
         threads = torch.get_num_threads()
         if threads not in self._tables:
-            gpu = torch.cuda.get_device_name(self.embedding.device) if self.embedding.is_cuda else ""
-            facts = [self.config.to_diff_dict(), self.kernel + gpu, threads, torch.__version__, native.fingerprint()]
+            gpu = (
+                torch.cuda.get_device_name(self.embedding.device) if self.embedding.is_cuda else ""
+            )
+            facts = [
+                self.config.to_diff_dict(),
+                self.kernel + gpu,
+                threads,
+                torch.__version__,
+                native.fingerprint(),
+            ]
             self._tables[threads] = StepTimes(facts)
         return self._tables[threads]
 
@@ -101,15 +141,26 @@ class LeanTarget(Target):
         rope = getattr(config, "rope_parameters", None) or {}
         kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
         plain = getattr(config, "hidden_act", None) == "silu" and not kinds
-        nested = any(isinstance(value, Mapping) for value in rope.values())  # by kinds of layers: one table is not enough
-        static = rope.get("rope_type", "default") in ROPE_TYPES and float(rope.get("partial_rotary_factor", 1.0)) == 1.0
+        nested = any(
+            isinstance(value, Mapping) for value in rope.values()
+        )  # by kinds of layers: one table is not enough
+        static = (
+            rope.get("rope_type", "default") in ROPE_TYPES
+            and float(rope.get("partial_rotary_factor", 1.0)) == 1.0
+        )
         windowed = config.model_type == "mistral" and getattr(config, "sliding_window", None)
         return config.model_type in FAMILIES and plain and static and not nested and not windowed
 
     @undisturbed
     @torch.inference_mode()
     def forward(
-        self, cache: SlotCache, slots: Indices, tokens: Tensor, parents: Tensor, sizes: Tensor, layers: Indices
+        self,
+        cache: SlotCache,
+        slots: Indices,
+        tokens: Tensor,
+        parents: Tensor,
+        sizes: Tensor,
+        layers: Indices,
     ) -> Output:
         if self._step is None:
             started = time.perf_counter()
@@ -121,15 +172,27 @@ class LeanTarget(Target):
         tree = ancestors(parents)
         return self._step(cache, slots, tokens, (tree, tree.sum(-1) - 1, sizes), layers)
 
-    def _read(self, cache: SlotCache, slots: Indices, tokens: Tensor, parents: Tensor, sizes: Tensor, layers: Indices) -> Output:
+    def _read(
+        self,
+        cache: SlotCache,
+        slots: Indices,
+        tokens: Tensor,
+        parents: Tensor,
+        sizes: Tensor,
+        layers: Indices,
+    ) -> Output:
         tree = ancestors(parents)
-        return self.decoder(cache, slots, self.embed(tokens), (tree, tree.sum(-1) - 1, sizes), layers)
+        return self.decoder(
+            cache, slots, self.embed(tokens), (tree, tree.sum(-1) - 1, sizes), layers
+        )
 
     def embed(self, tokens: Tensor) -> Tensor:
         return F.embedding(tokens.to(self.embedding.device), self.embedding)
 
     def lm_head(self, hidden: Tensor) -> Tensor:
-        return self.head(hidden.reshape(-1, self.hidden_size)).view(*hidden.shape[:-1], self.vocab_size)
+        return self.head(hidden.reshape(-1, self.hidden_size)).view(
+            *hidden.shape[:-1], self.vocab_size
+        )
 
     def head_weight(self, tokens: Tensor) -> Tensor:
         return self._head_rows[tokens]

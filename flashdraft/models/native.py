@@ -46,9 +46,24 @@ _COMPILING = 600.0  # seconds until a compiler counts as one that hangs
 PANEL = 32  # outputs that lie side by side, and inputs that share a scale
 _EXACT = ("q4", "q8", "bfloat16", "float32")  # the same numbers in ever more bytes
 # in csrc's order: bits of a number, inputs that go together, bits of each output's scales for 32 inputs
-_FORMATS = {"float32": (32, 1, 0), "bfloat16": (16, 2, 0), "q8": (8, PANEL, 16), "q4": (4, PANEL, 32), "int8": (8, PANEL, 0)}
+_FORMATS = {
+    "float32": (32, 1, 0),
+    "bfloat16": (16, 2, 0),
+    "q8": (8, PANEL, 16),
+    "q4": (4, PANEL, 32),
+    "int8": (8, PANEL, 0),
+}
 _FILES = sorted((Path(__file__).parent / "csrc").glob("*.[ch]*"))
-_FLAGS = ("-O3", "-march=native", "-fno-signed-zeros", "-pthread", "-fPIC", "-shared", "-std=c++17", "-w")
+_FLAGS = (
+    "-O3",
+    "-march=native",
+    "-fno-signed-zeros",
+    "-pthread",
+    "-fPIC",
+    "-shared",
+    "-std=c++17",
+    "-w",
+)
 
 
 def _fields(kind: Any, *names: str) -> list[tuple[str, Any]]:
@@ -56,7 +71,9 @@ def _fields(kind: Any, *names: str) -> list[tuple[str, Any]]:
 
 
 class _Linear(Structure):
-    _fields_ = _fields(c_int64, "format", "outputs", "inputs") + _fields(c_void_p, "weight", "bias", "scale")
+    _fields_ = _fields(c_int64, "format", "outputs", "inputs") + _fields(
+        c_void_p, "weight", "bias", "scale"
+    )
 
 
 class Layer(Structure):
@@ -65,7 +82,10 @@ class Layer(Structure):
 
 
 class Model(Structure):
-    _fields_ = [*_fields(c_int64, "layers", "hidden", "heads", "kv_heads", "head_dim", "inner"), ("eps", c_float)]
+    _fields_ = [
+        *_fields(c_int64, "layers", "hidden", "heads", "kv_heads", "head_dim", "inner"),
+        ("eps", c_float),
+    ]
     _fields_ += [("layer", POINTER(Layer)), *_fields(c_void_p, "norm", "cos", "sin")]
 
 
@@ -77,7 +97,9 @@ class _Step(Structure):
 
 class _Chain(Structure):
     _fields_ = _fields(c_int64, "rows", "nodes", "likely", "hidden", "rank", "threads")
-    _fields_ += _fields(c_void_p, "states", "anchors", "head", "embedding", "gate_up", "down", "ids", "scores")
+    _fields_ += _fields(
+        c_void_p, "states", "anchors", "head", "embedding", "gate_up", "down", "ids", "scores"
+    )
 
 
 @functools.cache
@@ -95,13 +117,18 @@ def library() -> Any | None:
             return found
 
         brought = _FILES[0].with_name("step.so")  # setup.py built it for AVX2
-        can_run = platform.machine() not in ("x86_64", "AMD64") or torch.backends.cpu.get_cpu_capability() != "DEFAULT"
+        can_run = (
+            platform.machine() not in ("x86_64", "AMD64")
+            or torch.backends.cpu.get_cpu_capability() != "DEFAULT"
+        )
         if can_run and (found := _opened(brought)) is not None:
             return found
         if kept is None:
             return None
 
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as own:  # what is open stays when its file is gone
+        with tempfile.TemporaryDirectory(
+            ignore_cleanup_errors=True
+        ) as own:  # what is open stays when its file is gone
             alone = _compiled(Path(own))
             return _opened(alone) if isinstance(alone, Path) else None
 
@@ -149,9 +176,13 @@ def fingerprint() -> str:
     """Of the source, the compiler's call and the processor: a cache folder may be shared by unlike machines."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
-    known = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}) or [platform.processor()]
+    known = sorted(
+        {line for line in lines if line.startswith(("model name", "flags", "Features"))}
+    ) or [platform.processor()]
     call = " ".join((" ".join(_compiler()) or "None", *_FLAGS, *known))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in _FILES) + call.encode()).hexdigest()[:16]
+    return hashlib.sha256(
+        b"".join(path.read_bytes() for path in _FILES) + call.encode()
+    ).hexdigest()[:16]
 
 
 class NativeLinear:
@@ -163,18 +194,35 @@ class NativeLinear:
 
     row_exact = True
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, kernel: str = "compact") -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None = None, *, kernel: str = "compact"
+    ) -> None:
         self.out_features, self.in_features = weight.shape
-        self.bias = None if bias is None else F.pad(bias.detach().float(), (0, -self.out_features % PANEL))
+        self.bias = (
+            None if bias is None else F.pad(bias.detach().float(), (0, -self.out_features % PANEL))
+        )
         plain = weight.detach().float().contiguous()
-        held = next((format for format in (_EXACT if kernel == "compact" else (kernel,)) if self._pack(format, plain)), None)
+        held = next(
+            (
+                format
+                for format in (_EXACT if kernel == "compact" else (kernel,))
+                if self._pack(format, plain)
+            ),
+            None,
+        )
         if held is None:
             raise ValueError(f"{kernel} does not hold this weight")
         self.format, self.nbytes = held, self.weight.nbytes + self.scale.nbytes
-        bias_at = None if self.bias is None else pointer(self.bias, "a bias", -(-self.out_features // PANEL) * PANEL)
+        bias_at = (
+            None
+            if self.bias is None
+            else pointer(self.bias, "a bias", -(-self.out_features // PANEL) * PANEL)
+        )
         pointers = pointer(self.weight, "a packed weight", len(self.weight), torch.uint8), bias_at
         scale = pointer(self.scale, "scales", len(self.scale))
-        self.struct = _Linear(list(_FORMATS).index(held), self.out_features, self.in_features, *pointers, scale)
+        self.struct = _Linear(
+            list(_FORMATS).index(held), self.out_features, self.in_features, *pointers, scale
+        )
 
     def _pack(self, format: str, weight: Tensor) -> bool:
         """Whether the format holds the weight, which then lies in panels."""
@@ -183,7 +231,9 @@ class NativeLinear:
             return False
         panels, kernels = -(-self.out_features // PANEL), library()
         number_bits = self.in_features * bits + self.in_features // PANEL * scales
-        self.weight = torch.empty(panels * PANEL * number_bits // 8, dtype=torch.uint8, device="cpu")
+        self.weight = torch.empty(
+            panels * PANEL * number_bits // 8, dtype=torch.uint8, device="cpu"
+        )
         self.scale = torch.empty(panels * PANEL if format == "int8" else 0, **FLOATS)
         source = c_void_p(pointer(weight, "a weight", self.out_features * self.in_features))
         packed = c_void_p(pointer(self.weight, "a packed weight", len(self.weight), torch.uint8))
@@ -199,7 +249,9 @@ class NativeLinear:
         result = c_void_p(pointer(y, "a linear's output", len(x) * self.out_features))
         kernels: Any = library()
         threads = c_int64(num_threads())
-        kernels.flashdraft_linear(ctypes.byref(self.struct), source, c_int64(len(x)), result, threads)
+        kernels.flashdraft_linear(
+            ctypes.byref(self.struct), source, c_int64(len(x)), result, threads
+        )
         return y
 
 
@@ -214,7 +266,12 @@ def pointer(tensor: Tensor, name: str, count: int, dtype: torch.dtype = torch.fl
 
     No other line here hands an address to C++, which reads and writes unchecked.
     """
-    if tensor.dtype == dtype and tensor.numel() == count and tensor.is_cpu and tensor.is_contiguous():
+    if (
+        tensor.dtype == dtype
+        and tensor.numel() == count
+        and tensor.is_cpu
+        and tensor.is_contiguous()
+    ):
         return tensor.data_ptr()
 
     got = f"{list(tensor.shape)} of {tensor.dtype} on {tensor.device}{'' if tensor.is_contiguous() else ', in pieces'}"
@@ -233,7 +290,14 @@ def addresses(kv: Sequence[tuple[Tensor, Tensor]], count: int) -> list[Any]:
     return [(c_void_p * len(kv))(*keys), (c_void_p * len(kv))(*values)]
 
 
-def step(model: Model, slots: int, shape: Tensors, kv: Sequence[Any], tensors: Tensors, seconds: Tensor | None) -> None:
+def step(
+    model: Model,
+    slots: int,
+    shape: Tensors,
+    kv: Sequence[Any],
+    tensors: Tensors,
+    seconds: Tensor | None,
+) -> None:
     """One pass of csrc/step.cpp. slots: of a cache row; shape: cache rows, their lengths, sizes, and `depths`, `seen` of trees.
 
     kv: `addresses`; tensors: the wanted layers' places, x, which becomes the final state, three to work in, and the features.
@@ -242,8 +306,14 @@ def step(model: Model, slots: int, shape: Tensors, kv: Sequence[Any], tensors: T
     wanted, x, qkv, mixed, inner, features = tensors
     (rows, nodes), n, threads = depth.shape, len(x), num_threads()
     head_dim, heads, kv_heads = model.head_dim, model.heads, model.kv_heads
-    by_row = [pointer(each, name, rows, torch.int64) for name, each in (("row", row), ("start", start), ("size", size))]
-    by_node = pointer(depth, "depth", rows * nodes, torch.int64), pointer(seen, "seen", rows * nodes * nodes, torch.bool)
+    by_row = [
+        pointer(each, name, rows, torch.int64)
+        for name, each in (("row", row), ("start", start), ("size", size))
+    ]
+    by_node = (
+        pointer(depth, "depth", rows * nodes, torch.int64),
+        pointer(seen, "seen", rows * nodes * nodes, torch.bool),
+    )
     work = [
         pointer(wanted, "wanted", model.layers + 1, torch.int64),
         pointer(x, "x", n * model.hidden),
@@ -274,9 +344,17 @@ def chain(states: Tensor, anchors: Tensor, tables: Sequence[Tensor], ids: Tensor
     scores, threads = states.new_empty(ids.shape), num_threads()
     states, anchors, ids = states.contiguous(), anchors.contiguous(), ids.contiguous()
     head, embedding, gate_up, down = (table.contiguous() for table in tables)
-    (rows, nodes, likely), hidden, rank, count = ids.shape, states.shape[2], down.shape[1], len(head)
+    (rows, nodes, likely), hidden, rank, count = (
+        ids.shape,
+        states.shape[2],
+        down.shape[1],
+        len(head),
+    )
     least, most = ids.aminmax()
-    ensure(0 <= int(least) <= int(most) < count, f"an id of {int(least)} or {int(most)} beside {count} rows of the head")
+    ensure(
+        0 <= int(least) <= int(most) < count,
+        f"an id of {int(least)} or {int(most)} beside {count} rows of the head",
+    )
     pointers = [
         pointer(states, "states", rows * nodes * hidden),
         pointer(anchors, "anchors", rows * hidden),

@@ -42,7 +42,9 @@ class Target(Protocol):
         return {}
 
     def new_cache(self, rows: int, slots: int) -> SlotCache:
-        return SlotCache(self.num_layers, rows, slots, blocked=self.blocked_keys, static=self.static_cache)
+        return SlotCache(
+            self.num_layers, rows, slots, blocked=self.blocked_keys, static=self.static_cache
+        )
 
     @undisturbed
     @torch.inference_mode()
@@ -51,7 +53,9 @@ class Target(Protocol):
         features = []
         for part in tokens.split(PREFILL_CHUNK):
             n = len(part)
-            hidden, feature = self._read(cache, [slot], part[None], chain(n)[None], torch.tensor([n], **INTS), layers)
+            hidden, feature = self._read(
+                cache, [slot], part[None], chain(n)[None], torch.tensor([n], **INTS), layers
+            )
             cache.keep(slot, range(n))
             features += [] if feature is None else [feature[0]]
         return self.lm_head(hidden[0, -1]), torch.cat(features) if features else None
@@ -59,13 +63,27 @@ class Target(Protocol):
     @undisturbed
     @torch.inference_mode()
     def forward(
-        self, cache: SlotCache, slots: Indices, tokens: Tensor, parents: Tensor, sizes: Tensor, layers: Indices
+        self,
+        cache: SlotCache,
+        slots: Indices,
+        tokens: Tensor,
+        parents: Tensor,
+        sizes: Tensor,
+        layers: Indices,
     ) -> Output:
         """Read proposals [rows, nodes] behind each row's length, which stays: logits [rows, nodes, vocab], features likewise."""
         hidden, features = self._read(cache, slots, tokens, parents, sizes, layers)
         return self.lm_head(hidden), features
 
-    def _read(self, cache: SlotCache, slots: Indices, tokens: Tensor, parents: Tensor, sizes: Tensor, layers: Indices) -> Output:
+    def _read(
+        self,
+        cache: SlotCache,
+        slots: Indices,
+        tokens: Tensor,
+        parents: Tensor,
+        sizes: Tensor,
+        layers: Indices,
+    ) -> Output:
         """The final normed state [rows, nodes, hidden] and the features."""
 
     def embed(self, tokens: Tensor) -> Tensor: ...
@@ -86,8 +104,13 @@ class Target(Protocol):
 
 def context_of(config: Any) -> int:
     """The positions of a Hugging Face text model, its rotary scaling included (layers.scaled_length)."""
-    limit, rope = int(config.max_position_embeddings), getattr(config, "rope_parameters", None) or {}
-    kinds = [own for own in rope.values() if isinstance(own, Mapping)]  # of layers; none may end before the others
+    limit, rope = (
+        int(config.max_position_embeddings),
+        getattr(config, "rope_parameters", None) or {},
+    )
+    kinds = [
+        own for own in rope.values() if isinstance(own, Mapping)
+    ]  # of layers; none may end before the others
     if kinds:
         return min(limit, *(scaled_length(limit, own) for own in kinds))
     return scaled_length(limit, rope)

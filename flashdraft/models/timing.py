@@ -24,10 +24,15 @@ _QUICKER, _QUICK_STEPS = (
     0.8,
     3,
 )  # so many steps that take less than this share of what is known: it was measured on a busy machine
-_SLOWER, _SLOW_STEPS = 2.5, 50  # so many in a row that take more than this: it is another machine, or was another load
+_SLOWER, _SLOW_STEPS = (
+    2.5,
+    50,
+)  # so many in a row that take more than this: it is another machine, or was another load
 
 
-def best_of(step: Callable[[int], object], counts: Sequence[int], rounds: int = _ROUNDS) -> dict[int, float]:
+def best_of(
+    step: Callable[[int], object], counts: Sequence[int], rounds: int = _ROUNDS
+) -> dict[int, float]:
     """Seconds of `step(count)`, the quickest of all rounds, by count."""
     best = dict.fromkeys(counts, math.inf)
     for _ in range(rounds):

@@ -45,14 +45,24 @@ def check_origin(path: Path, now: Facts, *, tell: bool = True) -> None:
     note = read_note(path)
     if note is None:
         if tell and path.stat().st_size:
-            say(f"{path}: nothing says what wrote these answers; they are taken as the target's own")
+            say(
+                f"{path}: nothing says what wrote these answers; they are taken as the target's own"
+            )
         return
     if note["made_by"] != _MADE_BY:
-        raise DataError(f"`{path}` was written by `flashdraft {note['made_by']}`", hint="give what `flashdraft regenerate` wrote")
+        raise DataError(
+            f"`{path}` was written by `flashdraft {note['made_by']}`",
+            hint="give what `flashdraft regenerate` wrote",
+        )
     by_server = "template" not in note
     if not by_server:
         wanted = {name: now[name] for name in ("target", "template") if name in now}
-        check_facts(path, note, wanted, hint="regenerate the answers with this target, or name the one that wrote them")
+        check_facts(
+            path,
+            note,
+            wanted,
+            hint="regenerate the answers with this target, or name the one that wrote them",
+        )
 
 
 @contextmanager
@@ -91,7 +101,11 @@ class AnswerFile:
         self.torn = _torn_bytes(content)  # at the end
         self.lacks_ending = not self.torn and content[-1:] not in (b"", b"\n", b"\r")
         whole = content[: len(content) - self.torn]
-        self.answers = [self._read(number, line) for number, line in enumerate(whole.splitlines(), 1) if line.strip()]
+        self.answers = [
+            self._read(number, line)
+            for number, line in enumerate(whole.splitlines(), 1)
+            if line.strip()
+        ]
         self._is_begun = False
 
         if self.note is not None and self.note["made_by"] != _MADE_BY:
@@ -111,13 +125,19 @@ class AnswerFile:
             if field not in row:
                 raise self._odd_line(number, f"no field `{field}`")
         tokens = row.get("tokens")
-        known = [token for token in tokens if isinstance(token, int)] if isinstance(tokens, list) else []
+        known = (
+            [token for token in tokens if isinstance(token, int)]
+            if isinstance(tokens, list)
+            else []
+        )
         extremes = (min(known, default=0), max(known, default=0))
         return _Held(number, question(row), _place(row), row.get("num_tokens"), extremes)
 
     def _odd_line(self, number: int, wrong: str) -> FlashDraftError:
         if self.note is not None:
-            return DataError(f"{self.path}, line {number}: {wrong}", hint="mend or remove that line")
+            return DataError(
+                f"{self.path}, line {number}: {wrong}", hint="mend or remove that line"
+            )
         got = f"`{self.path}` holds no answers of `flashdraft regenerate`: line {number}: {wrong}"
         return InvalidParameter(got, hint="name another file with --out")
 
@@ -146,7 +166,10 @@ class AnswerFile:
                 raise DataError(got, hint="name another output for another set of prompts")
             if wanted is not None and answer.question not in wanted:
                 got = f"`{self.path}`, line {answer.number}: {_change(answer.question, min(wanted))} in {_where(answer)} since"
-                raise DataError(got, hint="the prompts were changed: name another output, or remove such answers")
+                raise DataError(
+                    got,
+                    hint="the prompts were changed: name another output, or remove such answers",
+                )
 
     def check_facts(self, facts: Facts) -> None:
         """Raises DataError where another target, template, arithmetic or sampling made the answers that are there."""
@@ -158,7 +181,9 @@ class AnswerFile:
             if most is not None and isinstance(answer.count, int) and answer.count > most:
                 where = f"`{self.path}`, line {answer.number}"
                 got = f"{where}: an answer of {answer.count} tokens, but max_new_tokens is {most}"
-                raise DataError(got, hint="go on with what it was made with, or name another output")
+                raise DataError(
+                    got, hint="go on with what it was made with, or name another output"
+                )
 
     def check_vocabulary(self, size: int) -> None:
         """Raises DataError for a token that the target does not have."""
@@ -174,7 +199,9 @@ class AnswerFile:
         self.facts = dict(facts)
         if self.answers and self.note is None:
             count = len(self.answers)
-            say(f"{self.path}: nothing says what wrote its {count} answers; they are taken as this target's, made alike")
+            say(
+                f"{self.path}: nothing says what wrote its {count} answers; they are taken as this target's, made alike"
+            )
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Write one answer, at once."""

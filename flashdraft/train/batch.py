@@ -31,25 +31,44 @@ from flashdraft.methods.network import DraftNetwork
 from flashdraft.process import BOOLS, INTS
 from flashdraft.train.features import Sample, Sizes
 
-__all__ = ["Batch", "FlopCount", "Pass", "anchor_bounds", "block_mask", "block_positions", "draw_anchors", "flex_mask"]
+__all__ = [
+    "Batch",
+    "FlopCount",
+    "Pass",
+    "anchor_bounds",
+    "block_mask",
+    "block_positions",
+    "draw_anchors",
+    "flex_mask",
+]
 __all__ += ["make_batch", "why_no_anchor"]
 
 Embed = Callable[[Tensor], Tensor]  # the target's embedding
-Numbered = Iterable[tuple[int, Sample]]  # samples with their global numbers, which key their anchors
+Numbered = Iterable[
+    tuple[int, Sample]
+]  # samples with their global numbers, which key their anchors
 _compiled = functools.cache(functools.partial(torch.compile, dynamic=True))
 
 
-def draw_anchors(num_prompt: int, num_tokens: int, count: int, generator: torch.Generator) -> Tensor:
+def draw_anchors(
+    num_prompt: int, num_tokens: int, count: int, generator: torch.Generator
+) -> Tensor:
     """At most `count` random positions, sorted, of response tokens (2602.06036, section 4: the first, too) with a successor."""
-    candidates = torch.arange(num_prompt, max(num_prompt, num_tokens - 1), **INTS)  # none where the answer was cut off
+    candidates = torch.arange(
+        num_prompt, max(num_prompt, num_tokens - 1), **INTS
+    )  # none where the answer was cut off
     chosen = torch.randperm(len(candidates), generator=generator, **INTS)[:count]
     return candidates[chosen].sort().values
 
 
 def anchor_bounds(sizes: Sizes, config: DraftConfig, min_context: int = 0) -> tuple[int, int]:
     """Anchors of a sample lie from the first of these positions on; the token before the second one is the last label."""
-    room = config.trained_length - config.block_size + 2  # no block ends beyond the positions that the network is made for
-    known = sizes.num_tokens if sizes.num_final is None else sizes.num_final + 1  # an anchor has a label behind it
+    room = (
+        config.trained_length - config.block_size + 2
+    )  # no block ends beyond the positions that the network is made for
+    known = (
+        sizes.num_tokens if sizes.num_final is None else sizes.num_final + 1
+    )  # an anchor has a label behind it
     return max(sizes.num_prompt, min_context), min(sizes.num_tokens, known, room)
 
 
@@ -81,14 +100,18 @@ def block_mask(anchors: Tensor, num_context: int, block_size: int) -> Tensor:
     return rows.repeat_interleave(block_size, 0)
 
 
-def flex_mask(anchors: Sequence[Tensor], num_context: Sequence[int], block_size: int, device: torch.device) -> Any:
+def flex_mask(
+    anchors: Sequence[Tensor], num_context: Sequence[int], block_size: int, device: torch.device
+) -> Any:
     """The same mask for several sequences packed behind each other, isolated, as FlexAttention's BlockMask.
 
     Keys are all contexts, then all blocks; rows are all blocks. Sequence s has anchors[s] and num_context[s] context rows.
     """
     *starts, num_keys = itertools.accumulate(num_context, initial=0)
     counts = torch.tensor([len(each) for each in anchors], **INTS)
-    first = torch.tensor(starts, **INTS).repeat_interleave(counts).to(device)  # of every block: its first context key
+    first = (
+        torch.tensor(starts, **INTS).repeat_interleave(counts).to(device)
+    )  # of every block: its first context key
     end = first + torch.cat(list(anchors)).to(device)
 
     def seen(_batch: Tensor, _head: Tensor, row: Tensor, key: Tensor) -> Tensor:
@@ -115,21 +138,33 @@ class Batch:
     spans: list[tuple[int, int, int, int]]  # per sequence: its context and its block rows
     masks: list[Tensor]  # per sequence: block_mask; empty where `flex` is there
     numbers: list[int]  # per sequence: its sample's global number
-    final: Tensor | None = None  # [rows, hidden]: the target's state before each row's position, of which its law is made
+    final: Tensor | None = (
+        None  # [rows, hidden]: the target's state before each row's position, of which its law is made
+    )
     flex: Any = None
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(**tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), vars(self)))
+        return Batch(
+            **tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), vars(self))
+        )
 
 
 def make_batch(
-    samples: Numbered, config: DraftConfig, num_anchors: int, seed: int, *, min_context: int = 0, flex: torch.device | None = None
+    samples: Numbered,
+    config: DraftConfig,
+    num_anchors: int,
+    seed: int,
+    *,
+    min_context: int = 0,
+    flex: torch.device | None = None,
 ) -> Batch:
     """No answer without two tokens, no anchor with fewer than `min_context` before it. flex: where to make one sparse mask."""
     numbers, chosen, parts = list[int](), list[Tensor](), list[dict[str, Tensor]]()
     for number, sample in samples:
         generator = torch.Generator("cpu").manual_seed((seed * 1_000_003 + number) % 2**64)
-        anchors = draw_anchors(*anchor_bounds(sample.sizes, config, min_context), num_anchors, generator)
+        anchors = draw_anchors(
+            *anchor_bounds(sample.sizes, config, min_context), num_anchors, generator
+        )
         if len(anchors):
             numbers.append(number)
             chosen.append(anchors)
@@ -139,11 +174,23 @@ def make_batch(
     size = config.block_size
     joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     contexts = [int(anchors[-1]) for anchors in chosen]  # nothing sees further than the last anchor
-    c, r = ([0, *itertools.accumulate(counts)] for counts in (contexts, [size * len(anchors) for anchors in chosen]))
-    dense = [block_mask(anchors, context, size) for anchors, context in zip(chosen, contexts, strict=True) if flex is None]
+    c, r = (
+        [0, *itertools.accumulate(counts)]
+        for counts in (contexts, [size * len(anchors) for anchors in chosen])
+    )
+    dense = [
+        block_mask(anchors, context, size)
+        for anchors, context in zip(chosen, contexts, strict=True)
+        if flex is None
+    ]
     sparse = None if flex is None else flex_mask(chosen, contexts, size, flex)
-    positions, spans = (joined.pop("contexts"), joined.pop("blocks")), list(zip(c, c[1:], r, r[1:], strict=False))
-    return Batch(**joined, positions=positions, spans=spans, masks=dense, numbers=numbers, flex=sparse)
+    positions, spans = (
+        (joined.pop("contexts"), joined.pop("blocks")),
+        list(zip(c, c[1:], r, r[1:], strict=False)),
+    )
+    return Batch(
+        **joined, positions=positions, spans=spans, masks=dense, numbers=numbers, flex=sparse
+    )
 
 
 def _part(sample: Sample, anchors: Tensor, config: DraftConfig) -> dict[str, Tensor]:
@@ -163,7 +210,9 @@ def _part(sample: Sample, anchors: Tensor, config: DraftConfig) -> dict[str, Ten
         "blocks": positions,
         "offsets": offsets,
     }
-    if sample.final is not None:  # what was recorded while decoding lacks the last tokens' states: no label without a law
+    if (
+        sample.final is not None
+    ):  # what was recorded while decoding lacks the last tokens' states: no label without a law
         part["final"] = sample.final[(positions - 1).clamp(max=len(sample.final) - 1)]
         part["labels"] = part["labels"].masked_fill(positions > len(sample.final), -1)
     return part
@@ -186,7 +235,9 @@ def _dflash(model: DFlashDraftModel, embed: Embed, batch: Batch) -> Tensor:
     masks = model.config.masks
     seen = {mask: _seen(batch, *mask) for mask in dict.fromkeys(masks)}
 
-    def attend(layer: int, q: Tensor, context_kv: tuple[Tensor, ...], block_kv: tuple[Tensor, ...]) -> Tensor:
+    def attend(
+        layer: int, q: Tensor, context_kv: tuple[Tensor, ...], block_kv: tuple[Tensor, ...]
+    ) -> Tensor:
         return _attend(batch, seen[masks[layer]], q, context_kv, block_kv)
 
     return model(context, embed(batch.block_tokens), batch.positions, attend)  # type: ignore[no-any-return]
@@ -226,18 +277,36 @@ def _eagle3(model: Eagle3DraftModel, embed: Embed, batch: Batch) -> Tensor:
     fused = model.fc(batch.features.to(model.norm.weight.dtype))
     _, *context = model.project(embed(batch.next_tokens), fused, batch.positions[0])
     states, tokens = fused[places], batch.previous.view(-1, size)
-    own: list[tuple[Tensor, ...]] = []  # by step: keys and values of every block [blocks, kv_heads, head_dim]
+    own: list[
+        tuple[Tensor, ...]
+    ] = []  # by step: keys and values of every block [blocks, kv_heads, head_dim]
     outputs = [states]
     for step in range(1, size):
         q, *kv = model.project(embed(tokens[:, step]), states, before + step - 1)
         own.append(tuple(kv))
         attended = []
-        for c0, c1, r0, r1 in batch.spans:  # each block's query over the pairs before its first own one, and its own
+        for (
+            c0,
+            c1,
+            r0,
+            r1,
+        ) in batch.spans:  # each block's query over the pairs before its first own one, and its own
             blocks = slice(r0 // size, r1 // size)
-            past = torch.arange(c1 - c0, dtype=torch.int64, device=before.device) < before[blocks, None]
-            mask = torch.cat((past, torch.eye(len(past), dtype=torch.bool, device=before.device).repeat(1, step)), dim=1)
+            past = (
+                torch.arange(c1 - c0, dtype=torch.int64, device=before.device)
+                < before[blocks, None]
+            )
+            mask = torch.cat(
+                (
+                    past,
+                    torch.eye(len(past), dtype=torch.bool, device=before.device).repeat(1, step),
+                ),
+                dim=1,
+            )
             sides: Any = zip(context, *own, strict=True)
-            keys, values = (torch.cat((old[c0:c1], *(new[blocks] for new in news))) for old, *news in sides)
+            keys, values = (
+                torch.cat((old[c0:c1], *(new[blocks] for new in news))) for old, *news in sides
+            )
             attended.append(_attention(q[blocks], keys, values, mask))
         finished = model.finish(states, torch.cat(attended))
         outputs.append(model.norm(finished))
@@ -249,12 +318,19 @@ def _draft_model(model: CutDraftModel, embed: Embed, batch: Batch) -> Tensor:
     """A causal LM over whole texts; a block's one row behind the anchor is guessed by the state at the anchor."""
     outputs, anchors = [], batch.positions[1][::2]
     for c0, c1, r0, r1 in batch.spans:
-        text = torch.cat((batch.tokens[c0:c1], batch.next_tokens[c1 - 1 : c1]))  # up to the last anchor
+        text = torch.cat(
+            (batch.tokens[c0:c1], batch.next_tokens[c1 - 1 : c1])
+        )  # up to the last anchor
         outputs.append(model(embed(text))[anchors[r0 // 2 : r1 // 2]].repeat_interleave(2, 0))
     return torch.cat(outputs)
 
 
-_PASSES: dict[str, Any] = {"dflash": _dflash, "eagle3": _eagle3, "medusa": _medusa, "draft_model": _draft_model}
+_PASSES: dict[str, Any] = {
+    "dflash": _dflash,
+    "eagle3": _eagle3,
+    "medusa": _medusa,
+    "draft_model": _draft_model,
+}
 
 
 def _before_anchors(batch: Batch, size: int) -> tuple[Tensor, Tensor]:
@@ -264,7 +340,13 @@ def _before_anchors(batch: Batch, size: int) -> tuple[Tensor, Tensor]:
     return before + torch.cat(firsts).to(before.device), before
 
 
-def _attend(batch: Batch, masks: list[Tensor], q: Tensor, context_kv: tuple[Tensor, ...], block_kv: tuple[Tensor, ...]) -> Tensor:
+def _attend(
+    batch: Batch,
+    masks: list[Tensor],
+    q: Tensor,
+    context_kv: tuple[Tensor, ...],
+    block_kv: tuple[Tensor, ...],
+) -> Tensor:
     pairs = list(zip(context_kv, block_kv, strict=True))  # of keys, of values
     if batch.flex is not None:
         return _attention(q, torch.cat(pairs[0]), torch.cat(pairs[1]), batch.flex)
@@ -307,8 +389,11 @@ def _cpu_attention(q: Tensor, k: Tensor, *_: Any, **__: Any) -> float:
     return 4.0 * q.shape[:3].numel() * k.shape[2] * q.shape[3]
 
 
-_FORMULAS: dict[Any, Callable[..., float]] = flop_registry | {  # torch's table, and two that it lacks
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:  # the scores once more, and four products for two
-    lambda _, q, k, *rest, **options: 2.5 * _cpu_attention(q, k),
-}
+_FORMULAS: dict[Any, Callable[..., float]] = (
+    flop_registry
+    | {  # torch's table, and two that it lacks
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:  # the scores once more, and four products for two
+        lambda _, q, k, *rest, **options: 2.5 * _cpu_attention(q, k),
+    }
+)

@@ -35,15 +35,32 @@ __all__ = [
     "tell_of_other_target",
 ]
 
-_CARD = Path(flashdraft.__file__).with_name("assets").joinpath("card.md").read_text(encoding="utf-8")
+_CARD = (
+    Path(flashdraft.__file__).with_name("assets").joinpath("card.md").read_text(encoding="utf-8")
+)
 _KEPT = 2
-_WRITTEN = ("metrics.jsonl", "checkpoints", "best", "tensorboard", "vocabulary.safetensors")  # besides run.json
+_WRITTEN = (
+    "metrics.jsonl",
+    "checkpoints",
+    "best",
+    "tensorboard",
+    "vocabulary.safetensors",
+)  # besides run.json
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _WHAT = {  # by method: its name, and what the network is
     "dflash": ("DFlash", "A block-diffusion draft network (DFlash, arXiv 2602.06036)."),
-    "eagle3": ("EAGLE-3", "A draft layer on fused features (EAGLE-3, arXiv 2503.01840), trained by training-time test."),
-    "draft_model": ("Draft model", "A causal LM of some layers of its target, with its embedding and lm_head (2211.17192)."),
-    "medusa": ("Medusa", "Residual heads on the last state (Medusa, arXiv 2401.10774), before the target's own lm_head."),
+    "eagle3": (
+        "EAGLE-3",
+        "A draft layer on fused features (EAGLE-3, arXiv 2503.01840), trained by training-time test.",
+    ),
+    "draft_model": (
+        "Draft model",
+        "A causal LM of some layers of its target, with its embedding and lm_head (2211.17192).",
+    ),
+    "medusa": (
+        "Medusa",
+        "Residual heads on the last state (Medusa, arXiv 2401.10774), before the target's own lm_head.",
+    ),
 }
 
 
@@ -56,30 +73,72 @@ class TrainConfig:
     accumulate: int = option(1, "micro-batches a step, on every process", least=1, most=1 << 16)
     anchors: int = option(64, "random anchors a sequence", least=1, most=2**31 - 1)
     min_context: int = option(
-        0, "no anchor has fewer tokens before it: for a fine-tune on long contexts", least=0, most=2**31 - 1
+        0,
+        "no anchor has fewer tokens before it: for a fine-tune on long contexts",
+        least=0,
+        most=2**31 - 1,
     )
-    weights: str = option("decay", "weight of a block's positions: decay (the paper's) or dpace", choices=("decay", "dpace"))
+    weights: str = option(
+        "decay",
+        "weight of a block's positions: decay (the paper's) or dpace",
+        choices=("decay", "dpace"),
+    )
     gamma: float = option(4.0, "with decay, the weight of position k is exp(-(k-1)/gamma)", above=0)
     kl: float = option(
-        0.0, "share of the loss that is KL to the target's own law; needs features with --soft-labels", least=0, most=1
+        0.0,
+        "share of the loss that is KL to the target's own law; needs features with --soft-labels",
+        least=0,
+        most=1,
     )
-    tv: float = option(0.0, "share of the loss that is total variation to it; cross-entropy has the rest", least=0, most=1)
+    tv: float = option(
+        0.0,
+        "share of the loss that is total variation to it; cross-entropy has the rest",
+        least=0,
+        most=1,
+    )
     lr: float = option(6e-4, "peak learning rate of AdamW", above=0)
-    warmup: float = option(0.04, "share of the steps spent warming up, from 0 to 1", least=0, most=1)
+    warmup: float = option(
+        0.04, "share of the steps spent warming up, from 0 to 1", least=0, most=1
+    )
     weight_decay: float = option(0.01, "AdamW's weight decay", least=0)
     clip: float = option(1.0, "largest norm of the gradient", above=0)
-    ema: float = option(0.0, "decay of the weights' moving average that is measured and kept; 0: none", least=0, below=1)
-    vocab: int = option(8192, "the draft vocabulary: this many commonest answer tokens; 0 takes all", least=0, most=2**31 - 1)
-    negatives: int = option(1024, "random other tokens added to that softmax at every step", least=0, most=1 << 24)
-    precision: str = option("auto", "bf16, fp32, or auto: bf16 where it is native", choices=("auto", "bf16", "fp32"))
+    ema: float = option(
+        0.0,
+        "decay of the weights' moving average that is measured and kept; 0: none",
+        least=0,
+        below=1,
+    )
+    vocab: int = option(
+        8192,
+        "the draft vocabulary: this many commonest answer tokens; 0 takes all",
+        least=0,
+        most=2**31 - 1,
+    )
+    negatives: int = option(
+        1024, "random other tokens added to that softmax at every step", least=0, most=1 << 24
+    )
+    precision: str = option(
+        "auto", "bf16, fp32, or auto: bf16 where it is native", choices=("auto", "bf16", "fp32")
+    )
     eval_every: int = option(250, "steps between measurements of tau", least=1, most=2**31 - 1)
     save_every: int = option(100, "steps between checkpoints", least=1, most=2**31 - 1)
-    tracker: str = option("tensorboard", "tensorboard, or with it: wandb, trackio", choices=("tensorboard", "wandb", "trackio"))
-    seed: int = option(0, "seed of the data order, the anchors and the initial weights", least=0, most=HIGHEST)
+    tracker: str = option(
+        "tensorboard",
+        "tensorboard, or with it: wandb, trackio",
+        choices=("tensorboard", "wandb", "trackio"),
+    )
+    seed: int = option(
+        0, "seed of the data order, the anchors and the initial weights", least=0, most=HIGHEST
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
-        require(self.weights == "decay" or self.gamma == 4.0, "gamma", self.gamma, "left out where weights is not decay")
+        require(
+            self.weights == "decay" or self.gamma == 4.0,
+            "gamma",
+            self.gamma,
+            "left out where weights is not decay",
+        )
         require(self.kl + self.tv <= 1, "kl, tv", (self.kl, self.tv), "shares of 1")
 
 
@@ -99,7 +158,8 @@ def check_run_folder(out: Path, inputs: Sequence[Path] = ()) -> dict[str, Any]:
     for name in _WRITTEN:
         if not _is_free(folder / name):
             raise InvalidParameter(
-                f"`{folder / name}` was not written by `flashdraft train`: no run.json is beside it", hint=hint
+                f"`{folder / name}` was not written by `flashdraft train`: no run.json is beside it",
+                hint=hint,
             )
     return {}
 
@@ -131,7 +191,9 @@ def _is_free(path: Path) -> bool:
     return not os.path.lexists(path)
 
 
-def save_checkpoint(folder: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+def save_checkpoint(
+    folder: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
+) -> None:
     """`groups`: name of a file -> its tensors. Raises FlashDraftError for a full disk; the last whole one stays."""
     scratch, final = folder / ".tmp-save", folder / f"step-{step:07d}"
     with full_disk_named(folder, f"`{final}`"):
@@ -139,9 +201,14 @@ def save_checkpoint(folder: Path, step: int, groups: Mapping[str, Mapping[str, T
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir(parents=True)
             for name, tensors in groups.items():
-                write_tensors(scratch / f"{name}.safetensors", {key: tensor.contiguous() for key, tensor in tensors.items()})
+                write_tensors(
+                    scratch / f"{name}.safetensors",
+                    {key: tensor.contiguous() for key, tensor in tensors.items()},
+                )
             sizes = {path.name: path.stat().st_size for path in scratch.glob("*.safetensors")}
-            write_file(scratch / "state.json", json.dumps({**state, "step": step, "files": sizes}).encode())
+            write_file(
+                scratch / "state.json", json.dumps({**state, "step": step, "files": sizes}).encode()
+            )
             _sync(scratch)
             shutil.rmtree(final, ignore_errors=True)  # a damaged one of an earlier run
             os.replace(scratch, final)
@@ -160,22 +227,32 @@ def full_disk_named(folder: Path, what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) not in _FULL and not any(f"os error {number})" in str(error) for number in _FULL):
+        if getattr(error, "errno", None) not in _FULL and not any(
+            f"os error {number})" in str(error) for number in _FULL
+        ):
             raise
         last = last_checkpoint(folder)
-        hint = f"make room and run it again: it goes on from {last.name}" if last else "make room and run it again"
+        hint = (
+            f"make room and run it again: it goes on from {last.name}"
+            if last
+            else "make room and run it again"
+        )
         raise FlashDraftError(f"the disk is full: {what} was not written", hint=hint) from None
 
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest whole one; damaged ones are passed over."""
-    return next((path for path in sorted(folder.glob("step-*"), reverse=True) if _is_whole(path)), None)
+    return next(
+        (path for path in sorted(folder.glob("step-*"), reverse=True) if _is_whole(path)), None
+    )
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """What `save_checkpoint` was given."""
     state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    return {name.removesuffix(".safetensors"): load_file(path / name) for name in state["files"]}, state
+    return {
+        name.removesuffix(".safetensors"): load_file(path / name) for name in state["files"]
+    }, state
 
 
 def _is_whole(path: Path) -> bool:
@@ -196,14 +273,37 @@ def _sync(folder: Path) -> None:
         os.close(handle)
 
 
-def model_card(config: DraftConfig, target: str, run: dict[str, Any], figures: dict[str, Any], *, num_samples: int) -> str:
+def model_card(
+    config: DraftConfig,
+    target: str,
+    run: dict[str, Any],
+    figures: dict[str, Any],
+    *,
+    num_samples: int,
+) -> str:
     """A drafter's README. run: run.json; figures: `step`, `positions_seen`, `num_prompts`, `taus`: measured (step, tau)s."""
-    head = "none" if config.sequential_head is None else f"{config.sequential_head}, inner size {config.head_rank}"
+    head = (
+        "none"
+        if config.sequential_head is None
+        else f"{config.sequential_head}, inner size {config.head_rank}"
+    )
     settings = ", ".join(f"{name} {value}" for name, value in run["config"].items())
     measured = "\n".join(f"| {step} | {tau:.2f} |" for step, tau in figures["taus"])
     title, what = _WHAT[config.method]
-    facts: dict[str, Any] = {"title": title, "what": what, "target": target, "head": head, "settings": settings}
-    facts |= {"masks": f"; mask token {config.mask_token_id}" if config.method == "dflash" else "", "measured": measured}
+    facts: dict[str, Any] = {
+        "title": title,
+        "what": what,
+        "target": target,
+        "head": head,
+        "settings": settings,
+    }
+    facts |= {
+        "masks": f"; mask token {config.mask_token_id}" if config.method == "dflash" else "",
+        "measured": measured,
+    }
     facts |= {"layers": ", ".join(map(str, config.target_layer_ids)), "num_samples": num_samples}
-    facts |= {"num_drafts": config.block_size - 1, "draft_vocabulary": config.draft_vocab_size or config.vocab_size}
+    facts |= {
+        "num_drafts": config.block_size - 1,
+        "draft_vocabulary": config.draft_vocab_size or config.vocab_size,
+    }
     return _CARD.format_map(vars(config) | facts | figures | run["versions"] | run)

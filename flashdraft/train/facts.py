@@ -24,4 +24,9 @@ def target_facts(model: Model) -> dict[str, Any]:
     embedded = model.target.embed(torch.zeros(1, **INTS))
     kernel = "int8" if model.target.kernel_name == "int8" else "exact"
     dtype = str(embedded.dtype).removeprefix("torch.")
-    return {"target": named_target(model.target.name), "template": digest, "kernel": kernel, "dtype": dtype}
+    return {
+        "target": named_target(model.target.name),
+        "template": digest,
+        "kernel": kernel,
+        "dtype": dtype,
+    }

@@ -21,14 +21,33 @@ from torch import Tensor
 
 from flashdraft.decoding.ending import ends_itself, turn_end
 from flashdraft.errors import DataError, InvalidParameter, InvalidPrompt
-from flashdraft.files import Facts, check_facts, locked, output_folder, parse_json, say, write_file, write_tensors
+from flashdraft.files import (
+    Facts,
+    check_facts,
+    locked,
+    output_folder,
+    parse_json,
+    say,
+    write_file,
+    write_tensors,
+)
 from flashdraft.generate import Model
 from flashdraft.process import INTS
 from flashdraft.train.answers import check_origin
 from flashdraft.train.facts import named_target, target_facts
 from flashdraft.train.rows import LeftOut, is_whole, placed_rows
 
-__all__ = ["SHARD", "Data", "FeatureSet", "OnlineFeatures", "Reader", "Sample", "ShardWriter", "Sizes", "encode"]
+__all__ = [
+    "SHARD",
+    "Data",
+    "FeatureSet",
+    "OnlineFeatures",
+    "Reader",
+    "Sample",
+    "ShardWriter",
+    "Sizes",
+    "encode",
+]
 __all__ += ["check_features_folder", "shard_key", "write_features"]
 
 SHARD = 64  # answers a shard; every answer file is cut anew
@@ -55,7 +74,9 @@ class Sample:
 
     @property
     def sizes(self) -> Sizes:
-        return Sizes(self.num_prompt, len(self.tokens), None if self.final is None else len(self.final))
+        return Sizes(
+            self.num_prompt, len(self.tokens), None if self.final is None else len(self.final)
+        )
 
 
 class Reader:
@@ -64,19 +85,25 @@ class Reader:
     def __init__(self, model: Model, layers: Layers, max_length: int, final: bool = False) -> None:
         self.model, self.layers, self.max_length, self.final = model, layers, max_length, final
         self.hidden_size = model.target.hidden_size
-        self.wanted = (*layers, model.target.num_layers) if final else layers  # what the target is asked for
+        self.wanted = (
+            (*layers, model.target.num_layers) if final else layers
+        )  # what the target is asked for
 
     def read(self, row: dict[str, Any]) -> Sample:
         """One answer, read by the target; rounded like what is stored."""
         tokens, num_prompt = encode(self.model, row)
         tokens, target = tokens[: self.max_length], self.model.target
-        _, features = target.prefill(target.new_cache(1, len(tokens)), 0, torch.tensor(tokens, **INTS), self.wanted)
+        _, features = target.prefill(
+            target.new_cache(1, len(tokens)), 0, torch.tensor(tokens, **INTS), self.wanted
+        )
         assert features is not None
         return self.sample(tokens, features, num_prompt)
 
     def sample(self, tokens: list[int], features: Tensor, num_prompt: int) -> Sample:
         """features: of all `wanted` layers."""
-        own, final = features.to(torch.bfloat16).tensor_split([len(self.layers) * self.hidden_size], dim=1)
+        own, final = features.to(torch.bfloat16).tensor_split(
+            [len(self.layers) * self.hidden_size], dim=1
+        )
         return Sample(torch.tensor(tokens, **INTS), own, num_prompt, final if self.final else None)
 
 
@@ -87,12 +114,19 @@ class ShardWriter(Reader):
     that holds features of another kind or of another target.
     """
 
-    def __init__(self, model: Model, out: Path, *, layers: Layers, max_length: int, final: bool = False) -> None:
+    def __init__(
+        self, model: Model, out: Path, *, layers: Layers, max_length: int, final: bool = False
+    ) -> None:
         super().__init__(model, layers, max_length, final)
         self.out = out = output_folder(out).absolute()  # the caller may go elsewhere
         facts = target_facts(model)
         held = _check_folder(out, facts)
-        kind: dict[str, Any] = {"layers": list(layers), "hidden_size": self.hidden_size, "max_length": max_length, "final": final}
+        kind: dict[str, Any] = {
+            "layers": list(layers),
+            "hidden_size": self.hidden_size,
+            "max_length": max_length,
+            "final": final,
+        }
         for name, value in kind.items():
             if held is not None and held.get(name, False) != value:
                 got = f"`{out}` holds features of another kind: {name} {held.get(name, False)}, not {value}"
@@ -100,16 +134,22 @@ class ShardWriter(Reader):
         new = {"target": model.target.name} | kind | {"shards": {}, "unused": {}}
         self.manifest = new | (held or {})
         if "weights" not in self.manifest and self.manifest["shards"]:
-            say(f"{out}: nothing says which weights made these features; they are taken as those of `{model.target.name}`")
+            say(
+                f"{out}: nothing says which weights made these features; they are taken as those of `{model.target.name}`"
+            )
         for name, value in _as_manifest(facts).items():
             self.manifest.setdefault(name, value)
         found = (self.manifest["unused"] | self.manifest["shards"]).items()
-        self.known: dict[str, dict[str, Any]] = {key: entry for key, entry in found if (out / f"{key}.safetensors").exists()}
+        self.known: dict[str, dict[str, Any]] = {
+            key: entry for key, entry in found if (out / f"{key}.safetensors").exists()
+        }
 
     def use(self, keys: Sequence[str]) -> list[str]:
         """Make the set these shards; returns those that are not there yet. The others stay in the folder, unused."""
         self.manifest["shards"] = {key: self.known[key] for key in keys if key in self.known}
-        self.manifest["unused"] = {key: entry for key, entry in self.known.items() if key not in set(keys)}
+        self.manifest["unused"] = {
+            key: entry for key, entry in self.known.items() if key not in set(keys)
+        }
         if self.known or not keys:
             self._write_manifest()
         return [key for key in keys if key not in self.known]
@@ -124,7 +164,11 @@ class ShardWriter(Reader):
             if self.final and sample.final is not None:
                 tensors[f"{n}.final"] = sample.final[: self.max_length].contiguous()
         write_tensors(path, tensors)
-        entry = {"starts": [sample.num_prompt for sample in samples], "bytes": path.stat().st_size, "sha256": _sha256(path)}
+        entry = {
+            "starts": [sample.num_prompt for sample in samples],
+            "bytes": path.stat().st_size,
+            "sha256": _sha256(path),
+        }
         self.manifest[place][key] = self.known[key] = entry
         self._write_manifest()
 
@@ -135,13 +179,21 @@ class ShardWriter(Reader):
 
 def _as_manifest(facts: Facts) -> dict[str, Any]:
     """The target's facts as a manifest has them, beside the `target`'s name."""
-    return {"weights": facts["target"]["id"], "template": facts.get("template"), "kernel": facts.get("kernel")}
+    return {
+        "weights": facts["target"]["id"],
+        "template": facts.get("template"),
+        "kernel": facts.get("kernel"),
+    }
 
 
 def _made_by(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The facts that a manifest tells."""
     target = {"name": manifest["target"], "id": manifest.get("weights")}
-    return {"target": target, "template": manifest.get("template"), "kernel": manifest.get("kernel")}
+    return {
+        "target": target,
+        "template": manifest.get("template"),
+        "kernel": manifest.get("kernel"),
+    }
 
 
 def _check_folder(out: Path, facts: Facts) -> dict[str, Any] | None:
@@ -150,10 +202,15 @@ def _check_folder(out: Path, facts: Facts) -> dict[str, Any] | None:
         manifest = _read_manifest(out)
         check_facts(out, _made_by(manifest), facts)
         return manifest
-    theirs = [path for path in (out / "config.json", *sorted(out.glob("*.safetensors"))) if path.exists()]
+    theirs = [
+        path for path in (out / "config.json", *sorted(out.glob("*.safetensors"))) if path.exists()
+    ]
     for path in theirs:
         if not _SHARD.fullmatch(path.name):  # a shard of ours may lie there after a kill
-            raise InvalidParameter(f"`{out}` is no folder of features: it holds `{path.name}`", hint="name a new folder")
+            raise InvalidParameter(
+                f"`{out}` is no folder of features: it holds `{path.name}`",
+                hint="name a new folder",
+            )
     return None
 
 
@@ -168,7 +225,14 @@ def check_features_folder(out: Path, target: str, *, inputs: Sequence[Path] = ()
 
 
 def write_features(
-    model: Model, answers: Sequence[Path], out: Path, *, layers: Layers, max_length: int, final: bool = False, quiet: bool = False
+    model: Model,
+    answers: Sequence[Path],
+    out: Path,
+    *,
+    layers: Layers,
+    max_length: int,
+    final: bool = False,
+    quiet: bool = False,
 ) -> int:
     """Read every answer once with the target and store what the drafter will see; shards that exist are not made again.
 
@@ -182,11 +246,15 @@ def write_features(
     with locked(writer.out):
         for key in track(writer.use(list(parts)), description="features", disable=quiet):
             writer.add(key, _readable(writer, parts[key], left_out))
-    _tell_left_out(left_out, sum(len(entry["starts"]) for entry in writer.manifest["shards"].values()))
+    _tell_left_out(
+        left_out, sum(len(entry["starts"]) for entry in writer.manifest["shards"].values())
+    )
     return len(parts)
 
 
-def _readable(reader: Reader, part: Sequence[tuple[str, dict[str, Any]]], left_out: LeftOut) -> list[Sample]:
+def _readable(
+    reader: Reader, part: Sequence[tuple[str, dict[str, Any]]], left_out: LeftOut
+) -> list[Sample]:
     """The samples of a shard's answers, without those that the target cannot read."""
     samples = []
     for place, row in part:
@@ -201,7 +269,9 @@ def shard_key(rows: list[dict[str, Any]]) -> str:
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _shards(answers: Sequence[Path], left_out: LeftOut) -> dict[str, list[tuple[str, dict[str, Any]]]]:
+def _shards(
+    answers: Sequence[Path], left_out: LeftOut
+) -> dict[str, list[tuple[str, dict[str, Any]]]]:
     """The answers with their places, by the key of the shard that they go into."""
     parts = {}
     for path in answers:
@@ -215,7 +285,10 @@ def _shards(answers: Sequence[Path], left_out: LeftOut) -> dict[str, list[tuple[
 def _tell_left_out(left_out: LeftOut, num_left: int) -> None:
     """Raises DataError where nothing is left."""
     if left_out.count and not num_left:
-        raise DataError(f"no answer can be read: {left_out}", hint=left_out.hint or "give what `flashdraft regenerate` wrote")
+        raise DataError(
+            f"no answer can be read: {left_out}",
+            hint=left_out.hint or "give what `flashdraft regenerate` wrote",
+        )
     left_out.tell()
 
 
@@ -233,11 +306,15 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     try:
         manifest: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
-        if missing := {"target", "layers", "hidden_size", "max_length", "shards", "unused"} - set(manifest):
+        if missing := {"target", "layers", "hidden_size", "max_length", "shards", "unused"} - set(
+            manifest
+        ):
             raise ValueError(f"it lacks {min(missing)}")
         return manifest
     except FileNotFoundError:
-        raise DataError(f"`{folder}` holds no manifest.json", hint="run `flashdraft features` first") from None
+        raise DataError(
+            f"`{folder}` holds no manifest.json", hint="run `flashdraft features` first"
+        ) from None
     except NotADirectoryError:
         hint = "name the folder that `flashdraft features` wrote, or add --online to read answers"
         raise DataError(f"`{folder}` is a file, not a folder of features", hint=hint) from None
@@ -281,12 +358,18 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise DataError(f"`{path}` cannot be read: {error}", hint="remove it and run `flashdraft features` again") from None
+        raise DataError(
+            f"`{path}` cannot be read: {error}",
+            hint="remove it and run `flashdraft features` again",
+        ) from None
 
 
 def _ending(model: Model) -> list[int]:
     """The token that ends an answer: the template's, or else the tokenizer's, or else the only one that there is."""
-    by_template, by_tokenizer = turn_end(model.tokenizer), getattr(model.tokenizer, "eos_token_id", None)
+    by_template, by_tokenizer = (
+        turn_end(model.tokenizer),
+        getattr(model.tokenizer, "eos_token_id", None),
+    )
     if by_template is not None:
         return [by_template]
     if by_tokenizer is not None and (by_tokenizer in model.eos or not model.eos):
@@ -299,14 +382,28 @@ class FeatureSet:
 
     def __init__(self, folder: Path) -> None:
         manifest = _read_manifest(folder)
-        self.folder, self.name, self.target = folder.absolute(), str(folder), str(manifest["target"])
+        self.folder, self.name, self.target = (
+            folder.absolute(),
+            str(folder),
+            str(manifest["target"]),
+        )
         self._made_by = _made_by(manifest)
         self.layers = self.stored = tuple(manifest["layers"])
-        self.hidden_size, self.final = int(manifest["hidden_size"]), bool(manifest.get("final", False))
+        self.hidden_size, self.final = (
+            int(manifest["hidden_size"]),
+            bool(manifest.get("final", False)),
+        )
         self.shards: dict[str, dict[str, Any]] = dict(sorted(manifest["shards"].items()))
-        self.index = [(key, n, start) for key, entry in self.shards.items() for n, start in enumerate(entry["starts"])]
+        self.index = [
+            (key, n, start)
+            for key, entry in self.shards.items()
+            for n, start in enumerate(entry["starts"])
+        ]
         if not self.index:
-            raise DataError(f"`{folder}` holds no samples", hint="run `flashdraft features` on a file with answers")
+            raise DataError(
+                f"`{folder}` holds no samples",
+                hint="run `flashdraft features` on a file with answers",
+            )
         self.identity = _identity(self.shards, manifest["max_length"])
 
     def check_target(self, facts: Facts, *, tell: bool = True) -> None:
@@ -321,13 +418,18 @@ class FeatureSet:
         if target["id"] is not None:
             check_facts(self.folder, self._made_by | {"target": target}, wanted, hint)
         if is_unnoted and tell and facts["target"]["id"] is not None:
-            say(f"{self.folder}: only the name `{self.target}` says what made these features; they are taken as this target's")
+            say(
+                f"{self.folder}: only the name `{self.target}` says what made these features; they are taken as this target's"
+            )
 
     def only(self, layers: Layers) -> None:
         """From now on samples hold these layers. Raises DataError where one is not stored."""
         if missing := [layer for layer in layers if layer not in self.stored]:
             got = f"`{self.name}` holds layers {self.stored}, the drafter reads {layers}"
-            raise DataError(got, hint=f"run `flashdraft features` for this drafter: layer {missing[0]} is missing")
+            raise DataError(
+                got,
+                hint=f"run `flashdraft features` for this drafter: layer {missing[0]} is missing",
+            )
         self.layers = layers
 
     def __len__(self) -> int:
@@ -338,11 +440,19 @@ class FeatureSet:
         for key, entry in self.shards.items():
             path = self.folder / f"{key}.safetensors"
             size = path.stat().st_size if path.exists() else 0
-            wrong = "is gone" if not size else f"has {size} bytes of {entry['bytes']}" if size != entry["bytes"] else ""
+            wrong = (
+                "is gone"
+                if not size
+                else f"has {size} bytes of {entry['bytes']}"
+                if size != entry["bytes"]
+                else ""
+            )
             if not wrong and contents and _sha256(path) != entry["sha256"]:
                 wrong = "is not what was written: its checksum differs"
             if wrong:
-                raise DataError(f"`{path}` {wrong}", hint="remove it and run `flashdraft features` again")
+                raise DataError(
+                    f"`{path}` {wrong}", hint="remove it and run `flashdraft features` again"
+                )
 
     def describe(self, i: int) -> str:
         key, n, _ = self.index[i]
@@ -382,7 +492,15 @@ class FeatureSet:
 class OnlineFeatures(Reader):
     """The same samples without a folder: the target reads an answer again whenever it is asked for; nothing is stored."""
 
-    def __init__(self, model: Model, answers: Sequence[Path], *, layers: Layers, max_length: int, final: bool = False) -> None:
+    def __init__(
+        self,
+        model: Model,
+        answers: Sequence[Path],
+        *,
+        layers: Layers,
+        max_length: int,
+        final: bool = False,
+    ) -> None:
         super().__init__(model, layers, max_length, final)
         self.name, self.target = ", ".join(map(str, answers)), model.target.name
         left_out = LeftOut("answer")
@@ -403,7 +521,9 @@ class OnlineFeatures(Reader):
                 self._sizes.append(Sizes(num_prompt, length, length if final else None))
         _tell_left_out(left_out, len(self.rows))
         if not self.rows:
-            raise DataError(f"`{self.name}` holds no answers", hint="run `flashdraft regenerate` first")
+            raise DataError(
+                f"`{self.name}` holds no answers", hint="run `flashdraft regenerate` first"
+            )
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -49,27 +49,55 @@ def draft_config(
     total, vocab = target.num_layers, target.vocab_size
     block_size = _BLOCKS[method] if block_size is None else block_size
     if method != "dflash":
-        num_layers, mask_token_id = num_layers if method == "draft_model" else 1, 0  # none has masks
+        num_layers, mask_token_id = (
+            num_layers if method == "draft_model" else 1,
+            0,
+        )  # none has masks
     mask = MASK_TOKENS.get(target.name) if mask_token_id is None else mask_token_id
     if mask is None or not 0 <= mask < vocab:
-        hint = f"give --mask-token-id: an id below {vocab} that `{target.name}` never reads or writes"
+        hint = (
+            f"give --mask-token-id: an id below {vocab} that `{target.name}` never reads or writes"
+        )
         raise InvalidParameter(f"mask_token_id is {mask}", hint=hint)
-    require(block_size >= 2, "block_size", block_size, "2 or more: the anchor and at least one mask")
-    require(1 <= num_layers <= total, "num_layers", num_layers, f"from 1 to {total}, as in `{target.name}`")
-    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps")
+    require(
+        block_size >= 2, "block_size", block_size, "2 or more: the anchor and at least one mask"
+    )
+    require(
+        1 <= num_layers <= total,
+        "num_layers",
+        num_layers,
+        f"from 1 to {total}, as in `{target.name}`",
+    )
+    names = (
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "rms_norm_eps",
+    )
     shape = {name: config[name] for name in names if config.get(name) is not None}
     rope = config.get("rope_parameters") or {}
     rope = rope.get("full_attention") or rope  # gemma3 has one set for each kind of layer
-    if rope.get("rope_type", "default") not in ROPE_TYPES:  # the draft's positions need not be the target's
+    if (
+        rope.get("rope_type", "default") not in ROPE_TYPES
+    ):  # the draft's positions need not be the target's
         rope = {"rope_theta": rope.get("rope_theta", 10000.0)}
     rope = {name: value for name, value in rope.items() if name != "partial_rotary_factor"}
     if "num_attention_heads" in shape and "hidden_size" in shape:
         shape.setdefault("num_key_value_heads", shape["num_attention_heads"])
         shape.setdefault("head_dim", shape["hidden_size"] // shape["num_attention_heads"])
-    written = int(target.config.max_position_embeddings)  # the rotary scaling that goes with it says what it means
+    written = int(
+        target.config.max_position_embeddings
+    )  # the rotary scaling that goes with it says what it means
     limit = min(target.context_length, written)
     special = {"mask_token_id": mask, "target_layer_ids": layers_read(total, method, num_features)}
-    shape |= {"num_hidden_layers": num_layers, "num_target_layers": total, "block_size": block_size, "dflash_config": special}
+    shape |= {
+        "num_hidden_layers": num_layers,
+        "num_target_layers": total,
+        "block_size": block_size,
+        "dflash_config": special,
+    }
     shape |= {"vocab_size": vocab, "max_position_embeddings": limit, "rope_parameters": rope}
     return replace(DraftConfig.from_json(shape, target.name), method=method)
 
@@ -79,9 +107,13 @@ def layers_read(num_target_layers: int, method: str, num_features: int) -> tuple
     if method in ("medusa", "draft_model"):
         return (num_target_layers,) if method == "medusa" else ()
     most = max(num_target_layers - 3, 1)
-    count = min(3, most) if method == "eagle3" else num_features  # eagle3: low, middle and high, all among dflash's five
+    count = (
+        min(3, most) if method == "eagle3" else num_features
+    )  # eagle3: low, middle and high, all among dflash's five
     layers = spread_layers(num_target_layers, count) if count >= 1 else ()
-    require(0 < len(set(layers)) == count, "num_features", count, f"from 1 to {most} for this target")
+    require(
+        0 < len(set(layers)) == count, "num_features", count, f"from 1 to {most} for this target"
+    )
     return layers
 
 
@@ -113,7 +145,10 @@ def taken_from(config: DraftConfig, donor: DraftNetwork, seed: int) -> DraftNetw
     fits = {name for name in state if name in theirs and theirs[name].shape == state[name].shape}
     if not any(name.endswith("proj.weight") for name in fits):
         got = f"that drafter's layers are {c.hidden_size} wide, these {config.hidden_size}"
-        raise InvalidParameter(got, hint="start from a drafter of the same hidden size, or with --init target or random")
+        raise InvalidParameter(
+            got,
+            hint="start from a drafter of the same hidden size, or with --init target or random",
+        )
     for name in fits:
         state[name].copy_(theirs[name])
     return model
@@ -121,7 +156,9 @@ def taken_from(config: DraftConfig, donor: DraftNetwork, seed: int) -> DraftNetw
 
 @undisturbed
 @torch.no_grad()
-def copied_from_target(config: DraftConfig, target: str, sample: Sample | None, seed: int) -> DraftNetwork:
+def copied_from_target(
+    config: DraftConfig, target: str, sample: Sample | None, seed: int
+) -> DraftNetwork:
     """Draft layers from the target's own; dflash wants a `sample` to calibrate the scale of queries and keys."""
     model = random_weights(config, seed)
     if config.method == "medusa":
@@ -129,7 +166,9 @@ def copied_from_target(config: DraftConfig, target: str, sample: Sample | None, 
     total, count = config.num_target_layers, config.num_hidden_layers
     if config.method == "draft_model":  # the first ones and the last ones
         first = (count + 1) // 2
-        model.load_state_dict(_layers_of(target, config, [*range(first), *range(total - count + first, total)]))
+        model.load_state_dict(
+            _layers_of(target, config, [*range(first), *range(total - count + first, total)])
+        )
         return model
     copied = _layers_of(target, replace(config, method="dflash"), range(total - count, total))
     if config.method == "eagle3":
@@ -142,7 +181,11 @@ def copied_from_target(config: DraftConfig, target: str, sample: Sample | None, 
     model.fc.weight[:, -config.hidden_size :] += torch.eye(config.hidden_size, **FLOATS)
     for n in range(config.num_hidden_layers):
         norm = copied.pop(f"layers.{n}.input_layernorm.weight")
-        for name in ("q", "k", "v"):  # the context bypasses input_layernorm, so its scale moves into them
+        for name in (
+            "q",
+            "k",
+            "v",
+        ):  # the context bypasses input_layernorm, so its scale moves into them
             weight = copied[f"layers.{n}.self_attn.{name}_proj.weight"].mul_(norm)
             if name != "v":
                 scale = (unit @ weight.T).pow(2).mean().sqrt()
@@ -156,7 +199,9 @@ def _copy_eagle3(model: Any, copied: dict[str, Tensor]) -> None:
     hidden, state = model.config.hidden_size, model.state_dict()
     model.fc.weight[:, -hidden:] += torch.eye(hidden, **FLOATS)
     for name, weight in copied.items():
-        own = state["norm.weight" if name == "norm.weight" else f"midlayer.{name.removeprefix('layers.0.')}"]
+        own = state[
+            "norm.weight" if name == "norm.weight" else f"midlayer.{name.removeprefix('layers.0.')}"
+        ]
         own[..., -weight.shape[-1] :] = weight
     state["midlayer.hidden_norm.weight"].copy_(copied["layers.0.input_layernorm.weight"])
 
@@ -174,8 +219,13 @@ def _layers_of(target: str, config: DraftConfig, chosen: Sequence[int]) -> dict[
         raise CheckpointError(got, hint="start from --init random")
     for path in sorted(folder.glob("*.safetensors")) if isinstance(folder, Path) else ():
         with safe_open(path, framework="pt") as file:
-            tensors |= {names[name]: file.get_tensor(name).float() for name in names.keys() & set(file.keys())}
-    if any(name not in tensors or tuple(tensors[name].shape) != shapes[name] for name in names.values()):
+            tensors |= {
+                names[name]: file.get_tensor(name).float()
+                for name in names.keys() & set(file.keys())
+            }
+    if any(
+        name not in tensors or tuple(tensors[name].shape) != shapes[name] for name in names.values()
+    ):
         lacking = f"`{folder}` has no llama-shaped layers of the draft's size to copy"
         raise CheckpointError(lacking, hint="start from --init random")
     return tensors

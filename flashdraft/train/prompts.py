@@ -21,17 +21,22 @@ from flashdraft.types import Allowed, check_option
 __all__ = ["SOURCES", "as_prompt", "hub_rows", "json_list", "read_jsonl", "write_prompts"]
 
 # source -> file below the data folder; of gsm8k only the train split
-SOURCES: dict[str, str] = json.loads(Path(__file__).parents[1].joinpath("assets/sources.json").read_text(encoding="utf-8"))
+SOURCES: dict[str, str] = json.loads(
+    Path(__file__).parents[1].joinpath("assets/sources.json").read_text(encoding="utf-8")
+)
 Names = Collection[str]
 _FIELDS = ("source", "row", "prompt")  # of a line that is written
 MATHS_SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 _FILE_ENDINGS = (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz", ".ndjson.gz")
 EVALUATION = re.compile(  # searched in a file's folder and name, or in a hub data set's name with its split
-    r"gsm8k.*(?<![a-z])test|human.?eval|mbpp|math.?500(?!\d)|(mt|spec|live.?code).?bench|alpaca.?eval|aime.?2", re.IGNORECASE
+    r"gsm8k.*(?<![a-z])test|human.?eval|mbpp|math.?500(?!\d)|(mt|spec|live.?code).?bench|alpaca.?eval|aime.?2",
+    re.IGNORECASE,
 )
 
 
-def write_prompts(data: Path | None, out: Path, *, files: Names = (), thinking: float | None = None, seed: int = 0) -> int:
+def write_prompts(
+    data: Path | None, out: Path, *, files: Names = (), thinking: float | None = None, seed: int = 0
+) -> int:
     """Write {source, row, prompt} lines in a seeded order, every prompt once; returns how many.
 
     The prompts are those of SOURCES below `data`, if that is given, and of `files`: files of JSON, or hub data sets as name,
@@ -43,13 +48,19 @@ def write_prompts(data: Path | None, out: Path, *, files: Names = (), thinking: 
     real = output_file(out, inputs=[*sets, *map(Path, files)])
     check_replaceable(real, "prompts", _FIELDS)
     if data is None and not files:
-        raise InvalidParameter("no source of prompts", hint="name files or hub data sets, or the known sets' folder with --data")
+        raise InvalidParameter(
+            "no source of prompts",
+            hint="name files or hub data sets, or the known sets' folder with --data",
+        )
     if thinking is not None:
         check_option("thinking", thinking, float, Allowed(0, 1))
     for name in files:
         path = Path(name)
         if EVALUATION.search("/".join((path.resolve() if path.is_file() else path).parts[-2:])):
-            raise InvalidParameter(f"`{name}` is an evaluation set by its name", hint="evaluation sets are not trained on")
+            raise InvalidParameter(
+                f"`{name}` is an evaluation set by its name",
+                hint="evaluation sets are not trained on",
+            )
     left_out = LeftOut("row")
     known: list[tuple[str, Path | None]] = []
     if data is not None:
@@ -66,7 +77,10 @@ def write_prompts(data: Path | None, out: Path, *, files: Names = (), thinking: 
                 rows.append({"source": told, "row": number, "prompt": prompt})
         if not count:
             why = f": {own}" if own.count else ""
-            raise DataError(f"`{source}` holds no prompts{why}", hint='leave it out, or give rows such as {"prompt": ...}')
+            raise DataError(
+                f"`{source}` holds no prompts{why}",
+                hint='leave it out, or give rows such as {"prompt": ...}',
+            )
         left_out.join(own)
     left_out.tell()
     draw = random.Random(seed)
@@ -106,11 +120,17 @@ def hub_rows(name: str) -> Any:
     parts = re.split(r":(?![^\[]*\])", name)  # a slice, train[:1000], has a colon of its own
     repo, *config, split = parts if len(parts) > 1 else (name, "train")
     try:
-        return import_module("datasets").load_dataset(repo, *config, split=split, trust_remote_code=False)
+        return import_module("datasets").load_dataset(
+            repo, *config, split=split, trust_remote_code=False
+        )
     except ImportError:
         if Path(name).is_dir():
-            raise DataError(f"`{name}` is a folder", hint="name the .jsonl or .json files in it") from None
-        message = f"`{name}` is no .jsonl or .json file, and hub data sets need the package `datasets`"
+            raise DataError(
+                f"`{name}` is a folder", hint="name the .jsonl or .json files in it"
+            ) from None
+        message = (
+            f"`{name}` is no .jsonl or .json file, and hub data sets need the package `datasets`"
+        )
         raise DataError(message, hint="pip install datasets, or name such a file") from None
     except Exception as error:  # the package raises what its readers do
         cause = " ".join(str(error).split())[:200] or type(error).__name__

@@ -20,24 +20,72 @@ Turn = tuple[str, str | ValueError]  # role and content, or why that is no text
 Asked = str | list[dict[str, str]]
 
 # fields that hold turns; those behind the second one count where they hold a list
-CONVERSATIONS = ("messages", "conversations", "conversation", "conversation_a", "dialogue", "dialog", "turns", "chat", "data")
+CONVERSATIONS = (
+    "messages",
+    "conversations",
+    "conversation",
+    "conversation_a",
+    "dialogue",
+    "dialog",
+    "turns",
+    "chat",
+    "data",
+)
 QUESTIONS = ("question", "instruction", "prompt", "query", "problem", "inputs", "input")
 FIELDS = (*CONVERSATIONS[:2], *QUESTIONS)  # as messages name them
 SYSTEMS = ("system", "system_prompt", "system_message", "system_instruction")
-BESIDES: tuple[str, ...] = ("input", "context", "passage", "document", "article", "story", "background", "starter_code")
+BESIDES: tuple[str, ...] = (
+    "input",
+    "context",
+    "passage",
+    "document",
+    "article",
+    "story",
+    "background",
+    "starter_code",
+)
 BESIDES += ("choices", "options")
 BESIDES += ("contexts", "passages", "documents", "paragraph", "paragraphs", "schema")
-LETTERED = ("{}", "option_{}", "option{}", "op{}", "choice_{}")  # columns of a question with choices, one a letter
+LETTERED = (
+    "{}",
+    "option_{}",
+    "option{}",
+    "op{}",
+    "choice_{}",
+)  # columns of a question with choices, one a letter
 CONTEXTS = ("context", "passage", "document")  # of these, the ones that turns may need
-UNSEEN = ("tools", "functions", "image", "images", "video", "videos", "audio", "audios", "attachments")  # what no text can show
+UNSEEN = (
+    "tools",
+    "functions",
+    "image",
+    "images",
+    "video",
+    "videos",
+    "audio",
+    "audios",
+    "attachments",
+)  # what no text can show
 CALLS = ("tool_calls", "function_call")
-PAIRS = [("input", "output"), ("question", "answer"), ("human", "assistant"), ("user", "assistant"), ("prompt", "response")]
+PAIRS = [
+    ("input", "output"),
+    ("question", "answer"),
+    ("human", "assistant"),
+    ("user", "assistant"),
+    ("prompt", "response"),
+]
 ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "bot", "chatbot", "model", "ai"), "assistant"),
-    **dict.fromkeys(("claude", "gemini", "palm", "llama", "function_call", "tool_call"), "assistant"),
+    **dict.fromkeys(
+        ("assistant", "gpt", "chatgpt", "bing", "bard", "bot", "chatbot", "model", "ai"),
+        "assistant",
+    ),
+    **dict.fromkeys(
+        ("claude", "gemini", "palm", "llama", "function_call", "tool_call"), "assistant"
+    ),
     **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("tool", "function", "observation", "ipython", "tool_response", "function_response"), "tool"),
+    **dict.fromkeys(
+        ("tool", "function", "observation", "ipython", "tool_response", "function_response"), "tool"
+    ),
 }
 _LONG = 40  # characters of a context that do not stand in a question by chance
 _KNOWN_ROLES = "human, user, gpt, assistant, system, tool and their like"
@@ -80,7 +128,9 @@ def _asked_turns(row: Mapping[str, Any]) -> list[Turn]:
     empty = False
     for name in CONVERSATIONS:
         value = _unpacked(row.get(name))
-        if _is_missing(value) or not (isinstance(value, (list, tuple, Mapping)) or name in CONVERSATIONS[:2]):
+        if _is_missing(value) or not (
+            isinstance(value, (list, tuple, Mapping)) or name in CONVERSATIONS[:2]
+        ):
             empty |= isinstance(value, (list, tuple)) and name in CONVERSATIONS[:2]
             continue
         if name == "turns" and isinstance(value, (list, tuple)) and isinstance(value[0], str):
@@ -118,7 +168,10 @@ def _transcript(text: str) -> list[dict[str, str]] | None:
     if not _TRANSCRIPT.match(text):
         return None
     _, *parts = _TRANSCRIPT.split(text)
-    return [{"role": role, "content": said.strip()} for role, said in zip(parts[::2], parts[1::2], strict=True)]
+    return [
+        {"role": role, "content": said.strip()}
+        for role, said in zip(parts[::2], parts[1::2], strict=True)
+    ]
 
 
 def _check_context(row: Mapping[str, Any], turns: list[Turn]) -> None:
@@ -126,7 +179,9 @@ def _check_context(row: Mapping[str, Any], turns: list[Turn]) -> None:
     told = "\n".join(str(content) for _, content in turns)
     for name in CONTEXTS:
         if _besides(row, name) not in told:
-            raise ValueError(f"it has `{name}` beside its turns, without which the question would be another one")
+            raise ValueError(
+                f"it has `{name}` beside its turns, without which the question would be another one"
+            )
 
 
 def _up_to_the_question(turns: list[Turn]) -> list[Turn]:
@@ -198,7 +253,9 @@ def _by_turn(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
         raise ValueError(f"not a list of turns, each from one of {_KNOWN_ROLES}")
     if len({len(column) for column in columns.values()}) > 1:
         raise ValueError("the columns of its turns are of different lengths")
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    return [
+        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
+    ]
 
 
 def _message_of_a_tree(row: Mapping[str, Any]) -> str:
@@ -281,7 +338,11 @@ def _besides(row: Mapping[str, Any], name: str) -> str:
     value = row.get(name)
     if (_is_missing(value) or value == "") and name == "input":
         value = _first_instance(row)
-    if isinstance(value, Mapping) and value and all(isinstance(text, str) for text in value.values()):
+    if (
+        isinstance(value, Mapping)
+        and value
+        and all(isinstance(text, str) for text in value.values())
+    ):
         value = [f"{key}. {text}" for key, text in value.items()]
     if isinstance(value, (list, tuple)) and all(isinstance(text, str) for text in value):
         value = "\n".join(value)
@@ -295,8 +356,16 @@ def _besides(row: Mapping[str, Any], name: str) -> str:
 def _choices(row: Mapping[str, Any]) -> list[str]:
     """Those that have columns of their own: at least the first two letters."""
     for pattern in LETTERED:
-        columns = [(letter, pattern.format(each)) for letter in "ABCDEFGH" for each in (letter, letter.lower())]
-        told = [f"{letter}. {_besides(row, column)}" for letter, column in columns if not _is_missing(row.get(column))]
+        columns = [
+            (letter, pattern.format(each))
+            for letter in "ABCDEFGH"
+            for each in (letter, letter.lower())
+        ]
+        told = [
+            f"{letter}. {_besides(row, column)}"
+            for letter, column in columns
+            if not _is_missing(row.get(column))
+        ]
         if len(told) > 1 and told[0].startswith("A. ") and told[1].startswith("B. "):
             return told
     return []

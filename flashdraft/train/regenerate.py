@@ -32,12 +32,30 @@ from flashdraft.types import COUNTS, Allowed, Rows, SamplingParams, check_option
 __all__ = ["Later", "Server", "mixed", "regenerate"]
 
 _WINDOW = 1024  # prompts handed to the engine at a time
-_AGAIN = Retry(3, allowed_methods=None, status_forcelist=[429, *range(500, 600)], backoff_factor=2.0, raise_on_status=False)
+_AGAIN = Retry(
+    3,
+    allowed_methods=None,
+    status_forcelist=[429, *range(500, 600)],
+    backoff_factor=2.0,
+    raise_on_status=False,
+)
 _TIMEOUT = 1800.0  # seconds for one answer of a server
-_OURS = ("top_k", "min_p", "ignore_eos", "repetition_penalty", "logit_bias", "logits_processor", "logprobs")
+_OURS = (
+    "top_k",
+    "min_p",
+    "ignore_eos",
+    "repetition_penalty",
+    "logit_bias",
+    "logits_processor",
+    "logprobs",
+)
 
 _REFUSED = (400, 413, 422)  # this prompt; the next one may be answered
-_NO_TEXT = ("content_filter", "tool_calls", "function_call")  # why an answer ended whose text is not the target's, or not whole
+_NO_TEXT = (
+    "content_filter",
+    "tool_calls",
+    "function_call",
+)  # why an answer ended whose text is not the target's, or not whole
 
 Row = dict[str, Any]
 Answer = Row | InvalidPrompt  # its fields, or why there is none
@@ -82,7 +100,11 @@ def regenerate(
         if isinstance(model, Later):
             held.check_facts(facts | {"target": named_target(model.name)})
             model, shards = model.load()
-        facts |= {"target": {"name": model.model, "id": None}} if isinstance(model, Server) else target_facts(model)
+        facts |= (
+            {"target": {"name": model.model, "id": None}}
+            if isinstance(model, Server)
+            else target_facts(model)
+        )
         held.check_facts(facts)
         if isinstance(model, Model):
             held.check_vocabulary(model.target.vocab_size)
@@ -94,17 +116,26 @@ def regenerate(
         windows = [missing[i : i + _WINDOW] for i in range(0, len(missing), _WINDOW)]
         count = 0
         for window in track(windows, description="regenerate", disable=quiet):
-            for row, answer in model.answers(window, law) if isinstance(model, Server) else _decoded(model, window, law, keep):
+            for row, answer in (
+                model.answers(window, law)
+                if isinstance(model, Server)
+                else _decoded(model, window, law, keep)
+            ):
                 if isinstance(answer, InvalidPrompt):
                     left_out.add(row["place"], answer)
                     continue
-                line = {key: row[key] for key in ("source", "row", "prompt", "thinking") if key in row} | answer
+                line = {
+                    key: row[key] for key in ("source", "row", "prompt", "thinking") if key in row
+                } | answer
                 held.append(line)
                 count += 1
                 if keep:
                     keep.take(line)
         if left_out.count and not (count or held.answers):
-            raise DataError(f"no prompt could be answered: {left_out}", hint=left_out.hint or "mend these prompts")
+            raise DataError(
+                f"no prompt could be answered: {left_out}",
+                hint=left_out.hint or "mend these prompts",
+            )
     left_out.tell()
     return count
 
@@ -113,7 +144,10 @@ def mixed(params: SamplingParams, greedy_share: float = 0.0) -> Law:
     """Seeded by params.seed and the prompt's number; this share of the prompts is answered greedily."""
     check_option("greedy_share", greedy_share, float, Allowed(0, 1))
     if greedy_share and not params.temperature:
-        raise InvalidParameter(f"greedy_share is {greedy_share}, but all is greedy at temperature 0", hint="set temperature")
+        raise InvalidParameter(
+            f"greedy_share is {greedy_share}, but all is greedy at temperature 0",
+            hint="set temperature",
+        )
 
     return _Mixed(params, greedy_share)
 
@@ -124,7 +158,10 @@ class _Mixed:
     greedy_share: float
 
     def __call__(self, number: int) -> SamplingParams:
-        params, greedy = self.params, random.Random(f"{self.params.seed} {number}").random() < self.greedy_share
+        params, greedy = (
+            self.params,
+            random.Random(f"{self.params.seed} {number}").random() < self.greedy_share,
+        )
         own = params.numbered(number)
         return replace(own, temperature=0.0) if greedy else own
 
@@ -142,14 +179,21 @@ class Server:
     max_rows: int  # requests at a time
 
     def __post_init__(self) -> None:
-        require(self.url.startswith(("http://", "https://")), "url", self.url, "like http://host:port/v1")
+        require(
+            self.url.startswith(("http://", "https://")),
+            "url",
+            self.url,
+            "like http://host:port/v1",
+        )
         check_option("max_rows", self.max_rows, int, COUNTS)
 
     @cached_property
     def session(self) -> requests.Session:
         session, key = requests.Session(), os.environ.get("OPENAI_API_KEY", "").strip()
         session.headers.update({"Authorization": f"Bearer {key}"} if key else {})
-        session.mount(self.url, requests.adapters.HTTPAdapter(pool_maxsize=self.max_rows, max_retries=_AGAIN))
+        session.mount(
+            self.url, requests.adapters.HTTPAdapter(pool_maxsize=self.max_rows, max_retries=_AGAIN)
+        )
         return session
 
     def answers(self, rows: Sequence[Row], law: Law) -> Iterator[tuple[Row, Answer]]:
@@ -158,7 +202,9 @@ class Server:
         Ctrl-C waits for no request that is under way: the threads that wait for their answers do not keep the process alive.
         """
         waiting = deque(rows)
-        ended: SimpleQueue[tuple[Row, Answer] | BaseException | None] = SimpleQueue()  # None: a thread has nothing left to do
+        ended: SimpleQueue[tuple[Row, Answer] | BaseException | None] = (
+            SimpleQueue()
+        )  # None: a thread has nothing left to do
 
         def ask_on() -> None:
             while True:
@@ -185,35 +231,69 @@ class Server:
 
     def _ask(self, row: Row, params: SamplingParams) -> Row:
         """The answer's fields. Raises InvalidPrompt for a prompt that the server refuses or has no text for."""
-        if unknown := [name for name in _OURS if getattr(params, name) != getattr(SamplingParams(), name)]:
-            raise InvalidParameter(f"{unknown[0]} is set, but the API of a server has none", hint="leave it out")
+        if unknown := [
+            name for name in _OURS if getattr(params, name) != getattr(SamplingParams(), name)
+        ]:
+            raise InvalidParameter(
+                f"{unknown[0]} is set, but the API of a server has none", hint="leave it out"
+            )
         prompt = row["prompt"]
-        body: Row = {"model": self.model, "temperature": params.temperature, "top_p": params.top_p, "seed": params.seed}
-        body |= {name: value for name in ("presence_penalty", "frequency_penalty") if (value := getattr(params, name))}
-        body |= {"max_tokens": params.max_new_tokens} | ({"stop": params.stop} if params.stop else {})
-        body |= {"chat_template_kwargs": {"enable_thinking": row["thinking"]}} if "thinking" in row else {}
-        body |= {"messages": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt}
+        body: Row = {
+            "model": self.model,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "seed": params.seed,
+        }
+        body |= {
+            name: value
+            for name in ("presence_penalty", "frequency_penalty")
+            if (value := getattr(params, name))
+        }
+        body |= {"max_tokens": params.max_new_tokens} | (
+            {"stop": params.stop} if params.stop else {}
+        )
+        body |= (
+            {"chat_template_kwargs": {"enable_thinking": row["thinking"]}}
+            if "thinking" in row
+            else {}
+        )
+        body |= {
+            "messages": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        }
         try:
-            got = self.session.post(f"{self.url.rstrip('/')}/chat/completions", json=body, timeout=_TIMEOUT)
+            got = self.session.post(
+                f"{self.url.rstrip('/')}/chat/completions", json=body, timeout=_TIMEOUT
+            )
         except requests.RequestException as error:
             raise self._error(row["place"], str(error)) from None
         if got.status_code in _REFUSED:
-            raise InvalidPrompt(f"the server refuses it: {got.status_code} {got.text}", hint="see what the server says of it")
+            raise InvalidPrompt(
+                f"the server refuses it: {got.status_code} {got.text}",
+                hint="see what the server says of it",
+            )
         if got.status_code != 200:
             raise self._error(row["place"], f"{got.status_code} {got.text}")
         try:
             reply = parse_json(got.content)
             message, finish = reply["choices"][0]["message"], reply["choices"][0]["finish_reason"]
             if message.get("reasoning_content") or message.get("reasoning"):
-                raise ValueError("thoughts stand apart from the answer; start the server without a reasoning parser")
+                raise ValueError(
+                    "thoughts stand apart from the answer; start the server without a reasoning parser"
+                )
             if message["content"] is None or finish in _NO_TEXT:
                 got_none = f"the server has no text for it: finish_reason {finish!r}"
-                raise InvalidPrompt(got_none, hint="a drafter learns from texts: leave out tools and filters")
+                raise InvalidPrompt(
+                    got_none, hint="a drafter learns from texts: leave out tools and filters"
+                )
             if not is_whole(message["content"]):
                 raise InvalidPrompt("the server's answer holds half a character (a lone surrogate)")
             num_tokens = (reply.get("usage") or {}).get("completion_tokens")
             told = _stop_reason(reply["choices"][0])
-            return {"response": message["content"], "finish": finish, "num_tokens": num_tokens} | told
+            return {
+                "response": message["content"],
+                "finish": finish,
+                "num_tokens": num_tokens,
+            } | told
         except InvalidPrompt:
             raise
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
@@ -221,7 +301,10 @@ class Server:
 
     def _error(self, place: str, cause: str) -> FlashDraftError:
         message = f"`{self.url}` gave no answer to {place}: {' '.join(cause.split()):.300}"
-        return FlashDraftError(message, hint=f"see that it serves `{self.model}`, set OPENAI_API_KEY if it wants one, run again")
+        return FlashDraftError(
+            message,
+            hint=f"see that it serves `{self.model}`, set OPENAI_API_KEY if it wants one, run again",
+        )
 
 
 def _received(ended: "SimpleQueue[Any]", num_threads: int) -> Iterator[tuple[Row, Answer]]:
@@ -283,10 +366,14 @@ class _Keeper(Autoregressive):
         self.shards, self.layers = shards, shards.wanted
         self.skip = -num_done % SHARD  # the rest of a shard that an earlier run began
         self.seen: dict[int, list[Tensor]] = {}  # by slot
-        self.finished: dict[tuple[int, ...], Tensor] = {}  # prompt and answer -> features of all that was read
+        self.finished: dict[
+            tuple[int, ...], Tensor
+        ] = {}  # prompt and answer -> features of all that was read
         self.kept: list[tuple[Row, Sample]] = []
 
-    def observe(self, rows: Rows, tokens: Sequence[Tensor], features: Sequence[Tensor] | None) -> None:
+    def observe(
+        self, rows: Rows, tokens: Sequence[Tensor], features: Sequence[Tensor] | None
+    ) -> None:
         assert features is not None
         for slot, new in zip(rows.slots, features, strict=True):
             self.seen.setdefault(slot, []).append(new.to(torch.bfloat16, copy=True))
@@ -302,25 +389,42 @@ class _Keeper(Autoregressive):
             self.skip -= 1
             return
         sample = None if features is None else self.shards.sample(tokens, features, num_prompt)
-        self.kept.append((line, sample or self.shards.read(line)))  # none if the same prompt and answer ended in the same step
+        self.kept.append(
+            (line, sample or self.shards.read(line))
+        )  # none if the same prompt and answer ended in the same step
         if len(self.kept) == SHARD:
-            self.shards.add(shard_key([row for row, _ in self.kept]), [kept for _, kept in self.kept], place="unused")
+            self.shards.add(
+                shard_key([row for row, _ in self.kept]),
+                [kept for _, kept in self.kept],
+                place="unused",
+            )
             self.kept = []
 
 
-def _decoded(model: Model, rows: Sequence[Row], law: Law, keep: _Keeper | None) -> Iterator[tuple[Row, Answer]]:
+def _decoded(
+    model: Model, rows: Sequence[Row], law: Law, keep: _Keeper | None
+) -> Iterator[tuple[Row, Answer]]:
     """Rows and the fields of their answers, as they end; first those that cannot be answered."""
     lm = replace(model, new_drafter=lambda: keep) if keep else model
     fitting = []
     for row in rows:
         try:
-            tokens, params = model.encode(row["prompt"], thinking=row.get("thinking")), law(row["number"])
+            tokens, params = (
+                model.encode(row["prompt"], thinking=row.get("thinking")),
+                law(row["number"]),
+            )
             check(model.target, model.request(tokens, params))
         except InvalidPrompt as error:
             yield row, error
             continue
         fitting.append((row, tokens, params))
-    for chunk in lm.stream([tokens for _, tokens, _ in fitting], [params for *_, params in fitting]):
+    for chunk in lm.stream(
+        [tokens for _, tokens, _ in fitting], [params for *_, params in fitting]
+    ):
         if (result := chunk.result) is not None:
-            answer: Row = {"response": result.text, "finish": result.finish_reason, "num_tokens": len(result.tokens)}
+            answer: Row = {
+                "response": result.text,
+                "finish": result.finish_reason,
+                "num_tokens": len(result.tokens),
+            }
             yield fitting[chunk.index][0], answer | {"tokens": list(result.tokens)}

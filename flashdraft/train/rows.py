@@ -30,7 +30,10 @@ _OTHERS = {  # how a file of another format begins -> what it is, what to do
     b"ARROW1": ("an Arrow file", _TO_JSON.replace("{}", "feather", 1)),
     b"\x28\xb5\x2f\xfd": ("compressed by Zstandard", "unpack it: zstd -d '{}'"),
     b"PK\x03\x04": ("a zip archive", "unpack it, and name the file in it"),
-    b"version https://git-lfs": ("a pointer of Git LFS, not the file itself", "fetch the file: git lfs pull"),
+    b"version https://git-lfs": (
+        "a pointer of Git LFS, not the file itself",
+        "fetch the file: git lfs pull",
+    ),
     b"<!doctype html": ("a web page", "fetch the file itself, not the page that shows it"),
     b"<html": ("a web page", "fetch the file itself, not the page that shows it"),
 }
@@ -81,7 +84,9 @@ class _Broken(NamedTuple):
 Placed = tuple[str, Any]  # a row and its place, `line 3` or `entry 3`
 
 
-def read_jsonl(path: Path, keys: Names = (), left_out: LeftOut | None = None) -> Iterator[dict[str, Any]]:
+def read_jsonl(
+    path: Path, keys: Names = (), left_out: LeftOut | None = None
+) -> Iterator[dict[str, Any]]:
     """The objects of a file, mostly JSON Lines.
 
     One that cannot be read, or lacks one of `keys`, is `left_out`; without that, DataError names it.
@@ -89,7 +94,9 @@ def read_jsonl(path: Path, keys: Names = (), left_out: LeftOut | None = None) ->
     return (row for _, row in placed_rows(path, keys, left_out))
 
 
-def placed_rows(path: Path, keys: Names = (), left_out: LeftOut | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+def placed_rows(
+    path: Path, keys: Names = (), left_out: LeftOut | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """The same, each with its place, as messages name it."""
     for place, row in _rows(path):
         cause = _what_is_wrong(row, keys)
@@ -98,7 +105,9 @@ def placed_rows(path: Path, keys: Names = (), left_out: LeftOut | None = None) -
         elif left_out is not None:
             left_out.add(f"{path}, {place}", cause)
         else:
-            raise DataError(f"{path}, {place}: {cause}", hint=f"mend or remove that {place.split()[0]}")
+            raise DataError(
+                f"{path}, {place}: {cause}", hint=f"mend or remove that {place.split()[0]}"
+            )
 
 
 def is_whole(text: str) -> bool:
@@ -140,7 +149,9 @@ def _rows(path: Path) -> Iterator[Placed]:
         hint = "name a .jsonl or .json file, or the folder of the training sets with --data or FLASHDRAFT_DATA"
         raise DataError(f"no file `{path}`", hint=hint) from None
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not {error.encoding} ({error.reason})", hint="save it as UTF-8") from None
+        raise DataError(
+            f"{path}: not {error.encoding} ({error.reason})", hint="save it as UTF-8"
+        ) from None
     except _UNREADABLE as error:
         raise DataError(f"`{path}` cannot be read: {error}", hint="fetch it again") from None
 
@@ -149,7 +160,9 @@ def _check_format(path: Path, file: BufferedReader) -> None:
     """Raises DataError for a format that holds no rows of JSON."""
     table = _TABLES.get(path.suffix.lower())
     if table:
-        raise DataError(f"`{path}` is a table, not rows of JSON", hint=_TO_JSON.format(table, path.name))
+        raise DataError(
+            f"`{path}` is a table, not rows of JSON", hint=_TO_JSON.format(table, path.name)
+        )
 
     head = file.peek(64)[:64]
     for start, (what, hint) in _OTHERS.items():
@@ -175,7 +188,11 @@ def _lines(file: Any) -> Iterator[tuple[int, str | _Broken]]:
     encoding = json.detect_encoding(first[:4]) if first[:4].strip(b"\0") else "utf-8"
     if not encoding.startswith("utf-8"):
         text = (first + file.read()).decode(encoding)
-        yield from ((number, line.lstrip("\ufeff")) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+        yield from (
+            (number, line.lstrip("\ufeff"))
+            for number, line in enumerate(text.split("\n"), 1)
+            if line.strip()
+        )
         return
 
     line, number = first, 1
@@ -246,7 +263,10 @@ def _entries(path: Path, value: Any) -> Iterator[Placed]:
     if isinstance(value, dict) and _is_container(value):
         lists = _lists(value)
         if len(lists) > 1:
-            raise DataError(f"{path} holds several lists: {', '.join(lists)}", hint="save the one that is meant as .jsonl")
+            raise DataError(
+                f"{path} holds several lists: {', '.join(lists)}",
+                hint="save the one that is meant as .jsonl",
+            )
         value = value[lists[0]]
     rows = value if isinstance(value, list) else [value]
     for number, row in enumerate(rows, 1):
@@ -263,7 +283,9 @@ def _is_container(value: Any) -> bool:
 def _lists(value: Mapping[str, Any]) -> list[str]:
     """Names of what in it is a list of objects."""
     return [
-        name for name, rows in value.items() if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)
+        name
+        for name, rows in value.items()
+        if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)
     ]
 
 

@@ -57,7 +57,9 @@ __all__ = ["Trainer", "process_device"]
 _MEASURED = SamplingParams(max_new_tokens=128)  # the texts on which tau is measured
 _WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
 _COUNTED = 50  # steps between two whose FLOPs are counted
-_NOT_OURS = tuple(f"ACCELERATE_USE_{name}" for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"))
+_NOT_OURS = tuple(
+    f"ACCELERATE_USE_{name}" for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
+)
 _FREE = ("steps", "eval_every", "save_every", "tracker")  # what may change when a run goes on
 Head = tuple[str, int] | None  # kind and rank of a sequential head to add
 
@@ -66,39 +68,77 @@ class Trainer:
     """One run in one folder: `checkpoints/`, `best/` (a drafter's folder), metrics.jsonl, tensorboard/, run.json."""
 
     @undisturbed
-    def __init__(self, model: DraftNetwork, lm: Model, data: Data, out: Path, config: TrainConfig, *, head: Head = None) -> None:
-        self.model, self.lm, self.data, self.out, self.config = model, lm, data, out.absolute(), config
+    def __init__(
+        self,
+        model: DraftNetwork,
+        lm: Model,
+        data: Data,
+        out: Path,
+        config: TrainConfig,
+        *,
+        head: Head = None,
+    ) -> None:
+        self.model, self.lm, self.data, self.out, self.config = (
+            model,
+            lm,
+            data,
+            out.absolute(),
+            config,
+        )
         self.target = lm.target
         self.origin = provenance() | {"config": asdict(config)}
         self.begun = check_run_folder(out)  # run.json of the run that goes on
         self.facts = target_facts(lm)
         self._check()
         self.step, self.positions, self.best, self.stopped = 0, 0, 0.0, 0
-        self.flops, self.flops_a_step = 0.0, 0.0  # of all steps, forward and backward; of the last step that was counted
+        self.flops, self.flops_a_step = (
+            0.0,
+            0.0,
+        )  # of all steps, forward and backward; of the last step that was counted
         self.taus: list[tuple[int, float]] = []  # step and tau of every measurement
-        native = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.cpu._is_avx512_bf16_supported()
+        native = (
+            torch.cuda.is_bf16_supported()
+            if torch.cuda.is_available()
+            else torch.cpu._is_avx512_bf16_supported()
+        )
         launched = _launched_precision(config)
-        self.bf16 = "bf16" in (config.precision, launched) or (config.precision == "auto" and native)
+        self.bf16 = "bf16" in (config.precision, launched) or (
+            config.precision == "auto" and native
+        )
         self.acc = _accelerator(config, out)
-        self.coverage: float | None = None  # share of the answers' tokens that the draft vocabulary has
+        self.coverage: float | None = (
+            None  # share of the answers' tokens that the draft vocabulary has
+        )
         self.vocabulary: Tensor | None = None  # where it is new
         vocabulary = self._draft_vocabulary()
         if head is not None:
             assert isinstance(model, DFlashDraftModel), "only dflash has a sequential head"
             if (held := model.config.sequential_head) is not None:
-                raise InvalidParameter(f"the drafter has a {held} head already", hint="leave out --head")
+                raise InvalidParameter(
+                    f"the drafter has a {held} head already", hint="leave out --head"
+                )
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(config.seed)
                 model.add_head(*head)
         if model.sequential_head is not None and self.acc.distributed_type == "FSDP":
-            raise InvalidParameter("a sequential head cannot be trained under FSDP", hint="use recipes/accelerate/ddp.yaml")
+            raise InvalidParameter(
+                "a sequential head cannot be trained under FSDP",
+                hint="use recipes/accelerate/ddp.yaml",
+            )
         self.net: Any = Pass(model, self.target.embed)
-        matrices, norms = ([p for p in model.parameters() if (p.ndim > 1) is wanted] for wanted in (True, False))
-        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": norms, "weight_decay": 0.0}]
+        matrices, norms = (
+            [p for p in model.parameters() if (p.ndim > 1) is wanted] for wanted in (True, False)
+        )
+        groups = [
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": norms, "weight_decay": 0.0},
+        ]
         self.optimizer: Any = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
         self.net, self.optimizer = self.acc.prepare(self.net, self.optimizer)
         self.loss = Loss(model, self.target, vocabulary, config, self.acc.device)
-        self.average = {n: p.detach().clone() for n, p in model.named_parameters()} if config.ema else {}
+        self.average = (
+            {n: p.detach().clone() for n, p in model.named_parameters()} if config.ema else {}
+        )
         self.seconds: dict[str, float] = {}  # by part of a step, of all steps of this process
         self._orders: dict[int, Tensor] = {}  # of the samples, by epoch
         self._resume()
@@ -114,11 +154,21 @@ class Trainer:
             with named(f"held-out prompt {number}"):
                 check(self.target, self.lm.request(prompt, _MEASURED))
         self.data.check()
-        inputs = {"target": self.facts["target"], "template": self.facts["template"], "data": self.data.identity}
-        inputs |= {"held_out": hashlib.sha256(json.dumps(list(prompts), default=str).encode()).hexdigest()[:16]}
+        inputs = {
+            "target": self.facts["target"],
+            "template": self.facts["template"],
+            "data": self.data.identity,
+        }
+        inputs |= {
+            "held_out": hashlib.sha256(json.dumps(list(prompts), default=str).encode()).hexdigest()[
+                :16
+            ]
+        }
         self._check_inputs(inputs)
         self._tell_passed_over()
-        lock = locked(Path(os.path.realpath(self.out))) if self.acc.is_main_process else nullcontext()
+        lock = (
+            locked(Path(os.path.realpath(self.out))) if self.acc.is_main_process else nullcontext()
+        )
         with lock:
             return self._run(inputs, prompts, quiet=quiet)
 
@@ -139,7 +189,9 @@ class Trainer:
                 if counted is not None:  # the steps between are alike
                     self.flops_a_step = counted.total * self.acc.num_processes
                 self.flops += self.flops_a_step
-                figures["positions_per_second"] = figures["positions"] / (time.perf_counter() - started)
+                figures["positions_per_second"] = figures["positions"] / (
+                    time.perf_counter() - started
+                )
                 ended = self.step == config.steps
                 if self.step % config.eval_every == 0 or ended:
                     weights = self._weights()  # of all processes
@@ -149,7 +201,9 @@ class Trainer:
                 stopped = max(self.acc.gather(mine).tolist())  # of any process
                 if self.step % config.save_every == 0 or ended or stopped:
                     self._save()
-                shares = " ".join(f"{share:.2f}" for share in figures["accuracy"] if share is not None)
+                shares = " ".join(
+                    f"{share:.2f}" for share in figures["accuracy"] if share is not None
+                )
                 told = f"loss {figures['loss']:.3f}  accuracy {shares}  accepted {figures['accepted']:.2f}"
                 bar.update(task, advance=1, description=told)
                 if stopped:
@@ -164,13 +218,20 @@ class Trainer:
         c = self.config
         with self._timed("data"):
             batches = self._batches()
-            weight, rows_seen = sum(map(self.loss.weight, batches)), sum(len(b.offsets) for b in batches)
+            weight, rows_seen = (
+                sum(map(self.loss.weight, batches)),
+                sum(len(b.offsets) for b in batches),
+            )
             share = torch.tensor([float(weight), float(rows_seen)], **FLOATS)
             total, positions = self.acc.reduce(share.to(self.acc.device), "sum").tolist()
         for group in self.optimizer.param_groups:
             group["lr"] = c.lr * _schedule(self.step, c.steps, c.warmup)
         self.optimizer.zero_grad(set_to_none=True)
-        loss, rows, autocast = 0.0, [], torch.autocast(self.acc.device.type, dtype=torch.bfloat16, enabled=self.bf16)
+        loss, rows, autocast = (
+            0.0,
+            [],
+            torch.autocast(self.acc.device.type, dtype=torch.bfloat16, enabled=self.bf16),
+        )
         for i, batch in enumerate(batches):
             with self.acc.no_sync(self.net) if i + 1 < len(batches) else nullcontext():
                 with self._timed("forward"), autocast:
@@ -179,7 +240,11 @@ class Trainer:
                     surrogate, part, figures = self.loss(states, batch, self.step)
                 if len(bad := figures["row"][~figures["loss"].isfinite()]):
                     spans = zip(batch.numbers, batch.spans, strict=True)
-                    raise self._not_finite("loss", torch.nan, [n for n, (*_, start, end) in spans if start <= int(bad[0]) < end])
+                    raise self._not_finite(
+                        "loss",
+                        torch.nan,
+                        [n for n, (*_, start, end) in spans if start <= int(bad[0]) < end],
+                    )
                 with self._timed("backward"):
                     self.acc.backward(surrogate * (self.acc.num_processes / total))
             loss += part / total
@@ -187,14 +252,20 @@ class Trainer:
         with self._timed("optimizer"):
             norm = self.acc.clip_grad_norm_(self.net.parameters(), c.clip)
             if not torch.isfinite(norm):
-                raise self._not_finite("gradient's norm", float(norm), [n for b in batches for n in b.numbers])
+                raise self._not_finite(
+                    "gradient's norm", float(norm), [n for b in batches for n in b.numbers]
+                )
             self.optimizer.step()
             if self.average:
                 current = [p.detach() for p in self.model.parameters()]
                 get_ema_multi_avg_fn(c.ema)(list(self.average.values()), current, self.step)
         self.step, self.positions = self.step + 1, self.positions + int(positions)
-        hits = self.acc.gather(self.acc.pad_across_processes(torch.cat(rows, 1).T.contiguous()))  # a pad's offset is 0
-        loss = float(self.acc.reduce(torch.tensor(loss, dtype=torch.float32, device=self.acc.device), "sum"))
+        hits = self.acc.gather(
+            self.acc.pad_across_processes(torch.cat(rows, 1).T.contiguous())
+        )  # a pad's offset is 0
+        loss = float(
+            self.acc.reduce(torch.tensor(loss, dtype=torch.float32, device=self.acc.device), "sum")
+        )
         whole = {"step": self.step, "loss": loss, "norm": float(norm), "positions": int(positions)}
         return whole | accuracy(hits[hits[:, 1] > 0], self.model.config.block_size)
 
@@ -210,24 +281,41 @@ class Trainer:
         self.taus.append((self.step, tau))
         if tau > self.best:
             self.best = tau
-            facts: dict[str, Any] = {"step": self.step, "positions_seen": self.positions, "flops": self.flops}
+            facts: dict[str, Any] = {
+                "step": self.step,
+                "positions_seen": self.positions,
+                "flops": self.flops,
+            }
             facts |= {"taus": self.taus, "num_prompts": len(prompts)}
-            card = model_card(model.config, self.target.name, self.origin, facts, num_samples=len(self.data))
+            card = model_card(
+                model.config, self.target.name, self.origin, facts, num_samples=len(self.data)
+            )
             model.save_pretrained(self.out / "best", readme=card)
         return {"tau": tau}
 
     def _batches(self) -> list[Batch]:
         """This process's micro-batches of the step: number m of all processes' holds samples m * sequences and on."""
         c, device = self.config, self.acc.device
-        numbers = [(self.step * c.accumulate + a) * self.acc.num_processes + self.acc.process_index for a in range(c.accumulate)]
+        numbers = [
+            (self.step * c.accumulate + a) * self.acc.num_processes + self.acc.process_index
+            for a in range(c.accumulate)
+        ]
         samples = [self._samples(range(m * c.sequences, (m + 1) * c.sequences)) for m in numbers]
-        options: Any = {"min_context": c.min_context, "flex": device if device.type == "cuda" else None}
-        return [make_batch(each, self.model.config, c.anchors, c.seed, **options).to(device) for each in samples]
+        options: Any = {
+            "min_context": c.min_context,
+            "flex": device if device.type == "cuda" else None,
+        }
+        return [
+            make_batch(each, self.model.config, c.anchors, c.seed, **options).to(device)
+            for each in samples
+        ]
 
     def _begin(self, inputs: dict[str, Any]) -> None:
         """Write what says whose folder this is, and forget the steps behind the last checkpoint: they come again."""
         self.out.mkdir(parents=True, exist_ok=True)
-        write_file(self.out / "run.json", json.dumps(self.origin | {"inputs": inputs}, indent=2).encode())
+        write_file(
+            self.out / "run.json", json.dumps(self.origin | {"inputs": inputs}, indent=2).encode()
+        )
         if self.vocabulary is not None:
             write_tensors(self.out / "vocabulary.safetensors", {"tokens": self.vocabulary})
         log = self.out / "metrics.jsonl"
@@ -235,7 +323,9 @@ class Trainer:
             return
         kept = []
         for line in log.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n") and json.loads(line)["step"] <= self.step:  # a kill may cut the last one off
+            if (
+                line.endswith("\n") and json.loads(line)["step"] <= self.step
+            ):  # a kill may cut the last one off
                 kept.append(line)
         write_file(log, "".join(kept).encode())
 
@@ -244,9 +334,16 @@ class Trainer:
         if self.step == 0:
             return
         if "inputs" in self.begun:
-            check_facts(self.out, self.begun["inputs"], inputs, "name another folder, or go on with what it was begun with")
+            check_facts(
+                self.out,
+                self.begun["inputs"],
+                inputs,
+                "name another folder, or go on with what it was begun with",
+            )
         elif self.acc.is_main_process:
-            say(f"{self.out}: its run.json says nothing of its target and data; it goes on with these")
+            say(
+                f"{self.out}: its run.json says nothing of its target and data; it goes on with these"
+            )
 
     def _samples(self, numbers: Sequence[int]) -> list[tuple[int, Sample]]:
         """The samples of these numbers. If nothing can be learned from any of them, the next one from which something can."""
@@ -260,7 +357,9 @@ class Trainer:
     def _is_usable(self) -> list[bool]:
         """Of every sample: whether an anchor fits into it. The same on every process."""
         config = self.model.config
-        return [not why_no_anchor(sizes, config, self.config.min_context) for sizes in self.data.sizes()]
+        return [
+            not why_no_anchor(sizes, config, self.config.min_context) for sizes in self.data.sizes()
+        ]
 
     def _next_usable(self, number: int) -> int:
         """The number in the same epoch that follows this one, round about, and whose sample is usable."""
@@ -288,7 +387,9 @@ class Trainer:
 
     def _nothing_usable(self) -> DataError:
         hint = "regenerate longer answers, store more of them with --max-length, or lower --min-context"
-        return DataError(f"nothing can be learned from `{self.data.name}`: {self._passed_over()}", hint=hint)
+        return DataError(
+            f"nothing can be learned from `{self.data.name}`: {self._passed_over()}", hint=hint
+        )
 
     def _check(self) -> None:
         data, config = self.data, self.model.config
@@ -298,17 +399,27 @@ class Trainer:
             got = f"`{data.name}` holds layers {data.layers}, the drafter reads {config.target_layer_ids}"
             raise DataError(got, hint="run `flashdraft features` for this drafter")
         if self.config.kl + self.config.tv and not data.final:
-            raise DataError(f"`{data.name}` holds no final states", hint="run `flashdraft features` with --soft-labels")
-        odd: list[str] = [name for name in ("embed_tokens.weight", "lm_head.weight") if name in self.model.extras]
+            raise DataError(
+                f"`{data.name}` holds no final states",
+                hint="run `flashdraft features` with --soft-labels",
+            )
+        odd: list[str] = [
+            name for name in ("embed_tokens.weight", "lm_head.weight") if name in self.model.extras
+        ]
         odd += ["sliding_attention layers"] * ("sliding_attention" in config.layer_types)
         if odd:
-            raise InvalidParameter(f"the drafter has {odd[0]}, which cannot be trained here", hint="start from random weights")
+            raise InvalidParameter(
+                f"the drafter has {odd[0]}, which cannot be trained here",
+                hint="start from random weights",
+            )
 
     def _place(self, number: int) -> int:
         """Which sample of the set has this global number."""
         epoch, at = divmod(number, len(self.data))
         if epoch not in self._orders:
-            generator = torch.Generator("cpu").manual_seed((self.config.seed * 7919 + epoch) % 2**64)
+            generator = torch.Generator("cpu").manual_seed(
+                (self.config.seed * 7919 + epoch) % 2**64
+            )
             order = torch.randperm(len(self.data), generator=generator, **INTS)
             self._orders = {key: kept for key, kept in self._orders.items() if key == epoch - 1}
             self._orders[epoch] = order
@@ -336,16 +447,29 @@ class Trainer:
     def _weights(self) -> dict[str, Tensor]:
         """What is measured and kept: the weights or their moving average, whole, on every process."""
         if self.average:
-            return {n: getattr(t, "full_tensor", lambda t=t: t)().cpu() for n, t in self.average.items()}
+            return {
+                n: getattr(t, "full_tensor", lambda t=t: t)().cpu() for n, t in self.average.items()
+            }
         whole: Any = dcp.get_model_state_dict(self.net, options=_WHOLE)
         return {name.removeprefix("model."): tensor for name, tensor in whole.items()}
 
     def _save(self) -> None:
         both: Any = dcp.get_state_dict(self.net, self.optimizer.optimizer, options=_WHOLE)
         model, optimizer = both
-        flat = {f"{name}.{key}": value for name, entry in optimizer.get("state", {}).items() for key, value in entry.items()}
-        groups = {"model": model, "optimizer": flat} | ({"average": self._weights()} if self.average else {})
-        held = {"best": self.best, "positions": self.positions, "taus": self.taus, "flops": [self.flops, self.flops_a_step]}
+        flat = {
+            f"{name}.{key}": value
+            for name, entry in optimizer.get("state", {}).items()
+            for key, value in entry.items()
+        }
+        groups = {"model": model, "optimizer": flat} | (
+            {"average": self._weights()} if self.average else {}
+        )
+        held = {
+            "best": self.best,
+            "positions": self.positions,
+            "taus": self.taus,
+            "flops": [self.flops, self.flops_a_step],
+        }
         if self.acc.is_main_process:
             settings = {"config": asdict(self.config), "draft": self.model.config.to_json()}
             save_checkpoint(self.out / "checkpoints", self.step, groups, held | settings)
@@ -356,22 +480,33 @@ class Trainer:
             return
         groups, state = load_checkpoint(path)
         begun = state["config"]
-        if differing := [name for name, value in asdict(self.config).items() if name not in _FREE and begun.get(name) != value]:
+        if differing := [
+            name
+            for name, value in asdict(self.config).items()
+            if name not in _FREE and begun.get(name) != value
+        ]:
             got = f"`{self.out}` was begun with {differing[0]} {begun.get(differing[0])}"
             raise InvalidParameter(got, hint="name another folder, or the settings of its run.json")
         if state["draft"] != self.model.config.to_json():
-            raise InvalidParameter(f"`{self.out}` was begun with another draft network", hint="name another folder")
+            raise InvalidParameter(
+                f"`{self.out}` was begun with another draft network", hint="name another folder"
+            )
         ours = self.net, self.optimizer.optimizer
         entries: dict[str, dict[str, Tensor]] = {}
         for name, value in groups["optimizer"].items():
             parameter, _, key = name.rpartition(".")
             entries.setdefault(parameter, {})[key] = value
-        optimizer: Any = {"state": entries, "param_groups": dcp.get_optimizer_state_dict(*ours)["param_groups"]}
+        optimizer: Any = {
+            "state": entries,
+            "param_groups": dcp.get_optimizer_state_dict(*ours)["param_groups"],
+        }
         if self.average:  # by way of the network, which knows how it is sharded
             average = {f"model.{name}": tensor for name, tensor in groups["average"].items()}
             dcp.set_model_state_dict(self.net, average, options=_WHOLE)
             self.average = {n: p.detach().clone() for n, p in self.model.named_parameters()}
-        dcp.set_state_dict(*ours, model_state_dict=groups["model"], optim_state_dict=optimizer, options=_WHOLE)
+        dcp.set_state_dict(
+            *ours, model_state_dict=groups["model"], optim_state_dict=optimizer, options=_WHOLE
+        )
         self.step, self.positions, self.best = state["step"], state["positions"], state["best"]
         self.flops, self.flops_a_step = state["flops"]
         self.taus = [(step, tau) for step, tau in state["taus"]]
@@ -381,7 +516,11 @@ class Trainer:
             with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(figures) + "\n")
         scalars = {name: value for name, value in figures.items() if isinstance(value, float)}
-        scalars |= {f"accuracy/{k}": value for k, value in enumerate(figures["accuracy"], 1) if value is not None}
+        scalars |= {
+            f"accuracy/{k}": value
+            for k, value in enumerate(figures["accuracy"], 1)
+            if value is not None
+        }
         self.acc.log(scalars, step=figures["step"])
 
     @contextmanager
@@ -405,7 +544,9 @@ class Trainer:
             yield
         finally:
             for number, handler in old.items():
-                signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not one of Python's
+                signal.signal(
+                    number, signal.SIG_DFL if handler is None else handler
+                )  # None: not one of Python's
 
 
 def _launched_precision(config: TrainConfig) -> str:
@@ -414,7 +555,10 @@ def _launched_precision(config: TrainConfig) -> str:
     able = {"auto": ("no", "bf16"), "bf16": ("no", "bf16"), "fp32": ("no",)}[config.precision]
     if asked not in able:
         got = f"ACCELERATE_MIXED_PRECISION is {asked}, but precision is {config.precision}"
-        raise InvalidParameter(got, hint="launch with --mixed_precision no: the run's own --precision, bf16 or fp32, decides")
+        raise InvalidParameter(
+            got,
+            hint="launch with --mixed_precision no: the run's own --precision, bf16 or fp32, decides",
+        )
     return asked
 
 
@@ -423,21 +567,36 @@ def _accelerator(config: TrainConfig, out: Path) -> Accelerator:
     steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "").strip() or "1"
     if steps not in ("1", str(config.accumulate)):
         got = f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS is {steps}, but accumulate is {config.accumulate}"
-        raise InvalidParameter(got, hint=f"unset it, and give --accumulate {steps} if that is meant")
-    if (backend := os.environ.get("ACCELERATE_DYNAMO_BACKEND", "").strip()).lower() not in ("", "no"):
+        raise InvalidParameter(
+            got, hint=f"unset it, and give --accumulate {steps} if that is meant"
+        )
+    if (backend := os.environ.get("ACCELERATE_DYNAMO_BACKEND", "").strip()).lower() not in (
+        "",
+        "no",
+    ):
         got = f"ACCELERATE_DYNAMO_BACKEND is {backend}, but training is not compiled here"
         raise InvalidParameter(got, hint="launch with --dynamo_backend no")
     for name in _NOT_OURS:
         if parse_flag_from_env(name):
-            raise InvalidParameter(f"{name} is set, but training runs on one device, DDP or FSDP", hint="see recipes/accelerate")
+            raise InvalidParameter(
+                f"{name} is set, but training runs on one device, DDP or FSDP",
+                hint="see recipes/accelerate",
+            )
 
     own = GradientAccumulationPlugin(num_steps=1)
     trackers = sorted({"tensorboard", config.tracker})
     try:
-        return Accelerator(mixed_precision="no", gradient_accumulation_plugin=own, log_with=trackers, project_dir=out)
+        return Accelerator(
+            mixed_precision="no",
+            gradient_accumulation_plugin=own,
+            log_with=trackers,
+            project_dir=out,
+        )
     except ValueError as error:  # the process has an Accelerator of another kind
         hint = "train in a process of its own, as `flashdraft train` does"
-        raise FlashDraftError(f"accelerate cannot be set up: {first_line(error)}", hint=hint) from None
+        raise FlashDraftError(
+            f"accelerate cannot be set up: {first_line(error)}", hint=hint
+        ) from None
 
 
 def process_device() -> torch.device:
