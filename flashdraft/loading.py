@@ -13,7 +13,7 @@ from flashdraft import hub
 from flashdraft.decoding.ending import end_tokens
 from flashdraft.errors import CheckpointError, InvalidParameter, ModelNotFound, first_line
 from flashdraft.files import parse_json
-from flashdraft.formats.checkpoint import DraftConfig
+from flashdraft.formats.config import DraftConfig
 from flashdraft.formats.foreign import is_draft
 from flashdraft.generate import Model
 from flashdraft.methods.autoregressive import Autoregressive

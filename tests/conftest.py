@@ -27,7 +27,7 @@ from transformers import (
 from flashdraft.decoding.sampling import probabilities, uniforms
 from flashdraft.decoding.text import TextDecoder
 from flashdraft.engine import Engine, Request
-from flashdraft.formats.checkpoint import DraftConfig
+from flashdraft.formats.config import DraftConfig
 from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDraft
 from flashdraft.models.cache import SlotCache
 from flashdraft.models.hf import HFTarget

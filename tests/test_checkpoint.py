@@ -23,14 +23,12 @@ import flashdraft
 from flashdraft import DFlashDraftModel, files
 from flashdraft.errors import CheckpointError, DraftMismatch
 from flashdraft.files import write_file
-from flashdraft.formats import checkpoint
-from flashdraft.formats.checkpoint import (
-    DraftConfig,
-    check_target,
-    read_draft,
-    spread_layers,
-    write_draft,
-)
+from flashdraft.formats import parse, write
+from flashdraft.formats.config import DraftConfig
+from flashdraft.formats.match import check_target
+from flashdraft.formats.parse import spread_layers
+from flashdraft.formats.read import read_draft
+from flashdraft.formats.write import write_draft
 from flashdraft.methods.dflash import DFlashDrafter, PackedDraft
 from flashdraft.models.lean import LeanTarget
 from flashdraft.types import Rows, SamplingParams
@@ -259,7 +257,7 @@ def test_garbled_value_is_named(tmp_path: Path, case: str) -> None:
 def test_planted_fault_numbers_that_are_only_cut_are_read_as_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "_count", lambda _name, value, least=1: int(value))
+    monkeypatch.setattr(parse, "_count", lambda _name, value, least=1: int(value))
     save_zlab(tmp_path, config=config(block_size=4.5))
     assert read_draft(tmp_path)[0].block_size == 4
 
@@ -978,7 +976,7 @@ def test_new_folder_without_its_last_file_is_no_drafter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_file", unplug)
+        patch.setattr(write, "write_file", unplug)
         with pytest.raises(Unplugged):
             write_draft(tmp_path, DraftConfig.from_json(ZLAB, "here"), zlab_tensors())
     with pytest.raises(CheckpointError) as error:

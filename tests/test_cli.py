@@ -21,7 +21,7 @@ from toy_folders import ZLAB, save_target, save_zlab
 import flashdraft
 from flashdraft.cli import app, commands, main
 from flashdraft.cli.app import COMMANDS
-from flashdraft.formats.checkpoint import DraftConfig
+from flashdraft.formats.config import DraftConfig
 from flashdraft.methods.dflash import DFlashDraftModel
 
 

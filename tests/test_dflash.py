@@ -21,7 +21,7 @@ from toy_folders import ZLAB, zlab_tensors
 
 from flashdraft.decoding.tree import check
 from flashdraft.engine import Engine, Request
-from flashdraft.formats.checkpoint import DraftConfig
+from flashdraft.formats.config import DraftConfig
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDraft
 from flashdraft.models.target import Target

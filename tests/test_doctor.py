@@ -14,7 +14,7 @@ from conftest import EOS, MASK, VOCAB, tiny_model
 from torch import Tensor
 from toy_folders import letter_tokenizer
 
-from flashdraft.formats.checkpoint import DraftConfig
+from flashdraft.formats.config import DraftConfig
 from flashdraft.generate import Model
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel

@@ -15,8 +15,9 @@ from transformers import GPT2Config
 
 import flashdraft
 from flashdraft.errors import CheckpointError
-from flashdraft.formats.checkpoint import DraftConfig, read_draft
+from flashdraft.formats.config import DraftConfig
 from flashdraft.formats.foreign import is_draft
+from flashdraft.formats.read import read_draft
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -30,7 +30,7 @@ from toy_training import (
 
 from flashdraft.decoding.tree import best_first
 from flashdraft.errors import CheckpointError, InvalidParameter
-from flashdraft.formats.checkpoint import read_draft
+from flashdraft.formats.read import read_draft
 from flashdraft.generate import Model
 from flashdraft.methods import dflash
 from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDraft

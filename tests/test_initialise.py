@@ -13,7 +13,7 @@ from conftest import EOS, MASK, tiny_target
 from toy_folders import letter_tokenizer, save_target
 
 from flashdraft.errors import CheckpointError, InvalidParameter
-from flashdraft.formats.checkpoint import DraftConfig
+from flashdraft.formats.config import DraftConfig
 from flashdraft.generate import Model
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.train.batch import make_batch

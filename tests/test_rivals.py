@@ -23,7 +23,8 @@ from toy_training import one_line_and_hint
 from flashdraft.decoding.control import Control
 from flashdraft.engine import Engine
 from flashdraft.errors import CheckpointError, DraftMismatch, InvalidParameter
-from flashdraft.formats.checkpoint import DraftConfig, read_draft
+from flashdraft.formats.config import DraftConfig
+from flashdraft.formats.read import read_draft
 from flashdraft.generate import Model
 from flashdraft.loading import NETWORKS, load
 from flashdraft.methods.autoregressive import Autoregressive

@@ -24,7 +24,7 @@ import flashdraft.methods.dflash
 import flashdraft.methods.network
 from flashdraft import files
 from flashdraft.errors import CheckpointError, DataError, FlashDraftError, InvalidParameter
-from flashdraft.formats.checkpoint import DraftConfig
+from flashdraft.formats.config import DraftConfig
 from flashdraft.generate import Model
 from flashdraft.loading import load_target
 from flashdraft.methods.autoregressive import Autoregressive

@@ -14,7 +14,7 @@ from conftest import EOS, MASK, VOCAB, tiny_target
 from toy_folders import letter_tokenizer
 
 from flashdraft.errors import FlashDraftError
-from flashdraft.formats.checkpoint import DraftConfig
+from flashdraft.formats.config import DraftConfig
 from flashdraft.generate import Model
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.methods.dflash import DFlashDraftModel

@@ -18,7 +18,7 @@ from transformers import Qwen3Config
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from flashdraft.errors import ContextLengthError, DraftMismatch, UnsupportedTarget
-from flashdraft.formats.checkpoint import check_target
+from flashdraft.formats.match import check_target
 from flashdraft.loading import load_target
 from flashdraft.methods.dflash import DFlashDraftModel
 from flashdraft.models.hf import HFTarget

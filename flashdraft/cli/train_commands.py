@@ -16,7 +16,8 @@ from flashdraft.bench.tasks import named, read_prompts
 from flashdraft.cli.commands import DTYPE_HELP, TARGET_HELP, ModelOptions, Out, TargetOptions
 from flashdraft.engine import check
 from flashdraft.errors import FlashDraftError, InvalidParameter
-from flashdraft.formats.checkpoint import DraftConfig, check_target
+from flashdraft.formats.config import DraftConfig
+from flashdraft.formats.match import check_target
 from flashdraft.generate import Model
 from flashdraft.loading import DTYPES, MOST_NODES, NETWORKS, load, open_network
 from flashdraft.methods.dflash import DFlashDraftModel

@@ -21,7 +21,7 @@ from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from flashdraft.decoding.tree import NOTHING, Laws, best_first, independent, planted
-from flashdraft.formats.checkpoint import DraftConfig
+from flashdraft.formats.config import DraftConfig
 from flashdraft.methods.network import DRAFT_KERNEL, DraftHead, DraftNetwork
 from flashdraft.models import native
 from flashdraft.models.cache import SlotCache

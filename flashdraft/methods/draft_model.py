@@ -20,7 +20,8 @@ from transformers import LlamaConfig, LlamaModel
 from flashdraft.decoding.sampling import adjusted, draw, probabilities, uniforms
 from flashdraft.decoding.tree import chain
 from flashdraft.errors import DraftMismatch, InvalidParameter
-from flashdraft.formats.checkpoint import DraftConfig, check_target
+from flashdraft.formats.config import DraftConfig
+from flashdraft.formats.match import check_target
 from flashdraft.methods.network import DRAFT_KERNEL, DraftNetwork, network_shape
 from flashdraft.models.lean import LeanTarget
 from flashdraft.models.target import Target

@@ -20,7 +20,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from flashdraft.decoding.tree import NOTHING, Nodes, planted
 from flashdraft.errors import DraftMismatch
-from flashdraft.formats.checkpoint import DraftConfig
+from flashdraft.formats.config import DraftConfig
 from flashdraft.methods.network import DraftHead, DraftNetwork
 from flashdraft.models.cache import SlotCache
 from flashdraft.models.decoder import Block

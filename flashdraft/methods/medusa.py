@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flashdraft.decoding.tree import NOTHING, best_first, independent, planted
-from flashdraft.formats.checkpoint import DraftConfig
+from flashdraft.formats.config import DraftConfig
 from flashdraft.methods.network import DraftHead, DraftNetwork
 from flashdraft.models.target import Target
 from flashdraft.process import FLOATS, INTS, serial, undisturbed

@@ -20,13 +20,10 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from flashdraft import hub
 from flashdraft.errors import CheckpointError, DraftMismatch, first_line
-from flashdraft.formats.checkpoint import (
-    OPTIONAL,
-    DraftConfig,
-    check_target,
-    read_draft,
-    write_draft,
-)
+from flashdraft.formats.config import OPTIONAL, DraftConfig
+from flashdraft.formats.match import check_target
+from flashdraft.formats.read import read_draft
+from flashdraft.formats.write import write_draft
 from flashdraft.models import native
 from flashdraft.models.layers import ROPE_TYPES, Linear, Rotary, pack, rotary_of, rotary_table
 from flashdraft.models.target import Target
@@ -41,7 +38,7 @@ DRAFT_KERNEL = "int8"  # a draft may be rounded: that can cost accepted length, 
 
 
 class DraftNetwork(nn.Module):
-    """A draft network; its modules carry the tensor names of its method's published format (checkpoint.py)."""
+    """A draft network; its modules carry the tensor names of its method's published format (formats/config.py)."""
 
     method: str
     frequencies: dict[

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from flashdraft.errors import CheckpointError, DataError
-from flashdraft.formats.checkpoint import DraftConfig
+from flashdraft.formats.config import DraftConfig
 from flashdraft.methods.dflash import DFlashDraftModel
 from flashdraft.methods.draft_model import CutDraftModel
 from flashdraft.methods.eagle3 import Eagle3DraftModel

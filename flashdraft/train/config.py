@@ -21,7 +21,7 @@ from torch import Tensor
 import flashdraft
 from flashdraft.errors import DataError, FlashDraftError, InvalidParameter
 from flashdraft.files import check_facts, output_folder, parse_json, say, write_file, write_tensors
-from flashdraft.formats.checkpoint import DraftConfig
+from flashdraft.formats.config import DraftConfig
 from flashdraft.types import HIGHEST, check_options, option, require
 
 __all__ = [

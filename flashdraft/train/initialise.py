@@ -15,7 +15,8 @@ from torch import Tensor
 
 from flashdraft import hub
 from flashdraft.errors import CheckpointError, InvalidParameter
-from flashdraft.formats.checkpoint import DraftConfig, spread_layers
+from flashdraft.formats.config import DraftConfig
+from flashdraft.formats.parse import spread_layers
 from flashdraft.loading import NETWORKS
 from flashdraft.methods.dflash import DFlashDraftModel
 from flashdraft.methods.network import DraftNetwork
