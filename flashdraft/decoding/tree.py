@@ -6,6 +6,7 @@ Knows node indices only. Does not know what their tokens mean, who proposed them
 
 from collections.abc import Mapping, Sequence
 from heapq import heappop, heappush
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from flashdraft.types import Proposal
 
 __all__ = [
     "NOTHING",
+    "Law",
     "Laws",
     "Nodes",
     "alone",
@@ -28,13 +30,17 @@ __all__ = [
 ]
 
 
-Nodes = tuple[
-    list[int], list[int], list[float]
-]  # behind the anchor: tokens, parents, log-confidence given the parent
-Laws = Mapping[
-    int, tuple[Sequence[int], Sequence[float]]
-]  # one depth's: token before -> tokens, log-probabilities, descending
-NOTHING: Nodes = ([], [], [])
+class Nodes(NamedTuple):
+    """What grew behind one anchor, parents before children; the anchor itself is node 0 and not in the lists."""
+
+    tokens: list[int]
+    parents: list[int]
+    scores: list[float]  # log-confidence, given the parent
+
+
+NOTHING = Nodes([], [], [])
+Law = tuple[Sequence[int], Sequence[float]]  # tokens and their log-probabilities, descending
+Laws = Mapping[int, Law]  # of one depth, by the token before
 
 
 def chain(num_nodes: int) -> Tensor:
@@ -43,15 +49,23 @@ def chain(num_nodes: int) -> Tensor:
 
 
 def ancestors(parents: Tensor) -> Tensor:
-    """What a node sees, itself and its ancestors: [rows, nodes] -> bool [rows, nodes, nodes]; at [r, i, j]: i sees j."""
-    nodes = torch.arange(parents.shape[1], dtype=torch.int64, device=parents.device)
-    if bool((parents == nodes - 1).all()):  # chains; a prompt is one
-        return (nodes[:, None] >= nodes).expand(len(parents), -1, -1)
-    visible = torch.zeros(*parents.shape, len(nodes), dtype=torch.bool, device=parents.device)
+    """What a node sees: itself and its ancestors.
+
+    parents: [rows, nodes]. Returns bool [rows, nodes, nodes]; at [r, i, j]: node i sees node j.
+    """
+    num_rows, num_nodes = parents.shape
+    nodes = torch.arange(num_nodes, dtype=torch.int64, device=parents.device)
+    all_chains = bool((parents == nodes - 1).all())  # a prompt is one
+    if all_chains:
+        triangle = nodes[:, None] >= nodes
+        return triangle.expand(num_rows, -1, -1)
+
+    visible = torch.zeros(num_rows, num_nodes, num_nodes, dtype=torch.bool, device=parents.device)
     above = nodes.expand_as(parents)
     for _ in nodes:  # never more climbs than nodes, even if `parents` were wrong
         visible |= above[:, :, None] == nodes
-        above = torch.where(above < 0, above, parents.gather(1, above.clamp(min=0)))
+        one_higher = parents.gather(1, above.clamp(min=0))
+        above = torch.where(above < 0, above, one_higher)
         if bool((above < 0).all()):
             break
     return visible
@@ -65,34 +79,56 @@ def depths(parents: Tensor) -> Tensor:
 def independent(
     anchor: int, tokens: Sequence[Sequence[int]], scores: Sequence[Sequence[float]]
 ) -> list[Laws]:
-    """The laws of depths that do not see each other, from each depth's tokens and log-probabilities."""
-    return [
-        dict.fromkeys(before, own)
-        for before, own in zip(
-            [[anchor], *tokens[:-1]], zip(tokens, scores, strict=True), strict=True
-        )
-    ]
+    """The laws of depths that do not see each other: whatever token came before, a depth's law is the same.
+
+    tokens, scores: of each depth, the likeliest tokens and their log-probabilities, descending.
+    """
+    laws: list[Laws] = []
+    before: Sequence[int] = [anchor]
+    for own_tokens, own_scores in zip(tokens, scores, strict=True):
+        law = (own_tokens, own_scores)
+        laws.append(dict.fromkeys(before, law))
+        before = own_tokens
+    return laws
+
+
+class _Path(NamedTuple):
+    """A path that could be taken next, as the heap sorts it: the likeliest one first, the shallower one among equals."""
+
+    cost: float  # its negative log-probability
+    depth: int  # of its last node, from 0 for the first one behind the anchor
+    rank: int  # of its last token within its law
+    parent: int  # node index
+    law: Law
 
 
 def best_first(anchor: int, laws: Sequence[Laws], count: int) -> Nodes:
-    """The `count` nodes behind the anchor with the likeliest paths: their tokens, parents and own scores, likeliest first.
+    """The `count` nodes behind the anchor whose paths are the likeliest, likeliest first.
 
-    laws: of each depth from 1 on; behind a token that they do not know nothing grows. A prefix of the result is the best smaller
-    tree; with one token a law it is a chain.
+    laws: of each depth from 1 on; behind a token that they do not know nothing grows. A prefix of the result is the best
+    smaller tree; with one token a law it is a chain.
     """
-    first, nodes = laws[0][anchor], list[tuple[int, int, float]]()
-    heap = [(-first[1][0], 0, 0, 0, first)]  # of a path: -log-probability, depth, rank, parent, law
-    while heap and len(nodes) < count:
-        cost, depth, rank, parent, (tokens, scores) = heappop(heap)
-        nodes.append((tokens[rank], parent, scores[rank]))
-        if rank + 1 < len(tokens):
-            heappush(
-                heap,
-                (cost + scores[rank] - scores[rank + 1], depth, rank + 1, parent, (tokens, scores)),
-            )
-        if depth + 1 < len(laws) and (below := laws[depth + 1].get(tokens[rank])):
-            heappush(heap, (cost - below[1][0], depth + 1, 0, len(nodes), below))
-    return [node[0] for node in nodes], [node[1] for node in nodes], [node[2] for node in nodes]
+    nodes = Nodes([], [], [])
+    first = laws[0][anchor]
+    heap = [_Path(-first[1][0], 0, 0, 0, first)]
+    while heap and len(nodes.tokens) < count:
+        cost, depth, rank, parent, law = heappop(heap)
+        tokens, scores = law
+        nodes.tokens.append(tokens[rank])
+        nodes.parents.append(parent)
+        nodes.scores.append(scores[rank])
+
+        has_sibling = rank + 1 < len(tokens)
+        if has_sibling:
+            sibling_cost = cost + scores[rank] - scores[rank + 1]
+            heappush(heap, _Path(sibling_cost, depth, rank + 1, parent, law))
+
+        is_last_depth = depth + 1 == len(laws)
+        below = None if is_last_depth else laws[depth + 1].get(tokens[rank])
+        if below:
+            node = len(nodes.tokens)
+            heappush(heap, _Path(cost - below[1][0], depth + 1, 0, node, below))
+    return nodes
 
 
 def alone(anchors: Sequence[int]) -> Proposal:
@@ -102,18 +138,23 @@ def alone(anchors: Sequence[int]) -> Proposal:
 
 
 def planted(anchors: Sequence[int], grown: Sequence[Nodes]) -> Proposal:
-    """One proposal of chosen nodes from what was grown behind every anchor."""
-    rows = [
-        ([a, *own], [-1, *above], [0.0, *scores])
-        for a, (own, above, scores) in zip(anchors, grown, strict=True)
-    ]
-    width = max(len(own) for own, _, _ in rows)
-    above = [*range(-1, width - 1)]
-    tokens = torch.tensor([own + [0] * (width - len(own)) for own, _, _ in rows], **INTS)
-    parents = torch.tensor([own + above[len(own) :] for _, own, _ in rows], **INTS)
-    scores = torch.tensor([own + [0.0] * (width - len(own)) for _, _, own in rows], **FLOATS)
-    sizes = torch.tensor([len(own) for own, _, _ in rows], **INTS)
-    return Proposal(tokens, parents, sizes, scores)
+    """One proposal of chosen nodes from what grew behind every anchor. Padding hangs on as a chain."""
+    sizes = [1 + len(nodes.tokens) for nodes in grown]
+    width = max(sizes)
+    padded_tokens = []
+    padded_parents = []
+    padded_scores = []
+    for anchor, nodes, size in zip(anchors, grown, sizes, strict=True):
+        padding = width - size
+        padded_tokens.append([anchor, *nodes.tokens, *[0] * padding])
+        padded_parents.append([-1, *nodes.parents, *range(size - 1, width - 1)])
+        padded_scores.append([0.0, *nodes.scores, *[0.0] * padding])
+    return Proposal(
+        tokens=torch.tensor(padded_tokens, **INTS),
+        parents=torch.tensor(padded_parents, **INTS),
+        sizes=torch.tensor(sizes, **INTS),
+        scores=torch.tensor(padded_scores, **FLOATS),
+    )
 
 
 def check(proposal: Proposal) -> None:
@@ -123,36 +164,43 @@ def check(proposal: Proposal) -> None:
     with the law they were drawn from, which must give their token some mass. What it can't see: that siblings were drawn
     without replacement, and that none was dropped for its own token's sake.
     """
-    tokens, parents, sizes = proposal.tokens, proposal.parents, proposal.sizes
-    num_rows, num_nodes = tokens.shape
-    assert parents.shape == tokens.shape, (
-        f"parents {tuple(parents.shape)} do not fit tokens {tuple(tokens.shape)}"
-    )
-    assert sizes.shape == (num_rows,), f"sizes {tuple(sizes.shape)} for {num_rows} rows"
-    for own, above, size in zip(tokens.tolist(), parents.tolist(), sizes.tolist(), strict=True):
-        assert 1 <= size <= num_nodes, f"sizes {sizes.tolist()} outside 1..{num_nodes}"
-        assert above[0] == -1, "node 0 is not a root"
-        assert all(-1 <= parent < node for node, parent in enumerate(above)), (
-            "a parent that does not precede its child"
-        )
-        assert -1 not in above[1:size], "a second root"
-        assert len(set(zip(above[1:size], own[1:size], strict=True))) == size - 1, (
-            "siblings with the same token"
-        )
+    _check_shapes(proposal)
+    num_nodes = proposal.num_nodes
+    sizes = proposal.sizes.tolist()
+    rows = zip(proposal.tokens.tolist(), proposal.parents.tolist(), sizes, strict=True)
+    for tokens, parents, size in rows:
+        assert 1 <= size <= num_nodes, f"sizes {sizes} outside 1..{num_nodes}"
+        assert parents[0] == -1, "node 0 is not a root"
+        for node, parent in enumerate(parents):
+            assert -1 <= parent < node, "a parent that does not precede its child"
+        assert -1 not in parents[1:size], "a second root"
+        children = set(zip(parents[1:size], tokens[1:size], strict=True))
+        assert len(children) == size - 1, "siblings with the same token"
+    if proposal.drawn is not None:
+        _check_drawn(proposal, proposal.drawn)
+
+
+def _check_shapes(proposal: Proposal) -> None:
+    shape = tuple(proposal.tokens.shape)
+    parents, sizes = tuple(proposal.parents.shape), tuple(proposal.sizes.shape)
+    assert parents == shape, f"parents {parents} do not fit tokens {shape}"
+    assert sizes == shape[:1], f"sizes {sizes} for {shape[0]} rows"
     for name, values in (("scores", proposal.scores), ("drawn", proposal.drawn)):
-        assert values is None or values.shape == tokens.shape, (
-            f"{name} do not fit tokens {tuple(tokens.shape)}"
-        )
-    if proposal.drawn is None:
-        return
-    real = torch.arange(num_nodes, dtype=torch.int64, device=tokens.device) < sizes[:, None]
-    row, node = (proposal.drawn & real).nonzero(as_tuple=True)
+        fits = values is None or tuple(values.shape) == shape
+        assert fits, f"{name} do not fit tokens {shape}"
+
+
+def _check_drawn(proposal: Proposal, drawn: Tensor) -> None:
+    tokens, parents = proposal.tokens, proposal.parents
+    nodes = torch.arange(proposal.num_nodes, dtype=torch.int64, device=tokens.device)
+    is_real = nodes < proposal.sizes[:, None]
+    row, node = (drawn & is_real).nonzero(as_tuple=True)
     if not len(row):
         return
+
     assert proposal.probs is not None, "drawn nodes without their law"
-    assert proposal.probs.shape[:2] == tokens.shape, (
-        f"probs do not fit tokens {tuple(tokens.shape)}"
-    )
-    assert not bool(proposal.drawn[:, 0].any()), "the anchor is not drawn"
+    fits = proposal.probs.shape[:2] == tokens.shape
+    assert fits, f"probs do not fit tokens {tuple(tokens.shape)}"
+    assert not bool(drawn[:, 0].any()), "the anchor is not drawn"
     mass = proposal.probs[row, parents[row, node], tokens[row, node]]
     assert bool((mass > 0).all()), "a drawn token to which its law gives no mass"

@@ -293,7 +293,7 @@ def _kept(found: list[_Found], budget: int) -> Nodes:
     """The likeliest nodes. No parent is less likely than its child, and its number is lower: it is kept and stands before it."""
     best = sorted(found)[:budget]
     place = {-1: 0} | {number: i for i, (_, number, _, _, _) in enumerate(best, 1)}
-    return (
+    return Nodes(
         [token for *_, token, _ in best],
         [place[parent] for _, _, parent, _, _ in best],
         [score for *_, score in best],

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashdraft.decoding.tree import NOTHING, best_first, independent, planted
+from flashdraft.decoding.tree import NOTHING, Nodes, best_first, independent, planted
 from flashdraft.formats.config import DraftConfig
 from flashdraft.methods.network import DraftHead, DraftNetwork
 from flashdraft.models.target import Target
@@ -108,7 +108,7 @@ class MedusaDrafter(Drafter):
             depth, found[0].shape[-1], min(self.tree_nodes or depth + 1, max_nodes) - 1
         )
         laws = zip(*(t.flatten(1)[:, places].tolist() for t in found), strict=True)
-        return planted(rows.anchors, [(tokens, parents, scores) for tokens, scores in laws])
+        return planted(rows.anchors, [Nodes(tokens, parents, scores) for tokens, scores in laws])
 
     def end(self, rows: Rows) -> None:
         for slot in rows.slots:

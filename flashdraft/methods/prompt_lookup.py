@@ -56,7 +56,7 @@ class PromptLookup(Drafter):
         for slot, history in zip(rows.slots, rows.histories, strict=True):
             index = self._indices.setdefault(slot, NgramIndex(self.max_ngram))
             draft = index.draft(history, count)
-            chains.append((draft, list(range(len(draft))), [0.0] * len(draft)))
+            chains.append(Nodes(draft, list(range(len(draft))), [0.0] * len(draft)))
         return replace(planted(rows.anchors, chains), scores=None)  # how sure they are is not known
 
     def end(self, rows: Rows) -> None:

@@ -72,7 +72,7 @@ def merge(trees: Sequence[Nodes], count: int) -> Nodes:
         :count
     ]  # stable: parents stay before their children
     places = {path: node for node, path in enumerate([(), *order])}
-    return (
+    return Nodes(
         [path[-1] for path in order],
         [places[path[:-1]] for path in order],
         [scores[path] for path in order],
@@ -92,6 +92,6 @@ def _nodes(proposal: Proposal) -> list[Nodes]:
     )
     lists = (t.tolist() for t in (proposal.tokens, proposal.parents, scores, proposal.sizes))
     return [
-        (own[1:size], parents[1:size], sure[1:size])
+        Nodes(own[1:size], parents[1:size], sure[1:size])
         for own, parents, sure, size in zip(*lists, strict=True)
     ]
