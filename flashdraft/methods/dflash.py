@@ -17,8 +17,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Qwen3Config
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from flashdraft.decoding.tree import NOTHING, Laws, best_first, independent, planted
 from flashdraft.formats.config import DraftConfig
@@ -27,6 +25,7 @@ from flashdraft.models import native
 from flashdraft.models.cache import SlotCache
 from flashdraft.models.decoder import Block, CompiledStep, Decoder
 from flashdraft.models.layers import RMSNorm, SwigluHead, apply_rotary, pack, swiglu
+from flashdraft.models.modules import MLP, Attention
 from flashdraft.models.target import Target
 from flashdraft.process import BOOLS, FLOATS, INTS, serial, undisturbed
 from flashdraft.types import Drafter, Proposal, Rows
@@ -38,22 +37,22 @@ _LIKELY = 64  # tokens among which a corrected state chooses
 _PATHS = 3  # of a depth whose tokens a tree goes on from, where each token sees the one before it
 
 
-class _Layer(Qwen3DecoderLayer):
-    """Qwen3's modules, but for the norms; they are called one by one, since the context joins in between."""
+class _Layer(nn.Module):
+    """A Qwen3 block's modules; they are called one by one, since the context joins in between."""
 
-    self_attn: Any
-    input_layernorm: Any
-    post_attention_layernorm: Any
-
-    def __init__(self, qwen3: Qwen3Config, index: int) -> None:
-        super().__init__(qwen3, index)
-        hidden, head, eps = qwen3.hidden_size, qwen3.head_dim, qwen3.rms_norm_eps
-        self.input_layernorm, self.post_attention_layernorm = (
-            RMSNorm(hidden, eps),
-            RMSNorm(hidden, eps),
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            eps=config.rms_norm_eps,
+            bias=config.attention_bias,
         )
-        self.self_attn.q_norm, self.self_attn.k_norm = RMSNorm(head, eps), RMSNorm(head, eps)
-        self.float()  # theirs are of the process's default dtype
+        self.mlp = MLP(config.hidden_size, config.intermediate_size)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def queries(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """[n, hidden] -> [n, heads, head_dim]"""
@@ -84,8 +83,8 @@ class DFlashDraftModel(DraftNetwork):
             **FLOATS,
         )
         self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        qwen3 = self.add_rotary()
-        self.layers = nn.ModuleList(_Layer(qwen3, n) for n in range(config.num_hidden_layers))
+        self.add_rotary()
+        self.layers = nn.ModuleList(_Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if config.sequential_head is not None:
             self.add_head(config.sequential_head, config.head_rank)

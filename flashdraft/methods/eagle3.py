@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from flashdraft.decoding.tree import NOTHING, Nodes, planted
 from flashdraft.errors import DraftMismatch
@@ -25,6 +24,7 @@ from flashdraft.methods.network import DraftHead, DraftNetwork
 from flashdraft.models.cache import SlotCache
 from flashdraft.models.decoder import Block
 from flashdraft.models.layers import RMSNorm, apply_rotary
+from flashdraft.models.modules import MLP
 from flashdraft.models.target import Target
 from flashdraft.process import BOOLS, FLOATS, INTS, serial, undisturbed
 from flashdraft.types import Drafter, Proposal, Rows
@@ -86,7 +86,8 @@ class Eagle3DraftModel(DraftNetwork):
             name: RMSNorm(h, config.rms_norm_eps)
             for name in ("input_layernorm", "hidden_norm", "post_attention_layernorm")
         }
-        mlp = Qwen3MLP(self.add_rotary()).float()  # theirs are of the process's default dtype
+        self.add_rotary()
+        mlp = MLP(h, config.intermediate_size)
         self.midlayer: Any = nn.ModuleDict(
             {"self_attn": nn.ModuleDict(attention), "mlp": mlp, **norms}
         )

@@ -15,8 +15,6 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Qwen3Config
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from flashdraft import hub
 from flashdraft.errors import CheckpointError, DraftMismatch, first_line
@@ -26,6 +24,7 @@ from flashdraft.formats.read import read_draft
 from flashdraft.formats.write import write_draft
 from flashdraft.models import native
 from flashdraft.models.layers import ROPE_TYPES, Linear, Rotary, pack, rotary_of, rotary_table
+from flashdraft.models.modules import Frequencies, rotary_frequencies
 from flashdraft.models.target import Target
 from flashdraft.process import BOOLS, INTS, undisturbed
 from flashdraft.types import Drafter
@@ -41,9 +40,7 @@ class DraftNetwork(nn.Module):
     """A draft network; its modules carry the tensor names of its method's published format (formats/config.py)."""
 
     method: str
-    frequencies: dict[
-        str, tuple[Tensor, float]
-    ]  # by kind of layer, where a method has positions: see `add_rotary`
+    frequencies: dict[str, Frequencies]  # by kind of layer, where a method has positions
 
     def __init__(self, config: DraftConfig) -> None:
         super().__init__()
@@ -105,25 +102,26 @@ class DraftNetwork(nn.Module):
         self.extras |= {"d2t": tokens - torch.arange(len(tokens), **INTS), "t2d": known}
         self.config = replace(self.config, draft_vocab_size=len(tokens))
 
-    def add_rotary(self) -> Qwen3Config:
-        """The frequencies that `rotary` reads; returns what transformers needs to know for the parts that are Qwen3's own."""
+    def add_rotary(self) -> None:
+        """Make the frequencies that `rotary` reads, one for each kind of layer. Raises CheckpointError."""
         self.frequencies = {}
         for layers, rope in self.config.ropes.items():
-            kind = rope.get("rope_type", "default")
-            if kind not in ROPE_TYPES:
-                known = f"known: {', '.join(ROPE_TYPES)}"
-                raise CheckpointError(
-                    f"rotary scaling {kind!r} is not supported in a drafter", hint=known
-                )
-            try:
-                made = Qwen3RotaryEmbedding(Qwen3Config(**network_shape(self.config, rope)))
-            except (KeyError, TypeError, ValueError) as error:
-                got = f"rotary scaling {kind!r} lacks or garbles {first_line(error)}"
-                raise CheckpointError(
-                    got, hint="rope_parameters in its config.json are damaged"
-                ) from None
-            self.frequencies[layers] = made.inv_freq, float(made.attention_scaling)
-        return Qwen3Config(**network_shape(self.config, next(iter(self.config.ropes.values()))))
+            self.frequencies[layers] = self._frequencies({"rope_type": "default", **rope})
+
+    def _frequencies(self, rope: Mapping[str, Any]) -> Frequencies:
+        kind = rope["rope_type"]
+        if kind not in ROPE_TYPES:
+            raise CheckpointError(
+                f"rotary scaling {kind!r} is not supported in a drafter",
+                hint=f"known: {', '.join(ROPE_TYPES)}",
+            )
+        try:
+            return rotary_frequencies(network_shape(self.config, rope))
+        except (KeyError, TypeError, ValueError) as error:
+            got = f"rotary scaling {kind!r} lacks or garbles {first_line(error)}"
+            raise CheckpointError(
+                got, hint="rope_parameters in its config.json are damaged"
+            ) from None
 
     def rotary(self, positions: Tensor, kind: str | None = None) -> tuple[Tensor, Tensor]:
         """What `apply_rotary` takes for [n, heads, head_dim] at positions [n]; kind: of layer, where they differ."""
