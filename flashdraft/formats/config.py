@@ -1,31 +1,33 @@
-"""What a drafter's config.json says: the shape of its network and what it reads from its target.
+"""What a drafter's config.json says: the shape of its network, and what it reads from its target.
 
-DFlash: z-lab's config.json (Qwen3's keys, `block_size`, `dflash_config`) and model.safetensors (11 tensors a layer and 3 more).
-EAGLE-3: SafeAILab's and SpecForge's names; their configs say nothing of the target's depth, which ours add. Medusa: heads
-alone. Native format is served format. Knows names and shapes; does not know files, nor how a drafter runs.
+DFlash: z-lab's config.json (Qwen3's keys, `block_size`, `dflash_config`) and model.safetensors
+(11 tensors a layer and 3 more). EAGLE-3: SafeAILab's and SpecForge's names; their configs say
+nothing of the target's depth, which ours add. Medusa: heads alone. The format that training writes
+is the one that the big engines serve. Knows keys, names and shapes; does not know files
+(`read`, `write`), what else published folders may say (`parse`), nor how a drafter runs.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import NamedTuple, Self
 
 from flashdraft.errors import CheckpointError
-from flashdraft.formats.foreign import refuse_config
-from flashdraft.formats.parse import (
-    KINDS,
-    _count,
-    _dtype,
-    _masks,
-    _method_of,
-    _reads,
-    _rope,
-    _scales,
-    _sizes,
-)
+from flashdraft.formats.foreign import Json, refuse_config
+from flashdraft.formats.parse import KINDS, Fields, fields_of, method_of
 from flashdraft.models.layers import scaled_length
 
-__all__ = ["OPTIONAL", "DraftConfig"]
+__all__ = ["OPTIONAL", "DraftConfig", "LayerMask"]
 
+OPTIONAL = ("embed_tokens.weight", "lm_head.weight", "d2t", "t2d")  # tensors that a file may hold
+
+Shape = tuple[int, ...]
+
+_TITLES = {
+    "dflash": "DFlash",
+    "eagle3": "EAGLE-3",
+    "medusa": "Medusa",
+    "draft_model": "draft_model",
+}
 _FIXED = {  # by method: what its config.json always says
     "dflash": {
         "architectures": ["DFlashDraftModel"],
@@ -48,13 +50,22 @@ _FIXED = {  # by method: what its config.json always says
         "tie_word_embeddings": True,
     },
 }
-OPTIONAL = ("embed_tokens.weight", "lm_head.weight", "d2t", "t2d")  # tensors that a file may hold
-_TITLES = {
-    "dflash": "DFlash",
-    "eagle3": "EAGLE-3",
-    "medusa": "Medusa",
-    "draft_model": "draft_model",
-}
+_SIZES = (  # in the order in which config.json has them
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
+
+
+class LayerMask(NamedTuple):
+    """What a layer's attention shows of a block."""
+
+    window: int | None  # None: everything
+    causal: bool  # whether a position sees only those before it
 
 
 @dataclass(frozen=True)
@@ -70,201 +81,227 @@ class DraftConfig:
     vocab_size: int
     block_size: int  # anchor and masks
     mask_token_id: int
-    target_layer_ids: tuple[
-        int, ...
-    ]  # 0-based: the outputs of these target layers are the features
+    target_layer_ids: tuple[int, ...]  # 0-based: these layers' outputs are the features
     num_target_layers: int  # 0: not said
     rms_norm_eps: float = 1e-6
-    rope_parameters: Mapping[str, Any] = field(
+    rope_parameters: Json = field(  # or by kind of layer
         default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0}
-    )  # or by kind
+    )
     max_position_embeddings: int = 2048
     layer_types: tuple[str, ...] = ()  # per layer; empty: full attention in all
     sliding_window: int | None = None
-    causal: bool | None = (
-        None  # of all layers, inside a block; None: sliding layers are, full ones are not
-    )
+    # Of all layers, inside a block; None: sliding layers are causal, full ones are not.
+    causal: bool | None = None
     input_embedding_scale: float = 1.0  # of the block's embeddings
     output_multiplier: float = 1.0  # of the logits
-    final_logit_softcapping: float | None = None  # behind it; None: the target's own
+    final_logit_softcapping: float | None = None  # behind the multiplier; None: the target's own
     norm_before_residual: bool = False  # eagle3: the residual is the normed state
     norm_output: bool = False  # eagle3: the state that is fed back is normed
     tied_head: bool = False  # eagle3: its lm_head is its own embedding
     attention_bias: bool = False
     draft_vocab_size: int | None = None  # rows of the reduced vocabulary d2t, if there is one
     dtype: str = "bfloat16"
-    sequential_head: str | None = (
-        None  # an addition of ours: `swiglu` (layers.py); not in the plain format
-    )
+    # An addition of ours, not in the plain format: `swiglu` (models/layers.py).
+    sequential_head: str | None = None
     head_rank: int = 64
     method: str = "dflash"
 
     @classmethod
-    def from_json(cls, config: Mapping[str, Any], where: str) -> Self:
+    def from_json(cls, config: Json, where: str) -> Self:
         """Read config.json. Raises CheckpointError naming the missing or foreign key."""
         refuse_config(config, where)
+
         method = "dflash"
         try:
-            method = _method_of(config)
-            own = config.get("flashdraft_config") or {}
-            given = _sizes(config, method)
-            given |= _masks(config, method, where)
-            kinds = given["layer_types"] or ("full_attention",)
-            given["rope_parameters"] = _rope(config, kinds, where)
-            given |= _reads(config, method, where)
-            given |= _scales(config, method, where)
-            return cls(
-                **given,
-                dtype=_dtype(config),
-                sequential_head=own.get("sequential_head"),
-                head_rank=_count("head_rank", own.get("head_rank", 64)),
-                method=method,
+            method = method_of(config)
+            return cls(**fields_of(config, method, where))
+        except KeyError as error:
+            hint = (
+                "a drafter's config.json has block_size and dflash_config with mask_token_id "
+                "and target_layer_ids"
             )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise _garbled(method, error, where, hint=hint) from None
+        except (AttributeError, TypeError, ValueError) as error:
             hint = "mend its config.json, or fetch it again"
-            if isinstance(error, KeyError):
-                hint = "a drafter's config.json has block_size and dflash_config with mask_token_id and target_layer_ids"
-            got = f"`{where}` is not a {_TITLES.get(method, method)} drafter: its config lacks or garbles {error}"
-            raise CheckpointError(got, hint=hint) from None
+            raise _garbled(method, error, where, hint=hint) from None
 
     @property
-    def masks(self) -> tuple[tuple[int | None, bool], ...]:
+    def masks(self) -> tuple[LayerMask, ...]:
         """Of every layer: its window, if there is one, and whether it is causal inside a block."""
         masks = []
         for kind in self.layer_types or ("full_attention",) * self.num_hidden_layers:
             sliding = kind == "sliding_attention"
+            window = self.sliding_window if sliding else None
             causal = sliding if self.causal is None else self.causal
-            masks.append((self.sliding_window if sliding else None, causal))
+            masks.append(LayerMask(window, causal))
         return tuple(masks)
 
     @property
-    def ropes(self) -> dict[str, Mapping[str, Any]]:
+    def ropes(self) -> dict[str, Json]:
         """Rotary parameters by kind of layer; one kind where all layers have the same."""
-        nested = {
-            kind: self.rope_parameters[kind] for kind in KINDS if kind in self.rope_parameters
-        }
-        return nested or {"full_attention": self.rope_parameters}
+        by_kind: dict[str, Json] = {}
+        for kind in KINDS:
+            if kind in self.rope_parameters:
+                by_kind[kind] = self.rope_parameters[kind]
+
+        if not by_kind:
+            return {"full_attention": self.rope_parameters}
+        return by_kind
 
     @property
     def trained_length(self) -> int:
-        """The positions that it was trained on, rotary scaling included; it drafts beyond them, too."""
-        return min(
-            scaled_length(self.max_position_embeddings, rope) for rope in self.ropes.values()
-        )
+        """Positions that it was trained on, rotary scaling included; it drafts beyond them, too."""
+        limit = self.max_position_embeddings
+        return min(scaled_length(limit, rope) for rope in self.ropes.values())
 
-    def to_json(self) -> dict[str, Any]:
-        """config.json as the method's authors write it; what theirs leave out stands in `flashdraft_config`."""
-        config: dict[str, Any] = _FIXED[self.method] | {"hidden_act": "silu"} | vars(self)
-        del config["method"]
-        special = {
-            "mask_token_id": config.pop("mask_token_id"),
-            "target_layer_ids": list(config.pop("target_layer_ids")),
-        }
-        rope = dict(config.pop("rope_parameters"))
-        if len(self.ropes) > 1:
-            config["rope_parameters"] = {kind: dict(own) for kind, own in self.ropes.items()}
-        else:
-            config["rope_theta"] = rope.pop("rope_theta")
-            config["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
-        self._write_rare(config, special)
-        own = {name: config.pop(name) for name in ("sequential_head", "head_rank")}
-        if self.method == "dflash":
-            config["use_sliding_window"] = self.sliding_window is not None
-            config["layer_types"] = (
-                list(self.layer_types) or ["full_attention"] * self.num_hidden_layers
-            )
-            config["dflash_config"] = special
-        else:
-            for name in ("layer_types", "sliding_window"):
-                del config[name]
-            own = (
-                {name: config.pop(name) for name in ("block_size", "num_target_layers")}
-                | special
-                | {"method": self.method}
-            )
-        if self.method == "eagle3":  # the inputs of blocks are the outputs of those before
-            config["eagle_config"] = {
-                "eagle_aux_hidden_state_layer_ids": [i + 1 for i in self.target_layer_ids]
-            }
-        if self.sequential_head is not None or self.method != "dflash":
-            config["flashdraft_config"] = own
-        if self.draft_vocab_size is None:
-            del config["draft_vocab_size"]
-        return config
-
-    def _write_rare(self, config: dict[str, Any], special: dict[str, Any]) -> None:
-        """What few folders have is written only where it says something."""
-        if (causal := config.pop("causal")) is not None:
-            config["is_causal"] = causal
-        for name, nothing in (
-            ("input_embedding_scale", 1.0),
-            ("output_multiplier", 1.0),
-            ("final_logit_softcapping", None),
-        ):
-            value = config.pop(name)
-            if value != nothing:
-                place = special if self.method == "dflash" else config
-                place[name] = value
-        for name in ("norm_before_residual", "norm_output"):
-            if not config[name]:
-                del config[name]
-        if config.pop("tied_head"):
+    def to_json(self) -> Fields:
+        """config.json as the method's authors write it; what theirs leaves out stands in
+        `flashdraft_config`. The order of the keys is part of the file."""
+        is_dflash = self.method == "dflash"
+        config: Fields = {**_FIXED[self.method], "hidden_act": "silu"}
+        if self.tied_head:
             config["tie_word_embeddings"] = True
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+        for name in _SIZES:
+            config[name] = getattr(self, name)
+        if is_dflash:
+            config["block_size"] = self.block_size
+            config["num_target_layers"] = self.num_target_layers
+        config["rms_norm_eps"] = self.rms_norm_eps
+        config["max_position_embeddings"] = self.max_position_embeddings
+        if is_dflash:
+            full = ["full_attention"] * self.num_hidden_layers
+            config["layer_types"] = list(self.layer_types) or full
+            config["sliding_window"] = self.sliding_window
+        if self.norm_before_residual:
+            config["norm_before_residual"] = True
+        if self.norm_output:
+            config["norm_output"] = True
+        config["attention_bias"] = self.attention_bias
+        if self.draft_vocab_size is not None:
+            config["draft_vocab_size"] = self.draft_vocab_size
+        config["dtype"] = self.dtype
+        config |= self._rope_json()
+        if self.causal is not None:
+            config["is_causal"] = self.causal
+
+        reads: Fields = {
+            "mask_token_id": self.mask_token_id,
+            "target_layer_ids": list(self.target_layer_ids),
+        }
+        if is_dflash:
+            config["use_sliding_window"] = self.sliding_window is not None
+            config["dflash_config"] = reads | self._scales_json()
+            if self.sequential_head is not None:
+                config["flashdraft_config"] = {
+                    "sequential_head": self.sequential_head,
+                    "head_rank": self.head_rank,
+                }
+            return config
+
+        config |= self._scales_json()
+        if self.method == "eagle3":  # the inputs of blocks are the outputs of those before
+            inputs = [layer + 1 for layer in self.target_layer_ids]
+            config["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": inputs}
+        config["flashdraft_config"] = {
+            "block_size": self.block_size,
+            "num_target_layers": self.num_target_layers,
+            **reads,
+            "method": self.method,
+        }
+        return config
+
+    def _rope_json(self) -> Fields:
+        ropes = self.ropes
+        if len(ropes) > 1:
+            return {"rope_parameters": {kind: dict(rope) for kind, rope in ropes.items()}}
+
+        scaling = dict(self.rope_parameters)
+        theta = scaling.pop("rope_theta")
+        is_scaled = scaling.get("rope_type", "default") != "default"
+        return {"rope_theta": theta, "rope_scaling": scaling if is_scaled else None}
+
+    def _scales_json(self) -> Fields:
+        """What few folders have: written only where it says something."""
+        scales: Fields = {}
+        if self.input_embedding_scale != 1.0:
+            scales["input_embedding_scale"] = self.input_embedding_scale
+        if self.output_multiplier != 1.0:
+            scales["output_multiplier"] = self.output_multiplier
+        if self.final_logit_softcapping is not None:
+            scales["final_logit_softcapping"] = self.final_logit_softcapping
+        return scales
+
+    def shapes(self) -> dict[str, Shape]:
         """Every tensor that the file must hold, with its shape."""
-        h, i, d, r, eagle3 = (
-            self.hidden_size,
-            self.intermediate_size,
-            self.head_dim,
-            self.head_rank,
-            self.method == "eagle3",
-        )
+        hidden = self.hidden_size
+        shapes: dict[str, Shape] = {}
         if self.method == "medusa":
-            heads: dict[str, tuple[int, ...]] = {"weight": (h, h), "bias": (h,)}
-            return {
-                f"heads.{k}.{name}": shape
-                for k in range(self.block_size - 1)
-                for name, shape in heads.items()
-            }
-        q, kv, read = (
-            self.num_attention_heads * d,
-            self.num_key_value_heads * d,
-            2 * h if eagle3 else h,
-        )  # embedding and state
-        attention = {
-            "q_proj": (q, read),
-            "k_proj": (kv, read),
-            "v_proj": (kv, read),
-            "o_proj": (h, q),
+            for head in range(self.block_size - 1):
+                shapes[f"heads.{head}.weight"] = (hidden, hidden)
+                shapes[f"heads.{head}.bias"] = (hidden,)
+            return shapes
+
+        layer = self._layer_shapes()
+        for place in self._layer_names():
+            for name, shape in layer.items():
+                shapes[f"{place}.{name}"] = shape
+        shapes["norm.weight"] = (hidden,)
+        if self.method == "draft_model":
+            return shapes
+
+        num_features = len(self.target_layer_ids)
+        if num_features == 0 and self.method == "eagle3":
+            num_features = 3  # the usual layers: eagle3.fused_layers
+        shapes["fc.weight"] = (hidden, num_features * hidden)
+        if self.method != "dflash":
+            return shapes
+
+        shapes["hidden_norm.weight"] = (hidden,)
+        if self.sequential_head:
+            shapes["sequential_head.gate_up.weight"] = (2 * self.head_rank, 2 * hidden)
+            shapes["sequential_head.down.weight"] = (hidden, self.head_rank)
+        return shapes
+
+    def _layer_names(self) -> list[str]:
+        if self.method == "eagle3":
+            return ["midlayer"]
+        return [f"layers.{index}" for index in range(self.num_hidden_layers)]
+
+    def _layer_shapes(self) -> Mapping[str, Shape]:
+        """The tensors of one decoder layer."""
+        is_eagle3 = self.method == "eagle3"
+        hidden = self.hidden_size
+        inner = self.intermediate_size
+        queries = self.num_attention_heads * self.head_dim
+        keys = self.num_key_value_heads * self.head_dim
+        inputs = 2 * hidden if is_eagle3 else hidden  # eagle3: embedding and state side by side
+
+        shapes: dict[str, Shape] = {
+            "self_attn.q_proj.weight": (queries, inputs),
+            "self_attn.k_proj.weight": (keys, inputs),
+            "self_attn.v_proj.weight": (keys, inputs),
+            "self_attn.o_proj.weight": (hidden, queries),
         }
-        layer: dict[str, tuple[int, ...]] = {
-            f"self_attn.{name}.weight": shape for name, shape in attention.items()
-        }
-        if self.attention_bias and not eagle3:
-            layer |= {f"self_attn.{name}.bias": shape[:1] for name, shape in attention.items()}
-        layer |= {
-            "mlp.gate_proj.weight": (i, h),
-            "mlp.up_proj.weight": (i, h),
-            "mlp.down_proj.weight": (h, i),
-        }
-        layer |= {"input_layernorm.weight": (h,), "post_attention_layernorm.weight": (h,)}
-        layer |= {"hidden_norm.weight": (h,)} if eagle3 else {}
-        layer |= (
-            {"self_attn.q_norm.weight": (d,), "self_attn.k_norm.weight": (d,)}
-            if self.method == "dflash"
-            else {}
-        )
-        places = ["midlayer"] if eagle3 else [f"layers.{n}" for n in range(self.num_hidden_layers)]
-        shapes = {f"{place}.{name}": shape for place in places for name, shape in layer.items()} | {
-            "norm.weight": (h,)
-        }
-        if self.method != "draft_model":
-            shapes["fc.weight"] = (h, (len(self.target_layer_ids) or 3 * eagle3) * h)
-        shapes |= {"hidden_norm.weight": (h,)} if self.method == "dflash" else {}
-        head = (
-            {"gate_up": (2 * r, 2 * h), "down": (h, r)}
-            if self.sequential_head and self.method == "dflash"
-            else {}
-        )
-        return shapes | {f"sequential_head.{name}.weight": shape for name, shape in head.items()}
+        if self.attention_bias and not is_eagle3:
+            shapes["self_attn.q_proj.bias"] = (queries,)
+            shapes["self_attn.k_proj.bias"] = (keys,)
+            shapes["self_attn.v_proj.bias"] = (keys,)
+            shapes["self_attn.o_proj.bias"] = (hidden,)
+        shapes["mlp.gate_proj.weight"] = (inner, hidden)
+        shapes["mlp.up_proj.weight"] = (inner, hidden)
+        shapes["mlp.down_proj.weight"] = (hidden, inner)
+        shapes["input_layernorm.weight"] = (hidden,)
+        shapes["post_attention_layernorm.weight"] = (hidden,)
+        if is_eagle3:
+            shapes["hidden_norm.weight"] = (hidden,)
+        if self.method == "dflash":
+            shapes["self_attn.q_norm.weight"] = (self.head_dim,)
+            shapes["self_attn.k_norm.weight"] = (self.head_dim,)
+        return shapes
+
+
+def _garbled(method: str, error: Exception, where: str, *, hint: str) -> CheckpointError:
+    title = _TITLES.get(method, method)
+    got = f"`{where}` is not a {title} drafter: its config lacks or garbles {error}"
+    return CheckpointError(got, hint=hint)

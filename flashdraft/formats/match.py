@@ -1,4 +1,4 @@
-"""Whether a drafter and a target belong together."""
+"""Whether a drafter and a target belong together, as far as their shapes tell."""
 
 from flashdraft.errors import DraftMismatch
 from flashdraft.formats.config import DraftConfig
@@ -10,33 +10,35 @@ __all__ = ["check_target"]
 def check_target(config: DraftConfig, target: Target, *, num_embeddings: int | None = None) -> None:
     """Raises DraftMismatch where this drafter cannot have been made for this target.
 
-    Vocabularies of two lengths fit where their common ids do: one is cut or padded. num_embeddings: of a drafter's own.
+    Vocabularies of two lengths fit where their common ids do: one is cut or padded.
+    num_embeddings: of a drafter's own.
     """
-    layers, but = config.num_target_layers, f"but `{target.name}` has"
-    hint = (
-        f"it was trained for a target with {layers or 'other'} layers of size {config.hidden_size}"
-    )
-    if config.hidden_size != target.hidden_size:
-        raise DraftMismatch(
-            f"the draft has hidden size {config.hidden_size}, {but} {target.hidden_size}", hint=hint
-        )
-    if beyond := [
-        i
-        for i in config.target_layer_ids
-        if not 0 <= i <= target.num_layers - (config.method == "dflash")
-    ]:
-        raise DraftMismatch(
-            f"the draft wants hidden states of layer {beyond[0]}, {but} {target.num_layers} layers",
-            hint=hint,
-        )
-    if layers and layers != target.num_layers:
-        raise DraftMismatch(
-            f"the draft was made for a target with {layers} layers, {but} {target.num_layers}",
-            hint=hint,
-        )
-    rows, mask = num_embeddings or target.vocab_size, config.mask_token_id
+    num_layers = config.num_target_layers
+    hidden = config.hidden_size
+    but = f"but `{target.name}` has"
+    hint = f"it was trained for a target with {num_layers or 'other'} layers of size {hidden}"
+    if hidden != target.hidden_size:
+        got = f"the draft has hidden size {hidden}, {but} {target.hidden_size}"
+        raise DraftMismatch(got, hint=hint)
+
+    last = target.num_layers  # its output is the final normed state, which DFlash does not read
+    if config.method == "dflash":
+        last -= 1
+    for layer in config.target_layer_ids:
+        if not 0 <= layer <= last:
+            got = f"the draft wants hidden states of layer {layer}"
+            raise DraftMismatch(f"{got}, {but} {target.num_layers} layers", hint=hint)
+
+    if num_layers and num_layers != target.num_layers:
+        got = f"the draft was made for a target with {num_layers} layers"
+        raise DraftMismatch(f"{got}, {but} {target.num_layers}", hint=hint)
+
+    rows = num_embeddings or target.vocab_size
+    mask = config.mask_token_id
     if config.method == "dflash" and not 0 <= mask < rows:
-        hint = "its row of the embedding is missing: take the target whose vocabulary was not cut, or a drafter with embed_tokens"
-        raise DraftMismatch(
-            f"the draft fills its blocks with the mask token {mask}, {but} {rows} tokens", hint=hint
+        got = f"the draft fills its blocks with the mask token {mask}, {but} {rows} tokens"
+        hint = (
+            "its row of the embedding is missing: take the target whose vocabulary was not cut, "
+            "or a drafter with embed_tokens"
         )
+        raise DraftMismatch(got, hint=hint)

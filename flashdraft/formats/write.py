@@ -1,4 +1,7 @@
-"""A drafter's config and tensors -> its folder, whole or not at all."""
+"""A drafter's config and tensors -> its folder, whole or not at all.
+
+Knows files. Does not know what the config's keys mean, nor whose the tensors are.
+"""
 
 import json
 from collections.abc import Mapping
@@ -26,37 +29,49 @@ def write_draft(
     folder = output_folder(folder)
     _check_free(folder, tensors, readme)
     folder.mkdir(parents=True, exist_ok=True)
+
     dtype = getattr(torch, config.dtype)
-    stored = {
-        n: (t.to(dtype) if t.is_floating_point() else t).contiguous().cpu()
-        for n, t in tensors.items()
-    }
+    stored = {}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point():
+            tensor = tensor.to(dtype)
+        stored[name] = tensor.contiguous().cpu()
+    text = json.dumps(config.to_json(), indent=2) + "\n"
+
     if readme is not None:
         write_file(folder / "README.md", readme.encode())
     write_tensors(folder / "model.safetensors", stored)
-    write_file(folder / "config.json", (json.dumps(config.to_json(), indent=2) + "\n").encode())
+    write_file(folder / "config.json", text.encode())
 
 
 def _check_free(folder: Path, tensors: Mapping[str, Tensor], readme: str | None) -> None:
     """Raises InvalidParameter where a file that is no drafter's would be written over."""
-    if (folder / "config.json").exists():
+    written = folder / "config.json"
+    if written.exists():
         try:
             DraftConfig.from_json(read_config(folder), str(folder))
         except CheckpointError:
-            raise _taken(folder / "config.json") from None
+            raise _taken(written) from None
         return
+
     weights = folder / "model.safetensors"
     if weights.exists():  # config.json comes last: it may be missing after a kill
-        try:
-            with safe_open(weights, framework="pt") as file:
-                is_ours = set(file.keys()) == set(tensors)
-        except (SafetensorError, OSError):
-            is_ours = False
-        if not is_ours:
+        if not _holds(weights, tensors):
             raise _taken(weights)
+        return
+
     card = folder / "README.md"
-    if readme is not None and card.exists() and not weights.exists() and not _is_card(card):
+    if readme is not None and card.exists() and not _is_card(card):
         raise _taken(card)
+
+
+def _holds(weights: Path, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a file has tensors of these names, and no others."""
+    try:
+        with safe_open(weights, framework="pt") as file:
+            return set(file.keys()) == set(tensors)
+    except (SafetensorError, OSError):
+        return False
 
 
 def _is_card(path: Path) -> bool:
@@ -64,7 +79,5 @@ def _is_card(path: Path) -> bool:
 
 
 def _taken(path: Path) -> InvalidParameter:
-    return InvalidParameter(
-        f"`{path}` is no drafter's and would be written over",
-        hint="name another folder for the drafter",
-    )
+    got = f"`{path}` is no drafter's and would be written over"
+    return InvalidParameter(got, hint="name another folder for the drafter")
