@@ -1,8 +1,9 @@
 """How many nodes of a proposal the target should read: as many as pay for their time, down to none.
 
-Knows scores, sizes and seconds. Does not know methods, models or tokens. Over the whole batch, nodes are taken in the order
-of their paths' confidence as long as that brings more committed tokens a second (the idea of D-Cut). A drawn node's score is
-fixed before its own token is drawn, so that trimming changes no law; chosen nodes may go for any reason.
+Knows scores, sizes and seconds. Does not know methods, models or tokens. Over the whole batch, nodes
+are taken in the order of their paths' confidence as long as that brings more committed tokens a
+second (the idea of D-Cut). A drawn node's score is fixed before its own token is drawn, so that
+trimming changes no law; chosen nodes may go for any reason.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import functools
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from operator import itemgetter, mul
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,24 +31,25 @@ _MEMORY = 0.98  # what a calibration keeps of its past at every observation
 _SMOOTH = 0.8  # the same for drafting's times
 _WORTH = 1.02  # what drafting might gain at least, to plain decoding, to be done
 _FIRST = 2  # plain steps before the first drafts: what those are compared with
-_LOOK = 16  # drafted steps until a plain one shows what it takes by now, where they hardly pay; more where they do
+_LOOK = (
+    16  # drafted steps between looks at a plain one, where drafts hardly pay; more where they do
+)
 _NOISE = 1e-2  # variance of one step's time, in plain steps
-_UNSURE = (
-    0.1,
-    0.1,
-    0.003,
-)  # variances of what steps take beyond the table (see `learn`), before any was seen
-_DRIFT = (4e-4, 1e-5, 1e-6)  # and how they grow, a step
-_GAIN, _GAIN_DRIFT, _POOR = (
-    0.16,
-    1e-4,
-    0.7,
-)  # the same of drafting's gain; no proposal counts for less than the last
-_SPREAD, _LEAST, _FADE = (
-    0.25,
-    0.02,
-    0.9,
-)  # of single proposals around it: at first, at least, and what is kept of it
+
+# The Kalman filter of what steps take beyond the table (see `learn`): its three numbers' variances
+# before any step was seen, and how these grow with every step.
+_UNSURE = (0.1, 0.1, 0.003)
+_DRIFT = (4e-4, 1e-5, 1e-6)
+
+# The same of drafting's gain; no proposal counts for less than _POOR.
+_GAIN = 0.16
+_GAIN_DRIFT = 1e-4
+_POOR = 0.7
+
+# The variance of single proposals around the gain: at first, at least, and what is kept of it.
+_SPREAD = 0.25
+_LEAST = 0.02
+_FADE = 0.9
 
 
 class _Batch:
@@ -54,41 +57,58 @@ class _Batch:
 
     def __init__(self) -> None:
         self.draft = 0.0  # seconds of drafting in a step
-        self.beyond = [0.0] * len(_UNSURE)  # see `learn`
-        self.doubt = [
-            [variance * (i == k) for k in range(len(_UNSURE))] for i, variance in enumerate(_UNSURE)
-        ]
-        self.since = (
-            -_FIRST
-        )  # drafted steps since the last plain one; below 0: plain ones that come first
-        self.gain, self.unsure, self.spread = (
-            1.0,
-            _GAIN,
-            _SPREAD,
-        )  # tokens a second, to plain decoding: mean and variances
+        self.since = -_FIRST  # drafted steps since the last plain one; below 0: plain ones to do
+        self.gain = 1.0  # tokens a second, to plain decoding: the mean
+        self.unsure = _GAIN  # its variance
+        self.spread = _SPREAD  # of single proposals around it
+        self.beyond = [0.0] * len(_UNSURE)  # what steps take beyond the table, see `learn`
+        self.doubt: list[list[float]] = []  # its covariances
+        for i, variance in enumerate(_UNSURE):
+            row = [0.0] * len(_UNSURE)
+            row[i] = variance
+            self.doubt.append(row)
 
     def took(self, beyond: float, *known: float) -> None:
         """One step's time beyond the table: a Kalman filter's update."""
         for k, drift in enumerate(_DRIFT):
             self.doubt[k][k] += drift
-        moves = [sum(map(mul, row, known)) for row in self.doubt]
-        scale = 1 / (sum(map(mul, moves, known)) + _NOISE)
-        error = beyond - sum(map(mul, self.beyond, known))
-        self.beyond = [
-            old + scale * move * error for old, move in zip(self.beyond, moves, strict=True)
-        ]
+
+        moves = [_dot(row, known) for row in self.doubt]
+        scale = 1 / (_dot(moves, known) + _NOISE)
+        error = beyond - _dot(self.beyond, known)
+        for i, move in enumerate(moves):
+            self.beyond[i] += scale * move * error
         for row, move in zip(self.doubt, moves, strict=True):
             row[:] = [old - scale * move * other for old, other in zip(row, moves, strict=True)]
 
     def promised(self, gain: float, share: float) -> None:
-        """One proposal's gain, for a step that takes `share` of a plain one's time: the same with one number."""
+        """One proposal's gain, for a step of `share` of a plain one's time: the same update."""
         gain = max(
             gain, _POOR
         )  # a first draft may take seconds: it must not look hopeless for ever
-        self.spread = max(_FADE * self.spread + (1 - _FADE) * (gain - self.gain) ** 2, _LEAST)
+        surprise = (gain - self.gain) ** 2
+        self.spread = max(_FADE * self.spread + (1 - _FADE) * surprise, _LEAST)
         weight = self.unsure / (self.unsure + self.spread / share)
         self.gain += weight * (gain - self.gain)
         self.unsure *= 1 - weight
+
+    def drafted(self, seconds: float, plain: float) -> None:
+        """What drafting took in a step. plain: seconds of a step that drafts nothing.
+
+        No time counts for more than twice what is usual, the first one's for no more than a step:
+        one may be held up.
+        """
+        usual = self.draft or min(seconds, plain)
+        counted = min(seconds, 2 * usual)
+        self.draft = _SMOOTH * usual + (1 - _SMOOTH) * counted
+        self.since += 1
+        looks_at_plain = self.since >= _LOOK * max(self.gain, 1.0) ** 3
+        if looks_at_plain:
+            self.since = -1
+
+
+def _dot(left: Sequence[float], right: Sequence[float]) -> float:
+    return sum(map(mul, left, right))
 
 
 def _one_at_a_time(
@@ -102,6 +122,35 @@ def _one_at_a_time(
     return call
 
 
+class _Chance(NamedTuple):
+    """A node that could be read, and how likely its whole path is to be accepted."""
+
+    confidence: float
+    row: int
+
+
+@dataclass
+class _Calibration:
+    """Of the nodes at one depth behind accepted parents: how many were accepted, and hoped for."""
+
+    accepted: float = 2.0
+    hoped: float = 2.0
+
+    def observe(self, is_accepted: bool, hope: float) -> None:
+        """One node more; what is older fades."""
+        self.accepted = _MEMORY * self.accepted + is_accepted
+        self.hoped = _MEMORY * self.hoped + hope
+
+    def shrink(self) -> None:
+        """Keep the ratio, with the weight of two nodes."""
+        self.accepted = 2 * self.accepted / max(self.hoped, 1e-9)
+        self.hoped = 2.0
+
+    def chance(self, score: float) -> float:
+        """Of a node with this score to be accepted, given its parent."""
+        return min(score * self.accepted / max(self.hoped, 1e-9), 1.0)
+
+
 class Control:
     """One for a target with its drafter: what it has learned from one text serves the next.
 
@@ -111,54 +160,64 @@ class Control:
     def __init__(self, seconds: Mapping[int, float]) -> None:
         self._lock = new_lock()  # streams of several threads may share it
         self._known = sorted(seconds.items())
-        # by depth: nodes accepted and hoped for behind accepted parents, faded
-        self._sums: dict[int, list[float]] = defaultdict(lambda: [2.0, 2.0])
+        self._calibrations: dict[int, _Calibration] = defaultdict(_Calibration)  # by parent's depth
         self._batches: dict[int, _Batch] = defaultdict(_Batch)  # by the bits of the number of rows
 
     @_one_at_a_time
     def begin(self) -> None:
-        """A text begins that is alone: what others accepted says little of it, and more of a batch, in which texts mix."""
-        for sums in self._sums.values():
-            sums[:] = 2 * sums[0] / max(sums[1], 1e-9), 2.0
+        """A text begins that is alone: what others accepted says little of it.
+
+        It says more of a batch, in which texts mix.
+        """
+        for calibration in self._calibrations.values():
+            calibration.shrink()
         for bits, batch in self._batches.items():
             batch.unsure = max(batch.unsure, _GAIN / 2 ** (bits - 1))
 
     @_one_at_a_time
     def wants_drafts(self, rows: int) -> bool:
-        """Whether the next step of so many rows should draft at all: it may well gain something, for all that is known.
+        """Whether the next step of so many rows should draft at all: it may well gain something.
 
-        What is not tried grows less sure with every step, and is tried again: soon where little was lost, seldom where much was.
+        What is not tried grows less sure with every step, and is tried again: soon where little was
+        lost, seldom where much was.
         """
         batch = self._batches[rows.bit_length()]
-        return batch.since >= 0 and batch.gain + batch.unsure**0.5 > _WORTH
+        has_plain_steps_to_do = batch.since < 0
+        hoped_gain = batch.gain + batch.unsure**0.5
+        return not has_plain_steps_to_do and hoped_gain > _WORTH
 
     @_one_at_a_time
     def trim(self, proposal: Proposal) -> Tensor:
         """How many nodes of each row pay: [rows], 1 or more and no more than there are."""
-        confidence, sizes = self._confidence(proposal), proposal.sizes.tolist()
-        chances = (
-            (confidence[row][node], row)
-            for row, size in enumerate(sizes)
-            for node in range(1, size)
-        )
-        order, rows = sorted(chances, key=itemgetter(0), reverse=True), len(sizes)
+        chances = self._chances(proposal)
+        rows = len(proposal.sizes)
         batch = self._batches[rows.bit_length()]
-        step, (always, more, node) = self.cost(rows), batch.beyond
-        plain, spent = step * (1 + always), batch.draft + step * (always + more)
-        best, kept, share, hope = 0.0, 0, 1.0, 0.0
-        for count, (chance, _) in enumerate([(float(rows), 0), *order]):
-            hope += chance
+        always, more, node = batch.beyond
+        step = self.cost(rows)
+        plain = step * (1 + always)
+        spent = batch.draft + step * (always + more)
+
+        anchors = _Chance(float(rows), 0)  # every row commits one token, whatever it drafts
+        hope = 0.0
+        best = 0.0
+        kept = 0
+        share = 1.0
+        for count, chance in enumerate([anchors, *chances]):
+            hope += chance.confidence
             time = max(self.cost(rows + count) + spent + step * node * count / rows, plain)
-            if (rate := hope / time) > best:
-                best, kept, share = rate, count, time / plain
-            elif (
-                proposal.drawn is not None
-            ):  # what comes behind a drawn node may not speak for it: it has seen its token
+            rate = hope / time
+            if rate > best:
+                best = rate
+                kept = count
+                share = time / plain
+            elif proposal.drawn is not None:
+                # what comes behind a drawn node may not speak for it: it has seen its token
                 break
-        if order:
+
+        if chances:
             batch.promised(best * plain / rows, share)
-        more_of = Counter(row for _, row in order[:kept])
-        return torch.tensor([1 + more_of[row] for row in range(rows)], **INTS)
+        kept_by_row = Counter(chance.row for chance in chances[:kept])
+        return torch.tensor([1 + kept_by_row[row] for row in range(rows)], **INTS)
 
     @_one_at_a_time
     def learn(
@@ -168,59 +227,84 @@ class Control:
         draft_seconds: float | None,
         seconds: float,
     ) -> None:
-        """What became of a proposal that `trim` gave: seconds of the whole step; of propose and observe, None without drafts.
+        """What became of a proposal that `trim` gave.
 
-        Steps take more or less than the table says, in steps of the table: all of them (a longer context, a machine that slows
-        down), drafted ones (several rows' caches) and each drafted node a row (a busy machine multiplies more slowly than it
-        reads). No time counts for more than twice what is usual, the first draft's for no more than a step: one may be held up.
+        seconds: of the whole step; draft_seconds: of propose and observe, None without drafts.
+
+        Steps take more or less than the table says, in steps of the table: all of them (a longer
+        context, a machine that slows down), drafted ones (several rows' caches) and each drafted
+        node a row (a busy machine multiplies more slowly than it reads). No time counts for more
+        than twice what is usual: one step may be held up.
         """
         rows = len(paths)
         batch = self._batches[rows.bit_length()]
-        nodes, drafted = int(proposal.sizes.sum()), draft_seconds is not None
-        beyond = (seconds - (draft_seconds or 0.0) - self.cost(nodes)) / self.cost(rows)
-        batch.took(min(max(beyond, -0.8), 1.0), 1.0, float(drafted), nodes / rows - 1)
+        nodes = int(proposal.sizes.sum())
+        is_drafted = draft_seconds is not None
+        target_seconds = seconds - (draft_seconds or 0.0)
+        beyond = (target_seconds - self.cost(nodes)) / self.cost(rows)
+        batch.took(min(max(beyond, -0.8), 1.0), 1.0, float(is_drafted), nodes / rows - 1)
         batch.unsure = min(batch.unsure + _GAIN_DRIFT, _GAIN)
         if draft_seconds is None:
             batch.since = min(batch.since + 1, 0)
             return
-        usual = batch.draft or min(draft_seconds, self.cost(rows))
-        batch.draft, batch.since = (
-            _SMOOTH * usual + (1 - _SMOOTH) * min(draft_seconds, 2 * usual),
-            batch.since + 1,
-        )
-        if batch.since >= _LOOK * max(batch.gain, 1.0) ** 3:
-            batch.since = -1
-        shape = proposal.parents.tolist(), proposal.sizes.tolist()
-        for path, own, parents, size in zip(paths, _scores(proposal), *shape, strict=True):
-            depths = {node: depth for depth, node in enumerate(path)}
-            for node in range(1, size):
-                if (depth := depths.get(parents[node])) is not None:
-                    sums = self._sums[depth]
-                    sums[0] = _MEMORY * sums[0] + (node in depths)
-                    sums[1] = _MEMORY * sums[1] + own[node]
+
+        batch.drafted(draft_seconds, plain=self.cost(rows))
+        self._calibrate(proposal, paths)
 
     def cost(self, tokens: int) -> float:
-        """Seconds of a step of so many tokens, on the line through the two known numbers around it or the last two."""
-        above = min(max(bisect_left(self._known, (tokens,)), 1), len(self._known) - 1)
-        (low, first), (high, second) = self._known[above - 1 : above + 1]
+        """Seconds of a step of so many tokens.
+
+        On the line through the two known numbers around it, or the last two.
+        """
+        above = bisect_left(self._known, (tokens,))
+        above = min(max(above, 1), len(self._known) - 1)
+        low, first = self._known[above - 1]
+        high, second = self._known[above]
         return first + (second - first) * (tokens - low) / (high - low)
 
-    def _confidence(self, proposal: Proposal) -> list[list[float]]:
-        """By row and node: the chance that the whole path to it is accepted, calibrated by what was accepted so far."""
-        parents = proposal.parents.tolist()
+    def _chances(self, proposal: Proposal) -> list[_Chance]:
+        """All nodes behind the anchors, the likeliest first."""
         chances = []
-        for own, above in zip(_scores(proposal), parents, strict=True):
-            path, depths = [1.0], [0]
+        rows = zip(self._confidence(proposal), proposal.sizes.tolist(), strict=True)
+        for row, (confidence, size) in enumerate(rows):
+            for node in range(1, size):
+                chances.append(_Chance(confidence[node], row))
+        return sorted(chances, key=itemgetter(0), reverse=True)
+
+    def _confidence(self, proposal: Proposal) -> list[list[float]]:
+        """By row and node: the chance that the whole path to it is accepted, as calibrated."""
+        confidence = []
+        for scores, parents in zip(_scores(proposal), proposal.parents.tolist(), strict=True):
+            of_path = [1.0]
+            depths = [0]
             for node in range(1, proposal.num_nodes):
-                accepted, hoped = self._sums[depths[above[node]]]
-                depths.append(depths[above[node]] + 1)
-                path.append(path[above[node]] * min(own[node] * accepted / max(hoped, 1e-9), 1.0))
-            chances.append(path)
-        return chances
+                parent = parents[node]
+                calibration = self._calibrations[depths[parent]]
+                of_path.append(of_path[parent] * calibration.chance(scores[node]))
+                depths.append(depths[parent] + 1)
+            confidence.append(of_path)
+        return confidence
+
+    def _calibrate(self, proposal: Proposal, paths: Sequence[Sequence[int]]) -> None:
+        """Hold the scores of all nodes behind accepted parents against what was accepted."""
+        rows = zip(
+            paths,
+            _scores(proposal),
+            proposal.parents.tolist(),
+            proposal.sizes.tolist(),
+            strict=True,
+        )
+        for path, scores, parents, size in rows:
+            depths = {node: depth for depth, node in enumerate(path)}
+            for node in range(1, size):
+                depth = depths.get(parents[node])
+                if depth is not None:
+                    self._calibrations[depth].observe(node in depths, scores[node])
 
 
 def _scores(proposal: Proposal) -> list[list[float]]:
-    """By row and node: the drafter's confidence in it, given its parent; 1 from a drafter that states none."""
+    """By row and node: the drafter's confidence in it, given its parent; 1 where none is stated."""
     if proposal.scores is None:
         return [[1.0] * proposal.num_nodes] * len(proposal.tokens)
-    return proposal.scores.exp().tolist()
+    scores: list[list[float]] = proposal.scores.exp().tolist()
+    return scores

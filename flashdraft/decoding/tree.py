@@ -1,7 +1,8 @@
 """Shapes of proposals, as functions of `parents`.
 
-Knows node indices only. Does not know what their tokens mean, who proposed them, or what the target thinks of them.
-`parents` is [rows, nodes] int64: -1 at the anchor (node 0), otherwise a smaller index; a chain is -1, 0, 1, 2, ...
+Knows node indices only. Does not know what their tokens mean, who proposed them, or what the target
+thinks of them. `parents` is [rows, nodes] int64: -1 at the anchor (node 0), otherwise a smaller
+index; a chain is -1, 0, 1, 2, ...
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +32,9 @@ __all__ = [
 
 
 class Nodes(NamedTuple):
-    """What grew behind one anchor, parents before children; the anchor itself is node 0 and not in the lists."""
+    """What grew behind one anchor, parents before children; the anchor itself is node 0 and not in
+    the lists.
+    """
 
     tokens: list[int]
     parents: list[int]
@@ -79,7 +82,8 @@ def depths(parents: Tensor) -> Tensor:
 def independent(
     anchor: int, tokens: Sequence[Sequence[int]], scores: Sequence[Sequence[float]]
 ) -> list[Laws]:
-    """The laws of depths that do not see each other: whatever token came before, a depth's law is the same.
+    """The laws of depths that do not see each other: whatever token came before, a depth's law is
+    the same.
 
     tokens, scores: of each depth, the likeliest tokens and their log-probabilities, descending.
     """
@@ -93,7 +97,9 @@ def independent(
 
 
 class _Path(NamedTuple):
-    """A path that could be taken next, as the heap sorts it: the likeliest one first, the shallower one among equals."""
+    """A path that could be taken next, as the heap sorts it: the likeliest one first, the shallower
+    one among equals.
+    """
 
     cost: float  # its negative log-probability
     depth: int  # of its last node, from 0 for the first one behind the anchor
@@ -105,8 +111,8 @@ class _Path(NamedTuple):
 def best_first(anchor: int, laws: Sequence[Laws], count: int) -> Nodes:
     """The `count` nodes behind the anchor whose paths are the likeliest, likeliest first.
 
-    laws: of each depth from 1 on; behind a token that they do not know nothing grows. A prefix of the result is the best
-    smaller tree; with one token a law it is a chain.
+    laws: of each depth from 1 on; behind a token that they do not know nothing grows. A prefix of
+    the result is the best smaller tree; with one token a law it is a chain.
     """
     nodes = Nodes([], [], [])
     first = laws[0][anchor]
@@ -138,7 +144,7 @@ def alone(anchors: Sequence[int]) -> Proposal:
 
 
 def planted(anchors: Sequence[int], grown: Sequence[Nodes]) -> Proposal:
-    """One proposal of chosen nodes from what grew behind every anchor. Padding hangs on as a chain."""
+    """One proposal of chosen nodes from what grew behind every anchor; padding is a chain."""
     sizes = [1 + len(nodes.tokens) for nodes in grown]
     width = max(sizes)
     padded_tokens = []
@@ -160,9 +166,10 @@ def planted(anchors: Sequence[int], grown: Sequence[Nodes]) -> Proposal:
 def check(proposal: Proposal) -> None:
     """AssertionError unless the proposal keeps the promises that `verify` and the engine rely on.
 
-    Shapes; sizes from 1 to nodes; parents before children, padding included; siblings with different tokens; drawn nodes
-    with the law they were drawn from, which must give their token some mass. What it can't see: that siblings were drawn
-    without replacement, and that none was dropped for its own token's sake.
+    Shapes; sizes from 1 to nodes; parents before children, padding included; siblings with
+    different tokens; drawn nodes with the law they were drawn from, which must give their token
+    some mass. What it can't see: that siblings were drawn without replacement, and that none was
+    dropped for its own token's sake.
     """
     _check_shapes(proposal)
     num_nodes = proposal.num_nodes
