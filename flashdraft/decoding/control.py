@@ -1,8 +1,8 @@
 """How many nodes of a proposal the target should read: as many as pay for their time, down to none.
 
-Knows scores, sizes and seconds. Does not know methods, models or tokens. Over the whole batch, nodes
-are taken in the order of their paths' confidence as long as that brings more committed tokens a
-second (the idea of D-Cut). A drawn node's score is fixed before its own token is drawn, so that
+Knows scores, sizes and seconds. Does not know methods, models or tokens. Over the whole batch,
+nodes are taken in the order of their paths' confidence as long as that brings more committed tokens
+a second (the idea of D-Cut). A drawn node's score is fixed before its own token is drawn, so that
 trimming changes no law; chosen nodes may go for any reason.
 """
 
@@ -13,7 +13,7 @@ from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import itemgetter, mul
+from operator import itemgetter
 from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -108,7 +108,10 @@ class _Batch:
 
 
 def _dot(left: Sequence[float], right: Sequence[float]) -> float:
-    return sum(map(mul, left, right))
+    total = 0.0
+    for a, b in zip(left, right, strict=True):
+        total += a * b
+    return total
 
 
 def _one_at_a_time(
