@@ -19,7 +19,7 @@ import torch
 from toy_folders import ZLAB, save_target, save_zlab
 
 import flashdraft
-from flashdraft.cli import app, commands, main
+from flashdraft.cli import app, bench_commands, commands, main
 from flashdraft.cli.app import COMMANDS
 from flashdraft.formats.config import DraftConfig
 from flashdraft.methods.dflash import DFlashDraftModel
@@ -230,7 +230,7 @@ def test_ctrl_c_ends_quietly(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(file: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "report", interrupted)
+    monkeypatch.setattr(bench_commands, "report", interrupted)
     assert run("report x") == (130, "", "")
 
 
@@ -557,8 +557,8 @@ def test_errors_are_not_printed_where_standard_error_is_closed(
 def test_sigterm_ends_with_143_and_leaves_nothing_half_written(
     folders: Path, tmp_path: Path
 ) -> None:
-    code = "import os, signal, sys; from flashdraft.cli import commands, main; "
-    code += "commands.report = lambda results: os.kill(os.getpid(), signal.SIGTERM); sys.argv = ['flashdraft', 'report', 'x']; "
+    code = "import os, signal, sys; from flashdraft.cli import bench_commands, main; "
+    code += "bench_commands.report = lambda results: os.kill(os.getpid(), signal.SIGTERM); sys.argv = ['flashdraft', 'report', 'x']; "
     code += "sys.exit(main())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (143, "", "")

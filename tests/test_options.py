@@ -7,7 +7,6 @@ import inspect
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -21,7 +20,7 @@ import flashdraft
 from flashdraft.bench.roofline import RooflineConfig
 from flashdraft.bench.run import BenchConfig
 from flashdraft.cli import app, commands, main, train_commands
-from flashdraft.cli.app import COMMANDS, TRAINING
+from flashdraft.cli.app import COMMANDS, function_of
 from flashdraft.engine import check
 from flashdraft.errors import ContextLengthError, InvalidParameter
 from flashdraft.loading import drafters
@@ -56,10 +55,7 @@ def options_of(group: type) -> Iterator[Option]:
 
 def options_of_command(name: str) -> Iterator[Option]:
     """Also those of its dataclasses."""
-    module = import_module(
-        "flashdraft.cli.train_commands" if name in TRAINING else "flashdraft.cli.commands"
-    )
-    for parameter in inspect.signature(getattr(module, name)).parameters.values():
+    for parameter in inspect.signature(function_of(name)).parameters.values():
         hint = parameter.annotation
         if dataclasses.is_dataclass(hint):
             assert isinstance(hint, type)

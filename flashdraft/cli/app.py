@@ -1,6 +1,6 @@
-"""The command line: names, help, options and errors. What a command does stands in commands.py.
+"""The command line: names, help, options and errors. What a command does stands in `function_of`'s files.
 
-That file, and torch with it, is imported when one of its commands was asked for, so that `flashdraft --help` answers at
+They, and torch with them, are imported when one of its commands was asked for, so that `flashdraft --help` answers at
 once. A parameter that is a dataclass stands for its fields: every default and help text exists once, beside its field.
 """
 
@@ -35,21 +35,14 @@ _TEXT = (
     .joinpath("commands.txt")
     .read_text(encoding="utf-8")
 )
-# name of a function in commands.py or train_commands.py -> its help and two examples
+# name of a command's function -> its help and two examples
 COMMANDS = {
     name: facts
     for name, *facts in re.findall(r"^(\w+): (.+)\n +(.+)\n +(.+)$", _TEXT, re.MULTILINE)
 }
 _STREAMS = ("stdin", "stdout", "stderr")  # by descriptor
-TRAINING = (
-    "prompts",
-    "regenerate",
-    "features",
-    "train",
-    "eval",
-    "doctor",
-    "push",
-)  # in train_commands.py
+_MEASURING = ("bench", "report", "plot", "peers", "tasks", "profile", "roofline")
+_TRAINING = ("prompts", "regenerate", "features", "train", "eval", "doctor", "push")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -184,6 +177,16 @@ def _as_written(error: FlashDraftError, given: Sequence[str]) -> str | None:
     return re.sub(rf"^{re.escape(name)}\b", written, error.hint) if was_given else error.hint
 
 
+def function_of(name: str) -> Callable[..., None]:
+    """The function of this name, whose file is imported by now, and what is heavy with it."""
+    file = "commands"
+    if name in _MEASURING:
+        file = "bench_commands"
+    elif name in _TRAINING:
+        file = "train_commands"
+    return getattr(import_module(f"flashdraft.cli.{file}"), name)  # type: ignore[no-any-return]
+
+
 def _app(given: Sequence[str]) -> Any:
     """All commands by name; only the one that was asked for has its options."""
     app = typer.Typer(
@@ -194,8 +197,7 @@ def _app(given: Sequence[str]) -> Any:
     app.callback()(_options)
     asked = next((word for word in given if not word.startswith("-")), None)
     for name, (text, *examples) in COMMANDS.items():
-        module = "flashdraft.cli.train_commands" if name in TRAINING else "flashdraft.cli.commands"
-        function = flat(getattr(import_module(module), name)) if name == asked else lambda: None
+        function = flat(function_of(name)) if name == asked else lambda: None
         epilog = "\n".join(("\b", "Examples:", *(f"  {example}" for example in examples)))
         app.command(name, help=text, epilog=epilog)(function)
     return typer.main.get_command(app)

@@ -1,4 +1,7 @@
-"""What the commands do: thin functions over the library. cli.py holds their names and help, and prints their errors."""
+"""The commands that write text, and the options that all commands share: thin functions over the library.
+
+app.py holds the commands' names and help, and prints their errors.
+"""
 
 import json as jsonlib
 import os
@@ -6,21 +9,14 @@ import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Argument, Option
 
 from flashdraft import hub
-from flashdraft.bench.profile import calibrate
-from flashdraft.bench.profile import profile as measure
-from flashdraft.bench.report import print_table, show
-from flashdraft.bench.roofline import RooflineConfig, named, predict, shape, verdict
-from flashdraft.bench.run import BenchConfig, run_bench, run_peers
-from flashdraft.bench.tasks import TASKS, read_ids, write_tasks
-from flashdraft.errors import ContextLengthError, InvalidParameter, InvalidPrompt
-from flashdraft.files import output_folder, say
+from flashdraft.errors import ContextLengthError, InvalidPrompt
+from flashdraft.files import say
 from flashdraft.generate import Model
 from flashdraft.loading import DTYPES, KERNELS, MOST_NODES, NETWORKS, load
 from flashdraft.methods.autoregressive import Autoregressive
@@ -46,8 +42,6 @@ DRAFT_HELP += f"({', '.join(NETWORKS)}) or that has none (prompt_lookup, autoreg
 DRAFT_HELP += "the shipped one, or none"
 BLOCK_HELP = f"nodes per proposal, the anchor included, from 1 (nothing is drafted) to {MOST_NODES}; by default as many of what "
 BLOCK_HELP += "the drafter was trained for as pay"
-_NODES = Allowed(1, MOST_NODES)
-MAIN_TASKS = ["gsm8k", "humaneval", "mt_bench"]
 Out = Annotated[Path, Option(help="file to write")]
 
 
@@ -180,115 +174,6 @@ def chat(model: ModelOptions, params: SamplingParams) -> None:
                 print(f"\033[2m{figures}\033[0m" if _styled() else f"({figures})")
             else:
                 say(f"({figures})")  # beside the answers, not among them
-
-
-def bench(config: BenchConfig) -> None:
-    run_bench(config, quiet=not is_terminal(sys.stderr))
-    show(config.out)
-
-
-def report(
-    results: Annotated[list[Path], Argument(help="files that `flashdraft bench` wrote")],
-    base: Annotated[
-        str | None,
-        Option(help="method that ratios are to; by default plain decoding with the same kernel"),
-    ] = None,
-) -> None:
-    for number, path in enumerate(results):
-        print("\n" * bool(number), end="")
-        show(path, base)
-
-
-def plot(
-    results: Annotated[list[Path], Argument(help="files that `flashdraft bench` wrote")],
-    out: Annotated[Path, Option(help="folder of report.md, report.html and the pictures")],
-) -> None:
-    try:
-        pictures = import_module("flashdraft.bench.plot")
-    except ImportError as error:
-        raise InvalidParameter(
-            f"pictures need matplotlib: {error}", hint="pip install 'flashdraft[plot]'"
-        ) from None
-    print(*pictures.draw(results, out), sep="\n")
-
-
-def peers(
-    config: BenchConfig,
-    gguf: Annotated[
-        list[Path],
-        Option(help="the target's weights for llama.cpp and OpenVINO; may be given several times"),
-    ] = [],  # noqa: B006
-    engines: Annotated[Path, Option(help="file whose functions run other engines")] = Path(
-        "recipes/engines.py"
-    ),
-) -> None:
-    output_folder(config.out.with_suffix(""))  # where the pictures go
-    files = run_peers(config, gguf, engines)
-    report(files)
-    plot(files, config.out.with_suffix(""))
-
-
-def tasks(
-    out: Out,
-    data: Annotated[
-        Path | None,
-        Option(envvar="FLASHDRAFT_DATA", help="folder of the public data sets; else the hub"),
-    ] = None,
-    ids: Annotated[Path, Option(help="entry numbers of every set")] = Path(
-        "recipes/bench_ids.json"
-    ),
-    first: Annotated[int | None, Option(help="only each set's first ones"), COUNTS] = None,
-    task: Annotated[list[str], Option(help=f"of {', '.join(TASKS)}; several times")] = MAIN_TASKS,
-) -> None:
-    print(f"{write_tasks(data, out, read_ids(ids), tasks=task, first=first)} prompts in {out}")
-
-
-def profile(
-    target: Annotated[str, Option(help=TARGET_HELP)] = "smollm2-135m",
-    draft: Annotated[
-        str, Option(help="drafter's folder or hub id; auto: the shipped one, or an untrained one")
-    ] = "auto",
-    nodes: Annotated[
-        list[int], Option(help="nodes per step; may be given several times"), _NODES
-    ] = [1, 8],  # noqa: B006
-    context: Annotated[int, Option(help="tokens read before"), COUNTS] = 256,
-    steps: Annotated[int, Option(help="steps measured; medians are shown"), COUNTS] = 20,
-    kernel: Annotated[str, Option(help=KERNEL_HELP), Allowed(choices=KERNELS)] = "auto",
-) -> None:
-    times, held = [], []
-    for count in nodes:
-        one = measure(target, draft=draft, nodes=count, context=context, steps=steps, kernel=kernel)
-        parts = one.milliseconds | {"step": sum(one.milliseconds.values())}
-        times += [
-            [str(count), part, f"{ms:.2f}", f"{ms / parts['step']:.0%}"]
-            for part, ms in parts.items()
-        ]
-        held += [[str(count), name, f"{nbytes / 1e6:.1f}"] for name, nbytes in one.nbytes.items()]
-    print_table(["nodes", "part", "ms", "share"], times)
-    print()
-    print_table(["nodes", "memory", "MB"], held)
-
-
-def roofline(
-    target: Annotated[str, Argument(help=f"{TARGET_HELP}, or qwen3-8b and its like")],
-    config: RooflineConfig,
-) -> None:
-    cells, rows = (
-        [],
-        predict(
-            shape(target),
-            config,
-            calibrate(config.weights) if config.device == "this" else named(config),
-        ),
-    )
-    for row in rows:
-        best = "best" * (row.gain == max(each.gain for each in rows if each.drafter == row.drafter))
-        figures = f"{1000 * row.draft:.2f} {1000 * row.verify:.2f} {row.tau:.2f} {row.speed:.1f} {row.gain:.2f}".split()
-        cells.append([row.drafter, str(row.block), *figures, best])
-    print_table(
-        ["drafter", "block", "draft ms", "target ms", "tau", "tokens/s", "to plain", ""], cells
-    )
-    print(f"\n{verdict(rows)}")
 
 
 def _show(
