@@ -1,7 +1,8 @@
 """A training run as its folder tells of it: the settings, the checkpoints, the model card.
 
-A checkpoint is whole or not there: it is filled in `.tmp-save`, every file and the folder are synced, state.json (which lists
-the others' sizes) comes last, and one rename puts it in place. Older ones go only after that.
+A checkpoint is whole or not there: it is filled in `.tmp-save`, every file and the folder are
+synced, state.json (which lists the others' sizes) comes last, and one rename puts it in place.
+Older ones go only after that. Does not know how a network is trained.
 """
 
 import errno
@@ -12,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -25,6 +26,7 @@ from flashdraft.formats.config import DraftConfig
 from flashdraft.types import HIGHEST, check_options, option, require
 
 __all__ = [
+    "Json",
     "TrainConfig",
     "check_run_folder",
     "full_disk_named",
@@ -35,31 +37,45 @@ __all__ = [
     "tell_of_other_target",
 ]
 
-_CARD = (
-    Path(flashdraft.__file__).with_name("assets").joinpath("card.md").read_text(encoding="utf-8")
-)
-_KEPT = 2
-_WRITTEN = (
+Json = dict[str, Any]  # an object of a JSON file
+
+_ASSETS = Path(flashdraft.__file__).with_name("assets")
+_CARD = (_ASSETS / "card.md").read_text(encoding="utf-8")
+_KEPT = 2  # whole checkpoints
+_WRITTEN = (  # besides run.json
     "metrics.jsonl",
     "checkpoints",
     "best",
     "tensorboard",
     "vocabulary.safetensors",
-)  # besides run.json
+)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_WHAT = {  # by method: its name, and what the network is
-    "dflash": ("DFlash", "A block-diffusion draft network (DFlash, arXiv 2602.06036)."),
-    "eagle3": (
-        "EAGLE-3",
-        "A draft layer on fused features (EAGLE-3, arXiv 2503.01840), trained by training-time test.",
+
+
+class _Method(NamedTuple):
+    title: str
+    what: str  # the network is
+
+
+_METHODS = {
+    "dflash": _Method(
+        title="DFlash",
+        what="A block-diffusion draft network (DFlash, arXiv 2602.06036).",
     ),
-    "draft_model": (
-        "Draft model",
-        "A causal LM of some layers of its target, with its embedding and lm_head (2211.17192).",
+    "eagle3": _Method(
+        title="EAGLE-3",
+        what="A draft layer on fused features (EAGLE-3, arXiv 2503.01840), "
+        "trained by training-time test.",
     ),
-    "medusa": (
-        "Medusa",
-        "Residual heads on the last state (Medusa, arXiv 2401.10774), before the target's own lm_head.",
+    "draft_model": _Method(
+        title="Draft model",
+        what="A causal LM of some layers of its target, with its embedding and lm_head "
+        "(2211.17192).",
+    ),
+    "medusa": _Method(
+        title="Medusa",
+        what="Residual heads on the last state (Medusa, arXiv 2401.10774), "
+        "before the target's own lm_head.",
     ),
 }
 
@@ -133,55 +149,55 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
-        require(
-            self.weights == "decay" or self.gamma == 4.0,
-            "gamma",
-            self.gamma,
-            "left out where weights is not decay",
-        )
+        is_free = self.weights == "decay" or self.gamma == 4.0
+        require(is_free, "gamma", self.gamma, "left out where weights is not decay")
         require(self.kl + self.tv <= 1, "kl, tv", (self.kl, self.tv), "shares of 1")
 
 
-def check_run_folder(out: Path, inputs: Sequence[Path] = ()) -> dict[str, Any]:
-    """The run.json of the run that `out` holds; empty for a new one. Raises InvalidParameter where something else lies there."""
+# The folder of a run.
+
+
+def check_run_folder(out: Path, inputs: Sequence[Path] = ()) -> Json:
+    """The run.json of the run that `out` holds; empty for a new one.
+
+    Raises InvalidParameter where something else lies there.
+    """
     folder = output_folder(out, inputs=inputs)
     path = folder / "run.json"
     hint = "name another folder with --out"
     if path.exists():
-        try:
-            run = json.loads(path.read_text(encoding="utf-8"))
-            if "flashdraft" in run["versions"] and "steps" in run["config"]:
-                return dict(run)
-        except (ValueError, KeyError, TypeError):
-            pass
-        raise InvalidParameter(f"`{path}` was not written by `flashdraft train`", hint=hint)
+        run = _read_run(path)
+        if run is None:
+            got = f"`{path}` was not written by `flashdraft train`"
+            raise InvalidParameter(got, hint=hint)
+        return run
+
     for name in _WRITTEN:
         if not _is_free(folder / name):
-            raise InvalidParameter(
-                f"`{folder / name}` was not written by `flashdraft train`: no run.json is beside it",
-                hint=hint,
-            )
+            foreign = f"`{folder / name}` was not written by `flashdraft train`"
+            raise InvalidParameter(f"{foreign}: no run.json is beside it", hint=hint)
     return {}
 
 
-def tell_of_other_target(draft: str, target: Mapping[str, Any]) -> None:
-    """One line where the run beside a drafter's folder says that it was trained for another target; it may serve this one."""
-    folder = Path(draft)
-    if not (folder / "config.json").exists() or not (folder.parent / "run.json").exists():
-        return
+def _read_run(path: Path) -> Json | None:
+    """A run.json; None for another file of that name."""
     try:
-        run = check_run_folder(folder.parent)
-        check_facts(folder, run.get("inputs", {}), {"target": target})
-    except InvalidParameter:  # another's run.json
-        return
-    except DataError as error:
-        say(f"{error.args[0]}; a drafter is accepted most by the target that it was trained for")
+        run = json.loads(path.read_text(encoding="utf-8"))
+        if "flashdraft" in run["versions"] and "steps" in run["config"]:
+            return dict(run)
+    except (ValueError, KeyError, TypeError):
+        pass
+    return None
 
 
 def _is_free(path: Path) -> bool:
-    """Whether nothing is lost where a run writes here: nothing is there, or what an earlier version left without run.json."""
+    """Whether nothing is lost where a run writes here.
+
+    Nothing is there, or what an earlier version left without run.json.
+    """
     if path.is_dir():
-        return not any(path.iterdir()) or last_checkpoint(path) is not None
+        is_empty = not any(path.iterdir())
+        return is_empty or last_checkpoint(path) is not None
     if path.name == "vocabulary.safetensors" and path.is_file():
         try:
             with safe_open(path, framework="pt") as file:
@@ -191,68 +207,119 @@ def _is_free(path: Path) -> bool:
     return not os.path.lexists(path)
 
 
+def tell_of_other_target(draft: str, target: Mapping[str, object]) -> None:
+    """One line where the run beside a drafter's folder says that it was trained for another target.
+
+    It may serve this one.
+    """
+    folder = Path(draft)
+    if not (folder / "config.json").exists() or not (folder.parent / "run.json").exists():
+        return
+    try:
+        run = check_run_folder(folder.parent)
+        check_facts(folder, run.get("inputs", {}), {"target": target})
+    except InvalidParameter:  # another's run.json
+        return
+    except DataError as error:
+        most = "a drafter is accepted most by the target that it was trained for"
+        say(f"{error.args[0]}; {most}")
+
+
+# Checkpoints.
+
+
 def save_checkpoint(
-    folder: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
+    folder: Path,
+    step: int,
+    groups: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, object],
 ) -> None:
-    """`groups`: name of a file -> its tensors. Raises FlashDraftError for a full disk; the last whole one stays."""
-    scratch, final = folder / ".tmp-save", folder / f"step-{step:07d}"
+    """`groups`: name of a file -> its tensors.
+
+    Raises FlashDraftError for a full disk; the last whole checkpoint stays.
+    """
+    scratch = folder / ".tmp-save"
+    final = folder / f"step-{step:07d}"
     with full_disk_named(folder, f"`{final}`"):
         try:
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir(parents=True)
-            for name, tensors in groups.items():
-                write_tensors(
-                    scratch / f"{name}.safetensors",
-                    {key: tensor.contiguous() for key, tensor in tensors.items()},
-                )
-            sizes = {path.name: path.stat().st_size for path in scratch.glob("*.safetensors")}
-            write_file(
-                scratch / "state.json", json.dumps({**state, "step": step, "files": sizes}).encode()
-            )
+            _fill(scratch, step, groups, state)
             _sync(scratch)
             shutil.rmtree(final, ignore_errors=True)  # a damaged one of an earlier run
             os.replace(scratch, final)
             _sync(folder)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+    _remove_old(folder)
+
+
+def _fill(
+    scratch: Path,
+    step: int,
+    groups: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, object],
+) -> None:
+    """The tensors' files, and state.json last."""
+    for name, tensors in groups.items():
+        contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        write_tensors(scratch / f"{name}.safetensors", contiguous)
+    sizes = {path.name: path.stat().st_size for path in scratch.glob("*.safetensors")}
+    whole_state = {**state, "step": step, "files": sizes}
+    write_file(scratch / "state.json", json.dumps(whole_state).encode())
+
+
+def _remove_old(folder: Path) -> None:
+    """All before the last whole ones.
+
+    They are whole, damaged, or half gone: a kill while they were removed.
+    """
     whole = [path for path in sorted(folder.glob("step-*")) if _is_whole(path)]
-    for old in folder.glob("step-*"):
-        if old < whole[-_KEPT:][0]:  # whole, damaged, or half gone: a kill while it was removed
-            shutil.rmtree(old)
+    oldest_kept = whole[-_KEPT:][0]
+    for path in folder.glob("step-*"):
+        if path < oldest_kept:
+            shutil.rmtree(path)
 
 
 @contextmanager
 def full_disk_named(folder: Path, what: str) -> Iterator[None]:
-    """Turns a full disk, met while `what` is written, into a FlashDraftError that names the last checkpoint of `folder`."""
+    """Turns a full disk, met while `what` is written, into a FlashDraftError.
+
+    It names the last checkpoint of `folder`.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) not in _FULL and not any(
-            f"os error {number})" in str(error) for number in _FULL
-        ):
+        if not _is_full_disk(error):
             raise
+        hint = "make room and run it again"
         last = last_checkpoint(folder)
-        hint = (
-            f"make room and run it again: it goes on from {last.name}"
-            if last
-            else "make room and run it again"
-        )
+        if last is not None:
+            hint = f"{hint}: it goes on from {last.name}"
         raise FlashDraftError(f"the disk is full: {what} was not written", hint=hint) from None
+
+
+def _is_full_disk(error: Exception) -> bool:
+    if getattr(error, "errno", None) in _FULL:
+        return True
+    return any(f"os error {number})" in str(error) for number in _FULL)  # as safetensors tells it
 
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest whole one; damaged ones are passed over."""
-    return next(
-        (path for path in sorted(folder.glob("step-*"), reverse=True) if _is_whole(path)), None
-    )
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        if _is_whole(path):
+            return path
+    return None
 
 
-def load_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What `save_checkpoint` was given."""
-    state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    return {
-        name.removesuffix(".safetensors"): load_file(path / name) for name in state["files"]
-    }, state
+def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], Json]:
+    """What `save_checkpoint` was given: the groups and the state."""
+    state: Json = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    groups = {}
+    for name in state["files"]:
+        groups[name.removesuffix(".safetensors")] = load_file(path / name)
+    return groups, state
 
 
 def _is_whole(path: Path) -> bool:
@@ -273,37 +340,40 @@ def _sync(folder: Path) -> None:
         os.close(handle)
 
 
+# The model card.
+
+
 def model_card(
     config: DraftConfig,
     target: str,
-    run: dict[str, Any],
-    figures: dict[str, Any],
+    run: Json,
+    figures: Mapping[str, Any],
     *,
     num_samples: int,
 ) -> str:
-    """A drafter's README. run: run.json; figures: `step`, `positions_seen`, `num_prompts`, `taus`: measured (step, tau)s."""
-    head = (
-        "none"
-        if config.sequential_head is None
-        else f"{config.sequential_head}, inner size {config.head_rank}"
-    )
-    settings = ", ".join(f"{name} {value}" for name, value in run["config"].items())
-    measured = "\n".join(f"| {step} | {tau:.2f} |" for step, tau in figures["taus"])
-    title, what = _WHAT[config.method]
-    facts: dict[str, Any] = {
-        "title": title,
-        "what": what,
+    """A drafter's README.
+
+    run: run.json; figures: `step`, `positions_seen`, `num_prompts`, `flops` and `taus`, which are
+    pairs of step and measured tau.
+    """
+    method = _METHODS[config.method]
+    head = "none"
+    if config.sequential_head is not None:
+        head = f"{config.sequential_head}, inner size {config.head_rank}"
+    masks = f"; mask token {config.mask_token_id}" if config.method == "dflash" else ""
+    settings = [f"{name} {value}" for name, value in run["config"].items()]
+    measured = [f"| {step} | {tau:.2f} |" for step, tau in figures["taus"]]
+    facts = {
+        "title": method.title,
+        "what": method.what,
         "target": target,
         "head": head,
-        "settings": settings,
-    }
-    facts |= {
-        "masks": f"; mask token {config.mask_token_id}" if config.method == "dflash" else "",
-        "measured": measured,
-    }
-    facts |= {"layers": ", ".join(map(str, config.target_layer_ids)), "num_samples": num_samples}
-    facts |= {
+        "masks": masks,
+        "layers": ", ".join(map(str, config.target_layer_ids)),
         "num_drafts": config.block_size - 1,
         "draft_vocabulary": config.draft_vocab_size or config.vocab_size,
+        "num_samples": num_samples,
+        "settings": ", ".join(settings),
+        "measured": "\n".join(measured),
     }
-    return _CARD.format_map(vars(config) | facts | figures | run["versions"] | run)
+    return _CARD.format_map(vars(config) | facts | dict(figures) | run["versions"] | run)
