@@ -35,6 +35,7 @@ from flashdraft.train import features as features_stage
 from flashdraft.train.batch import (
     Batch,
     Pass,
+    Span,
     block_mask,
     block_positions,
     draw_anchors,
@@ -372,7 +373,7 @@ def test_packed_sequences_that_see_each_other_are_caught() -> None:
     anchors = torch.cat([batch.positions[1][r0:r1:BLOCK] + c0 for c0, _, r0, r1 in batch.spans])
     leaking = replace(
         batch,
-        spans=[(0, num_context, 0, num_rows)],
+        spans=[Span(0, num_context, 0, num_rows)],
         masks=[block_mask(anchors, num_context, BLOCK)],
     )
     assert float((states_of(leaking, model) - states_of(batch, model)).abs().max()) > 0.1
