@@ -1,12 +1,13 @@
-"""The losses of a draft network, and only here: functions of tensors, and `Loss`, which knows the target's lm_head.
+"""The losses of a draft network, and only here.
 
-Does not know optimizers, files or the order of the steps.
+They are functions of tensors, and `Loss`, which knows the target's lm_head. Does not know
+optimizers, files or the order of the steps.
 """
 
 import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import NamedTuple, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -16,38 +17,77 @@ from flashdraft.methods.network import DraftNetwork
 from flashdraft.models.target import Target
 from flashdraft.process import INTS
 from flashdraft.train.batch import Batch
+from flashdraft.train.config import TrainConfig
 from flashdraft.train.features import Data
 
-__all__ = ["Loss", "accuracy", "chunked_loss", "common_tokens", "position_weights", "row_loss"]
+__all__ = [
+    "Accuracy",
+    "Loss",
+    "LossSum",
+    "accuracy",
+    "chunked_loss",
+    "common_tokens",
+    "position_weights",
+    "row_loss",
+]
 
 _CHUNK = 1024  # rows whose logits are alive at a time
-Figures = dict[str, Tensor]
+Figures = dict[str, Tensor]  # what is told of every labelled row
+
+
+class LossSum(NamedTuple):
+    """A loss over many rows."""
+
+    surrogate: Tensor  # a scalar with the gradients of the sum; its own value means nothing
+    total: float  # the sum
+    figures: Figures
+
+
+class Accuracy(TypedDict):
+    """How often a step's batch was guessed right."""
+
+    accuracy: list[float | None]  # by offset from the anchor, from 1 on; None: no label there
+    accepted: float  # expected accepted length
 
 
 def position_weights(
     kind: str, log_q: Tensor, offsets: Tensor, blocks: Tensor, *, gamma: float
 ) -> Tensor:
-    """Weight of every row: `decay` exp(-(k - 1) / gamma) at offset k (2602.06036, section 4), or `dpace` (2605.18810).
+    """Weight of every row: `decay` (2602.06036, section 4) or `dpace` (2605.18810).
 
-    D-PACE: with q_i the probability of the label at offset i, softened to (1 + q_i) / 2, w_j is the sum over m >= j of the
-    product of the first m: what position j adds to the expected accepted length.
-    log_q: [n] of the labels, detached; offsets: [n], 1 at the first masked position; blocks: [n] which block, ascending.
+    Decay: exp(-(k - 1) / gamma) at offset k.
+    D-PACE: with q_i the probability of the label at offset i, softened to (1 + q_i) / 2, w_j is
+    the sum over m >= j of the product of the first m: what position j adds to the expected
+    accepted length.
+    log_q: [n] of the labels, detached; offsets: [n], 1 at the first masked position; blocks: [n]
+    which block, ascending.
     """
     if kind == "decay":
         return torch.exp(-(offsets.to(log_q.dtype) - 1) / gamma)
-    _, at = blocks.unique_consecutive(return_inverse=True)
-    grid = log_q.new_full(
-        (int(at[-1]) + 1 if len(at) else 0, int(offsets.max()) if len(at) else 0), -torch.inf
-    )
-    grid[at, offsets - 1] = log_q
-    survival = (0.5 + 0.5 * grid.exp()).cumprod(1) * (grid > -torch.inf)
-    return survival.flip(1).cumsum(1).flip(1)[at, offsets - 1]
+    if len(offsets) == 0:
+        return log_q
+
+    _, row = blocks.unique_consecutive(return_inverse=True)
+    column = offsets - 1
+    grid = log_q.new_full((int(row[-1]) + 1, int(offsets.max())), -torch.inf)
+    grid[row, column] = log_q
+
+    has_label = grid > -torch.inf
+    softened = 0.5 + 0.5 * grid.exp()
+    survival = softened.cumprod(1) * has_label
+    sum_from_here_on = survival.flip(1).cumsum(1).flip(1)
+    return sum_from_here_on[row, column]
 
 
 def row_loss(kind: str, logits: Tensor, labels: Tensor, target_logits: Tensor | None) -> Tensor:
-    """[n]: `ce` against the label, or `kl` and `tv` (total variation) between the target's law over these columns and ours."""
+    """The loss of every row [n].
+
+    `ce`: against the label. `kl` and `tv` (total variation): between the target's law over these
+    columns and ours.
+    """
     if kind == "ce":
         return F.cross_entropy(logits, labels, reduction="none")
+
     assert target_logits is not None
     law = target_logits.softmax(-1)
     if kind == "kl":
@@ -60,32 +100,42 @@ def chunked_loss(
     parameters: Sequence[Tensor],
     chunks: Sequence[slice],
     part: Callable[[Tensor, slice], tuple[Tensor, Figures]],
-) -> tuple[Tensor, float, Figures]:
+) -> LossSum:
     """The sum of part(states[chunk], chunk) with the logits of one chunk alive at a time.
 
-    Each chunk's gradient with respect to its states [n, hidden] and to `parameters` (a head's) is taken at once. Returns a
-    scalar whose gradients are those of the sum, the sum itself, and the parts' figures, joined along their first dimension.
+    Each chunk's gradient with respect to its states [n, hidden] and to `parameters` (a head's) is
+    taken at once; these gradients are the factors of a surrogate that is linear in both. The parts'
+    figures are joined along their first dimension.
     """
-    grads = [torch.zeros_like(x) for x in (states, *parameters)]
-    total, figures = 0.0, []
+    states_grad = torch.zeros_like(states)
+    parameter_grads = [torch.zeros_like(parameter) for parameter in parameters]
+    total = 0.0
+    figures = []
     for chunk in chunks:
         leaf = states[chunk].detach().requires_grad_()
         with torch.enable_grad():
             loss, figure = part(leaf, chunk)
-        grads[0][chunk], *others = torch.autograd.grad(
+        states_grad[chunk], *grads = torch.autograd.grad(
             loss, (leaf, *parameters), materialize_grads=True
         )
-        for sum_, grad in zip(grads[1:], others, strict=True):
-            sum_ += grad
+        for sum_of_chunks, grad in zip(parameter_grads, grads, strict=True):
+            sum_of_chunks += grad
         total += float(loss.detach())
         figures.append(figure)
-    surrogate: Any = sum(
-        (x * grad).sum() for x, grad in zip((states, *parameters), grads, strict=True)
-    )
-    joined = {
-        name: torch.cat([f[name] for f in figures]) for name in (figures[0] if figures else {})
-    }
-    return surrogate, total, joined
+
+    surrogate = (states * states_grad).sum()
+    for parameter, grad in zip(parameters, parameter_grads, strict=True):
+        surrogate = surrogate + (parameter * grad).sum()
+    return LossSum(surrogate, total, _joined(figures))
+
+
+def _joined(figures: Sequence[Figures]) -> Figures:
+    if not figures:
+        return {}
+    joined = {}
+    for name in figures[0]:
+        joined[name] = torch.cat([figure[name] for figure in figures])
+    return joined
 
 
 class Loss:
@@ -96,91 +146,124 @@ class Loss:
         model: DraftNetwork,
         target: Target,
         vocabulary: Tensor,
-        config: Any,
+        config: TrainConfig,
         device: torch.device,
     ) -> None:
-        self.model, self.target, self.config = model, target, config
+        self.model = model
+        self.target = target
+        self.config = config
         self.vocabulary = vocabulary.to(device)
         self.head = target.head_weight(torch.arange(target.vocab_size, **INTS)).to(device)
 
     def weight(self, batch: Batch) -> float:
-        """What the loss of a micro-batch is divided by: known before the pass, so that micro-batches join exactly."""
+        """What the loss of a micro-batch is divided by.
+
+        It is known before the pass, so that micro-batches join exactly.
+        """
         offsets = batch.offsets[batch.labels >= 0]
         if self.config.weights == "dpace":
             return float(len(offsets))
         return float(torch.exp(-(offsets.double() - 1) / self.config.gamma).sum())
 
-    def __call__(self, states: Tensor, batch: Batch, step: int) -> tuple[Tensor, float, Figures]:
-        """The weighted sum over a micro-batch: a scalar to go back from, its value, and `hit`, `loss`, `row` of labelled rows."""
-        c, size = self.config, self.model.config.block_size
-        wanted = (batch.labels >= 0).nonzero()[:, 0]
-        blocks = wanted // size
-        candidates, labels = self._candidates(batch.labels[wanted], step)
-        weight, sequential = self.head[candidates].to(states.dtype), self.model.sequential_head
-        shares, final = (
-            {"ce": 1.0 - c.kl - c.tv, "kl": c.kl, "tv": c.tv},
-            batch.final if c.kl + c.tv else None,
-        )
+    def __call__(self, states: Tensor, batch: Batch, step: int) -> LossSum:
+        """The weighted sum over a micro-batch, and `hit`, `loss`, `row` of its labelled rows."""
+        config = self.config
+        labelled = (batch.labels >= 0).nonzero()[:, 0]
+        block_size = self.model.config.block_size
+        blocks = labelled // block_size
+        candidates, labels = self._candidates(batch.labels[labelled], step)
+        lm_head = self.head[candidates].to(states.dtype)
+        final = batch.final if config.kl + config.tv else None
+        sequential = self.model.sequential_head
 
-        def part(rows: Tensor, chunk: slice) -> tuple[Tensor, Figures]:
+        def part(hidden: Tensor, chunk: slice) -> tuple[Tensor, Figures]:
+            rows = labelled[chunk]
+            wanted = labels[chunk]
             if sequential is not None:
-                rows = sequential(rows, self.target.embed(batch.previous[wanted[chunk]]))
-            logits = F.linear(rows, weight).float()
-            theirs = (
-                None
-                if final is None
-                else F.linear(final[wanted[chunk]].to(weight.dtype), weight).float()
-            )
-            losses: Any = sum(
-                s * row_loss(kind, logits, labels[chunk], theirs) for kind, s in shares.items() if s
-            )
-            log_q = -F.cross_entropy(logits.detach(), labels[chunk], reduction="none")
-            weights = position_weights(
-                c.weights, log_q, batch.offsets[wanted[chunk]], blocks[chunk], gamma=c.gamma
-            )
-            hit = (logits.detach().argmax(-1) == labels[chunk]).float()
-            return (losses * weights).sum(), {
-                "hit": hit,
-                "loss": losses.detach(),
-                "row": wanted[chunk],
-            }
+                hidden = sequential(hidden, self.target.embed(batch.previous[rows]))
+            logits = F.linear(hidden, lm_head).float()
+            target_logits = None
+            if final is not None:
+                target_logits = F.linear(final[rows].to(lm_head.dtype), lm_head).float()
 
-        edges = torch.arange(
-            0, int(blocks[-1]) + 1, max(1, _CHUNK // size), dtype=torch.int64, device=blocks.device
-        )
-        starts = [*torch.searchsorted(blocks, edges).tolist(), len(wanted)]
-        chunks = [slice(a, b) for a, b in itertools.pairwise(starts) if a < b]
+            losses = self._row_losses(logits, wanted, target_logits)
+            log_q = -F.cross_entropy(logits.detach(), wanted, reduction="none")
+            weights = position_weights(
+                config.weights, log_q, batch.offsets[rows], blocks[chunk], gamma=config.gamma
+            )
+            hit = (logits.detach().argmax(-1) == wanted).float()
+            figures = {"hit": hit, "loss": losses.detach(), "row": rows}
+            return (losses * weights).sum(), figures
+
         parameters = [] if sequential is None else list(sequential.parameters())
-        return chunked_loss(states[wanted], parameters, chunks, part)
+        return chunked_loss(states[labelled], parameters, _chunks(blocks, block_size), part)
+
+    def _row_losses(self, logits: Tensor, labels: Tensor, target_logits: Tensor | None) -> Tensor:
+        """[n]: cross-entropy, KL and total variation, each by its share."""
+        kl = self.config.kl
+        tv = self.config.tv
+        shares = {"ce": 1.0 - kl - tv, "kl": kl, "tv": tv}
+        terms = []
+        for kind, share in shares.items():
+            if share:
+                terms.append(share * row_loss(kind, logits, labels, target_logits))
+        return sum(terms[1:], start=terms[0])
 
     def _candidates(self, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Ids in this step's softmax, and labels as indices into them; a rare one is always among them."""
-        vocabulary = self.vocabulary
-        if len(vocabulary) == self.target.vocab_size:
-            return vocabulary, labels
-        generator = torch.Generator("cpu").manual_seed((self.config.seed * 104_729 + step) % 2**64)
-        others = torch.randint(
-            self.target.vocab_size, (self.config.negatives,), generator=generator, **INTS
-        ).to(labels.device)
-        candidates = torch.cat((vocabulary, others, labels)).unique()
+        """Ids in this step's softmax, and labels as indices into them.
+
+        A label that is not in the draft vocabulary is among them, too.
+        """
+        vocab_size = self.target.vocab_size
+        if len(self.vocabulary) == vocab_size:
+            return self.vocabulary, labels
+
+        seed = (self.config.seed * 104_729 + step) % 2**64
+        generator = torch.Generator("cpu").manual_seed(seed)
+        shape = (self.config.negatives,)
+        negatives = torch.randint(vocab_size, shape, generator=generator, **INTS)
+        candidates = torch.cat((self.vocabulary, negatives.to(labels.device), labels)).unique()
         return candidates, torch.searchsorted(candidates, labels)
 
 
+def _chunks(blocks: Tensor, block_size: int) -> list[slice]:
+    """Slices of rows: whole blocks, as many as _CHUNK rows hold, or one.
+
+    blocks: [n] which block a row belongs to, ascending.
+    """
+    blocks_a_chunk = max(1, _CHUNK // block_size)
+    end = int(blocks[-1]) + 1
+    firsts = torch.arange(0, end, blocks_a_chunk, dtype=torch.int64, device=blocks.device)
+    starts = torch.searchsorted(blocks, firsts).tolist()
+    chunks = []
+    for first, last in itertools.pairwise([*starts, len(blocks)]):
+        if first < last:  # empty where none of these blocks has a label
+            chunks.append(slice(first, last))
+    return chunks
+
+
 def common_tokens(data: Data, count: int) -> tuple[Tensor, float]:
-    """The commonest tokens of all answers, ascending, and the share of the answers that they cover."""
-    counts = Counter(t for i in range(len(data)) for t in data.answer_tokens(i))
+    """The commonest tokens of all answers, ascending, and the share of the answers they cover."""
+    counts: Counter[int] = Counter()
+    for i in range(len(data)):
+        counts.update(data.answer_tokens(i))
     common = sorted(token for token, _ in counts.most_common(count))
-    return torch.tensor(common, **INTS), sum(counts[token] for token in common) / max(
-        1, sum(counts.values())
-    )
+    num_covered = sum(counts[token] for token in common)
+    return torch.tensor(common, **INTS), num_covered / max(1, counts.total())
 
 
-def accuracy(hits: Tensor, size: int) -> dict[str, Any]:
-    """hits: [n, 2], hit and offset of the labelled rows, blocks in order -> accuracy by offset, expected accepted length."""
-    hit, offset = hits[:, 0], hits[:, 1].long()
+def accuracy(hits: Tensor, size: int) -> Accuracy:
+    """hits: [n, 2], hit and offset of the labelled rows, blocks of `size` rows in order."""
+    hit = hits[:, 0]
+    offset = hits[:, 1].long()
     block = (offset == 1).cumsum(0) - 1
     grid = hits.new_zeros(int(block[-1]) + 1, size - 1)
     grid[block, offset - 1] = hit
-    here = (hit[offset == k] for k in range(1, size))
-    accuracy = [round(float(h.mean()), 4) if len(h) else None for h in here]  # JSON has no NaN
-    return {"accuracy": accuracy, "accepted": round(float(grid.cumprod(1).sum(1).mean()) + 1, 4)}
+    num_accepted = float(grid.cumprod(1).sum(1).mean())
+
+    shares: list[float | None] = []
+    for k in range(1, size):
+        hits_there = hit[offset == k]
+        share = round(float(hits_there.mean()), 4) if len(hits_there) else None  # JSON has no NaN
+        shares.append(share)
+    return {"accuracy": shares, "accepted": round(num_accepted + 1, 4)}
