@@ -1,13 +1,13 @@
 """The first weights of a draft network: random, or copied from the target's last layers.
 
-A copy starts with the target's own attention keys: fc passes the last feature through, so that the context's keys and
-values are those of the copied layer, and the draft's norms take over the scale that the target's heads had.
+A copy starts with the target's own attention keys: fc passes the last feature through, so that the
+context's keys and values are those of the copied layer, and the draft's norms take over the scale
+that the target's heads had. Does not know how a network is trained.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -19,10 +19,12 @@ from flashdraft.formats.config import DraftConfig
 from flashdraft.formats.parse import spread_layers
 from flashdraft.loading import NETWORKS
 from flashdraft.methods.dflash import DFlashDraftModel
+from flashdraft.methods.eagle3 import Eagle3DraftModel
 from flashdraft.methods.network import DraftNetwork
 from flashdraft.models.layers import ROPE_TYPES
 from flashdraft.models.target import Target
 from flashdraft.process import FLOATS, undisturbed
+from flashdraft.train.config import Json
 from flashdraft.train.features import Sample
 from flashdraft.types import require
 
@@ -30,6 +32,17 @@ __all__ = ["copied_from_target", "draft_config", "layers_read", "random_weights"
 
 MASK_TOKENS = {"smollm2-135m": 16}  # unused ids of the built-in targets' vocabularies
 _BLOCKS = {"dflash": 4, "eagle3": 6, "medusa": 5, "draft_model": 2}
+_SHAPE = (  # of the target's config, that the draft network takes over
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+)
+
+
+# The shape.
 
 
 def draft_config(
@@ -41,118 +54,147 @@ def draft_config(
     mask_token_id: int | None = None,
     method: str = "dflash",
 ) -> DraftConfig:
-    """A draft network of the target's own width and heads that reads `num_features` of its layers, for any family.
+    """A draft network of the target's own width and heads, for any family.
 
-    mask_token_id: one that the target never reads or writes; needed unless built in. Raises InvalidParameter for a bad shape.
+    It reads `num_features` of the target's layers. Raises InvalidParameter for a bad shape.
+    mask_token_id: one that the target never reads or writes; needed unless built in.
     method: of eagle3 and medusa only the block size is free.
     """
-    config: dict[str, Any] = target.config.to_dict()
-    total, vocab = target.num_layers, target.vocab_size
-    block_size = _BLOCKS[method] if block_size is None else block_size
-    if method != "dflash":
-        num_layers, mask_token_id = (
-            num_layers if method == "draft_model" else 1,
-            0,
-        )  # none has masks
-    mask = MASK_TOKENS.get(target.name) if mask_token_id is None else mask_token_id
-    if mask is None or not 0 <= mask < vocab:
-        hint = (
-            f"give --mask-token-id: an id below {vocab} that `{target.name}` never reads or writes"
-        )
-        raise InvalidParameter(f"mask_token_id is {mask}", hint=hint)
-    require(
-        block_size >= 2, "block_size", block_size, "2 or more: the anchor and at least one mask"
-    )
-    require(
-        1 <= num_layers <= total,
-        "num_layers",
-        num_layers,
-        f"from 1 to {total}, as in `{target.name}`",
-    )
-    names = (
-        "hidden_size",
-        "intermediate_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "rms_norm_eps",
-    )
-    shape = {name: config[name] for name in names if config.get(name) is not None}
-    rope = config.get("rope_parameters") or {}
-    rope = rope.get("full_attention") or rope  # gemma3 has one set for each kind of layer
-    if (
-        rope.get("rope_type", "default") not in ROPE_TYPES
-    ):  # the draft's positions need not be the target's
-        rope = {"rope_theta": rope.get("rope_theta", 10000.0)}
-    rope = {name: value for name, value in rope.items() if name != "partial_rotary_factor"}
-    if "num_attention_heads" in shape and "hidden_size" in shape:
-        shape.setdefault("num_key_value_heads", shape["num_attention_heads"])
-        shape.setdefault("head_dim", shape["hidden_size"] // shape["num_attention_heads"])
-    written = int(
-        target.config.max_position_embeddings
-    )  # the rotary scaling that goes with it says what it means
-    limit = min(target.context_length, written)
-    special = {"mask_token_id": mask, "target_layer_ids": layers_read(total, method, num_features)}
-    shape |= {
+    total = target.num_layers
+    if block_size is None:
+        block_size = _BLOCKS[method]
+    if method in ("eagle3", "medusa"):
+        num_layers = 1
+    mask = _mask_token(target, method, mask_token_id)
+    sizes = "2 or more: the anchor and at least one mask"
+    require(block_size >= 2, "block_size", block_size, sizes)
+    depths = f"from 1 to {total}, as in `{target.name}`"
+    require(1 <= num_layers <= total, "num_layers", num_layers, depths)
+
+    config: Json = target.config.to_dict()
+    # The rotary scaling that goes with the length in the file says what it means.
+    written_length = int(target.config.max_position_embeddings)
+    special = {
+        "mask_token_id": mask,
+        "target_layer_ids": layers_read(total, method, num_features),
+    }
+    draft: Json = {
+        **_shape(config),
         "num_hidden_layers": num_layers,
         "num_target_layers": total,
         "block_size": block_size,
         "dflash_config": special,
+        "vocab_size": target.vocab_size,
+        "max_position_embeddings": min(target.context_length, written_length),
+        "rope_parameters": _rope(config),
     }
-    shape |= {"vocab_size": vocab, "max_position_embeddings": limit, "rope_parameters": rope}
-    return replace(DraftConfig.from_json(shape, target.name), method=method)
+    return replace(DraftConfig.from_json(draft, target.name), method=method)
+
+
+def _mask_token(target: Target, method: str, wanted: int | None) -> int:
+    """Raises InvalidParameter where none is known, or one is no token of the target's."""
+    if method != "dflash":
+        return 0  # none of the others has masks
+    mask = MASK_TOKENS.get(target.name) if wanted is None else wanted
+    if mask is None or not 0 <= mask < target.vocab_size:
+        unused = f"an id below {target.vocab_size} that `{target.name}` never reads or writes"
+        raise InvalidParameter(f"mask_token_id is {mask}", hint=f"give --mask-token-id: {unused}")
+    return mask
+
+
+def _shape(config: Json) -> Json:
+    shape = {name: config[name] for name in _SHAPE if config.get(name) is not None}
+    if "num_attention_heads" in shape and "hidden_size" in shape:
+        num_heads = shape["num_attention_heads"]
+        shape.setdefault("num_key_value_heads", num_heads)
+        shape.setdefault("head_dim", shape["hidden_size"] // num_heads)
+    return shape
+
+
+def _rope(config: Json) -> Json:
+    """The rotary parameters of the draft network: the target's, where it knows their kind."""
+    rope = config.get("rope_parameters") or {}
+    rope = rope.get("full_attention") or rope  # gemma3 has one set for each kind of layer
+    if rope.get("rope_type", "default") not in ROPE_TYPES:
+        # The draft's positions need not be the target's.
+        return {"rope_theta": rope.get("rope_theta", 10000.0)}
+    return {name: value for name, value in rope.items() if name != "partial_rotary_factor"}
 
 
 def layers_read(num_target_layers: int, method: str, num_features: int) -> tuple[int, ...]:
-    """The target's layers that a draft network reads, all different; num_features: of dflash. Raises InvalidParameter."""
-    if method in ("medusa", "draft_model"):
-        return (num_target_layers,) if method == "medusa" else ()
+    """The target's layers that a draft network reads, all different.
+
+    num_features: of dflash. Raises InvalidParameter where the target has not so many.
+    """
+    if method == "medusa":
+        return (num_target_layers,)
+    if method == "draft_model":
+        return ()
+
     most = max(num_target_layers - 3, 1)
-    count = (
-        min(3, most) if method == "eagle3" else num_features
-    )  # eagle3: low, middle and high, all among dflash's five
+    count = num_features
+    if method == "eagle3":  # low, middle and high, all among dflash's five
+        count = min(3, most)
     layers = spread_layers(num_target_layers, count) if count >= 1 else ()
-    require(
-        0 < len(set(layers)) == count, "num_features", count, f"from 1 to {most} for this target"
-    )
+    are_different = 0 < len(set(layers)) == count
+    require(are_different, "num_features", count, f"from 1 to {most} for this target")
     return layers
+
+
+# Random weights, and another target's drafter.
 
 
 @undisturbed
 @torch.random.fork_rng(devices=[])  # what modules draw for themselves is drawn again, by `seed`
 def random_weights(config: DraftConfig, seed: int) -> DraftNetwork:
-    """Of the config's method: matrices from N(0, 0.02), norms at one; Medusa's heads at zero, as in its paper."""
-    model, generator = NETWORKS[config.method](config), torch.Generator("cpu").manual_seed(seed)
+    """Of the config's method: matrices from N(0, 0.02), norms at one.
+
+    Medusa's heads are at zero, as in its paper.
+    """
+    model = NETWORKS[config.method](config)
+    if config.method == "medusa":
+        return model
+    generator = torch.Generator("cpu").manual_seed(seed)
     for parameter in model.parameters():
-        if parameter.ndim > 1 and config.method != "medusa":
+        if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, 0.0, 0.02, generator=generator)
     return model
 
 
 @undisturbed
 def taken_from(config: DraftConfig, donor: DraftNetwork, seed: int) -> DraftNetwork:
-    """A network for one target that starts from another one's drafter: every tensor of the same shape, the others random.
+    """A network for one target that starts from another one's drafter.
 
-    A sequential head comes along where the vocabulary is the same. Raises InvalidParameter where no layer fits.
+    Every tensor of the same shape is taken, the others are random. A sequential head comes along
+    where the vocabulary is the same. Raises InvalidParameter where no layer fits.
     """
-    theirs, c = donor.state_dict(), donor.config
-    if c.sequential_head is not None and c.vocab_size == config.vocab_size:
-        head: dict[str, Any] = {"sequential_head": c.sequential_head, "head_rank": c.head_rank}
-        config = replace(config, draft_vocab_size=c.draft_vocab_size, **head)
+    theirs = donor.config
+    if theirs.sequential_head is not None and theirs.vocab_size == config.vocab_size:
+        config = replace(
+            config,
+            draft_vocab_size=theirs.draft_vocab_size,
+            sequential_head=theirs.sequential_head,
+            head_rank=theirs.head_rank,
+        )
     model = random_weights(config, seed)
     if config.draft_vocab_size is not None:
         model.extras = {name: donor.extras[name] for name in ("d2t", "t2d")}
+
     state = model.state_dict()
-    fits = {name for name in state if name in theirs and theirs[name].shape == state[name].shape}
-    if not any(name.endswith("proj.weight") for name in fits):
-        got = f"that drafter's layers are {c.hidden_size} wide, these {config.hidden_size}"
-        raise InvalidParameter(
-            got,
-            hint="start from a drafter of the same hidden size, or with --init target or random",
-        )
-    for name in fits:
-        state[name].copy_(theirs[name])
+    fitting = {}
+    for name, tensor in donor.state_dict().items():
+        if name in state and state[name].shape == tensor.shape:
+            fitting[name] = tensor
+    if not any(name.endswith("proj.weight") for name in fitting):
+        got = f"that drafter's layers are {theirs.hidden_size} wide, these {config.hidden_size}"
+        hint = "start from a drafter of the same hidden size, or with --init target or random"
+        raise InvalidParameter(got, hint=hint)
+    for name, tensor in fitting.items():
+        state[name].copy_(tensor)
     return model
+
+
+# The target's own layers.
 
 
 @undisturbed
@@ -160,73 +202,109 @@ def taken_from(config: DraftConfig, donor: DraftNetwork, seed: int) -> DraftNetw
 def copied_from_target(
     config: DraftConfig, target: str, sample: Sample | None, seed: int
 ) -> DraftNetwork:
-    """Draft layers from the target's own; dflash wants a `sample` to calibrate the scale of queries and keys."""
+    """Draft layers from the target's own.
+
+    dflash wants a `sample` to calibrate the scale of queries and keys.
+    """
     model = random_weights(config, seed)
     if config.method == "medusa":
         return model
-    total, count = config.num_target_layers, config.num_hidden_layers
-    if config.method == "draft_model":  # the first ones and the last ones
-        first = (count + 1) // 2
-        model.load_state_dict(
-            _layers_of(target, config, [*range(first), *range(total - count + first, total)])
-        )
+
+    num_target_layers = config.num_target_layers
+    num_layers = config.num_hidden_layers
+    if config.method == "draft_model":
+        num_first = (num_layers + 1) // 2
+        num_last = num_layers - num_first
+        first_ones = range(num_first)
+        last_ones = range(num_target_layers - num_last, num_target_layers)
+        model.load_state_dict(_layers_of(target, config, [*first_ones, *last_ones]))
         return model
-    copied = _layers_of(target, replace(config, method="dflash"), range(total - count, total))
+
+    last_ones = range(num_target_layers - num_layers, num_target_layers)
+    copied = _layers_of(target, replace(config, method="dflash"), last_ones)
     if config.method == "eagle3":
-        _copy_eagle3(model, copied)
+        assert isinstance(model, Eagle3DraftModel)
+        _copy_into_eagle3(model, copied)
         return model
     assert isinstance(model, DFlashDraftModel)
     assert sample is not None
-    last = sample.features[:, -config.hidden_size :].float()
-    unit = last / last.pow(2).mean(-1, keepdim=True).add(config.rms_norm_eps).sqrt()
-    model.fc.weight[:, -config.hidden_size :] += torch.eye(config.hidden_size, **FLOATS)
-    for n in range(config.num_hidden_layers):
-        norm = copied.pop(f"layers.{n}.input_layernorm.weight")
-        for name in (
-            "q",
-            "k",
-            "v",
-        ):  # the context bypasses input_layernorm, so its scale moves into them
-            weight = copied[f"layers.{n}.self_attn.{name}_proj.weight"].mul_(norm)
-            if name != "v":
-                scale = (unit @ weight.T).pow(2).mean().sqrt()
-                copied[f"layers.{n}.self_attn.{name}_norm.weight"] = scale.expand(config.head_dim)
-    model.load_state_dict(copied, strict=False)
+    _copy_into_dflash(model, copied, sample)
     return model
 
 
-def _copy_eagle3(model: Any, copied: dict[str, Tensor]) -> None:
-    """The target's last layer: it reads the last feature in the state's half of its input, and little of the embedding yet."""
-    hidden, state = model.config.hidden_size, model.state_dict()
-    model.fc.weight[:, -hidden:] += torch.eye(hidden, **FLOATS)
+def _copy_into_dflash(model: DFlashDraftModel, copied: dict[str, Tensor], sample: Sample) -> None:
+    """The context's keys and values become those of the target's last layers."""
+    config = model.config
+    hidden_size = config.hidden_size
+    last = sample.features[:, -hidden_size:].float()
+    rms = last.pow(2).mean(-1, keepdim=True).add(config.rms_norm_eps).sqrt()
+    unit = last / rms
+    model.fc.weight[:, -hidden_size:] += torch.eye(hidden_size, **FLOATS)
+    for n in range(config.num_hidden_layers):
+        # The context bypasses input_layernorm, so its scale moves into what reads behind it.
+        norm = copied.pop(f"layers.{n}.input_layernorm.weight")
+        attention = f"layers.{n}.self_attn"
+        for name in ("q", "k", "v"):
+            copied[f"{attention}.{name}_proj.weight"].mul_(norm)
+        for name in ("q", "k"):
+            weight = copied[f"{attention}.{name}_proj.weight"]
+            scale = (unit @ weight.T).pow(2).mean().sqrt()
+            copied[f"{attention}.{name}_norm.weight"] = scale.expand(config.head_dim)
+    model.load_state_dict(copied, strict=False)
+
+
+def _copy_into_eagle3(model: Eagle3DraftModel, copied: Mapping[str, Tensor]) -> None:
+    """The target's last layer.
+
+    It reads the last feature in the state's half of its input, and little of the embedding yet.
+    """
+    hidden_size = model.config.hidden_size
+    state = model.state_dict()
+    model.fc.weight[:, -hidden_size:] += torch.eye(hidden_size, **FLOATS)
     for name, weight in copied.items():
-        own = state[
-            "norm.weight" if name == "norm.weight" else f"midlayer.{name.removeprefix('layers.0.')}"
-        ]
-        own[..., -weight.shape[-1] :] = weight
+        own_name = f"midlayer.{name.removeprefix('layers.0.')}"
+        if name == "norm.weight":
+            own_name = name
+        state[own_name][..., -weight.shape[-1] :] = weight
     state["midlayer.hidden_norm.weight"].copy_(copied["layers.0.input_layernorm.weight"])
 
 
 def _layers_of(target: str, config: DraftConfig, chosen: Sequence[int]) -> dict[str, Tensor]:
-    """These layers of the target in float32 under the draft's names. Raises CheckpointError where shapes differ."""
-    folder, shapes, tensors = hub.resolve(target), config.shapes(), dict[str, Tensor]()
-    names = {"model.norm.weight": "norm.weight"}  # theirs -> ours
+    """These layers of the target in float32 under the draft's names.
+
+    Raises CheckpointError where shapes differ, and for a quantised target.
+    """
+    folder = hub.resolve(target)
+    shapes = config.shapes()
+    draft_names = _draft_names(shapes, chosen)
+    tensors: dict[str, Tensor] = {}
+    if isinstance(folder, Path):
+        if hub.read_config(folder).get("quantization_config"):
+            got = f"`{folder}` is quantised: its layers cannot be copied as they lie"
+            raise CheckpointError(got, hint="start from --init random")
+        for path in sorted(folder.glob("*.safetensors")):
+            tensors |= _read_named(path, draft_names)
+
+    for name in draft_names.values():
+        if name not in tensors or tuple(tensors[name].shape) != shapes[name]:
+            lacking = f"`{folder}` has no llama-shaped layers of the draft's size to copy"
+            raise CheckpointError(lacking, hint="start from --init random")
+    return tensors
+
+
+def _draft_names(shapes: Mapping[str, object], chosen: Sequence[int]) -> dict[str, str]:
+    """The target's names of the tensors to copy -> the draft's."""
+    names = {"model.norm.weight": "norm.weight"}
     for name in shapes:
         if name.endswith(("proj.weight", "layernorm.weight")):
             _, n, rest = name.split(".", 2)
             names[f"model.layers.{chosen[int(n)]}.{rest}"] = name
-    if isinstance(folder, Path) and hub.read_config(folder).get("quantization_config"):
-        got = f"`{folder}` is quantised: its layers cannot be copied as they lie"
-        raise CheckpointError(got, hint="start from --init random")
-    for path in sorted(folder.glob("*.safetensors")) if isinstance(folder, Path) else ():
-        with safe_open(path, framework="pt") as file:
-            tensors |= {
-                names[name]: file.get_tensor(name).float()
-                for name in names.keys() & set(file.keys())
-            }
-    if any(
-        name not in tensors or tuple(tensors[name].shape) != shapes[name] for name in names.values()
-    ):
-        lacking = f"`{folder}` has no llama-shaped layers of the draft's size to copy"
-        raise CheckpointError(lacking, hint="start from --init random")
+    return names
+
+
+def _read_named(path: Path, draft_names: Mapping[str, str]) -> dict[str, Tensor]:
+    tensors = {}
+    with safe_open(path, framework="pt") as file:
+        for name in draft_names.keys() & set(file.keys()):
+            tensors[draft_names[name]] = file.get_tensor(name).float()
     return tensors
