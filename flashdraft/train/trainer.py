@@ -1,7 +1,9 @@
-"""Stage 4: features -> a drafter. A visible loop on accelerate; every few steps the real tau, by really decoding.
+"""Stage 4: features -> a drafter.
 
-Everything random is keyed by (seed, sample number), so that a resumed run sees what an undisturbed one would have seen, and
-so that P processes with A micro-batches each see what one process with P * A sees.
+A visible loop on accelerate; every few steps it measures the real tau, by really decoding.
+Everything random is keyed by (seed, sample number), so that a resumed run sees what an undisturbed
+one would have seen, and so that P processes with A micro-batches each see what one process with
+P * A sees. Does not know losses, masks or how a checkpoint becomes whole.
 """
 
 import hashlib
@@ -11,19 +13,21 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NotRequired
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
 from rich.progress import Progress
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -38,6 +42,7 @@ from flashdraft.process import FLOATS, INTS, undisturbed
 from flashdraft.provenance import provenance
 from flashdraft.train.batch import Batch, FlopCount, Pass, make_batch, why_no_anchor
 from flashdraft.train.config import (
+    Json,
     TrainConfig,
     check_run_folder,
     full_disk_named,
@@ -48,24 +53,40 @@ from flashdraft.train.config import (
 )
 from flashdraft.train.facts import target_facts
 from flashdraft.train.features import Data, Sample
-from flashdraft.train.objectives import Loss, accuracy, common_tokens
+from flashdraft.train.objectives import Accuracy, Figures, Loss, accuracy, common_tokens
 from flashdraft.train.rows import LeftOut
 from flashdraft.types import SamplingParams
 
-__all__ = ["Trainer", "process_device"]
+__all__ = ["StepFigures", "Trainer", "process_device"]
 
 _MEASURED = SamplingParams(max_new_tokens=128)  # the texts on which tau is measured
 _WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
 _COUNTED = 50  # steps between two whose FLOPs are counted
-_NOT_OURS = tuple(
-    f"ACCELERATE_USE_{name}" for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
+_NOT_OURS = (
+    "ACCELERATE_USE_DEEPSPEED",
+    "ACCELERATE_USE_MEGATRON_LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG",
 )
 _FREE = ("steps", "eval_every", "save_every", "tracker")  # what may change when a run goes on
 Head = tuple[str, int] | None  # kind and rank of a sequential head to add
 
 
+class StepFigures(Accuracy):
+    """What metrics.jsonl tells of one step."""
+
+    step: int
+    loss: float
+    norm: float  # of the gradient, before it is clipped
+    positions: int  # block rows of all processes
+    positions_per_second: NotRequired[float]
+    tau: NotRequired[float]  # where it was measured behind this step
+
+
 class Trainer:
-    """One run in one folder: `checkpoints/`, `best/` (a drafter's folder), metrics.jsonl, tensorboard/, run.json."""
+    """One run in one folder.
+
+    It holds `checkpoints/`, `best/` (a drafter's folder), metrics.jsonl, tensorboard/, run.json.
+    """
 
     @undisturbed
     def __init__(
@@ -78,75 +99,58 @@ class Trainer:
         *,
         head: Head = None,
     ) -> None:
-        self.model, self.lm, self.data, self.out, self.config = (
-            model,
-            lm,
-            data,
-            out.absolute(),
-            config,
-        )
+        self.model = model
+        self.lm = lm
         self.target = lm.target
+        self.data = data
+        self.out = out.absolute()
+        self.config = config
         self.origin = provenance() | {"config": asdict(config)}
         self.begun = check_run_folder(out)  # run.json of the run that goes on
         self.facts = target_facts(lm)
-        self._check()
-        self.step, self.positions, self.best, self.stopped = 0, 0, 0.0, 0
-        self.flops, self.flops_a_step = (
-            0.0,
-            0.0,
-        )  # of all steps, forward and backward; of the last step that was counted
+        self._check_data_and_model()
+
+        self.step = 0
+        self.positions = 0  # block rows of all steps
+        self.best = 0.0  # the highest tau
         self.taus: list[tuple[int, float]] = []  # step and tau of every measurement
-        native = (
-            torch.cuda.is_bf16_supported()
-            if torch.cuda.is_available()
-            else torch.cpu._is_avx512_bf16_supported()
-        )
-        launched = _launched_precision(config)
-        self.bf16 = "bf16" in (config.precision, launched) or (
-            config.precision == "auto" and native
-        )
+        self.flops = 0.0  # of all steps, forward and backward
+        self.flops_a_step = 0.0  # of the last step that was counted
+        self.stopped = 0  # the signal that this process got
+        self.seconds: dict[str, float] = {}  # by part of a step, of all steps of this process
+        self._orders: dict[int, Tensor] = {}  # of the samples, by epoch
+
+        self.bf16 = _uses_bf16(config)
         self.acc = _accelerator(config, out)
-        self.coverage: float | None = (
-            None  # share of the answers' tokens that the draft vocabulary has
-        )
+        self.coverage: float | None = None  # share of the answers' tokens in the draft vocabulary
         self.vocabulary: Tensor | None = None  # where it is new
         vocabulary = self._draft_vocabulary()
         if head is not None:
-            assert isinstance(model, DFlashDraftModel), "only dflash has a sequential head"
-            if (held := model.config.sequential_head) is not None:
-                raise InvalidParameter(
-                    f"the drafter has a {held} head already", hint="leave out --head"
-                )
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(config.seed)
-                model.add_head(*head)
+            _add_head(model, head, config.seed)
         if model.sequential_head is not None and self.acc.distributed_type == "FSDP":
             raise InvalidParameter(
                 "a sequential head cannot be trained under FSDP",
                 hint="use recipes/accelerate/ddp.yaml",
             )
-        self.net: Any = Pass(model, self.target.embed)
-        matrices, norms = (
-            [p for p in model.parameters() if (p.ndim > 1) is wanted] for wanted in (True, False)
-        )
-        groups = [
-            {"params": matrices, "weight_decay": config.weight_decay},
-            {"params": norms, "weight_decay": 0.0},
-        ]
-        self.optimizer: Any = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
-        self.net, self.optimizer = self.acc.prepare(self.net, self.optimizer)
+
+        groups = _parameter_groups(model, config.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
+        self.net: nn.Module
+        self.optimizer: AcceleratedOptimizer
+        self.net, self.optimizer = self.acc.prepare(Pass(model, self.target.embed), optimizer)
         self.loss = Loss(model, self.target, vocabulary, config, self.acc.device)
-        self.average = (
-            {n: p.detach().clone() for n, p in model.named_parameters()} if config.ema else {}
-        )
-        self.seconds: dict[str, float] = {}  # by part of a step, of all steps of this process
-        self._orders: dict[int, Tensor] = {}  # of the samples, by epoch
+        self.average: dict[str, Tensor] = {}  # of the weights, where it is asked for
+        if config.ema:
+            self.average = self._copied_parameters()
         self._resume()
 
-    def run(self, prompts: Sequence[Prompt], *, quiet: bool = False) -> float:
-        """Train to the last step; returns the best tau measured on `prompts`, which are checked before the first one.
+    # The run.
 
-        SIGTERM and SIGINT write a checkpoint and leave with exit code 128 + signal; run it again to go on.
+    def run(self, prompts: Sequence[Prompt], *, quiet: bool = False) -> float:
+        """Train to the last step; returns the best tau measured on `prompts`.
+
+        They are checked before the first step. SIGTERM and SIGINT write a checkpoint and leave with
+        exit code 128 + signal; run it again to go on.
         """
         if not prompts:
             raise DataError("there are no prompts to measure tau on", hint="give held-out prompts")
@@ -154,215 +158,230 @@ class Trainer:
             with named(f"held-out prompt {number}"):
                 check(self.target, self.lm.request(prompt, _MEASURED))
         self.data.check()
-        inputs = {
-            "target": self.facts["target"],
-            "template": self.facts["template"],
-            "data": self.data.identity,
-        }
-        inputs |= {
-            "held_out": hashlib.sha256(json.dumps(list(prompts), default=str).encode()).hexdigest()[
-                :16
-            ]
-        }
+        inputs = self._inputs(prompts)
         self._check_inputs(inputs)
         self._tell_passed_over()
-        lock = (
-            locked(Path(os.path.realpath(self.out))) if self.acc.is_main_process else nullcontext()
-        )
+
+        lock: AbstractContextManager[None] = nullcontext()
+        if self.acc.is_main_process:
+            lock = locked(Path(os.path.realpath(self.out)))
         with lock:
             return self._run(inputs, prompts, quiet=quiet)
 
-    def _run(self, inputs: dict[str, Any], prompts: Sequence[Prompt], *, quiet: bool) -> float:
-        main, config = self.acc.is_main_process, self.config
-        if main:
+    def _run(self, inputs: Json, prompts: Sequence[Prompt], *, quiet: bool) -> float:
+        config = self.config
+        is_main = self.acc.is_main_process
+        if is_main:
             self._begin(inputs)
         self.acc.wait_for_everyone()
         self.acc.init_trackers("tensorboard", config=asdict(config))
         self.net.train()
-        full = full_disk_named(self.out / "checkpoints", f"a file of `{self.out}`")
-        with Progress(disable=quiet or not main) as bar, self._stoppable(), full:
+
+        full_disk = full_disk_named(self.out / "checkpoints", f"a file of `{self.out}`")
+        with Progress(disable=quiet or not is_main) as bar, self._stoppable(), full_disk:
             task = bar.add_task("train", total=config.steps, completed=self.step)
             while self.step < config.steps:
-                started = time.perf_counter()
-                with FlopCount() if self.step % _COUNTED == 0 else nullcontext() as counted:  # type: ignore[no-untyped-call]
-                    figures = self.train_step()
-                if counted is not None:  # the steps between are alike
-                    self.flops_a_step = counted.total * self.acc.num_processes
-                self.flops += self.flops_a_step
-                figures["positions_per_second"] = figures["positions"] / (
-                    time.perf_counter() - started
-                )
-                ended = self.step == config.steps
-                if self.step % config.eval_every == 0 or ended:
-                    weights = self._weights()  # of all processes
-                    figures |= self.measure(weights, prompts) if main else {}
+                figures = self._counted_step()
+
+                is_last = self.step == config.steps
+                if is_last or self.step % config.eval_every == 0:
+                    weights = self._weights()  # all processes take part
+                    if is_main:
+                        figures["tau"] = self.measure(weights, prompts)
                 self._log(figures)
-                mine = torch.tensor([self.stopped], dtype=torch.int64, device=self.acc.device)
-                stopped = max(self.acc.gather(mine).tolist())  # of any process
-                if self.step % config.save_every == 0 or ended or stopped:
+
+                stopped = self._stopped_by()
+                if is_last or stopped or self.step % config.save_every == 0:
                     self._save()
-                shares = " ".join(
-                    f"{share:.2f}" for share in figures["accuracy"] if share is not None
-                )
-                told = f"loss {figures['loss']:.3f}  accuracy {shares}  accepted {figures['accepted']:.2f}"
-                bar.update(task, advance=1, description=told)
+                bar.update(task, advance=1, description=_told(figures))
                 if stopped:
                     raise SystemExit(128 + stopped)
         self.acc.end_training()
         return self.best
 
+    def _counted_step(self) -> StepFigures:
+        """One step and its rate. FLOPs are counted now and then: the steps between are alike."""
+        started = time.perf_counter()
+        if self.step % _COUNTED == 0:
+            with FlopCount() as flops:  # type: ignore[no-untyped-call]
+                figures = self.train_step()
+            self.flops_a_step = flops.total * self.acc.num_processes
+        else:
+            figures = self.train_step()
+        self.flops += self.flops_a_step
+        figures["positions_per_second"] = figures["positions"] / (time.perf_counter() - started)
+        return figures
+
+    # A step.
+
     @undisturbed
     @torch.enable_grad()
-    def train_step(self) -> dict[str, Any]:
-        """One optimizer step. Raises FlashDraftError naming step and samples where loss or gradient is not finite."""
-        c = self.config
+    def train_step(self) -> StepFigures:
+        """One optimizer step.
+
+        Raises FlashDraftError naming step and samples where loss or gradient is not finite.
+        """
+        config = self.config
         with self._timed("data"):
             batches = self._batches()
-            weight, rows_seen = (
-                sum(map(self.loss.weight, batches)),
-                sum(len(b.offsets) for b in batches),
-            )
-            share = torch.tensor([float(weight), float(rows_seen)], **FLOATS)
-            total, positions = self.acc.reduce(share.to(self.acc.device), "sum").tolist()
+            total, positions = self._totals(batches)
         for group in self.optimizer.param_groups:
-            group["lr"] = c.lr * _schedule(self.step, c.steps, c.warmup)
+            group["lr"] = config.lr * _schedule(self.step, config.steps, config.warmup)
         self.optimizer.zero_grad(set_to_none=True)
-        loss, rows, autocast = (
-            0.0,
-            [],
-            torch.autocast(self.acc.device.type, dtype=torch.bfloat16, enabled=self.bf16),
-        )
+
+        loss = 0.0
+        hits = []
+        autocast = torch.autocast(self.acc.device.type, dtype=torch.bfloat16, enabled=self.bf16)
         for i, batch in enumerate(batches):
-            with self.acc.no_sync(self.net) if i + 1 < len(batches) else nullcontext():
+            is_last = i + 1 == len(batches)
+            with nullcontext() if is_last else self.acc.no_sync(self.net):
                 with self._timed("forward"), autocast:
                     states = self.net(batch)
                 with self._timed("loss"), autocast:
                     surrogate, part, figures = self.loss(states, batch, self.step)
-                if len(bad := figures["row"][~figures["loss"].isfinite()]):
-                    spans = zip(batch.numbers, batch.spans, strict=True)
-                    raise self._not_finite(
-                        "loss",
-                        torch.nan,
-                        [n for n, (*_, start, end) in spans if start <= int(bad[0]) < end],
-                    )
+                self._check_losses(figures, batch)
                 with self._timed("backward"):
                     self.acc.backward(surrogate * (self.acc.num_processes / total))
             loss += part / total
-            rows.append(torch.stack([figures["hit"], batch.offsets[batch.labels >= 0].float()]))
-        with self._timed("optimizer"):
-            norm = self.acc.clip_grad_norm_(self.net.parameters(), c.clip)
-            if not torch.isfinite(norm):
-                raise self._not_finite(
-                    "gradient's norm", float(norm), [n for b in batches for n in b.numbers]
-                )
-            self.optimizer.step()
-            if self.average:
-                current = [p.detach() for p in self.model.parameters()]
-                get_ema_multi_avg_fn(c.ema)(list(self.average.values()), current, self.step)
-        self.step, self.positions = self.step + 1, self.positions + int(positions)
-        hits = self.acc.gather(
-            self.acc.pad_across_processes(torch.cat(rows, 1).T.contiguous())
-        )  # a pad's offset is 0
-        loss = float(
-            self.acc.reduce(torch.tensor(loss, dtype=torch.float32, device=self.acc.device), "sum")
-        )
-        whole = {"step": self.step, "loss": loss, "norm": float(norm), "positions": int(positions)}
-        return whole | accuracy(hits[hits[:, 1] > 0], self.model.config.block_size)
+            hits.append(_hits(figures, batch))
 
-    def measure(self, weights: dict[str, Tensor], prompts: Sequence[Prompt]) -> dict[str, Any]:
-        """tau of the drafter with these weights, on held-out prompts; the best one is kept as a drafter's folder."""
-        with torch.random.fork_rng(devices=[]):
-            model = type(self.model)(self.model.config)
-        model.load_state_dict(weights)
-        model.extras = self.model.extras
-        drafting = replace(self.lm, new_drafter=model.eval().drafters(self.target))
-        results = drafting.generate(list(prompts), _MEASURED)
-        tau = sum(result.stats.tau for result in results) / len(results)
-        self.taus.append((self.step, tau))
-        if tau > self.best:
-            self.best = tau
-            facts: dict[str, Any] = {
-                "step": self.step,
-                "positions_seen": self.positions,
-                "flops": self.flops,
-            }
-            facts |= {"taus": self.taus, "num_prompts": len(prompts)}
-            card = model_card(
-                model.config, self.target.name, self.origin, facts, num_samples=len(self.data)
-            )
-            model.save_pretrained(self.out / "best", readme=card)
-        return {"tau": tau}
+        with self._timed("optimizer"):
+            norm = self.acc.clip_grad_norm_(self.net.parameters(), config.clip)
+            self._check_norm(norm, batches)
+            self.optimizer.step()
+            self._update_average()
+        self.step += 1
+        self.positions += positions
+        hits_of_all = self._gathered(torch.cat(hits))
+        guessed = accuracy(hits_of_all, self.model.config.block_size)
+        return {
+            "step": self.step,
+            "loss": self._summed(loss),
+            "norm": float(norm),
+            "positions": positions,
+            "accuracy": guessed["accuracy"],
+            "accepted": guessed["accepted"],
+        }
 
     def _batches(self) -> list[Batch]:
-        """This process's micro-batches of the step: number m of all processes' holds samples m * sequences and on."""
-        c, device = self.config, self.acc.device
-        numbers = [
-            (self.step * c.accumulate + a) * self.acc.num_processes + self.acc.process_index
-            for a in range(c.accumulate)
-        ]
-        samples = [self._samples(range(m * c.sequences, (m + 1) * c.sequences)) for m in numbers]
-        options: Any = {
-            "min_context": c.min_context,
-            "flex": device if device.type == "cuda" else None,
-        }
-        return [
-            make_batch(each, self.model.config, c.anchors, c.seed, **options).to(device)
-            for each in samples
-        ]
+        """This process's micro-batches of the step.
 
-    def _begin(self, inputs: dict[str, Any]) -> None:
-        """Write what says whose folder this is, and forget the steps behind the last checkpoint: they come again."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        write_file(
-            self.out / "run.json", json.dumps(self.origin | {"inputs": inputs}, indent=2).encode()
-        )
-        if self.vocabulary is not None:
-            write_tensors(self.out / "vocabulary.safetensors", {"tokens": self.vocabulary})
-        log = self.out / "metrics.jsonl"
-        if not log.exists():
-            return
-        kept = []
-        for line in log.read_text(encoding="utf-8").splitlines(keepends=True):
-            if (
-                line.endswith("\n") and json.loads(line)["step"] <= self.step
-            ):  # a kill may cut the last one off
-                kept.append(line)
-        write_file(log, "".join(kept).encode())
+        Number m of all processes' holds the samples from m * sequences on.
+        """
+        config = self.config
+        device = self.acc.device
+        batches = []
+        for micro_batch in range(config.accumulate):
+            of_all_processes = self.step * config.accumulate + micro_batch
+            number = of_all_processes * self.acc.num_processes + self.acc.process_index
+            first = number * config.sequences
+            batch = make_batch(
+                self._samples(range(first, first + config.sequences)),
+                self.model.config,
+                config.anchors,
+                config.seed,
+                min_context=config.min_context,
+                flex=device if device.type == "cuda" else None,
+            )
+            batches.append(batch.to(device))
+        return batches
 
-    def _check_inputs(self, inputs: dict[str, Any]) -> None:
-        """Raises DataError where the run that goes on was begun with another target, template, samples or held-out prompts."""
-        if self.step == 0:
+    def _totals(self, batches: Sequence[Batch]) -> tuple[float, int]:
+        """Of all processes: what the loss is divided by, and the number of block rows."""
+        weight = sum(self.loss.weight(batch) for batch in batches)
+        num_rows = sum(len(batch.offsets) for batch in batches)
+        own = torch.tensor([float(weight), float(num_rows)], **FLOATS)
+        total, positions = self.acc.reduce(own.to(self.acc.device), "sum").tolist()
+        return total, int(positions)
+
+    def _check_losses(self, figures: Figures, batch: Batch) -> None:
+        bad = figures["row"][~figures["loss"].isfinite()]
+        if len(bad) == 0:
             return
-        if "inputs" in self.begun:
-            check_facts(
-                self.out,
-                self.begun["inputs"],
-                inputs,
-                "name another folder, or go on with what it was begun with",
-            )
-        elif self.acc.is_main_process:
-            say(
-                f"{self.out}: its run.json says nothing of its target and data; it goes on with these"
-            )
+        row = int(bad[0])
+        for number, span in zip(batch.numbers, batch.spans, strict=True):
+            if span.row_start <= row < span.row_end:
+                raise self._not_finite("loss", math.nan, [number])
+
+    def _check_norm(self, norm: Tensor, batches: Sequence[Batch]) -> None:
+        if torch.isfinite(norm):
+            return
+        numbers = []
+        for batch in batches:
+            numbers += batch.numbers
+        raise self._not_finite("gradient's norm", float(norm), numbers)
+
+    def _not_finite(self, what: str, value: float, numbers: list[int]) -> FlashDraftError:
+        places = ", ".join(self.data.describe(self._place(number)) for number in numbers[:3])
+        hint = "look at that data, or lower --lr; the last checkpoint is whole"
+        return FlashDraftError(f"the {what} is {value} at step {self.step}, in {places}", hint=hint)
+
+    def _update_average(self) -> None:
+        if not self.average:
+            return
+        current = [parameter.detach() for parameter in self.model.parameters()]
+        update = get_ema_multi_avg_fn(self.config.ema)
+        update(list(self.average.values()), current, self.step)
+
+    def _gathered(self, hits: Tensor) -> Tensor:
+        """The rows [n, 2] of all processes."""
+        padded = self.acc.gather(self.acc.pad_across_processes(hits))
+        gathered: Tensor = padded[padded[:, 1] > 0]  # a pad's offset is 0
+        return gathered
+
+    def _summed(self, loss: float) -> float:
+        """Over all processes."""
+        own = torch.tensor(loss, dtype=torch.float32, device=self.acc.device)
+        return float(self.acc.reduce(own, "sum"))
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
+
+    # Which samples a step sees.
 
     def _samples(self, numbers: Sequence[int]) -> list[tuple[int, Sample]]:
-        """The samples of these numbers. If nothing can be learned from any of them, the next one from which something can."""
+        """The samples of these numbers, with them.
+
+        If nothing can be learned from any of them, the next one from which something can.
+        """
         places = {number: self._place(number) for number in numbers}
         if not any(self._is_usable[place] for place in places.values()):
             number = self._next_usable(numbers[0])
             places = {number: self._place(number)}
         return [(number, self.data[place]) for number, place in places.items()]
 
+    def _place(self, number: int) -> int:
+        """Which sample of the set has this global number."""
+        epoch, at = divmod(number, len(self.data))
+        return int(self._order(epoch)[at])
+
+    def _order(self, epoch: int) -> Tensor:
+        if epoch not in self._orders:
+            seed = (self.config.seed * 7919 + epoch) % 2**64
+            generator = torch.Generator("cpu").manual_seed(seed)
+            order = torch.randperm(len(self.data), generator=generator, **INTS)
+            kept = {epoch: order}
+            if epoch - 1 in self._orders:  # a step may lie in two epochs
+                kept[epoch - 1] = self._orders[epoch - 1]
+            self._orders = kept
+        return self._orders[epoch]
+
     @cached_property
     def _is_usable(self) -> list[bool]:
         """Of every sample: whether an anchor fits into it. The same on every process."""
+        return [not why for why in self._why_unusable()]
+
+    def _why_unusable(self) -> list[str]:
+        """Of every sample: why no anchor fits into it; empty where one does."""
         config = self.model.config
-        return [
-            not why_no_anchor(sizes, config, self.config.min_context) for sizes in self.data.sizes()
-        ]
+        min_context = self.config.min_context
+        return [why_no_anchor(sizes, config, min_context) for sizes in self.data.sizes()]
 
     def _next_usable(self, number: int) -> int:
-        """The number in the same epoch that follows this one, round about, and whose sample is usable."""
+        """The number in the same epoch that follows this one, round about, with a usable sample."""
         size = len(self.data)
         begin = number - number % size
         for step in range(1, size):
@@ -380,56 +399,132 @@ class Trainer:
 
     def _passed_over(self) -> LeftOut:
         left_out = LeftOut("sample")
-        for i, sizes in enumerate(self.data.sizes()):
-            if why := why_no_anchor(sizes, self.model.config, self.config.min_context):
+        for i, why in enumerate(self._why_unusable()):
+            if why:
                 left_out.add(self.data.describe(i), why)
         return left_out
 
     def _nothing_usable(self) -> DataError:
-        hint = "regenerate longer answers, store more of them with --max-length, or lower --min-context"
-        return DataError(
-            f"nothing can be learned from `{self.data.name}`: {self._passed_over()}", hint=hint
-        )
+        got = f"nothing can be learned from `{self.data.name}`: {self._passed_over()}"
+        more = "store more of them with --max-length, or lower --min-context"
+        return DataError(got, hint=f"regenerate longer answers, {more}")
 
-    def _check(self) -> None:
-        data, config = self.data, self.model.config
+    # tau.
+
+    def measure(self, weights: Mapping[str, Tensor], prompts: Sequence[Prompt]) -> float:
+        """tau of the drafter with these weights, on held-out prompts.
+
+        The best one is kept as a drafter's folder.
+        """
+        with torch.random.fork_rng(devices=[]):
+            model = type(self.model)(self.model.config)
+        model.load_state_dict(weights)
+        model.extras = self.model.extras
+        drafting = replace(self.lm, new_drafter=model.eval().drafters(self.target))
+        results = drafting.generate(list(prompts), _MEASURED)
+        tau = float(sum(result.stats.tau for result in results) / len(results))
+        self.taus.append((self.step, tau))
+        if tau > self.best:
+            self.best = tau
+            card = self._card(len(prompts))
+            model.save_pretrained(self.out / "best", readme=card)
+        return tau
+
+    def _card(self, num_prompts: int) -> str:
+        figures = {
+            "step": self.step,
+            "positions_seen": self.positions,
+            "flops": self.flops,
+            "taus": self.taus,
+            "num_prompts": num_prompts,
+        }
+        target = self.target.name
+        num_samples = len(self.data)
+        config = self.model.config
+        return model_card(config, target, self.origin, figures, num_samples=num_samples)
+
+    def _weights(self) -> dict[str, Tensor]:
+        """What is measured and kept, whole, on every process: the weights or their average."""
+        if self.average:
+            return {name: _whole(tensor) for name, tensor in self.average.items()}
+        state: Any = dcp.get_model_state_dict(self.net, options=_WHOLE)
+        return {name.removeprefix("model."): tensor for name, tensor in state.items()}
+
+    # The run's folder.
+
+    def _check_data_and_model(self) -> None:
+        data = self.data
+        config = self.model.config
         data.check_target(self.facts)
         data.only(config.target_layer_ids)
         if data.hidden_size != config.hidden_size:
-            got = f"`{data.name}` holds layers {data.layers}, the drafter reads {config.target_layer_ids}"
+            held = f"`{data.name}` holds layers {data.layers}"
+            got = f"{held}, the drafter reads {config.target_layer_ids}"
             raise DataError(got, hint="run `flashdraft features` for this drafter")
         if self.config.kl + self.config.tv and not data.final:
-            raise DataError(
-                f"`{data.name}` holds no final states",
-                hint="run `flashdraft features` with --soft-labels",
-            )
-        odd: list[str] = [
-            name for name in ("embed_tokens.weight", "lm_head.weight") if name in self.model.extras
-        ]
-        odd += ["sliding_attention layers"] * ("sliding_attention" in config.layer_types)
-        if odd:
-            raise InvalidParameter(
-                f"the drafter has {odd[0]}, which cannot be trained here",
-                hint="start from random weights",
-            )
+            got = f"`{data.name}` holds no final states"
+            raise DataError(got, hint="run `flashdraft features` with --soft-labels")
 
-    def _place(self, number: int) -> int:
-        """Which sample of the set has this global number."""
-        epoch, at = divmod(number, len(self.data))
-        if epoch not in self._orders:
-            generator = torch.Generator("cpu").manual_seed(
-                (self.config.seed * 7919 + epoch) % 2**64
-            )
-            order = torch.randperm(len(self.data), generator=generator, **INTS)
-            self._orders = {key: kept for key, kept in self._orders.items() if key == epoch - 1}
-            self._orders[epoch] = order
-        return int(self._orders[epoch][at])
+        tables = ("embed_tokens.weight", "lm_head.weight")
+        odd = [name for name in tables if name in self.model.extras]
+        if "sliding_attention" in config.layer_types:
+            odd.append("sliding_attention layers")
+        if odd:
+            got = f"the drafter has {odd[0]}, which cannot be trained here"
+            raise InvalidParameter(got, hint="start from random weights")
+
+    def _inputs(self, prompts: Sequence[Prompt]) -> Json:
+        """What the run is made of, as run.json holds it."""
+        held_out = json.dumps(list(prompts), default=str).encode()
+        return {
+            "target": self.facts["target"],
+            "template": self.facts["template"],
+            "data": self.data.identity,
+            "held_out": hashlib.sha256(held_out).hexdigest()[:16],
+        }
+
+    def _check_inputs(self, inputs: Json) -> None:
+        """Raises DataError where the run that goes on was begun with other inputs.
+
+        That is with another target, template, samples or held-out prompts.
+        """
+        if self.step == 0:
+            return
+        if "inputs" in self.begun:
+            hint = "name another folder, or go on with what it was begun with"
+            check_facts(self.out, self.begun["inputs"], inputs, hint)
+        elif self.acc.is_main_process:
+            unknown = "its run.json says nothing of its target and data"
+            say(f"{self.out}: {unknown}; it goes on with these")
+
+    def _begin(self, inputs: Json) -> None:
+        """Write what says whose folder this is, and forget the steps behind the last checkpoint.
+
+        They come again.
+        """
+        self.out.mkdir(parents=True, exist_ok=True)
+        run = self.origin | {"inputs": inputs}
+        write_file(self.out / "run.json", json.dumps(run, indent=2).encode())
+        if self.vocabulary is not None:
+            write_tensors(self.out / "vocabulary.safetensors", {"tokens": self.vocabulary})
+
+        log = self.out / "metrics.jsonl"
+        if not log.exists():
+            return
+        kept = []
+        for line in log.read_text(encoding="utf-8").splitlines(keepends=True):
+            is_whole = line.endswith("\n")  # a kill may cut the last one off
+            if is_whole and json.loads(line)["step"] <= self.step:
+                kept.append(line)
+        write_file(log, "".join(kept).encode())
 
     def _draft_vocabulary(self) -> Tensor:
         """The tokens that are drafted: the answers' commonest ones when the run began."""
-        size, path = self.target.vocab_size, self.out / "vocabulary.safetensors"
-        if self.config.vocab == 0 or self.config.vocab >= size:
-            return torch.arange(size, **INTS)
+        vocab_size = self.target.vocab_size
+        if self.config.vocab == 0 or self.config.vocab >= vocab_size:
+            return torch.arange(vocab_size, **INTS)
+
+        path = self.out / "vocabulary.safetensors"
         goes_on = last_checkpoint(self.out / "checkpoints") is not None
         if goes_on and path.exists():
             tokens = load_file(path)["tokens"]
@@ -439,169 +534,139 @@ class Trainer:
         self.model.reduce_vocabulary(tokens)
         return tokens
 
-    def _not_finite(self, what: str, value: float, numbers: list[int]) -> FlashDraftError:
-        places = ", ".join(self.data.describe(self._place(n)) for n in numbers[:3])
-        hint = "look at that data, or lower --lr; the last checkpoint is whole"
-        return FlashDraftError(f"the {what} is {value} at step {self.step}, in {places}", hint=hint)
-
-    def _weights(self) -> dict[str, Tensor]:
-        """What is measured and kept: the weights or their moving average, whole, on every process."""
-        if self.average:
-            return {
-                n: getattr(t, "full_tensor", lambda t=t: t)().cpu() for n, t in self.average.items()
-            }
-        whole: Any = dcp.get_model_state_dict(self.net, options=_WHOLE)
-        return {name.removeprefix("model."): tensor for name, tensor in whole.items()}
-
     def _save(self) -> None:
-        both: Any = dcp.get_state_dict(self.net, self.optimizer.optimizer, options=_WHOLE)
-        model, optimizer = both
-        flat = {
-            f"{name}.{key}": value
-            for name, entry in optimizer.get("state", {}).items()
-            for key, value in entry.items()
-        }
-        groups = {"model": model, "optimizer": flat} | (
-            {"average": self._weights()} if self.average else {}
-        )
-        held = {
-            "best": self.best,
-            "positions": self.positions,
-            "taus": self.taus,
-            "flops": [self.flops, self.flops_a_step],
-        }
+        """A checkpoint; all processes take part."""
+        model: Any
+        optimizer: Any
+        model, optimizer = dcp.get_state_dict(self.net, self.optimizer.optimizer, options=_WHOLE)
+        groups = {"model": model, "optimizer": _flattened(optimizer.get("state", {}))}
+        if self.average:
+            groups["average"] = self._weights()
         if self.acc.is_main_process:
-            settings = {"config": asdict(self.config), "draft": self.model.config.to_json()}
-            save_checkpoint(self.out / "checkpoints", self.step, groups, held | settings)
+            state = {
+                "best": self.best,
+                "positions": self.positions,
+                "taus": self.taus,
+                "flops": [self.flops, self.flops_a_step],
+                "config": asdict(self.config),
+                "draft": self.model.config.to_json(),
+            }
+            save_checkpoint(self.out / "checkpoints", self.step, groups, state)
         self.acc.wait_for_everyone()
 
     def _resume(self) -> None:
-        if (path := last_checkpoint(self.out / "checkpoints")) is None:
+        """Go on from the folder's last checkpoint, if it has one."""
+        path = last_checkpoint(self.out / "checkpoints")
+        if path is None:
             return
         groups, state = load_checkpoint(path)
-        begun = state["config"]
-        if differing := [
-            name
-            for name, value in asdict(self.config).items()
-            if name not in _FREE and begun.get(name) != value
-        ]:
-            got = f"`{self.out}` was begun with {differing[0]} {begun.get(differing[0])}"
-            raise InvalidParameter(got, hint="name another folder, or the settings of its run.json")
-        if state["draft"] != self.model.config.to_json():
-            raise InvalidParameter(
-                f"`{self.out}` was begun with another draft network", hint="name another folder"
-            )
-        ours = self.net, self.optimizer.optimizer
-        entries: dict[str, dict[str, Tensor]] = {}
-        for name, value in groups["optimizer"].items():
-            parameter, _, key = name.rpartition(".")
-            entries.setdefault(parameter, {})[key] = value
-        optimizer: Any = {
-            "state": entries,
-            "param_groups": dcp.get_optimizer_state_dict(*ours)["param_groups"],
-        }
-        if self.average:  # by way of the network, which knows how it is sharded
-            average = {f"model.{name}": tensor for name, tensor in groups["average"].items()}
-            dcp.set_model_state_dict(self.net, average, options=_WHOLE)
-            self.average = {n: p.detach().clone() for n, p in self.model.named_parameters()}
-        dcp.set_state_dict(
-            *ours, model_state_dict=groups["model"], optim_state_dict=optimizer, options=_WHOLE
-        )
-        self.step, self.positions, self.best = state["step"], state["positions"], state["best"]
+        self._check_same_run(state)
+        self._load(groups)
+        self.step = state["step"]
+        self.positions = state["positions"]
+        self.best = state["best"]
         self.flops, self.flops_a_step = state["flops"]
         self.taus = [(step, tau) for step, tau in state["taus"]]
 
-    def _log(self, figures: dict[str, Any]) -> None:
+    def _check_same_run(self, state: Json) -> None:
+        begun = state["config"]
+        for name, value in asdict(self.config).items():
+            if name not in _FREE and begun.get(name) != value:
+                got = f"`{self.out}` was begun with {name} {begun.get(name)}"
+                hint = "name another folder, or the settings of its run.json"
+                raise InvalidParameter(got, hint=hint)
+        if state["draft"] != self.model.config.to_json():
+            got = f"`{self.out}` was begun with another draft network"
+            raise InvalidParameter(got, hint="name another folder")
+
+    def _load(self, groups: Mapping[str, dict[str, Any]]) -> None:
+        """groups: a checkpoint's tensors by name."""
+        if self.average:  # by way of the network, which knows how it is sharded
+            average = {f"model.{name}": tensor for name, tensor in groups["average"].items()}
+            dcp.set_model_state_dict(self.net, average, options=_WHOLE)
+            self.average = self._copied_parameters()
+
+        optimizer = self.optimizer.optimizer
+        settings = dcp.get_optimizer_state_dict(self.net, optimizer)["param_groups"]
+        state: Any = {"state": _nested(groups["optimizer"]), "param_groups": settings}
+        dcp.set_state_dict(
+            self.net,
+            optimizer,
+            model_state_dict=groups["model"],
+            optim_state_dict=state,
+            options=_WHOLE,
+        )
+
+    def _copied_parameters(self) -> dict[str, Tensor]:
+        parameters = self.model.named_parameters()
+        return {name: parameter.detach().clone() for name, parameter in parameters}
+
+    def _log(self, figures: StepFigures) -> None:
         if self.acc.is_main_process:
             with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(figures) + "\n")
-        scalars = {name: value for name, value in figures.items() if isinstance(value, float)}
-        scalars |= {
-            f"accuracy/{k}": value
-            for k, value in enumerate(figures["accuracy"], 1)
-            if value is not None
-        }
+
+        scalars = {}
+        for name, value in figures.items():
+            if isinstance(value, float):
+                scalars[name] = value
+        for k, share in enumerate(figures["accuracy"], 1):
+            if share is not None:
+                scalars[f"accuracy/{k}"] = share
         self.acc.log(scalars, step=figures["step"])
 
-    @contextmanager
-    def _timed(self, part: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
+    # Signals.
 
     @contextmanager
     def _stoppable(self) -> Iterator[None]:
-        """SIGTERM and SIGINT let the step end; in another thread than the main one they are not ours to handle."""
+        """SIGTERM and SIGINT let the step end.
+
+        In another thread than the main one they are not ours to handle.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
-        def stop(number: int, _frame: Any) -> None:
+        def stop(number: int, _frame: FrameType | None) -> None:
             self.stopped = number
 
-        old = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        old = {}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            old[number] = signal.signal(number, stop)
         try:
             yield
         finally:
             for number, handler in old.items():
-                signal.signal(
-                    number, signal.SIG_DFL if handler is None else handler
-                )  # None: not one of Python's
+                if handler is None:  # it was not one of Python's
+                    handler = signal.SIG_DFL
+                signal.signal(number, handler)
+
+    def _stopped_by(self) -> int:
+        """The signal that any of the processes got; 0: none."""
+        own = torch.tensor([self.stopped], dtype=torch.int64, device=self.acc.device)
+        return int(max(self.acc.gather(own).tolist()))
 
 
-def _launched_precision(config: TrainConfig) -> str:
-    """What `accelerate launch` asks for. Raises InvalidParameter where that is not what this run does."""
-    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "").strip().lower() or "no"
-    able = {"auto": ("no", "bf16"), "bf16": ("no", "bf16"), "fp32": ("no",)}[config.precision]
-    if asked not in able:
-        got = f"ACCELERATE_MIXED_PRECISION is {asked}, but precision is {config.precision}"
-        raise InvalidParameter(
-            got,
-            hint="launch with --mixed_precision no: the run's own --precision, bf16 or fp32, decides",
-        )
-    return asked
+def _add_head(model: DraftNetwork, head: tuple[str, int], seed: int) -> None:
+    """A new sequential head, drawn by `seed`."""
+    assert isinstance(model, DFlashDraftModel), "only dflash has a sequential head"
+    held = model.config.sequential_head
+    if held is not None:
+        raise InvalidParameter(f"the drafter has a {held} head already", hint="leave out --head")
+    kind, rank = head
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model.add_head(kind, rank)
 
 
-def _accelerator(config: TrainConfig, out: Path) -> Accelerator:
-    """Processes and devices are accelerate's; precision and accumulation are the run's own, whatever the environment says."""
-    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "").strip() or "1"
-    if steps not in ("1", str(config.accumulate)):
-        got = f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS is {steps}, but accumulate is {config.accumulate}"
-        raise InvalidParameter(
-            got, hint=f"unset it, and give --accumulate {steps} if that is meant"
-        )
-    if (backend := os.environ.get("ACCELERATE_DYNAMO_BACKEND", "").strip()).lower() not in (
-        "",
-        "no",
-    ):
-        got = f"ACCELERATE_DYNAMO_BACKEND is {backend}, but training is not compiled here"
-        raise InvalidParameter(got, hint="launch with --dynamo_backend no")
-    for name in _NOT_OURS:
-        if parse_flag_from_env(name):
-            raise InvalidParameter(
-                f"{name} is set, but training runs on one device, DDP or FSDP",
-                hint="see recipes/accelerate",
-            )
-
-    own = GradientAccumulationPlugin(num_steps=1)
-    trackers = sorted({"tensorboard", config.tracker})
-    try:
-        return Accelerator(
-            mixed_precision="no",
-            gradient_accumulation_plugin=own,
-            log_with=trackers,
-            project_dir=out,
-        )
-    except ValueError as error:  # the process has an Accelerator of another kind
-        hint = "train in a process of its own, as `flashdraft train` does"
-        raise FlashDraftError(
-            f"accelerate cannot be set up: {first_line(error)}", hint=hint
-        ) from None
-
-
-def process_device() -> torch.device:
-    """This process's, where accelerate has launched several."""
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device  # type: ignore[no-any-return]
+def _parameter_groups(model: DraftNetwork, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's: matrices decay, norms and biases do not."""
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    return [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
 
 
 def _schedule(step: int, steps: int, warmup: float) -> float:
@@ -609,3 +674,115 @@ def _schedule(step: int, steps: int, warmup: float) -> float:
     rising = max(1, round(steps * warmup))
     falling = math.pi * max(0, step - rising) / max(1, steps - rising)
     return min((step + 1) / rising, 0.5 * (1 + math.cos(falling)))
+
+
+def _hits(figures: Figures, batch: Batch) -> Tensor:
+    """Of every labelled row: whether it was guessed, and its offset [n, 2]."""
+    offsets = batch.offsets[batch.labels >= 0].float()
+    return torch.stack([figures["hit"], offsets], dim=1)
+
+
+def _told(figures: StepFigures) -> str:
+    shares = [f"{share:.2f}" for share in figures["accuracy"] if share is not None]
+    loss = f"loss {figures['loss']:.3f}"
+    return f"{loss}  accuracy {' '.join(shares)}  accepted {figures['accepted']:.2f}"
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A tensor on the CPU; all of it, also where it is sharded."""
+    full_tensor = getattr(tensor, "full_tensor", None)
+    if full_tensor is not None:
+        tensor = full_tensor()
+    return tensor.cpu()
+
+
+def _flattened(state: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """An optimizer's state by parameter and key -> by `parameter.key`, as a file holds it."""
+    flat = {}
+    for parameter, entry in state.items():
+        for key, value in entry.items():
+            flat[f"{parameter}.{key}"] = value
+    return flat
+
+
+def _nested(flat: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """What `_flattened` was given."""
+    state: dict[str, dict[str, Tensor]] = {}
+    for name, value in flat.items():
+        parameter, _, key = name.rpartition(".")
+        state.setdefault(parameter, {})[key] = value
+    return state
+
+
+# Accelerate's settings.
+
+
+def _uses_bf16(config: TrainConfig) -> bool:
+    launched = _launched_precision(config)
+    if config.precision == "bf16" or launched == "bf16":
+        return True
+    return config.precision == "auto" and _has_native_bf16()
+
+
+def _has_native_bf16() -> bool:
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported())
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def _launched_precision(config: TrainConfig) -> str:
+    """What `accelerate launch` asks for.
+
+    Raises InvalidParameter where that is not what this run does.
+    """
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "").strip().lower() or "no"
+    able = ("no",) if config.precision == "fp32" else ("no", "bf16")
+    if asked not in able:
+        got = f"ACCELERATE_MIXED_PRECISION is {asked}, but precision is {config.precision}"
+        decides = "the run's own --precision, bf16 or fp32, decides"
+        raise InvalidParameter(got, hint=f"launch with --mixed_precision no: {decides}")
+    return asked
+
+
+def _accelerator(config: TrainConfig, out: Path) -> Accelerator:
+    """Processes and devices are accelerate's.
+
+    Precision and accumulation are the run's own, whatever the environment says.
+    """
+    _check_environment(config)
+    try:
+        return Accelerator(
+            mixed_precision="no",
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            log_with=sorted({"tensorboard", config.tracker}),
+            project_dir=out,
+        )
+    except ValueError as error:  # the process has an Accelerator of another kind
+        got = f"accelerate cannot be set up: {first_line(error)}"
+        hint = "train in a process of its own, as `flashdraft train` does"
+        raise FlashDraftError(got, hint=hint) from None
+
+
+def _check_environment(config: TrainConfig) -> None:
+    """Raises InvalidParameter where `accelerate launch` asks for what this run does not do."""
+    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "").strip() or "1"
+    if steps not in ("1", str(config.accumulate)):
+        asked = f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS is {steps}"
+        hint = f"unset it, and give --accumulate {steps} if that is meant"
+        raise InvalidParameter(f"{asked}, but accumulate is {config.accumulate}", hint=hint)
+
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "").strip()
+    if backend.lower() not in ("", "no"):
+        got = f"ACCELERATE_DYNAMO_BACKEND is {backend}, but training is not compiled here"
+        raise InvalidParameter(got, hint="launch with --dynamo_backend no")
+
+    for name in _NOT_OURS:
+        if parse_flag_from_env(name):
+            got = f"{name} is set, but training runs on one device, DDP or FSDP"
+            raise InvalidParameter(got, hint="see recipes/accelerate")
+
+
+def process_device() -> torch.device:
+    """This process's, where accelerate has launched several."""
+    device: torch.device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
+    return device
