@@ -1,9 +1,11 @@
 """The nouns. Read this first.
 
-A *target* is the large model whose distribution must be kept; a *drafter* proposes tokens. The *anchor* is the last
-committed token, which the target has not read yet: node 0 of every *proposal*. The target reads the whole proposal in
-one pass and the *verdict* says which path of it was accepted and which *bonus* token follows. A *row* is one sequence
-of a batch. *tau* is the number of committed tokens per target pass.
+A *target* is the large model whose distribution must be kept; a *drafter* proposes tokens. The
+*anchor* is the last
+committed token, which the target has not read yet: node 0 of every *proposal*. The target reads the
+whole proposal in one pass and the *verdict* says which path of it was accepted and which *bonus*
+token follows. A *row* is one sequence of a batch. *tau* is the number of committed tokens per
+target pass.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from typing import (
 from flashdraft.errors import InvalidParameter
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
     from torch import Tensor
 
     from flashdraft.models.cache import SlotCache
@@ -42,8 +45,6 @@ __all__ = [
     "LogitsProcessor",
     "Piece",
     "Proposal",
-]
-__all__ += [
     "Result",
     "Rows",
     "SamplingParams",
@@ -53,15 +54,21 @@ __all__ += [
     "check_option",
     "check_options",
     "counted_on",
+    "kind_of",
+    "option",
+    "require",
+    "take_numbers",
 ]
-__all__ += ["kind_of", "option", "require", "take_numbers"]
 
 FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
 class Allowed:
-    """Which values an option takes: numbers of a range, never NaN nor infinity, or one of `choices`; all of them by default."""
+    """Which values an option takes: numbers of a range, or one of `choices`; all by default.
+
+    A range never holds NaN or infinity.
+    """
 
     least: float | None = None
     most: float | None = None
@@ -77,13 +84,13 @@ class Allowed:
         if not is_finite:
             return False
 
-        is_too_small = (self.least is not None and number < self.least) or (
-            self.above is not None and number <= self.above
-        )
-        is_too_large = (self.most is not None and number > self.most) or (
-            self.below is not None and number >= self.below
-        )
-        return not is_too_small and not is_too_large
+        if self.least is not None and number < self.least:
+            return False
+        if self.above is not None and number <= self.above:
+            return False
+        if self.most is not None and number > self.most:
+            return False
+        return self.below is None or number < self.below
 
     def __str__(self) -> str:
         if self.choices:
@@ -96,10 +103,8 @@ class Allowed:
             return f"{self.least} or more"
 
         limits = {"at least": self.least, "above": self.above, "at most": most, "below": self.below}
-        return (
-            " and ".join(f"{word} {limit}" for word, limit in limits.items() if limit is not None)
-            or "finite"
-        )
+        words = [f"{word} {limit}" for word, limit in limits.items() if limit is not None]
+        return " and ".join(words) or "finite"
 
 
 HIGHEST = 2**63 - 1  # the largest whole number that a tensor holds
@@ -118,19 +123,30 @@ def option(
     below: float | None = None,
     choices: Sequence[str] = (),
 ) -> Any:
-    """A dataclass field that the command line shows as an option, with `text` as its help; `check_options` reads the rest."""
+    """A dataclass field that the command line shows as an option, with `text` as its help.
+
+    The rest says which values are allowed; `check_options` reads it.
+    """
     allowed = Allowed(least, most, above, below, tuple(choices))
     return field(default=default, metadata={"help": text, "allowed": allowed})
 
 
 def as_number(value: Any) -> Any:
-    """The Python number that a scalar of numpy or torch, or an array without dimensions, stands for; all else as it is."""
-    is_scalar = getattr(value, "shape", None) == () and callable(getattr(value, "item", None))
-    return value.item() if is_scalar else value
+    """The Python number that a scalar of numpy or torch stands for; all else as it is.
+
+    An array without dimensions is a scalar, too.
+    """
+    has_no_dimensions = getattr(value, "shape", None) == ()
+    if has_no_dimensions and callable(getattr(value, "item", None)):
+        return value.item()
+    return value
 
 
-def take_numbers(options: Any) -> None:
-    """Put Python's own numbers where a dataclass has numpy's or torch's, also inside tuples and lists."""
+def take_numbers(options: DataclassInstance) -> None:
+    """Put Python's own numbers where a dataclass has numpy's or torch's.
+
+    Also inside tuples and lists.
+    """
     for f in fields(options):
         given = getattr(options, f.name)
         taken = as_number(given)
@@ -140,13 +156,14 @@ def take_numbers(options: Any) -> None:
             object.__setattr__(options, f.name, taken)
 
 
-def check_options(options: Any) -> None:
-    """Raises InvalidParameter for a field whose value is of another kind than its annotation says, or is not `Allowed`.
+def check_options(options: DataclassInstance) -> None:
+    """Raises InvalidParameter for a field of another kind than its annotation says.
 
-    Numbers of numpy and torch are taken as Python's first. None is right where the default is None.
+    Or for one whose value is not `Allowed`. Numbers of numpy and torch are taken as Python's first.
+    None is right where the default is None.
     """
     take_numbers(options)
-    kinds = _kinds_of(type(options))  # type: ignore[arg-type]
+    kinds = _kinds_of(type(options))
     for f in fields(options):
         value = getattr(options, f.name)
         if value is None and f.default is None:
@@ -158,25 +175,39 @@ def check_options(options: Any) -> None:
 
 def check_option(name: str, value: Any, kind: type | None, allowed: Allowed | None = None) -> None:
     """Raises InvalidParameter where a value is none of that kind (None: any), or not allowed."""
-    words = _KINDS.get(kind) if kind is not None else None
     range_of = "" if allowed is None or allowed == Allowed() else str(allowed)
-    if words is not None:
-        is_bool = isinstance(value, bool)
-        is_of_kind = isinstance(value, kind if kind is not float else (int, float))  # type: ignore[arg-type]
-        wanted = f"{words}, {range_of}" if range_of and kind in (int, float) else range_of or words
-        require(is_of_kind and (is_bool == (kind is bool)), name, value, wanted)
+    if kind in _KINDS:
+        words = _KINDS[kind]
+        wanted = range_of or words
+        if range_of and kind in (int, float):
+            wanted = f"{words}, {range_of}"
+        require(_is_of_kind(value, kind), name, value, wanted)
 
     if kind in (int, float):
-        require((allowed or Allowed()).holds(value), name, value, range_of or "finite")
+        is_in_range = (allowed or Allowed()).holds(value)
+        require(is_in_range, name, value, range_of or "finite")
     elif allowed is not None and allowed.choices:
         require(value in allowed.choices, name, value, range_of)
 
 
+def _is_of_kind(value: object, kind: type) -> bool:
+    """Whole numbers count as floats; True and False are no numbers."""
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    if kind is float:
+        return isinstance(value, (int, float))
+    return isinstance(value, kind)
+
+
 def kind_of(hint: Any) -> type | None:
-    """int, float, bool or str, if an annotation asks for one of these, for several in a tuple or a list, or for one or None."""
-    if get_origin(hint) in (tuple, list):
+    """int, float, bool or str, if an annotation asks for one of these; else None.
+
+    For several of them in a tuple or a list, and for one or None, it is the same.
+    """
+    origin = get_origin(hint)
+    if origin in (tuple, list):
         return kind_of(get_args(hint)[0])
-    if get_origin(hint) in (Union, UnionType):
+    if origin in (Union, UnionType):
         parts = [part for part in get_args(hint) if part is not type(None)]
         return kind_of(parts[0]) if len(parts) == 1 else None
     return hint if hint in _KINDS else None
@@ -191,9 +222,8 @@ def _kinds_of(options: type) -> dict[str, type | None]:
 def require(ok: bool, name: str, value: object, allowed: str) -> None:
     """Raises InvalidParameter where a value is not `ok`."""
     if not ok:
-        raise InvalidParameter(
-            f"{name} is {_shown(value)}", hint=f"{name} must be {allowed}", option=name
-        )
+        got = f"{name} is {_shown(value)}"
+        raise InvalidParameter(got, hint=f"{name} must be {allowed}", option=name)
 
 
 def _shown(value: object) -> str:
@@ -206,20 +236,32 @@ def _shown(value: object) -> str:
 
 
 def counted_on(seed: int, number: int) -> int:
-    """The seed of number `number` of a row that begins with `seed`; behind the largest seed comes 0."""
+    """The seed of number `number` of a row that begins with `seed`.
+
+    Behind the largest seed comes 0.
+    """
     return (seed + number) % (HIGHEST + 1)
 
 
 class LogitsProcessor(Protocol):
-    """The hook that masks or changes the logits of a node, as a grammar does: a function of its arguments and nothing else."""
+    """The hook that masks or changes the logits of a node, as a grammar does.
+
+    A function of its arguments and nothing else.
+    """
 
     def __call__(self, tokens: Sequence[int], logits: Tensor, /) -> Tensor:
-        """Logits [vocab] after prompt, text and draft up to the node; -inf forbids, one token must stay. Both may be changed."""
+        """Logits [vocab] after prompt, text and draft up to the node.
+
+        -inf forbids, one token must stay. Both arguments may be changed.
+        """
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request is sampled and when it ends. Raises InvalidParameter for a value outside its range."""
+    """How one request is sampled and when it ends.
+
+    Raises InvalidParameter for a value outside its range.
+    """
 
     temperature: float = option(0.0, "0 is greedy", least=0)
     top_k: int = option(0, "keep the k likeliest tokens; 0 keeps all", least=0, most=HIGHEST)
@@ -255,39 +297,30 @@ class SamplingParams:
         least=-2,
         most=2,
     )
-    logit_bias: Mapping[int, float] = field(
-        default_factory=dict, hash=False
-    )  # by token id, added to its logit
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)  # by token id
     logits_processor: LogitsProcessor | None = field(default=None, hash=False)
-    logprobs: bool = False  # log-probabilities of the tokens, by the target's law before any of these fields changed it
+    logprobs: bool = False  # of the tokens, by the target's law before these fields changed it
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, Sequence):
-            object.__setattr__(
-                self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-            )
-        strings = isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop)
-        require(strings, "stop", self.stop, "non-empty strings")
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        elif isinstance(self.stop, Sequence):
+            object.__setattr__(self, "stop", tuple(self.stop))
+        are_strings = isinstance(self.stop, tuple) and all(
+            isinstance(one, str) and one for one in self.stop
+        )
+        require(are_strings, "stop", self.stop, "non-empty strings")
         check_options(self)
 
-        if isinstance(self.logit_bias, Mapping):
-            plain = {as_number(token): as_number(bias) for token, bias in self.logit_bias.items()}
-            object.__setattr__(self, "logit_bias", plain)
-        pairs = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else [(None, None)]
-        numbers = all(
-            type(t) is int and t >= 0 and isinstance(b, (int, float)) and -100 <= b <= 100
-            for t, b in pairs
-        )
-        require(numbers, "logit_bias", self.logit_bias, "numbers from -100 to 100 by token id")
-        object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+        bias = self.logit_bias
+        if isinstance(bias, Mapping):
+            bias = {as_number(token): as_number(added) for token, added in bias.items()}
+        require(_is_bias(bias), "logit_bias", bias, "numbers from -100 to 100 by token id")
+        object.__setattr__(self, "logit_bias", bias)
 
         hook = self.logits_processor
-        require(
-            hook is None or callable(hook),
-            "logits_processor",
-            hook,
-            "a function of tokens and logits",
-        )
+        is_usable = hook is None or callable(hook)
+        require(is_usable, "logits_processor", hook, "a function of tokens and logits")
 
     def numbered(self, number: int) -> SamplingParams:
         """The same for prompt number `number`: seeds count on."""
@@ -296,26 +329,41 @@ class SamplingParams:
     @property
     def adjusts(self) -> bool:
         """Whether `sampling.adjusted` changes logits."""
-        penalties = self.repetition_penalty - 1, self.presence_penalty, self.frequency_penalty
-        return any(penalties) or bool(self.logit_bias) or self.logits_processor is not None
+        penalises = (
+            self.repetition_penalty != 1
+            or self.presence_penalty != 0
+            or self.frequency_penalty != 0
+        )
+        return penalises or bool(self.logit_bias) or self.logits_processor is not None
+
+
+def _is_bias(given: object) -> bool:
+    if not isinstance(given, Mapping):
+        return False
+    for token, added in given.items():
+        is_token = type(token) is int and token >= 0
+        is_in_range = isinstance(added, (int, float)) and -100 <= added <= 100
+        if not is_token or not is_in_range:
+            return False
+    return True
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """What a drafter sends to the target: for every row a tree of tokens whose root is the anchor, parents before children."""
+    """What a drafter sends to the target: for every row a tree of tokens, rooted at the anchor.
+
+    Parents come before their children.
+    """
 
     tokens: Tensor  # [rows, nodes] int64; node 0 is the anchor
-    parents: Tensor  # [rows, nodes] int64; -1 at the anchor, elsewhere a smaller index; a chain is -1, 0, 1, 2, ...
+    parents: Tensor  # [rows, nodes] int64; -1 at the anchor, elsewhere a smaller index
     sizes: Tensor  # [rows] int64, at least 1; nodes beyond a row's size are padding
-    scores: Tensor | None = (
-        None  # [rows, nodes] log-confidence, fixed before the node's own token was drawn
-    )
-    probs: Tensor | None = (
-        None  # [rows, nodes, vocab] law from which node i's CHILDREN were drawn; None: none was drawn
-    )
-    drawn: Tensor | None = (
-        None  # [rows, nodes] bool; False: chosen (argmax, top-k, n-gram), a point mass
-    )
+    # [rows, nodes] log-confidence, fixed before the node's own token was drawn
+    scores: Tensor | None = None
+    # [rows, nodes, vocab] law from which node i's CHILDREN were drawn; None: none was drawn
+    probs: Tensor | None = None
+    # [rows, nodes] bool; False: chosen (argmax, top-k, n-gram), a point mass
+    drawn: Tensor | None = None
 
     @property
     def num_nodes(self) -> int:
@@ -324,7 +372,7 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the target accepted: node indices from the anchor down, and the token that follows them."""
+    """What the target accepted, from the anchor down, and the token that follows."""
 
     path: Tensor  # [rows, 1 + depth] int64 node indices, anchor (0) first, -1 beyond the row's end
     num_accepted: Tensor  # [rows] drafted nodes on the path, the anchor not counted
@@ -333,7 +381,7 @@ class Verdict:
 
 @dataclass
 class Rows:
-    """The rows of one step, as a drafter may see them: their places in the caches and their histories."""
+    """The rows of one step, as a drafter may see them."""
 
     slots: list[int]  # row index in every cache
     histories: list[list[int]]  # prompt and committed tokens; the last one is the anchor
@@ -354,21 +402,28 @@ class Rows:
 
 
 class Drafter(Protocol):
-    """Every decoding method: it proposes, observes what was committed, forgets a finished row; by default it keeps nothing."""
+    """A decoding method: it proposes, observes what was committed, forgets finished rows.
+
+    By default it keeps nothing.
+    """
 
     name: str
-    layers: tuple[
-        int, ...
-    ] = ()  # features it wants: id = output of block id; the number of layers = the final normed state
+    # features it wants: id = output of block id; the number of layers = the final normed state
+    layers: tuple[int, ...] = ()
     caches: tuple[SlotCache, ...] = ()  # its own caches, counted in the memory report
 
     def propose(self, rows: Rows, max_nodes: int) -> Proposal:
-        """At most `max_nodes` nodes a row, the anchor included; the anchor alone where it has nothing to say."""
+        """At most `max_nodes` nodes a row, the anchor included.
+
+        The anchor alone where it has nothing to say.
+        """
 
     def observe(
         self, rows: Rows, tokens: Sequence[Tensor], features: Sequence[Tensor] | None
     ) -> None:
-        """Tokens that the target has read for good (prompt chunks and accepted paths alike), oldest first.
+        """Tokens that the target has read for good, oldest first.
+
+        Prompt chunks and accepted paths alike.
 
         tokens: per row [n] int64, at the positions that follow the last ones observed.
         features: per row [n, len(layers) * hidden]; None if the drafter asked for no layers.
@@ -382,21 +437,22 @@ class Drafter(Protocol):
 
 @dataclass
 class Stats:
-    """What one request cost. Times are seconds of the whole step, shared by every row of its batch."""
+    """What one request cost. Times are of whole steps, shared by every row of the batch."""
 
     num_prompt_tokens: int = 0
     num_tokens: int = 0  # committed new tokens: exactly those in the result
     target_passes: int = 0  # after the prefill
     num_drafted: int = 0
     num_accepted: int = 0
-    accepted_lengths: list[int] = field(
-        default_factory=list
-    )  # committed tokens of every target pass
+    accepted_lengths: list[int] = field(default_factory=list)  # tokens of every target pass
     seconds: dict[str, float] = field(default_factory=dict)  # by part: prefill, draft, target, host
 
     @property
     def tau(self) -> float:
-        """Tokens committed after the first one per target pass after the prefill; 1 for plain decoding."""
+        """Tokens committed after the first one per target pass after the prefill.
+
+        1 for plain decoding.
+        """
         return (self.num_tokens - 1) / self.target_passes if self.target_passes else 1.0
 
     @property
@@ -406,7 +462,10 @@ class Stats:
 
 @dataclass(frozen=True)
 class Piece:
-    """The text that one token completed; empty while a character or a possible stop string is unfinished."""
+    """The text that one token completed.
+
+    Empty while a character or a possible stop string is unfinished.
+    """
 
     text: str
     drafted: bool  # the drafter proposed the token; False: the target's own bonus token
@@ -435,15 +494,15 @@ class Result:
     tokens: tuple[int, ...]  # new tokens, an end-of-text token included
     finish_reason: FinishReason
     stats: Stats
-    logprobs: tuple[float, ...] | None = (
-        None  # of every token, natural logarithms; None: not asked for
-    )
+    logprobs: tuple[float, ...] | None = None  # of every token, natural logarithms; None: not asked
 
-    def to_dict(self) -> dict[str, Any]:
-        facts = {
+    def to_dict(self) -> dict[str, object]:
+        facts: dict[str, object] = {
             "text": self.text,
             "tokens": list(self.tokens),
             "finish_reason": self.finish_reason,
             "tau": self.stats.tau,
         }
-        return facts if self.logprobs is None else facts | {"logprobs": list(self.logprobs)}
+        if self.logprobs is not None:
+            facts["logprobs"] = list(self.logprobs)
+        return facts
