@@ -10,37 +10,34 @@ import pytest
 
 from flashdraft.models import native
 
-HEADER = Path(native.__file__).parent / "csrc" / "team.h"
-SOURCE = Path(__file__).with_name("team_stress.cpp")
-FAULTS = {
+CSRC = Path(native.__file__).parent / "csrc"
+PARTS = ("interface.h", "ranges.h", "team.cpp", "team.h", "waiting.h")
+STRESS = Path(__file__).with_name("team_stress.cpp")
+Change = tuple[str, str]  # a line of the sources, once in all of them, and what stands there instead
+FAULTS: dict[str, Change] = {
     "a phase is over when its pieces are taken": (
-        "counter.done.load(std::memory_order_acquire) < counter.count.load(std::memory_order_relaxed)",
-        "false",
+        "return done.load(std::memory_order_acquire) >= count.load(std::memory_order_relaxed);",
+        "return true;",
     ),
     "two threads take one piece": (
-        "range.next.compare_exchange_weak(seen, taken, std::memory_order_acq_rel, std::memory_order_acquire)",
-        "(range.next.store(taken), true)",
+        "next.compare_exchange_weak(seen, taken, std::memory_order_acq_rel)",
+        "(next.store(taken), true)",
     ),
 }
 
 
-def built(folder: Path, header: str, *flags: str) -> Path:
-    (folder / "team.h").write_text(header, encoding="utf-8")
-    shutil.copy(SOURCE, folder)
-    shutil.copy(HEADER.with_name("team.cpp"), folder)
+def built(folder: Path, *changes: Change, flags: tuple[str, ...] = ()) -> Path:
+    texts = {name: (CSRC / name).read_text(encoding="utf-8") for name in PARTS}
+    for right, wrong in changes:
+        assert sum(text.count(right) for text in texts.values()) == 1
+        texts = {name: text.replace(right, wrong) for name, text in texts.items()}
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    shutil.copy(STRESS, folder)
+
     program = folder / "stress"
-    call = [
-        "g++",
-        "-std=c++17",
-        "-O1",
-        "-g",
-        "-pthread",
-        *flags,
-        str(folder / SOURCE.name),
-        str(folder / "team.cpp"),
-        "-o",
-        str(program),
-    ]
+    sources = [str(folder / STRESS.name), str(folder / "team.cpp")]
+    call = ["g++", "-std=c++17", "-O1", "-g", "-pthread", *flags, *sources, "-o", str(program)]
     subprocess.run(call, check=True, capture_output=True)
     return program
 
@@ -52,14 +49,12 @@ def run(program: Path, *arguments: int) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def stress(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    header = HEADER.read_text(encoding="utf-8")
     try:
-        program = built(tmp_path_factory.mktemp("tsan"), header, "-fsanitize=thread")
+        program = built(tmp_path_factory.mktemp("tsan"), flags=("-fsanitize=thread",))
         run(program, 1, 1, 1).check_returncode()
-    except (
-        subprocess.CalledProcessError
-    ):  # no runtime of the sanitizer, or a system that it does not know
-        program = built(tmp_path_factory.mktemp("plain"), header)
+    except subprocess.CalledProcessError:
+        # no runtime of the sanitizer, or a system that it does not know
+        program = built(tmp_path_factory.mktemp("plain"))
     return program
 
 
@@ -76,20 +71,15 @@ def test_a_system_that_allows_no_more_threads_costs_time_and_no_more(
     caught: bool, tmp_path: Path
 ) -> None:
     hired = "std::thread([this, index] { serve(index); }).detach();"
-    refused = f"if (index > 1) throw std::system_error(std::make_error_code(std::errc::resource_unavailable_try_again)); {hired}"
-    header = HEADER.read_text(encoding="utf-8")
-    assert header.count(hired) == 1
-    header = header.replace(hired, refused)
+    refusal = "std::system_error(std::make_error_code(std::errc::resource_unavailable_try_again))"
+    changes = [(hired, f"if (index > 1) throw {refusal}; {hired}")]
     if not caught:  # a planted fault
-        header = header.replace("catch (const std::system_error&)", "catch (const std::bad_alloc&)")
-    done = run(built(tmp_path, header), 400, 8, 2)
+        changes.append(("catch (const std::system_error&)", "catch (const std::bad_alloc&)"))
+    done = run(built(tmp_path, *changes), 400, 8, 2)
     assert (done.returncode == 0) == caught
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_caught(fault: str, tmp_path: Path) -> None:
-    right, wrong = FAULTS[fault]
-    header = HEADER.read_text(encoding="utf-8")
-    assert header.count(right) == 1
-    program = built(tmp_path, header.replace(right, wrong))
+    program = built(tmp_path, FAULTS[fault])
     assert any(run(program, 20_000, threads, 1).returncode for threads in (2, 4, 8))

@@ -1,90 +1,128 @@
-// The sequential head of a drafter (layers.py), left to right: each token corrects the state of the next one.
+// The sequential head of a drafter (layers.py), left to right: each token corrects the state of the
+// next one.
+//
+// Of a row, node by node:
+//
+//   token = embedding of the likeliest id of the node before (of the first node: the anchor)
+//   inner = silu(gate of [state, token]) * (up of [state, token])      [rank]
+//   state + down of inner                                              [hidden]
+//   logits of this node's `likely` ids = head times that
 
-#include "linear.h"
+#include <algorithm>
+#include <cmath>
+#include <vector>
+#include "interface.h"
+#include "team.h"
+#include "vectors.h"
 
+namespace flashdraft {
 namespace {
 
-float dot(const float* a, const float* b, int64_t n) {
-    vf s[4] = {};
+float dot(const float* a, const float* b, int64_t size) {
+    constexpr int SUMS = 4;  // so that none waits for the one before it
+    Floats sums[SUMS] = {};
     int64_t i = 0;
-    for (; i + 4 * W <= n; i += 4 * W)
-        for (int v = 0; v < 4; v++) s[v] += load<vf>(a + i + v * W) * load<vf>(b + i + v * W);
+    for (; i + SUMS * LANES <= size; i += SUMS * LANES)
+        for (int s = 0; s < SUMS; s++)
+            sums[s] += load<Floats>(a + i + s * LANES) * load<Floats>(b + i + s * LANES);
+
     float rest = 0;
-    for (; i < n; i++) rest += a[i] * b[i];
-    return sum((s[0] + s[1]) + (s[2] + s[3])) + rest;
+    for (; i < size; i++) rest += a[i] * b[i];
+    return sum((sums[0] + sums[1]) + (sums[2] + sums[3])) + rest;
 }
 
-}  // namespace
+// The first three are a place's (a node of a row), one place behind the other; the last is for all.
+enum ChainPhase { INNER, STATE, LOGITS, NORMALISE };
 
-struct Chain {
-    int64_t rows, nodes, likely, hidden, rank, threads;
-    const float *states, *anchors;           // [rows, nodes, hidden]; embeddings [rows, hidden]
-    const float *head, *embedding;           // of every draft id: [ids, hidden]
-    const float *gate_up, *down;             // [2 * rank, 2 * hidden], [hidden, rank]
-    const int64_t* ids;                      // among which each node chooses: [rows, nodes, likely]
-    float* scores;                           // their log-probabilities, of which each node takes the likeliest
-};
+struct ChainJob : Job {
+    const Chain& chain;
+    const int64_t hidden, rank, likely;
+    std::vector<float> inner, state;  // of the place that is worked on
 
-namespace {
+    explicit ChainJob(const Chain& c)
+        : chain(c), hidden(c.hidden), rank(c.rank), likely(c.likely), inner(c.rank),
+          state(c.hidden) {}
 
-enum ChainWork { INNER, STATE, LOGITS, NORMALISE };
+    int64_t num_places() const { return chain.rows * chain.nodes; }
 
-struct ChainJob : flashdraft::Job {
-    const Chain& c;
-    const int64_t H = c.hidden, R = c.rank;
-    std::vector<float> inner, state;
-
-    explicit ChainJob(const Chain& chain) : c(chain), inner(chain.rank), state(chain.hidden) {}
-
-    const int64_t* ids_at(int64_t place) const { return c.ids + place * c.likely; }
-    float* logits_at(int64_t place) const { return c.scores + place * c.likely; }
-
-    const float* before(int64_t place) const {  // the embedding of the anchor, or of the likeliest token of the place before
-        if (place % c.nodes == 0) return c.anchors + place / c.nodes * H;
-        const float* logits = logits_at(place - 1);
-        const int64_t best = std::max_element(logits, logits + c.likely) - logits;
-        return c.embedding + ids_at(place - 1)[best] * H;
+    std::vector<Phase> phases() const {
+        std::vector<Phase> list;
+        for (int64_t place = 0; place < num_places(); place++) {
+            list.push_back({INNER, place, rank, 0});
+            list.push_back({STATE, place, hidden, 0});
+            list.push_back({LOGITS, place, likely, 0});
+        }
+        list.push_back({NORMALISE, 0, num_places(), 0});
+        return list;
     }
 
-    void run(const flashdraft::Phase& phase, uint64_t, int64_t from, int64_t to) override {
+    void run(const Phase& phase, const Pieces& pieces) override {
         const int64_t place = phase.at;
-        const float* x = c.states + place * H;
-        if (phase.kind == INNER) {
-            const float* token = before(place);
-            auto both = [&](const float* w) { return dot(w, x, H) + dot(w + H, token, H); };
-            for (int64_t i = from; i < to; i++) {
-                const float gate = both(c.gate_up + i * 2 * H);
-                inner[i] = gate / (1 + std::exp(-gate)) * both(c.gate_up + (R + i) * 2 * H);
-            }
-        } else if (phase.kind == STATE) {
-            for (int64_t i = from; i < to; i++) state[i] = x[i] + dot(c.down + i * R, inner.data(), R);
-        } else if (phase.kind == LOGITS) {
-            for (int64_t i = from; i < to; i++) logits_at(place)[i] = dot(c.head + ids_at(place)[i] * H, state.data(), H);
-        } else {
-            for (int64_t at = from; at < to; at++) normalise(logits_at(at));
+        switch (phase.kind) {
+            case INNER: return find_inner(place, pieces);
+            case STATE: return find_state(place, pieces);
+            case LOGITS: return find_logits(place, pieces);
+            default:
+                for (int64_t at = pieces.from; at < pieces.to; at++) normalise(logits_at(at));
         }
     }
 
+    const float* state_at(int64_t place) const { return chain.states + place * hidden; }
+    const int64_t* ids_at(int64_t place) const { return chain.ids + place * likely; }
+    float* logits_at(int64_t place) const { return chain.scores + place * likely; }
+
+    // The embedding of the token before a place.
+    const float* token_before(int64_t place) const {
+        const int64_t row = place / chain.nodes, node = place % chain.nodes;
+        if (node == 0) return chain.anchors + row * hidden;
+
+        const float* logits = logits_at(place - 1);
+        const int64_t best = std::max_element(logits, logits + likely) - logits;
+        return chain.embedding + ids_at(place - 1)[best] * hidden;
+    }
+
+    void find_inner(int64_t place, const Pieces& pieces) {
+        const float* x = state_at(place);
+        const float* token = token_before(place);
+        auto of_both = [&](int64_t output) {  // of gate_up, whose inputs are state and token
+            const float* weight = chain.gate_up + output * 2 * hidden;
+            return dot(weight, x, hidden) + dot(weight + hidden, token, hidden);
+        };
+        for (int64_t i = pieces.from; i < pieces.to; i++) {
+            const float gate = of_both(i);
+            inner[i] = gate / (1 + std::exp(-gate)) * of_both(rank + i);
+        }
+    }
+
+    void find_state(int64_t place, const Pieces& pieces) {
+        const float* x = state_at(place);
+        for (int64_t i = pieces.from; i < pieces.to; i++)
+            state[i] = x[i] + dot(chain.down + i * rank, inner.data(), rank);
+    }
+
+    void find_logits(int64_t place, const Pieces& pieces) const {
+        const int64_t* ids = ids_at(place);
+        float* logits = logits_at(place);
+        for (int64_t i = pieces.from; i < pieces.to; i++)
+            logits[i] = dot(chain.head + ids[i] * hidden, state.data(), hidden);
+    }
+
+    // log_softmax, in place.
     void normalise(float* logits) const {
-        const float most = *std::max_element(logits, logits + c.likely);
+        const float most = *std::max_element(logits, logits + likely);
         float mass = 0;
-        for (int64_t i = 0; i < c.likely; i++) mass += std::exp(logits[i] - most);
+        for (int64_t i = 0; i < likely; i++) mass += std::exp(logits[i] - most);
+
         const float whole = most + std::log(mass);
-        for (int64_t i = 0; i < c.likely; i++) logits[i] -= whole;
+        for (int64_t i = 0; i < likely; i++) logits[i] -= whole;
     }
 };
 
 }  // namespace
+}  // namespace flashdraft
 
-extern "C" void flashdraft_chain(const Chain* chain) {
+extern "C" void flashdraft_chain(const flashdraft::Chain* chain) {
+    using namespace flashdraft;
     ChainJob job(*chain);
-    const int64_t places = chain->rows * chain->nodes;
-    std::vector<flashdraft::Phase> phases;
-    for (int64_t place = 0; place < places; place++) {
-        phases.push_back({INNER, place, chain->rank, 0});
-        phases.push_back({STATE, place, chain->hidden, 0});
-        phases.push_back({LOGITS, place, chain->likely, 0});
-    }
-    phases.push_back({NORMALISE, 0, places, 0});
-    flashdraft::team().run(job, phases, chain->threads);
+    run_by_team(job, job.phases(), chain->threads);
 }

@@ -1,83 +1,157 @@
-// Weights into the panels that step.cpp reads, in a format that holds exactly their numbers, or the news that it does not.
+// Weights into the panels that formats.h draws, or the news that a format would round them.
 
-#include "linear.h"
+#include <algorithm>
+#include <cmath>
+#include "formats.h"
+#include "half.h"
+#include "interface.h"
 
+namespace flashdraft {
 namespace {
 
-uint32_t bits_of(float x) { uint32_t b; memcpy(&b, &x, 4); return b; }
-float float_of(uint32_t b) { float x; memcpy(&x, &b, 4); return x; }
+struct Weight {
+    const float* numbers;
+    int64_t outputs, inputs;
 
-uint16_t to_half(float x) {  // to the nearest, ties to even
-    uint32_t bits = bits_of(x), sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
-    if (size >= 0x47800000) return uint16_t(sign | 0x7c00);
-    if (size < 0x38800000) return uint16_t(sign | (bits_of(float_of(size) + 0.5f) - bits_of(0.5f)));  // subnormal
-    return uint16_t(sign | (size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13);
-}
-
-struct Source {
-    const float* weight; int64_t outputs, inputs;
-    float operator()(int64_t n, int64_t k) const { return n < outputs ? weight[n * inputs + k] : 0.0f; }  // panels are filled up
+    // The last panel is filled up with zeros.
+    float at(int64_t output, int64_t input) const {
+        return output < outputs ? numbers[output * inputs + input] : 0.0f;
+    }
 };
 
-bool pack_block(const Source& w, bool four, int64_t first, int64_t k, uint8_t* out) {
-    uint16_t *scales = (uint16_t*)out, *lows = scales + P;
-    uint8_t* numbers = out + (four ? 4 : 2) * P;
-    memset(numbers, 0, BLOCK * P / (four ? 2 : 1));
-    for (int64_t n = 0; n < P; n++) {
-        float low = w(first + n, k), high = low, most = 0;
-        for (int64_t i = 0; i < BLOCK; i++) {
-            float x = w(first + n, k + i);
-            low = std::min(low, x), high = std::max(high, x), most = std::max(most, std::fabs(x));
-        }
-        scales[n] = to_half(four ? (high - low) / 15 : most / 127);
-        const float d = half(scales[n]), base = four ? low : 0.0f;
-        if (four && half(lows[n] = to_half(low)) != low) return false;
-        for (int64_t i = 0; i < BLOCK; i++) {
-            const float x = w(first + n, k + i);
-            float q = d == 0 ? 0 : std::nearbyint((x - base) / d);
-            q = four ? std::min(std::max(q, 0.0f), 15.0f) : std::min(std::max(q, -127.0f), 127.0f);
-            const float product = q * d;  // exact: 15 or 19 bits
-            if (product + base != x) return false;
-            const int64_t per = four ? 8 : 4;
-            uint8_t* lane = numbers + (i / per * P + n) * 4;
-            if (four) lane[i % 8 / 2] |= uint8_t(int(q) << (i % 2 * 4));
-            else lane[i % 4] = uint8_t(int8_t(q));
-        }
+template <class T> inline uint8_t* append(uint8_t* out, T value) {
+    memcpy(out, &value, sizeof value);
+    return out + sizeof value;
+}
+
+uint8_t* pack_float32(const Weight& weight, int64_t first, uint8_t* out) {
+    for (int64_t k = 0; k < weight.inputs; k++)
+        for (int64_t n = 0; n < PANEL; n++) out = append(out, weight.at(first + n, k));
+    return out;
+}
+
+// null: a number has more bits than that.
+uint8_t* pack_bfloat16(const Weight& weight, int64_t first, uint8_t* out) {
+    for (int64_t k = 0; k < weight.inputs; k += 2)
+        for (int64_t n = 0; n < PANEL; n++)
+            for (int64_t i = 0; i < 2; i++) {
+                const uint32_t bits = bits_of(weight.at(first + n, k + i));
+                if (bits & 0xffff) return nullptr;
+                out = append(out, uint16_t(bits >> 16));
+            }
+    return out;
+}
+
+struct Range {
+    float lowest, highest, largest_size;
+};
+
+Range range_of(const Weight& weight, int64_t output, int64_t first, int64_t count) {
+    const float one = weight.at(output, first);
+    Range range{one, one, 0};
+    for (int64_t k = first; k < first + count; k++) {
+        const float x = weight.at(output, k);
+        range.lowest = std::min(range.lowest, x);
+        range.highest = std::max(range.highest, x);
+        range.largest_size = std::max(range.largest_size, std::fabs(x));
+    }
+    return range;
+}
+
+// The lane of an output's input i of a block.
+template <Format F> uint8_t* lane_of(uint8_t* lanes, int64_t output, int64_t i) {
+    return lanes + (i / inputs_of_a_lane(F) * PANEL + output) * LANE_BYTES;
+}
+
+// The numbers of one output of a block; false: scale and minimum do not give its weights exactly.
+template <Format F>
+bool pack_numbers(const Weight& weight, int64_t output, int64_t k, float scale, float minimum,
+                  uint8_t* lanes) {
+    constexpr float LEAST = F == Q4 ? 0 : -127, MOST = F == Q4 ? 15 : 127;
+    for (int64_t i = 0; i < BLOCK; i++) {
+        const float x = weight.at(output, k + i);
+        float number = scale == 0 ? 0 : std::nearbyint((x - minimum) / scale);
+        number = std::min(std::max(number, LEAST), MOST);
+        const float product = number * scale;  // exact: 11 bits of a scale and 4 or 8 more
+        if (product + minimum != x) return false;
+
+        uint8_t* lane = lane_of<F>(lanes, output % PANEL, i);
+        if (F == Q4) lane[i % 8 / 2] |= uint8_t(int(number) << (i % 2 * 4));
+        else lane[i % 4] = uint8_t(int8_t(number));
     }
     return true;
 }
 
-}  // namespace
+template <Format F>
+bool pack_block(const Weight& weight, int64_t first, int64_t k, uint8_t* out) {
+    uint16_t* scales = (uint16_t*)out;
+    uint16_t* minima = scales + PANEL;
+    uint8_t* lanes = out + scale_bytes(F);
+    memset(lanes, 0, number_bytes(F));
 
-// weight: [outputs, inputs]; out: as much as the format takes; scale: of int8, an output each. 0: the format would round.
-extern "C" int64_t flashdraft_pack(const float* weight, int64_t format, int64_t outputs, int64_t inputs, uint8_t* out, float* scale) {
-    const Source w{weight, outputs, inputs};
-    for (int64_t first = 0; first < outputs; first += P) {
-        if (format == F32)
-            for (int64_t k = 0; k < inputs; k++)
-                for (int64_t n = 0; n < P; n++, out += 4) { float x = w(first + n, k); memcpy(out, &x, 4); }
-        if (format == BF16)
-            for (int64_t k = 0; k < inputs; k += 2)
-                for (int64_t n = 0; n < P; n++)
-                    for (int64_t i = 0; i < 2; i++, out += 2) {
-                        uint32_t bits = bits_of(w(first + n, k + i));
-                        if (bits & 0xffff) return 0;
-                        uint16_t high = uint16_t(bits >> 16);
-                        memcpy(out, &high, 2);
-                    }
-        if (format == Q8 || format == Q4)
-            for (int64_t k = 0; k < inputs; k += BLOCK, out += format == Q4 ? 4 * P + BLOCK * P / 2 : 2 * P + BLOCK * P)
-                if (!pack_block(w, format == Q4, first, k, out)) return 0;
-        if (format == INT8) {
-            for (int64_t n = 0; n < P; n++) {
-                float most = 0;
-                for (int64_t k = 0; k < inputs; k++) most = std::max(most, std::fabs(w(first + n, k)));
-                for (int64_t k = 0; k < inputs; k++)
-                    out[(k / 4 * P + n) * 4 + k % 4] = uint8_t(128 + (most == 0 ? 0 : int(std::nearbyint(w(first + n, k) / (most / 127)))));
-                scale[n] = most / 127;
-            }
-            out += P * inputs, scale += P;
+    for (int64_t n = 0; n < PANEL; n++) {
+        const Range range = range_of(weight, first + n, k, BLOCK);
+        float minimum = 0;
+        if (F == Q4) {
+            scales[n] = float_to_half((range.highest - range.lowest) / 15);
+            minima[n] = float_to_half(range.lowest);
+            minimum = range.lowest;
+            if (half_to_float(minima[n]) != minimum) return false;
+        } else {
+            scales[n] = float_to_half(range.largest_size / 127);
         }
+
+        const float scale = half_to_float(scales[n]);
+        if (!pack_numbers<F>(weight, first + n, k, scale, minimum, lanes)) return false;
+    }
+    return true;
+}
+
+template <Format F> uint8_t* pack_blocks(const Weight& weight, int64_t first, uint8_t* out) {
+    for (int64_t k = 0; k < weight.inputs; k += BLOCK, out += block_bytes(F))
+        if (!pack_block<F>(weight, first, k, out)) return nullptr;
+    return out;
+}
+
+// Rounds: the largest number of an output becomes 127 or -127.
+uint8_t* pack_int8(const Weight& weight, int64_t first, uint8_t* out, float* scales) {
+    for (int64_t n = 0; n < PANEL; n++) {
+        const Range range = range_of(weight, first + n, 0, weight.inputs);
+        const float scale = range.largest_size / 127;
+        for (int64_t k = 0; k < weight.inputs; k++) {
+            int number = 0;
+            if (range.largest_size != 0)
+                number = int(std::nearbyint(weight.at(first + n, k) / scale));
+            lane_of<INT8>(out, n, k)[k % 4] = uint8_t(UNSIGNED + number);
+        }
+        scales[n] = scale;
+    }
+    return out + PANEL * weight.inputs;
+}
+
+// Where the next panel goes, or null: the format would round this one.
+uint8_t* pack_panel(const Weight& weight, int64_t format, int64_t panel, uint8_t* out,
+                    float* scales) {
+    const int64_t first = panel * PANEL;
+    switch (format) {
+        case FLOAT32: return pack_float32(weight, first, out);
+        case BFLOAT16: return pack_bfloat16(weight, first, out);
+        case Q8: return pack_blocks<Q8>(weight, first, out);
+        case Q4: return pack_blocks<Q4>(weight, first, out);
+        default: return pack_int8(weight, first, out, scales + first);
+    }
+}
+
+}  // namespace
+}  // namespace flashdraft
+
+extern "C" int64_t flashdraft_pack(const float* numbers, int64_t format, int64_t outputs,
+                                   int64_t inputs, uint8_t* out, float* scales) {
+    using namespace flashdraft;
+    const Weight weight{numbers, outputs, inputs};
+    for (int64_t panel = 0; panel < num_panels(outputs); panel++) {
+        out = pack_panel(weight, format, panel, out, scales);
+        if (!out) return 0;
     }
     return 1;
 }
