@@ -19,8 +19,9 @@ import torch
 from toy_folders import ZLAB, save_target, save_zlab
 
 import flashdraft
-from flashdraft.cli import app, bench_commands, commands, main
-from flashdraft.cli.app import COMMANDS
+from flashdraft.cli import app, bench, decode, main
+from flashdraft.cli import options as cli_options
+from flashdraft.cli.table import COMMANDS
 from flashdraft.formats.config import DraftConfig
 from flashdraft.methods.dflash import DFlashDraftModel
 
@@ -230,7 +231,7 @@ def test_ctrl_c_ends_quietly(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(file: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bench_commands, "report", interrupted)
+    monkeypatch.setattr(bench, "report", interrupted)
     assert run("report x") == (130, "", "")
 
 
@@ -247,14 +248,23 @@ def test_reader_that_went_away_ends_quietly() -> None:
 # --- help ----------------------------------------------------------------------------------------------------------------
 
 
-def test_help_imports_nothing_heavy() -> None:
-    code = "import sys; from flashdraft.cli import main; main(['--help']); print('torch' in sys.modules, 'rich' in sys.modules)"
+def test_help_imports_nothing_heavy_and_groups_the_commands() -> None:
+    code = "import sys; from flashdraft.cli import main; main(['--help']); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "False False"
-    assert all(re.search(rf"^  {name}  +\w", done.stdout, re.MULTILINE) for name in COMMANDS)
-    assert "..." not in done.stdout.split("Commands:")[1], (
-        "a command's help is cut off at 80 columns"
-    )
+    *text, heavy = done.stdout.splitlines()
+    assert heavy == "False"
+
+    panel = ""
+    found = {}
+    for line in text:
+        if title := re.match(r"\W+ (Use|Measure|Train) \W+$", line):
+            panel = title[1]
+        elif command := re.match(r"\W+ (\w+)  +(\w.*\w\S?) +\W$", line):
+            found[command[1]] = (panel, command[2])
+    assert {name: found[name] for name in COMMANDS} == {
+        name: (command.panel, command.help) for name, command in COMMANDS.items()
+    }
+    assert {command.panel for command in COMMANDS.values()} == {"Use", "Measure", "Train"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -414,7 +424,7 @@ def test_terminal_shows_drafted_text_underlined(monkeypatch: pytest.MonkeyPatch)
     stats = flashdraft.Stats()
     result = flashdraft.Result("abc", (1, 2, 3), "length", stats)
     pieces = [
-        commands.Chunk(0, (piece,), ())
+        decode.Chunk(0, (piece,), ())
         for piece in _pieces(("a", False), ("b", True), ("", False), ("c", True))
     ]
     shown = {}
@@ -423,7 +433,7 @@ def test_terminal_shows_drafted_text_underlined(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(sys, "stdout", terminal)
         monkeypatch.setenv("NO_COLOR", no_color)
         assert (
-            commands._show([*pieces, replace(pieces[0], pieces=(), result=result)], origin=True)
+            decode._show([*pieces, replace(pieces[0], pieces=(), result=result)], origin=True)
             is result
         )
         shown[no_color] = terminal.getvalue().split("own\n\n")[1]
@@ -557,8 +567,8 @@ def test_errors_are_not_printed_where_standard_error_is_closed(
 def test_sigterm_ends_with_143_and_leaves_nothing_half_written(
     folders: Path, tmp_path: Path
 ) -> None:
-    code = "import os, signal, sys; from flashdraft.cli import bench_commands, main; "
-    code += "bench_commands.report = lambda results: os.kill(os.getpid(), signal.SIGTERM); sys.argv = ['flashdraft', 'report', 'x']; "
+    code = "import os, signal, sys; from flashdraft.cli import bench, main; "
+    code += "bench.report = lambda results: os.kill(os.getpid(), signal.SIGTERM); sys.argv = ['flashdraft', 'report', 'x']; "
     code += "sys.exit(main())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (143, "", "")
@@ -567,9 +577,9 @@ def test_sigterm_ends_with_143_and_leaves_nothing_half_written(
 def test_help_says_all_that_an_option_takes(run: Run) -> None:
     text = " ".join(run("generate --help")[1].split())
     for word in (
-        *commands.KERNELS,
+        *cli_options.KERNELS,
         "float64",
-        *commands.NETWORKS,
+        *cli_options.NETWORKS,
         "prompt_lookup",
         "autoregressive",
         "smaller causal LM",
@@ -577,7 +587,7 @@ def test_help_says_all_that_an_option_takes(run: Run) -> None:
     ):
         assert word in text, word
     text = " ".join(run("bench --help")[1].split())
-    for word in (*commands.KERNELS, "float64"):
+    for word in (*cli_options.KERNELS, "float64"):
         assert word in text, word
 
 

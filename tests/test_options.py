@@ -19,8 +19,9 @@ from toy_training import language_model
 import flashdraft
 from flashdraft.bench.roofline import RooflineConfig
 from flashdraft.bench.run import BenchConfig
-from flashdraft.cli import app, commands, main, train_commands
-from flashdraft.cli.app import COMMANDS, function_of
+from flashdraft.cli import app, main, train
+from flashdraft.cli import options as cli_options
+from flashdraft.cli.table import COMMANDS, function_of
 from flashdraft.engine import check
 from flashdraft.errors import ContextLengthError, InvalidParameter
 from flashdraft.loading import drafters
@@ -36,12 +37,12 @@ GROUPS = (
     TrainConfig,
     BenchConfig,
     RooflineConfig,
-    commands.TargetOptions,
-    commands.ModelOptions,
-    train_commands.DraftOptions,
-    train_commands.SourceOptions,
-    train_commands.FeatureOptions,
-    train_commands.AnswerOptions,
+    cli_options.TargetOptions,
+    cli_options.ModelOptions,
+    train.DraftOptions,
+    train.SourceOptions,
+    train.FeatureOptions,
+    train.AnswerOptions,
 )
 Option = tuple[str, type | None, Allowed]  # name, kind, range
 
@@ -149,11 +150,11 @@ def test_flags_and_words_are_checked_too() -> None:
         with pytest.raises(InvalidParameter, match=f"^{next(iter(given))} is "):
             SamplingParams(**given)
     for group, given in (
-        (commands.ModelOptions, {"dtype": "int4"}),
-        (commands.ModelOptions, {"kernel": "fast"}),
-        (commands.ModelOptions, {"draft": 3}),
-        (train_commands.DraftOptions, {"method": "dspark"}),
-        (train_commands.FeatureOptions, {"soft_labels": "yes"}),
+        (cli_options.ModelOptions, {"dtype": "int4"}),
+        (cli_options.ModelOptions, {"kernel": "fast"}),
+        (cli_options.ModelOptions, {"draft": 3}),
+        (train.DraftOptions, {"method": "dspark"}),
+        (train.FeatureOptions, {"soft_labels": "yes"}),
         (TrainConfig, {"precision": "int8"}),
     ):
         with pytest.raises(InvalidParameter, match=f"^{next(iter(given))} is "):

@@ -18,7 +18,8 @@ import torch
 from conftest import EOS, tiny_target
 from toy_folders import CHAT, letter_tokenizer, save_target
 
-from flashdraft.cli import commands, main
+from flashdraft.cli import main
+from flashdraft.cli import options as cli_options
 from flashdraft.errors import DataError, FlashDraftError, InvalidParameter, InvalidPrompt
 from flashdraft.generate import Model
 from flashdraft.methods.autoregressive import Autoregressive
@@ -986,7 +987,7 @@ def test_command_asks_a_server_and_loads_no_target(
     def loaded(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a target was loaded")
 
-    monkeypatch.setattr(commands, "load", loaded)
+    monkeypatch.setattr(cli_options, "load", loaded)
     monkeypatch.chdir(tmp_path)
     prompt_file(tmp_path, "abc")
     line = ["regenerate", "prompts.jsonl", "--out", "out.jsonl", "--url", api.url]
@@ -1041,7 +1042,7 @@ def test_command_mixes_greedy_answers_and_keeps_features(
         == 0
     )
     assert capsys.readouterr().out == "2 new answers in out.jsonl\n"
-    lm = commands.load("target", draft="autoregressive")
+    lm = cli_options.load("target", draft="autoregressive")
     for row in read_jsonl(tmp_path / "out.jsonl"):
         assert row["response"] == lm.generate(row["prompt"], max_new_tokens=8).text
     assert json.loads((tmp_path / "kept/manifest.json").read_text())["max_length"] == 32

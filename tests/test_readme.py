@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from flashdraft.cli import main
-from flashdraft.cli.app import COMMANDS
+from flashdraft.cli.table import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

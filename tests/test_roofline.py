@@ -27,7 +27,8 @@ from flashdraft.bench.roofline import (
     shape,
     verdict,
 )
-from flashdraft.cli import bench_commands, main
+from flashdraft.cli import bench as commands
+from flashdraft.cli import main
 from flashdraft.errors import InvalidParameter, ModelNotFound, UnsupportedTarget
 
 NET = Shape(layers=2, hidden=4, inner=8, heads=2, kv_heads=1, head_dim=2, vocab=10)
@@ -300,7 +301,7 @@ def test_command_measures_this_machine(
         asked.append(weights)
         return DEVICE, DEVICE
 
-    monkeypatch.setattr(bench_commands, "calibrate", measure)
+    monkeypatch.setattr(commands, "calibrate", measure)
     rows, _ = table_of(["smollm2-135m", "--weights", "q4"], capsys)
     assert asked == ["q4"]
     assert float(rows[0][3]) == pytest.approx(

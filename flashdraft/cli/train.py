@@ -2,7 +2,7 @@
 
 import os
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
@@ -13,7 +13,15 @@ from flashdraft import hub
 from flashdraft.bench.profile import profile_training
 from flashdraft.bench.report import print_table
 from flashdraft.bench.tasks import named, read_prompts
-from flashdraft.cli.commands import DTYPE_HELP, TARGET_HELP, ModelOptions, Out, TargetOptions
+from flashdraft.cli.options import (
+    DTYPE_HELP,
+    TARGET_HELP,
+    Folder,
+    ModelOptions,
+    Out,
+    TargetOptions,
+    refuse_given,
+)
 from flashdraft.engine import check
 from flashdraft.errors import FlashDraftError, InvalidParameter
 from flashdraft.formats.config import DraftConfig
@@ -62,14 +70,15 @@ from flashdraft.types import (
 SETS_HELP = ".jsonl and .json files, or hub data sets as name:split or name:config:split"
 _MOST = 2**31 - 1
 _STEPS = Allowed(0, _MOST)
-Folder = Annotated[Path, Option(help="folder to write")]
 Prompts = Annotated[Path, Argument(metavar="PROMPTS", help="file that `flashdraft prompts` wrote")]
 Answers = Annotated[list[Path], Argument(help="files that `flashdraft regenerate` wrote")]
 
 
 @dataclass(frozen=True)
 class DraftOptions:
-    """The draft network to train; None: the default of `draft_config`, or what the drafter of --init-from has."""
+    """The draft network to train; None: the default of `draft_config`, or what the drafter of
+    --init-from has.
+    """
 
     method: str = option("dflash", "what is trained", choices=tuple(NETWORKS))
     init: str = option(
@@ -108,41 +117,45 @@ class DraftOptions:
         check_options(self)
 
     def shape(self, target: Target) -> DraftConfig:
-        """The network's config. Raises InvalidParameter for options that mean nothing beside each other."""
+        """The network's config.
+
+        Raises InvalidParameter for options that mean nothing beside each other.
+        """
         if self.method != "dflash":
-            fixed = ("num_features", "mask_token_id", "head", "head_rank") + ("num_layers",) * (
-                self.method != "draft_model"
-            )
-            _refuse(self, f"{self.method} has no such thing", *fixed)
+            fixed = ["num_features", "mask_token_id", "head", "head_rank"]
+            if self.method != "draft_model":
+                fixed.append("num_layers")
+            refuse_given(self, f"{self.method} has no such thing", *fixed)
         if self.head is None:
-            _refuse(self, "no head is added without --head", "head_rank")
-        names = ("num_layers", "block_size", "num_features", "mask_token_id")
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+            refuse_given(self, "no head is added without --head", "head_rank")
+
+        wanted: dict[str, int] = {}
         if self.init_from is not None:
-            _refuse(self, "--init-from has the first weights", "init")
-            c = self._first(target).config
-            held = dict(
-                zip(
-                    names,
-                    (c.num_hidden_layers, c.block_size, len(c.target_layer_ids), c.mask_token_id),
-                    strict=True,
-                )
-            )
-            given = held | given
-        return draft_config(target, method=self.method, **given)
+            refuse_given(self, "--init-from has the first weights", "init")
+            first = self._first(target).config
+            wanted["num_layers"] = first.num_hidden_layers
+            wanted["block_size"] = first.block_size
+            wanted["num_features"] = len(first.target_layer_ids)
+            wanted["mask_token_id"] = first.mask_token_id
+        for name in ("num_layers", "block_size", "num_features", "mask_token_id"):
+            given = getattr(self, name)
+            if given is not None:
+                wanted[name] = given
+        return draft_config(target, method=self.method, **wanted)
 
     def _first(self, target: Target) -> DraftNetwork:
         """The drafter of --init-from."""
         found = open_network(str(self.init_from), target.name)
         if found.method != self.method:
-            got = f"init_from is {self.init_from!r}, a drafter of {found.method}, but method is {self.method}"
-            raise InvalidParameter(
-                got, hint=f"give --method {found.method}, or a drafter of {self.method}"
-            )
+            drafter = f"init_from is {self.init_from!r}, a drafter of {found.method}"
+            hint = f"give --method {found.method}, or a drafter of {self.method}"
+            raise InvalidParameter(f"{drafter}, but method is {self.method}", hint=hint)
         return found
 
     def network(self, config: DraftConfig, target: Target, data: Data, seed: int) -> DraftNetwork:
-        """data: of the layers that the network will read; its first sample calibrates a copy of the target's layers."""
+        """data: of the layers that the network will read; its first sample calibrates a copy of the
+        target's layers.
+        """
         if self.init_from is not None:
             return taken_from(config, self._first(target), seed)
         if self.init == "random":
@@ -172,21 +185,21 @@ class SourceOptions:
     def check(self, paths: list[Path]) -> None:
         """What of the source can be refused before the target is loaded."""
         facts = {"target": named_target(self.target)}
-        for path in paths if self.online else ():
-            check_origin(path, facts, tell=False)
-        if not self.online and len(paths) == 1:
+        if self.online:
+            for path in paths:
+                check_origin(path, facts, tell=False)
+        elif len(paths) == 1:
             FeatureSet(paths[0]).check_target(facts, tell=False)
 
     def open(self, paths: list[Path], lm: Model, draft: DraftOptions, *, final: bool) -> Data:
         if self.online:
             layers = draft.shape(lm.target).target_layer_ids
             return OnlineFeatures(lm, paths, layers=layers, max_length=self.max_length, final=final)
-        _refuse(self, "the folder of features has its own without --online", "max_length")
+
+        refuse_given(self, "the folder of features has its own without --online", "max_length")
         if len(paths) > 1:
-            raise InvalidParameter(
-                f"got {len(paths)} folders of features",
-                hint="give all answers to one `flashdraft features`",
-            )
+            got = f"got {len(paths)} folders of features"
+            raise InvalidParameter(got, hint="give all answers to one `flashdraft features`")
         return FeatureSet(paths[0])
 
 
@@ -196,17 +209,6 @@ def _check_mask(shape: DraftConfig, lm: Model) -> None:
         got = f"mask_token_id is {shape.mask_token_id}, which ends the texts of `{lm.target.name}`"
         hint = "mask_token_id must be an id that the target never reads or writes"
         raise InvalidParameter(got, hint=hint, option="mask_token_id")
-
-
-def _refuse(options: Any, reason: str, *names: str) -> None:
-    """Options (these, or all) that would have no effect are named, not ignored."""
-    for field in fields(options):
-        if (not names or field.name in names) and (
-            value := getattr(options, field.name)
-        ) != field.default:
-            raise InvalidParameter(
-                f"{field.name} is {value}, but {reason}", hint="leave out one of the two"
-            )
 
 
 def prompts(
@@ -222,11 +224,17 @@ def prompts(
     ] = None,
     seed: Annotated[int, Option(help="seed of the order"), SEEDS] = 0,
 ) -> None:
-    if data is None and not files and "FLASHDRAFT_DATA" in os.environ:
+    """Training 1: prompts of any data sets, shuffled once.
+
+    Examples:
+        flashdraft prompts --data data --out prompts.jsonl
+        flashdraft prompts chats.jsonl tatsu-lab/alpaca:train --out prompts.jsonl --thinking 0.5
+    """
+    nothing_is_named = data is None and not files
+    if nothing_is_named and "FLASHDRAFT_DATA" in os.environ:
         data = Path(os.environ["FLASHDRAFT_DATA"])
-    print(
-        f"{write_prompts(data, out, files=files or (), thinking=thinking, seed=seed)} prompts in {out}"
-    )
+    count = write_prompts(data, out, files=files or (), thinking=thinking, seed=seed)
+    print(f"{count} prompts in {out}")
 
 
 @dataclass(frozen=True)
@@ -250,12 +258,11 @@ class FeatureOptions:
     def kind(self, lm: Model) -> dict[str, Any]:
         """As flashdraft.train.features takes it."""
         methods = self.methods.split(",")
-        require({*methods} <= NETWORKS.keys(), "methods", self.methods, f"of {', '.join(NETWORKS)}")
-        layers = {
-            layer
-            for method in methods
-            for layer in layers_read(lm.target.num_layers, method, self.num_features)
-        }
+        are_known = set(methods) <= NETWORKS.keys()
+        require(are_known, "methods", self.methods, f"of {', '.join(NETWORKS)}")
+        layers: set[int] = set()
+        for method in methods:
+            layers.update(layers_read(lm.target.num_layers, method, self.num_features))
         return {
             "layers": tuple(sorted(layers)),
             "max_length": self.max_length,
@@ -286,15 +293,15 @@ class AnswerOptions:
     def __post_init__(self) -> None:
         check_options(self)
 
-    def server(self, *unused: Any) -> Server | None:
+    def server(self, *unused: ModelOptions | FeatureOptions) -> Server | None:
         """None without --url; the options of `unused` mean nothing to a server."""
         if self.url is None and self.model is None:
             return None
         if self.url is None or self.model is None:
             raise InvalidParameter("--url and --model go together", hint="give both, or neither")
-        _refuse(self, "--url answers", "keep_features")
+        refuse_given(self, "--url answers", "keep_features")
         for group in unused:
-            _refuse(group, "--url answers")
+            refuse_given(group, "--url answers")
         return Server(self.url, self.model, self.max_rows)
 
 
@@ -306,29 +313,42 @@ def regenerate(
     answer: AnswerOptions,
     stored: FeatureOptions,
 ) -> None:
+    """Training 2: the target's own answers; run again to resume.
+
+    Examples:
+        flashdraft regenerate prompts.jsonl --out answers.jsonl --max-rows 32
+        flashdraft regenerate p.jsonl --out answers.jsonl --url http://host:8000/v1 --model qwen3-8b
+    """
     law = mixed(params, answer.greedy_share)
-    if (folder := answer.keep_features) is None and answer.url is None:
-        _refuse(stored, "nothing is kept without --keep-features")
+    folder = None if answer.keep_features is None else Path(answer.keep_features)
+    if folder is None and answer.url is None:
+        refuse_given(stored, "nothing is kept without --keep-features")
     if folder is not None:
-        check_features_folder(Path(folder), options.target)
+        check_features_folder(folder, options.target)
 
     def load_all() -> tuple[Model, ShardWriter | None]:
         lm = options.load(max_rows=answer.max_rows)
-        return lm, None if folder is None else ShardWriter(lm, Path(folder), **stored.kind(lm))
+        writer = None if folder is None else ShardWriter(lm, folder, **stored.kind(lm))
+        return lm, writer
 
-    lm = answer.server(options, stored) or Later(options.target, load_all)
-    count = answer_prompts(
-        lm, file, out, params=law, limit=answer.limit, quiet=not is_terminal(sys.stdout)
-    )
+    source = answer.server(options, stored) or Later(options.target, load_all)
+    quiet = not is_terminal(sys.stdout)
+    count = answer_prompts(source, file, out, params=law, limit=answer.limit, quiet=quiet)
     print(f"{count} new answers in {out}")
 
 
 def features(answers: Answers, out: Folder, model: TargetOptions, stored: FeatureOptions) -> None:
+    """Training 3: the target's hidden states; run again to resume.
+
+    Examples:
+        flashdraft features answers.jsonl --out features
+        flashdraft features a.jsonl b.jsonl --out features --max-length 1024
+    """
     check_features_folder(out, model.target, inputs=answers)
     lm = model.load()
-    print(
-        f"{write_features(lm, answers, out, **stored.kind(lm), quiet=not is_terminal(sys.stdout))} shards in {out}"
-    )
+    quiet = not is_terminal(sys.stdout)
+    count = write_features(lm, answers, out, **stored.kind(lm), quiet=quiet)
+    print(f"{count} shards in {out}")
 
 
 def train(
@@ -347,17 +367,25 @@ def train(
         int, Option(help="only measure this many steps, and show where their time goes"), _STEPS
     ] = 0,
 ) -> None:
+    """Training 4: a drafter; run again to resume.
+
+    Examples:
+        flashdraft train features --out run --eval-prompts held_out.jsonl
+        flashdraft train features --out run2 --eval-prompts held_out.jsonl --init-from run/best
+    """
     check_run_folder(out, inputs=source)
     held_out = [prompt.asked for prompt in read_prompts(eval_prompts)]
     where.check(source)
     try:
         from flashdraft.train.trainer import Trainer, process_device
     except ModuleNotFoundError as error:
-        raise FlashDraftError(
-            f"training needs the package {error.name}", hint='pip install "flashdraft[train]"'
-        ) from None
-    lm = load(where.target, draft="autoregressive", dtype=where.dtype, device=str(process_device()))
-    data = where.open(source, lm, draft, final=bool(config.kl + config.tv))
+        got = f"training needs the package {error.name}"
+        raise FlashDraftError(got, hint='pip install "flashdraft[train]"') from None
+
+    device = str(process_device())
+    lm = load(where.target, draft="autoregressive", dtype=where.dtype, device=device)
+    needs_final_state = config.kl + config.tv > 0
+    data = where.open(source, lm, draft, final=needs_final_state)
     shape = draft.shape(lm.target)
     check_target(shape, lm.target)
     _check_mask(shape, lm)
@@ -368,10 +396,12 @@ def train(
     if profile:
         print_table(["part", "ms a step", "share"], profile_training(trainer, profile))
         return
-    if trainer.coverage is not None and trainer.acc.is_main_process:
+
+    is_first = trainer.acc.is_main_process
+    if trainer.coverage is not None and is_first:
         print(f"the draft vocabulary covers {trainer.coverage:.2%} of the answers' tokens")
     best = trainer.run(held_out, quiet=not is_terminal(sys.stdout))
-    if trainer.acc.is_main_process:
+    if is_first:
         print(f"best tau {best:.3f}; the drafter: {out / 'best'}")
 
 
@@ -384,26 +414,35 @@ def eval(
     max_new_tokens: Annotated[int, Option(help="tokens an answer, at most"), COUNTS] = 256,
     max_rows: Annotated[int, Option(help="prompts decoded together, at most"), COUNTS] = 8,
 ) -> None:
+    """Training 5: the real accepted length on held-out prompts.
+
+    Examples:
+        flashdraft eval held_out.jsonl --draft run/best
+        flashdraft eval held_out.jsonl --target Qwen/Qwen3-8B --draft org/drafter
+    """
     tell_of_other_target(model.draft, named_target(model.target))
-    lm = replace(
-        model.load(max_rows=max_rows), adaptive=False
-    )  # the drafter is judged by whole blocks
-    params, asked = SamplingParams(max_new_tokens=max_new_tokens), []
+    loaded = model.load(max_rows=max_rows)
+    lm = replace(loaded, adaptive=False)  # the drafter is judged by whole blocks
+    params = SamplingParams(max_new_tokens=max_new_tokens)
+    asked = []
     for prompt in read_prompts(file):
         with named(prompt.place):
             check(lm.target, lm.request(prompt.asked, params))
         asked.append(prompt.asked)
+
     stats: list[Stats] = [result.stats for result in lm.generate(asked, params)]
-    lengths = [length for one in stats for length in one.accepted_lengths]
-    print(
-        f"tau {fmean(one.tau for one in stats):.3f} on {len(stats)} prompts, {len(lengths)} target passes"
-    )
-    shares = [fmean(length > k for length in lengths) for k in range(1, max(lengths, default=1))]
-    if shares:
-        print_table(
-            ["draft position", "accepted"],
-            [[str(k), f"{share:.1%}"] for k, share in enumerate(shares, 1)],
-        )
+    lengths: list[int] = []
+    for one in stats:
+        lengths += one.accepted_lengths
+    tau = fmean(one.tau for one in stats)
+    print(f"tau {tau:.3f} on {len(stats)} prompts, {len(lengths)} target passes")
+
+    cells = []
+    for position in range(1, max(lengths, default=1)):
+        share = fmean(length > position for length in lengths)
+        cells.append([str(position), f"{share:.1%}"])
+    if cells:
+        print_table(["draft position", "accepted"], cells)
 
 
 def doctor(
@@ -412,20 +451,26 @@ def doctor(
     data: Annotated[Path, Argument(help="folder that `flashdraft features` wrote")],
     num_samples: Annotated[int, Option(help="samples that are looked at"), COUNTS] = 8,
 ) -> None:
+    """Find out why a drafter is accepted too little.
+
+    Examples:
+        flashdraft doctor run/best smollm2-135m features
+        flashdraft doctor org/drafter Qwen/Qwen3-8B features --num-samples 32
+    """
     tell_of_other_target(draft, named_target(target))
     lm = load(target, draft="autoregressive")
-    passed = True
     network = open_network(draft, target)
     if not isinstance(network, DFlashDraftModel):
         got = f"the doctor knows drafters of dflash; `{draft}` is of {network.method}"
-        raise InvalidParameter(
-            got,
-            hint=f"`flashdraft eval PROMPTS --draft {draft}` measures how much of it is accepted",
-        )
+        measure = f"flashdraft eval PROMPTS --draft {draft}"
+        raise InvalidParameter(got, hint=f"`{measure}` measures how much of it is accepted")
+
+    passed = True
     for finding in diagnose(network, lm, FeatureSet(data), num_samples=num_samples):
-        passed &= finding.passed
-        print(f"{'ok  ' if finding.passed else 'FAIL'} {finding.test}: {finding.text}")
+        word = "ok  " if finding.passed else "FAIL"
+        print(f"{word} {finding.test}: {finding.text}")
         if not finding.passed:
+            passed = False
             print(f"     hint: {finding.hint}")
     if not passed:
         raise Exit(1)
@@ -436,5 +481,11 @@ def push(
     repo: Annotated[str, Argument(help="the model repository on the hub, owner/name")],
     private: Annotated[bool, Option("--private", help="make a private one")] = False,
 ) -> None:
+    """Upload a drafter's folder to the hub.
+
+    Examples:
+        flashdraft push run/best my-name/my-drafter
+        flashdraft push run/best my-name/my-drafter --private
+    """
     network = open_network(folder)  # whole, or it says what is wrong
     print(hub.push(folder, repo, what=network.method, private=private))
