@@ -16,13 +16,14 @@ from toy_folders import save_target, save_zlab
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 import flashdraft
-import flashdraft.models.decoder
+import flashdraft.models.compiled
 from flashdraft.decoding.text import TextDecoder
 from flashdraft.decoding.tree import chain
 from flashdraft.engine import Engine, Request
 from flashdraft.errors import InvalidParameter
 from flashdraft.methods.autoregressive import Autoregressive
-from flashdraft.models.decoder import CompiledStep, Decoder, padded
+from flashdraft.models.compiled import CompiledStep, padded
+from flashdraft.models.decoder import Decoder
 from flashdraft.models.hf import HFTarget
 from flashdraft.models.lean import LeanTarget
 from flashdraft.models.target import Target
@@ -197,7 +198,7 @@ def test_a_graph_copies_in_the_proposal_only(
     pinned: bool, traces: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not pinned:
-        monkeypatch.setattr(flashdraft.models.decoder, "_pin", lambda tensors: None)
+        monkeypatch.setattr(flashdraft.models.compiled, "_pin", lambda tensors: None)
     target = made("qwen2")
     drafter = tiny_drafter(target)
     texts(target, drafter, 3)

@@ -525,7 +525,7 @@ def test_every_address_is_taken_where_the_tensor_is_checked() -> None:
             taken[path.name] = functions
     assert taken == {
         "native.py": ["pointer"],
-        "decoder.py": ["_forget_pages"],
+        "blocks.py": ["_forget_pages"],
     }  # the latter for the system, not for C++
     assert addresses_taken("def step(x):\n    return x.data_ptr()") == ["step"]
 

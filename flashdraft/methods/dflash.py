@@ -22,8 +22,10 @@ from flashdraft.decoding.tree import NOTHING, Laws, best_first, independent, pla
 from flashdraft.formats.config import DraftConfig
 from flashdraft.methods.network import DRAFT_KERNEL, DraftHead, DraftNetwork
 from flashdraft.models import native
+from flashdraft.models.blocks import Block
 from flashdraft.models.cache import SlotCache
-from flashdraft.models.decoder import Block, CompiledStep, Decoder
+from flashdraft.models.compiled import CompiledStep
+from flashdraft.models.decoder import Decoder, Layout
 from flashdraft.models.layers import RMSNorm, SwigluHead, apply_rotary, pack, swiglu
 from flashdraft.models.modules import MLP, Attention
 from flashdraft.models.target import Target
@@ -348,7 +350,7 @@ class DFlashDrafter:
         tokens = torch.full((count, size), net.config.mask_token_id, **INTS)
         tokens[:, 0] = anchors
         everything = torch.ones(count, size, size, **BOOLS)  # but for what a layer's own mask hides
-        shape = (
+        shape = Layout(
             everything,
             torch.arange(size, **INTS).expand(count, size),
             torch.full((count,), size, **INTS),

@@ -21,8 +21,8 @@ from flashdraft.decoding.tree import NOTHING, Nodes, planted
 from flashdraft.errors import DraftMismatch
 from flashdraft.formats.config import DraftConfig
 from flashdraft.methods.network import DraftHead, DraftNetwork
+from flashdraft.models.blocks import Block
 from flashdraft.models.cache import SlotCache
-from flashdraft.models.decoder import Block
 from flashdraft.models.layers import RMSNorm, apply_rotary
 from flashdraft.models.modules import MLP
 from flashdraft.models.target import Target

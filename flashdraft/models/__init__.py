@@ -1,1 +1,5 @@
-"""Targets and what runs them: the contract, transformers' own forward, our decoder and its C++ kernels."""
+"""Targets and what runs them.
+
+The contract (target), transformers' own forward (hf), our decoder (lean, decoder) and its C++
+kernels (native).
+"""

@@ -1,4 +1,7 @@
-"""What draft networks and targets are made of: linears, RMSNorm, rotary positions, sequential heads. Knows tensors only."""
+"""What draft networks and targets are made of: linears, RMSNorm, rotary positions, drafting heads.
+
+Knows tensors only.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +17,7 @@ __all__ = [
     "GROWING",
     "HEADS",
     "ROPE_TYPES",
+    "CosSin",
     "Linear",
     "RMSNorm",
     "Rotary",
@@ -21,18 +25,22 @@ __all__ = [
     "TorchLinear",
     "apply_rotary",
     "pack",
+    "pack_as",
+    "rotary_of",
+    "rotary_table",
+    "scaled_length",
+    "swiglu",
 ]
-__all__ += ["rotary_of", "rotary_table", "scaled_length", "swiglu"]
 
 HEADS = ("swiglu",)
-ROPE_TYPES = (
-    "default",
-    "linear",
-    "llama3",
-    "yarn",
-)  # static: a position's angles do not depend on the length
-_FIRST_POSITIONS = 256  # of a table; it doubles as texts grow
+# Static kinds: a position's angles do not depend on the length of the text.
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 GROWING = new_lock()  # a pass of another thread must not find a table shorter than it asked for
+
+_FIRST_POSITIONS = 256  # of a table; it doubles as texts grow
+
+
+# ---- linears and norms ---------------------------------------------------------------------------
 
 
 class RMSNorm(nn.RMSNorm):
@@ -46,12 +54,18 @@ class RMSNorm(nn.RMSNorm):
 
 
 class TorchLinear:
-    """x -> x @ weight.T + bias where no native linear can be had. Not row-exact: torch chooses a kernel by the number of rows."""
+    """x -> x @ weight.T + bias where no native linear can be had.
 
-    row_exact, format = False, "torch"
+    Not row-exact: torch chooses a kernel by the number of rows.
+    """
+
+    row_exact = False
+    format = "torch"
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.weight, self.bias, self.nbytes = weight, bias, weight.nbytes
+        self.weight = weight
+        self.bias = bias
+        self.nbytes = weight.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [rows, in] -> [rows, out]"""
@@ -63,90 +77,128 @@ Linear = TorchLinear | native.NativeLinear
 
 def pack(weight: Tensor, bias: Tensor | None = None, *, kernel: str = "compact") -> Linear:
     """A native linear where one can be had (`kernel`: NativeLinear's), else torch's."""
-    if native.usable(weight) and weight.shape[1] % native.PANEL == 0:
-        return native.NativeLinear(weight, bias, kernel=kernel)
-    return TorchLinear(weight, bias)
+    if not native.usable(weight):
+        return TorchLinear(weight, bias)
+    if weight.shape[1] % native.PANEL != 0:
+        return TorchLinear(weight, bias)
+    return pack_as(kernel, weight, bias)
 
 
-def rotary_of(positions: Tensor, inv_freq: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """What `apply_rotary` takes at positions [n]: cos and signed sin, [n, head_dim] each, in float32."""
+def pack_as(kernel: str, weight: Tensor, bias: Tensor | None) -> Linear:
+    """The linear of a kernel: torch and compiled run torch's own, all others a native one."""
+    if kernel in ("torch", "compiled"):
+        return TorchLinear(weight, bias)
+    return native.NativeLinear(weight, bias, kernel=kernel)
+
+
+# ---- rotary positions ----------------------------------------------------------------------------
+
+CosSin = tuple[Tensor, Tensor]  # the cosines, and the sines with signs, of some angles
+
+
+def rotary_of(positions: Tensor, inv_freq: Tensor, scaling: float) -> CosSin:
+    """What `apply_rotary` takes at positions [n]: [n, head_dim] each, in float32."""
     angles = torch.outer(positions.float(), inv_freq.float())
-    cos, sin = angles.cos() * scaling, angles.sin() * scaling
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    cos = angles.cos() * scaling
+    sin = angles.sin() * scaling
+    whole_cos = torch.cat((cos, cos), dim=-1)
+    signed_sin = torch.cat((-sin, sin), dim=-1)
+    return whole_cos, signed_sin
 
 
 def rotary_table(
     inv_freq: Tensor, num_positions: int, scaling: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+) -> CosSin:
     """The same for every position: [positions, head_dim] each."""
-    cos, sin = rotary_of(
-        torch.arange(num_positions, dtype=torch.int64, device=inv_freq.device), inv_freq, scaling
-    )
+    positions = torch.arange(num_positions, dtype=torch.int64, device=inv_freq.device)
+    cos, sin = rotary_of(positions, inv_freq, scaling)
     return cos.to(dtype), sin.to(dtype)
 
 
 class Rotary:
-    """Tables of cos and signed sin, as long as positions were asked for so far; `like` gives their dtype and device."""
+    """Tables of cos and signed sin, as long as positions were asked for so far.
+
+    `like` gives their dtype and device.
+    """
 
     def __init__(self, inv_freq: Tensor, scaling: float, like: Tensor) -> None:
         self.inv_freq = inv_freq.detach().to(like.device, torch.float32)
-        self.scaling, self.dtype = scaling, like.dtype
+        self.scaling = scaling
+        self.dtype = like.dtype
         self.tables = rotary_table(self.inv_freq, _FIRST_POSITIONS, scaling, self.dtype)
-        self._former: list[
-            tuple[Tensor, Tensor]
-        ] = []  # a pass of another thread may still be reading them
+        self._former: list[CosSin] = []  # a pass of another thread may still be reading them
 
     def reserve(self, num_positions: int) -> bool:
-        """Make the tables at least so long; whether they had to grow. What they held keeps its bits."""
+        """Make the tables at least so long; whether they had to grow.
+
+        What they held keeps its bits.
+        """
         with GROWING:
-            held = len(self.tables[0])
+            cos, sin = self.tables
+            held = len(cos)
             if num_positions <= held:
                 return False
 
             length = max(num_positions, 2 * held)
             fresh = torch.arange(held, length, dtype=torch.int64, device=self.inv_freq.device)
-            cos, sin = rotary_of(fresh, self.inv_freq, self.scaling)
+            more_cos, more_sin = rotary_of(fresh, self.inv_freq, self.scaling)
+            longer_cos = torch.cat((cos, more_cos.to(self.dtype)))
+            longer_sin = torch.cat((sin, more_sin.to(self.dtype)))
+
             self._former.append(self.tables)
-            self.tables = (
-                torch.cat((self.tables[0], cos.to(self.dtype))),
-                torch.cat((self.tables[1], sin.to(self.dtype))),
-            )
+            self.tables = (longer_cos, longer_sin)
             return True
 
-    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """What `apply_rotary` takes for [n, heads, head_dim] at positions [n], for which there is room."""
+    def at(self, positions: Tensor) -> CosSin:
+        """What `apply_rotary` takes for [n, heads, head_dim] at positions [n] that have room."""
         cos, sin = self.tables
         return cos[positions][:, None], sin[positions][:, None]
 
 
-def scaled_length(limit: int, rope: Mapping[str, Any] | None) -> int:
-    """The positions that a config means by `limit`, its max_position_embeddings, together with its rotary scaling.
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoFormer's rotation (2104.09864), half-split layout.
 
-    yarn, linear, llama3: the length before scaling times the factor, or `limit` where that is scaled already. What was before
-    is `original_max_position_embeddings`, else `limit` itself (transformers: "don't update max_position_embeddings").
-    longrope, dynamic: one position beyond the first length changes the angles of all, so a text ends there.
+    x: [..., heads, head_dim]; cos, sin: [..., 1, head_dim] of `rotary_table`.
     """
-    rope = rope or {}
+    half = x.shape[-1] // 2
+    first = x[..., :half]
+    second = x[..., half:]
+    swapped = torch.cat((second, first), dim=-1)
+    return x * cos + swapped * sin
+
+
+def scaled_length(limit: int, rope: Mapping[str, Any] | None) -> int:
+    """The positions of a config: `limit` is its max_position_embeddings, `rope` its rotary scaling.
+
+    yarn, linear, llama3: the length before scaling times the factor, or `limit` where that is
+    scaled already. What was before is `original_max_position_embeddings`, else `limit` itself
+    (transformers: "don't update max_position_embeddings").
+    longrope, dynamic: one position beyond the first length changes the angles of all, so a text
+    ends there.
+    """
+    if not rope:
+        return limit
+
     kind = rope.get("rope_type", rope.get("type", "default"))
     original = int(rope.get("original_max_position_embeddings") or limit)
     if kind in ("longrope", "su"):
         return min(limit, original)
     if kind in ("linear", "yarn", "llama3"):
-        return max(limit, int(original * float(rope.get("factor") or 1.0)))
+        factor = float(rope.get("factor") or 1.0)
+        return max(limit, int(original * factor))
     return limit
 
 
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x: [..., heads, head_dim]; cos, sin: [..., 1, head_dim] of `rotary_table` (RoFormer 2104.09864, half-split layout)."""
-    half = x.shape[-1] // 2
-    return x * cos + torch.cat((x[..., half:], x[..., :half]), dim=-1) * sin
+# ---- sequential heads ----------------------------------------------------------------------------
 
 
 class SwigluHead(nn.Module):
-    """A sequential head, left to right: h_k += W_down (silu(W_gate [h_k ; e]) * W_up [h_k ; e]), e the embedding of x_(k-1).
+    """A sequential head, left to right: each position's state is corrected by the token before it.
 
-    The network's marginals are independent per position; so the drafts of a block come to depend on each other (as in TreeFlash).
-    An addition to DFlash v1, in tensors of its own; a new one changes nothing.
+    h_k += W_down (silu(W_gate [h_k ; e]) * W_up [h_k ; e]), where e is the embedding of x_(k-1).
+    The network's marginals are independent per position; so the drafts of a block come to depend
+    on each other (as in TreeFlash). An addition to DFlash v1, in tensors of its own; a new one
+    changes nothing.
     """
 
     def __init__(self, hidden_size: int, rank: int) -> None:
@@ -164,5 +216,6 @@ def swiglu(
     states: Tensor, embedded: Tensor, gate_up: Linear | nn.Module, down: Linear | nn.Module
 ) -> Tensor:
     """What SwigluHead does, by any linears."""
-    gate, up = gate_up(torch.cat((states, embedded.to(states.dtype)), dim=-1)).chunk(2, dim=-1)
+    inputs = torch.cat((states, embedded.to(states.dtype)), dim=-1)
+    gate, up = gate_up(inputs).chunk(2, dim=-1)
     return states + down(F.silu(gate) * up)

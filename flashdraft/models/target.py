@@ -1,6 +1,7 @@
 """What a target is: a large model, seen as a function from proposals to logits and features.
 
-Knows caches and trees of tokens. Does not know whose code runs the model: transformers' own (`hf`) or ours (`lean`).
+Knows caches and trees of tokens. Does not know whose code runs the model: transformers' own (`hf`)
+or ours (`lean`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,17 +15,24 @@ from flashdraft.models.cache import SlotCache
 from flashdraft.models.layers import scaled_length
 from flashdraft.process import INTS, undisturbed
 
-__all__ = ["Target", "context_of"]
+__all__ = ["HFConfig", "HFModel", "Indices", "Output", "Target", "context_of"]
+
 PREFILL_CHUNK = 512
+
+# Transformers' models and configs: what they hold differs by family, and no type of theirs says it.
+HFModel = Any
+HFConfig = Any
+
 Indices = Sequence[int]  # of layers, or of a cache's rows
-Output = tuple[Tensor, Tensor | None]  # logits or states, and the features if there are any
+# Logits or states, and the features if there are any.
+Output = tuple[Tensor, Tensor | None]
 
 
 class Target(Protocol):
     """A large model, seen as a function from proposals to logits and features."""
 
     name: str
-    config: Any  # the Hugging Face text model's
+    config: HFConfig  # the text model's
     kernel_name: str  # what runs the weights, as `load` takes it
     kernel: str  # the same in words, for reports
     row_exact: bool  # a row's bits do not depend on how many rows travel with it
@@ -49,16 +57,22 @@ class Target(Protocol):
     @undisturbed
     @torch.inference_mode()
     def prefill(self, cache: SlotCache, slot: int, tokens: Tensor, layers: Indices) -> Output:
-        """Read and commit tokens [n] of one row: the last token's logits [vocab] and the features [n, layers * hidden]."""
+        """Read and commit tokens [n] of one row.
+
+        Returns the last token's logits [vocab] and the features [n, layers * hidden].
+        """
         features = []
         for part in tokens.split(PREFILL_CHUNK):
-            n = len(part)
-            hidden, feature = self._read(
-                cache, [slot], part[None], chain(n)[None], torch.tensor([n], **INTS), layers
-            )
-            cache.keep(slot, range(n))
-            features += [] if feature is None else [feature[0]]
-        return self.lm_head(hidden[0, -1]), torch.cat(features) if features else None
+            count = len(part)
+            parents = chain(count)[None]
+            sizes = torch.tensor([count], **INTS)
+            hidden, feature = self._read(cache, [slot], part[None], parents, sizes, layers)
+            cache.keep(slot, range(count))
+            if feature is not None:
+                features.append(feature[0])
+
+        logits = self.lm_head(hidden[0, -1])
+        return logits, torch.cat(features) if features else None
 
     @undisturbed
     @torch.inference_mode()
@@ -71,7 +85,10 @@ class Target(Protocol):
         sizes: Tensor,
         layers: Indices,
     ) -> Output:
-        """Read proposals [rows, nodes] behind each row's length, which stays: logits [rows, nodes, vocab], features likewise."""
+        """Read proposals [rows, nodes] behind each row's length, which stays.
+
+        Returns logits [rows, nodes, vocab], and features likewise.
+        """
         hidden, features = self._read(cache, slots, tokens, parents, sizes, layers)
         return self.lm_head(hidden), features
 
@@ -102,15 +119,17 @@ class Target(Protocol):
         """The lm_head's rows of these tokens: [n] -> [n, hidden]."""
 
 
-def context_of(config: Any) -> int:
-    """The positions of a Hugging Face text model, its rotary scaling included (layers.scaled_length)."""
-    limit, rope = (
-        int(config.max_position_embeddings),
-        getattr(config, "rope_parameters", None) or {},
-    )
-    kinds = [
-        own for own in rope.values() if isinstance(own, Mapping)
-    ]  # of layers; none may end before the others
-    if kinds:
-        return min(limit, *(scaled_length(limit, own) for own in kinds))
-    return scaled_length(limit, rope)
+def context_of(config: HFConfig) -> int:
+    """The positions of a Hugging Face text model, its rotary scaling included.
+
+    See layers.scaled_length. Where layers differ, the shortest of them counts: none may end before
+    the others.
+    """
+    limit = int(config.max_position_embeddings)
+    rope = getattr(config, "rope_parameters", None) or {}
+    by_kind = [own for own in rope.values() if isinstance(own, Mapping)]
+    if not by_kind:
+        return scaled_length(limit, rope)
+
+    lengths = [scaled_length(limit, own) for own in by_kind]
+    return min(limit, *lengths)

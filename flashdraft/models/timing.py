@@ -1,7 +1,10 @@
-"""What a target's steps take on this machine: the best of several short rounds, kept in the cache folder.
+"""What a target's steps take on this machine: the best of several short rounds, kept on disk.
 
-A machine may be busy while it is measured. So the rounds go through all sizes of steps in turn and the quickest of each counts,
-and every step that really runs is held against the table: where they contradict each other, it is measured anew.
+A machine may be busy while it is measured. So the rounds go through all sizes of steps in turn and
+the quickest of each counts, and every step that really runs is held against the table: where they
+contradict each other, it is measured anew.
+
+Knows seconds by numbers of tokens. Does not know what a step is.
 """
 
 import hashlib
@@ -11,7 +14,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from flashdraft import hub
 from flashdraft.files import write_file
@@ -20,14 +22,13 @@ __all__ = ["COUNTS", "StepTimes", "best_of"]
 
 COUNTS = (1, 2, 4, 8, 16, 32)  # tokens of a step
 _ROUNDS = 6
-_QUICKER, _QUICK_STEPS = (
-    0.8,
-    3,
-)  # so many steps that take less than this share of what is known: it was measured on a busy machine
-_SLOWER, _SLOW_STEPS = (
-    2.5,
-    50,
-)  # so many in a row that take more than this: it is another machine, or was another load
+
+# So many steps that take less than this share of what is known: it was measured on a busy machine.
+_QUICKER = 0.8
+_QUICK_STEPS = 3
+# So many in a row that take more than this: it is another machine, or was another load.
+_SLOWER = 2.5
+_SLOW_STEPS = 50
 
 
 def best_of(
@@ -46,7 +47,7 @@ def best_of(
 class StepTimes:
     """The table of one model, kernel, number of threads and machine, all of which `facts` tell."""
 
-    def __init__(self, facts: Sequence[Any], counts: Sequence[int] = COUNTS) -> None:
+    def __init__(self, facts: Sequence[object], counts: Sequence[int] = COUNTS) -> None:
         text = json.dumps(list(facts), sort_keys=True, default=str)
         key = hashlib.sha256(text.encode()).hexdigest()[:16]
         self.path = hub.cache_dir() / f"seconds-{key}.json"
@@ -62,7 +63,9 @@ class StepTimes:
     def measured(self, step: Callable[[int], object]) -> dict[int, float]:
         """What is known, measured now if nothing is."""
         known = self.read()
-        return self.measure(step) if known is None else known
+        if known is not None:
+            return known
+        return self.measure(step)
 
     def measure(self, step: Callable[[int], object]) -> dict[int, float]:
         """Measure and keep it; a cache folder that cannot be written costs this again, no more."""
@@ -77,8 +80,9 @@ class StepTimes:
         self._held = dict(table)
 
     def check(self, count: int, seconds: float, *, long: bool) -> None:
-        """Hold a step that really ran against the table, and forget it where the two contradict each other.
+        """Hold a step that really ran against the table.
 
+        Where the two contradict each other, the table is forgotten.
         long: the step read a long context, which the table's steps do not; it may well take longer.
         """
         if self._held is None:
@@ -87,26 +91,36 @@ class StepTimes:
         if expected is None:
             return
 
-        self._quick += seconds < _QUICKER * expected
+        if seconds < _QUICKER * expected:
+            self._quick += 1
         if seconds < _SLOWER * expected:
             self._slow = 0
         elif not long:
             self._slow += 1
+
         if self._quick >= _QUICK_STEPS or self._slow >= _SLOW_STEPS:
             self.forget()
 
     def forget(self) -> None:
         """The next one who asks measures again."""
-        self._held, self._quick, self._slow = {}, 0, 0
+        self._held = {}
+        self._quick = 0
+        self._slow = 0
         with suppress(OSError):
             self.path.unlink(missing_ok=True)
 
 
 def _read(path: Path, counts: Sequence[int]) -> dict[int, float] | None:
+    """The table of a file; None where there is none, or one that nothing could have measured."""
+    table = {}
     try:
         stored: Mapping[str, float] = json.loads(path.read_text(encoding="utf-8"))
-        table = {count: float(stored[str(count)]) for count in counts}
+        for count in counts:
+            table[count] = float(stored[str(count)])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    possible = all(0 < seconds < math.inf for seconds in table.values())
-    return table if possible else None
+
+    for seconds in table.values():
+        if not 0 < seconds < math.inf:
+            return None
+    return table
