@@ -24,7 +24,7 @@ def flat(function: Callable[..., None]) -> Callable[..., None]:
     groups: dict[str, type[Any]] = {}
     single: list[inspect.Parameter] = []  # that belong to no group
     parameters: list[inspect.Parameter] = []
-    for parameter in inspect.signature(function).parameters.values():
+    for parameter in inspect.signature(function, eval_str=True).parameters.values():
         kind = parameter.annotation
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             groups[parameter.name] = kind
