@@ -265,10 +265,11 @@ def _part(sample: Sample, anchors: Tensor, config: DraftConfig) -> dict[str, Ten
     offsets = torch.arange(block_size, **INTS).repeat(len(anchors))
     is_anchor = offsets == 0
     padded = F.pad(sample.tokens, (0, block_size), value=-1)
+    own_tokens = padded[positions]
     part = {
         "features": sample.features[:num_context],
-        "block_tokens": torch.where(is_anchor, padded[positions], config.mask_token_id),
-        "labels": torch.where(is_anchor, -1, padded[positions]),
+        "block_tokens": torch.where(is_anchor, own_tokens, config.mask_token_id),
+        "labels": torch.where(is_anchor, -1, own_tokens),
         "previous": padded[positions - 1].clamp(min=0),
         "tokens": sample.tokens[:num_context],
         "next_tokens": sample.tokens[1 : num_context + 1],
@@ -355,7 +356,8 @@ def _medusa(model: MedusaDraftModel, _embed: Embed, batch: Batch) -> Tensor:
     """Every head reads the target's last state before the anchor."""
     before = _before_anchors(batch, model.config.block_size)
     states = batch.features[before.rows].float()
-    return torch.cat((states[:, None], model(states)), dim=1).flatten(0, 1)
+    with_anchors = torch.cat((states[:, None], model(states)), dim=1)
+    return with_anchors.flatten(0, 1)
 
 
 def _eagle3(model: Eagle3DraftModel, embed: Embed, batch: Batch) -> Tensor:
@@ -400,8 +402,8 @@ def _attend_steps(
     device = num_past.device
     places = torch.arange(len(past.keys), dtype=torch.int64, device=device)
     in_past = places < num_past[:, None]
-    in_own_block = torch.eye(len(q), dtype=torch.bool, device=device).repeat(1, len(own))
-    mask = torch.cat((in_past, in_own_block), dim=1)
+    in_own_block = torch.eye(len(q), dtype=torch.bool, device=device)
+    mask = torch.cat((in_past, in_own_block.repeat(1, len(own))), dim=1)
     keys = torch.cat([past.keys, *[each.keys for each in own]])
     values = torch.cat([past.values, *[each.values for each in own]])
     return _attention(q, keys, values, mask)

@@ -69,7 +69,8 @@ def position_weights(
 
     _, row = blocks.unique_consecutive(return_inverse=True)
     column = offsets - 1
-    grid = log_q.new_full((int(row[-1]) + 1, int(offsets.max())), -torch.inf)
+    num_blocks = int(row[-1]) + 1
+    grid = log_q.new_full((num_blocks, int(offsets.max())), -torch.inf)
     grid[row, column] = log_q
 
     has_label = grid > -torch.inf
@@ -163,7 +164,8 @@ class Loss:
         offsets = batch.offsets[batch.labels >= 0]
         if self.config.weights == "dpace":
             return float(len(offsets))
-        return float(torch.exp(-(offsets.double() - 1) / self.config.gamma).sum())
+        weights = torch.exp(-(offsets.double() - 1) / self.config.gamma)
+        return float(weights.sum())
 
     def __call__(self, states: Tensor, batch: Batch, step: int) -> LossSum:
         """The weighted sum over a micro-batch, and `hit`, `loss`, `row` of its labelled rows."""
