@@ -1,60 +1,60 @@
-"""The README tells the truth: its Python runs, its commands exist, its file tree is the package's."""
+"""The README is short and tells the truth; its blocks, links and lines are checked with the pages of docs/ (test_docs.py)."""
 
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
-
-import pytest
-
-from flashdraft.cli import main
-from flashdraft.cli.table import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TABLE = re.search(r"^\|.*to llama\.cpp F32.*\n\|.*\n((?:\|.*\n)+)", README, re.MULTILINE)
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def test_it_is_read_in_a_minute() -> None:
+    assert len(README.splitlines()) <= 150
 
 
-@pytest.mark.real_model
-@pytest.mark.parametrize("code", blocks("python"))
-def test_python_blocks_run(code: str, capsys: pytest.CaptureFixture[str]) -> None:
-    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
-    assert capsys.readouterr().out.strip()
+def test_it_shows_the_demo_and_one_chart() -> None:
+    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README)
+    assert len(pictures) == 2
+    assert pictures[0] == "docs/demo.svg"
 
 
-def test_there_are_blocks_to_check() -> None:
-    assert blocks("python")
-    assert len(blocks("sh")) >= 2
+def test_the_two_commands_come_first() -> None:
+    (first, *_) = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    assert [line.split("#")[0].strip() for line in first.splitlines()] == ["make demo", "make test"]
 
 
-@pytest.mark.parametrize(
-    "line", [line for block in blocks("sh") for line in block.splitlines() if "flashdraft " in line]
-)
-def test_commands_and_their_options_exist(line: str, capsys: pytest.CaptureFixture[str]) -> None:
-    words = shlex.split(line, comments=True)
-    words = words[words.index("flashdraft") + 1 :]
-    assert words[0] in COMMANDS
-    assert main([words[0], "--help"]) == 0
-    text = capsys.readouterr().out
-    for word in words[1:]:
-        if word.startswith("--"):
-            assert word.split("=")[0] in text
+def test_its_example_has_ten_lines() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(code.splitlines()) <= 12
 
 
-@pytest.mark.parametrize("line", [line for line in README.splitlines() if line.startswith("make ")])
-def test_make_targets_exist(line: str) -> None:
-    target = line.split()[1]
-    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+def test_its_speeds_are_measured_ones() -> None:
+    """Every row of the small table is a row of the long one, which has its tasks, too."""
+    measured = (ROOT / "docs" / "measured.md").read_text(encoding="utf-8")
+    assert TABLE is not None
+    rows = [line for line in TABLE[1].splitlines() if "llama.cpp" not in line]
+    assert len(rows) == 6
+    for row in rows:
+        name, speed, *ratios = [cell.strip() for cell in row.strip("|").split("|")]
+        method, kernel = re.match(r"(\w+), `(\w+)`", name).groups()  # type: ignore[union-attr]
+        (line,) = re.findall(
+            rf"^\| {method}, `{kernel}`(?: \(.*?\))? \|(.*)$", measured, re.MULTILINE
+        )[:1]
+        cells = [cell.strip() for cell in line.split("|")]
+        assert speed == cells[1]
+        assert ratios == cells[3:6]
 
 
-def test_the_file_tree_names_every_module() -> None:
-    tree = README.split("## Where things are")[1].split("```")[1]
-    for path in (ROOT / "flashdraft").iterdir():
-        if path.suffix == ".py" and not path.name.startswith("__"):
-            assert path.name in tree, f"{path.name} is missing from the README's file tree"
-        if path.is_dir() and path.name != "__pycache__":
-            assert f"{path.name}/" in tree, f"{path.name}/ is missing from the README's file tree"
+def test_the_targets_that_it_names_are_those_that_the_tests_know() -> None:
+    from conftest import FAMILIES
+
+    table = README.split("## What works with what")[1].split("## ")[0]
+    for family in FAMILIES:
+        assert family.split("-")[0] in table
+
+
+def test_no_line_is_longer_than_an_editor_shows() -> None:
+    for line in README.splitlines():
+        assert len(line) <= 120 or line.startswith("|")
