@@ -22,6 +22,7 @@ from typing import NamedTuple
 import pytest
 
 import flashdraft
+from flashdraft import errors
 from flashdraft.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -211,6 +212,21 @@ def test_the_page_of_sampling_names_every_field() -> None:
         assert f"| `{field}` |" in page
 
 
+def test_the_tree_of_errors_is_that_of_the_classes() -> None:
+    page = (DOCS / "reference" / "api.md").read_text(encoding="utf-8")
+    (tree,) = re.findall(r"^```\n(FlashDraftError .*?)```", page, re.M | re.S)
+    above = ["FlashDraftError"]
+    named = {"FlashDraftError"}
+    for line in tree.splitlines()[1:]:
+        branch, name = re.match(r"([│├└─ ]+)(\w+)", line).groups()  # type: ignore[union-attr]
+        depth = len(branch) // 4
+        parent = getattr(errors, above[depth - 1])
+        assert getattr(errors, name).__bases__[0] is parent
+        above[depth:] = [name]
+        named.add(name)
+    assert named == {name for name, value in vars(errors).items() if isinstance(value, type)}
+
+
 def test_the_reference_holds_every_room() -> None:
     """A room's page shows all of its modules by itself; a module at the top needs a line."""
     pages = [path.read_text(encoding="utf-8") for path in (DOCS / "reference").glob("*.md")]
@@ -266,6 +282,16 @@ def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
         assets.feed(path.read_text(encoding="utf-8"))
         assert assets.found
         assert not [address for address in assets.found if "//" in address]
+
+
+def test_the_pages_show_lists_as_lists(site: Path) -> None:
+    """A list needs an empty line before it, which GitHub does not ask for."""
+    for path in site.rglob("*.html"):
+        article = (
+            path.read_text(encoding="utf-8").partition("<article")[2].partition("</article>")[0]
+        )
+        for paragraph in re.findall(r"<p>(.*?)</p>", article, re.DOTALL):
+            assert not re.search(r"\n\s*(?:[-*]|\d+\.) |\n\||```", paragraph), path.name
 
 
 def test_the_reference_shows_docstrings(site: Path) -> None:
