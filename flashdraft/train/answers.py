@@ -1,46 +1,52 @@
 """The file of answers that grows: whose it is, what made it, which prompts it answers already.
 
-Its note says which target, chat template, arithmetic and sampling made it; a run that has others does not go on with it. A file
-without a note (of an earlier version, or made by hand) is taken, with one line that says so, unless a line contradicts.
+Its note says which target, chat template, arithmetic and sampling made it; a run that has others
+does not go on with it. A file without a note (of an earlier version, or made by hand) is taken,
+with one line that says so, unless a line contradicts. Does not know how answers are made.
 """
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from flashdraft.errors import DataError, FlashDraftError, InvalidParameter
 from flashdraft.files import Facts, check_facts, locked, output_file, read_note, say, write_note
+from flashdraft.train.rows import Row
 from flashdraft.types import SamplingParams
 
-__all__ = ["AnswerFile", "check_origin", "open_answers", "sampling_facts"]
+__all__ = ["AnswerFile", "check_origin", "open_answers", "question", "sampling_facts"]
 
-Row = dict[str, Any]
 _MADE_BY = "regenerate"
 _FIELDS = ("source", "row", "prompt", "response")
 _BEGINNING = b'{"source": '  # of every line that is written here
-_GREEDY_IGNORES = ("seed", "top_k", "top_p", "min_p")
+_CHANGES_NO_TEXT = {"logprobs"}
+_GREEDY_IGNORES = {"seed", "top_k", "top_p", "min_p"}
 
 
-def sampling_facts(params: SamplingParams, greedy_share: float = 0.0) -> dict[str, Any]:
+def sampling_facts(params: SamplingParams, greedy_share: float = 0.0) -> Row:
     """What of the sampling changes a text, as JSON has it."""
-    left_out = {"logprobs", *(_GREEDY_IGNORES if params.temperature == 0 else ())}
-    given = {name: value for name, value in vars(params).items() if name not in left_out}
-    text = json.dumps(given | {"greedy_share": greedy_share}, default=_hook_name)
-    facts: dict[str, Any] = json.loads(text)
+    ignored = _CHANGES_NO_TEXT
+    if params.temperature == 0:
+        ignored = ignored | _GREEDY_IGNORES
+    given = {name: value for name, value in vars(params).items() if name not in ignored}
+    given["greedy_share"] = greedy_share
+    facts: Row = json.loads(json.dumps(given, default=_hook_name))
     return facts
 
 
-def _hook_name(hook: Any) -> str:
+def _hook_name(hook: object) -> str:
+    """In the place of what JSON cannot hold: the logits processor."""
     return str(getattr(hook, "__qualname__", type(hook).__qualname__))
 
 
 def check_origin(path: Path, now: Facts, *, tell: bool = True) -> None:
-    """Raises DataError where a file of answers was made by another target or chat template than `now` tells, if its note says.
+    """Raises DataError where a file of answers was made by another target or chat template.
 
-    Without a note the answers are taken, and one line says so, or none without `tell`. What a server wrote has a name alone,
-    which tells nothing.
+    `now` tells which ones are there now, the file's note which ones made it. Without a note the
+    answers are taken, and one line says so, or none without `tell`. What a server wrote has a name
+    alone, which tells nothing.
     """
     note = read_note(path)
     if note is None:
@@ -49,25 +55,26 @@ def check_origin(path: Path, now: Facts, *, tell: bool = True) -> None:
                 f"{path}: nothing says what wrote these answers; they are taken as the target's own"
             )
         return
+
     if note["made_by"] != _MADE_BY:
         raise DataError(
             f"`{path}` was written by `flashdraft {note['made_by']}`",
             hint="give what `flashdraft regenerate` wrote",
         )
-    by_server = "template" not in note
-    if not by_server:
-        wanted = {name: now[name] for name in ("target", "template") if name in now}
-        check_facts(
-            path,
-            note,
-            wanted,
-            hint="regenerate the answers with this target, or name the one that wrote them",
-        )
+    is_by_server = "template" not in note
+    if is_by_server:
+        return
+    wanted = {name: now[name] for name in ("target", "template") if name in now}
+    hint = "regenerate the answers with this target, or name the one that wrote them"
+    check_facts(path, note, wanted, hint=hint)
 
 
 @contextmanager
 def open_answers(out: Path, prompts: Path) -> Iterator["AnswerFile"]:
-    """The file of answers to `prompts`, which no other process writes meanwhile. Raises a FlashDraftError if it is not ours."""
+    """The file of answers to `prompts`, which no other process writes meanwhile.
+
+    Raises a FlashDraftError if it is not ours.
+    """
     path = output_file(out, inputs=[prompts])
     with locked(path):
         held = AnswerFile(path)
@@ -81,32 +88,33 @@ class _Held(NamedTuple):
     number: int  # of its line
     question: str
     place: str
-    count: Any  # of its tokens, as it says
-    extremes: tuple[int, int]  # the smallest and the largest token id
+    num_tokens: object  # as it says
+    lowest: int  # token id; 0 without tokens
+    highest: int
 
 
 class AnswerFile:
-    """Answers as they were found, and where more of them go. Nothing is written before the first `append`.
+    """Answers as they were found, and where more of them go. Nothing is written before `append`.
 
-    Raises InvalidParameter for a file that holds something else, DataError for a damaged line in one that is ours.
+    Raises InvalidParameter for a file that holds something else, DataError for a damaged line in
+    one that is ours.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         content = path.read_bytes() if path.exists() else b""
+        note = read_note(path)
+        self.note = note if content else None  # a note may outlive its file
         self.ending = b"\r\n" if b"\r\n" in content else b"\n"
-        self.note = read_note(path)
-        if not content:
-            self.note = None  # of a file that is gone
         self.torn = _torn_bytes(content)  # at the end
         self.lacks_ending = not self.torn and content[-1:] not in (b"", b"\n", b"\r")
-        whole = content[: len(content) - self.torn]
-        self.answers = [
-            self._read(number, line)
-            for number, line in enumerate(whole.splitlines(), 1)
-            if line.strip()
-        ]
         self._is_begun = False
+
+        whole = content[: len(content) - self.torn]
+        self.answers: list[_Held] = []
+        for number, line in enumerate(whole.splitlines(), 1):
+            if line.strip():
+                self.answers.append(self._read(number, line))
 
         if self.note is not None and self.note["made_by"] != _MADE_BY:
             got = f"`{path}` was written by `flashdraft {self.note['made_by']}`"
@@ -115,8 +123,9 @@ class AnswerFile:
             self._check_torn(content[-self.torn :])
 
     def _read(self, number: int, line: bytes) -> _Held:
+        encoding = "utf-8-sig" if number == 1 else "utf-8"
         try:
-            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            row = json.loads(line.decode(encoding))
         except ValueError as error:
             raise self._odd_line(number, f"not valid JSON ({error})") from None
         if not isinstance(row, dict):
@@ -124,29 +133,35 @@ class AnswerFile:
         for field in _FIELDS:
             if field not in row:
                 raise self._odd_line(number, f"no field `{field}`")
+
         tokens = row.get("tokens")
-        known = (
-            [token for token in tokens if isinstance(token, int)]
-            if isinstance(tokens, list)
-            else []
+        ids = []
+        if isinstance(tokens, list):
+            ids = [token for token in tokens if isinstance(token, int)]
+        return _Held(
+            number,
+            question(row),
+            _place(row),
+            row.get("num_tokens"),
+            lowest=min(ids, default=0),
+            highest=max(ids, default=0),
         )
-        extremes = (min(known, default=0), max(known, default=0))
-        return _Held(number, question(row), _place(row), row.get("num_tokens"), extremes)
 
     def _odd_line(self, number: int, wrong: str) -> FlashDraftError:
         if self.note is not None:
-            return DataError(
-                f"{self.path}, line {number}: {wrong}", hint="mend or remove that line"
-            )
+            where = f"{self.path}, line {number}"
+            return DataError(f"{where}: {wrong}", hint="mend or remove that line")
         got = f"`{self.path}` holds no answers of `flashdraft regenerate`: line {number}: {wrong}"
         return InvalidParameter(got, hint="name another file with --out")
 
     def _check_torn(self, tail: bytes) -> None:
         """Half a line may be cut off only where a kill of ours can have left it."""
-        is_known = self.note is not None or self.answers
-        is_ours = tail.startswith(_BEGINNING) or (is_known and _BEGINNING.startswith(tail))
-        if not is_ours:
-            raise self._odd_line(len(self.answers) + 1, "not valid JSON, nor half a line of ours")
+        if tail.startswith(_BEGINNING):
+            return
+        is_known = self.note is not None or bool(self.answers)
+        if is_known and _BEGINNING.startswith(tail):
+            return
+        raise self._odd_line(len(self.answers) + 1, "not valid JSON, nor half a line of ours")
 
     @property
     def answered(self) -> set[str]:
@@ -154,56 +169,66 @@ class AnswerFile:
         return {answer.question for answer in self.answers}
 
     def check_prompts(self, asked: Sequence[Row]) -> None:
-        """Raises DataError where an answer is to another text than its prompt has now, or to a prompt that is not asked."""
-        now: dict[str, set[str]] = {}
+        """Raises DataError where an answer is to another text than its prompt has now.
+
+        With a note, also where it is to a prompt that is not asked.
+        """
+        now: dict[str, set[str]] = {}  # by place
         for row in asked:
             now.setdefault(_place(row), set()).add(question(row))
 
         for answer in self.answers:
+            where = f"`{self.path}`, line {answer.number}"
             wanted = now.get(answer.place)
-            if wanted is None and self.note is not None:
-                got = f"`{self.path}`, line {answer.number}: an answer to {_where(answer)}, which is not among the prompts"
-                raise DataError(got, hint="name another output for another set of prompts")
-            if wanted is not None and answer.question not in wanted:
-                got = f"`{self.path}`, line {answer.number}: {_change(answer.question, min(wanted))} in {_where(answer)} since"
-                raise DataError(
-                    got,
-                    hint="the prompts were changed: name another output, or remove such answers",
-                )
+            if wanted is None:
+                if self.note is None:
+                    continue
+                got = f"an answer to {_where(answer)}, which is not among the prompts"
+                hint = "name another output for another set of prompts"
+                raise DataError(f"{where}: {got}", hint=hint)
+            if answer.question not in wanted:
+                got = f"{_change(answer.question, min(wanted))} in {_where(answer)} since"
+                hint = "the prompts were changed: name another output, or remove such answers"
+                raise DataError(f"{where}: {got}", hint=hint)
 
     def check_facts(self, facts: Facts) -> None:
-        """Raises DataError where another target, template, arithmetic or sampling made the answers that are there."""
+        """Raises DataError where another target, template, arithmetic or sampling made answers."""
         if self.note is not None:
             check_facts(self.path, self.note, facts)
             return
+
         most = facts.get("sampling", {}).get("max_new_tokens")
+        if most is None:
+            return
         for answer in self.answers:
-            if most is not None and isinstance(answer.count, int) and answer.count > most:
+            if isinstance(answer.num_tokens, int) and answer.num_tokens > most:
                 where = f"`{self.path}`, line {answer.number}"
-                got = f"{where}: an answer of {answer.count} tokens, but max_new_tokens is {most}"
-                raise DataError(
-                    got, hint="go on with what it was made with, or name another output"
-                )
+                got = f"an answer of {answer.num_tokens} tokens, but max_new_tokens is {most}"
+                hint = "go on with what it was made with, or name another output"
+                raise DataError(f"{where}: {got}", hint=hint)
 
     def check_vocabulary(self, size: int) -> None:
         """Raises DataError for a token that the target does not have."""
         for answer in self.answers:
-            lowest, highest = answer.extremes
-            if lowest < 0 or highest >= size:
-                beyond = lowest if lowest < 0 else highest
-                got = f"`{self.path}`, line {answer.number}: token {beyond} is none of the target's {size}"
-                raise DataError(got, hint="another target wrote it: name another output")
+            if answer.lowest >= 0 and answer.highest < size:
+                continue
+            beyond = answer.lowest if answer.lowest < 0 else answer.highest
+            where = f"`{self.path}`, line {answer.number}"
+            raise DataError(
+                f"{where}: token {beyond} is none of the target's {size}",
+                hint="another target wrote it: name another output",
+            )
 
     def begin(self, facts: Facts) -> None:
         """From now on answers made so may be appended."""
         self.facts = dict(facts)
         if self.answers and self.note is None:
-            count = len(self.answers)
             say(
-                f"{self.path}: nothing says what wrote its {count} answers; they are taken as this target's, made alike"
+                f"{self.path}: nothing says what wrote its {len(self.answers)} answers; "
+                "they are taken as this target's, made alike"
             )
 
-    def append(self, line: Mapping[str, Any]) -> None:
+    def append(self, line: Mapping[str, object]) -> None:
         """Write one answer, at once."""
         content = json.dumps(line, ensure_ascii=False).encode() + self.ending
         if not self._is_begun:
@@ -220,8 +245,11 @@ class AnswerFile:
         """Leave the note, cut off half a line, or end a whole one."""
         self._is_begun = True
         if self.note is None:
-            taken = {"taken": len(self.answers)} if self.answers else {}
-            write_note(self.path, _MADE_BY, self.facts | taken)
+            facts = dict(self.facts)
+            if self.answers:
+                facts["taken"] = len(self.answers)
+            write_note(self.path, _MADE_BY, facts)
+
         with self.path.open("ab") as file:
             if self.torn:
                 file.truncate(self.path.stat().st_size - self.torn)
@@ -231,7 +259,8 @@ class AnswerFile:
 
 def _torn_bytes(content: bytes) -> int:
     """How many bytes behind the last line's end are no whole line: a kill may leave half of one."""
-    tail = content[max(content.rfind(b"\n"), content.rfind(b"\r")) + 1 :]
+    last_ending = max(content.rfind(b"\n"), content.rfind(b"\r"))
+    tail = content[last_ending + 1 :]
     try:
         json.loads(tail.decode("utf-8-sig"))
     except ValueError:
@@ -246,17 +275,19 @@ def question(row: Row) -> str:
 
 def _change(before: str, now: str) -> str:
     """What differs between two questions of one place."""
-    *_, old_prompt, old_thinking = json.loads(before)
-    *_, new_prompt, new_thinking = json.loads(now)
+    _, _, old_prompt, old_thinking = json.loads(before)
+    _, _, new_prompt, new_thinking = json.loads(now)
     if old_prompt == new_prompt:
         return f"thinking {old_thinking} became {new_thinking}"
     return f"the prompt {old_prompt!r:.60} became {new_prompt!r:.60}"
 
 
+def _place(row: Row) -> str:
+    """What tells the place of a prompt from every other one."""
+    return json.dumps([row["source"], row["row"]])
+
+
 def _where(answer: _Held) -> str:
+    """Its prompt's place, as messages name it."""
     source, row = json.loads(answer.place)
     return f"row {row} of `{source}`"
-
-
-def _place(row: Row) -> str:
-    return json.dumps([row["source"], row["row"]])
