@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -26,8 +27,10 @@ demo: $(READY) ## decode with and without the built-in drafter
 	$(BIN)/flashdraft demo
 	$(BIN)/flashdraft demo --kernel int8
 
-test: lint ## lint, types and every test
-	$(BIN)/python -m pytest
+# One torch thread a worker; tests of threads and of time run afterwards, alone.
+test: lint ## lint, types and every test, two at a time (WORKERS=N)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not alone"
+	$(BIN)/python -m pytest -m alone
 
 lint: $(READY) ## ruff and mypy, changing nothing
 	$(BIN)/ruff check .

@@ -35,6 +35,7 @@ from flashdraft.models.lean import LeanTarget
 from flashdraft.models.target import Target
 from flashdraft.types import Result, SamplingParams
 
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # `make test` gives each one torch thread
 VOCAB, WINDOW, EOS, MASK = 61, 8, 2, 60
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -213,7 +214,7 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(autouse=True)
 def _threads(request: pytest.FixtureRequest) -> None:
-    """Tiny tensors gain nothing from threads; the real model does."""
-    torch.set_num_threads(
-        (os.cpu_count() or 1) if request.node.get_closest_marker("real_model") else 1
-    )
+    """Tiny tensors gain nothing from threads; the real model does, where no worker runs beside."""
+    is_large = request.node.get_closest_marker("real_model") is not None
+    threads = (os.cpu_count() or 1) if is_large and not IS_WORKER else 1
+    torch.set_num_threads(threads)

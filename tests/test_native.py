@@ -28,6 +28,8 @@ from flashdraft.models.lean import LeanTarget, fastest
 from flashdraft.models.native import NativeLinear
 from flashdraft.process import num_threads, serial
 
+pytestmark = pytest.mark.alone
+
 EXACT = ("float32", "bfloat16", "q8", "q4")
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 CONFIGS: dict[str, Callable[[], Any]] = {

@@ -49,6 +49,8 @@ from flashdraft.train.features import FeatureSet, Sample, ShardWriter
 from flashdraft.train.initialise import draft_config, random_weights
 from flashdraft.types import SamplingParams
 
+pytestmark = pytest.mark.alone
+
 PACKAGE = Path(__file__).parent.parent / "flashdraft"
 WIDE = {
     **SHAPE,

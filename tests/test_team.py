@@ -10,6 +10,8 @@ import pytest
 
 from flashdraft.models import native
 
+pytestmark = pytest.mark.alone
+
 CSRC = Path(native.__file__).parent / "csrc"
 PARTS = ("interface.h", "ranges.h", "team.cpp", "team.h", "waiting.h")
 STRESS = Path(__file__).with_name("team_stress.cpp")

@@ -13,6 +13,8 @@ from flashdraft.models import timing
 from flashdraft.models.lean import LeanTarget
 from flashdraft.models.timing import StepTimes, best_of
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture
 def times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StepTimes:
