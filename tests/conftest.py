@@ -1,4 +1,6 @@
-"""Tiny random models of every family, on the CPU, in float64 so that ties do not blur equality. No downloads."""
+"""Tiny random models of every family, on the CPU, in float64 so that ties do not blur equality. No
+downloads.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +88,9 @@ LEAN = ("llama", "mistral", "qwen2", "qwen3")
 def tiny_model(
     family: str, *, seed: int = 0, dtype: torch.dtype = torch.float64, config: Any = None
 ) -> Any:
-    """A random model whose logits are far from flat, so that greedy texts differ between prompts."""
+    """A random model whose logits are far from flat, so that greedy texts differ between
+    prompts.
+    """
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config or FAMILIES[family]())
     model.set_experts_implementation("eager")  # the grouped one has no float64
@@ -116,7 +120,9 @@ def tiny_drafter(
     seed: int = 0,
     **changes: Any,
 ) -> DFlashDrafter:
-    """A random two-layer DFlash drafter for any tiny target; `changes` are fields of its DraftConfig."""
+    """A random two-layer DFlash drafter for any tiny target; `changes` are fields of its
+    DraftConfig.
+    """
     shape: dict[str, Any] = {
         "hidden_size": target.hidden_size,
         "intermediate_size": 48,
@@ -137,7 +143,9 @@ def tiny_drafter(
 
 
 class LetterTokenizer:
-    """One letter or digit a token, so that a place in a text is a place in its tokens; ids 0 to 2 are special."""
+    """One letter or digit a token, so that a place in a text is a place in its tokens; ids 0 to 2
+    are special.
+    """
 
     LETTERS = string.ascii_letters + string.digits
 
@@ -173,7 +181,9 @@ def run(engine: Engine, waiting: Sequence[Request]) -> list[Result]:
 
 
 class Table:
-    """A language of four tokens whose logits are a table of the last one: exact laws, and thousands of rows in no time."""
+    """A language of four tokens whose logits are a table of the last one: exact laws, and thousands
+    of rows in no time.
+    """
 
     name, kernel, row_exact, nbytes = "table", "table", True, 0
     vocab_size, hidden_size, num_layers, context_length = 4, 1, 1, 1000

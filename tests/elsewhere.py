@@ -1,6 +1,8 @@
-"""A device that is not the CPU, for machines without one: tensors that say they lie elsewhere and compute on the CPU.
+"""A device that is not the CPU, for machines without one: tensors that say they lie elsewhere and
+compute on the CPU.
 
-An operation on tensors of both places fails as it would on a GPU. Values are right, so a whole text can be compared.
+An operation on tensors of both places fails as it would on a GPU. Values are right, so a whole text
+can be compared.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ INDEXING = (
     "aten._index_put_impl_.",
     "aten._unsafe_index.",
 )  # may have indices on the CPU
-# The first backward pass of a process starts a thread for every device, and no fork may then train (tests/test_crash.py does):
+# The first backward pass of a process starts a thread for every device, and no fork may then train
+# (tests/test_crash.py does):
 torch.ones(1, requires_grad=True).sum().backward()  # it comes while there is only the CPU
 _setup_privateuseone_for_python_backend()
 

@@ -1,4 +1,6 @@
-"""The benchmark: complete lines, methods in turn, honest comparisons, and tables that follow from the file alone."""
+"""The benchmark: complete lines, methods in turn, honest comparisons, and tables that follow from
+the file alone.
+"""
 
 from __future__ import annotations
 
@@ -168,7 +170,9 @@ def test_methods_take_turns_at_going_first(config: dict[str, Any]) -> None:
 
 
 def test_sampled_text_is_compared_except_with_draws_of_another_kind(config: dict[str, Any]) -> None:
-    """transformers draws by its own generator; a draft model draws its drafts, which keep the law, and not beside another."""
+    """transformers draws by its own generator; a draft model draws its drafts, which keep the law,
+    and not beside another.
+    """
     mine = f"mine={config['target']},joined=prompt_lookup+{config['target']}"
     methods = f"autoregressive,dflash,prompt_lookup,transformers,{mine}"
     run_bench(BenchConfig(**config, temperature=0.8, methods=methods), quiet=True)
@@ -245,7 +249,8 @@ def test_acceptance_by_position_is_the_share_of_steps_that_committed_it() -> Non
     assert acceptance([1, 1]) == acceptance([]) == []
 
 
-# --- several settings, several turns -----------------------------------------------------------------------------------------
+# --- several settings, several turns
+# -----------------------------------------------------------------------------------------
 
 
 def test_settings_are_taken_in_turn_and_never_compared_with_each_other(
@@ -265,7 +270,8 @@ def test_settings_are_taken_in_turn_and_never_compared_with_each_other(
         for line in lines
         if line["method"] == "dflash"
     ]
-    assert units[:8] == [  # prompts 0 and 1 are of one task: where two are decoded together, they come first
+    # prompts 0 and 1 are of one task: where two are decoded together, they come first
+    assert units[:8] == [
         (0, 0.0, 1), (0, 0.0, 2), (1, 0.0, 2), (0, 0.9, 1), (0, 0.9, 2), (1, 0.9, 2), (1, 0.0, 1), (1, 0.9, 1)
     ]  # fmt: skip
     firsts = {}
@@ -451,7 +457,8 @@ def test_command_writes_results_and_shows_their_table_again(
     assert "100%" in first
 
 
-# --- profile -------------------------------------------------------------------------------------------------------------
+# --- profile
+#
 
 
 @pytest.mark.parametrize("draft", ["auto", "draft"])
@@ -498,7 +505,8 @@ def test_profile_prints_shares_that_add_up(
         assert cells.pop("step") == pytest.approx(sum(cells.values()), abs=0.05)
 
 
-# --- kernels and other engines ---------------------------------------------------------------------------------------------
+# --- kernels and other engines
+# ---------------------------------------------------------------------------------------------
 
 
 def test_methods_of_one_kernel_are_compared_with_its_own_plain_decoding(

@@ -1,4 +1,6 @@
-"""The slot cache against lists: whatever was written, kept, cut, freed and grown, a row holds what was committed to it."""
+"""The slot cache against lists: whatever was written, kept, cut, freed and grown, a row holds what
+was committed to it.
+"""
 
 from __future__ import annotations
 

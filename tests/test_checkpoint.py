@@ -1,4 +1,6 @@
-"""A drafter's folder: z-lab's format in, the same format out; what does not fit is refused in one line with a hint."""
+"""A drafter's folder: z-lab's format in, the same format out; what does not fit is refused in one
+line with a hint.
+"""
 
 from __future__ import annotations
 
@@ -277,7 +279,9 @@ def test_factor_without_its_kind_of_scaling_is_refused(tmp_path: Path) -> None:
 
 
 def test_tensor_that_is_there_twice_is_refused(tmp_path: Path) -> None:
-    """An old file beside the new one, shards beside a whole one, two names for one tensor: either may be meant."""
+    """An old file beside the new one, shards beside a whole one, two names for one tensor: either
+    may be meant.
+    """
     tensors = zlab_tensors()
     for name, others in (
         ("left-over", tensors),
@@ -614,7 +618,9 @@ def test_mismatch_ends_load_before_anything_runs(tmp_path: Path) -> None:
 
 
 def vocabulary_of(count: int, *, d2t: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A drafter's config and tensors, with an embedding and a head of its own of `count` tokens; its head likes the last ones."""
+    """A drafter's config and tensors, with an embedding and a head of its own of `count` tokens;
+    its head likes the last ones.
+    """
     noise = torch.randn(count, HIDDEN, generator=torch.Generator().manual_seed(8))
     tensors = {
         **zlab_tensors(),
@@ -922,7 +928,8 @@ def naive_write_file(path: Path, content: bytes) -> None:
 def survives_a_stop(
     write: Callable[[Path, bytes], None], path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> bool:
-    """Whether a file and its folder are as they were after a stop at any of a writer's system calls, and new without one.
+    """Whether a file and its folder are as they were after a stop at any of a writer's system
+    calls, and new without one.
 
     A writer that does not make one of the calls fails, too: it cannot be safe.
     """

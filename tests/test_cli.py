@@ -1,4 +1,6 @@
-"""The command line: what it prints, its exit statuses, and that a slip shows two lines, no traceback, and leaves no file."""
+"""The command line: what it prints, its exit statuses, and that a slip shows two lines, no
+traceback, and leaves no file.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,9 @@ def run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> Any:
-    """Run a command line in an empty folder; `T` is the toy target, `D/x` the drafter x beside it. Returns status, out, err."""
+    """Run a command line in an empty folder; `T` is the toy target, `D/x` the drafter x beside it.
+    Returns status, out, err.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NO_COLOR", "1")
 
@@ -84,7 +88,8 @@ def give_input(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     )
 
 
-# --- slips ---------------------------------------------------------------------------------------------------------------
+# --- slips
+#
 
 SLIPS = [
     ("generate hi --target nowhere", 1, "nowhere"),
@@ -245,7 +250,8 @@ def test_reader_that_went_away_ends_quietly() -> None:
     assert process.returncode == 1
 
 
-# --- help ----------------------------------------------------------------------------------------------------------------
+# --- help
+#
 
 
 def test_help_imports_nothing_heavy_and_groups_the_commands() -> None:
@@ -295,7 +301,8 @@ def test_version(run: Run) -> None:
     assert run("--version") == (0, f"flashdraft {flashdraft.__version__}\n", "")
 
 
-# --- generating ----------------------------------------------------------------------------------------------------------
+# --- generating
+#
 
 
 def test_generate_prints_what_the_library_writes(run: Run, folders: Path) -> None:
@@ -518,7 +525,8 @@ def test_ctrl_c_of_a_piped_chat_ends_it(run: Run, monkeypatch: pytest.MonkeyPatc
     assert run("chat --target T")[0] == 130
 
 
-# --- words ---------------------------------------------------------------------------------------------------------------
+# --- words
+#
 
 
 @pytest.mark.parametrize(
@@ -656,7 +664,8 @@ def test_prompts_of_every_stage_are_prompts_of_eval_and_regenerate(
         assert out.startswith("tau ")
 
 
-# --- training ------------------------------------------------------------------------------------------------------------
+# --- training
+#
 
 
 UNUSED = (  # options that would have no effect are refused by name

@@ -1,4 +1,6 @@
-"""Static shapes: the numbers of the torch kernel from a few traces, and every path on a device that is not the CPU."""
+"""Static shapes: the numbers of the torch kernel from a few traces, and every path on a device that
+is not the CPU.
+"""
 
 from __future__ import annotations
 

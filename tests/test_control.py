@@ -1,4 +1,6 @@
-"""How many nodes are read: what pays and no more, over a whole batch, down to none; calibrated, lossless."""
+"""How many nodes are read: what pays and no more, over a whole batch, down to none; calibrated,
+lossless.
+"""
 
 from __future__ import annotations
 
@@ -100,7 +102,9 @@ def pause(control: Control, rows: int = 1) -> int:
 
 
 def tries(draft: float, control: Control | None = None, steps: int = 400) -> list[int]:
-    """The drafted ones of so many steps; each of them takes `draft` seconds more than a plain one and brings nothing."""
+    """The drafted ones of so many steps; each of them takes `draft` seconds more than a plain one
+    and brings nothing.
+    """
     control, made, drafted = control or Control({1: 1.0, 8: 1.7}), proposal([0.3]), []
     for step in range(steps):
         if control.wants_drafts(1):
@@ -158,7 +162,9 @@ def test_a_new_text_is_tried_at_once_and_given_up_at_once() -> None:
 
 
 def test_a_machine_that_slows_down_slows_plain_steps_too() -> None:
-    """Long after the last plain step: the time that all drafted steps now take is no argument against drafting."""
+    """Long after the last plain step: the time that all drafted steps now take is no argument
+    against drafting.
+    """
     control, made, drafted = Control({1: 1.0, 8: 1.7}), proposal([0.8]), 0
     pause(control)
     for i in range(400):
@@ -182,7 +188,9 @@ def test_a_machine_that_changes_after_a_long_time_is_noticed() -> None:
 
 
 def drafts_after_a_slow_start() -> int:
-    """Drafted ones among the last 40 of 300 steps, where the first plain steps were slow and drafting really loses."""
+    """Drafted ones among the last 40 of 300 steps, where the first plain steps were slow and
+    drafting really loses.
+    """
     control, made, drafted = Control({1: 1.0, 8: 1.7}), proposal([0.6]), []
     for step in range(300):
         drafted.append(control.wants_drafts(1))
@@ -227,7 +235,9 @@ def test_a_table_of_a_busy_machine_is_seen_through() -> None:
 
 
 def test_what_a_node_really_takes_is_learned() -> None:
-    """The table was measured in quiet: nodes are free by it, and take a third of a step beside others' work."""
+    """The table was measured in quiet: nodes are free by it, and take a third of a step beside
+    others' work.
+    """
     control = Control({1: 1.0, 8: 1.0})
     pause(control)
     sizes = []
@@ -321,7 +331,9 @@ def test_a_drafter_without_scores_is_judged_by_its_acceptance() -> None:
 
 
 def test_what_a_drafted_step_really_takes_counts_against_it() -> None:
-    """The same proposals pay by the table of the target's times, and do not beside what the host takes for them."""
+    """The same proposals pay by the table of the target's times, and do not beside what the host
+    takes for them.
+    """
     seconds = {1: 1.0, 8: 1.7}
     for late, pauses in ((0.0, False), (1.5, True)):
         control, made = Control(seconds), proposal([0.6])

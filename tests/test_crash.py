@@ -1,5 +1,6 @@
-"""Training that is killed, stopped, out of disk, fed bad data or spread over processes: nothing finished is lost, and a run
-that goes on ends with the bits of one that was never disturbed. Children are forked, so that they can really be killed.
+"""Training that is killed, stopped, out of disk, fed bad data or spread over processes: nothing
+finished is lost, and a run that goes on ends with the bits of one that was never disturbed.
+Children are forked, so that they can really be killed.
 """
 
 from __future__ import annotations
@@ -78,7 +79,9 @@ SETTINGS = TrainConfig(
 
 
 def forked(job: Callable[[], Any]) -> int:
-    """A child that runs `job` and leaves without any of pytest's endings; returns its process id."""
+    """A child that runs `job` and leaves without any of pytest's endings;
+    returns its process id.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter(
             "ignore", DeprecationWarning
@@ -131,7 +134,8 @@ def piped(job: Callable[[BinaryIO], Any]) -> tuple[int, BinaryIO]:
     return child, os.fdopen(reader, "rb", buffering=0)
 
 
-# Saving. A process that dies leaves what its file operations have done so far: every one of them is a possible death.
+# Saving. A process that dies leaves what its file operations have done so far: every one of them is
+# a possible death.
 
 SIZES = {"model": 30, "optimizer": 50, "average": 20}
 CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.truncate")
@@ -169,7 +173,9 @@ def holds(path: Path, number: int) -> bool:
 
 @pytest.fixture
 def before(tmp_path: Path) -> Path:
-    """Steps 4 and 8 are whole; of step 12 there is a part, of an earlier life of the run and with other content."""
+    """Steps 4 and 8 are whole; of step 12 there is a part, of an earlier life of the run and with
+    other content.
+    """
     folder = tmp_path / "before"
     write(save_checkpoint, folder, 12, 99)
     (folder / "step-0000012/optimizer.safetensors").unlink()
@@ -193,7 +199,9 @@ def die_at(number: int) -> None:
 
 
 def deaths(save: Save, before: Path, work: Path) -> list[str]:
-    """What is found after each possible death of a save of step 12: `old`, `new`, or what is wrong."""
+    """What is found after each possible death of a save of step 12:
+    `old`, `new`, or what is wrong.
+    """
     found = []
     for number in itertools.count(1):
         shutil.rmtree(work, ignore_errors=True)
@@ -561,7 +569,9 @@ def test_run_resumed_without_its_average_is_caught(
 
 
 def pickles(out: Path) -> list[str]:
-    """Files that are neither tensors nor text nor tensorboard's, by their names, and pickles by their first bytes."""
+    """Files that are neither tensors nor text nor tensorboard's, by their names, and pickles by
+    their first bytes.
+    """
     known = (".safetensors", ".json", ".jsonl", ".md")
     odd = [n for n in files_of(out) if not n.endswith(known) and not n.startswith("tensorboard/")]
     return odd + [
@@ -1063,10 +1073,11 @@ FSDP2 = {
 
 
 def together(job: Callable[[int], Any], *, fsdp: bool = False) -> list[int]:
-    """Run `job(rank)` in two processes as `accelerate launch` would start them; returns their exit codes.
+    """Run `job(rank)` in two processes as `accelerate launch` would start them; returns their exit
+    codes.
 
-    accelerate shards (FSDP2) on accelerators only: there the CPU is passed off as one, by recipes/accelerate/fsdp2.yaml's
-    settings.
+    accelerate shards (FSDP2) on accelerators only: there the CPU is passed off as one, by
+    recipes/accelerate/fsdp2.yaml's settings.
     """
     shared = {
         "WORLD_SIZE": "2",
@@ -1095,7 +1106,9 @@ def together(job: Callable[[int], Any], *, fsdp: bool = False) -> list[int]:
 
 
 def near(first: Path, second: Path) -> None:
-    """Two runs' losses and weights agree to 1e-5, and their figures that are counted are the same."""
+    """Two runs' losses and weights agree to 1e-5, and their figures that are counted are the
+    same.
+    """
     (groups, _, rows), (others, _, other_rows) = left(first), left(second)
     for row, other in zip(rows, other_rows, strict=True):
         assert row["loss"] == pytest.approx(other["loss"], abs=1e-5)

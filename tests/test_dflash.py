@@ -1,8 +1,10 @@
-"""The DFlash drafter: its packed, cached decoding path against the definition, written out slowly in float64.
+"""The DFlash drafter: its packed, cached decoding path against the definition, written out slowly
+in float64.
 
-The definition (2602.06036): C = RMSNorm(fc(features)) of the tokens strictly before the anchor; the block is the anchor and
-masks; every layer's keys and values come from [C ; block] with the same weights and k_norm; positions are absolute; each
-block row sees the whole context and the whole block; row k predicts the token at anchor + k.
+The definition (2602.06036): C = RMSNorm(fc(features)) of the tokens strictly before the anchor; the
+block is the anchor and masks; every layer's keys and values come from [C ; block] with the same
+weights and k_norm; positions are absolute; each block row sees the whole context and the whole
+block; row k predicts the token at anchor + k.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ def the_target() -> Target:
 
 
 def the_model(seed: int = 0, **changes: Any) -> DFlashDraftModel:
-    """A random network whose drafts depend on everything it reads; `changes` are fields of its DraftConfig."""
+    """A random network whose drafts depend on everything it reads; `changes` are fields of its
+    DraftConfig.
+    """
     config = replace(
         DraftConfig.from_json(ZLAB, "here"), rope_parameters={"rope_theta": 1000.0}, **changes
     )
@@ -88,7 +92,9 @@ def rotated(x: Tensor, positions: Sequence[int], theta: float = 1000.0) -> Tenso
 
 
 def attended(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
-    """q: [m, heads, d]; keys, values: [n, kv_heads, d]; seen: [m, n] -> [m, heads * d], head by head."""
+    """q: [m, heads, d]; keys, values: [n, kv_heads, d]; seen: [m, n] -> [m, heads * d], head by
+    head.
+    """
     groups, outputs = q.shape[1] // keys.shape[1], []
     for head in range(q.shape[1]):
         scores = q[:, head] @ keys[:, head // groups].T / math.sqrt(q.shape[2])
@@ -133,8 +139,9 @@ def reference(
     fault: str = "",
     thetas: Sequence[float] = (1000.0,),
 ) -> Tensor:
-    """Normed states [size - 1, hidden] of the masked rows. features: [n, F * hidden] of the tokens before the anchor, and of
-    the anchor in the last row, which only one of the faults reads."""
+    """Normed states [size - 1, hidden] of the masked rows. features: [n, F * hidden] of the tokens
+    before the anchor, and of the anchor in the last row, which only one of the faults reads.
+    """
     config, target = model.config, the_target()
     w = {name: t.double() for name, t in model.state_dict().items()}
     at = len(features) - 1  # the anchor's position
@@ -191,7 +198,9 @@ def rows_of(histories: Sequence[Sequence[int]], slots: Sequence[int] | None = No
 def observed(
     drafter: DFlashDrafter, histories: Sequence[Sequence[int]], *, pieces: int = 3
 ) -> Rows:
-    """Let the drafter observe every token before the anchors, in pieces of different sizes; returns the rows."""
+    """Let the drafter observe every token before the anchors, in pieces of different sizes; returns
+    the rows.
+    """
     rows = rows_of(histories)
     features = [features_of(history) for history in histories]
     for piece in range(pieces):
@@ -387,7 +396,9 @@ def plain_texts(
 
 
 class Led(DFlashDrafter):
-    """The real drafter, whose drafts are then replaced by 0, 1, 2, ... right ones and wrong ones behind them."""
+    """The real drafter, whose drafts are then replaced by 0, 1, 2, ... right ones and wrong ones
+    behind them.
+    """
 
     texts: tuple[tuple[int, ...], ...] = ()  # whole rows, prompt included
     only: int | None = None  # right drafts in every proposal; None: another number each time
@@ -424,7 +435,9 @@ def led(kind: type[Led] = Led, *, only: int | None = None, **changes: Any) -> Le
 
 
 def test_led_drafts_are_accepted_in_part() -> None:
-    """What the tests below rest on: every number of accepted drafts occurs, and texts are the plain ones."""
+    """What the tests below rest on: every number of accepted drafts occurs, and texts are the plain
+    ones.
+    """
     engine = Engine(the_target(), led(), max_rows=4)
     results = run(engine, requests(PROMPTS))
     assert [result.tokens for result in results] == plain_texts(PROMPTS)
@@ -435,7 +448,9 @@ def test_led_drafts_are_accepted_in_part() -> None:
 
 
 def trace_of_rejected_drafts(engine: Engine, drafter: DFlashDrafter) -> float:
-    """The largest difference between the draft's cache and one that saw the committed tokens alone; inf for wrong lengths."""
+    """The largest difference between the draft's cache and one that saw the committed tokens alone;
+    inf for wrong lengths.
+    """
     worst = 0.0
     for slot, request in engine.running.items():
         fresh = new_drafter()
@@ -553,7 +568,8 @@ def test_text_and_drafts_stay_equal_across_the_trained_positions(limit: int) -> 
     assert drafted[0] == drafted[1]
 
 
-# (d) What a folder says of masks, rotary positions and scales. Without its keys every one of them gives other states.
+# (d) What a folder says of masks, rotary positions and scales. Without its keys every one of them
+# gives other states.
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 KINDS = [SLIDING, FULL]
@@ -608,7 +624,9 @@ MASKS: dict[str, tuple[dict[str, Any], list[tuple[int | None, bool]]]] = {
 
 
 def model_of(changes: dict[str, Any]) -> DFlashDraftModel:
-    """The same random weights under a folder's config.json; those of dflash_config are changed key by key."""
+    """The same random weights under a folder's config.json; those of dflash_config are changed key
+    by key.
+    """
     special = {**ZLAB["dflash_config"], **changes.get("dflash_config", {})}
     config = DraftConfig.from_json(
         {**ZLAB, "rope_theta": 1000.0, **changes, "dflash_config": special}, "here"
@@ -859,7 +877,9 @@ def test_sampled_text_equals_plain_sampled_text() -> None:
 
 @dataclass
 class Padded:
-    """The planted fault: prompts are padded on the left to a common length, which shifts their positions."""
+    """The planted fault: prompts are padded on the left to a common length, which shifts their
+    positions.
+    """
 
     drafter: DFlashDrafter
 

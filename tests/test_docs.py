@@ -1,4 +1,5 @@
-"""The documentation tells the truth: its pages build, its blocks run, its paths exist, its references are complete.
+"""The documentation tells the truth: its pages build, its blocks run, its paths exist, its
+references are complete.
 
 README.md and docs/ are read here; what only the README promises is in tests/test_readme.py.
 """

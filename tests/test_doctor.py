@@ -1,4 +1,6 @@
-"""The doctor: on a healthy drafter it finds nothing, and for every planted fault the test that is named after the cause fails."""
+"""The doctor: on a healthy drafter it finds nothing, and for every planted fault the test that is
+named after the cause fails.
+"""
 
 from __future__ import annotations
 
@@ -101,7 +103,9 @@ def trained(
     vocabulary: Tensor | None = None,
     head: str | None = None,
 ) -> DFlashDraftModel:
-    """A drafter that knows these samples by heart: the library's own blocks and loss, on one batch of all anchors."""
+    """A drafter that knows these samples by heart: the library's own blocks and loss, on one batch
+    of all anchors.
+    """
     model = random_weights(config, 0)
     if vocabulary is not None:
         model.reduce_vocabulary(vocabulary)
@@ -314,7 +318,9 @@ def test_neighbours_of_the_first_and_the_last_layer_are_named(
 def test_neighbours_are_told_apart_where_one_token_outweighs_all(
     world: World, tmp_path: Path
 ) -> None:
-    """Large models hold the first token's state, a hundred times the others', unchanged through their layers."""
+    """Large models hold the first token's state, a hundred times the others', unchanged through
+    their layers.
+    """
     samples = read(world.lm, world.rows, (0, 1))
     for sample in samples:
         sample.features[0] = 1e4

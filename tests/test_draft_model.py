@@ -1,4 +1,6 @@
-"""A draft LM: texts as without drafts, the target's law with drawn ones, a cache that holds what was committed and no more."""
+"""A draft LM: texts as without drafts, the target's law with drawn ones, a cache that holds what
+was committed and no more.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ KINDS = {
 
 @functools.cache
 def network(lean: bool = False, noise: float = 0.01, **shape: Any) -> Target:
-    """The target's own network, with noise on its weights: its drafts are right more often than not."""
+    """The target's own network, with noise on its weights: its drafts are right more often than
+    not.
+    """
     model = tiny_model("llama", config=LlamaConfig(**{**SHAPE, **shape}))
     torch.manual_seed(3)
     with torch.no_grad():
@@ -189,7 +193,9 @@ def stepped(drafter: DraftModelDrafter, params: Sequence[SamplingParams]) -> Ite
 
 
 def trace(drafter: DraftModelDrafter, engine: Engine) -> float:
-    """The largest difference between the cache and one that has read the committed tokens alone; inf for one that holds more."""
+    """The largest difference between the cache and one that has read the committed tokens alone;
+    inf for one that holds more.
+    """
     slots, running = list(engine.running), list(engine.running.values())
     rows = Rows(
         slots,
@@ -549,7 +555,8 @@ def excess(
     control: Any = None,
     drafter: Any = DraftModelDrafter,
 ) -> tuple[float, float]:
-    """Chi-square of the first three tokens of seeded texts against the target's law: above its degrees of freedom, and p.
+    """Chi-square of the first three tokens of seeded texts against the target's law: above its
+    degrees of freedom, and p.
 
     Every text begins at token 0, in a row of its own of one engine.
     """
@@ -662,7 +669,9 @@ def test_a_planted_fault_of_the_law_is_seen(fault: str, monkeypatch: pytest.Monk
 
 
 def test_scores_are_known_before_the_tokens_are_drawn() -> None:
-    """Another seed draws other tokens; where the text before a node is the same, so is its score."""
+    """Another seed draws other tokens;
+    where the text before a node is the same, so is its score.
+    """
     histories = [PROMPTS[1]] * 40
     params = [replace(SAMPLED, temperature=2.0, seed=seed) for seed in range(40)]
     rows = Rows(list(range(40)), [list(h) for h in histories], params, [1] * 40)

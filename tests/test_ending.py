@@ -1,4 +1,6 @@
-"""Where a text ends: what folders and templates say, stop strings that name special tokens, and logits that give no law."""
+"""Where a text ends: what folders and templates say, stop strings that name special tokens, and
+logits that give no law.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,8 @@ def tokenizer_with(chat: str | None, *added: str) -> Any:
     return tokenizer
 
 
-# --- what ends a text ----------------------------------------------------------------------------------------------------
+# --- what ends a text
+#
 
 
 @pytest.mark.parametrize("name", CHATS)
@@ -107,7 +110,9 @@ def test_folder_ends_where_its_own_files_say(
 
 
 def test_what_a_class_adds_by_default_ends_nothing(tmp_path: Path) -> None:
-    """A llama's config class has eos_token_id 2 where its file has none; the tokenizer of this folder ends with another."""
+    """A llama's config class has eos_token_id 2 where its file has none; the tokenizer of this
+    folder ends with another.
+    """
     folder = save_target(tmp_path / "t")
     facts = json.loads((folder / "config.json").read_text())
     facts.pop("eos_token_id")
@@ -121,7 +126,8 @@ def test_what_a_class_adds_by_default_ends_nothing(tmp_path: Path) -> None:
     }
 
 
-# --- answers without token ids -------------------------------------------------------------------------------------------
+# --- answers without token ids
+# -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -158,7 +164,8 @@ def test_answer_ends_by_the_tokenizer_where_no_template_says_how() -> None:
         assert encode(replace(lm, eos=frozenset(eos)), row)[0][-1] == wanted
 
 
-# --- stop strings that name special tokens -------------------------------------------------------------------------------
+# --- stop strings that name special tokens
+# -------------------------------------------------------------------------------
 
 
 class Special(str):
@@ -259,7 +266,8 @@ def test_hidden_tokens_are_those_that_decoding_leaves_out() -> None:
     assert all(tokenizer.decode([token], skip_special_tokens=True) == "" for token in hidden)
 
 
-# --- logits that give no law ---------------------------------------------------------------------------------------------
+# --- logits that give no law
+# ---------------------------------------------------------------------------------------------
 
 POISON = 0  # whoever reads this token knows nothing any more
 

@@ -1,7 +1,9 @@
-"""The law of the engine: a text is the plain text, token for token, whatever drafts and whoever sits in the batch.
+"""The law of the engine: a text is the plain text, token for token, whatever drafts and whoever
+sits in the batch.
 
-The plain text comes from the target alone: every token from a fresh pass over the whole text before it, without drafts,
-batches or rollbacks. Then the engine's bookkeeping, at every offset of a block. Wrong rules are planted and must be seen.
+The plain text comes from the target alone: every token from a fresh pass over the whole text before
+it, without drafts, batches or rollbacks. Then the engine's bookkeeping, at every offset of a block.
+Wrong rules are planted and must be seen.
 """
 
 from __future__ import annotations
@@ -60,7 +62,9 @@ def made(name: str) -> Target:
 
 @functools.cache
 def plain(name: str, prompt: tuple[int, ...], params: SamplingParams = GREEDY) -> tuple[int, ...]:
-    """The new tokens of the target alone. Hugging Face's forward without a cache; the lean target reads all anew."""
+    """The new tokens of the target alone. Hugging Face's forward without a cache; the lean target
+    reads all anew.
+    """
     target, text = made(name), list(prompt)
     for _ in range(params.max_new_tokens):
         tokens = torch.tensor(text)
@@ -112,7 +116,9 @@ def padded(rows: Sequence[Sequence[int]], value: int = 0) -> Tensor:
 
 @dataclass
 class Cheater(Oracle):
-    """A chain whose first nodes are right: as many as `right` says for the anchor's position; then wrong ones."""
+    """A chain whose first nodes are right: as many as `right` says for the anchor's position; then
+    wrong ones.
+    """
 
     block_size: int = 4
     right: Callable[[int], int] = lambda position: 99
@@ -166,7 +172,9 @@ class Tree(Oracle):
 
 @dataclass
 class Drawn(Oracle):
-    """Trees of drawn nodes: half of the mass lies on the right token, siblings come without replacement."""
+    """Trees of drawn nodes: half of the mass lies on the right token, siblings come without
+    replacement.
+    """
 
     block_size: int = 4
     luck: random.Random = field(default_factory=lambda: random.Random(0))
@@ -201,7 +209,9 @@ class Drawn(Oracle):
 
 @dataclass
 class Quoting(Oracle):
-    """Prompt lookup in histories that begin with the text to come, every fifth token changed: an edit of a file."""
+    """Prompt lookup in histories that begin with the text to come, every fifth token changed: an
+    edit of a file.
+    """
 
     block_size: int = 4
 
@@ -218,7 +228,9 @@ class Quoting(Oracle):
 
 @dataclass
 class Witness:
-    """Looks over a drafter's shoulder: what it observes is what was committed, in order, with the target's own features."""
+    """Looks over a drafter's shoulder: what it observes is what was committed, in order, with the
+    target's own features.
+    """
 
     inner: Drafter
     target: Target
@@ -546,7 +558,9 @@ def cheat(
 
 
 def offset(k: int, block: int) -> int:
-    """Where in its block the new token `k` stands, if all drafts are right; the first one comes with the prompt."""
+    """Where in its block the new token `k` stands, if all drafts are right; the first one comes
+    with the prompt.
+    """
     return (k - 1) % block
 
 
@@ -771,7 +785,9 @@ class Recording:
 
 
 def check_used_drafter() -> None:
-    """A text is right whatever drafts; that a used drafter is as good as a new one shows in its proposals."""
+    """A text is right whatever drafts; that a used drafter is as good as a new one shows in its
+    proposals.
+    """
     drafter = Recording(tiny_drafter(made("llama")))
     engine = Engine(made("llama"), drafter)
     run(engine, requests_of([PROMPTS[2]], [GREEDY]))
@@ -967,7 +983,8 @@ def test_a_faulty_proposal_is_an_error_and_not_a_text() -> None:
         engine.step()
 
 
-# ---------------------------------------------------------------- the law of sampled text with drawn nodes
+# ---------------------------------------------------------------- the law of sampled text with
+# drawn nodes
 
 
 @dataclass
@@ -1006,9 +1023,11 @@ NUM_TEXTS = 4000
 
 
 def chi_square() -> tuple[float, int]:
-    """Of the first three tokens of texts against the target's own law, with its degrees of freedom; fixed seeds.
+    """Of the first three tokens of texts against the target's own law, with its degrees of freedom;
+    fixed seeds.
 
-    The first token comes with the prompt. The others are judged in whole trees, as the texts could go on.
+    The first token comes with the prompt. The others are judged in whole trees, as the texts could
+    go on.
     """
     target, counts = Table(1, 1.0), torch.zeros(4**3)
     engine = Engine(target, DrawnTable(), max_rows=500)

@@ -1,4 +1,6 @@
-"""llama.cpp's server as an engine of the benchmark, against a server of a few lines that notes what it is asked."""
+"""llama.cpp's server as an engine of the benchmark, against a server of a few lines that notes what
+it is asked.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from flashdraft.errors import InvalidParameter
 from flashdraft.types import SamplingParams
 
 ENGINES = Path(__file__).parent.parent / "recipes" / "engines.py"
-# It counts on from the prompt's last token, ends at token 9, and accepts all but the last draft of every whole block.
+# It counts on from the prompt's last token, ends at token 9, and accepts all but the last draft of
+# every whole block.
 SERVER = """#!{python}
 import json, sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -103,7 +106,8 @@ def test_the_server_answers_token_ids_greedily_and_without_a_cache(
             2,
             13,
             2,
-        ),  # the end, token 9, comes first in the second block, whose 4 accepted drafts are dropped: 5 and 1
+            # the end, token 9, comes first in the second block, whose 4 accepted drafts are dropped: 5 and 1
+        ),
     ],
 )
 def test_drafts_count_into_tau(

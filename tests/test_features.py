@@ -1,4 +1,5 @@
-"""What a drafter reads: stored, computed on the fly, or kept while the target answers, it is the same; damage is found by name.
+"""What a drafter reads: stored, computed on the fly, or kept while the target answers, it is the
+same; damage is found by name.
 
 Answers end together in fours here, so that a killed run has answers which its shards have not.
 """
@@ -207,7 +208,9 @@ def test_online_features_of_no_answers_are_refused(tmp_path: Path) -> None:
 
 
 def test_final_states_give_the_targets_own_logits(tmp_path: Path) -> None:
-    """After the lm_head, to bfloat16's rounding; the planted faults: another position's state, and one that is not normed."""
+    """After the lm_head, to bfloat16's rounding; the planted faults: another position's state, and
+    one that is not normed.
+    """
     stored, online = both_kinds(
         tmp_path / "features", [random_answers(tmp_path / "a.jsonl", 3, 20)], final=True
     )
@@ -333,7 +336,9 @@ def number_made(
 def is_prefills(
     folder: Path, scratch: Path, answers: Path, *, final: bool = False, max_length: int = LONG
 ) -> bool:
-    """The folder's samples are those of a second reading, of which decoding's rounding differs in the last bits."""
+    """The folder's samples are those of a second reading, of which decoding's rounding differs in
+    the last bits.
+    """
     write_features(
         language_model(),
         [answers],
@@ -478,7 +483,9 @@ def test_misaligned_groups_are_caught(
 
 @pytest.mark.usefixtures("small_shards")
 def test_every_label_of_kept_features_has_its_own_law(tmp_path: Path, prompts: Path) -> None:
-    """Decoding does not show the drafter the last tokens' states: what has no law is no label, and every block has a label."""
+    """Decoding does not show the drafter the last tokens' states: what has no law is no label, and
+    every block has a label.
+    """
     out, folder = tmp_path / "answers.jsonl", tmp_path / "features"
     answer(prompts, out, kept(folder, final=True))
     write_features(
@@ -624,7 +631,9 @@ def test_run_on_a_damaged_folder_stops_before_its_first_step(tmp_path: Path, fol
 
 @pytest.mark.parametrize("final", [False, True], ids=["hard", "soft-labels"])
 def test_folder_takes_little_more_than_the_wanted_layers(tmp_path: Path, final: bool) -> None:
-    """Of layers so thin, tokens and headers are a large part; still it is 1.1 times the raw 16-bit states at most."""
+    """Of layers so thin, tokens and headers are a large part; still it is 1.1 times the raw 16-bit
+    states at most.
+    """
     answers = random_answers(tmp_path / "answers.jsonl", 12, 230)
     lm, out = language_model(), tmp_path / "features"
     write_features(lm, [answers], out, layers=LAYERS, max_length=256, final=final, quiet=True)
@@ -689,7 +698,9 @@ def test_sizes_are_those_of_the_samples(tmp_path: Path, online: bool, final: boo
 def test_short_answers_are_passed_over_counted_and_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], online: bool
 ) -> None:
-    """All steps are made, a run that was stopped makes the same ones, and what is passed over is told once a run."""
+    """All steps are made, a run that was stopped makes the same ones, and what is passed over is
+    told once a run.
+    """
     data = opened(
         short_answers(tmp_path / "a.jsonl", [20, 1, 20, 0, 1, 20]), tmp_path / "f", online=online
     )
@@ -713,7 +724,9 @@ def test_short_answers_are_passed_over_counted_and_named(
 
 
 def test_batch_in_which_one_answer_is_long_enough_is_as_it_was(tmp_path: Path) -> None:
-    """What is passed over is a whole micro-batch; beside another sample a short one adds nothing, as ever."""
+    """What is passed over is a whole micro-batch; beside another sample a short one adds nothing,
+    as ever.
+    """
     data = opened(short_answers(tmp_path / "a.jsonl", [20, 1]), tmp_path / "f", online=False)
     trainer = one_by_one(data, tmp_path / "run", sequences=2)
     assert [number for number, _ in trainer._samples([6, 7])] == [6, 7]
@@ -722,7 +735,9 @@ def test_batch_in_which_one_answer_is_long_enough_is_as_it_was(tmp_path: Path) -
 
 
 def test_stand_ins_are_the_same_however_the_steps_are_cut(tmp_path: Path) -> None:
-    """A number's sample depends on the number alone: not on the process, the step, or what was read before."""
+    """A number's sample depends on the number alone: not on the process, the step, or what was read
+    before.
+    """
     data = opened(
         short_answers(tmp_path / "a.jsonl", [1, 20, 1, 20, 1]), tmp_path / "f", online=False
     )

@@ -1,4 +1,6 @@
-"""What may be written over, and what made it: every command, its outputs, and the files that were there before."""
+"""What may be written over, and what made it: every command, its outputs, and the files that were
+there before.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(
     shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Run:
-    """One command line in a folder with links to the shop's files; its status, output and errors."""
+    """One command line in a folder with links to the shop's files;
+    its status, output and errors.
+    """
     for path in shop.iterdir():
         (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,6 @@
-"""Folders of drafters that are not read here: each is told from a language model's, and refused by its right name."""
+"""Folders of drafters that are not read here: each is told from a language model's, and refused by
+its right name.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""`load`, `generate` and `stream`: every form of prompt, one result each, and no request that disturbs another."""
+"""`load`, `generate` and `stream`: every form of prompt, one result each, and no request that
+disturbs another.
+"""
 
 from __future__ import annotations
 

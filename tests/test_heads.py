@@ -1,4 +1,6 @@
-"""Sequential heads: what they add to the drafts, in decoding and in training alike, and that no text of the target changes."""
+"""Sequential heads: what they add to the drafts, in decoding and in training alike, and that no
+text of the target changes.
+"""
 
 from __future__ import annotations
 
@@ -123,7 +125,9 @@ DECODING_FAULTS = (
 def slow_logits(
     model: DFlashDraftModel, state: Tensor, previous: int, drafted: Sequence[int]
 ) -> Tensor:
-    """The corrected logits of one position over the drafted tokens, by the formulas of SwigluHead's docstring."""
+    """The corrected logits of one position over the drafted tokens, by the formulas of SwigluHead's
+    docstring.
+    """
     w = {
         name: t.double()
         for name, t in model.state_dict().items()
@@ -245,7 +249,9 @@ def test_every_node_of_a_tree_is_judged_behind_its_own_parent(vocabulary: str) -
 
 @pytest.mark.parametrize("paths", [1, 2, 5])
 def test_trees_go_on_from_the_likeliest_paths(monkeypatch: pytest.MonkeyPatch, paths: int) -> None:
-    """The planted faults follow the first path alone, or forget how likely a path was up to its last token."""
+    """The planted faults follow the first path alone, or forget how likely a path was up to its
+    last token.
+    """
     monkeypatch.setattr(dflash, "_PATHS", paths)
     model, (hidden, anchors) = model_with("swiglu", "reduced"), hidden_states(8)
     whole, first, forgetful = (
@@ -301,7 +307,9 @@ LOSSES = {
 def naive_loss(
     model: DFlashDraftModel, states: Tensor, batch: Batch, config: TrainConfig
 ) -> Tensor:
-    """From samples and positions alone; the softmax is over the drafted tokens and this batch's labels."""
+    """From samples and positions alone; the softmax is over the drafted tokens and this batch's
+    labels.
+    """
     target, total, own = the_target(), torch.zeros((), dtype=torch.float64), model.sequential_head
     samples, drafted = dict(SAMPLES), list(KEPT) if "d2t" in model.extras else list(range(VOCAB))
     labels = {label for label in batch.labels.tolist() if label >= 0}

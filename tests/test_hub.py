@@ -1,4 +1,6 @@
-"""Names become files: built-in models, folders, GGUF, hub ids; whole or not at all, and every slip is one line and a hint."""
+"""Names become files: built-in models, folders, GGUF, hub ids; whole or not at all, and every slip
+is one line and a hint.
+"""
 
 from __future__ import annotations
 
@@ -158,7 +160,8 @@ def check_error(error: FlashDraftError, *words: str) -> None:
         assert word in str(error)
 
 
-# ------------------------------------------------------------------------------------------------------ GGUF
+#
+# GGUF
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -379,7 +382,8 @@ def test_a_gguf_file_may_have_any_name(tiny_gguf: Path, cache: Path) -> None:
     assert len(built(cache)) == 1
 
 
-# --------------------------------------------------------------------------------------- whole or not at all
+# --------------------------------------------------------------------------------------- whole or
+# not at all
 
 
 @pytest.mark.parametrize(
@@ -467,7 +471,8 @@ def test_what_an_earlier_version_made_of_a_file_is_not_used(tiny_gguf: Path, cac
     assert hub._FORMAT == 2
 
 
-# ------------------------------------------------------------------------------------------ the built-in model
+# ------------------------------------------------------------------------------------------ the
+# built-in model
 
 
 @pytest.fixture
@@ -661,7 +666,8 @@ def test_smollm2_ties_its_weights_and_writes_its_known_answer(smollm2: Path) -> 
     assert tokenizer.decode(written).startswith(expected)
 
 
-# ------------------------------------------------------------------------------------------------ names, hub
+# ------------------------------------------------------------------------------------------------
+# names, hub
 
 
 @pytest.mark.parametrize(
@@ -944,7 +950,8 @@ def test_the_hub_is_asked_for_no_pickles(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert hub.resolve("org/name") == tmp_path
 
 
-# ------------------------------------------------------------------------------------------------ the small ones
+# ------------------------------------------------------------------------------------------------
+# the small ones
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000])

@@ -47,7 +47,9 @@ def language_model(family: str = "llama") -> Model:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Features of two targets of the same width, the second one of other weights and of another family."""
+    """Features of two targets of the same width, the second one of other weights and of another
+    family.
+    """
     made = {}
     for family in ("llama", "qwen3"):
         lm, folder = language_model(family), tmp_path_factory.mktemp(family)
@@ -120,7 +122,9 @@ def test_sequential_head_comes_along_with_its_vocabulary(kind: str) -> None:
 def test_start_from_another_targets_drafter_learns_faster(
     tmp_path: Path, folders: dict[str, Path]
 ) -> None:
-    """The donor was trained for a target of the same family with a few more steps behind it: a fine-tuned target's case."""
+    """The donor was trained for a target of the same family with a few more steps behind it: a
+    fine-tuned target's case.
+    """
     lm, data = language_model(), FeatureSet(folders["llama"])
     donor = Trainer(random_weights(config(), 0), lm, data, tmp_path / "donor", SETTINGS)
     for _ in range(SETTINGS.steps):

@@ -1,4 +1,6 @@
-"""Linears and attention against obvious references, and bit for bit: a row's result depends on no other row."""
+"""Linears and attention against obvious references, and bit for bit: a row's result depends on no
+other row.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ def test_a_dtype_that_cannot_be_packed_is_computed_plainly(dtype: torch.dtype) -
 
 
 def naive(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scale: float) -> Tensor:
-    """Softmax attention one query and head at a time. query: [n, heads, size]; keys, values: [kv_heads, slots, size]."""
+    """Softmax attention one query and head at a time. query: [n, heads, size]; keys, values:
+    [kv_heads, slots, size].
+    """
     rows = []
     for node in range(len(query)):
         heads = []
@@ -68,7 +72,9 @@ def naive(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scale: floa
 
 
 def seen_slots(length: int, visible: Tensor, window: int | None, slots: int) -> Tensor:
-    """Which slots each node sees: the committed ones and, behind them, the visible nodes; none beyond its window."""
+    """Which slots each node sees: the committed ones and, behind them, the visible nodes; none
+    beyond its window.
+    """
     seen = torch.zeros(len(visible), slots, dtype=torch.bool)
     for node in range(len(visible)):
         for slot in range(slots):

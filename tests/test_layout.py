@@ -1,4 +1,6 @@
-"""The house rules, checked on the source: imports point down only, and a function takes few parameters."""
+"""The house rules, checked on the source: imports point down only, and a function takes few
+parameters.
+"""
 
 import ast
 from collections.abc import Iterator
@@ -8,7 +10,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "flashdraft"
 MAX_PARAMETERS = 7
-LEVELS = {  # a module imports only its own level and those below; `.*` stands for every file of a folder
+# a module imports only its own level and those below; `.*` stands for every file of a folder
+LEVELS = {
     name: level
     for level, names in enumerate(
         (
@@ -33,7 +36,9 @@ ONLY_IN = {
 
 
 def level_of(name: str) -> int:
-    """The level of a module or of a name in it; what no module carries is a name of the package itself."""
+    """The level of a module or of a name in it; what no module carries is a name of the package
+    itself.
+    """
     first, *rest = name.split(".")
     if name == "__version__":
         return 0
@@ -42,7 +47,9 @@ def level_of(name: str) -> int:
 
 
 def runtime_imports(tree: ast.Module) -> Iterator[str]:
-    """Dotted names of all imports, also inside functions; `if TYPE_CHECKING:` blocks do not run and do not count."""
+    """Dotted names of all imports, also inside functions; `if TYPE_CHECKING:` blocks do not run and
+    do not count.
+    """
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) in (
             "TYPE_CHECKING",

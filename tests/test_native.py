@@ -1,4 +1,6 @@
-"""The C++ kernels: every format against torch, the bits of a row in any company, trees included, and what they cannot do."""
+"""The C++ kernels: every format against torch, the bits of a row in any company, trees included,
+and what they cannot do.
+"""
 
 from __future__ import annotations
 
@@ -193,7 +195,9 @@ def test_a_native_step_is_the_torch_step(name: str) -> None:
 
 
 def check_bits(target: LeanTarget) -> None:
-    """A tree's nodes beside other rows have the bits of their paths, read alone and token by token."""
+    """A tree's nodes beside other rows have the bits of their paths, read alone and token by
+    token.
+    """
     logits, features = read(target, TEXTS, DRAFTS, TREE, SOME)
     seen = ancestors(TREE)
     for row, text in enumerate(TEXTS):
@@ -266,7 +270,9 @@ def test_shapes_that_do_not_fit_the_panels_take_torch(sizes: dict[str, int]) -> 
 
 
 def older_processors() -> list[str]:
-    """What the compiler calls processors of this kind with narrower vectors, which this one can stand in for."""
+    """What the compiler calls processors of this kind with narrower vectors, which this one can
+    stand in for.
+    """
     if platform.machine() != "x86_64":
         return ["native"]
     return ["x86-64"] + ["x86-64-v3"] * (torch.backends.cpu.get_cpu_capability() != "DEFAULT")

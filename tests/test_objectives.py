@@ -1,4 +1,6 @@
-"""The losses and the masks of training, each against its definition written out slowly, with mistakes that must be seen."""
+"""The losses and the masks of training, each against its definition written out slowly, with
+mistakes that must be seen.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ Weights = Callable[[Tensor, Tensor, Tensor], Tensor]  # log_q, offsets, blocks
 def weight_case(
     lengths: Sequence[int], numbers: Sequence[int], seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Blocks with these numbers of labelled positions; a block that the sequence's end cuts short has fewer."""
+    """Blocks with these numbers of labelled positions; a block that the sequence's end cuts short
+    has fewer.
+    """
     offsets = torch.cat([torch.arange(1, n + 1) for n in lengths])
     blocks = torch.cat(
         [torch.full((n,), number) for n, number in zip(lengths, numbers, strict=True)]
@@ -50,7 +54,9 @@ WEIGHT_CASES = [
 
 
 def slow_dpace(log_q: Tensor, offsets: Tensor, blocks: Tensor, fault: str = "") -> Tensor:
-    """w_j = sum over m >= j of the product over i <= m of q~_i, with q~ = (1 + q) / 2 (2605.18810); `fault` plants a mistake."""
+    """w_j = sum over m >= j of the product over i <= m of q~_i, with q~ = (1 + q) / 2 (2605.18810);
+    `fault` plants a mistake.
+    """
     q, offset, block = log_q.exp().tolist(), offsets.tolist(), blocks.tolist()
     size, weights = max(offset), []
     for j in range(len(q)):
@@ -102,7 +108,9 @@ def test_planted_wrong_dpace_weights_are_caught(fault: str) -> None:
 
 
 def test_dpace_weights_are_the_gradient_of_the_expected_accepted_length() -> None:
-    """Over all outcomes of accepting each position with probability q~: w_j is the derivative by log q~_j."""
+    """Over all outcomes of accepting each position with probability q~: w_j is the derivative by
+    log q~_j.
+    """
     log_q, offsets, blocks = weight_case((4,), (0,), 5)
     logs = ((1 + log_q.exp()) / 2).log().requires_grad_()
     accept = logs.exp()
@@ -489,7 +497,9 @@ PACKED = [
 
 
 def slow_flex(anchors: Sequence[Tensor], num_context: Sequence[int], size: int) -> list[list[bool]]:
-    """Row by row and key by key: the own sequence's context before the anchor, and the own block."""
+    """Row by row and key by key: the own sequence's context before the anchor, and the own
+    block.
+    """
     rows = [
         (s, int(a), n)
         for s, each in enumerate(anchors)

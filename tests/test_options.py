@@ -1,4 +1,6 @@
-"""Every option has its range, in one place: NaN, infinity, a bool, a string and what lies outside are refused by name."""
+"""Every option has its range, in one place: NaN, infinity, a bool, a string and what lies outside
+are refused by name.
+"""
 
 from __future__ import annotations
 
@@ -199,7 +201,8 @@ def test_sizes_of_proposals_are_checked_before_anything_is_loaded(wrong: Any) ->
         drafters("prompt_lookup", tiny_target("llama"), "toy", wrong)
 
 
-# --- the command line ----------------------------------------------------------------------------------------------------
+# --- the command line
+#
 
 
 def numbers_of(name: str) -> list[tuple[str, str]]:
@@ -256,7 +259,8 @@ def test_ranges_are_written_in_words() -> None:
     assert str(Allowed(choices=("a", "b"))) == "one of a, b"
 
 
-# --- seeds ---------------------------------------------------------------------------------------------------------------
+# --- seeds
+#
 
 
 def test_seeds_count_on_and_begin_again_behind_the_largest() -> None:
@@ -277,7 +281,8 @@ def test_largest_seeds_draw_different_texts() -> None:
     assert first.tokens != second.tokens
 
 
-# --- the context ---------------------------------------------------------------------------------------------------------
+# --- the context
+#
 
 
 def test_hint_of_a_full_context_asks_for_nothing_that_cannot_be_done() -> None:

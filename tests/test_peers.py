@@ -163,7 +163,8 @@ def test_turns_are_added_up() -> None:
     }
 
 
-# --- other engines -----------------------------------------------------------------------------------------------------------
+# --- other engines
+#
 
 ENGINE = """
 from flashdraft.bench.peers import Answer

@@ -1,6 +1,8 @@
-"""Hook, bias and penalties: the formula, seeded texts against plain decoding, the law of drawn trees, log-probabilities, ends.
+"""Hook, bias and penalties: the formula, seeded texts against plain decoding, the law of drawn
+trees, log-probabilities, ends.
 
-The plain text comes from the target alone, by a formula that is spelled out here. Wrong rules are planted and must be seen.
+The plain text comes from the target alone, by a formula that is spelled out here. Wrong rules are
+planted and must be seen.
 """
 
 from __future__ import annotations
@@ -448,7 +450,9 @@ def test_a_planted_fault_changes_a_text(
 
 @dataclass
 class Strict:
-    """A grammar that fails when it is asked about a text that it forbade, or that has ended; it may end after `least` tokens."""
+    """A grammar that fails when it is asked about a text that it forbade, or that has ended; it may
+    end after `least` tokens.
+    """
 
     num_prompt: int
     least: int = 99
@@ -635,7 +639,9 @@ def remembering(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def chi_square(
     shape: Sequence[tuple[int, str]], changes: dict[str, Any], patch: pytest.MonkeyPatch
 ) -> tuple[float, float]:
-    """Of the first three tokens of texts against the law, and the level that one in 10,000 right rules exceeds; fixed seeds."""
+    """Of the first three tokens of texts against the law, and the level that one in 10,000 right
+    rules exceeds; fixed seeds.
+    """
     patch.setattr(flashdraft.engine, "adjusted", remembering(flashdraft.engine.adjusted))
     target, counts = Table(1, 1.0), torch.zeros(64)
     engine = Engine(target, Mixed([], shape=shape), max_rows=500)

@@ -1,4 +1,6 @@
-"""A folder is loaded whole and as it says, or refused in a line that names the first thing that is wrong; its code never runs."""
+"""A folder is loaded whole and as it says, or refused in a line that names the first thing that is
+wrong; its code never runs.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ from flashdraft.loading import load, load_target
 from flashdraft.pretrained import Source, check_folder, read_model, without_bars
 
 Tensors = dict[str, Tensor]
-BY_TORCH = "ignore:.*is deprecated. Please switch to:DeprecationWarning"  # of its own compiler, when bitnet's file is imported
+# of its own compiler, when bitnet's file is imported
+BY_TORCH = "ignore:.*is deprecated. Please switch to:DeprecationWarning"
 DOWN = "model.layers.1.mlp.down_proj.weight"
 
 
@@ -191,7 +194,9 @@ def test_a_config_of_another_model_is_refused(folder: Path, change: dict[str, in
 
 
 def test_the_folder_of_every_family_is_whole(family: str, tmp_path: Path) -> None:
-    """Fused experts, tied heads, buffers: what transformers saved is neither missed nor left over."""
+    """Fused experts, tied heads, buffers:
+    what transformers saved is neither missed nor left over.
+    """
     model = tiny_model(family, dtype=torch.float32)
     expected = model(torch.arange(3, 20)[None]).logits[0, -1].detach()
     save_target(tmp_path, model=model)
@@ -577,7 +582,9 @@ def test_no_code_of_a_draft_runs(
 
 
 def test_every_call_of_transformers_says_that_it_trusts_no_code() -> None:
-    """No call of from_pretrained of theirs stands anywhere but in this module, which passes Source.options."""
+    """No call of from_pretrained of theirs stands anywhere but in this module, which passes
+    Source.options.
+    """
     package = Path(pretrained.__file__).parent
     for path in sorted(package.rglob("*.py")):
         source = path.read_text()

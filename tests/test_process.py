@@ -1,4 +1,6 @@
-"""The process around us: torch's globals, threads, forks, streams and the environment neither change a text nor are changed."""
+"""The process around us: torch's globals, threads, forks, streams and the environment neither
+change a text nor are changed.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,8 @@ DRAFTS = ("autoregressive", *NETWORKS, "prompt_lookup", "dflash+prompt_lookup", 
 PROMPTS = ("hi you", "Why, why? " * 7)
 
 
-# ---- every tensor states its dtype and its device ---------------------------------------------------------------------
+# ---- every tensor states its dtype and its device
+# ---------------------------------------------------------------------
 
 FACTORIES = {
     "arange",
@@ -130,12 +133,15 @@ def test_a_tensor_of_the_default_dtype_or_device_is_reported(fault: str) -> None
     )
 
 
-# ---- texts ------------------------------------------------------------------------------------------------------------
+# ---- texts
+#
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A target for the kernels, a smaller LM, and a random drafter of every method; dflash with all that it may have."""
+    """A target for the kernels, a smaller LM, and a random drafter of every method; dflash with all
+    that it may have.
+    """
     torch.set_num_threads(1)
     where = tmp_path_factory.mktemp("process")
     save_target(
@@ -263,7 +269,8 @@ def test_loading_and_training_leave_the_users_random_numbers_alone(folder: Path)
     assert torch.get_num_threads() == 1
 
 
-# ---- accelerate's environment -----------------------------------------------------------------------------------------
+# ---- accelerate's environment
+# -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -315,7 +322,8 @@ def test_what_a_launch_with_its_usual_settings_says_is_taken(
     assert trainer._launched_precision(TrainConfig()) == "bf16"
 
 
-# ---- threads, forks, interrupts ---------------------------------------------------------------------------------------
+# ---- threads, forks, interrupts
+# ---------------------------------------------------------------------------------------
 
 
 def loaded(folder: Path, draft: str, kernel: str) -> Model:
@@ -378,7 +386,9 @@ def test_streams_that_take_turns_in_one_thread_write_the_texts_of_one(folder: Pa
 def test_a_tokenizers_truncation_and_padding_are_gone_when_it_is_loaded(
     folder: Path, tmp_path: Path
 ) -> None:
-    """Otherwise two threads' first calls would change it at once, which tokenizers refuses (Already borrowed)."""
+    """Otherwise two threads' first calls would change it at once, which tokenizers refuses (Already
+    borrowed).
+    """
     shutil.copytree(folder / "target", tmp_path / "own")
     path = tmp_path / "own" / "tokenizer.json"
     rules = json.loads(path.read_text(encoding="utf-8"))
@@ -503,7 +513,8 @@ def test_a_model_says_why_it_cannot_be_sent_to_another_process(folder: Path) -> 
     )
 
 
-# ---- the kernels' border ----------------------------------------------------------------------------------------------
+# ---- the kernels' border
+# ----------------------------------------------------------------------------------------------
 
 
 def addresses_taken(source: str) -> list[str]:
@@ -611,7 +622,8 @@ def test_a_step_refuses_what_its_cache_or_its_tables_do_not_hold(folder: Path) -
             wrong()
 
 
-# ---- streams, folders, compilers, other systems -----------------------------------------------------------------------
+# ---- streams, folders, compilers, other systems
+# -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["stdin", "stdout", "stderr"])
@@ -711,7 +723,9 @@ def test_a_load_leaves_standard_error_to_other_threads(
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
-    """Kernels are looked for anew, in an empty cache; compiling only writes what was compiled before."""
+    """Kernels are looked for anew, in an empty cache; compiling only writes what was compiled
+    before.
+    """
     library = native.library()
     assert library is not None
     built = Path(library._name).read_bytes()

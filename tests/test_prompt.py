@@ -1,4 +1,6 @@
-"""What is a prompt and what is none, in every type that people hand over; and that no template drops a turn in silence."""
+"""What is a prompt and what is none, in every type that people hand over; and that no template
+drops a turn in silence.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,8 @@ class Column(list[Any]):
         return list(self)
 
 
-# --- types -----------------------------------------------------------------------------------------------------------
+# --- types
+#
 
 ARE_IDS = [
     *(np.array(IDS, dtype=kind) for kind in (np.int64, np.int32, np.uint8, np.uint64, np.int16)),
@@ -175,7 +178,8 @@ def test_parameters_of_another_type_are_refused(params: Any) -> None:
         language_model().generate("a", params)
 
 
-# --- content and templates -------------------------------------------------------------------------------------------
+# --- content and templates
+# -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -202,7 +206,9 @@ def test_parts_of_text_are_text(content: Any, text: str) -> None:
     "template", [CHAT, PARTS, STRICT, CHAT.replace("['content']", "['content'] | trim")]
 )
 def test_text_and_its_parts_are_told_alike_by_every_template(template: str) -> None:
-    """Some want a string, some want parts; neither must see the other, and a text must not vanish."""
+    """Some want a string, some want parts;
+    neither must see the other, and a text must not vanish.
+    """
     lm = language_model(template)
     parts = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
     assert (

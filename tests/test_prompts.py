@@ -1,4 +1,6 @@
-"""Prompts of any source and the target's answers to them: what a drafter may learn from, and that a bad line is named."""
+"""Prompts of any source and the target's answers to them: what a drafter may learn from, and that a
+bad line is named.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,8 @@ def prompt_file(folder: Path, prompts: Sequence[Any], **fields: Any) -> Path:
     return write_lines(folder / "prompts.jsonl", rows)
 
 
-# --- stage 1: the forms of a row -----------------------------------------------------------------------------------------
+# --- stage 1: the forms of a row
+# -----------------------------------------------------------------------------------------
 
 SHARE = [
     {"from": "human", "value": "a"},
@@ -239,7 +242,8 @@ def test_sources_are_joined_and_every_prompt_is_written_once(
     }
 
 
-# --- stage 1: the hub ----------------------------------------------------------------------------------------------------
+# --- stage 1: the hub
+#
 
 
 @pytest.fixture
@@ -374,7 +378,8 @@ def test_training_set_of_a_like_name_is_taken(tmp_path: Path, name: str) -> None
     assert write_prompts(None, tmp_path / "out.jsonl", files=[str(tmp_path / name)]) == 1
 
 
-# --- stage 1: the command, and the share that thinks ---------------------------------------------------------------------
+# --- stage 1: the command, and the share that thinks
+# ---------------------------------------------------------------------
 
 
 def test_thinking_is_drawn_by_seed_with_its_share(tmp_path: Path) -> None:
@@ -415,7 +420,9 @@ def test_command_needs_a_source(
     capsys: pytest.CaptureFixture[str],
     hub: list[Any],
 ) -> None:
-    """FLASHDRAFT_DATA counts only where nothing is named: the known sets do not slip in beside a user's own."""
+    """FLASHDRAFT_DATA counts only where nothing is named: the known sets do not slip in beside a
+    user's own.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FLASHDRAFT_DATA", raising=False)
     assert main(["prompts", "--out", "out.jsonl"]) == 1
@@ -436,7 +443,8 @@ def test_command_needs_a_source(
     assert not (tmp_path / "out2.jsonl").exists()
 
 
-# --- thinking, and what is a label ---------------------------------------------------------------------------------------
+# --- thinking, and what is a label
+# ---------------------------------------------------------------------------------------
 
 
 def test_thinking_is_passed_to_the_template() -> None:
@@ -596,7 +604,8 @@ def test_file_without_prompts_is_named(tmp_path: Path) -> None:
     assert set(tmp_path.iterdir()) == {path}
 
 
-# --- a share of greedy answers -------------------------------------------------------------------------------------------
+# --- a share of greedy answers
+# -------------------------------------------------------------------------------------------
 
 
 def test_share_of_the_prompts_is_answered_greedily(tmp_path: Path) -> None:
@@ -638,7 +647,8 @@ def test_greedy_share_of_what_is_greedy_already_is_refused() -> None:
         mixed(ANSWER, 0.5)
 
 
-# --- answers from a server -----------------------------------------------------------------------------------------------
+# --- answers from a server
+# -----------------------------------------------------------------------------------------------
 
 PARAMS = SamplingParams(max_new_tokens=12, temperature=0.7, top_p=0.9, seed=5)
 Reply = Callable[[dict[str, Any]], tuple[int, Any]]
@@ -1048,13 +1058,16 @@ def test_command_mixes_greedy_answers_and_keeps_features(
     assert json.loads((tmp_path / "kept/manifest.json").read_text())["max_length"] == 32
 
 
-# --- prompts that are measured -------------------------------------------------------------------------------------------
+# --- prompts that are measured
+# -------------------------------------------------------------------------------------------
 
 
 def test_held_out_conversations_are_measured_and_one_that_cannot_be_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What `prompts` writes is what `eval` takes; with fewer prompts a figure would be another one."""
+    """What `prompts` writes is what `eval` takes;
+    with fewer prompts a figure would be another one.
+    """
     save_target(tmp_path / "target")
     monkeypatch.chdir(tmp_path)
     prompt_file(tmp_path, ["a", TALK, [SYSTEM, TALK[0]]])

@@ -1,4 +1,6 @@
-"""A drafter goes to the hub: which files, with which card; a slip or a refusal is one line and a hint. No network."""
+"""A drafter goes to the hub: which files, with which card; a slip or a refusal is one line and a
+hint. No network.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What rows of the well-known sets ask: their fields, roles and parts; and that nothing of a question is dropped in silence."""
+"""What rows of the well-known sets ask: their fields, roles and parts; and that nothing of a
+question is dropped in silence.
+"""
 
 from __future__ import annotations
 

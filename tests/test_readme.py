@@ -1,4 +1,6 @@
-"""The README is short and tells the truth; its blocks, links and lines are checked with the pages of docs/ (test_docs.py)."""
+"""The README is short and tells the truth; its blocks, links and lines are checked with the pages
+of docs/ (test_docs.py).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The real model, SmolLM2-135M-Instruct, with its shipped drafter: text equality, and the law of the verified tokens."""
+"""The real model, SmolLM2-135M-Instruct, with its shipped drafter: text equality, and the law of
+the verified tokens.
+"""
 
 from __future__ import annotations
 
@@ -95,9 +97,11 @@ def test_seeded_sampled_text_is_the_plain_seeded_text(models: dict[str, Model]) 
 
 
 def _real_proposal(model: Model, prompt: str) -> tuple[Proposal, Tensor, Tensor]:
-    """A DFlash proposal within the prompt's own answer, the target's laws at T = 1, and the draft's softmax.
+    """A DFlash proposal within the prompt's own answer, the target's laws at T = 1, and the draft's
+    softmax.
 
-    The place is the first one from the answer's seventh token on where the target is undecided about the draft token.
+    The place is the first one from the answer's seventh token on where the target is undecided
+    about the draft token.
     """
     prompt_tokens = model.encode(prompt)
     answer = model.generate(prompt_tokens, max_new_tokens=40).tokens
@@ -146,7 +150,8 @@ def _proposal_after(model: Model, tokens: list[int]) -> tuple[Proposal, Tensor, 
 def _pooled(
     proposal: Proposal, laws: Tensor, *others: Tensor, num_draws: int = NUM_DRAWS
 ) -> tuple[Proposal, list[Tensor]]:
-    """The same proposal over fewer tokens: those with 5 expected draws or more, the drafts', and one for all the rest.
+    """The same proposal over fewer tokens: those with 5 expected draws or more, the drafts', and
+    one for all the rest.
 
     Pooling commutes with the rule: a chosen node asks only whether the draw is its own token.
     """
@@ -167,7 +172,9 @@ def _draws(
     num_draws: int = NUM_DRAWS,
     fault: Tensor | None = None,
 ) -> Tensor:
-    """First and second emitted tokens of many verdicts: [draws, 2]; -1 where a verdict emitted one only."""
+    """First and second emitted tokens of many verdicts: [draws, 2]; -1 where a verdict emitted one
+    only.
+    """
     generator = torch.Generator().manual_seed(seed)
     nodes, out = proposal.num_nodes, []
     for _ in range(20):
@@ -219,7 +226,9 @@ def test_verified_tokens_have_the_targets_law(models: dict[str, Model], index: i
 
 
 def test_the_planted_fault_is_caught(models: dict[str, Model]) -> None:
-    """An argmax draft judged by the drafter's softmax, as if it had been drawn from it; a tenth of the draws shows it."""
+    """An argmax draft judged by the drafter's softmax, as if it had been drawn from it; a tenth of
+    the draws shows it.
+    """
     caught = []
     for index, prompt in enumerate(PROMPTS[:8]):
         proposal, laws, softmax = _real_proposal(models["dflash"], prompt)

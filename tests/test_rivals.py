@@ -1,4 +1,6 @@
-"""EAGLE-3 and Medusa: decoding against slow definitions, texts against plain decoding, files, training."""
+"""EAGLE-3 and Medusa: decoding against slow definitions, texts against plain decoding, files,
+training.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ def the_target() -> Target:
 
 @cache
 def network(method: str, **changes: Any) -> Any:
-    """A random network whose drafts depend on everything it reads, of three features where its method reads several."""
+    """A random network whose drafts depend on everything it reads, of three features where its
+    method reads several.
+    """
     config = replace(draft_config(the_target(), method=method), **changes)
     model = NETWORKS[method](
         replace(config, target_layer_ids=(0, 1, 2)) if method == "eagle3" else config
@@ -86,7 +90,8 @@ def drafts(
     return drafter.propose(rows_of(history), max_nodes)
 
 
-# The definition of EAGLE-3, one pair and one head at a time. `fault` plants one of the mistakes that implementations make.
+# The definition of EAGLE-3, one pair and one head at a time. `fault` plants one of the mistakes
+# that implementations make.
 
 FAULTS = (
     "the pair's token is one too early",
@@ -220,7 +225,9 @@ def test_switch_of_eagle3_is_obeyed(switch: str, definition: str) -> None:
 
 
 def test_eagle3_tree_has_the_likeliest_paths_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a beam as wide as the vocabulary nothing is missed: all paths of two tokens, scored by chains that are fed them."""
+    """With a beam as wide as the vocabulary nothing is missed: all paths of two tokens, scored by
+    chains that are fed them.
+    """
     monkeypatch.setattr("flashdraft.methods.eagle3._BEAM", VOCAB)
     history, nodes = PROMPTS[2], 20
     whole = 1 + VOCAB + VOCAB**2
@@ -357,7 +364,9 @@ def test_eagle3_beyond_its_trained_positions_drafts_on(
 
 
 def published(folder: Path, *, pickled: bool = False, **changes: Any) -> Path:
-    """An EAGLE-3 folder as SafeAILab or SpecForge publish it: no word of the target's depth, an lm_head of its own."""
+    """An EAGLE-3 folder as SafeAILab or SpecForge publish it: no word of the target's depth, an
+    lm_head of its own.
+    """
     model = network("eagle3")
     tokens = torch.arange(3, 43)
     model = Eagle3DraftModel(model.config)
@@ -540,7 +549,9 @@ def test_folders_that_do_not_fit_are_refused_in_a_line(tmp_path: Path) -> None:
 
 
 def served_and_trained(method: str, shift: int = 0) -> tuple[list[int], list[int]]:
-    """The chain drafted behind token 12 of a text, and what training's pass guesses there when its labels are that chain."""
+    """The chain drafted behind token 12 of a text, and what training's pass guesses there when its
+    labels are that chain.
+    """
     history = list(PROMPTS[1][:13])
     chain = drafts(method, history).tokens[0].tolist()
     tokens = [*history, *chain[1:], 5]
@@ -557,7 +568,9 @@ def served_and_trained(method: str, shift: int = 0) -> tuple[list[int], list[int
 
 
 def test_draft_model_is_the_target_where_it_has_all_of_its_layers(tmp_path: Path) -> None:
-    """Cut without leaving anything out, it guesses every token; without its last layer it does not."""
+    """Cut without leaving anything out, it guesses every token;
+    without its last layer it does not.
+    """
     target = save_target(tmp_path / "target")
     lm = load(target, draft="autoregressive")
     taus = []

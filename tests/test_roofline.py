@@ -1,4 +1,6 @@
-"""Predicted speeds: a hand-computed pass, laws with planted faults, names, the command, and a calibration that makes sense."""
+"""Predicted speeds: a hand-computed pass, laws with planted faults, names, the command, and a
+calibration that makes sense.
+"""
 
 from __future__ import annotations
 
@@ -43,11 +45,14 @@ def gpu(name: str = "h200", **options: Any) -> tuple[RooflineConfig, tuple[Devic
     return config, named(config)
 
 
-# --- the model, by hand and by law, each with faults that must break it ----------------------------------------------------
+# --- the model, by hand and by law, each with faults that must break it
+# ----------------------------------------------------
 
 
 def is_computed_by_hand(device: Device) -> bool:
-    """Behind 3 tokens, bytes at 100/s and FLOPs at 1000/s of layers, head and attention, the root of their squares' sum."""
+    """Behind 3 tokens, bytes at 100/s and FLOPs at 1000/s of layers, head and attention, the root
+    of their squares' sum.
+    """
     one = hypot(5.76, 0.576) + hypot(0.8, 0.08) + hypot(0.64, 0.128) + 2 * 0.5 + 0.25
     many = hypot(5.76, 9.216) + hypot(0.8, 1.28) + hypot(3.04, 9.728) + 2 * 0.5 + 0.25
     return device.step(NET, 1, 1, 3) == pytest.approx(one) and device.step(
@@ -114,7 +119,9 @@ def test_tau_sums_the_chances_of_whole_paths() -> None:
 
 
 def test_a_round_is_drafting_and_verifying() -> None:
-    """DFlash: one pass of two layers over the block, with fc; EAGLE-3: three of one layer, whose q, k and v read 8 numbers."""
+    """DFlash: one pass of two layers over the block, with fc; EAGLE-3: three of one layer, whose q,
+    k and v read 8 numbers.
+    """
     config = RooflineConfig(
         device="h200",
         drafter="both",
@@ -162,7 +169,9 @@ def test_chances_by_position_replace_tau() -> None:
 
 
 def test_one_launch_wins_where_launches_cost_and_many_passes_where_they_do_not() -> None:
-    """The same acceptance for both: eager launches favour DFlash at long blocks, free ones EAGLE-3's one layer at short ones."""
+    """The same acceptance for both: eager launches favour DFlash at long blocks, free ones
+    EAGLE-3's one layer at short ones.
+    """
 
     def leads(block: int, **free: float) -> str:
         config, on = gpu(drafter="both", block_size=16)
@@ -175,7 +184,8 @@ def test_one_launch_wins_where_launches_cost_and_many_passes_where_they_do_not()
     assert leads(2, layer=0.0, host=0.0, round=0.0) == "eagle3"
 
 
-# --- the verdict ---------------------------------------------------------------------------------------------------------------
+# --- the verdict
+#
 
 
 def row(block: int, tau: float, gain: float) -> Row:
@@ -192,7 +202,8 @@ def test_the_verdict_names_the_best_block_and_the_tau_that_pays() -> None:
     assert verdict([row(1, 1.0, 1.0), row(2, 1.5, 0.8)]).endswith("that block never pays.")
 
 
-# --- names ---------------------------------------------------------------------------------------------------------------------
+# --- names
+#
 
 
 def test_shapes_come_from_names_and_folders(
@@ -263,7 +274,8 @@ def test_unknown_model_prints_an_error_and_a_hint(capsys: pytest.CaptureFixture[
         RooflineConfig(device="nowhere")
 
 
-# --- the command and this machine -------------------------------------------------------------------------------------------
+# --- the command and this machine
+# -------------------------------------------------------------------------------------------
 
 
 def table_of(

@@ -1,4 +1,6 @@
-"""Files as people have them: encodings, line ends, endings, compression, forms of JSON; and what is no rows of JSON, by name."""
+"""Files as people have them: encodings, line ends, endings, compression, forms of JSON; and what is
+no rows of JSON, by name.
+"""
 
 from __future__ import annotations
 

@@ -43,7 +43,9 @@ quick = settings(derandomize=True, deadline=None, max_examples=200)
 
 @pytest.fixture(params=[1, 2])
 def threads(request: pytest.FixtureRequest) -> object:
-    """A float sum over one long row is split between threads, one over many rows is not: the trap for row-exactness."""
+    """A float sum over one long row is split between threads, one over many rows is not: the trap
+    for row-exactness.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param
@@ -265,7 +267,9 @@ def naive_draw(probs: list[float], u: float) -> int:
 def test_draw_inverts_the_law_exactly_at_its_steps(
     weights: list[int], eighths: int, power: int
 ) -> None:
-    """Small multiples of powers of 2 are exact, so a uniform that lands on a step must take the next token."""
+    """Small multiples of powers of 2 are exact, so a uniform that lands on a step must take the
+    next token.
+    """
     weights.append((-sum(weights)) % 8)  # now an eighth of the whole is a whole number too
     probs = [weight / 2**6 / 2**power for weight in weights]
     for u in (eighths / 8, ALMOST_ONE):

@@ -1,4 +1,6 @@
-"""Names of methods as bench reads them, and joined drafters: paths may hold every sign that separates."""
+"""Names of methods as bench reads them, and joined drafters: paths may hold every sign that
+separates.
+"""
 
 from __future__ import annotations
 

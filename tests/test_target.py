@@ -1,7 +1,8 @@
-"""Targets against the model's own plain forward: prompts, ragged batches, and trees after rejected drafts.
+"""Targets against the model's own plain forward: prompts, ragged batches, and trees after rejected
+drafts.
 
-Every comparison is of logits and of all features. Forgetting the rollback, the moved path, the tree mask or the window is
-planted, and must be far off.
+Every comparison is of logits and of all features. Forgetting the rollback, the moved path, the tree
+mask or the window is planted, and must be far off.
 """
 
 from __future__ import annotations
@@ -74,9 +75,11 @@ def plain(model: Any, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def plain_once(model: Any, tokens: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """The model's own forward, without any cache: logits [n, vocab] and features [n, (layers + 1) * hidden].
+    """The model's own forward, without any cache: logits [n, vocab] and features [n, (layers + 1) *
+    hidden].
 
-    `hidden_states` holds the embedding, the outputs of all blocks but the last, and the final normed state.
+    `hidden_states` holds the embedding, the outputs of all blocks but the last, and the final
+    normed state.
     """
     raw: list[Tensor] = []
     decoder = model.get_decoder()
@@ -132,7 +135,9 @@ class Batch:
         self.worst = max(self.worst, float((got - wanted).abs().max() / wanted.std()))
 
     def step(self, parents: list[list[int]], paths: list[list[int]]) -> None:
-        """Read a tree per row, compare every node with a plain forward of its own text, keep a path of it."""
+        """Read a tree per row, compare every node with a plain forward of its own text, keep a path
+        of it.
+        """
         width = max(map(len, parents))
         tokens = [self.tokens(len(own)) for own in parents]
         padded = torch.tensor([[*own, *[0] * (width - len(own))] for own in tokens])
@@ -175,7 +180,9 @@ TREE_PATHS = [[0, 1, 4, 6, 8], [0, 3, 5], [0, *range(1, 21, 2)]]
 
 
 def worst_after_all(target: Target, model: Any, faults: Faults | None = None) -> float:
-    """A prompt per row, a draft that is rejected at three different places, a tree, a path of it kept, and more."""
+    """A prompt per row, a draft that is rejected at three different places, a tree, a path of it
+    kept, and more.
+    """
     batch = Batch(target, model, faults or Faults())
     batch.step([[-1, 0, 1, 2, 3], [-1, 0, 1], [-1, 0, 1, 2]], [[0], [0, 1], [0, 1, 2, 3]])
     batch.step(TREES, TREE_PATHS)
@@ -490,7 +497,9 @@ def test_the_measurement_passes_an_unknown_family_that_is_sound() -> None:
 
 
 def test_a_family_that_remembers_rejected_drafts_is_refused() -> None:
-    """Every token also sees the embedding before it, which the model keeps between calls, as convolutions do."""
+    """Every token also sees the embedding before it, which the model keeps between calls, as
+    convolutions do.
+    """
     model = an_unknown_llama()
     last: dict[SlotCache, Tensor] = {}
     caches: list[SlotCache | None] = [None]

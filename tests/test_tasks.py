@@ -214,7 +214,9 @@ def test_a_line_that_asks_nothing_is_refused(tmp_path: Path, line: str) -> None:
 
 
 def test_prompts_of_other_forms_are_asked_whole(tmp_path: Path) -> None:
-    """What `flashdraft prompts` writes or takes may be measured: a conversation with what was said before, a system prompt."""
+    """What `flashdraft prompts` writes or takes may be measured: a conversation with what was said
+    before, a system prompt.
+    """
     user, said = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
     rows: list[dict[str, Any]] = [
         {"source": "s", "row": 0, "prompt": [user, said, {"role": "user", "content": "c"}]},

@@ -1,4 +1,6 @@
-"""The kernels' team of threads by a program of its own, under ThreadSanitizer where the compiler has it."""
+"""The kernels' team of threads by a program of its own, under ThreadSanitizer where the compiler
+has it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Streamed text against the whole decode: no half character, nothing from a stop string on, nothing lost, nothing taken back."""
+"""Streamed text against the whole decode: no half character, nothing from a stop string on, nothing
+lost, nothing taken back.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ quick = settings(derandomize=True, deadline=None, max_examples=80)
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    """The built-in model's byte-level tokenizer, which splits rare characters over several tokens."""
+    """The built-in model's byte-level tokenizer, which splits rare characters over several
+    tokens.
+    """
     return AutoTokenizer.from_pretrained(hub.builtin("smollm2-135m"))
 
 
@@ -168,7 +172,9 @@ class Syllables:
 
 
 def check_stops(tokens: Sequence[int], stops: Sequence[str]) -> None:
-    """After every token: what is out is the text less its longest end that begins a stop, or all before the first stop."""
+    """After every token: what is out is the text less its longest end that begins a stop, or all
+    before the first stop.
+    """
     syllables, text, out = Syllables(), "", ""
     decoder = TextDecoder(syllables, stops)
     for token in tokens:
@@ -266,7 +272,9 @@ def test_a_partial_stop_is_given_out_at_the_end() -> None:
 
 
 class Metaspace:
-    """Words that bring their own space, which is dropped at the start of what is decoded (SentencePiece); 0 is special."""
+    """Words that bring their own space, which is dropped at the start of what is decoded
+    (SentencePiece); 0 is special.
+    """
 
     WORDS = ("", " a", " b", "c", " d")
 

@@ -1,4 +1,6 @@
-"""The table of step times: the best of rounds, kept, and forgotten where steps that run contradict it."""
+"""The table of step times: the best of rounds, kept, and forgotten where steps that run contradict
+it.
+"""
 
 from __future__ import annotations
 

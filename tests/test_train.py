@@ -1,6 +1,8 @@
-"""Training: what the network is taught is what decoding asks of it, and a run that was stopped goes on as if it had not been.
+"""Training: what the network is taught is what decoding asks of it, and a run that was stopped goes
+on as if it had not been.
 
-The pipeline runs whole, at toy size: prompts, the target's own answers, features, a drafter. The last test decodes with it.
+The pipeline runs whole, at toy size: prompts, the target's own answers, features, a drafter. The
+last test decodes with it.
 """
 
 from __future__ import annotations
@@ -174,7 +176,9 @@ def drawn(draw: Draw, num_prompt: int, num_tokens: int, count: int, number: int)
 
 
 def is_fair(draw: Draw) -> bool:
-    """Sorted, different response tokens that have a successor; each of them is drawn as often as any other."""
+    """Sorted, different response tokens that have a successor; each of them is drawn as often as
+    any other.
+    """
     counts = dict.fromkeys(range(5, 11), 0)
     for number in range(600):
         anchors = drawn(draw, 5, 12, 3, number)
@@ -428,7 +432,9 @@ def test_blocks_beyond_the_draft_positions_are_not_trained(limit: int) -> None:
 def test_training_computes_what_decoding_computes(
     shift: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else accuracy is high in training and nothing is accepted when served. The planted faults shift the features by one."""
+    """Else accuracy is high in training and nothing is accepted when served. The planted faults
+    shift the features by one.
+    """
     monkeypatch.setattr(flashdraft.methods.dflash, "DRAFT_KERNEL", "float32")
     monkeypatch.setattr(
         flashdraft.methods.network, "DRAFT_KERNEL", "float32"
@@ -681,7 +687,9 @@ def test_prompt_file_of_another_form_is_named_with_its_line(
 
 
 def test_features_are_the_targets_hidden_states(tmp_path: Path, answers: Path) -> None:
-    """Checked against transformers itself: the output of layer i is hidden_states[i + 1]; one layer off is caught."""
+    """Checked against transformers itself: the output of layer i is hidden_states[i + 1]; one layer
+    off is caught.
+    """
     lm, model = language_model(torch.float64), tiny_model("llama")
     write_features(lm, [answers], tmp_path, layers=LAYERS, max_length=128, quiet=True)
     data = FeatureSet(tmp_path)
@@ -1211,7 +1219,9 @@ def test_copy_of_the_target_holds_its_last_layers(data: FeatureSet, target_folde
 
 
 def test_copy_draws_its_context_keys_like_the_target(data: FeatureSet, target_folder: Path) -> None:
-    """The context's values are those that the copied layer would have made of the same states, up to fc's noise."""
+    """The context's values are those that the copied layer would have made of the same states, up
+    to fc's noise.
+    """
     config = replace(CONFIG, num_hidden_layers=1)
     model = copied_from_target(config, str(target_folder), data[0], seed=0)
     features, layer = data[0].features.float(), normed_model().model.layers[3]
@@ -1250,7 +1260,9 @@ OVERFIT = TrainConfig(
 
 
 def tau_of(model: DFlashDraftModel) -> float:
-    """The accepted length on the training prompts, decoded by the engine; the texts must be the plain ones."""
+    """The accepted length on the training prompts, decoded by the engine; the texts must be the
+    plain ones.
+    """
     lm = language_model()
     network = PackedDraft(model.eval(), lm.target)
     drafting = Model(
@@ -1276,7 +1288,9 @@ def test_overfitted_drafter_is_accepted_and_an_untrained_one_is_not(
 
 
 def test_drafter_of_late_features_is_not_accepted(tmp_path: Path, data: FeatureSet) -> None:
-    """The planted fault: trained on the features of one position later, it learns the labels and fails in decoding."""
+    """The planted fault: trained on the features of one position later, it learns the labels and
+    fails in decoding.
+    """
 
     class Late(FeatureSet):
         def __getitem__(self, i: int) -> Sample:

@@ -1,4 +1,6 @@
-"""Any family trains: the drafter overfits eight samples of a toy target and is accepted on them when it decodes."""
+"""Any family trains: the drafter overfits eight samples of a toy target and is accepted on them
+when it decodes.
+"""
 
 from __future__ import annotations
 

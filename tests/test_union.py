@@ -1,4 +1,6 @@
-"""Two drafters in one tree: merged path by path against a slow search, within the budget, with the plain text."""
+"""Two drafters in one tree: merged path by path against a slow search, within the budget, with the
+plain text.
+"""
 
 from __future__ import annotations
 
@@ -102,7 +104,9 @@ def paths_of(tree: Nodes) -> dict[tuple[int, ...], float]:
 
 
 def slow(trees: Sequence[Nodes]) -> dict[tuple[int, ...], float]:
-    """Every path of any tree with the log-confidence of the whole of it, the better of the two at each node."""
+    """Every path of any tree with the log-confidence of the whole of it, the better of the two at
+    each node.
+    """
     known = [paths_of(tree) for tree in trees]
     own = {
         path: max(found[path] for found in known if path in found)
@@ -362,7 +366,9 @@ def test_name_and_memory_are_those_of_both() -> None:
 
 
 def test_an_unknown_confidence_stands_between_the_sure_and_the_unlikely() -> None:
-    """Of two nodes the drafter without confidence keeps its place before a doubtful one and behind a sure one."""
+    """Of two nodes the drafter without confidence keeps its place before a doubtful one and behind
+    a sure one.
+    """
 
     @dataclass
     class Fixed(Drafter):

@@ -1,7 +1,8 @@
-"""Laws by chi-square over 200,000 rows, the walk against a slow one node for node, seeded text by equality.
+"""Laws by chi-square over 200,000 rows, the walk against a slow one node for node, seeded text by
+equality.
 
-Every law is tested on the first token, the first pair and the first triple; every way of getting it wrong that is known is
-planted, and must be seen.
+Every law is tested on the first token, the first pair and the first triple; every way of getting it
+wrong that is known is planted, and must be seen.
 """
 
 import random
@@ -24,7 +25,8 @@ ROWS, VOCAB = 200_000, 5
 RULE = sys.modules[
     "flashdraft.decoding.verify"
 ]  # the module, also when the package exports the function under the same name
-SEEN = 1000  # chi-square above its degrees of freedom: at most 56 with the right rule (72 seeds), 1,200 with the mildest fault
+# chi-square above its degrees of freedom: at most 56 with the right rule (72 seeds), 1,200 with the mildest fault
+SEEN = 1000
 
 Shape = Sequence[tuple[int, str]]  # parent and kind of node 1, 2, ...
 CHAIN_CHOSEN = ((0, "chosen"), (1, "chosen"), (2, "chosen"))
@@ -75,7 +77,9 @@ class Language(Protocol):
 
 @dataclass
 class Toy:
-    """A language of five tokens whose law depends on everything written so far, up to four tokens."""
+    """A language of five tokens whose law depends on everything written so far, up to four
+    tokens.
+    """
 
     seed: int
     sharpness: float = 0.8
@@ -125,7 +129,8 @@ def draft_trees(
 ) -> tuple[Proposal, list[Tensor]]:
     """Trees after an empty text, as a drafter must make them; also the text at every node.
 
-    Chosen children are the draft's likeliest tokens; drawn ones come without replacement from its law without the chosen ones.
+    Chosen children are the draft's likeliest tokens; drawn ones come without replacement from its
+    law without the chosen ones.
     """
     tokens = torch.zeros(rows, len(shape) + 1, dtype=torch.long)
     probs = torch.zeros(rows, len(shape) + 1, VOCAB, dtype=torch.float64)
@@ -174,7 +179,9 @@ def first_tokens(
 
 
 def chi_square(text: Tensor, target: Toy) -> list[tuple[float, int]]:
-    """Chi-square and degrees of freedom of the first token, pair and triple against the target's law."""
+    """Chi-square and degrees of freedom of the first token, pair and triple against the target's
+    law.
+    """
     results = []
     for length in range(1, 4):
         cells = torch.zeros(len(text), dtype=torch.long)
@@ -221,7 +228,9 @@ class Case:
 
     @property
     def confidence(self) -> Tensor:
-        """[rows, nodes]: the largest probability of the law that a node was drawn from; known before its token is."""
+        """[rows, nodes]: the largest probability of the law that a node was drawn from; known
+        before its token is.
+        """
         return self.proposal.probs.amax(-1).gather(1, self.proposal.parents.clamp(min=0))  # type: ignore[union-attr]
 
 
@@ -295,7 +304,9 @@ def test_greedy_text_is_the_argmax_whatever_was_drafted(shape: Shape) -> None:
 
 
 def test_drawn_nodes_may_be_pruned_by_what_was_known_before_their_tokens() -> None:
-    """A chain is cut where the draft is unsure: its law there depends on the tokens before, not on the one drawn from it."""
+    """A chain is cut where the draft is unsure: its law there depends on the tokens before, not on
+    the one drawn from it.
+    """
     some = case(CHAIN_DRAWN)
     sure = some.confidence[:, 1:] > 0.4
     sizes = 1 + sure.long().cumprod(1).sum(1)
@@ -364,7 +375,9 @@ def test_drawn_siblings_that_share_one_coin_are_seen() -> None:
 def many_steps(
     toss: Callable[[Sequence[int], Sequence[int], int], Tensor], num_steps: int = 3
 ) -> tuple[Tensor, Toy]:
-    """Three steps over 200,000 seeds, each with a drawn tree, all randomness from `uniforms` and `coins` as in the engine."""
+    """Three steps over 200,000 seeds, each with a drawn tree, all randomness from `uniforms` and
+    `coins` as in the engine.
+    """
     target, draft, generator = Toy(1), Toy(2), torch.Generator().manual_seed(7)
     seeds = list(range(ROWS))
     text = torch.full((ROWS, 3 + 4 * num_steps), -1)
@@ -396,7 +409,9 @@ def test_many_steps_with_keyed_uniforms_and_coins_have_the_law_of_the_target() -
 
 
 def test_coins_that_come_back_in_the_next_step_are_seen() -> None:
-    """Keyed by the anchor's position plus the node's index, a coin that rejected one node would judge a later one."""
+    """Keyed by the anchor's position plus the node's index, a coin that rejected one node would
+    judge a later one.
+    """
     assert (
         excess(*many_steps(lambda seeds, anchors, nodes: uniforms(seeds, anchors, nodes, lane=1)))
         > SEEN
@@ -443,7 +458,9 @@ def slow_walk(
 
 
 def random_batch(chance: random.Random, rows: int = 12) -> tuple[Proposal, Tensor]:
-    """Random trees of chosen and drawn nodes with different siblings, ragged sizes, and garbage behind them."""
+    """Random trees of chosen and drawn nodes with different siblings, ragged sizes, and garbage
+    behind them.
+    """
     generator = torch.Generator().manual_seed(chance.randrange(2**32))
     num_nodes = chance.randint(1, 12)
     parents = torch.full((rows, num_nodes), -1)
@@ -564,7 +581,9 @@ def plain_text(params: SamplingParams, length: int) -> list[int]:
 
 
 def random_trees(anchors: list[int], chance: random.Random) -> Proposal:
-    """Chosen trees of any shape and size with different siblings: of likely tokens, or of tokens that know nothing."""
+    """Chosen trees of any shape and size with different siblings: of likely tokens, or of tokens
+    that know nothing.
+    """
     num_nodes, bushy, informed = chance.randint(1, 14), chance.random() < 0.6, chance.random() < 0.5
     tokens, parents = [], []
     for anchor in anchors:

@@ -1,4 +1,6 @@
-"""Tiny models as folders on disk, as a user would hand them over: a llama with its tokenizer, and a drafter in z-lab's format."""
+"""Tiny models as folders on disk, as a user would hand them over: a llama with its tokenizer, and a
+drafter in z-lab's format.
+"""
 
 from __future__ import annotations
 

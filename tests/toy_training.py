@@ -1,4 +1,6 @@
-"""What the tests of training share: a toy target as a language model, a drafter's shape, random networks and samples."""
+"""What the tests of training share: a toy target as a language model, a drafter's shape, random
+networks and samples.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,9 @@ def write_lines(path: Path, rows: Sequence[Any]) -> Path:
 
 
 def network(seed: int = 0, **changes: Any) -> DFlashDraftModel:
-    """A network of random weights that are large enough for everything to matter; `changes` are fields of its config."""
+    """A network of random weights that are large enough for everything to matter; `changes` are
+    fields of its config.
+    """
     torch.manual_seed(seed)
     model = DFlashDraftModel(replace(CONFIG, **changes)).eval()
     with torch.no_grad():
