@@ -17,9 +17,7 @@ pytestmark = pytest.mark.alone
 CSRC = Path(native.__file__).parent / "csrc"
 PARTS = ("interface.h", "ranges.h", "team.cpp", "team.h", "waiting.h")
 STRESS = Path(__file__).with_name("team_stress.cpp")
-Change = tuple[
-    str, str
-]  # a line of the sources, once in all of them, and what stands there instead
+Change = tuple[str, str]  # what stands once in the sources, and what instead
 FAULTS: dict[str, Change] = {
     "a phase is over when its pieces are taken": (
         "return done.load(std::memory_order_acquire) >= count.load(std::memory_order_relaxed);",
