@@ -194,6 +194,20 @@ def test_a_native_step_is_the_torch_step(name: str) -> None:
         )
 
 
+@pytest.mark.parametrize("kernel", ["float32", "torch"])
+def test_a_layer_that_is_asked_for_twice_is_there_twice(kernel: str) -> None:
+    target = made("llama", kernel)
+    last = target.num_layers
+    _, once = target.prefill(target.new_cache(1, 128), 0, torch.tensor(TEXTS[0]), (1, last))
+    _, twice = target.prefill(
+        target.new_cache(1, 128), 0, torch.tensor(TEXTS[0]), (last, 1, last, 1)
+    )
+    assert once is not None
+    assert twice is not None
+    first, final = once.chunk(2, dim=-1)
+    assert torch.equal(twice, torch.cat([final, first, final, first], dim=-1))
+
+
 def check_bits(target: LeanTarget) -> None:
     """A tree's nodes beside other rows have the bits of their paths, read alone and token by
     token.

@@ -366,7 +366,15 @@ class Decoder:
         features = x.new_empty(tokens, len(layers) * self.hidden_size)
         tensors = (torch.tensor(wanted, **INTS), x, qkv, mixed, inner, features)
         native.step(self._model, cache.slots, shape, cache.addresses, tensors, self.seconds)
-        return x, features if layers else None
+        if not layers:
+            return x, None
+        for i, layer in enumerate(layers):  # the kernels write a layer once: its last place
+            here = i * self.hidden_size
+            last = wanted[layer]
+            if here != last:
+                state = features[:, last : last + self.hidden_size]
+                features[:, here : here + self.hidden_size] = state
+        return x, features
 
     def _check_positions(self, starts: Tensor, layout: Layout) -> None:
         """AssertionError for a node beyond the rotary tables; padding may lie there."""
