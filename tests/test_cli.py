@@ -124,7 +124,10 @@ SLIPS = [
     ),
     ("bench --prompts good.jsonl --out out.jsonl --target T", 1, "no drafter is shipped"),
     (
-        "bench --prompts good.jsonl --out out.jsonl --target T --draft D/draft --max-new-tokens 999",
+        (
+            "bench --prompts good.jsonl --out out.jsonl --target T "
+            "--draft D/draft --max-new-tokens 999"
+        ),
         1,
         "context",
     ),
@@ -255,7 +258,10 @@ def test_reader_that_went_away_ends_quietly() -> None:
 
 
 def test_help_imports_nothing_heavy_and_groups_the_commands() -> None:
-    code = "import sys; from flashdraft.cli import main; main(['--help']); print('torch' in sys.modules)"
+    code = (
+        "import sys; from flashdraft.cli import main; main(['--help']); "
+        "print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     *text, heavy = done.stdout.splitlines()
     assert heavy == "False"
@@ -576,7 +582,10 @@ def test_sigterm_ends_with_143_and_leaves_nothing_half_written(
     folders: Path, tmp_path: Path
 ) -> None:
     code = "import os, signal, sys; from flashdraft.cli import bench, main; "
-    code += "bench.report = lambda results: os.kill(os.getpid(), signal.SIGTERM); sys.argv = ['flashdraft', 'report', 'x']; "
+    code += (
+        "bench.report = lambda results: os.kill(os.getpid(), signal.SIGTERM); "
+        "sys.argv = ['flashdraft', 'report', 'x']; "
+    )
     code += "sys.exit(main())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (143, "", "")
@@ -632,7 +641,10 @@ def test_end_token_is_no_mask(run: Run, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "held.jsonl").write_text('{"prompt": "hi"}\n')
     assert run("features a.jsonl --out feats --target T --num-features 1")[0] == 0
-    train = "train feats --out run --eval-prompts held.jsonl --target T --num-features 1 --num-layers 1 --steps 1 --sequences 1"
+    train = (
+        "train feats --out run --eval-prompts held.jsonl --target T --num-features "
+        "1 --num-layers 1 --steps 1 --sequences 1"
+    )
     status, _, err = run(f"{train} --mask-token-id 2")
     assert status == 1
     assert err.splitlines()[0].startswith("error: mask_token_id is 2, which ends the texts of ")
@@ -691,7 +703,8 @@ def test_stages_lead_from_data_to_a_drafter(run: Run, tmp_path: Path) -> None:
         )
     assert run("prompts --data data --out prompts.jsonl")[:2] == (0, "5 prompts in prompts.jsonl\n")
     status, out, _ = run(
-        "regenerate prompts.jsonl --out answers.jsonl --target T --max-new-tokens 24 --ignore-eos --limit 4"
+        "regenerate prompts.jsonl --out answers.jsonl --target T "
+        "--max-new-tokens 24 --ignore-eos --limit 4"
     )
     assert (status, out) == (0, "4 new answers in answers.jsonl\n")
     again = "regenerate prompts.jsonl --out answers.jsonl --target T --limit 4"
@@ -706,7 +719,10 @@ def test_stages_lead_from_data_to_a_drafter(run: Run, tmp_path: Path) -> None:
         0,
         "1 shards in feats\n",
     )
-    train = "train feats --eval-prompts prompts.jsonl --target T --steps 2 --anchors 4 --sequences 2 --vocab 0 --precision fp32"
+    train = (
+        "train feats --eval-prompts prompts.jsonl --target T --steps 2 --anchors "
+        "4 --sequences 2 --vocab 0 --precision fp32"
+    )
     status, out, err = run(f"{train} --out run --num-features 1 --mask-token-id 60 --num-layers 2")
     assert (status, err) == (0, "")
     assert re.fullmatch(r"best tau [\d.]+; the drafter: run/best\n", out)

@@ -819,7 +819,10 @@ def shop(tmp_path_factory: pytest.TempPathFactory, answers: Path) -> Path:
     save_target(folder / "target")
     shutil.copy(answers, folder / "answers.jsonl")
     (folder / "held.jsonl").write_text('{"prompt": "hello there"}\n')
-    command = f"features {folder}/answers.jsonl --out {folder}/feats --target {folder}/target --num-features 1"
+    command = (
+        f"features {folder}/answers.jsonl --out {folder}/feats --target "
+        f"{folder}/target --num-features 1"
+    )
     assert main(command.split()) == 0
     return folder
 
@@ -908,7 +911,10 @@ PLACES += [("best/model.safetensors", kind) for kind in FULL] + [("metrics.jsonl
 def test_full_disk_is_one_line_and_the_last_checkpoint_is_kept_and_named(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: str
 ) -> None:
-    line = f"train feats --out run {TRAIN} --steps 4 --save-every 2 --eval-every 100 --sequences 2 --ema 0.9"
+    line = (
+        f"train feats --out run {TRAIN} --steps 4 --save-every 2 "
+        f"--eval-every 100 --sequences 2 --ema 0.9"
+    )
     with monkeypatch.context() as patch:
         fill_disk(patch, name, FULL[kind])
         error, hint = said(run(line))

@@ -324,7 +324,10 @@ def test_the_picture_of_the_demo_says_what_the_readme_says() -> None:
 
 def test_the_picture_marks_what_was_drafted() -> None:
     demo_picture = recipe("demo_picture")
-    printed = "⟨drafted and accepted⟩, the target's own\n\na⟨ <b\nc⟩ d\n\ndflash   9.9 tokens/s\nratio  2.00\ntau  2.00\n"
+    printed = (
+        "⟨drafted and accepted⟩, the target's own\n\na⟨ <b\nc⟩ d\n\ndflash "
+        "  9.9 tokens/s\nratio  2.00\ntau  2.00\n"
+    )
     kept = demo_picture.without_speeds(printed)
     assert "tau" in kept
     assert "9.9" not in kept
