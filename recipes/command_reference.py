@@ -1,35 +1,37 @@
-"""The reference of the command line as a page of the documentation, made of the commands themselves.
+"""The reference of the command line as a page of the documentation, made of the commands.
 
     python recipes/command_reference.py docs/reference/commands.md
 
-Names, groups, help, examples, options and defaults are those that `flashdraft COMMAND --help` shows. tests/test_docs.py
-fails where the page is not what this prints.
+Names, groups, help, examples, options and defaults are those that `flashdraft COMMAND --help`
+shows. tests/test_docs.py fails where the page is not what this prints.
 """
 
 import argparse
 import contextlib
 import io
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import get_args, get_origin
 
 import typer.main
+from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
 from flashdraft.cli import main as flashdraft
 
 HEAD = """# Command line
 
-`flashdraft COMMAND --help` shows the same. A text that begins with a dash goes behind `--`. Errors are one line and a
-`hint:` on standard error; the exit status is 0, 1 for an error, 2 for a slip of usage, 130 after Ctrl-C.
+`flashdraft COMMAND --help` shows the same. A text that begins with a dash goes behind `--`. Errors
+are one line and a `hint:` on standard error; the exit status is 0, 1 for an error, 2 for a slip of
+usage, 130 after Ctrl-C.
 """
-OTHERS = "commands"  # the group of commands that name none
+OTHERS = "Commands"  # the group of commands that name none
 
 
-def made_for(arguments: list[str]) -> Any:
-    """The group of all commands as the command line makes it for these arguments: only the one asked for has its options."""
+def made_for(arguments: list[str]) -> TyperGroup:
+    """All commands as the command line makes them: only the one that is asked for has options."""
     made = []
     make = typer.main.get_command
 
-    def kept(app: typer.Typer) -> Any:
+    def kept(app: typer.Typer) -> TyperGroup:
         made.append(make(app))
         return made[-1]
 
@@ -44,57 +46,52 @@ def made_for(arguments: list[str]) -> Any:
 
 def page() -> str:
     names = list(made_for([]).commands)
-    groups: dict[str, list[Any]] = {}
+    groups: dict[str, list[TyperCommand]] = {}
     for name in names:
         command = made_for([name]).commands[name]
-        group = getattr(command, "rich_help_panel", None) or OTHERS
+        group = command.rich_help_panel or OTHERS
         groups.setdefault(group, []).append(command)
 
     lines = [HEAD]
     for group, commands in groups.items():
-        if len(groups) > 1:
-            lines += [f"## {group.capitalize()}", ""]
+        lines += [f"## {group}", ""]
         for command in commands:
-            lines += section(command, "###" if len(groups) > 1 else "##")
+            lines += section(command)
     return "\n".join(lines)
 
 
-def section(command: Any, level: str) -> list[str]:
+def section(command: TyperCommand) -> list[str]:
     arguments = []
     options = []
     for parameter in command.params:
-        if parameter.name == "help" or getattr(parameter, "hidden", False):
-            continue
-        is_argument = parameter.param_type_name == "argument"
-        (arguments if is_argument else options).append(parameter)
+        if isinstance(parameter, TyperArgument):
+            arguments.append(argument_row(parameter))
+        elif isinstance(parameter, TyperOption) and parameter.name != "help":
+            options.append(option_row(parameter))
 
-    lines = [f"{level} flashdraft {command.name}", "", one_line(command.help), ""]
-    if examples := examples_of(command):
+    lines = [f"### flashdraft {command.name}", "", one_line(command.help), ""]
+    examples = examples_of(command)
+    if examples:
         lines += ["```sh", *examples, "```", ""]
     if arguments:
-        lines += ["| argument | |", "|---|---|", *map(argument_row, arguments), ""]
+        lines += ["| argument | |", "|---|---|", *arguments, ""]
     if options:
-        lines += [
-            "| option | takes | by default | |",
-            "|---|---|---|---|",
-            *map(option_row, options),
-            "",
-        ]
+        lines += ["| option | takes | by default | |", "|---|---|---|---|", *options, ""]
     return lines
 
 
-def examples_of(command: Any) -> list[str]:
+def examples_of(command: TyperCommand) -> list[str]:
     lines = (command.epilog or "").splitlines()
     return [line.strip() for line in lines if line.strip().startswith("flashdraft ")]
 
 
-def argument_row(parameter: Any) -> str:
+def argument_row(parameter: TyperArgument) -> str:
     name = (parameter.metavar or parameter.name).upper()
     needed = "" if parameter.required else "; may be left out"
     return f"| `{name}` | {cell(parameter.help or '')}{needed} |"
 
 
-def option_row(parameter: Any) -> str:
+def option_row(parameter: TyperOption) -> str:
     names = ", ".join(f"`{name}`" for name in parameter.opts)
     kind = "" if parameter.is_flag else kind_of(parameter.type_descriptor.annotation)
     return (
@@ -102,7 +99,7 @@ def option_row(parameter: Any) -> str:
     )
 
 
-def kind_of(annotation: Any) -> str:
+def kind_of(annotation: type) -> str:
     """What an option takes, in a word; `int | None` is an int that may be left out."""
     parts = [part for part in get_args(annotation) if part is not type(None)]
     if get_origin(annotation) is list:
@@ -114,7 +111,7 @@ def kind_of(annotation: Any) -> str:
     )
 
 
-def default_of(parameter: Any) -> str:
+def default_of(parameter: TyperOption) -> str:
     if parameter.required:
         return "required"
     if parameter.envvar:

@@ -1,10 +1,11 @@
 """A picture of what `flashdraft demo` prints, as an SVG that needs no font and no file beside it.
 
     python recipes/demo_picture.py --out docs/demo.svg
-    python recipes/demo_picture.py --out demo.svg --speeds -- 'Write a haiku about rain.' --temperature 0.7
+    python recipes/demo_picture.py --out demo.svg --speeds -- 'Write a haiku.' --temperature 0.7
 
-The demo runs in a process of its own; what it prints is drawn, and nothing is added but the command. Accepted drafts
-stand in boxes. Its speeds, which hold for one machine and one moment, are left out unless `--speeds` asks for them.
+The demo runs in a process of its own; what it prints is drawn, and the command is added.
+Accepted drafts stand in boxes. Its speeds, which hold for one machine and one moment, are left out
+unless `--speeds` asks for them.
 """
 
 import argparse
@@ -22,6 +23,7 @@ OPEN, CLOSE = "⟨", "⟩"  # what the demo puts around accepted drafts where it
 COLUMNS = 78  # characters of a line; longer ones are wrapped
 WIDTH, HEIGHT = 8.4, 20.0  # of a character cell, pixels
 MARGIN = 20.0
+TITLE = "A run of flashdraft demo: accepted drafts stand in boxes; tau; whether texts are identical"
 NO_BREAK = "\u00a0"  # a space that viewers leave as wide as it is
 
 # A dark panel with a border of its own, which stands out on a light page and on a dark one.
@@ -62,7 +64,7 @@ def without_speeds(printed: str) -> str:
 
 
 def lines_of(printed: str) -> list[Line]:
-    """The printed text as lines of runs; a draft that goes on behind a line's end is marked in both lines."""
+    """The printed text as lines of runs; a draft of two lines is marked in both."""
     lines: list[Line] = []
     style = "plain"
     for text in printed.splitlines():
@@ -113,10 +115,10 @@ def drawing(command: str, printed: str) -> str:
 
     width = COLUMNS * WIDTH + 2 * MARGIN
     height = len(lines) * HEIGHT + 2 * MARGIN
-    described = "A run of flashdraft demo: its text, in which accepted drafts stand in boxes, tau, and whether texts were identical"
+    size = f'viewBox="0 0 {width:g} {height:g}" width="{width:g}"'
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" role="img">',
-        f"<title>{escape(described)}</title>",
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">',
+        f"<title>{TITLE}</title>",
         f"<style>{STYLE}</style>",
         f'<rect class="panel" x="1" y="1" width="{width - 2:g}" height="{height - 2:g}" rx="8"/>',
     ]
@@ -134,7 +136,10 @@ def _without_repeated_blanks(lines: list[Line]) -> list[Line]:
 
 
 def _drawn(line: Line, top: float) -> list[str]:
-    """Boxes first, so that no text lies under one. textLength keeps a run in its cells, whatever the font's width is."""
+    """Boxes first, so that no text lies under one.
+
+    textLength keeps a run in its cells, whatever the font's width is.
+    """
     boxes = []
     texts = []
     column = 0
@@ -148,9 +153,8 @@ def _drawn(line: Line, top: float) -> list[str]:
             continue
 
         if run.style == "drafted":
-            boxes.append(
-                f'<rect class="box" x="{x - 1:.1f}" y="{top + 1:.1f}" width="{length + 2:.1f}" height="18" rx="3"/>'
-            )
+            place = f'x="{x - 1:.1f}" y="{top + 1:.1f}" width="{length + 2:.1f}"'
+            boxes.append(f'<rect class="box" {place} height="18" rx="3"/>')
         place = f'x="{x:.1f}" y="{top + 14.5:.1f}" textLength="{length:.1f}"'
         shown = escape(words).replace(" ", NO_BREAK)
         texts.append(f'<text class="{run.style}" {place}>{shown}</text>')
