@@ -27,8 +27,9 @@ from flashdraft.formats.config import DraftConfig
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDraft
 from flashdraft.models.target import Target
-from flashdraft.train.batch import Pass, make_batch
+from flashdraft.train.batch import make_batch
 from flashdraft.train.features import Sample
+from flashdraft.train.passes import Pass
 from flashdraft.types import Proposal, Rows, SamplingParams
 
 BLOCK = 4

@@ -22,12 +22,13 @@ from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel
 from flashdraft.models.hf import HFTarget
 from flashdraft.models.lean import LeanTarget
-from flashdraft.train.batch import Batch, Pass, make_batch
+from flashdraft.train.batch import Batch, make_batch
 from flashdraft.train.config import TrainConfig
 from flashdraft.train.doctor import Finding, diagnose
 from flashdraft.train.features import FeatureSet, Reader, Sample, ShardWriter
 from flashdraft.train.initialise import random_weights
 from flashdraft.train.objectives import Loss, common_tokens
+from flashdraft.train.passes import Pass
 from flashdraft.types import SamplingParams
 
 LAYERS = (1, 2)

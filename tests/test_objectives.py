@@ -20,9 +20,10 @@ from torch import Tensor
 from toy_training import BLOCK, CONFIG, HIDDEN, language_model, network, toy_sample
 
 from flashdraft.train import objectives as loss_stage
-from flashdraft.train.batch import Batch, Pass, flex_mask, make_batch
+from flashdraft.train.batch import Batch, flex_mask, make_batch
 from flashdraft.train.config import TrainConfig
 from flashdraft.train.objectives import Loss, chunked_loss, position_weights, row_loss
+from flashdraft.train.passes import Pass
 
 # Weights of a block's positions.
 

@@ -34,10 +34,11 @@ from flashdraft.methods.dflash import DFlashDraftModel
 from flashdraft.methods.eagle3 import Eagle3DraftModel, fused_layers
 from flashdraft.methods.medusa import MedusaDraftModel
 from flashdraft.models.target import Target
-from flashdraft.train.batch import Pass, make_batch
+from flashdraft.train.batch import make_batch
 from flashdraft.train.config import TrainConfig
 from flashdraft.train.features import FeatureSet, Sample, write_features
 from flashdraft.train.initialise import copied_from_target, draft_config, random_weights
+from flashdraft.train.passes import Pass
 from flashdraft.train.trainer import Trainer
 from flashdraft.types import Rows, SamplingParams
 

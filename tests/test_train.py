@@ -36,7 +36,6 @@ from flashdraft.train import answers as answers_stage
 from flashdraft.train import features as features_stage
 from flashdraft.train.batch import (
     Batch,
-    Pass,
     Span,
     block_mask,
     block_positions,
@@ -47,6 +46,7 @@ from flashdraft.train.config import TrainConfig
 from flashdraft.train.features import FeatureSet, Sample, write_features
 from flashdraft.train.initialise import copied_from_target, draft_config, random_weights
 from flashdraft.train.objectives import position_weights, row_loss
+from flashdraft.train.passes import Pass
 from flashdraft.train.prompts import SOURCES, read_jsonl, write_prompts
 from flashdraft.train.regenerate import regenerate
 from flashdraft.train.trainer import Trainer

@@ -24,7 +24,7 @@ from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.models import native
 from flashdraft.models.lean import LeanTarget
 from flashdraft.process import FLOATS, INTS, undisturbed
-from flashdraft.train.batch import FlopCount
+from flashdraft.train.flops import FlopCount
 from flashdraft.train.initialise import draft_config, random_weights
 from flashdraft.types import COUNTS, Allowed, SamplingParams, check_option
 

@@ -16,9 +16,10 @@ from flashdraft.errors import DataError, FlashDraftError
 from flashdraft.generate import Model
 from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDraft
 from flashdraft.process import FLOATS, INTS, undisturbed
-from flashdraft.train.batch import Pass, make_batch
+from flashdraft.train.batch import make_batch
 from flashdraft.train.facts import target_facts
 from flashdraft.train.features import FeatureSet, Sample
+from flashdraft.train.passes import Pass
 from flashdraft.types import SamplingParams
 
 __all__ = ["Finding", "diagnose"]

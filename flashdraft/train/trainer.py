@@ -40,7 +40,7 @@ from flashdraft.methods.dflash import DFlashDraftModel
 from flashdraft.methods.network import DraftNetwork
 from flashdraft.process import FLOATS, INTS, undisturbed
 from flashdraft.provenance import provenance
-from flashdraft.train.batch import Batch, FlopCount, Pass, make_batch, why_no_anchor
+from flashdraft.train.batch import Batch, make_batch, why_no_anchor
 from flashdraft.train.config import (
     Json,
     TrainConfig,
@@ -53,7 +53,9 @@ from flashdraft.train.config import (
 )
 from flashdraft.train.facts import target_facts
 from flashdraft.train.features import Data, Sample
+from flashdraft.train.flops import FlopCount
 from flashdraft.train.objectives import Accuracy, Figures, Loss, accuracy, common_tokens
+from flashdraft.train.passes import Pass
 from flashdraft.train.rows import LeftOut
 from flashdraft.types import SamplingParams
 
