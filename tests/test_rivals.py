@@ -141,10 +141,15 @@ def chain_by_definition(
         )
         embedded = target.embed(torch.tensor([token]))[0]
         both = torch.cat(
-            (rms(embedded, layer[names[0]].weight), rms(state, layer[names[1]].weight))
+            (
+                rms(embedded, getattr(layer, names[0]).weight),
+                rms(state, getattr(layer, names[1]).weight),
+            )
         )
+        attention = layer.self_attn
         q, k, v = (
-            (both @ layer.self_attn[f"{x}_proj"].weight.double().T).view(-1, d) for x in "qkv"
+            (both @ linear.weight.double().T).view(-1, d)
+            for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
         keys.append(rotated(k, step))
         values.append(v)

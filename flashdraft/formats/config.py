@@ -9,14 +9,15 @@ is the one that the big engines serve. Knows keys, names and shapes; does not kn
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, Self
+from typing import Self
 
 from flashdraft.errors import CheckpointError
 from flashdraft.formats.foreign import Json, refuse_config
 from flashdraft.formats.parse import KINDS, Fields, fields_of, method_of
+from flashdraft.models.attention import Mask
 from flashdraft.models.layers import scaled_length
 
-__all__ = ["OPTIONAL", "DraftConfig", "LayerMask"]
+__all__ = ["OPTIONAL", "DraftConfig"]
 
 OPTIONAL = ("embed_tokens.weight", "lm_head.weight", "d2t", "t2d")  # tensors that a file may hold
 
@@ -59,13 +60,6 @@ _SIZES = (  # in the order in which config.json has them
     "head_dim",
     "vocab_size",
 )
-
-
-class LayerMask(NamedTuple):
-    """What a layer's attention shows of a block."""
-
-    window: int | None  # None: everything
-    causal: bool  # whether a position sees only those before it
 
 
 @dataclass(frozen=True)
@@ -126,14 +120,14 @@ class DraftConfig:
             raise _garbled(method, error, where, hint=hint) from None
 
     @property
-    def masks(self) -> tuple[LayerMask, ...]:
+    def masks(self) -> tuple[Mask, ...]:
         """Of every layer: its window, if there is one, and whether it is causal inside a block."""
         masks = []
         for kind in self.layer_types or ("full_attention",) * self.num_hidden_layers:
             sliding = kind == "sliding_attention"
             window = self.sliding_window if sliding else None
             causal = sliding if self.causal is None else self.causal
-            masks.append(LayerMask(window, causal))
+            masks.append(Mask(window, causal))
         return tuple(masks)
 
     @property

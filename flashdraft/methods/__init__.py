@@ -1,1 +1,2 @@
-"""One file per decoding method, network and drafter together; `network` is what the draft networks share."""
+"""One file per decoding method, network and drafter together; `network` is what the draft networks
+share."""

@@ -1,10 +1,24 @@
-"""DFlash (2602.06036): a small block-diffusion network fills a whole block of masked tokens in one forward pass.
+"""DFlash (2602.06036, section 4): a small block-diffusion network fills a whole block of masked
+tokens in one forward pass.
 
-The network reads the target's hidden states (features). Fused once, C = RMSNorm(fc(features)), they bypass everything
-but the key and value projections of every layer ("KV injection"), so the context costs the draft two small matrices per
-token, cached in its own slots. The block is [anchor, MASK x (B - 1)]; each of its rows sees the whole context, which
-ends strictly before the anchor, and the whole block. Output row k predicts the token AT position anchor + k.
-Embedding and lm_head are the target's.
+A block has B = `block_size` tokens. It begins with the anchor, the last committed token, whose
+position is a:
+
+    position   0 ... a - 1 |    a      a + 1   a + 2   ...   a + B - 1
+    input       context C  | anchor     MASK    MASK   ...      MASK
+    output                 |    -     x[a+1]  x[a+2]   ...    x[a+B-1]
+
+Output row k predicts the token AT position a + k: a row guesses its own place, not the next one.
+The anchor's row guesses nothing. Every row sees the whole context and the whole block, in both
+directions. The context ends strictly before the anchor, which the target has not read yet.
+
+The context is what the target thought of the text: the outputs of a few of its layers (features),
+fused once, C = RMSNorm(fc(features)). C bypasses everything but the key and value projections of
+every layer ("KV injection"), so that the context costs the draft two small matrices per token and
+layer, once; the results wait in a cache of its own. Embedding and lm_head are the target's.
+
+In this file: the network as it is trained (`DFlashDraftModel`), its weights packed for decoding
+beside one target (`PackedDraft`), and the drafter that holds a text's context (`DFlashDrafter`).
 """
 
 from __future__ import annotations
@@ -12,7 +26,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +34,21 @@ from torch import Tensor, nn
 
 from flashdraft.decoding.tree import NOTHING, Laws, best_first, independent, planted
 from flashdraft.formats.config import DraftConfig
-from flashdraft.methods.network import DRAFT_KERNEL, DraftHead, DraftNetwork
+from flashdraft.methods.network import DRAFT_KERNEL, DraftHead, DraftNetwork, Likely, top
 from flashdraft.models import native
 from flashdraft.models.blocks import Block
 from flashdraft.models.cache import SlotCache
 from flashdraft.models.compiled import CompiledStep
 from flashdraft.models.decoder import Decoder, Layout
-from flashdraft.models.layers import RMSNorm, SwigluHead, apply_rotary, pack, swiglu
+from flashdraft.models.layers import (
+    Linear,
+    RMSNorm,
+    Rotary,
+    SwigluHead,
+    apply_rotary,
+    pack,
+    swiglu,
+)
 from flashdraft.models.modules import MLP, Attention
 from flashdraft.models.target import Target
 from flashdraft.process import BOOLS, FLOATS, INTS, serial, undisturbed
@@ -38,9 +60,16 @@ _BRANCHES = 8  # tokens of a position that a tree may hold
 _LIKELY = 64  # tokens among which a corrected state chooses
 _PATHS = 3  # of a depth whose tokens a tree goes on from, where each token sees the one before it
 
+CosSin = tuple[Tensor, Tensor]  # what `apply_rotary` takes
+KeysValues = tuple[Tensor, Tensor]  # [n, kv_heads, head_dim] each
+Attend = Callable[[int, Tensor, KeysValues, KeysValues], Tensor]
+
+
+# --- The network
+
 
 class _Layer(nn.Module):
-    """A Qwen3 block's modules; they are called one by one, since the context joins in between."""
+    """A Qwen3 block's modules, called one by one, since the context joins in between."""
 
     def __init__(self, config: DraftConfig) -> None:
         super().__init__()
@@ -56,38 +85,38 @@ class _Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def queries(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def queries(self, x: Tensor, rotary: CosSin) -> Tensor:
         """[n, hidden] -> [n, heads, head_dim]"""
-        own = self.self_attn
-        return apply_rotary(own.q_norm(own.q_proj(x).view(len(x), -1, own.head_dim)), *rotary)
+        queries = self._heads(self.self_attn.q_proj(x))
+        return apply_rotary(self.self_attn.q_norm(queries), *rotary)
 
-    def keys_values(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """[n, hidden] -> [n, kv_heads, head_dim] each; the same weights serve the context and the block."""
-        own = self.self_attn
-        keys, values = (
-            linear(x).view(len(x), -1, own.head_dim) for linear in (own.k_proj, own.v_proj)
-        )
-        return apply_rotary(own.k_norm(keys), *rotary), values
+    def keys_values(self, x: Tensor, rotary: CosSin) -> KeysValues:
+        """[n, hidden] -> keys and values; the same weights serve the context and the block."""
+        keys = self._heads(self.self_attn.k_proj(x))
+        values = self._heads(self.self_attn.v_proj(x))
+        return apply_rotary(self.self_attn.k_norm(keys), *rotary), values
+
+    def _heads(self, projected: Tensor) -> Tensor:
+        """[n, heads * head_dim] -> [n, heads, head_dim]"""
+        return projected.view(len(projected), -1, self.self_attn.head_dim)
 
 
 class DFlashDraftModel(DraftNetwork):
-    """The draft network. Its modules carry z-lab's tensor names; `from_pretrained` and `save_pretrained` use their format."""
+    """The draft network. Its modules carry z-lab's tensor names; `from_pretrained` and
+    `save_pretrained` use their format."""
 
     method = "dflash"
 
     @undisturbed
     def __init__(self, config: DraftConfig) -> None:
         super().__init__(config)
-        self.fc = nn.Linear(
-            len(config.target_layer_ids) * config.hidden_size,
-            config.hidden_size,
-            bias=False,
-            **FLOATS,
-        )
-        self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        hidden = config.hidden_size
+        num_features = len(config.target_layer_ids)
+        self.fc = nn.Linear(num_features * hidden, hidden, bias=False, **FLOATS)
+        self.hidden_norm = RMSNorm(hidden, config.rms_norm_eps)
         self.add_rotary()
         self.layers = nn.ModuleList(_Layer(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(hidden, config.rms_norm_eps)
         if config.sequential_head is not None:
             self.add_head(config.sequential_head, config.head_rank)
 
@@ -97,187 +126,251 @@ class DFlashDraftModel(DraftNetwork):
         self.sequential_head = SwigluHead(self.config.hidden_size, rank)
 
     def context(self, features: Tensor) -> Tensor:
-        """features [n, F * hidden] -> C [n, hidden], from which every layer makes its context keys and values."""
+        """features [n, F * hidden] -> C [n, hidden], from which every layer makes its context keys
+        and values."""
         return self.hidden_norm(self.fc(features))  # type: ignore[no-any-return]
 
     def forward(
-        self, context: Tensor, block: Tensor, positions: tuple[Tensor, Tensor], attend: Any
+        self, context: Tensor, block: Tensor, positions: tuple[Tensor, Tensor], attend: Attend
     ) -> Tensor:
         """The whole network on packed rows.
 
-        context: C [n, hidden]; block: embeddings [m, hidden]; positions: absolute ones of both, [n] and [m];
-        attend(layer, q, context_kv, block_kv) -> [m, heads * head_dim], where q is [m, heads, head_dim] and each kv is a
-        pair of [., kv_heads, head_dim]. Returns the normed states [m, hidden], for the target's lm_head.
+        context: C [n, hidden]; block: embeddings [m, hidden]; positions: absolute ones of both, [n]
+        and [m]; attend(layer, q, context_kv, block_kv) -> [m, heads * head_dim], where q is
+        [m, heads, head_dim] and each kv is a pair of [., kv_heads, head_dim].
+        Returns the normed states [m, hidden], for the target's lm_head.
         """
-        rotaries = [[self.rotary(at) for at in positions]]
-        if len(self.frequencies) > 1:
-            by_kind = {
-                kind: [self.rotary(at, kind) for at in positions] for kind in self.frequencies
-            }
-            rotaries = [by_kind[kind] for kind in self.config.layer_types]
+        rotaries = self._rotaries_by_layer(positions)
         x = block
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, _Layer)
-            context_rotary, block_rotary = rotaries[index % len(rotaries)]
+            context_rotary, block_rotary = rotaries[index]
             normed = layer.input_layernorm(x)
-            context_kv, block_kv = (
-                layer.keys_values(context, context_rotary),
-                layer.keys_values(normed, block_rotary),
-            )
-            out = attend(index, layer.queries(normed, block_rotary), context_kv, block_kv)
-            x = x + layer.self_attn.o_proj(out)
+            context_kv = layer.keys_values(context, context_rotary)
+            block_kv = layer.keys_values(normed, block_rotary)
+            queries = layer.queries(normed, block_rotary)
+            attended = attend(index, queries, context_kv, block_kv)
+            x = x + layer.self_attn.o_proj(attended)
             x = x + layer.mlp(layer.post_attention_layernorm(x))
         return self.norm(x)  # type: ignore[no-any-return]
+
+    def _rotaries_by_layer(self, positions: tuple[Tensor, Tensor]) -> list[tuple[CosSin, CosSin]]:
+        """Of every layer: the rotations of the context and of the block."""
+        context, block = positions
+        by_kind = {}
+        for kind in self.frequencies:
+            by_kind[kind] = (self.rotary(context, kind), self.rotary(block, kind))
+
+        if len(by_kind) == 1:  # whatever kinds of layers there are
+            return list(by_kind.values()) * len(self.layers)
+        return [by_kind[kind] for kind in self.config.layer_types]
 
     @undisturbed
     def drafters(self, target: Target) -> Callable[..., Drafter]:
         return functools.partial(DFlashDrafter, PackedDraft(self, target))
 
 
+# --- The network beside a target
+
+
+class _Depth(NamedTuple):
+    """What a sequential head says of one masked position."""
+
+    before: Tensor  # [rows, m] last tokens of the paths that were followed to it
+    tokens: Tensor  # [rows, m, n] the likeliest tokens behind each of them
+    scores: Tensor  # [rows, m, n] their log-probabilities
+
+
 class PackedDraft(DraftHead):
-    """A draft network's weights, packed for decoding beside one target; shared by all drafters made from it."""
+    """A draft network's weights, packed for decoding beside one target; shared by all drafters made
+    from it."""
 
     def __init__(self, model: DFlashDraftModel, target: Target) -> None:
         super().__init__(model, target)
-        probe, config = self.probe, model.config
+        config = model.config
+        rotaries = model.rotaries(self.probe)
+        blocks = self._blocks(model, rotaries)
         self.fc = self.packed(model.fc.weight)
-        rotaries = model.rotaries(probe)
-        first_rotary = next(iter(rotaries.values()))
-        kinds = config.layer_types if len(rotaries) > 1 else (None,) * len(model.layers)
-        blocks = []
-        for layer, kind, (window, causal) in zip(model.layers, kinds, config.masks, strict=True):
-            own = first_rotary if kind is None else rotaries[kind]
-            blocks.append(Block(layer, probe, window=window, causal=causal, rotary=own))
-        norm = model.norm.weight.detach().to(probe)
-        kernel = "compiled" if target.kernel_name == "compiled" else DRAFT_KERNEL
-        self.decoder = Decoder(
-            blocks, norm, rotary=first_rotary, eps=config.rms_norm_eps, kernel=kernel
-        )
-        first = (
-            config.num_attention_heads * config.head_dim
-        )  # behind the queries: keys and values, of all layers in one linear
-        weights, biases = zip(*(block.fused("qkv") for block in blocks), strict=True)
-        bias = None if biases[0] is None else torch.cat([b[first:] for b in biases])
-        self.context_kv = pack(
-            torch.cat([weight[first:] for weight in weights]), bias, kernel=DRAFT_KERNEL
-        )
+        self.hidden_norm = model.hidden_norm.weight.detach().to(self.probe)
+        self.context_kv = self._context_linear(blocks)
         self.k_norm = torch.stack([block.norms["k_norm"] for block in blocks])
-        self.hidden_norm = model.hidden_norm.weight.detach().to(probe)
-        compiled = self.decoder.kernel == "compiled"  # the target pins its own embedding
+
+        norm = model.norm.weight.detach().to(self.probe)
+        rotary = next(iter(rotaries.values()))
+        kernel = "compiled" if target.kernel_name == "compiled" else DRAFT_KERNEL
+        eps = config.rms_norm_eps
+        self.decoder = Decoder(blocks, norm, rotary=rotary, eps=eps, kernel=kernel)
+
         self.step: CompiledStep | None = None
-        if compiled:
+        if self.decoder.kernel == "compiled":
+            weights = [self.embedding]  # the target pins its own
             length = target.context_length + config.block_size
             self.step = CompiledStep(
-                self.decoder, self.embed, nn.Identity(), [self.embedding], num_positions=length
+                self.decoder, self.embed, nn.Identity(), weights, num_positions=length
             )
-        head = (
-            []
-            if model.sequential_head is None
-            else [part.detach().to(probe) for part in model.sequential_head.parameters()]
-        )
-        self.sequential = [self.packed(weight) for weight in head]
-        self.tables: tuple[
-            Tensor, ...
-        ] = ()  # what the C++ kernel of the sequential head reads: of every draft id, and weights
-        if head and self.vocabulary is not None and self.plain and native.usable(probe):
-            rows, embedded = (
-                self.head_rows(torch.arange(len(self.vocabulary), **INTS)),
-                self.embed(self.vocabulary),
-            )
-            self.tables = rows, rows if torch.equal(rows, embedded) else embedded, *head
-        parts = (
-            self.decoder,
-            self.fc,
-            self.context_kv,
-            *self.sequential,
-            *dict.fromkeys(self.tables),
-        )
-        self.nbytes += sum(part.nbytes for part in parts)
 
-    def context(self, features: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of every layer for features [n, F * hidden]: [n, layers, kv_heads, head_dim] each."""
-        config, decoder = self.config, self.decoder
+        head: list[Tensor] = []
+        if model.sequential_head is not None:
+            for weight in model.sequential_head.parameters():
+                head.append(weight.detach().to(self.probe))
+        self.sequential = [self.packed(weight) for weight in head]
+        self.tables = self._chain_tables(head)
+
+        for part in (self.decoder, self.fc, self.context_kv, *self.sequential):
+            self.nbytes += part.nbytes
+        for table in dict.fromkeys(self.tables):  # the first two may be the same one
+            self.nbytes += table.nbytes
+
+    def _blocks(self, model: DFlashDraftModel, rotaries: dict[str, Rotary]) -> list[Block]:
+        config = model.config
+        rotary = next(iter(rotaries.values()))
+        blocks = []
+        for index, mask in enumerate(config.masks):
+            if len(rotaries) > 1:
+                rotary = rotaries[config.layer_types[index]]
+            layer = model.layers[index]
+            window, causal = mask
+            block = Block(layer, self.probe, window=window, causal=causal, rotary=rotary)
+            blocks.append(block)
+        return blocks
+
+    def _context_linear(self, blocks: Sequence[Block]) -> Linear:
+        """C -> keys and values of all layers, in one linear.
+
+        In a block's own fused weight they stand behind the queries.
+        """
+        num_queries = self.config.num_attention_heads * self.config.head_dim
+        weights: list[Tensor] = []
+        biases: list[Tensor] = []
+        for block in blocks:
+            weight, bias = block.fused("qkv")
+            weights.append(weight[num_queries:])
+            if bias is not None:
+                biases.append(bias[num_queries:])
+        bias = torch.cat(biases) if biases else None
+        return pack(torch.cat(weights), bias, kernel=DRAFT_KERNEL)
+
+    def _chain_tables(self, head: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """What `native.chain` reads: the lm_head's rows and embeddings of every draft id, and the
+        sequential head's weights. Empty where the kernel cannot be used."""
+        if not head or self.vocabulary is None:
+            return ()
+        if not self.plain or not native.usable(self.probe):
+            return ()
+
+        rows = self.head_rows(torch.arange(len(self.vocabulary), **INTS))
+        embedded = self.embed(self.vocabulary)
+        if torch.equal(rows, embedded):
+            embedded = rows
+        return rows, embedded, *head
+
+    def context(self, features: Tensor, positions: Tensor) -> KeysValues:
+        """Keys and values of every layer for features [n, F * hidden] at positions [n]:
+        [n, layers, kv_heads, head_dim] each."""
+        decoder = self.decoder
+        eps = self.config.rms_norm_eps
+        num_layers, head_dim = self.k_norm.shape
         decoder.reserve(int(positions.max()) + 1)
         tables = [rotary.at(positions) for rotary in decoder.rotaries]
-        cos, sin = (
-            torch.stack(parts, dim=1) for parts in zip(*tables, strict=True)
-        )  # [n, tables, 1, head_dim]
-        if len(tables) > 1:
-            cos, sin = cos[:, decoder.which], sin[:, decoder.which]
-        state = F.rms_norm(
-            self.fc(features), self.hidden_norm.shape, self.hidden_norm, config.rms_norm_eps
-        )
-        kv = self.context_kv(state).view(len(state), len(self.k_norm), 2, -1, config.head_dim)
-        keys = (
-            F.rms_norm(kv[:, :, 0], (config.head_dim,), None, config.rms_norm_eps)
-            * self.k_norm[:, None]
-        )
-        return apply_rotary(keys, cos, sin), kv[:, :, 1]
+        cos = torch.stack([cos for cos, _ in tables], dim=1)  # [n, tables, 1, head_dim]
+        sin = torch.stack([sin for _, sin in tables], dim=1)
+        if len(tables) > 1:  # one a layer
+            cos = cos[:, decoder.which]
+            sin = sin[:, decoder.which]
 
-    def scored(self, hidden: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
-        """Chains: the likeliest tokens behind the anchors [rows], and their scores: hidden [rows, n, hidden] -> [rows, n, 1].
+        fused = self.fc(features)
+        context = F.rms_norm(fused, self.hidden_norm.shape, self.hidden_norm, eps)
+        kv = self.context_kv(context).view(len(context), num_layers, 2, -1, head_dim)
+        keys = kv[:, :, 0]
+        values = kv[:, :, 1]
+        normed = F.rms_norm(keys, (head_dim,), None, eps) * self.k_norm[:, None]
+        return apply_rotary(normed, cos, sin), values
 
-        With a sequential head from left to right, each position seeing the likeliest token before it.
+    def scored(self, hidden: Tensor, anchors: Tensor) -> Likely:
+        """Chains: the likeliest token of every masked position, [rows, n, 1].
+
+        hidden: the positions' states [rows, n, hidden]; anchors: [rows]. With a sequential head
+        from left to right, each position seeing the likeliest token before it.
         """
         if not self.sequential:
             return self.likely(hidden, 1)
+
         if not self.tables:
-            _, tokens, scores = zip(*self._beam(hidden, anchors, 1), strict=True)
-            return torch.cat(tokens, dim=1), torch.cat(scores, dim=1)
-        likely = self._candidates(hidden)
-        best = native.chain(hidden, self.embed(anchors), self.tables, likely).max(-1, keepdim=True)
-        return self.ids(likely.gather(-1, best.indices)), best.values
+            depths = list(self._beam(hidden, anchors, 1))
+            tokens = torch.cat([depth.tokens for depth in depths], dim=1)
+            scores = torch.cat([depth.scores for depth in depths], dim=1)
+            return Likely(tokens, scores)
 
-    def laws(self, hidden: Tensor, anchors: Tensor, *, trees: bool) -> Sequence[list[Laws]]:
-        """By row, the laws of every depth; of trees with a sequential head, those behind the tokens of the likeliest paths."""
+        candidates = self._candidates(hidden)
+        embedded = self.embed(anchors)
+        laws = native.chain(hidden, embedded, self.tables, candidates)
+        best = laws.max(-1, keepdim=True)
+        drafts = candidates.gather(-1, best.indices)
+        return Likely(self.ids(drafts), best.values)
+
+    def laws(self, hidden: Tensor, anchors: Tensor, *, trees: bool) -> list[list[Laws]]:
+        """By row, the laws of every depth, for `best_first`: of chains the likeliest tokens alone.
+
+        Of trees with a sequential head, those behind the tokens of the likeliest paths.
+        """
         if trees and self.sequential:
-            beam = [
-                zip(*map(Tensor.tolist, depth), strict=True)
-                for depth in list(self._beam(hidden, anchors, _PATHS))
-            ]
-            return [
-                [dict(zip(own[0], zip(*own[1:], strict=True), strict=True)) for own in row]
-                for row in zip(*beam, strict=True)
-            ]
-        found = (
-            anchors,
-            *(self.likely(hidden, _BRANCHES) if trees else self.scored(hidden, anchors)),
-        )
-        return [independent(*own) for own in zip(*map(Tensor.tolist, found), strict=True)]
+            return self._laws_behind_paths(hidden, anchors)
 
-    def _beam(
-        self, hidden: Tensor, anchors: Tensor, paths: int
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """By depth: the likeliest paths' last tokens [rows, m], the likeliest tokens behind each, their scores [rows, m, n]."""
-        likely, before, reached = (
-            self._candidates(hidden),
-            anchors[:, None],
-            hidden.new_zeros(1, 1, 1),
-        )
-        heads = self.head_rows(likely)
+        likely = self.likely(hidden, _BRANCHES) if trees else self.scored(hidden, anchors)
+        tokens, scores = likely
+        rows = zip(anchors.tolist(), tokens.tolist(), scores.tolist(), strict=True)
+        return [independent(*row) for row in rows]
+
+    def _laws_behind_paths(self, hidden: Tensor, anchors: Tensor) -> list[list[Laws]]:
+        depths = list(self._beam(hidden, anchors, _PATHS))  # all of them, before the first is read
+        laws: list[list[Laws]] = [[] for _ in range(len(anchors))]
+        for depth in depths:
+            before = depth.before.tolist()
+            tokens = depth.tokens.tolist()
+            scores = depth.scores.tolist()
+            for row, own in enumerate(laws):
+                behind = zip(tokens[row], scores[row], strict=True)
+                own.append(dict(zip(before[row], behind, strict=True)))
+        return laws
+
+    def _beam(self, hidden: Tensor, anchors: Tensor, num_paths: int) -> Iterator[_Depth]:
+        """The sequential head from left to right along the `num_paths` likeliest paths."""
+        candidates = self._candidates(hidden)
+        head_rows = self.head_rows(candidates)
+        num_best = _BRANCHES if num_paths > 1 else 1
+        before = anchors[:, None]
+        reached = hidden.new_zeros(1, 1, 1)  # log-probabilities of the paths [rows, paths, 1]
         for k in range(hidden.shape[1]):
-            states = swiglu(
-                hidden[:, k].repeat_interleave(before.shape[1], 0),
-                self.embed(before.flatten()),
-                *self.sequential,
-            )
-            logits = self.transformed(states.view(*before.shape, -1) @ heads[:, k].mT)
-            laws, ids = logits.log_softmax(-1), self.ids(likely[:, k])
-            best = laws.topk(min(_BRANCHES if paths > 1 else 1, laws.shape[-1]), dim=-1)
-            yield before, ids[:, None].expand_as(laws).gather(-1, best.indices), best.values
-            ways = (reached + laws).amax(1).topk(min(paths, laws.shape[-1]), dim=-1)
-            before, reached = ids.gather(-1, ways.indices), ways.values[..., None]
+            own = hidden[:, k].repeat_interleave(before.shape[1], 0)
+            embedded = self.embed(before.flatten())
+            states = swiglu(own, embedded, *self.sequential).view(*before.shape, -1)
+            logits = self.transformed(states @ head_rows[:, k].mT)
+            laws = logits.log_softmax(-1)  # [rows, paths, candidates]
+            ids = self.ids(candidates[:, k])
+            best = top(laws, num_best)
+            tokens = ids[:, None].expand_as(laws).gather(-1, best.indices)
+            yield _Depth(before, tokens, best.values)
+
+            ways = (reached + laws).amax(1)  # to each candidate by the likeliest path
+            likeliest = top(ways, num_paths)
+            before = ids.gather(-1, likeliest.indices)
+            reached = likeliest.values[..., None]
 
     def _candidates(self, hidden: Tensor) -> Tensor:
-        """Draft ids [..., n] that the sequential head is asked about: to ask it about all would cost a second lm_head."""
-        logits = self.logits(hidden)
-        return logits.topk(min(_LIKELY, logits.shape[-1]), dim=-1).indices
+        """Draft ids [..., n] that the sequential head is asked about: to ask it about all would
+        cost a second lm_head."""
+        return top(self.logits(hidden), _LIKELY).indices
+
+
+# --- The drafter
 
 
 class DFlashDrafter:
-    """Drafts a chain per row, the likeliest token of every masked position, or a tree of them; all are chosen, not drawn.
+    """Drafts a chain per row, the likeliest token of every masked position, or a tree of them; all
+    are chosen, not drawn.
 
-    tree_nodes: the anchor's tree has that many nodes, best first over the positions' laws (DDTree, 2604.12989).
+    tree_nodes: the anchor's tree has that many nodes, best first over the positions' laws
+    (DDTree, 2604.12989).
     """
 
     name = "dflash"
@@ -286,8 +379,9 @@ class DFlashDrafter:
         self, network: PackedDraft, *, block_size: int | None = None, tree_nodes: int | None = None
     ) -> None:
         config = network.config
-        self.network, self.tree_nodes = network, tree_nodes
-        self.block_size = block_size or config.block_size
+        self.network = network
+        self.tree_nodes = tree_nodes
+        self.block_size = config.block_size if block_size is None else block_size
         self.layers = config.target_layer_ids
         self.cache = SlotCache(config.num_hidden_layers, 1, 256, blocked=network.decoder.native)
         self.caches: tuple[SlotCache, ...] = (self.cache,)
@@ -299,61 +393,73 @@ class DFlashDrafter:
     ) -> None:
         """Turn new features into context keys and values, once."""
         assert features is not None
-        net, config = self.network, self.network.config
         self.cache.reserve(0, rows=max(rows.slots) + 1)
-        starts = [self.cache.lengths[slot] for slot in rows.slots]
         counts = [len(own) for own in features]
-        if not sum(counts):
+        if not any(counts):
             return
-        positions = torch.cat(
-            [
-                torch.arange(start, start + n, **INTS)
-                for start, n in zip(starts, counts, strict=True)
-            ]
-        )
-        parts = net.context(torch.cat(list(features)), positions)
-        self.cache.reserve(max(start + n for start, n in zip(starts, counts, strict=True)))
-        for slot, keys, values in zip(
-            rows.slots, *(part.split(counts) for part in parts), strict=True
-        ):
-            for index in range(config.num_hidden_layers):
-                self.cache.write(
-                    index, slot, keys[:, index].transpose(0, 1), values[:, index].transpose(0, 1)
-                )
-            self.cache.keep(slot, range(len(keys)))
+
+        positions = []
+        longest = 0
+        for slot, count in zip(rows.slots, counts, strict=True):
+            start = self.cache.lengths[slot]
+            positions.append(torch.arange(start, start + count, **INTS))
+            longest = max(longest, start + count)
+        together = torch.cat(list(features))
+        keys, values = self.network.context(together, torch.cat(positions))
+
+        self.cache.reserve(longest)
+        parts = zip(rows.slots, keys.split(counts), values.split(counts), strict=True)
+        for slot, own_keys, own_values in parts:
+            for layer in range(self.cache.num_layers):
+                layer_keys = own_keys[:, layer].transpose(0, 1)
+                layer_values = own_values[:, layer].transpose(0, 1)
+                self.cache.write(layer, slot, layer_keys, layer_values)
+            self.cache.keep(slot, range(len(own_keys)))
 
     @undisturbed
     @serial(lambda self: self.network.decoder.native)
     @torch.inference_mode()
     def propose(self, rows: Rows, max_nodes: int) -> Proposal:
         """One forward of the network over every row's block."""
-        anchors, size = rows.anchors, self.block_size
-        grown = [NOTHING] * len(rows)
-        if (width := min(size, max_nodes)) > 1:
-            self.network.tell(max(rows.positions) + size)
-            own = torch.tensor(anchors, **INTS)
-            hidden = self._states(rows.slots, own)[:, 1:width]
-            for i, laws in enumerate(
-                self.network.laws(hidden, own, trees=self.tree_nodes is not None)
-            ):
-                grown[i] = best_first(anchors[i], laws, min(self.tree_nodes or size, max_nodes) - 1)
+        anchors = rows.anchors
+        width = min(self.block_size, max_nodes)
+        if width <= 1:
+            return planted(anchors, [NOTHING] * len(rows))
+
+        self.network.tell(max(rows.positions) + self.block_size)
+        ids = torch.tensor(anchors, **INTS)
+        hidden = self._states(rows.slots, ids)[:, 1:width]
+        laws = self.network.laws(hidden, ids, trees=self.tree_nodes is not None)
+        num_nodes = self.block_size if self.tree_nodes is None else self.tree_nodes
+        count = min(num_nodes, max_nodes) - 1
+        grown = []
+        for anchor, own in zip(anchors, laws, strict=True):
+            grown.append(best_first(anchor, own, count))
         return planted(anchors, grown)
 
-    def end(self, rows: Rows) -> None:
-        for slot in set(rows.slots) & set(range(self.cache.rows)):
-            self.cache.free(slot)
-
     def _states(self, slots: list[int], anchors: Tensor) -> Tensor:
-        """Of the rows' blocks [rows, block, hidden]; a block is always fed whole, as in training."""
-        net, size, count = self.network, self.block_size, len(slots)
-        self.cache.reserve(max(self.cache.lengths[slot] for slot in slots) + size)
-        tokens = torch.full((count, size), net.config.mask_token_id, **INTS)
+        """States of the rows' blocks [rows, block, hidden]; a block is always fed whole, as in
+        training."""
+        network = self.network
+        num_rows = len(slots)
+        size = self.block_size
+        longest = max(self.cache.lengths[slot] for slot in slots)
+        self.cache.reserve(longest + size)
+
+        tokens = torch.full((num_rows, size), network.config.mask_token_id, **INTS)
         tokens[:, 0] = anchors
-        everything = torch.ones(count, size, size, **BOOLS)  # but for what a layer's own mask hides
-        shape = Layout(
-            everything,
-            torch.arange(size, **INTS).expand(count, size),
-            torch.full((count,), size, **INTS),
-        )
-        run, x = (net.step, tokens) if net.step else (net.decoder, net.embed(tokens))
-        return run(self.cache, slots, x, shape, ())[0]
+        seen = torch.ones(num_rows, size, size, **BOOLS)  # but for what a layer's own mask hides
+        depths = torch.arange(size, **INTS).expand(num_rows, size)
+        sizes = torch.full((num_rows,), size, **INTS)
+        layout = Layout(seen, depths, sizes)
+        if network.step is not None:
+            states, _ = network.step(self.cache, slots, tokens, layout, ())
+        else:
+            embedded = network.embed(tokens)
+            states, _ = network.decoder(self.cache, slots, embedded, layout, ())
+        return states
+
+    def end(self, rows: Rows) -> None:
+        for slot in rows.slots:
+            if slot < self.cache.rows:  # others were never observed
+                self.cache.free(slot)

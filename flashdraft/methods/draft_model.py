@@ -1,16 +1,18 @@
-"""Speculative decoding with a smaller causal LM of the same tokenizer (Leviathan 2211.17192), drafting token by token.
+"""Speculative decoding with a smaller causal LM of the same tokenizer (Leviathan 2211.17192),
+drafting token by token.
 
-The draft LM is any network behind the Target protocol. Its cache holds what it has read, its own drafts included; a new
-text keeps the prefix that matches, so that only tokens are read which were not drafted, or were drafted wrong.
+The draft LM is any network behind the Target protocol. Its cache holds what it has read, its own
+drafts included; a new text keeps the prefix that matches, so that only tokens are read which were
+not drafted, or were drafted wrong.
 """
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -31,16 +33,26 @@ from flashdraft.types import Drafter, Proposal, Rows, SamplingParams, require
 __all__ = ["CutDraftModel", "DraftModelDrafter", "check_tokenizers"]
 
 Size = int | None
+
 _LOG = logging.getLogger("flashdraft")
 _UNCUT = SamplingParams(temperature=1.0)  # of greedy rows: how sure the draft is of its argmax
 
 
-class DraftModelDrafter(Drafter):
-    """Drafts a chain per row. drawn: rows with a temperature draw their drafts, as the target would; else all are the argmax.
+class Tokenizer(Protocol):
+    def get_vocab(self) -> Mapping[str, int]: ...
 
-    vocab_size: the target's; a smaller network knows nothing of the last ids, and a row that holds one gets its anchor alone; a
-    larger one never drafts what the target lacks.
-    Chosen drafts leave seeded text as it is without drafts; drawn ones keep its law, and the same drafts give the same text.
+
+# --- The drafter
+
+
+class DraftModelDrafter(Drafter):
+    """Drafts a chain per row.
+
+    drawn: rows with a temperature draw their drafts, as the target would; else all are the argmax.
+    Chosen drafts leave seeded text as it is without drafts; drawn ones keep its law, and the same
+    drafts give the same text.
+    vocab_size: the target's; a smaller network knows nothing of the last ids, and a row that holds
+    one gets its anchor alone; a larger one never drafts what the target lacks.
     """
 
     name = "draft_model"
@@ -57,14 +69,15 @@ class DraftModelDrafter(Drafter):
         require(
             tree_nodes is None, "tree_nodes", tree_nodes, "left out: a draft model drafts chains"
         )
-        self.network, self.block_size, self.drawn = network, block_size or 5, drawn
-        self.vocab_size = vocab_size or network.vocab_size
+        self.network = network
+        self.block_size = 5 if block_size is None else block_size
+        self.drawn = drawn
+        self.vocab_size = network.vocab_size if vocab_size is None else vocab_size
         self.cache = network.new_cache(1, 256)
         self.caches = (self.cache,)
         self._read: dict[int, list[int]] = {}  # by slot: the tokens in the cache
-        self._shared: dict[
-            int, int
-        ] = {}  # by slot: how many of them the history is known to begin with
+        # By slot: how many of them the history is known to begin with.
+        self._shared: dict[int, int] = {}
         self._told = False
 
     @undisturbed
@@ -72,7 +85,8 @@ class DraftModelDrafter(Drafter):
     def observe(
         self, rows: Rows, tokens: Sequence[Tensor], features: Sequence[Tensor] | None
     ) -> None:
-        """Read what is longer than a block, such as a prompt; a step's few tokens wait for the next draft's first pass."""
+        """Read what is longer than a block, such as a prompt; a step's few tokens wait for the next
+        draft's first pass."""
         for slot, history, position in zip(rows.slots, rows.histories, rows.positions, strict=True):
             *fresh, _ = self._unread(slot, history)
             if len(fresh) > self.block_size and self._fits(position, fresh):
@@ -84,71 +98,97 @@ class DraftModelDrafter(Drafter):
     @serial(lambda self: self.cache.blocked)
     @torch.inference_mode()
     def propose(self, rows: Rows, max_nodes: int) -> Proposal:
-        """One pass over all rows per drafted token. A row beyond the network's positions gets its anchor alone.
+        """One pass over all rows per drafted token. A row beyond the network's positions gets its
+        anchor alone.
 
-        A node's score is the log of the largest probability in the law that it comes from: an argmax's own, and known of a
-        drawn node before its token is. Draws are keyed by the anchor's position and the node: no step sees another's.
+        A node's score is the log of the largest probability in the law that it comes from: an
+        argmax's own, and known of a drawn node before its token is. Draws are keyed by the anchor's
+        position and the node: no step sees another's.
         """
-        unread = [
-            self._unread(slot, history)
-            for slot, history in zip(rows.slots, rows.histories, strict=True)
-        ]
-        places = rows.positions
-        live = [
-            i for i, fits in enumerate(map(self._fits, places, unread)) if fits and max_nodes > 1
-        ]
-        self._tell(max(places))
-        slots, positions = [rows.slots[i] for i in live], [places[i] for i in live]
-        params, fresh = [rows.params[i] for i in live], [unread[i] for i in live]
+        num_rows = len(rows)
+        live = []  # rows that are drafted
+        positions = []  # of their anchors
+        fresh = []  # of each of them: what the network has not read
+        for row, position in enumerate(rows.positions):
+            unread = self._unread(rows.slots[row], rows.histories[row])
+            if max_nodes > 1 and self._fits(position, unread):
+                live.append(row)
+                positions.append(position)
+                fresh.append(unread)
+        self._tell(max(rows.positions))
+
         width = min(self.block_size, max_nodes) if live else 1
         tokens = torch.tensor(rows.anchors, **INTS)[:, None].repeat(1, width)
-        sizes, scores = torch.ones(len(rows), **INTS), torch.zeros(len(rows), width, **FLOATS)
+        scores = torch.zeros(num_rows, width, **FLOATS)
+        sizes = torch.ones(num_rows, **INTS)
         sizes[live] = width
-        draws = torch.tensor([self.drawn and own.temperature > 0 for own in params], **BOOLS)
-        probs = (
-            torch.zeros(len(rows), width, self.vocab_size, **FLOATS) if bool(draws.any()) else None
-        )
+
+        seeds = [rows.params[row].seed for row in live]
+        draw_own = [self._draws(rows.params[row]) for row in live]
+        draws = torch.tensor(draw_own, **BOOLS)
+        probs: Tensor | None = None
+        drawn: Tensor | None = None
+        if bool(draws.any()):
+            probs = torch.zeros(num_rows, width, self.vocab_size, **FLOATS)
+            drawn = torch.zeros(num_rows, width, **BOOLS)
+            drawn[live, 1:] = draws[:, None]
+
         for node in range(1, width):
-            read = zip(self._forward(slots, fresh), slots, live, strict=True)
-            laws = torch.stack(
-                [
-                    self._law(logits, slot, rows.params[i], rows.num_prompts[i])
-                    for logits, slot, i in read
-                ]
-            )
-            largest, token = laws.max(-1)
+            laws = self._laws(rows, live, fresh)
+            largest, chosen = laws.max(-1)
             if probs is not None:
-                level = uniforms([own.seed for own in params], positions, 1, lane=-node)[:, 0]
-                token, probs[live, node - 1] = torch.where(draws, draw(laws, level), token), laws
-            tokens[live, node], scores[live, node] = token, largest.log()
-            fresh = [[one] for one in token.tolist()]
-        drawn = torch.zeros_like(tokens, dtype=torch.bool)
-        drawn[live, 1:] = draws[:, None]
-        return Proposal(
-            tokens,
-            chain(width).expand_as(tokens),
-            sizes,
-            scores,
-            probs,
-            None if probs is None else drawn,
-        )
+                levels = uniforms(seeds, positions, 1, lane=-node)[:, 0]
+                chosen = torch.where(draws, draw(laws, levels), chosen)
+                probs[live, node - 1] = laws
+            tokens[live, node] = chosen
+            scores[live, node] = largest.log()
+            fresh = [[token] for token in chosen.tolist()]
+        return Proposal(tokens, chain(width).expand_as(tokens), sizes, scores, probs, drawn)
+
+    def _draws(self, params: SamplingParams) -> bool:
+        return self.drawn and params.temperature > 0
+
+    def _laws(self, rows: Rows, live: list[int], fresh: list[list[int]]) -> Tensor:
+        """Of every live row, the law behind what it has read with `fresh`: [live, vocab]."""
+        slots = [rows.slots[row] for row in live]
+        laws = []
+        for row, logits in zip(live, self._forward(slots, fresh), strict=True):
+            law = self._law(logits, rows.slots[row], rows.params[row], rows.num_prompts[row])
+            laws.append(law)
+        return torch.stack(laws)
 
     def _law(self, logits: Tensor, slot: int, params: SamplingParams, num_prompt: int) -> Tensor:
         """The law that the row's own parameters make of logits [vocab] behind what it has read."""
-        with suppress(
-            InvalidParameter
-        ):  # nothing is allowed behind this draft: the target will not come here
+        # Nothing may be allowed behind this draft: then the target will not come here.
+        with suppress(InvalidParameter):
             logits = adjusted(logits, params, self._read[slot], num_prompt)
         return probabilities(logits, params if params.temperature else _UNCUT)
 
-    def end(self, rows: Rows) -> None:
-        for slot in {*rows.slots} & {*self._read}:
-            self.cache.free(slot)
-            del self._read[slot]
-            self._shared.pop(slot, None)
+    def _forward(self, slots: list[int], fresh: list[list[int]]) -> Tensor:
+        """Read every row's tokens in one pass: the logits after its last one, [rows, vocab] float32
+        on the host."""
+        counts = [len(own) for own in fresh]
+        width = max(counts)
+        longest = max(self.cache.lengths[slot] for slot in slots)
+        self.cache.reserve(longest + width)
+        padded = [own + [0] * (width - len(own)) for own in fresh]
+        tokens = torch.tensor(padded, **INTS)
+        parents = chain(width).expand_as(tokens)
+        sizes = torch.tensor(counts, **INTS)
+        logits, _ = self.network.forward(self.cache, slots, tokens, parents, sizes, ())
+        for slot, own in zip(slots, fresh, strict=True):
+            self.cache.keep(slot, range(len(own)))
+            self._read[slot] += own
+
+        every_row = torch.arange(len(slots), **INTS)
+        last = logits[every_row, sizes - 1, : self.vocab_size]  # no id that the target lacks
+        last = last.float().cpu()
+        num_missing = self.vocab_size - last.shape[-1]
+        return F.pad(last, (0, num_missing), value=-math.inf)
 
     def _unread(self, slot: int, history: list[int]) -> list[int]:
-        """Cut the row to what it shares with the history before its anchor; returns the rest of the history."""
+        """Cut the row to what it shares with the history before its anchor; returns the rest of the
+        history."""
         self.cache.reserve(0, rows=slot + 1)
         read = self._read.setdefault(slot, [])
         end = min(len(read), len(history) - 1)
@@ -161,11 +201,10 @@ class DraftModelDrafter(Drafter):
         return history[same:]
 
     def _fits(self, position: int, unread: list[int]) -> bool:
-        """Whether the network has positions for a whole block behind an anchor at `position`, and knows all tokens before."""
-        return (
-            position + self.block_size - 1 <= self.network.context_length
-            and max(unread, default=0) < self.network.vocab_size
-        )
+        """Whether the network has positions for a whole block behind an anchor at `position`, and
+        knows all tokens before."""
+        has_positions = position + self.block_size - 1 <= self.network.context_length
+        return has_positions and max(unread, default=0) < self.network.vocab_size
 
     def _tell(self, position: int) -> None:
         """Say once that drafting ends where the network has no more positions."""
@@ -178,25 +217,20 @@ class DraftModelDrafter(Drafter):
                 last,
             )
 
-    def _forward(self, slots: list[int], fresh: list[list[int]]) -> Tensor:
-        """Read every row's tokens in one pass: the logits after its last one, [rows, vocab] float32 on the host."""
-        width, sizes = max(map(len, fresh)), torch.tensor([len(own) for own in fresh], **INTS)
-        self.cache.reserve(max(self.cache.lengths[slot] for slot in slots) + width)
-        tokens = torch.tensor([own + [0] * (width - len(own)) for own in fresh], **INTS)
-        logits, _ = self.network.forward(
-            self.cache, slots, tokens, chain(width).expand_as(tokens), sizes, ()
-        )
-        for slot, own in zip(slots, fresh, strict=True):
-            self.cache.keep(slot, range(len(own)))
-            self._read[slot] += own
-        last = (
-            logits[torch.arange(len(slots), **INTS), sizes - 1, : self.vocab_size].float().cpu()
-        )  # no id that the target lacks
-        return F.pad(last, (0, self.vocab_size - last.shape[-1]), value=-math.inf)
+    def end(self, rows: Rows) -> None:
+        for slot in rows.slots:
+            if slot in self._read:
+                self.cache.free(slot)
+                del self._read[slot]
+                self._shared.pop(slot, None)
+
+
+# --- A draft model cut from its target
 
 
 class CutDraftModel(DraftNetwork):
-    """A causal LM of some of its target's layers, in llama's shape. Embedding and lm_head are the target's, and in no file."""
+    """A causal LM of some of its target's layers, in llama's shape. Embedding and lm_head are the
+    target's, and in no file."""
 
     method = "draft_model"
 
@@ -205,12 +239,16 @@ class CutDraftModel(DraftNetwork):
         super().__init__(config)
         lm: Any = LlamaModel(_llama(config, vocab_size=1)).float()
         lm.set_input_embeddings(nn.Identity())
-        self.layers, self.norm, self.rotary_emb = lm.layers, lm.norm, lm.rotary_emb
+        self.layers = lm.layers
+        self.norm = lm.norm
+        self.rotary_emb = lm.rotary_emb
         self._lm = (lm,)  # not a module of its own: its parts are
 
     def forward(self, embedded: Tensor) -> Tensor:
         """Embeddings of one text [n, hidden] -> normed states [n, hidden], for the lm_head."""
-        return self._lm[0](inputs_embeds=embedded[None], use_cache=False).last_hidden_state[0]  # type: ignore[no-any-return]
+        (lm,) = self._lm
+        output = lm(inputs_embeds=embedded[None], use_cache=False)
+        return output.last_hidden_state[0]  # type: ignore[no-any-return]
 
     def reduce_vocabulary(self, tokens: Tensor) -> None:
         """Training compares fewer tokens; all are drafted."""
@@ -218,51 +256,67 @@ class CutDraftModel(DraftNetwork):
     @undisturbed
     def drafters(self, target: Target) -> Callable[..., Drafter]:
         check_target(self.config, target)
-        everything = torch.arange(target.vocab_size, **INTS)
-        table, head = target.embed(everything), target.head_weight(everything)
-        norm, tokens = (
-            SimpleNamespace(weight=weight)
-            for weight in (self.norm.weight.detach().to(table), table)
-        )
+        every_token = torch.arange(target.vocab_size, **INTS)
+        table = target.embed(every_token)
+        head = target.head_weight(every_token)
+        if torch.equal(table, head):
+            head = table
+
         model = SimpleNamespace(
-            embed_tokens=tokens, layers=self.layers, norm=norm, rotary_emb=self.rotary_emb
+            embed_tokens=SimpleNamespace(weight=table),
+            layers=self.layers,
+            norm=SimpleNamespace(weight=self.norm.weight.detach().to(table)),
+            rotary_emb=self.rotary_emb,
         )
-        own = SimpleNamespace(weight=table if torch.equal(table, head) else head, bias=None)
         lm = SimpleNamespace(
-            config=_llama(self.config, vocab_size=target.vocab_size), model=model, lm_head=own
+            config=_llama(self.config, vocab_size=target.vocab_size),
+            model=model,
+            lm_head=SimpleNamespace(weight=head, bias=None),
         )
-        return partial(
-            DraftModelDrafter, LeanTarget(lm, f"a cut of {target.name}", kernel=DRAFT_KERNEL)
-        )
+        network = LeanTarget(lm, f"a cut of {target.name}", kernel=DRAFT_KERNEL)
+        return partial(DraftModelDrafter, network)
 
 
 def _llama(config: DraftConfig, *, vocab_size: int) -> LlamaConfig:
-    nothing: Any = dict.fromkeys(
-        ("pad_token_id", "bos_token_id", "eos_token_id")
-    )  # what the engine asks a target
     shape = network_shape(config, config.rope_parameters)
-    return LlamaConfig(**shape, vocab_size=vocab_size, **nothing, tie_word_embeddings=True)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):  # the engine asks its target
+        shape[name] = None
+    return LlamaConfig(**shape, vocab_size=vocab_size, tie_word_embeddings=True)
+
+
+# --- Two models, one tokenizer
 
 
 def check_tokenizers(
-    target_tokenizer: Any, draft_tokenizer: Any, target: Target, network: Target
+    target_tokenizer: Tokenizer, draft_tokenizer: Tokenizer, target: Target, network: Target
 ) -> None:
-    """Raises DraftMismatch unless the ids that both know mean the same: one of the two may have more tokens than the other."""
-    hint = f"a draft LM shares its target's tokenizer: take a smaller model of the family of `{target.name}`"
-    ids, others = target_tokenizer.get_vocab(), draft_tokenizer.get_vocab()
-    own, other = ({i: token for token, i in vocabulary.items()} for vocabulary in (ids, others))
-    common = sorted(own.keys() & other.keys())
+    """Raises DraftMismatch unless the ids that both know mean the same: one of the two may have
+    more tokens than the other."""
+    hint = (
+        "a draft LM shares its target's tokenizer: "
+        f"take a smaller model of the family of `{target.name}`"
+    )
+    target_ids = target_tokenizer.get_vocab()
+    draft_ids = draft_tokenizer.get_vocab()
+    target_tokens = {i: token for token, i in target_ids.items()}
+    draft_tokens = {i: token for token, i in draft_ids.items()}
+    common = sorted(target_tokens.keys() & draft_tokens.keys())
     for i in common:
-        if own[i] != other[i]:
+        if target_tokens[i] != draft_tokens[i]:
             got = (
-                f"token {i} is {other[i]!r} to `{network.name}`, but {own[i]!r} to `{target.name}`"
+                f"token {i} is {draft_tokens[i]!r} to `{network.name}`, "
+                f"but {target_tokens[i]!r} to `{target.name}`"
             )
             raise DraftMismatch(got, hint=hint)
-    for token in sorted(ids.keys() & others.keys(), key=ids.__getitem__):
-        if ids[token] != others[token]:
-            got = f"{token!r} is token {others[token]} to `{network.name}`, but {ids[token]} to `{target.name}`"
+
+    for token in sorted(target_ids.keys() & draft_ids.keys(), key=target_ids.__getitem__):
+        if target_ids[token] != draft_ids[token]:
+            got = (
+                f"{token!r} is token {draft_ids[token]} to `{network.name}`, "
+                f"but {target_ids[token]} to `{target.name}`"
+            )
             raise DraftMismatch(got, hint=hint)
+
     if not common:
-        raise DraftMismatch(
-            f"`{network.name}` and `{target.name}` have no token in common", hint=hint
-        )
+        got = f"`{network.name}` and `{target.name}` have no token in common"
+        raise DraftMismatch(got, hint=hint)

@@ -1,7 +1,8 @@
 """Two drafters at once: their proposals become one tree, in which equal prefixes are one path.
 
-Only chosen nodes are joined. Where a drawn node stands in a merged tree, and so whether it is read, would depend on its own
-token, which changes the law: drawn proposals are refused. Knows no method by name.
+Only chosen nodes are joined. Where a drawn node stands in a merged tree, and so whether it is read,
+would depend on its own token, which changes the law: drawn proposals are refused. Knows no method
+by name.
 """
 
 from collections.abc import Sequence
@@ -17,14 +18,18 @@ from flashdraft.types import Drafter, Proposal, Rows
 __all__ = ["Union", "merge"]
 
 Path = tuple[int, ...]  # the tokens from the anchor to a node
-_UNKNOWN = -0.7  # log-confidence, about a half, of a node whose drafter states none: behind sure nodes, before unlikely ones
+
+# Log-confidence of a node whose drafter states none: about a half, behind sure nodes and before
+# unlikely ones.
+_UNKNOWN = -0.7
 
 
 class Union(Drafter):
-    """`first` and `second` propose; the best paths of both are read. Each sees the features of the layers that it asked for."""
+    """`first` and `second` propose; the best paths of both are read. Each sees the features of the
+    layers that it asked for."""
 
     def __init__(self, first: Drafter, second: Drafter) -> None:
-        self.drafters = first, second
+        self.drafters = (first, second)
         for drafter in self.drafters:
             if isinstance(getattr(drafter, "drawn", None), bool):
                 drafter.drawn = False  # type: ignore[attr-defined]  # see above
@@ -33,22 +38,31 @@ class Union(Drafter):
         self.caches = (*first.caches, *second.caches)
 
     def propose(self, rows: Rows, max_nodes: int) -> Proposal:
-        """The likeliest paths of both, likeliest first; the controller calibrates stated and unknown confidences alike."""
-        trees = [_nodes(drafter.propose(rows, max_nodes)) for drafter in self.drafters]
-        return planted(
-            rows.anchors, [merge(pair, max_nodes - 1) for pair in zip(*trees, strict=True)]
-        )
+        """The likeliest paths of both, likeliest first; the controller calibrates stated and
+        unknown confidences alike."""
+        first, second = self.drafters
+        first_trees = _nodes(first.propose(rows, max_nodes))
+        second_trees = _nodes(second.propose(rows, max_nodes))
+        merged = []
+        for pair in zip(first_trees, second_trees, strict=True):
+            merged.append(merge(pair, max_nodes - 1))
+        return planted(rows.anchors, merged)
 
     def observe(
         self, rows: Rows, tokens: Sequence[Tensor], features: Sequence[Tensor] | None
     ) -> None:
         for drafter in self.drafters:
+            if not drafter.layers:
+                drafter.observe(rows, tokens, None)
+                continue
+
+            assert features is not None
             columns = [self.layers.index(layer) for layer in drafter.layers]
-            own = [
-                f.unflatten(1, (len(self.layers), -1))[:, columns].flatten(1)
-                for f in features or ()
-            ]
-            drafter.observe(rows, tokens, own if columns else None)
+            own = []
+            for everything in features:
+                by_layer = everything.unflatten(1, (len(self.layers), -1))
+                own.append(by_layer[:, columns].flatten(1))
+            drafter.observe(rows, tokens, own)
 
     def end(self, rows: Rows) -> None:
         for drafter in self.drafters:
@@ -56,42 +70,46 @@ class Union(Drafter):
 
 
 def merge(trees: Sequence[Nodes], count: int) -> Nodes:
-    """One tree of the `count` nodes with the likeliest paths, likeliest first; a node of several trees has its best score."""
-    scores = dict[Path, float]()  # parents before children
-    total: dict[Path, float] = {(): 0.0}
+    """One tree of the `count` nodes with the likeliest paths, likeliest first; a node of several
+    trees has its best score."""
+    scores: dict[Path, float] = {}  # parents before children
     for tokens, parents, own in trees:
         paths: list[Path] = [()]
         for token, parent, score in zip(tokens, parents, own, strict=True):
-            paths.append((*paths[parent], token))
-            scores[paths[-1]] = max(score, scores.get(paths[-1], score))
+            path = (*paths[parent], token)
+            paths.append(path)
+            scores[path] = max(score, scores.get(path, score))
+
+    total: dict[Path, float] = {(): 0.0}  # log-confidence of whole paths
     for path, score in scores.items():
-        total[path] = total[path[:-1]] + min(
-            score, 0.0
-        )  # rounding may leave a certain node above 0
-    order = sorted(scores, key=lambda path: -total[path])[
-        :count
-    ]  # stable: parents stay before their children
-    places = {path: node for node, path in enumerate([(), *order])}
-    return Nodes(
-        [path[-1] for path in order],
-        [places[path[:-1]] for path in order],
-        [scores[path] for path in order],
-    )
+        certain_at_most = min(score, 0.0)  # rounding may leave a certain node above 0
+        total[path] = total[path[:-1]] + certain_at_most
+
+    order = sorted(scores, key=lambda path: -total[path])  # stable: parents before their children
+    places: dict[Path, int] = {(): 0}
+    merged = Nodes([], [], [])
+    for place, path in enumerate(order[:count], 1):
+        places[path] = place
+        merged.tokens.append(path[-1])
+        merged.parents.append(places[path[:-1]])
+        merged.scores.append(scores[path])
+    return merged
 
 
 def _nodes(proposal: Proposal) -> list[Nodes]:
     """By row: what lies behind the anchor."""
     if proposal.drawn is not None and bool(proposal.drawn.any()):
-        raise InvalidParameter(
-            "drawn drafts cannot be joined", hint="make the drafter with drawn=False"
-        )
-    scores = (
-        torch.full(proposal.tokens.shape, _UNKNOWN, **FLOATS)
-        if proposal.scores is None
-        else proposal.scores
-    )
-    lists = (t.tolist() for t in (proposal.tokens, proposal.parents, scores, proposal.sizes))
-    return [
-        Nodes(own[1:size], parents[1:size], sure[1:size])
-        for own, parents, sure, size in zip(*lists, strict=True)
-    ]
+        hint = "make the drafter with drawn=False"
+        raise InvalidParameter("drawn drafts cannot be joined", hint=hint)
+
+    confidence = proposal.scores
+    if confidence is None:
+        confidence = torch.full(proposal.tokens.shape, _UNKNOWN, **FLOATS)
+    tokens = proposal.tokens.tolist()
+    parents = proposal.parents.tolist()
+    scores = confidence.tolist()
+    rows = []
+    for row, size in enumerate(proposal.sizes.tolist()):
+        behind = slice(1, size)
+        rows.append(Nodes(tokens[row][behind], parents[row][behind], scores[row][behind]))
+    return rows
