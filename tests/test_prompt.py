@@ -114,7 +114,9 @@ NO_PROMPTS: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize(
-    ("prompt", "named"), NO_PROMPTS, ids=[repr(prompt)[:40] for prompt, _ in NO_PROMPTS]
+    ("prompt", "named"),
+    NO_PROMPTS,
+    ids=[f"{type(prompt).__name__}: {named}" for prompt, named in NO_PROMPTS],
 )
 def test_what_is_no_prompt_is_refused_by_its_type(prompt: Any, named: str) -> None:
     """Alone, and among others."""

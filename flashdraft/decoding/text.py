@@ -1,13 +1,14 @@
 """Tokens to text as it streams: whole characters only, and nothing from a stop string on.
 
-Special tokens have no text that is shown, but a stop string may name one, or begin or end inside one. Knows a tokenizer's
-`decode`, and what its special tokens are called.
+Special tokens have no text that is shown, but a stop string may name one, or begin or end inside
+one. Knows a tokenizer's `decode`, and what its special tokens are called. Does not know models,
+requests or steps.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from itertools import compress
 
-from flashdraft.decoding.ending import hidden_tokens
+from flashdraft.decoding.ending import Tokenizer, hidden_tokens
 
 __all__ = ["TextDecoder"]
 
@@ -15,25 +16,30 @@ _UNFINISHED = "\ufffd"  # what a tokenizer prints for the first bytes of a chara
 
 
 class TextDecoder:
-    """`push` every token in order, then `flush`; the pieces joined are the text. `stopped` tells that a stop string ended it.
+    """`push` every token in order, then `flush`; the pieces joined are the text.
 
-    An end-of-text token goes to `end` instead, which shows nothing of it.
+    `stopped` tells that a stop string ended it. An end-of-text token goes to `end` instead, which
+    shows nothing of it.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
-        self.tokenizer, self.stop, self.stopped = tokenizer, tuple(stop), False
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self.tokenizer = tokenizer
+        self.stop = tuple(stop)
+        self.stopped = False
         self.text = ""  # given out so far
         self._tokens: list[int] = []
         self._start = 0  # tokens before this are left out of the decode window
         self._read = 0  # tokens before this are in the text already
-        self._hidden = (
-            hidden_tokens(tokenizer) if self.stop else {}
-        )  # texts of special tokens, which only stop strings see
+        # texts of special tokens, which only stop strings see
+        self._hidden = hidden_tokens(tokenizer) if self.stop else {}
         self._held = ""  # decoded, but it may be the beginning of a stop string
         self._shown: list[bool] = []  # by character of `_held`: False inside a special token
 
     def push(self, token: int) -> str:
-        """The text that is certain now, often one word; empty while a character or a possible stop string is unfinished."""
+        """The text that is certain now, often one word.
+
+        Empty while a character or a possible stop string is unfinished.
+        """
         if self.stopped:
             return ""
         self._tokens.append(token)
@@ -41,16 +47,20 @@ class TextDecoder:
         whole = self._decode(self._start, len(self._tokens))
         if whole.endswith(_UNFINISHED):
             return self._hide(token, final=False)
-        if len(whole) > len(
-            known
-        ):  # a window that began with a token without text would lose the next word's space
+
+        # the next window begins with what is new in this one, unless that has no text: a window
+        # that begins with a token without text loses the next word's space
+        if len(whole) > len(known):
             self._start = self._read
         self._read = len(self._tokens)
         piece = self._give(whole[len(known) :], final=False)
         return piece + self._hide(token, final=False)
 
     def end(self, token: int) -> str:
-        """What is still held back when this end-of-text token has come; a stop string may end with it."""
+        """What is still held back when this end-of-text token has come.
+
+        A stop string may end with it.
+        """
         if self.stopped:
             return ""
         piece = self._give(self._unread(), final=False)
@@ -65,59 +75,70 @@ class TextDecoder:
     def _unread(self) -> str:
         """The text of the tokens that `push` could not make whole characters of."""
         known = self._decode(self._start, self._read)
-        return self._decode(self._start, len(self._tokens))[len(known) :]
+        whole = self._decode(self._start, len(self._tokens))
+        return whole[len(known) :]
 
     def _decode(self, first: int, last: int) -> str:
         window = self._tokens[first:last]
-        return str(
-            self.tokenizer.decode(
-                window, skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
+        text = self.tokenizer.decode(
+            window, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
+        return str(text)
 
     def _hide(self, token: int, *, final: bool) -> str:
-        """Take a token's hidden text, if it has one, which stop strings see behind what is held back."""
-        hidden = "" if self.stopped else self._hidden.get(token, "")
+        """Take a token's hidden text, if it has one.
+
+        Stop strings see it behind what is held back.
+        """
+        if self.stopped:
+            return ""
+        hidden = self._hidden.get(token, "")
+        if not hidden and not final:
+            return ""
         self._held += hidden
-        self._shown += [False for _ in hidden]
-        return self._give("", final=final) if hidden or (final and not self.stopped) else ""
+        self._shown += [False] * len(hidden)
+        return self._give("", final=final)
 
     def _give(self, new: str, *, final: bool) -> str:
-        """Give out what no stop string can touch any more."""
+        """Give out what no stop string can touch any more: all but that, if this is `final`.
+
+        Stop strings are looked for twice, in the text with what is hidden in it and in the text
+        that is shown.
+        """
         whole = self._held + new
-        shown = [*self._shown, *(True for _ in new)]
-        visible = "".join(
-            character for character, is_shown in zip(whole, shown, strict=True) if is_shown
-        )
-        found = [at for at in map(visible.find, self.stop) if at >= 0]
-        found += [sum(shown[:at]) for at in map(whole.find, self.stop) if at >= 0]
+        shown = self._shown + [True] * len(new)
+        visible = "".join(compress(whole, shown))
 
-        self.stopped = bool(found)
-        kept = 0 if final else _overlap(whole, self.stop)
-        kept_visible = 0 if final else _overlap(visible, self.stop)
+        stops = [at for at in map(visible.find, self.stop) if at >= 0]
+        stops += [sum(shown[:at]) for at in map(whole.find, self.stop) if at >= 0]
+        self.stopped = bool(stops)
+
+        kept = 0
+        kept_visible = 0
+        if not final:
+            kept = _overlap(whole, self.stop)
+            kept_visible = _overlap(visible, self.stop)
         first_kept = len(whole) - kept
-        end = (
-            min(*found, len(visible))
-            if found
-            else min(sum(shown[:first_kept]), len(visible) - kept_visible)
-        )
+        end = min(sum(shown[:first_kept]), len(visible) - kept_visible)
+        if stops:
+            end = min(stops)
 
-        piece = visible[:end]
+        # what is held back begins where what is given out ends
         while first_kept > 0 and sum(shown[:first_kept]) > end:
             first_kept -= 1
-        self._held, self._shown = whole[first_kept:], shown[first_kept:]
+        self._held = whole[first_kept:]
+        self._shown = shown[first_kept:]
+        piece = visible[:end]
         self.text += piece
         return piece
 
 
 def _overlap(text: str, stops: Sequence[str]) -> int:
     """Length of the longest end of `text` that begins one of `stops`."""
-    return max(
-        (
-            n
-            for stop in stops
-            for n in range(1, min(len(stop), len(text) + 1))
-            if text.endswith(stop[:n])
-        ),
-        default=0,
-    )
+    longest = 0
+    for stop in stops:
+        most = min(len(stop) - 1, len(text))
+        for length in range(1, most + 1):
+            if text.endswith(stop[:length]):
+                longest = max(longest, length)
+    return longest
