@@ -118,14 +118,15 @@ def regenerate(
             held.check_vocabulary(model.target.vocab_size)
         held.begin(facts | {"prompts": str(prompts)})
 
+        keep = _Keeper(shards, len(held.answers)) if shards else None
         answered = held.answered
         missing = [row for row in asked[:limit] if question(row) not in answered]
-        keep = _Keeper(shards, len(held.answers)) if shards else None
         windows = [missing[i : i + _WINDOW] for i in range(0, len(missing), _WINDOW)]
         count = 0
         for window in track(windows, description="regenerate", disable=quiet):
             answers = _answers(model, window, law, keep)
             count += _write(answers, held, keep, left_out)
+
         if left_out.count and not count and not held.answers:
             hint = left_out.hint if left_out.hint else "mend these prompts"
             raise DataError(f"no prompt could be answered: {left_out}", hint=hint)
@@ -134,7 +135,10 @@ def regenerate(
 
 
 def _read(prompts: Path, left_out: LeftOut) -> list[Row]:
-    """The prompts with their numbers and places; one that asks nothing is left out, and counts."""
+    """The prompts with their numbers and places.
+
+    A line that asks nothing is left out, and has a number all the same: seeds hang on the numbers.
+    """
     rows: list[Row] = []
     for place, row in placed_rows(prompts, ("row", "prompt"), left_out):
         number = len(rows) + left_out.count
