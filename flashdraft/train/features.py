@@ -285,6 +285,8 @@ def _read_manifest(folder: Path) -> Manifest:
     path = folder / "manifest.json"
     try:
         manifest: Manifest = parse_json(path.read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict):
+            raise ValueError("it is no JSON object")
         missing = _MANIFEST_KEYS - set(manifest)
         if missing:
             raise ValueError(f"it lacks {min(missing)}")
