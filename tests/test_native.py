@@ -114,6 +114,15 @@ def test_compact_takes_the_fewest_bytes_that_are_exact() -> None:
     )  # no whole blocks
 
 
+@pytest.mark.parametrize("size", [127 * 65536.0, -65536.0])
+def test_a_scale_or_a_minimum_that_is_no_float16_is_refused(size: float) -> None:
+    weight = torch.full((32, 32), size)  # which q8 and q4 would hold, if float16 reached 65536
+    linear = NativeLinear(weight)
+    assert linear.format == "bfloat16"
+    x = torch.ones(1, 32)
+    assert torch.equal(linear(x), x @ weight.T)
+
+
 def test_int8_rounds_weights_by_output_and_rows_by_blocks_of_32() -> None:
     weight, x = noise(50, 64), noise(21, 64, seed=1) * torch.logspace(-3, 3, 21)[:, None]
     x[:, 40] *= 100  # what stands out costs its own block its bits, and no other

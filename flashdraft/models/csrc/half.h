@@ -3,7 +3,7 @@
 //   float16  | sign 1 | exponent 5, biased by 15  | mantissa 10 |
 //   float32  | sign 1 | exponent 8, biased by 127 | mantissa 23 |
 //
-// Does not know infinities and NaN on the way to float32: no packed weight has them.
+// Does not know infinities on the way to float32: pack.cpp refuses a weight that would need them.
 
 #pragma once
 #include <cstdint>
@@ -13,6 +13,7 @@ namespace flashdraft {
 namespace {
 
 constexpr int MORE_MANTISSA = 23 - 10;  // bits
+constexpr uint16_t INFINITE_HALF = 0x7c00;
 
 inline uint32_t bits_of(float x) {
     uint32_t bits;
@@ -34,17 +35,18 @@ inline float half_to_float(uint16_t half) {
     return float_of(bits_of(magnitude) | sign);
 }
 
+inline bool is_finite(uint16_t half) { return (half & INFINITE_HALF) != INFINITE_HALF; }
+
 // To the nearest, ties to even.
 inline uint16_t float_to_half(float x) {
     constexpr uint32_t TOO_LARGE = 0x47800000;     // 2^16: infinite from here on
     constexpr uint32_t LEAST_NORMAL = 0x38800000;  // 2^-14
-    constexpr uint32_t INFINITE = 0x7c00;
     constexpr uint32_t REBIAS = uint32_t(127 - 15) << 23;
 
     const uint32_t bits = bits_of(x);
     const uint32_t sign = bits >> 16 & 0x8000;
     const uint32_t size = bits & 0x7fffffff;
-    if (size >= TOO_LARGE) return uint16_t(sign | INFINITE);
+    if (size >= TOO_LARGE) return uint16_t(sign | INFINITE_HALF);
 
     if (size < LEAST_NORMAL) {  // beside 0.5 a float's last bit is worth 2^-24, as a subnormal's is
         const uint32_t steps = bits_of(float_of(size) + 0.5f) - bits_of(0.5f);

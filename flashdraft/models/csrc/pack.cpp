@@ -96,11 +96,12 @@ bool pack_block(const Weight& weight, int64_t first, int64_t k, uint8_t* out) {
             scales[n] = float_to_half((range.highest - range.lowest) / 15);
             minima[n] = float_to_half(range.lowest);
             minimum = range.lowest;
-            if (half_to_float(minima[n]) != minimum) return false;
+            if (!is_finite(minima[n]) || half_to_float(minima[n]) != minimum) return false;
         } else {
             scales[n] = float_to_half(range.largest_size / 127);
         }
 
+        if (!is_finite(scales[n])) return false;
         const float scale = half_to_float(scales[n]);
         if (!pack_numbers<F>(weight, first + n, k, scale, minimum, lanes)) return false;
     }
