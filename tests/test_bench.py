@@ -16,10 +16,11 @@ import pytest
 from toy_folders import save_target, save_zlab
 
 import flashdraft
-from flashdraft.bench import run as bench_run
+from flashdraft.bench import methods as bench_methods
+from flashdraft.bench.config import OURS, THEIRS
 from flashdraft.bench.profile import PARTS, profile
 from flashdraft.bench.report import read_results, settings, show, summarise
-from flashdraft.bench.run import OURS, THEIRS, BenchConfig, acceptance, run_bench
+from flashdraft.bench.run import BenchConfig, acceptance, run_bench
 from flashdraft.cli import main
 from flashdraft.errors import ContextLengthError, InvalidParameter
 from flashdraft.loading import NETWORKS, load
@@ -195,7 +196,7 @@ def test_without_plain_decoding_nothing_is_called_identical(config: dict[str, An
 def test_planted_other_text_is_not_identical(
     fault: str, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    timed = bench_run._timed
+    timed = bench_methods._timed
 
     def faulty(model: Any) -> Any:
         method = timed(model)
@@ -204,14 +205,14 @@ def test_planted_other_text_is_not_identical(
             tokens = true.tokens[:5] + (
                 (true.tokens[5] + 1, *true.tokens[6:]) if fault == "other token" else ()
             )
-            return bench_run.replace(true, tokens=tokens)
+            return bench_methods.replace(true, tokens=tokens)
 
         def answer(prompts: list[list[int]], params: Any) -> Any:
             return [altered(true) for true in method(prompts, params)]
 
         return answer if model.new_drafter().name == "prompt_lookup" else method
 
-    monkeypatch.setattr(bench_run, "_timed", faulty)
+    monkeypatch.setattr(bench_methods, "_timed", faulty)
     run_bench(BenchConfig(**config, methods="autoregressive,dflash,prompt_lookup"), quiet=True)
     found = {
         (line["method"], line["identical"], line["first_difference"])
@@ -335,7 +336,7 @@ def test_a_later_turn_follows_the_methods_own_answer(
 def test_planted_difference_in_the_second_turn_is_found(
     config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    timed = bench_run._timed
+    timed = bench_methods._timed
 
     def faulty(model: Any) -> Any:
         method = timed(model)
@@ -343,13 +344,15 @@ def test_planted_difference_in_the_second_turn_is_found(
         def answer(prompts: list[list[int]], params: Any) -> Any:
             second = any(len(prompt) > 20 for prompt in prompts)
             return [
-                bench_run.replace(a, tokens=(*a.tokens[:-1], 3 + a.tokens[-1] % 5)) if second else a
+                bench_methods.replace(a, tokens=(*a.tokens[:-1], 3 + a.tokens[-1] % 5))
+                if second
+                else a
                 for a in method(prompts, params)
             ]
 
         return answer if model.new_drafter().name == "prompt_lookup" else method
 
-    monkeypatch.setattr(bench_run, "_timed", faulty)
+    monkeypatch.setattr(bench_methods, "_timed", faulty)
     run_bench(
         BenchConfig(
             **config | {"methods": "autoregressive,prompt_lookup", "draft": "auto", "turns": 2}

@@ -546,7 +546,8 @@ def test_results_that_hold_no_answer_are_gone(
 def test_results_of_other_settings_are_refused_and_half_ones_are_measured_again(
     run: Run, tmp_path: Path
 ) -> None:
-    from flashdraft.bench.run import BenchConfig, _is_measured
+    from flashdraft.bench.compare import _is_measured
+    from flashdraft.bench.config import BenchConfig
 
     paths = {"prompts": Path("held.jsonl"), "out": Path("r.jsonl")}
     config = BenchConfig(**paths, target="t", methods="autoregressive", max_new_tokens=4)

@@ -19,8 +19,8 @@ from conftest import tiny_target
 from toy_training import language_model
 
 import flashdraft
+from flashdraft.bench.config import BenchConfig
 from flashdraft.bench.roofline import RooflineConfig
-from flashdraft.bench.run import BenchConfig
 from flashdraft.cli import app, main, train
 from flashdraft.cli import options as cli_options
 from flashdraft.cli.table import COMMANDS, function_of

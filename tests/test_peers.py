@@ -12,9 +12,10 @@ import torch
 from conftest import VOCAB, tiny_model
 from toy_folders import ZLAB, save_target, save_zlab, zlab_tensors
 
-from flashdraft.bench import run as bench_run
+from flashdraft.bench import compare
+from flashdraft.bench.compare import run_peers
+from flashdraft.bench.config import THEIRS, BenchConfig
 from flashdraft.bench.peers import Answer, DFlashAssistant, Transformers, joined
-from flashdraft.bench.run import THEIRS, BenchConfig, run_peers
 from flashdraft.errors import ContextLengthError, DraftMismatch, FlashDraftError, UnsupportedTarget
 from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDraft
 from flashdraft.types import Rows, SamplingParams
@@ -200,9 +201,9 @@ def test_installed_engines_run_in_processes_of_their_own_and_others_are_named(
 ) -> None:
     (tmp_path / "engines.py").write_text(ENGINE)
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "hi"}\n')
-    monkeypatch.setattr(bench_run, "ProcessPoolExecutor", Inline)
+    monkeypatch.setattr(compare, "ProcessPoolExecutor", Inline)
     monkeypatch.setattr(
-        bench_run, "find_spec", lambda name: None if name == "openvino_genai" else object()
+        compare, "find_spec", lambda name: None if name == "openvino_genai" else object()
     )
     options = {
         "target": str(models / "target"),

@@ -1,1 +1,2 @@
-"""What is measured, and how: tasks, runs with provenance, tables made from their files alone, and a step's parts."""
+"""What is measured, and how: tasks, runs with provenance, tables made from their files alone, and a
+step's parts."""

@@ -1,21 +1,23 @@
-"""Pictures and a report of results files, made of nothing but those files, so that they can be made again.
+"""Pictures and a report of results files, made of nothing but those files, so that they can be
+made again.
 
-Every file is a section of its own: what was measured in two processes does not stand in one picture. Knows matplotlib; does not
-know models.
+Every file is a section of its own: what was measured in two processes does not stand in one
+picture. Knows matplotlib; does not know models.
 """
 
 import json
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from html import escape
 from io import StringIO
-from operator import attrgetter, itemgetter
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 from zlib import crc32
 
 import matplotlib
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -23,6 +25,7 @@ from matplotlib.ticker import MaxNLocator
 
 from flashdraft.bench.report import (
     COLUMNS,
+    Header,
     Line,
     grouped,
     origin,
@@ -37,185 +40,312 @@ from flashdraft.files import output_folder, write_own
 __all__ = ["draw"]
 
 _ASSETS = Path(__file__).parents[1] / "assets"
-# colours of methods, one in every picture, and of a step's parts; others'; how much lighter a kernel makes a method's; of the
-# pictures in their order: the title and the axes' labels
-_LOOK: dict[str, Any] = json.loads((_ASSETS / "plot.json").read_text(encoding="utf-8"))
-Panel = dict[str, dict[Any, float]]  # by method: a bar's parts, or a curve's points
+_LOOK = json.loads((_ASSETS / "plot.json").read_text(encoding="utf-8"))
+_LABELS: dict[str, list[str]] = _LOOK["labels"]  # of the pictures in order: title, axes' labels
+_COLOURS: dict[str, str] = _LOOK["colours"]  # of methods in every picture, and of a step's parts
+_OTHERS: list[str] = _LOOK["others"]  # colours of methods that have none of their own
+_TINTS: dict[str, float] = _LOOK["tints"]  # how much lighter a kernel makes a method's colour
+
+Values = dict[Any, float]  # a bar's parts by name ("": it has one), or a curve's points
+Panel = dict[str, Values]  # by method
+Panels = dict[str, Panel]  # by title
+
+
+class _Picture(NamedTuple):
+    name: str
+    title: str
+    svg: str
 
 
 def draw(files: Sequence[Path], out: Path) -> list[Path]:
-    """Write report.md, report.html and the pictures of every results file into the folder `out`; returns what it wrote.
+    """Write report.md, report.html and all pictures into the folder `out`; returns what it wrote.
 
-    Raises InvalidParameter for a file of another's that lies there under one of these names.
+    Raises InvalidParameter for two results files of one name, and for a file of another's that
+    lies there under one of these names.
     """
-    markdown, html, made = ["# Benchmark"], list[str](), dict[str, str]()
     folder = output_folder(out)
+    _check_names(files)
+    report = _Report()
     for path in files:
-        if sum(path.stem == other.stem for other in files) > 1:
+        report.add(path)
+
+    contents = report.contents()
+    results = [str(path) for path in files]
+    write_own(folder / "report", contents, "plot", {"results": results})
+    return [out / name for name in contents]
+
+
+def _check_names(files: Sequence[Path]) -> None:
+    counts = Counter(path.stem for path in files)
+    for name, count in counts.items():
+        if count > 1:
             raise InvalidParameter(
-                f"two results files are called `{path.stem}`",
+                f"two results files are called `{name}`",
                 hint="rename one: pictures have its name",
             )
-    for path in files:
+
+
+class _Report:
+    """A report in the making: the same sections as Markdown and HTML, and the pictures."""
+
+    def __init__(self) -> None:
+        self.markdown = ["# Benchmark"]
+        self.html: list[str] = []
+        self.pictures: dict[str, str] = {}  # SVG by file name
+
+    def add(self, path: Path) -> None:
+        """A results file's section: where it comes from, a table for each setting, pictures."""
         header, lines = read_results(path)
+        name = path.stem
         facts = "\n".join(origin(header))
-        markdown += [f"## {path.stem}", f"```\n{facts}\n```"]
-        html += [f"<h2>{escape(path.stem)}</h2><pre>{escape(facts)}</pre>"]
+        self.markdown.append(f"## {name}")
+        self.markdown.append(f"```\n{facts}\n```")
+        self.html.append(f"<h2>{escape(name)}</h2><pre>{escape(facts)}</pre>")
+
         for setting, own in settings(lines).items():
-            rows = [COLUMNS, *(row.cells for row in summarise(own))]
-            ruled = [rows[0], ["---"] * 2 + ["--:"] * (len(COLUMNS) - 2), *rows[1:]]
-            markdown += [f"### {setting}"] * bool(setting) + [
-                "\n".join(f"| {' | '.join(row)} |" for row in ruled)
-            ]
-            cells = [[f"<td>{escape(cell)}</td>" for cell in row] for row in rows]
-            table = "<tr>".join(map("".join, cells)).replace("td>", "th>", 2 * len(COLUMNS))
-            html += [f"<h3>{escape(setting)}</h3>"] * bool(setting) + [
-                f"<table><tr>{table}</table>"
-            ]
-        for name, title, svg in _pictures(header, lines):
-            made[f"{path.stem}-{name}.svg"] = svg
-            markdown += [f"![{title}]({path.stem}-{name}.svg)"]
-            html += [f"<figure>{svg[svg.index('<svg') :]}</figure>"]
-    page = (
-        (_ASSETS / "report.html").read_text(encoding="utf-8").replace("{sections}", "\n".join(html))
-    )
-    made |= {"report.md": "\n\n".join(markdown) + "\n", "report.html": page}
-    contents = {name: text.encode() for name, text in made.items()}
-    write_own(folder / "report", contents, "plot", {"results": [str(path) for path in files]})
-    return [out / name for name in made]
+            if setting:
+                self.markdown.append(f"### {setting}")
+                self.html.append(f"<h3>{escape(setting)}</h3>")
+            cells = [row.cells for row in summarise(own)]
+            self.markdown.append(_markdown_table(cells))
+            self.html.append(_html_table(cells))
+
+        for picture in _pictures(header, lines):
+            file = f"{name}-{picture.name}.svg"
+            self.pictures[file] = picture.svg
+            self.markdown.append(f"![{picture.title}]({file})")
+            element = picture.svg[picture.svg.index("<svg") :]  # without the head of an XML file
+            self.html.append(f"<figure>{element}</figure>")
+
+    def contents(self) -> dict[str, bytes]:
+        """All files by name."""
+        template = (_ASSETS / "report.html").read_text(encoding="utf-8")
+        texts = self.pictures | {
+            "report.md": "\n\n".join(self.markdown) + "\n",
+            "report.html": template.replace("{sections}", "\n".join(self.html)),
+        }
+        return {name: text.encode() for name, text in texts.items()}
 
 
-def _pictures(header: dict[str, Any], lines: list[Line]) -> Iterator[tuple[str, str, str]]:
-    """Name, title and SVG of those that the lines have figures for."""
-    config, named, panels = (
-        header.get("config", {}),
-        settings(lines),
-        defaultdict[str, dict[str, Panel]](dict),
-    )
-    for setting, own in named.items():
-        for task, rows in grouped(summarise(own), attrgetter("task")).items():
-            panel = f"{task}\n{setting}".strip()
-            panels["speedup"][panel] = {row.method: {"": row.ratio} for row in rows if row.ratio}
-            panels["tau"][panel] = {row.method: {"": row.tau} for row in rows}
-    batches = settings([line | {"max_rows": None, "rows": line.get("max_rows")} for line in lines])
-    for name, groups, value in (
-        ("acceptance", named, _accepted),
-        ("batch", batches, _rates),
-        ("step", named, _parts),
-    ):
-        for setting, own in groups.items():
-            found = {
-                method: value(those) for method, those in grouped(own, itemgetter("method")).items()
-            }
-            panels[name][setting] = {
-                method: figures for method, figures in found.items() if figures
-            }
-    about = " · ".join(
-        [
-            *(f"{name} {config[name]}" for name in ("target", "max_new_tokens") if config),
-            header["device"],
-        ]
-    )
-    for name, labels in _LOOK["labels"].items():
-        if any(panels[name].values()):
-            columns = (
-                each if 1 < (each := len(panels[name]) // len(named)) < 6 else 4
-            )  # a setting's tasks in a row of their own
-            yield name, labels[0], _svg(panels[name], labels, about, columns)
+def _markdown_table(cells: Sequence[Sequence[str]]) -> str:
+    alignment = ["---"] * 2 + ["--:"] * (len(COLUMNS) - 2)  # names left, numbers right
+    rows = [COLUMNS, alignment, *cells]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _accepted(lines: list[Line]) -> dict[Any, float]:
-    return dict(
-        enumerate(
-            acceptance([count for line in lines for count in line.get("accepted_lengths", ())]), 1
-        )
-    )
+def _html_table(cells: Sequence[Sequence[str]]) -> str:
+    rows = _html_row(COLUMNS, "th")
+    for row in cells:
+        rows += _html_row(row, "td")
+    return f"<table>{rows}</table>"
 
 
-def _rates(lines: list[Line]) -> dict[Any, float]:
-    sizes = grouped(lines, itemgetter("rows"))
-    rates = {n: median(line["batch_tokens_per_second"] for line in sizes[n]) for n in sorted(sizes)}
-    return rates if len(rates) > 1 else {}
+def _html_row(cells: Sequence[str], tag: str) -> str:
+    row = "<tr>"
+    for cell in cells:
+        row += f"<{tag}>{escape(cell)}</{tag}>"
+    return row
 
 
-def _parts(lines: list[Line]) -> dict[Any, float]:
-    passes = sum(line.get("target_passes", 0) for line in lines if "parts" in line)
-    spent = {
-        part: sum(line.get("parts", {}).get(part, 0.0) for line in lines)
-        for part in ("draft", "target", "host")
-    }
-    return {part: 1000 * seconds / passes for part, seconds in spent.items()} if passes else {}
+# --- figures ------------------------------------------------------------------------------------
 
 
-def _svg(panels: dict[str, Panel], labels: Sequence[str], about: str, columns: int = 4) -> str:
-    """Panels on one scale, as bars or, with two axes' labels behind the title, as curves. The same figures give the same text."""
-    bars, columns = len(labels) == 2, min(len(panels), columns)
-    names = list(dict.fromkeys(name for panel in panels.values() for name in panel))
-    rows, height = -(-len(panels) // columns), 0.75 + 0.27 * len(names) if bars else 3.2
+def _pictures(header: Header, lines: Sequence[Line]) -> Iterator[_Picture]:
+    """Those that the lines have figures for."""
+    by_setting = settings(lines)
+    panels = _panels_by_task(by_setting)
+    panels["acceptance"] = _panels_by_setting(by_setting, _accepted)
+    panels["batch"] = _panels_by_setting(_by_setting_of_any_batch(lines), _rates)
+    panels["step"] = _panels_by_setting(by_setting, _step_parts)
+
+    about = _about(header)
+    for name, labels in _LABELS.items():
+        own = panels[name]
+        if any(own.values()):
+            tasks = len(own) // len(by_setting)
+            columns = tasks if 1 < tasks < 6 else 4  # a setting's tasks in a row of their own
+            yield _Picture(name, labels[0], _svg(own, labels, about, columns))
+
+
+def _about(header: Header) -> str:
+    """The line below a picture: what was measured, and on what."""
+    facts = []
+    config = header.get("config")
+    if config:
+        facts.append(f"target {config['target']}")
+        facts.append(f"max_new_tokens {config['max_new_tokens']}")
+    facts.append(header["device"])
+    return " · ".join(facts)
+
+
+def _panels_by_task(by_setting: Mapping[str, Sequence[Line]]) -> dict[str, Panels]:
+    """Of the pictures `speedup` and `tau`, a panel for every task in every setting."""
+    speedup: Panels = {}
+    tau: Panels = {}
+    for setting, lines in by_setting.items():
+        by_task = grouped(summarise(lines), lambda row: row.task)
+        for task, rows in by_task.items():
+            title = f"{task}\n{setting}".strip()
+            speedup[title] = {}
+            tau[title] = {}
+            for row in rows:
+                tau[title][row.method] = {"": row.tau}
+                if row.ratio:
+                    speedup[title][row.method] = {"": row.ratio}
+    return {"speedup": speedup, "tau": tau}
+
+
+def _panels_by_setting(
+    by_setting: Mapping[str, Sequence[Line]], values_of: Callable[[Sequence[Line]], Values]
+) -> Panels:
+    """A panel for every setting: what `values_of` makes of a method's lines, if it is anything."""
+    panels: Panels = {}
+    for setting, lines in by_setting.items():
+        panels[setting] = {}
+        for method, own in grouped(lines, lambda line: line["method"]).items():
+            values = values_of(own)
+            if values:
+                panels[setting][method] = values
+    return panels
+
+
+def _by_setting_of_any_batch(lines: Sequence[Line]) -> dict[str, list[Line]]:
+    """The lines by their settings but the batch size, which stands as `rows` in them."""
+    moved = []
+    for line in lines:
+        moved.append(line | {"max_rows": None, "rows": line.get("max_rows")})
+    return settings(moved)
+
+
+def _accepted(lines: Sequence[Line]) -> Values:
+    """The acceptance by position."""
+    steps: list[int] = []
+    for line in lines:
+        steps += line.get("accepted_lengths", ())
+    return dict(enumerate(acceptance(steps), 1))
+
+
+def _rates(lines: Sequence[Line]) -> Values:
+    """Median tokens/s by batch size, where there are several."""
+    by_size = grouped(lines, lambda line: line["rows"])
+    if len(by_size) < 2:
+        return {}
+    rates: Values = {}
+    for size in sorted(by_size):
+        rates[size] = median(line["batch_tokens_per_second"] for line in by_size[size])
+    return rates
+
+
+def _step_parts(lines: Sequence[Line]) -> Values:
+    """Mean milliseconds of a step by part, over the lines that tell them."""
+    telling = [line for line in lines if "parts" in line]
+    passes = sum(line.get("target_passes", 0) for line in telling)
+    if not passes:
+        return {}
+    milliseconds: Values = {}
+    for part in ("draft", "target", "host"):
+        seconds = sum(line["parts"].get(part, 0.0) for line in telling)
+        milliseconds[part] = 1000 * seconds / passes
+    return milliseconds
+
+
+# --- drawing ------------------------------------------------------------------------------------
+
+
+def _svg(panels: Panels, labels: Sequence[str], about: str, columns: int = 4) -> str:
+    """Panels on one scale, as bars or, with two axes' labels behind the title, as curves.
+
+    The same figures give the same text.
+    """
+    is_bars = len(labels) == 2
+    methods = _all_names(panels.values())
+    columns = min(len(panels), columns)
+    rows = math.ceil(len(panels) / columns)
+    width = 2.4 + max(2.2 * columns, 5.0)
+    row_height = 0.75 + 0.27 * len(methods) if is_bars else 3.2
     with matplotlib.rc_context(fname=_ASSETS / "plot.mplstyle"):
-        figure = Figure(figsize=(2.4 + max(2.2 * columns, 5.0), 0.8 + rows * height))
+        figure = Figure(figsize=(width, 0.8 + rows * row_height))
         figure.suptitle(labels[0], x=0.01, ha="left")
         figure.supxlabel(about, x=0.01, ha="left", fontsize=8, color="#5b6570")
-        axes = [*figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat]
-        for axis, (name, panel) in zip(axes, panels.items(), strict=False):
-            (_bars if bars else _curves)(
-                axis, {method: panel[method] for method in names if method in panel}, names
-            )
-            axis.set(title=name, xlabel=labels[1])
+        grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+        axes: list[Axes] = list(grid.flat)
+
+        for axis, (title, panel) in zip(axes, panels.items(), strict=False):
+            in_order = {method: panel[method] for method in methods if method in panel}
+            if is_bars:
+                _draw_bars(axis, in_order, methods)
+            else:
+                _draw_curves(axis, in_order)
+            axis.set(title=title, xlabel=labels[1])
             axis.tick_params(labelbottom=True)
-        axes[0].set(
-            **{"xlim": (0, 1.18 * axes[0].get_xlim()[1])}
-            if bars
-            else {"ylabel": labels[2], "ylim": (0, None)}
-        )
+        if is_bars:
+            axes[0].set(xlim=(0, 1.18 * axes[0].get_xlim()[1]))  # room for the sums
+        else:
+            axes[0].set(ylabel=labels[2], ylim=(0, None))
         for axis in axes[len(panels) :]:
             axis.set_axis_off()
-        legend = {
-            label: handle
-            for axis in axes
-            for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-        }
-        if legend:
-            figure.legend(legend.values(), legend.keys(), loc="outside right upper")
+        _draw_legend(figure, axes)
+
         file = StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()
 
 
-def _bars(axis: Axes, panel: Panel, names: list[str]) -> None:
-    """Lying bars from the top down with their sums at the end; one part is in its method's colour, several are in their own."""
-    places, ends = [names.index(name) for name in panel], [0.0] * len(panel)
-    for part in dict.fromkeys(part for bar in panel.values() for part in bar):
+def _all_names(several: Iterable[Mapping[str, object]]) -> list[str]:
+    """The keys of all, each once, in the order in which they first come."""
+    names: dict[str, None] = {}
+    for one in several:
+        names |= dict.fromkeys(one)
+    return list(names)
+
+
+def _draw_bars(axis: Axes, panel: Panel, methods: Sequence[str]) -> None:
+    """Lying bars from the top down, a place for each of all methods, with their sums at the end.
+
+    One part is in its method's colour, several are in their own.
+    """
+    places = [methods.index(method) for method in panel]
+    ends = [0.0] * len(panel)
+    for part in _all_names(panel.values()):
         widths = [bar.get(part, 0.0) for bar in panel.values()]
-        bars = axis.barh(
-            places,
-            widths,
-            0.7,
-            ends,
-            color=[_colour(part or name) for name in panel],
-            label=part or None,
-        )
+        colours = [_colour(method) for method in panel]
+        if part:
+            colours = [_colour(part)] * len(panel)
+        label = part if part else None
+        bars = axis.barh(places, widths, 0.7, ends, color=colours, label=label)
         ends = [end + width for end, width in zip(ends, widths, strict=True)]
+
     if panel:
-        axis.bar_label(
-            bars,
-            [f"{end:.2f}" if end < 10 else f"{end:.1f}" for end in ends],
-            padding=3,
-            fontsize=8,
-        )
-    axis.set_yticks(range(len(names)), names)
-    axis.set_ylim(len(names) - 0.5, -0.5)
+        sums = [f"{end:.2f}" if end < 10 else f"{end:.1f}" for end in ends]
+        axis.bar_label(bars, sums, padding=3, fontsize=8)
+    axis.set_yticks(range(len(methods)), methods)
+    axis.set_ylim(len(methods) - 0.5, -0.5)
     axis.grid(visible=False, axis="y")
 
 
-def _curves(axis: Axes, panel: Panel, _: list[str]) -> None:
-    for name, points in panel.items():
-        axis.plot([*points], [*points.values()], color=_colour(name), label=name)
+def _draw_curves(axis: Axes, panel: Panel) -> None:
+    for method, points in panel.items():
+        xs = list(points)
+        ys = list(points.values())
+        axis.plot(xs, ys, color=_colour(method), label=method)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
+def _draw_legend(figure: Figure, axes: Sequence[Axes]) -> None:
+    """One for all panels; none where nothing has a label."""
+    handles: dict[str, Artist] = {}
+    for axis in axes:
+        own, labels = axis.get_legend_handles_labels()
+        handles |= dict(zip(labels, own, strict=True))
+    if handles:
+        figure.legend(handles.values(), handles.keys(), loc="outside right upper")
+
+
 def _colour(name: str) -> tuple[float, ...]:
+    """Of a method, METHOD or METHOD:KERNEL, or of a step's part; the same in every picture."""
     kind, _, kernel = name.partition(":")
-    tint, others = _LOOK["tints"].get(kernel, 0.0), _LOOK["others"]
-    own = _LOOK["colours"].get(kind) or others[crc32(kind.encode()) % len(others)]
-    return tuple(c + (1 - c) * tint for c in to_rgb(own))
+    colour = _COLOURS.get(kind)
+    if colour is None:
+        colour = _OTHERS[crc32(kind.encode()) % len(_OTHERS)]
+    tint = _TINTS.get(kernel, 0.0)
+    return tuple(channel + (1 - channel) * tint for channel in to_rgb(colour))

@@ -1,6 +1,7 @@
-"""The names of methods as `bench` reads them: NAME=METHOD:KERNEL, separated by commas, where paths may hold any of these signs.
+"""The names of methods as `bench` reads them: NAME=METHOD:KERNEL, separated by commas.
 
-Knows which methods, kernels and files there are. Does not know how a method runs.
+Paths may hold any of these signs. Knows which methods, kernels and files there are; does not know
+how a method runs.
 """
 
 import re
@@ -26,11 +27,20 @@ class Spec(NamedTuple):
     variant: str  # its kernel, or an engine's FUNCTION:TEXT
     text: str  # as it was given
 
+    @property
+    def is_engine(self) -> bool:
+        """Whether it is a function of an engines' file, instead of a method or a drafter."""
+        return self.kind.endswith(".py")
+
 
 def read_specs(methods: str) -> list[Spec]:
-    """All of `methods`, in order. Raises InvalidParameter for an empty one, and for two of one name."""
+    """All of `methods`, in order.
+
+    Raises InvalidParameter for an empty one, and for two of one name.
+    """
+    specs: dict[str, Spec] = {}  # by name; of the same method twice, one is left
+    texts = set()
     pieces = methods.split(",")
-    specs: list[Spec] = []
     while pieces:
         count = _length_of_first(pieces)
         text = ",".join(pieces[:count]).strip()
@@ -40,23 +50,24 @@ def read_specs(methods: str) -> list[Spec]:
                 hint="methods must be names separated by commas",
                 option="methods",
             )
-        specs.append(_read(text))
+        spec = _read(text)
+        specs[spec.name] = spec
+        texts.add(text)
         pieces = pieces[count:]
 
-    names = {spec.name for spec in specs}
-    if len(names) < len({spec.text for spec in specs}):
+    if len(specs) < len(texts):
         raise InvalidParameter(
             f"two of `{methods}` have one name", hint="write NAME=METHOD with names of their own"
         )
-    return list({spec.name: spec for spec in specs}.values())
+    return list(specs.values())
 
 
 def parts_of(kind: str) -> list[str]:
     """The methods that one of ours is joined of, trees or not."""
-    return [
-        part if Path(part).exists() else _TREE.sub("", part)
-        for part in union_parts(kind, _is_there)
-    ]
+    parts = []
+    for part in union_parts(kind, _is_there):
+        parts.append(part if Path(part).exists() else _TREE.sub("", part))
+    return parts
 
 
 def tree_of(kind: str, default: int) -> int | None:
@@ -79,26 +90,32 @@ def _is_there(part: str) -> bool:
 
 
 def _length_of_first(pieces: list[str]) -> int:
-    """How many pieces are the first method: more than one if a path that is there holds commas."""
+    """How many pieces are the first method: several if a path that is there holds commas."""
     for count in range(len(pieces), 1, -1):
         spec = _read(",".join(pieces[:count]).strip())
-        path = spec.variant.partition(":")[2] if spec.kind.endswith(".py") else spec.kind
+        path = spec.variant.partition(":")[2] if spec.is_engine else spec.kind
         if "," in path and Path(path).exists():
             return count
     return 1
 
 
 def _read(text: str) -> Spec:
+    """One method. NAME= is taken for a name, unless the whole text is a path that is there."""
     named, _, rest = text.partition("=")
-    whole = _split(text)
-    if named and rest and "," not in named and not Path(whole[0]).exists():
+    whole, _ = _split(text)
+    is_named = named and rest and "," not in named
+    if is_named and not Path(whole).exists():
         return Spec(named, *_split(rest), text)
-    name = text if not text.startswith("=") else text.removeprefix("=")
-    return Spec(name, *_split(name), text)
+
+    unnamed = text.removeprefix("=")
+    return Spec(unnamed, *_split(unnamed), text)
 
 
 def _split(text: str) -> tuple[str, str]:
-    """Method or path, and what stands behind its colon; a path may have colons, as a drive's letter on Windows."""
+    """Method or path, and what stands behind its colon.
+
+    A path may have colons, as a drive's letter on Windows.
+    """
     if Path(text).exists():
         return text, ""
     engine = _ENGINE.fullmatch(text)

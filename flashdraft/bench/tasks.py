@@ -1,7 +1,8 @@
-"""The benchmark's prompts: fixed entries of public evaluation sets, as one JSON Lines file of {task, row, prompt or turns}.
+"""The benchmark's prompts: fixed entries of public evaluation sets, as one JSON Lines file of
+{task, row, prompt or turns}.
 
-A set is a file below the data folder or, where no folder is named, a data set of the Hugging Face hub. Knows where a set lies
-and how its entries ask; does not know who answers.
+A set is a file below the data folder or, where no folder is named, a data set of the Hugging Face
+hub. Knows where a set lies and how its entries ask; does not know who answers.
 """
 
 import json
@@ -22,8 +23,16 @@ from flashdraft.types import COUNTS, check_option
 
 __all__ = ["TASKS", "BenchPrompt", "named", "read_ids", "read_prompts", "write_tasks"]
 
+Entry = dict[str, Any]  # a JSON object: of a set, of a prompts file, or of TASKS
+Turn = dict[str, str]  # `role` and `content`
 
 _FIELDS = ("task", "row")  # of a line that is written
+
+# task -> `file` below the data folder; `hub`, a data set as name:split or name:config:split, or a
+# JSON file in one; `prompt`, made of an entry's fields (without it, an entry has turns);
+# `categories`: those of the file's entries that are the task's
+_TASKS_FILE = Path(__file__).parents[1] / "assets" / "tasks.json"
+TASKS: dict[str, Entry] = json.loads(_TASKS_FILE.read_text(encoding="utf-8"))
 
 
 class BenchPrompt(NamedTuple):
@@ -33,7 +42,7 @@ class BenchPrompt(NamedTuple):
     task: str
     rank: int  # among its task's entries, from 0
     turns: tuple[str, ...]  # what is asked, one after the other; mostly one
-    earlier: tuple[dict[str, str], ...] = ()  # the turns before the first one, of a conversation
+    earlier: tuple[Turn, ...] = ()  # the turns before the first one, of a conversation
     place: str = ""  # in the file, as messages name it
 
     @property
@@ -41,18 +50,11 @@ class BenchPrompt(NamedTuple):
         return self.turns[0]
 
     @property
-    def asked(self) -> str | list[dict[str, str]]:
+    def asked(self) -> str | list[Turn]:
         """The first question, with the turns before it."""
-        return (
-            [*self.earlier, {"role": "user", "content": self.text}] if self.earlier else self.text
-        )
-
-
-# task -> `file` below the data folder; `hub`, a data set as name:split or name:config:split, or a JSON file in one; `prompt`,
-# made of an entry's fields (without it, an entry has turns); `categories`: those of the file's entries that are the task's
-TASKS: dict[str, dict[str, Any]] = json.loads(
-    Path(__file__).parents[1].joinpath("assets/tasks.json").read_text(encoding="utf-8")
-)
+        if not self.earlier:
+            return self.text
+        return [*self.earlier, {"role": "user", "content": self.text}]
 
 
 @contextmanager
@@ -64,13 +66,20 @@ def named(place: str) -> Iterator[None]:
         raise type(error)(f"{place}: {error.args[0]}", hint=error.hint) from None
 
 
+# --- writing ------------------------------------------------------------------------------------
+
+
 def read_ids(path: Path) -> dict[str, list[int]]:
     """The entry numbers of tasks. Raises DataError for a file that is no such table."""
     try:
-        ids = parse_json(path.read_text(encoding="utf-8-sig"))
-        if not (found := {task: [int(i) for i in ids[task]] for task in TASKS if task in ids}):
+        table = parse_json(path.read_text(encoding="utf-8-sig"))
+        ids = {}
+        for task in TASKS:
+            if task in table:
+                ids[task] = [int(number) for number in table[task]]
+        if not ids:
             raise ValueError("none of its keys is a task")
-        return found
+        return ids
     except FileNotFoundError:
         raise DataError(
             f"no file `{path}`", hint="name recipes/bench_ids.json of the source tree with --ids"
@@ -92,98 +101,151 @@ def write_tasks(
 ) -> int:
     """Write the prompts of `ids`, or only each task's first ones; returns how many.
 
-    data: the folder of the sets; None: they come from the hub. tasks: names, or what stands before the slash of several.
+    data: the folder of the sets; None: they come from the hub. tasks: names, or what stands before
+    the slash of several. Raises InvalidParameter for an unknown task, DataError for a set that is
+    not there or does not hold what is asked for.
     """
     if first is not None:
         check_option("first", first, int, COUNTS)
-    sets = [data / table["file"] for table in TASKS.values()] if data is not None else []
+    sets = []
+    if data is not None:
+        sets = [data / table["file"] for table in TASKS.values()]
     real = output_file(out, inputs=sets)
     check_replaceable(real, "tasks", _FIELDS)
-    if unknown := {*tasks} - {*TASKS, *(task.split("/")[0] for task in TASKS)}:
-        raise InvalidParameter(f"no task {min(unknown)!r}", hint=f"tasks are {', '.join(TASKS)}")
-    lines = []
-    for task in (task for task in TASKS if {task, task.split("/")[0]} & {*tasks}):
+
+    lines: list[str] = []
+    for task in _wanted(tasks):
         if task not in ids:
             raise DataError(
                 f"no entry numbers for {task}",
                 hint="add them to the file of --ids, or leave the task out",
             )
-        kinds = TASKS[task].get("categories")
-        entries = [
-            row for row in _rows(task, data) if kinds is None or row.get("category") in kinds
-        ]
-        if beyond := [i for i in ids[task] if not 0 <= i < len(entries)]:
-            raise DataError(
-                f"{task} has no entry {beyond[0]}, only {len(entries)}",
-                hint="the ids are of another version of it",
-            )
-        for i in ids[task][:first]:
-            try:
-                asked = _asked(entries[i], TASKS[task].get("prompt"))
-            except (KeyError, TypeError, AttributeError) as error:
-                hint = "the set is of another version, or damaged: fetch it again"
-                raise DataError(
-                    f"entry {i} of {task} cannot be asked: {error!r}", hint=hint
-                ) from None
-            lines.append(json.dumps({"task": task, "row": i} | asked, ensure_ascii=False) + "\n")
+        lines += _lines(task, data, ids[task], first)
     facts = {"data": str(data or "the hub"), "tasks": sorted(tasks), "first": first}
     write_own(real, {real.name: "".join(lines).encode()}, "tasks", facts)
     return len(lines)
 
 
-def _asked(row: dict[str, Any], prompt: str | None) -> dict[str, Any]:
-    if prompt is not None:
-        texts = {
-            name: "\n".join(value) if isinstance(value, list) else str(value).rstrip()
-            for name, value in row.items()
-        }
-        return {"prompt": prompt.format(**texts)}
-    turns = row.get("turns") or row["prompt"]
-    return {"turns": turns} if len(turns) > 1 else {"prompt": turns[0]}
+def _wanted(tasks: Collection[str]) -> list[str]:
+    """Those of TASKS that are named, by themselves or with their set. Raises InvalidParameter."""
+    set_names = [_set_of(task) for task in TASKS]
+    unknown = set(tasks) - set(TASKS) - set(set_names)
+    if unknown:
+        raise InvalidParameter(f"no task {min(unknown)!r}", hint=f"tasks are {', '.join(TASKS)}")
+    return [task for task in TASKS if task in tasks or _set_of(task) in tasks]
 
 
-def _rows(task: str, data: Path | None) -> Sequence[dict[str, Any]]:
-    hint, name = (
-        "name the evaluation sets' folder with --data or FLASHDRAFT_DATA",
-        str(TASKS[task].get("hub", "")),
-    )
-    repo, _, file = name.rpartition("/")
+def _set_of(task: str) -> str:
+    """What stands before the slash."""
+    return task.split("/")[0]
+
+
+def _lines(
+    task: str, data: Path | None, numbers: Sequence[int], first: int | None
+) -> Iterator[str]:
+    """A task's entries of those numbers, or the first ones of them, as lines of the prompts file.
+
+    All numbers are looked at, first or not.
+    """
+    entries = _entries(task, data)
+    for number in numbers:
+        if not 0 <= number < len(entries):
+            raise DataError(
+                f"{task} has no entry {number}, only {len(entries)}",
+                hint="the ids are of another version of it",
+            )
+
+    for number in numbers[:first]:
+        try:
+            asked = _asked(entries[number], TASKS[task].get("prompt"))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"entry {number} of {task} cannot be asked: {error!r}",
+                hint="the set is of another version, or damaged: fetch it again",
+            ) from None
+        yield json.dumps({"task": task, "row": number} | asked, ensure_ascii=False) + "\n"
+
+
+def _asked(entry: Entry, prompt: str | None) -> Entry:
+    """What an entry asks: `prompt` filled in with its fields, or else its own turns."""
+    if prompt is None:
+        turns = entry.get("turns") or entry["prompt"]
+        return {"turns": turns} if len(turns) > 1 else {"prompt": turns[0]}
+
+    texts = {}
+    for name, value in entry.items():
+        texts[name] = "\n".join(value) if isinstance(value, list) else str(value).rstrip()
+    return {"prompt": prompt.format(**texts)}
+
+
+def _entries(task: str, data: Path | None) -> Sequence[Entry]:
+    """All of a task, in the order of its set."""
+    rows = _rows(task, data)
+    kinds = TASKS[task].get("categories")
+    if kinds is None:
+        return rows
+    return [row for row in rows if row.get("category") in kinds]
+
+
+def _rows(task: str, data: Path | None) -> Sequence[Entry]:
+    """A whole set. Raises DataError where it is not there, or holds something else than objects."""
+    hint = "name the evaluation sets' folder with --data or FLASHDRAFT_DATA"
+    name = str(TASKS[task].get("hub", ""))
     if data is not None:
         path = data / TASKS[task]["file"]
     elif not name:
         raise DataError(f"the hub has no set for {task}", hint=hint)
-    elif not file.endswith(".json"):
-        return list(hub_rows(name))
+    elif name.endswith(".json"):
+        path = _fetched(name, hint)
     else:
-        try:
-            path = Path(hf_hub_download(repo, file, repo_type="dataset"))
-        except Exception as error:  # the hub's client raises what its connection does
-            raise DataError(f"cannot fetch `{name}`: {first_line(error)}", hint=hint) from None
+        return list(hub_rows(name))
+
     if not path.is_file():
         raise DataError(f"no file `{path}`", hint=hint)
     rows = json_list(path) if path.suffix == ".json" else list(read_jsonl(path))
-    if odd := [i for i, row in enumerate(rows) if not isinstance(row, dict)]:
-        raise DataError(f"{path}, entry {odd[0]} is no JSON object", hint="fetch it again")
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, entry {number} is no JSON object", hint="fetch it again")
     return rows
+
+
+def _fetched(name: str, hint: str) -> Path:
+    """A file of a data set on the hub, REPOSITORY/FILE."""
+    repository, _, file = name.rpartition("/")
+    try:
+        return Path(hf_hub_download(repository, file, repo_type="dataset"))
+    except Exception as error:  # the hub's client raises what its connection does
+        raise DataError(f"cannot fetch `{name}`: {first_line(error)}", hint=hint) from None
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+class _Questions(NamedTuple):
+    turns: tuple[str, ...]  # what is asked, one after the other
+    earlier: tuple[Turn, ...] = ()  # the turns before
 
 
 def read_prompts(path: Path) -> list[BenchPrompt]:
     """Rows that ask something, in any form that `flashdraft prompts` takes, or texts in `turns`.
 
-    `task` groups them, the file's name if it is missing. Raises DataError for a row that asks nothing: with fewer prompts a
-    figure would be another one.
+    `task` groups them, the file's name if it is missing. Raises DataError for a row that asks
+    nothing: with fewer prompts a figure would be another one.
     """
-    prompts, seen = list[BenchPrompt](), Counter[str]()
+    prompts: list[BenchPrompt] = []
+    seen: Counter[str] = Counter()
     for place, row in placed_rows(path):
         try:
-            turns, earlier = _questions(row)
+            asked = _questions(row)
         except ValueError as error:
             raise DataError(
                 f"{place}: no text to ask: {error}", hint="mend or remove that row"
             ) from None
         task = str(row.get("task", path.stem))
-        prompts.append(BenchPrompt(len(prompts), task, seen[task], turns, earlier, place))
+        number = len(prompts)
+        prompts.append(BenchPrompt(number, task, seen[task], asked.turns, asked.earlier, place))
         seen[task] += 1
+
     if not prompts:
         raise DataError(
             f"`{path}` holds no prompts", hint='a line is {"task": "chat", "prompt": "Hello"}'
@@ -191,23 +253,29 @@ def read_prompts(path: Path) -> list[BenchPrompt]:
     return prompts
 
 
-def _questions(row: dict[str, Any]) -> tuple[tuple[str, ...], tuple[dict[str, str], ...]]:
-    """What a row asks, one after the other, and the turns before. Raises ValueError for one that asks nothing."""
+def _questions(row: Entry) -> _Questions:
+    """What a row asks. Raises ValueError for one that asks nothing."""
     turns = row.get("turns")
     if turns is not None and "prompt" not in row and not _holds_objects(turns):
-        if not (
-            isinstance(turns, list)
-            and turns
-            and all(isinstance(text, str) and text.strip() for text in turns)
-        ):
+        if not _holds_texts(turns):
             raise ValueError("`turns` is no list of texts")
-        return tuple(turns), ()
+        return _Questions(tuple(turns))
 
     asked = as_prompt(row)
     if isinstance(asked, str):
-        return (asked,), ()
-    return (asked[-1]["content"],), tuple(asked[:-1])
+        return _Questions((asked,))
+    question = asked[-1]["content"]
+    return _Questions((question,), tuple(asked[:-1]))
 
 
-def _holds_objects(turns: Any) -> bool:
-    return isinstance(turns, list) and bool(turns) and all(isinstance(turn, dict) for turn in turns)
+def _holds_texts(turns: object) -> bool:
+    """Whether it is a list of at least one text, and none of them is blank."""
+    if not isinstance(turns, list) or not turns:
+        return False
+    return all(isinstance(text, str) and text.strip() for text in turns)
+
+
+def _holds_objects(turns: object) -> bool:
+    if not isinstance(turns, list) or not turns:
+        return False
+    return all(isinstance(turn, dict) for turn in turns)

@@ -7,11 +7,13 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from flashdraft.bench.compare import run_peers
+from flashdraft.bench.config import BenchConfig
 from flashdraft.bench.profile import calibrate
 from flashdraft.bench.profile import profile as measure
 from flashdraft.bench.report import print_table, show
 from flashdraft.bench.roofline import RooflineConfig, named, predict, shape, verdict
-from flashdraft.bench.run import BenchConfig, run_bench, run_peers
+from flashdraft.bench.run import run_bench
 from flashdraft.bench.tasks import TASKS, read_ids, write_tasks
 from flashdraft.cli.options import KERNEL_HELP, TARGET_HELP, Out
 from flashdraft.errors import InvalidParameter
