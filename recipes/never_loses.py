@@ -1,4 +1,4 @@
-"""Of recipes/never_loses.sh: a useless drafter (random weights), and the lower bounds of results files."""
+"""Of recipes/never_loses.sh: a useless drafter (random weights), and lower bounds of results."""
 
 import json
 import math
@@ -6,39 +6,62 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import NamedTuple
 
-from flashdraft import hub, load
+from flashdraft import hub
 from flashdraft.loading import NETWORKS
 from flashdraft.train.initialise import random_weights
 
 STUDENT = {19: 1.729, 59: 1.671}  # one-sided 95 %, by degrees of freedom
+PLAIN = "autoregressive"
 
 
-def bounds(path):
-    """(task, method) -> mean ratio, lower bound, pairs: a pair is one group of prompts in one repeat, decoded together."""
+class Pair(NamedTuple):
+    """Where two rates are of one pair: a group of prompts, decoded together, in one repeat."""
+
+    task: str
+    repeat: int
+    group: int
+
+
+def logarithms(path):
+    """(task, method) -> of every pair the logarithm of its ratio to plain decoding."""
     rates = defaultdict(dict)
-    for line in map(json.loads, path.read_text().splitlines()[1:]):
-        rates[line["task"], line["repeat"], line["prompt"] // line["max_rows"]][line["method"]] = (
-            line["batch_tokens_per_second"]
-        )
+    for text in path.read_text().splitlines()[1:]:
+        line = json.loads(text)
+        pair = Pair(line["task"], line["repeat"], line["prompt"] // line["max_rows"])
+        rates[pair][line["method"]] = line["batch_tokens_per_second"]
+
     logs = defaultdict(list)
-    for (task, _, _), by in rates.items():
-        for method in by.keys() - {"autoregressive"}:
-            logs[task, method].append(math.log(by[method] / by["autoregressive"]))
-    for key, values in sorted(logs.items()):
-        margin = STUDENT.get(len(values) - 1, 1.75) * stdev(values) / math.sqrt(len(values))
-        yield *key, math.exp(fmean(values)), math.exp(fmean(values) - margin), len(values)
+    for pair, by_method in rates.items():
+        for method, rate in by_method.items():
+            if method != PLAIN:
+                logs[pair.task, method].append(math.log(rate / by_method[PLAIN]))
+    return logs
 
 
-if sys.argv[1] == "--make":
-    target = load("smollm2-135m", draft="autoregressive").target
+def show_bounds(path):
+    for (task, method), values in sorted(logarithms(path).items()):
+        count = len(values)
+        mean = fmean(values)
+        margin = STUDENT.get(count - 1, 1.75) * stdev(values) / math.sqrt(count)
+        ratio = math.exp(mean)
+        bound = math.exp(mean - margin)
+        print(
+            f"{path.stem:<10} {task:<10} {method:<8} ratio {ratio:.3f}  "
+            f"lower bound {bound:.3f}  ({count} pairs)"
+        )
+
+
+def save_useless(folder):
     shipped = NETWORKS["dflash"].from_pretrained(hub.builtin_draft("smollm2-135m"))
     useless = random_weights(shipped.config, 0)
     useless.extras = shipped.extras
-    useless.save_pretrained(sys.argv[2])
+    useless.save_pretrained(folder)
+
+
+if sys.argv[1] == "--make":
+    save_useless(sys.argv[2])
 else:
-    for path in map(Path, sys.argv[1:]):
-        for task, method, ratio, low, count in bounds(path):
-            print(
-                f"{path.stem:<10} {task:<10} {method:<8} ratio {ratio:.3f}  lower bound {low:.3f}  ({count} pairs)"
-            )
+    for name in sys.argv[1:]:
+        show_bounds(Path(name))

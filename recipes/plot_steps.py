@@ -15,29 +15,42 @@ import matplotlib
 matplotlib.use("svg")
 from matplotlib import pyplot
 
-WANTED = {
+WANTED = {  # title of a table -> label of its axis
     "a row's tokens": "tokens of one row, context 64",
     "one token": "context, one token",
     "six tokens a row, context 64": "rows of six tokens",
 }
+
+
+def kernels_of(lines: list[str]) -> list[str]:
+    """From the head of the first table: its columns."""
+    for line in lines:
+        words = line.split()
+        if words[:1] == ["tokens"]:
+            return words[1:]
+    raise SystemExit("no table of step_times.py")
+
+
+def draw(axis, lines: list[str], title: str, kernels: list[str]) -> None:
+    """A curve of milliseconds for every kernel."""
+    xs = []
+    curves: list[list[float]] = [[] for _ in kernels]
+    for line in lines:
+        row = re.fullmatch(rf"{title} +(\d+) +([\d. ]+)", line)
+        if row is None:
+            continue
+        xs.append(int(row[1]))
+        for curve, milliseconds in zip(curves, row[2].split(), strict=True):
+            curve.append(float(milliseconds))
+    for kernel, curve in zip(kernels, curves, strict=True):
+        axis.plot(xs, curve, marker="o", label=kernel)
+
+
 lines = Path(sys.argv[1]).read_text().splitlines()
-kernels = next(line.split()[1:] for line in lines if line.split()[:1] == ["tokens"])
+kernels = kernels_of(lines)
 figure, axes = pyplot.subplots(1, len(WANTED), figsize=(11, 3.4), sharey=True)
 for axis, (title, label) in zip(axes, WANTED.items(), strict=True):
-    found = [
-        match.groups()
-        for line in lines
-        if (match := re.fullmatch(rf"{title} +(\d+) +([\d. ]+)", line))
-    ]
-    for kernel, column in zip(
-        kernels, zip(*(times.split() for _, times in found), strict=True), strict=True
-    ):
-        axis.plot(
-            [int(value) for value, _ in found],
-            [float(ms) for ms in column],
-            marker="o",
-            label=kernel,
-        )
+    draw(axis, lines, title, kernels)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.xaxis.set_major_formatter("{x:.0f}")

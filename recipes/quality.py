@@ -1,8 +1,9 @@
-"""What int8 costs: perplexity on evaluation texts and agreement of the likeliest token, beside the exact kernel.
+"""What int8 costs: perplexity on evaluation texts, and agreement of the likeliest token.
 
-    python recipes/quality.py DATA_FOLDER     (with gsm8k/test.jsonl and humaneval/HumanEval.jsonl.gz)
+    python recipes/quality.py DATA_FOLDER
 
-60 problems of GSM8K with their reference answers, framed by the chat template, and 30 programs of HumanEval, 400 tokens at most.
+The folder has gsm8k/test.jsonl and humaneval/HumanEval.jsonl.gz. Both beside the exact kernel. 60 problems of GSM8K with their reference answers, framed by the chat
+template, and 30 programs of HumanEval, 400 tokens at most.
 """
 
 import gzip
@@ -10,38 +11,66 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from flashdraft.decoding.tree import chain
 from flashdraft.loading import load_target
 
-data = Path(sys.argv[1])
-problems = [json.loads(line) for line in (data / "gsm8k" / "test.jsonl").open()][:60]
-packed = (data / "humaneval" / "HumanEval.jsonl.gz").read_bytes()
-programs = [json.loads(line) for line in gzip.decompress(packed).splitlines()][:30]
-best, first = {}, 0.0
-for kernel in ("auto", "int8"):
-    target, tokenizer, _ = load_target("smollm2-135m", kernel=kernel)
-    texts = [program["prompt"] + program["canonical_solution"] for program in programs]
-    for problem in problems:
+
+class Quality(NamedTuple):
+    kernel: str  # in words
+    perplexity: float
+    likeliest: list[int]  # at every position of all texts
+
+
+def read_texts(folder, tokenizer):
+    packed = (folder / "humaneval" / "HumanEval.jsonl.gz").read_bytes()
+    texts = []
+    for line in gzip.decompress(packed).splitlines()[:30]:
+        program = json.loads(line)
+        texts.append(program["prompt"] + program["canonical_solution"])
+
+    for line in (folder / "gsm8k" / "test.jsonl").read_bytes().splitlines()[:60]:
+        problem = json.loads(line)
         turns = [
             {"role": "user", "content": problem["question"]},
             {"role": "assistant", "content": problem["answer"]},
         ]
         texts.append(tokenizer.apply_chat_template(turns, tokenize=False))
-    surprise, count, best[kernel] = 0.0, 0, []
-    for text in texts:
+    return texts
+
+
+def measure(kernel, folder):
+    target, tokenizer, _ = load_target("smollm2-135m", kernel=kernel)
+    surprise = 0.0
+    count = 0
+    likeliest = []
+    for text in read_texts(folder, tokenizer):
         tokens = torch.tensor(tokenizer(text)["input_ids"][:400])
-        shape = chain(len(tokens))[None], torch.tensor([len(tokens)])
-        logits, _ = target.forward(target.new_cache(1, 512), [0], tokens[None], *shape, ())
-        laws = logits[0, :-1].log_softmax(-1)
-        surprise -= float(laws.gather(1, tokens[1:, None]).sum())
-        count += len(laws)
-        best[kernel] += logits[0].argmax(-1).tolist()
-    perplexity = math.exp(surprise / count)
-    first = first or perplexity
-    same = sum(a == b for a, b in zip(best[kernel], best["auto"], strict=True)) / len(best[kernel])
+        parents = chain(len(tokens))[None]
+        sizes = torch.tensor([len(tokens)])
+        cache = target.new_cache(1, 512)
+        logits, _ = target.forward(cache, [0], tokens[None], parents, sizes, ())
+        logprobs = logits[0, :-1].log_softmax(-1)
+        surprise -= float(logprobs.gather(1, tokens[1:, None]).sum())
+        count += len(logprobs)
+        likeliest += logits[0].argmax(-1).tolist()
+    return Quality(target.kernel, math.exp(surprise / count), likeliest)
+
+
+def show(quality, exact):
+    pairs = zip(quality.likeliest, exact.likeliest, strict=True)
+    same = sum(own == other for own, other in pairs) / len(quality.likeliest)
+    change = quality.perplexity / exact.perplexity - 1
     print(
-        f"{target.kernel}: perplexity {perplexity:.3f} ({perplexity / first - 1:+.2%}), likeliest token the same {same:.1%}"
+        f"{quality.kernel}: perplexity {quality.perplexity:.3f} ({change:+.2%}), "
+        f"likeliest token the same {same:.1%}"
     )
+
+
+folder = Path(sys.argv[1])
+exact = measure("auto", folder)
+show(exact, exact)
+show(measure("int8", folder), exact)

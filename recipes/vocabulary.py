@@ -1,7 +1,10 @@
-"""Drafters that differ in their reduced vocabulary alone: the commonest tokens of the training answers, the weights unchanged.
+"""Drafters that differ in their reduced vocabulary alone; the weights are unchanged.
 
 python recipes/vocabulary.py FOLDER_OR_NAME FEATURES OUT 1024 2048 4096
-flashdraft bench --prompts PROMPTS --out vocabulary.jsonl --methods autoregressive,dflash,v1024=OUT/1024,v2048=OUT/2048
+flashdraft bench --prompts PROMPTS --out vocabulary.jsonl \\
+    --methods autoregressive,dflash,v1024=OUT/1024,v2048=OUT/2048
+
+A vocabulary is the commonest tokens of the training answers.
 """
 
 import sys
@@ -13,11 +16,11 @@ from flashdraft.train.features import FeatureSet
 from flashdraft.train.objectives import common_tokens
 
 draft, features, out, *counts = sys.argv[1:]
+folder = draft if Path(draft).exists() else hub.builtin_draft(draft, "dflash")
 data = FeatureSet(Path(features))
-for count in map(int, counts):
-    model = DFlashDraftModel.from_pretrained(
-        draft if Path(draft).exists() else hub.builtin_draft(draft, "dflash")
-    )
+for text in counts:
+    count = int(text)
+    model = DFlashDraftModel.from_pretrained(folder)
     tokens, covered = common_tokens(data, count)
     model.reduce_vocabulary(tokens)
     model.save_pretrained(Path(out) / str(count))
