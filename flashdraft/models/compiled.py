@@ -97,7 +97,8 @@ class CompiledStep:
         num_nodes = tokens.shape[1]
         width = padded(num_nodes)
         inputs = []
-        for own in (tokens, lengths, layout.sizes, layout.depths, layout.seen):
+        own_inputs = (tokens, lengths, layout.sizes, layout.depths, layout.seen)
+        for own in own_inputs:
             whole = _widened(own, rows, cache.rows, width)
             inputs.append(whole.to(self.device))
         rows = rows.to(self.device)
@@ -135,14 +136,15 @@ class CompiledStep:
         real = node < sizes[:, None]
         slot = torch.where(real, lengths[:, None] + node, last_slot)
         positions = torch.where(real, lengths[:, None] + depths, 0).flatten()
-        at = Places(row[:, None].expand(rows, width).flatten(), None, slot.flatten())
+        row_of_token = row[:, None].expand(rows, width).flatten()
+        at = Places(row_of_token, node=None, slot=slot.flatten())
         attend = self.decoder.attend_to(kv, lengths, seen, at)
-        states, features = self.decoder.run(self.embed(tokens.flatten()), positions, attend, layers)
+        embedded = self.embed(tokens.flatten())
+        states, features = self.decoder.run(embedded, positions, attend, layers)
 
-        padding = ~real[..., None]
-        out = self.head(states).view(rows, width, -1).masked_fill(padding, 0)
+        out = _by_row(self.head(states), real)
         if features is not None:
-            features = features.view(rows, width, -1).masked_fill(padding, 0)
+            features = _by_row(features, real)
         return out, features
 
 
@@ -154,6 +156,12 @@ def _pin(tensors: Iterable[Tensor | None]) -> None:
     for tensor in tensors:
         if tensor is not None:
             torch._dynamo.mark_static_address(tensor)
+
+
+def _by_row(packed: Tensor, real: Tensor) -> Tensor:
+    """[rows * nodes, size] -> [rows, nodes, size]; padding is zero."""
+    by_row = packed.view(*real.shape, -1)
+    return by_row.masked_fill(~real[..., None], 0)
 
 
 def _widened(own: Tensor, rows: Tensor, num_rows: int, width: int) -> Tensor:

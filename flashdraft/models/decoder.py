@@ -124,13 +124,14 @@ class Decoder:
         counts = layout.sizes.tolist()
         lengths = [cache.lengths[slot] for slot in slots]
         ends = [length + count for length, count in zip(lengths, counts, strict=True)]
+        needed = max(ends)
         fewest = min(counts)
-        native.ensure(max(ends) <= cache.slots, "the cache has too few slots")
+        native.ensure(needed <= cache.slots, "the cache has too few slots")
         native.ensure(0 <= min(slots) <= max(slots) < cache.rows, "no such row in the cache")
         native.ensure(
             1 <= fewest <= max(counts) <= width, "a row with more nodes than there are, or none"
         )
-        self.reserve(max(ends))
+        self.reserve(needed)
 
         starts = torch.tensor(lengths, **INTS)
         real = torch.arange(width, **INTS) < layout.sizes[:, None]  # nothing below sees padding
@@ -195,6 +196,7 @@ class Decoder:
     def _packed_block(self, block: Block, *, consume: bool) -> dict[str, Linear]:
         linears = {}
         for name in block.parts:
+            # No name for the fused weight: it has to be gone when the next one is made.
             linears[name] = self._packed(name, *block.fused(name))
             if consume:
                 block.let_go(name)
@@ -368,13 +370,19 @@ class Decoder:
         native.step(self._model, cache.slots, shape, cache.addresses, tensors, self.seconds)
         if not layers:
             return x, None
-        for i, layer in enumerate(layers):  # the kernels write a layer once: its last place
-            here = i * self.hidden_size
-            last = wanted[layer]
-            if here != last:
-                state = features[:, last : last + self.hidden_size]
-                features[:, here : here + self.hidden_size] = state
+        self._repeat_outputs(features, layers, wanted)
         return x, features
+
+    def _repeat_outputs(
+        self, features: Tensor, layers: Sequence[int], places: Sequence[int]
+    ) -> None:
+        """Copy a layer that was asked for twice: the kernels write it once, at its last place."""
+        size = self.hidden_size
+        for i, layer in enumerate(layers):
+            here = i * size
+            last = places[layer]
+            if here != last:
+                features[:, here : here + size] = features[:, last : last + size]
 
     def _check_positions(self, starts: Tensor, layout: Layout) -> None:
         """AssertionError for a node beyond the rotary tables; padding may lie there."""
@@ -436,7 +444,8 @@ class Decoder:
 def _distinct(items: Sequence[T]) -> tuple[list[T], list[int]]:
     """Each item once, in the order in which they first come, and for every item which one it is."""
     distinct = list(dict.fromkeys(items))
-    return distinct, [distinct.index(item) for item in items]
+    which = [distinct.index(item) for item in items]
+    return distinct, which
 
 
 def _interleaved(gate_up: Tensor) -> Tensor:

@@ -50,9 +50,9 @@ class LeanTarget(Target):
     def __init__(
         self, model: HFModel, name: str, *, kernel: str = "compact", consume: bool = False
     ) -> None:
-        """consume: the model's blocks lose their weights as these are packed.
+        """With `consume`, the model's blocks lose their weights as these are packed.
 
-        So that not both are held at once.
+        Otherwise both are held at once.
         """
         config = model.config
         self.name = name
@@ -98,7 +98,7 @@ class LeanTarget(Target):
     def fits(config: HFConfig) -> bool:
         """Whether this decoder computes what the Hugging Face model does.
 
-        It has plain SiLU blocks, full attention and static rotary angles.
+        Its blocks are plain SiLU ones, with full attention and static rotary angles.
         """
         if config.model_type not in FAMILIES:
             return False
@@ -157,7 +157,7 @@ class LeanTarget(Target):
     def step_seconds(self) -> dict[int, float]:
         """Measured once per model shape, kernel, number of threads and machine.
 
-        And again where steps contradict it.
+        Measured again where steps that really ran contradict it.
         """
         return self._times.measured(self._timed_step())
 
@@ -219,9 +219,9 @@ def _attends_to_everything(config: HFConfig) -> bool:
     layer_types = getattr(config, "layer_types", None) or ()
     if set(layer_types) - {"full_attention"}:
         return False
-    # In the other families `layer_types` says which layers use the window.
-    windowed = config.model_type == "mistral" and getattr(config, "sliding_window", None)
-    return not windowed
+    if config.model_type != "mistral":  # elsewhere `layer_types` says which layers use a window
+        return True
+    return not getattr(config, "sliding_window", None)
 
 
 def _rotates_statically(config: HFConfig) -> bool:
