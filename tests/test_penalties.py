@@ -20,19 +20,8 @@ from conftest import EOS, SHAPE, VOCAB, Table, tiny_model, uniform
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from test_engine import (
-    METHODS,
-    NEW,
-    PROMPTS,
-    Cheater,
-    Oracle,
-    Tree,
-    letters,
-    made,
-    requests_of,
-    run,
-)
 from torch import Tensor
+from toy_engine import METHODS, NEW, PROMPTS, Cheater, Oracle, Tree, letters, made, requests_of, run
 from transformers import LlamaConfig
 from transformers.generation.logits_process import (
     RepetitionPenaltyLogitsProcessor,
