@@ -22,7 +22,6 @@ from typing import Any, Final, NamedTuple
 
 import huggingface_hub
 from filelock import FileLock
-from gguf import GGUFReader
 from huggingface_hub.errors import (
     GatedRepoError,
     LocalEntryNotFoundError,
@@ -30,7 +29,6 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
-from tokenizers import pre_tokenizers
 
 from flashdraft.errors import CheckpointError, ModelNotFound, first_line
 from flashdraft.files import appears_whole
@@ -573,6 +571,8 @@ def _key(path: Path) -> str:
 
 def _read_gguf(path: Path) -> tuple[dict[str, Any], list[str]]:
     """The file's metadata and its tensors' names."""
+    from gguf import GGUFReader
+
     try:
         reader = GGUFReader(path)
         return {key: field.contents() for key, field in reader.fields.items()}, [
@@ -598,6 +598,8 @@ def _convert(path: Path, folder: Path) -> None:
 
     What that reading would pass over in silence is refused: unknown metadata and tensors, missing ones, and missing shapes.
     """
+    from tokenizers import pre_tokenizers
+
     meta, names = _read_gguf(path)
     unknown = {key for key in meta if key.startswith("llama.")} - {
         f"llama.{key}" for key in (*_SHAPE, *_IMPLIED)
@@ -614,7 +616,7 @@ def _convert(path: Path, folder: Path) -> None:
         )
     source = Source(str(path), path.parent, path.name)
     model = read_model(source, dtype="float32")
-    tokenizer = read_tokenizer(source)
+    tokenizer: Any = read_tokenizer(source)
     model.config.rms_norm_eps = float(
         f"{model.config.rms_norm_eps:.7g}"
     )  # 1e-05, not 9.999999747378752e-06

@@ -1,57 +1,60 @@
-"""A folder's files -> transformers' tokenizer and model: whole, as the folder says, and by none of the folder's own code.
+"""A folder's files -> transformers' tokenizer and model, whole and as the folder says.
 
-Knows what folders of models look like, and what transformers passes over in silence. Does not know where a folder comes
-from, nor what runs a model. Nothing here asks on standard input: `trust_remote_code` is always said, and always False.
+Knows what folders of models look like, and what transformers passes over in silence. Does not know
+where a folder comes from, nor what runs a model. Nothing here asks on standard input, and nothing
+runs a folder's own code: `trust_remote_code` is always said, and always False.
+
+Transformers is imported where it is called: its files take seconds, and a target whose weights were
+packed before (models/packed.py) needs few of them.
 """
 
 import errno
 import json
 import logging
 import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-import huggingface_hub
 import torch
-import transformers
-from gguf import MODEL_ARCH_NAMES, GGUFReader, get_tensor_name_map
 from safetensors import SafetensorError, safe_open
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    modeling_gguf_pytorch_utils,
-)
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
-from transformers.utils import logging as their_logging
 
 from flashdraft.errors import CheckpointError, FlashDraftError, UnsupportedTarget, first_line
 from flashdraft.process import new_lock
 
 __all__ = [
+    "Json",
     "Source",
+    "Theirs",
+    "Tokenizer",
     "check_folder",
     "check_tokenizer",
     "foreign_file",
     "kind_of",
     "read_config",
     "read_model",
+    "read_their_config",
     "read_tokenizer",
+    "tokenizer_of",
+    "without_bars",
 ]
-__all__ += ["without_bars"]
 
+Theirs = Any  # an object of transformers: its classes differ by family
+Json = dict[str, Any]  # a JSON object, such as a config
 Names = Collection[str]
-Told = tuple[str, str]  # what was found, and what to do
 
 _AGAIN = "fetch the model's files again"
-_MERGE = "merge it into its base model (peft's merge_and_unload, then save_pretrained) and give that folder"
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_VOCABULARIES: tuple[str, ...] = (
+_NO_CODE = "a folder's code never runs here; take a model that transformers knows"
+_WHO_OWNS = "see who owns it and its mode (ls -l)"
+_MERGE = (
+    "merge it into its base model (peft's merge_and_unload, then save_pretrained) "
+    "and give that folder"
+)
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_VOCABULARIES = (
     "tokenizer.json",
     "tokenizer.model",
     "vocab.json",
@@ -66,23 +69,25 @@ _DRAFTS = (
     "medusa_num_heads",
     "speculators_model_type",
 )
-_ATTENTION = ("eager", "sdpa")  # the implementations that take our masks
-_EXPERTS = ("eager", "batched_mm", "grouped_mm")
-_NO_WRITERS: tuple[str, ...] = (
+# The implementations that take our masks.
+_KNOWN = {
+    "attn_implementation": ("eager", "sdpa"),
+    "experts_implementation": ("eager", "batched_mm", "grouped_mm"),
+}
+_NO_WRITERS = (
     "ForMaskedLM",
     "ForSequenceClassification",
     "ForTokenClassification",
     "ForQuestionAnswering",
-)
-_NO_WRITERS += (
     "ForPreTraining",
     "ForMultipleChoice",
     "ForImageClassification",
     "RewardModel",
     "EncoderModel",
 )
-# parts that a text model leaves out by right: eyes, ears, a trainer's value head, and heads for several tokens
-_OTHER_PARTS: tuple[str, ...] = (
+# Parts that a text model leaves out by right: eyes, ears, a trainer's value head, and heads for
+# several tokens.
+_OTHER_PARTS = (
     "vision_tower",
     "vision_model",
     "vision_encoder",
@@ -94,6 +99,33 @@ _OTHER_PARTS: tuple[str, ...] = (
 )
 
 
+class Told(NamedTuple):
+    """What was found where a model or a file of it should be, and what to do about it."""
+
+    found: str
+    hint: str
+
+
+class Tokenizer(Protocol):
+    """What is called of transformers' tokenizers here."""
+
+    chat_template: Any  # text, or texts by name
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+
+    def decode(
+        self,
+        ids: Sequence[int],
+        *,
+        skip_special_tokens: bool = ...,
+        clean_up_tokenization_spaces: bool = ...,
+    ) -> str: ...
+
+    def apply_chat_template(self, turns: Any, **options: Any) -> Any: ...
+
+    def convert_tokens_to_ids(self, tokens: Any) -> Any: ...
+
+
 class Source(NamedTuple):
     """Files to load from: a folder, or one GGUF file in it. `name` is what the user called them."""
 
@@ -102,61 +134,80 @@ class Source(NamedTuple):
     gguf: str | None = None
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> Json:
         """What every call of from_pretrained takes."""
-        options: dict[str, Any] = {"trust_remote_code": False}
+        options: Json = {"trust_remote_code": False}
         if self.gguf is not None:
             options["gguf_file"] = self.gguf
         return options
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json. Raises CheckpointError if it is missing, unreadable or not a JSON object."""
+def read_config(folder: Path) -> Json:
+    """The folder's config.json.
+
+    Raises CheckpointError if it is missing, unreadable or not a JSON object.
+    """
     path = folder / "config.json"
     try:
         return _read_object(path)
     except FileNotFoundError:
-        raise CheckpointError(
-            f"no config.json in `{folder}`", hint="give the folder that holds the model's files"
-        ) from None
+        hint = "give the folder that holds the model's files"
+        raise CheckpointError(f"no config.json in `{folder}`", hint=hint) from None
     except PermissionError:
-        raise CheckpointError(
-            f"`{path}` may not be read", hint="see who owns it and its mode (ls -l)"
-        ) from None
+        raise CheckpointError(f"`{path}` may not be read", hint=_WHO_OWNS) from None
     except (OSError, ValueError, RecursionError) as error:
-        found = foreign_file(path)
-        if found is not None:
-            raise CheckpointError(f"`{path}` is {found[0]}", hint=found[1]) from None
-        raise CheckpointError(
-            f"cannot read `{path}`: {first_line(error)}", hint="fetch or write it again"
-        ) from None
+        other = foreign_file(path)
+        if other is not None:
+            raise CheckpointError(f"`{path}` is {other.found}", hint=other.hint) from None
+        got = f"cannot read `{path}`: {first_line(error)}"
+        raise CheckpointError(got, hint="fetch or write it again") from None
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def _read_object(path: Path) -> Json:
     value = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(value, dict):
         raise ValueError(f"a JSON object was expected, not a {type(value).__name__}")
     return value
 
 
-def read_tokenizer(source: Source) -> Any:
+def read_tokenizer(source: Source) -> Tokenizer:
     """The tokenizer of these files. Raises CheckpointError."""
     if source.gguf is None:
         _check_vocabulary(source)
     try:
+        from transformers import AutoTokenizer
+
         with without_bars():
-            tokenizer = AutoTokenizer.from_pretrained(source.folder, **source.options)
-            _take_template(source, tokenizer)
-            tokenizer.encode(
-                "", add_special_tokens=False
-            )  # takes a file's truncation away now: threads may not do it at once
-            return tokenizer
+            tokenizer: Theirs = AutoTokenizer.from_pretrained(source.folder, **source.options)
+            return _prepared(tokenizer, source)
     except Exception as error:  # transformers and its readers raise what they like
         raise _explained(error, source, "the tokenizer of ") from None
 
 
-def _take_template(source: Source, tokenizer: Any) -> None:
-    """The template of chat_template.json, where models that also see have theirs, and which tokenizers pass over."""
+def tokenizer_of(kind: str, source: Source) -> Tokenizer:
+    """The tokenizer of a folder that is known to be of the class of transformers `module:name`.
+
+    What `read_tokenizer` finds out about the folder takes longer than all the rest of it.
+    """
+    module, _, name = kind.partition(":")
+    if module.partition(".")[0] != "transformers":
+        raise ValueError(f"{kind} is no class of transformers")
+    theirs = getattr(import_module(module), name)
+    return _prepared(theirs.from_pretrained(source.folder, trust_remote_code=False), source)
+
+
+def _prepared(tokenizer: Tokenizer, source: Source) -> Tokenizer:
+    _take_template(source, tokenizer)
+    # Takes a file's truncation away now: threads may not do it at once.
+    tokenizer.encode("", add_special_tokens=False)
+    return tokenizer
+
+
+def _take_template(source: Source, tokenizer: Tokenizer) -> None:
+    """The template of chat_template.json, where models that also see have theirs.
+
+    Tokenizers pass over it.
+    """
     path = source.folder / "chat_template.json"
     if source.gguf is not None or getattr(tokenizer, "chat_template", None) or not path.exists():
         return
@@ -165,22 +216,27 @@ def _take_template(source: Source, tokenizer: Any) -> None:
         tokenizer.chat_template = template
 
 
-def read_model(source: Source, *, dtype: str = "auto") -> Any:
-    """The model of these files, every tensor of it from them. Raises CheckpointError or UnsupportedTarget.
+def read_model(source: Source, *, dtype: str = "auto") -> Theirs:
+    """The model of these files, every tensor of it from them.
 
-    Look at a folder with `check_folder` first.
+    Look at a folder with `check_folder` first. Raises CheckpointError or UnsupportedTarget.
     """
-    safetensors = None if source.gguf is not None else True
-    options: dict[str, Any] = {**source.options, "dtype": dtype, "use_safetensors": safetensors}
-    options |= {
+    options: Json = {
+        **source.options,
+        "dtype": dtype,
+        "use_safetensors": True if source.gguf is None else None,
+        # `_check_whole` says which and why.
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,
-    }  # `_check_whole` says which and why
+    }
     try:
+        from transformers import AutoModelForCausalLM
+
         with without_bars():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(source.folder, **options)
+            loaded: Theirs = AutoModelForCausalLM.from_pretrained(source.folder, **options)
     except Exception as error:  # a quantiser's, a reader's, an allocator's
         raise _explained(error, source) from None
+
     model, info = loaded
     _check_whole(source, type(model).__name__, info)
     if source.gguf is not None:
@@ -188,49 +244,60 @@ def read_model(source: Source, *, dtype: str = "auto") -> Any:
     return model
 
 
-def check_tokenizer(source: Source, tokenizer: Any, vocab_size: int) -> None:
-    """Raises CheckpointError where the tokenizer is made for more tokens than the model has embeddings.
+def read_their_config(source: Source) -> Theirs:
+    """The config of these files as transformers reads it."""
+    from transformers import AutoConfig
 
-    Added tokens may lie beyond (a pad token that nobody embedded): a prompt that uses one is refused when it comes.
+    return AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+
+
+def check_tokenizer(source: Source, tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raises CheckpointError where the tokenizer has more tokens than the model has embeddings.
+
+    Added tokens may lie beyond (a pad token that nobody embedded): a prompt that uses one is
+    refused when it comes.
     """
     size = getattr(tokenizer, "vocab_size", None)
     if isinstance(size, int) and size > vocab_size:
         got = f"the tokenizer of `{source.name}` has {size} tokens, its model only {vocab_size}"
-        raise CheckpointError(
-            got,
-            hint="they do not belong together: take the tokenizer's files from the model's own folder",
-        )
+        hint = "they do not belong together: take the tokenizer's files from the model's own folder"
+        raise CheckpointError(got, hint=hint)
 
 
-# ------------------------------------------------------------------------------ before: what a folder is, by its names
+# ---- before: what a folder is, by its names ------------------------------------------------------
 
 
 def kind_of(names: Names) -> Told | None:
-    """What a folder or repository with these files is, where it is no model that can be loaded; None: nothing known."""
+    """What files of these names are, where they are no model that can be loaded.
+
+    Of a folder or of a repository. None: nothing is known.
+    """
     found = set(names)
     ends = {Path(name).suffix.lower() for name in found}
-    ggufs = sorted(name for name in found if name.lower().endswith(".gguf"))
     if "adapter_config.json" in found:
-        return "an adapter (LoRA) without its base model", _MERGE
+        return Told("an adapter (LoRA) without its base model", _MERGE)
     if "model_index.json" in found:
-        return "a diffusers pipeline", "a language model is needed, not a picture's"
+        return Told("a diffusers pipeline", "a language model is needed, not a picture's")
     if "snapshots" in found:
-        return (
-            "a repository of the hub's cache, not a model's folder",
-            "give its hub id, or the folder below snapshots/",
-        )
+        hint = "give its hub id, or the folder below snapshots/"
+        return Told("a repository of the hub's cache, not a model's folder", hint)
+
+    ggufs = sorted(name for name in found if name.lower().endswith(".gguf"))
     if ggufs:
-        return "a folder of GGUF files", f"give the path of one of them, such as {ggufs[0]}"
+        hint = f"give the path of one of them, such as {ggufs[0]}"
+        return Told("a folder of GGUF files", hint)
     if found & {"params.json", "consolidated.safetensors", "consolidated.00.pth"}:
-        return (
-            "in its maker's own format (consolidated weights)",
-            "take the model's folder in Hugging Face's format",
-        )
+        hint = "take the model's folder in Hugging Face's format"
+        return Told("in its maker's own format (consolidated weights)", hint)
     if ends & {".bin", ".pt", ".pth", ".ckpt", ".pkl"}:
-        hint = "pickled weights are never read, for they can run code: convert them to safetensors with save_pretrained"
-        return "a folder of pickled weights only", hint
+        hint = (
+            "pickled weights are never read, for they can run code: "
+            "convert them to safetensors with save_pretrained"
+        )
+        return Told("a folder of pickled weights only", hint)
     if ends & {".h5", ".msgpack", ".onnx", ".npz", ".tflite", ".mlmodel", ".ot"}:
-        return "a folder of weights for another framework", "take the model's safetensors"
+        hint = "take the model's safetensors"
+        return Told("a folder of weights for another framework", hint)
     return None
 
 
@@ -239,33 +306,36 @@ def _names(folder: Path) -> list[str]:
 
 
 def foreign_file(path: Path) -> Told | None:
-    """What lies in the place of a model's file, where it is something else, and what to do; None: it may be one."""
+    """What lies in the place of a model's file, where it is none; None: it may be one."""
     try:
         with path.open("rb") as file:
             start = file.read(256)
     except FileNotFoundError:
-        return "not there", _AGAIN
+        return Told("not there", _AGAIN)
     except OSError as error:
-        return f"not readable: {error.strerror}", "see who owns it and its mode (ls -l)"
+        return Told(f"not readable: {error.strerror}", _WHO_OWNS)
     if start.startswith(b"version https://git-lfs"):
-        return (
-            "a git-lfs pointer, not the file itself",
-            "fetch what it points to: git lfs install; git lfs pull",
-        )
+        hint = "fetch what it points to: git lfs install; git lfs pull"
+        return Told("a git-lfs pointer, not the file itself", hint)
     if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
-        return (
-            "a web page, not the file itself",
-            "fetch the file: hf download, or the page's download button",
-        )
+        hint = "fetch the file: hf download, or the page's download button"
+        return Told("a web page, not the file itself", hint)
     if not start:
-        return "empty", _AGAIN
+        return Told("empty", _AGAIN)
     return None
 
 
-def check_folder(source: Source) -> dict[str, Any]:
-    """Refuse, by name, what transformers would pass over, run or misread in this folder; returns its config.json.
+def _damaged_file(path: Path, error: Exception) -> CheckpointError:
+    """What is wrong with a file that could not be read as what it should be."""
+    told = foreign_file(path) or Told(f"damaged: {first_line(error)}", _AGAIN)
+    return CheckpointError(f"`{path}` is {told.found}", hint=told.hint)
 
-    Raises CheckpointError, or UnsupportedTarget for a model that does not write text from left to right.
+
+def check_folder(source: Source) -> Json:
+    """Refuse, by name, what transformers would pass over, run or misread in this folder.
+
+    Returns its config.json. Raises CheckpointError, or UnsupportedTarget for a model that does not
+    write text from left to right.
     """
     config = read_config(source.folder)
     _check_kind(source, config)
@@ -277,120 +347,146 @@ def check_folder(source: Source) -> dict[str, Any]:
     return config
 
 
-def _check_kind(source: Source, config: Mapping[str, Any]) -> None:
-    name, kind = source.name, config.get("model_type")
-    own = [str(one) for one in config.get("architectures") or ()]
-    draft = next((key for key in _DRAFTS if key in config), None)
+def _check_kind(source: Source, config: Json) -> None:
+    name = source.name
+    kind = config.get("model_type")
     if (source.folder / "adapter_config.json").exists():
         got = f"`{name}` holds an adapter beside its base model, which would be left out"
         raise CheckpointError(got, hint=f"{_MERGE}; or take adapter_config.json out of the folder")
+
+    draft = next((key for key in _DRAFTS if key in config), None)
     if draft is not None:
         got = f"`{name}` is a drafter, by `{draft}` in its config.json, not a target"
-        raise CheckpointError(
-            got, hint="give it as the draft, beside the target that it was made for"
-        )
+        hint = "give it as the draft, beside the target that it was made for"
+        raise CheckpointError(got, hint=hint)
     if not isinstance(kind, str) or not kind:
-        raise CheckpointError(
-            f"config.json of `{name}` names no model_type",
-            hint="is it a language model's? fetch it again",
-        )
+        got = f"config.json of `{name}` names no model_type"
+        raise CheckpointError(got, hint="is it a language model's? fetch it again")
     if config.get("is_encoder_decoder"):
         got = f"`{name}` is a {kind} model: it writes from an encoder's states"
-        raise UnsupportedTarget(
-            got, hint="a decoder-only language model is needed, such as a llama or a qwen3"
-        )
-    odd = next((one for one in own if one.endswith(_NO_WRITERS)), None)
-    if (
-        odd is None
-        and (source.folder / "modules.json").exists()
-        and not any("CausalLM" in one for one in own)
-    ):
-        odd = "sentence-transformers model"
+        hint = "a decoder-only language model is needed, such as a llama or a qwen3"
+        raise UnsupportedTarget(got, hint=hint)
+
+    odd = _no_writer(source, config)
     if odd is not None:
         got = f"`{name}` is a {odd}: it does not write text from left to right"
         raise UnsupportedTarget(got, hint="a causal language model is needed (...ForCausalLM)")
     if config.get("is_causal") is False:
         got = f"`{name}` reads to both sides (is_causal is false in its config.json)"
         raise UnsupportedTarget(got, hint="a causal language model is needed")
+
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     if kind in CONFIG_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise UnsupportedTarget(
-            f"`{name}` is a {kind} model, no language model",
-            hint="a causal language model is needed",
-        )
+        got = f"`{name}` is a {kind} model, no language model"
+        raise UnsupportedTarget(got, hint="a causal language model is needed")
 
 
-def _check_code(source: Source, config: Mapping[str, Any]) -> None:
-    """What would run Python that came with the folder, or code that the folder names, or other operations than ours."""
-    name, kind = source.name, config.get("model_type")
+def _architectures(config: Json) -> list[str]:
+    return [str(one) for one in config.get("architectures") or ()]
+
+
+def _no_writer(source: Source, config: Json) -> str | None:
+    """The architecture that the config names, where it is none that writes; None: it may write."""
+    architectures = _architectures(config)
+    for one in architectures:
+        if one.endswith(_NO_WRITERS):
+            return one
+    is_causal = any("CausalLM" in one for one in architectures)
+    if (source.folder / "modules.json").exists() and not is_causal:
+        return "sentence-transformers model"
+    return None
+
+
+def _check_code(source: Source, config: Json) -> None:
+    """What would run Python that came with the folder, or other operations than ours."""
+    import transformers
+    from transformers import CONFIG_MAPPING
+
+    name = source.name
+    kind = config.get("model_type")
     own = config.get("auto_map") or {}
-    version = transformers.__version__
     if kind not in CONFIG_MAPPING:
         if own:
             got = f"`{name}` is a {kind!r} model, which exists only in the folder's own Python"
-            raise CheckpointError(
-                got, hint="a folder's code never runs here; take a model that transformers knows"
-            )
+            raise CheckpointError(got, hint=_NO_CODE)
         written = config.get("transformers_version")
         since = f", the folder is of {written}" if written else ""
+        version = transformers.__version__
         got = f"`{name}` is a {kind!r} model, unknown to transformers {version}{since}"
         raise CheckpointError(got, hint="a newer one may know it: pip install -U transformers")
-    architectures = [str(one) for one in config.get("architectures") or ()]
-    foreign = [one for one in architectures if not hasattr(transformers, one)]
+
+    foreign = [one for one in _architectures(config) if not hasattr(transformers, one)]
     if own and foreign:
         got = f"`{name}` is a {foreign[0]}, which exists only in the folder's own Python"
-        raise CheckpointError(
-            got, hint="a folder's code never runs here; take a model that transformers knows"
-        )
-    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-        for key, known in (
-            ("attn_implementation", _ATTENTION),
-            ("experts_implementation", _EXPERTS),
-        ):
-            asked = part.get(key, part.get(f"_{key}"))
-            if asked is not None and asked not in known:
-                got = f"config.json of `{name}` asks for {key} {asked!r}"
-                raise CheckpointError(got, hint=f"take it out: known here are {', '.join(known)}")
+        raise CheckpointError(got, hint=_NO_CODE)
+    _check_implementations(source, config)
+    for value in config.values():
+        if isinstance(value, dict):
+            _check_implementations(source, value)
     if config.get("fusion_config"):
-        raise CheckpointError(
-            f"config.json of `{name}` asks for fusion_config",
-            hint="take it out: nothing is fused here",
-        )
+        got = f"config.json of `{name}` asks for fusion_config"
+        raise CheckpointError(got, hint="take it out: nothing is fused here")
 
 
-def _check_quantisation(source: Source, config: Mapping[str, Any]) -> None:
+def _check_implementations(source: Source, config: Json) -> None:
+    for key, known in _KNOWN.items():
+        asked = config.get(key, config.get(f"_{key}"))
+        if asked is not None and asked not in known:
+            got = f"config.json of `{source.name}` asks for {key} {asked!r}"
+            raise CheckpointError(got, hint=f"take it out: known here are {', '.join(known)}")
+
+
+def _check_quantisation(source: Source, config: Json) -> None:
     how = _quantisation(config)
     if how is None:
         return
     hint = "take the model's unquantised weights"
     if not isinstance(how, dict):
-        raise CheckpointError(
-            f"config.json of `{source.name}` has quantization_config {how!r}",
-            hint=f"it is damaged; {hint}",
-        )
+        got = f"config.json of `{source.name}` has quantization_config {how!r}"
+        raise CheckpointError(got, hint=f"it is damaged; {hint}")
+
     method = how.get("quant_method")
     if method is None and not how.get("load_in_4bit") and not how.get("load_in_8bit"):
-        maker = "MLX" if "group_size" in how and "bits" in how else "a method that it does not name"
-        raise CheckpointError(
-            f"`{source.name}` is quantised by {maker}, which transformers cannot read", hint=hint
-        )
+        is_mlx = "group_size" in how and "bits" in how
+        maker = "MLX" if is_mlx else "a method that it does not name"
+        got = f"`{source.name}` is quantised by {maker}, which transformers cannot read"
+        raise CheckpointError(got, hint=hint)
+    if method is None:
+        return
+
+    import transformers
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
     known = {key.partition("_4bit")[0].partition("_8bit")[0] for key in AUTO_QUANTIZER_MAPPING}
-    if method is not None and str(method) not in known:
-        got = f"`{source.name}` is quantised by {method}, which transformers {transformers.__version__} cannot read"
+    if str(method) not in known:
+        version = transformers.__version__
+        got = f"`{source.name}` is quantised by {method}, which transformers {version} cannot read"
         raise CheckpointError(got, hint=hint)
 
 
-def _quantisation(config: Mapping[str, Any]) -> Any:
+def _quantisation(config: Json) -> object:
     """The part of config.json that says how the weights are quantised, or None."""
-    inner = config.get("text_config")
-    inner = inner if isinstance(inner, dict) else {}
-    found = config.get("quantization_config") or inner.get("quantization_config")
-    if found is None and isinstance(config.get("quantization_config"), dict):
-        return config["quantization_config"]
-    return found if found is not None else config.get("quantization")
+    outer = config.get("quantization_config")
+    text_config = config.get("text_config")
+    inner = None
+    if isinstance(text_config, dict):
+        inner = text_config.get("quantization_config")
+
+    found = outer or inner
+    if found is not None:
+        return found
+    if isinstance(outer, dict):
+        return outer
+    return config.get("quantization")
 
 
 def _check_json_files(source: Source) -> None:
-    """Small files that transformers leaves out in silence where they are damaged: end tokens and templates stand in them."""
+    """Small files that transformers leaves out in silence where they are damaged.
+
+    End tokens and templates stand in them.
+    """
     for name in (
         "generation_config.json",
         "tokenizer_config.json",
@@ -403,8 +499,7 @@ def _check_json_files(source: Source) -> None:
         try:
             _read_object(path)
         except (OSError, ValueError, RecursionError) as error:
-            found = foreign_file(path) or (f"damaged: {first_line(error)}", _AGAIN)
-            raise CheckpointError(f"`{path}` is {found[0]}", hint=found[1]) from None
+            raise _damaged_file(path, error) from None
 
 
 def _check_vocabulary(source: Source) -> None:
@@ -413,79 +508,88 @@ def _check_vocabulary(source: Source) -> None:
     if not any(name in _VOCABULARIES or name.endswith(".tiktoken") for name in names):
         hint = "copy tokenizer.json and tokenizer_config.json from the model that it was made from"
         raise CheckpointError(f"`{source.name}` holds no tokenizer", hint=hint)
+
     for name in names:
         path = source.folder / name
-        found = foreign_file(path) if name in _VOCABULARIES else None
-        if found is not None:
-            raise CheckpointError(f"`{path}` is {found[0]}", hint=found[1])
+        other = foreign_file(path) if name in _VOCABULARIES else None
+        if other is not None:
+            raise CheckpointError(f"`{path}` is {other.found}", hint=other.hint)
 
 
-# ----------------------------------------------------------------------------------------- before: the files of weights
+# ---- before: the files of weights ----------------------------------------------------------------
+
+Promised = dict[str, set[str]]  # by file, the tensors that an index promises in it
 
 
-def _weight_files(source: Source, config: Mapping[str, Any]) -> dict[str, set[str]]:
-    """The files that transformers will read, each with the tensors that the index promises in it (none: no index)."""
-    folder, chosen = source.folder, config.get("transformers_weights")
-    names = _names(folder)
+def _weight_files(source: Source, config: Json) -> Promised:
+    """The files that transformers will read; without an index no tensor is promised in them."""
+    names = _names(source.folder)
     if any(name.startswith("shard-") and name.endswith(".safetensors") for name in names):
         got = f"`{source.name}` is a distributed checkpoint (shard-...)"
         raise CheckpointError(got, hint="save it whole with save_pretrained")
+
+    chosen = config.get("transformers_weights")
     if chosen is not None:
-        hint = "take transformers_weights out of config.json, or let it name a safetensors file"
-        if not str(chosen).endswith((".safetensors", ".safetensors.index.json")):
-            raise CheckpointError(
-                f"config.json of `{source.name}` asks for the weights {chosen!r}", hint=hint
-            )
-        if str(chosen).endswith(".safetensors"):
-            return {str(chosen): set()}
-        return _promised(source, str(chosen))
+        return _chosen_files(source, str(chosen), chosen)
     if _SINGLE in names:
         if _INDEX in names:
             _check_same(source)
         return {_SINGLE: set()}
     if _INDEX in names:
         return _promised(source, _INDEX)
-    others = [
-        name
-        for name in names
-        if name.endswith(".safetensors") and not name.startswith("consolidated")
-    ]
-    kind = kind_of(names) if not others else None
-    if kind is not None:
-        raise CheckpointError(f"`{source.name}` is {kind[0]}", hint=kind[1])
+    raise _no_weights(source, names)
+
+
+def _chosen_files(source: Source, name: str, chosen: object) -> Promised:
+    """The files that a config.json names itself."""
+    if name.endswith(".safetensors"):
+        return {name: set()}
+    if name.endswith(".safetensors.index.json"):
+        return _promised(source, name)
+    got = f"config.json of `{source.name}` asks for the weights {chosen!r}"
+    hint = "take transformers_weights out of config.json, or let it name a safetensors file"
+    raise CheckpointError(got, hint=hint)
+
+
+def _no_weights(source: Source, names: Names) -> CheckpointError:
+    """What a folder holds instead of weights that can be found."""
+    others = []
+    for name in names:
+        if name.endswith(".safetensors") and not name.startswith("consolidated"):
+            others.append(name)
     if not others:
-        raise CheckpointError(
-            f"`{source.name}` holds no weights: no {_SINGLE}",
-            hint=f"the folder is incomplete; {_AGAIN}",
-        )
+        kind = kind_of(names)
+        if kind is not None:
+            return CheckpointError(f"`{source.name}` is {kind.found}", hint=kind.hint)
+        got = f"`{source.name}` holds no weights: no {_SINGLE}"
+        return CheckpointError(got, hint=f"the folder is incomplete; {_AGAIN}")
     if "-of-" in others[0]:
-        raise CheckpointError(
-            f"`{source.name}` holds shards, but no {_INDEX}",
-            hint=f"the folder is incomplete; {_AGAIN}",
-        )
+        got = f"`{source.name}` holds shards, but no {_INDEX}"
+        return CheckpointError(got, hint=f"the folder is incomplete; {_AGAIN}")
     got = f"`{source.name}` holds {others[0]}, but no {_SINGLE}"
-    raise CheckpointError(got, hint=f"if it is the whole model, call it {_SINGLE}")
+    return CheckpointError(got, hint=f"if it is the whole model, call it {_SINGLE}")
 
 
-def _promised(source: Source, index: str) -> dict[str, set[str]]:
-    """What an index says: each file, and its tensors."""
+def _promised(source: Source, index: str) -> Promised:
+    """What an index says."""
     path = source.folder / index
+    promised: Promised = {}
     try:
         places = _read_object(path)["weight_map"]
-        promised: dict[str, set[str]] = {}
         for tensor, file in places.items():
             promised.setdefault(str(file), set()).add(tensor)
     except (OSError, ValueError, KeyError, AttributeError, RecursionError) as error:
-        found = foreign_file(path) or (f"damaged: {first_line(error)}", _AGAIN)
-        raise CheckpointError(f"`{path}` is {found[0]}", hint=found[1]) from None
+        raise _damaged_file(path, error) from None
     if not promised:
         raise CheckpointError(f"`{path}` names no tensor", hint=_AGAIN)
     return promised
 
 
 def _check_same(source: Source) -> None:
-    """A folder with both a whole file and shards: they must be the same tensors, for only one of the two would be read."""
-    sharded = set().union(*_promised(source, _INDEX).values())
+    """A folder with both a whole file and shards: only one of the two would be read."""
+    sharded: set[str] = set()
+    for tensors in _promised(source, _INDEX).values():
+        sharded |= tensors
     whole = set(_header(source, _SINGLE))
     if sharded != whole:
         got = f"`{source.name}` holds two sets of weights: {_SINGLE}, and the shards of {_INDEX}"
@@ -493,114 +597,133 @@ def _check_same(source: Source) -> None:
 
 
 def _header(source: Source, file: str) -> dict[str, str]:
-    """Every tensor of a safetensors file with its dtype; the file's length is what its header says."""
+    """Every tensor of a safetensors file with its dtype.
+
+    The file's length is what its header says.
+    """
     path = source.folder / file
-    found = foreign_file(path)
-    if found is not None:
-        raise CheckpointError(f"`{path}` is {found[0]}", hint=found[1])
+    other = foreign_file(path)
+    if other is not None:
+        raise CheckpointError(f"`{path}` is {other.found}", hint=other.hint)
     try:
         with safe_open(path, framework="pt") as opened:
-            return {name: str(opened.get_slice(name).get_dtype()) for name in opened.keys()}  # noqa: SIM118
+            names = opened.keys()
+            return {name: str(opened.get_slice(name).get_dtype()) for name in names}
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"`{path}` is damaged: {first_line(error)}", hint=f"it may be cut short; {_AGAIN}"
-        ) from None
+        got = f"`{path}` is damaged: {first_line(error)}"
+        raise CheckpointError(got, hint=f"it may be cut short; {_AGAIN}") from None
 
 
-def _check_weight_files(
-    source: Source, config: Mapping[str, Any], files: Mapping[str, set[str]]
-) -> None:
-    """Every file is there, undamaged, with every tensor that the index promises in it, and none that needs unpacking."""
+def _check_weight_files(source: Source, config: Json, files: Promised) -> None:
+    """Every file is there, whole, with what the index promises, and nothing needs unpacking."""
     absent = [file for file in sorted(files) if not (source.folder / file).exists()]
     if absent:
-        why = "which its index names" if files[absent[0]] else "which its config.json names"
-        if (source.folder / absent[0]).is_symlink():
+        first = absent[0]
+        why = "which its index names" if files[first] else "which its config.json names"
+        if (source.folder / first).is_symlink():
             why = "for its link leads nowhere"
-        got = f"`{source.name}` lacks {absent[0]}{_and_more(absent)}, {why}"
+        got = f"`{source.name}` lacks {first}{_and_more(absent)}, {why}"
         raise CheckpointError(got, hint=f"the folder is incomplete; {_AGAIN}")
+
+    is_quantised = _quantisation(config) is not None
     for file, promised in sorted(files.items()):
         held = _header(source, file)
-        lacking = sorted(promised - set(held))
+        lacking = sorted(promised - held.keys())
         if lacking:
-            got = f"`{source.folder / file}` lacks the tensor {lacking[0]}, which the index promises in it"
+            path = source.folder / file
+            got = f"`{path}` lacks the tensor {lacking[0]}, which the index promises in it"
             raise CheckpointError(got, hint=f"the shards are not of one model; {_AGAIN}")
-        packed = [
-            name
-            for name, dtype in held.items()
-            if name.endswith(".weight") and dtype.startswith(("I", "U"))
-        ]
-        if packed and _quantisation(config) is None:
-            got = f"`{source.name}` holds {packed[0]} as {held[packed[0]]}, but its config.json names no quantisation"
-            raise CheckpointError(
-                got,
-                hint="take its config.json from where the weights are from, or unquantised weights",
-            )
+        if not is_quantised:
+            _check_unpacked(source, held)
 
 
-# ------------------------------------------------------------------------------------------- after: what was really read
+def _check_unpacked(source: Source, dtypes: Mapping[str, str]) -> None:
+    for name, dtype in dtypes.items():
+        if name.endswith(".weight") and dtype.startswith(("I", "U")):
+            held = f"`{source.name}` holds {name} as {dtype}"
+            got = f"{held}, but its config.json names no quantisation"
+            hint = "take its config.json from where the weights are from, or unquantised weights"
+            raise CheckpointError(got, hint=hint)
 
 
-def _check_whole(source: Source, architecture: str, info: Mapping[str, Any]) -> None:
-    """Raises CheckpointError for the first tensor that is missing, of another shape, or in the files but not in the model."""
-    missing = sorted(info["missing_keys"])
-    mismatched = sorted(info["mismatched_keys"])
+# ---- after: what was really read -----------------------------------------------------------------
+
+
+def _check_whole(source: Source, architecture: str, info: Json) -> None:
+    """Raises CheckpointError for the first tensor that was not read as it is.
+
+    One that is missing, of another shape, or in the files but not in the model.
+    """
     unexpected = sorted(name for name in info["unexpected_keys"] if not _is_other_part(name))
+    missing = sorted(info["missing_keys"])
     if missing:
-        got = (
-            f"`{source.name}` lacks the tensor {missing[0]}{_and_more(missing)} of a {architecture}"
-        )
+        first = f"{missing[0]}{_and_more(missing)}"
+        got = f"`{source.name}` lacks the tensor {first} of a {architecture}"
         raise CheckpointError(got, hint=_why_missing(source, missing, unexpected))
+
+    mismatched = sorted(info["mismatched_keys"])
     if mismatched:
         name, stored, wanted = mismatched[0]
-        got = f"{name} of `{source.name}` has shape {list(stored)}, its config.json asks for {list(wanted)}"
+        shapes = f"{list(stored)}, its config.json asks for {list(wanted)}"
+        got = f"{name} of `{source.name}` has shape {shapes}"
         raise CheckpointError(got, hint="the two do not belong together: take both from one place")
     if unexpected:
-        got = f"`{source.name}` holds the tensor {unexpected[0]}{_and_more(unexpected)}, which a {architecture} leaves out"
-        raise CheckpointError(
-            got,
-            hint="what ran would be another model: is the config.json of these weights the right one?",
-        )
+        first = f"{unexpected[0]}{_and_more(unexpected)}"
+        got = f"`{source.name}` holds the tensor {first}, which a {architecture} leaves out"
+        hint = "what ran would be another model: is the config.json of these weights the right one?"
+        raise CheckpointError(got, hint=hint)
     if info.get("error_msgs"):
-        raise CheckpointError(
-            f"cannot load `{source.name}`: {first_line(info['error_msgs'][0])}", hint=_AGAIN
-        )
+        got = f"cannot load `{source.name}`: {first_line(info['error_msgs'][0])}"
+        raise CheckpointError(got, hint=_AGAIN)
 
 
-def _check_all_used(source: Source, model: Any) -> None:
-    """A GGUF file's tensors that its reader has no place for are dropped without a word: the numbers must add up."""
+def _check_all_used(source: Source, model: Theirs) -> None:
+    """A GGUF file's tensors that its reader has no place for are dropped without a word.
+
+    So the numbers must add up.
+    """
+    from gguf import GGUFReader
+
     reader = GGUFReader(source.folder / str(source.gguf))
     architecture = str(reader.fields["general.architecture"].contents())
-    kept = {
-        tensor.name: int(tensor.n_elements)
-        for tensor in reader.tensors
-        if ".nextn" not in tensor.name
-    }
+    sizes: dict[str, int] = {}
+    for tensor in reader.tensors:
+        if ".nextn" not in tensor.name:
+            sizes[tensor.name] = int(tensor.n_elements)
     if architecture in ("falcon", "bloom"):  # always tied
-        kept.pop("output.weight", None)
+        sizes.pop("output.weight", None)
+
     taken = sum(parameter.numel() for parameter in model.parameters())
-    if sum(kept.values()) <= taken:
+    if sum(sizes.values()) <= taken:
         return
+    left = _left_out(sizes, architecture, model)
+    got = f"`{source.name}` holds the tensor {left}, which a {type(model).__name__} leaves out"
+    hint = "what ran would be another model: use the model's original Hugging Face folder"
+    raise CheckpointError(got, hint=hint)
+
+
+def _left_out(names: Iterable[str], architecture: str, model: Theirs) -> str:
+    """The first of a GGUF file's tensors that no parameter is made of, as far as gguf can tell."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     enum = next((key for key, name in MODEL_ARCH_NAMES.items() if name == architecture), None)
-    left = sorted(kept)
-    if enum is not None:
-        names = get_tensor_name_map(enum, int(model.config.get_text_config().num_hidden_layers))
-        known = {
-            names.get_name(name, try_suffixes=(".weight", ".bias"))
-            for name, _ in model.named_parameters()
-        }
-        left = sorted(set(kept) - known) or left
-    got = f"`{source.name}` holds the tensor {left[0]}, which a {type(model).__name__} leaves out"
-    raise CheckpointError(
-        got, hint="what ran would be another model: use the model's original Hugging Face folder"
-    )
+    if enum is None:
+        return min(names)
+
+    num_layers = int(model.config.get_text_config().num_hidden_layers)
+    ggml_names = get_tensor_name_map(enum, num_layers)
+    known = set()
+    for name, _ in model.named_parameters():
+        known.add(ggml_names.get_name(name, try_suffixes=(".weight", ".bias")))
+    left = set(names) - known
+    return min(left) if left else min(names)
 
 
 def _is_other_part(name: str) -> bool:
     return any(part in _OTHER_PARTS for part in name.split("."))
 
 
-def _and_more(names: Collection[str]) -> str:
+def _and_more(names: Names) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
@@ -608,122 +731,152 @@ def _why_missing(source: Source, missing: list[str], unexpected: list[str]) -> s
     wrapped = next((name for name in unexpected if name.endswith(f".{missing[0]}")), None)
     if wrapped is not None:
         prefix = wrapped.removesuffix(missing[0])
-        return f"its tensors are called {prefix}...: save the model itself, without what wraps it, and load that"
-    if any("weight_scale" in name or "qweight" in name or "absmax" in name for name in unexpected):
-        return "its weights are quantised and its config.json does not say so; take the unquantised ones"
+        mend = "save the model itself, without what wraps it, and load that"
+        return f"its tensors are called {prefix}...: {mend}"
+    for name in unexpected:
+        if "weight_scale" in name or "qweight" in name or "absmax" in name:
+            cause = "its weights are quantised and its config.json does not say so"
+            return f"{cause}; take the unquantised ones"
     if any("lora_" in name for name in unexpected):
         return _MERGE
     if source.gguf is not None:
-        return "the file is incomplete, or of another architecture than it says; " + _AGAIN
+        return f"the file is incomplete, or of another architecture than it says; {_AGAIN}"
     return f"the weights are incomplete, or config.json is another model's; {_AGAIN}"
 
 
-_bars = new_lock()
-_transformers_logging: Any = their_logging
-_gguf_reader: Any = modeling_gguf_pytorch_utils
-_their_bar = _gguf_reader.tqdm
+# ---- what transformers prints --------------------------------------------------------------------
+
+_loader_log = logging.getLogger("transformers.modeling_utils")
 _quiet = threading.local()  # its `asked` is true in a thread that is inside `without_bars`
-_hidden = [
-    0,
-    True,
-]  # threads inside `without_bars`, and whether transformers' bars were on before the first one
+
+
+class _Bars:
+    """Transformers' progress bars, of which the process has one setting."""
+
+    lock = new_lock()
+    hiders = 0  # threads inside `without_bars`
+    were_on = True  # before the first of them
+    of_gguf: Callable[..., Any]  # what draws those of GGUF files
 
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """Transformers draws no progress bars, and has its own setting back behind the last of several loads at once.
+    """Transformers draws no progress bars.
 
-    Standard error stays what it is: other threads write there. A user who asked for bars (HF_HUB_DISABLE_PROGRESS_BARS=0) has
-    them, but for those of GGUF files, which know no setting. Nor does it write its table of odd tensors for this thread:
-    `_check_whole` says the same in a line.
+    It has its own setting back behind the last of several loads at once. Standard error stays what
+    it is: other threads write there. A user who asked for bars (HF_HUB_DISABLE_PROGRESS_BARS=0)
+    has them, but for those of GGUF files, which know no setting. Nor does transformers write its
+    table of odd tensors for this thread: `_check_whole` says the same in a line.
     """
-    with _bars:
-        if _hidden[0] == 0:
-            _hidden[1] = their_logging.is_progress_bar_enabled()
-            if huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS is not False:
-                _transformers_logging._tqdm_active = False
-            _gguf_reader.tqdm = _gguf_bar
-            _loader_log.addFilter(_is_for_others)
-        _hidden[0] += 1
+    with _Bars.lock:
+        if _Bars.hiders == 0:
+            _hide_bars()
+        _Bars.hiders += 1
     _quiet.asked = True
     try:
         yield
     finally:
         _quiet.asked = False
-        with _bars:
-            _hidden[0] -= 1
-            if _hidden[0] == 0:
-                _transformers_logging._tqdm_active = _hidden[1]
-                _gguf_reader.tqdm = _their_bar
-                _loader_log.removeFilter(_is_for_others)
+        with _Bars.lock:
+            _Bars.hiders -= 1
+            if _Bars.hiders == 0:
+                _show_bars()
 
 
-_loader_log = logging.getLogger("transformers.modeling_utils")
+def _hide_bars() -> None:
+    import huggingface_hub
+
+    settings, gguf_reader = _their_files()
+    _Bars.were_on = settings.is_progress_bar_enabled()
+    if huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS is not False:
+        settings._tqdm_active = False
+    _Bars.of_gguf = gguf_reader.tqdm
+    gguf_reader.tqdm = _gguf_bar
+    _loader_log.addFilter(_is_for_others)
+
+
+def _show_bars() -> None:
+    settings, gguf_reader = _their_files()
+    settings._tqdm_active = _Bars.were_on
+    gguf_reader.tqdm = _Bars.of_gguf
+    _loader_log.removeFilter(_is_for_others)
+
+
+def _their_files() -> tuple[Theirs, Theirs]:
+    """Where transformers keeps its setting, and where it reads GGUF files."""
+    return (
+        import_module("transformers.utils.logging"),
+        import_module("transformers.modeling_gguf_pytorch_utils"),
+    )
 
 
 def _is_for_others(_record: logging.LogRecord) -> bool:
     return not getattr(_quiet, "asked", False)
 
 
-def _gguf_bar(items: Any, *args: Any, **options: Any) -> Any:
-    return items if getattr(_quiet, "asked", False) else _their_bar(items, *args, **options)
+def _gguf_bar(items: object, *args: object, **options: object) -> object:
+    if getattr(_quiet, "asked", False):
+        return items
+    return _Bars.of_gguf(items, *args, **options)
+
+
+# ---- what transformers raised --------------------------------------------------------------------
 
 
 def _explained(error: Exception, source: Source, part: str = "") -> FlashDraftError:
-    """What transformers raised, in a line, with the cause that can be found and what helps against it."""
-    told = f"cannot load {part}`{source.name}`: {first_line(error)}"
-    how = _quantised_by(source)
+    """The error in a line, with the cause that can be found and what helps against it."""
     if isinstance(error, FlashDraftError):
         return error
+    told = f"cannot load {part}`{source.name}`: {first_line(error)}"
+    how = _quantised_by(source)
     if _is_memory(error):
         hint = "close other programs, give a smaller --dtype (bfloat16), or take a smaller model"
         return CheckpointError(f"{told} (not enough memory)", hint=hint)
-    damaged = None if isinstance(error, ImportError) else _damaged(source)
+    if isinstance(error, ImportError):
+        hint = "install that package"
+        if how:
+            cause = f"it is quantised by {how}, which asks for that package"
+            hint = f"{cause}; or take a model that needs none"
+        return CheckpointError(told, hint=hint)
+
+    damaged = _damaged(source)
     if damaged is not None:
         return damaged
-    odd = None if isinstance(error, ImportError) else _odd_config(source)
+    odd = _odd_config(source)
     if odd is not None:
-        return CheckpointError(
-            f"config.json of `{source.name}` {odd}", hint="mend it, or fetch it again"
-        )
-    if isinstance(error, ImportError):
-        asks = (
-            f"it is quantised by {how}, which asks for that package"
-            if how
-            else "install that package"
-        )
-        return CheckpointError(
-            told, hint=f"{asks}; or take a model that needs none" if how else asks
-        )
+        hint = "mend it, or fetch it again"
+        return CheckpointError(f"config.json of `{source.name}` {odd}", hint=hint)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return CheckpointError(told, hint="free some space there")
     if isinstance(error, PermissionError):
         return CheckpointError(told, hint="see who owns the files and their mode (ls -l)")
     if "trust_remote_code" in str(error):
         got = f"cannot load {part}`{source.name}`: it exists only in the folder's own Python"
-        return CheckpointError(
-            got, hint="a folder's code never runs here; take a model that transformers knows"
-        )
+        return CheckpointError(got, hint=_NO_CODE)
     if how:
-        return CheckpointError(
-            told,
-            hint=f"it is quantised by {how}, which does not run here; take the unquantised weights",
-        )
-    version = transformers.__version__
-    hint = f"transformers {version} cannot read it; is it a causal language model in Hugging Face's format?"
-    return CheckpointError(told, hint=hint)
+        hint = f"it is quantised by {how}, which does not run here; take the unquantised weights"
+        return CheckpointError(told, hint=hint)
+    question = "is it a causal language model in Hugging Face's format?"
+    return CheckpointError(told, hint=f"transformers {_version()} cannot read it; {question}")
+
+
+def _version() -> str:
+    import transformers
+
+    return transformers.__version__
 
 
 def _is_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
     words = (
         "not enough memory",
         "cannot allocate memory",
         "can't allocate memory",
         "out of memory",
     )
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
-        word in str(error).lower() for word in words
-    )
+    text = str(error).lower()
+    return any(word in text for word in words)
 
 
 def _quantised_by(source: Source) -> str | None:
@@ -735,8 +888,12 @@ def _quantised_by(source: Source) -> str | None:
         return None
     if not isinstance(how, dict):
         return None
-    bits = "bitsandbytes" if how.get("load_in_4bit") or how.get("load_in_8bit") else None
-    return str(how.get("quant_method") or bits or "") or None
+
+    if how.get("quant_method"):
+        return str(how["quant_method"])
+    if how.get("load_in_4bit") or how.get("load_in_8bit"):
+        return "bitsandbytes"
+    return None
 
 
 def _damaged(source: Source) -> CheckpointError | None:
@@ -747,8 +904,7 @@ def _damaged(source: Source) -> CheckpointError | None:
         try:
             json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
-            found = foreign_file(path) or (f"damaged: {first_line(error)}", _AGAIN)
-            return CheckpointError(f"`{path}` is {found[0]}", hint=found[1])
+            return _damaged_file(path, error)
     return None
 
 
@@ -762,21 +918,28 @@ def _odd_config(source: Source) -> str | None:
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         return f"has dtype {told!r}, which torch does not know"
 
-    ropes = [
-        rope
-        for rope in (config.get("rope_parameters"), config.get("rope_scaling"))
-        if isinstance(rope, dict)
-    ]
-    for rope in ropes:
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in ("default", *ROPE_INIT_FUNCTIONS):
-            return f"has rotary positions of type {kind!r}, which transformers {transformers.__version__} does not know"
-    for part in (config, *ropes):
+    parts = [config]
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = config.get(name)
+        if isinstance(rope, dict):
+            parts.append(rope)
+            kind = rope.get("rope_type", rope.get("type", "default"))
+            if not _is_known_rope(kind):
+                unknown = f"which transformers {_version()} does not know"
+                return f"has rotary positions of type {kind!r}, {unknown}"
+    for part in parts:
         for name in ("rope_theta", "factor"):
             if isinstance(part.get(name), str):
                 return f"has {name} {part[name]!r}: text, not a number"
+
     try:
-        AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+        read_their_config(source)
     except Exception as error:  # a config's own checks raise what they like
         return f"cannot be used: {first_line(error)}"
     return None
+
+
+def _is_known_rope(kind: object) -> bool:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    return kind in ("default", *ROPE_INIT_FUNCTIONS)

@@ -18,6 +18,7 @@ from conftest import VOCAB, tiny_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from toy_folders import letter_tokenizer, save_target, save_zlab
+from transformers import AutoModelForCausalLM
 
 from flashdraft import loading, pretrained
 from flashdraft.errors import CheckpointError, FlashDraftError, UnsupportedTarget
@@ -626,7 +627,7 @@ def test_a_cause_has_its_own_hint(
     def fails(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(pretrained.AutoModelForCausalLM, "from_pretrained", fails)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fails)
     told = refusal(folder, CheckpointError)
     for word in words:
         assert word in told

@@ -6,15 +6,17 @@ Knows where a block's weights lie and how to give their memory back. Does not kn
 import ctypes
 import mmap
 import sys
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from flashdraft.models.attention import Mask
 from flashdraft.models.layers import Rotary
+from flashdraft.models.native import NativeLinear
 
-__all__ = ["Block"]
+__all__ = ["Block", "PackedBlock"]
 
 
 class Block:
@@ -84,6 +86,20 @@ class Block:
         for part in self.parts[name]:
             _forget_pages(part.weight)
             part.weight.data = part.weight.data.new_empty(0)
+
+
+class PackedBlock(NamedTuple):
+    """As Block, of a plain llama-shaped model whose linears were packed before."""
+
+    linears: Mapping[str, NativeLinear]  # by the names of Block's parts
+    norms: dict[str, Tensor]
+    mask: Mask = Mask(None, False)
+    rotary: None = None
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """Outputs and inputs of a fused linear."""
+        linear = self.linears[name]
+        return linear.out_features, linear.in_features
 
 
 def _forget_pages(weight: Tensor) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flashdraft.models import native
 from flashdraft.models.attention import Places, additive_masks
-from flashdraft.models.blocks import Block
+from flashdraft.models.blocks import Block, PackedBlock
 from flashdraft.models.cache import SlotCache, round_up
 from flashdraft.models.layers import GROWING, CosSin, Linear, Rotary, apply_rotary, pack_as
 from flashdraft.process import INTS
@@ -49,7 +49,7 @@ class Decoder:
 
     def __init__(
         self,
-        blocks: Iterable[Block],
+        blocks: Iterable[Block | PackedBlock],
         norm: Tensor,
         *,
         rotary: Rotary,
@@ -193,7 +193,9 @@ class Decoder:
             return False
         return self.odd_size() is None
 
-    def _packed_block(self, block: Block, *, consume: bool) -> dict[str, Linear]:
+    def _packed_block(self, block: Block | PackedBlock, *, consume: bool) -> dict[str, Linear]:
+        if isinstance(block, PackedBlock):
+            return dict(block.linears)
         linears = {}
         for name in block.parts:
             # No name for the fused weight: it has to be gone when the next one is made.

@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from ctypes import CDLL, POINTER, Array, Structure, c_float, c_int64, c_void_p
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -368,6 +368,29 @@ class NativeLinear:
         self.nbytes = self.weight.nbytes + self.scale.nbytes
         self.struct = self._struct()
 
+    @classmethod
+    def of_panels(
+        cls, shape: tuple[str, int, int], weight: Tensor, scale: Tensor, bias: Tensor | None
+    ) -> Self:
+        """What was packed before: its format, outputs and inputs, and the tensors that it had.
+
+        Raises ValueError where these are not of that shape, KeyError for an unknown format.
+        """
+        linear = cls.__new__(cls)
+        linear.format, linear.out_features, linear.in_features = shape
+        num_bytes, num_scales = _sizes(*shape)
+        if linear.in_features % _FORMATS[linear.format].together or len(weight) != num_bytes:
+            raise ValueError(f"{len(weight)} bytes are no {linear.format} of {shape[1:]}")
+        if len(scale) != num_scales:
+            raise ValueError(f"{len(scale)} scales, not {num_scales}")
+
+        linear.weight = weight
+        linear.scale = scale
+        linear.bias = bias
+        linear.nbytes = weight.nbytes + scale.nbytes
+        linear.struct = linear._struct()
+        return linear
+
     def _struct(self) -> _Linear:
         """For C++; it points into this linear's tensors."""
         struct = _Linear()
@@ -418,6 +441,15 @@ def _first_that_holds(formats: Iterable[str], weight: Tensor) -> tuple[str, _Pac
     return None
 
 
+def _sizes(name: str, outputs: int, inputs: int) -> tuple[int, int]:
+    """Bytes of a weight in a format's panels, and scales beside them."""
+    format = _FORMATS[name]
+    filled_up = _num_panels(outputs) * PANEL
+    bits_of_output = inputs * format.number_bits + inputs // PANEL * format.scale_bits
+    num_scales = filled_up if name == "int8" else 0
+    return filled_up * bits_of_output // 8, num_scales
+
+
 def _pack(name: str, weight: Tensor) -> _Packed | None:
     """A weight in a format's panels, or None: the format does not hold it."""
     format = _FORMATS[name]
@@ -425,10 +457,7 @@ def _pack(name: str, weight: Tensor) -> _Packed | None:
     if inputs % format.together:
         return None
 
-    filled_up = _num_panels(outputs) * PANEL
-    bits_of_output = inputs * format.number_bits + inputs // PANEL * format.scale_bits
-    num_bytes = filled_up * bits_of_output // 8
-    num_scales = filled_up if name == "int8" else 0
+    num_bytes, num_scales = _sizes(name, outputs, inputs)
     packed = _Packed(
         weight=torch.empty(num_bytes, dtype=torch.uint8, device="cpu"),
         scale=torch.empty(num_scales, **FLOATS),
