@@ -676,7 +676,7 @@ def with_one_head(tensors: Tensors) -> Tensors:
 def test_a_folder_is_looked_at_before_anything_is_loaded(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pretrained, "AutoModelForCausalLM", None)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
     assert check_folder(Source("m", folder))["model_type"] == "llama"
     write_shards(folder)
     (folder / "model-00001-of-00002.safetensors").unlink()
