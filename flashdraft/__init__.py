@@ -1,4 +1,4 @@
-"""FlashDraft: DFlash block-diffusion speculative decoding, from training a drafter to lossless generation.
+"""FlashDraft: DFlash speculative decoding, from training a drafter to lossless generation.
 
 >>> import flashdraft
 >>> model = flashdraft.load("smollm2-135m")
@@ -6,7 +6,7 @@
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from flashdraft.errors import FlashDraftError
 from flashdraft.types import Chunk, Result, SamplingParams, Stats
@@ -36,8 +36,8 @@ _HEAVY = {
 
 if not TYPE_CHECKING:
 
-    def __getattr__(name: str) -> Any:
-        """What needs torch is imported at its first use, so that `flashdraft --help` answers at once."""
+    def __getattr__(name: str) -> object:
+        """What needs torch is imported at its first use: `flashdraft --help` answers at once."""
         if name not in _HEAVY:
             raise AttributeError(f"module `flashdraft` has no attribute {name!r}")
         return getattr(import_module(_HEAVY[name]), name)

@@ -1,17 +1,19 @@
 """Every error that FlashDraft raises on purpose.
 
 FlashDraftError                 what is wrong, what was got; `hint` says what to do
-├── InvalidParameter            an option or argument outside its range            (also a ValueError)
-├── InvalidPrompt               an empty prompt, or one that cannot be read        (also a ValueError)
+├── InvalidParameter            an option or argument outside its range (also a ValueError)
+├── InvalidPrompt               an empty prompt, or an unreadable one (also a ValueError)
 │   └── ContextLengthError      prompt, or prompt + new tokens, beyond the context
 ├── ModelNotFound               no such folder, file, hub id or built-in name
 ├── UnsupportedTarget           a model whose state cannot be cut back to a prefix
 ├── CheckpointError             a folder or file that is damaged or not a drafter
 │   └── DraftMismatch           a drafter made for another target
-├── UnusableLogits              NaN, infinity, or no token allowed, where a token must be drawn (also an ArithmeticError)
+├── UnusableLogits              NaN, infinity, or no token allowed, where a token must be drawn
+│                               (also an ArithmeticError)
 └── DataError                   a line of a data file that cannot be used
 
-A user's slip becomes one of these, never a traceback; the command line prints `error:` and `hint:` lines.
+A user's slip becomes one of these, never a traceback; the command line prints `error:` and `hint:`
+lines.
 """
 
 __all__ = [
@@ -21,8 +23,12 @@ __all__ = [
     "DraftMismatch",
     "FlashDraftError",
     "InvalidParameter",
+    "InvalidPrompt",
+    "ModelNotFound",
+    "UnsupportedTarget",
+    "UnusableLogits",
+    "first_line",
 ]
-__all__ += ["InvalidPrompt", "ModelNotFound", "UnsupportedTarget", "UnusableLogits", "first_line"]
 
 
 class FlashDraftError(Exception):
@@ -39,9 +45,10 @@ class FlashDraftError(Exception):
 
 def first_line(error: object) -> str:
     """The first line of an error's text that is not empty, or the error's name."""
-    return next(
-        (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
-    )
+    for line in str(error).splitlines():
+        if line.strip():
+            return line.strip()
+    return type(error).__name__
 
 
 class InvalidParameter(FlashDraftError, ValueError):

@@ -1,8 +1,9 @@
 """What appears whole or not at all, and what may be written over.
 
-Nothing that a command did not write itself is overwritten, cut or appended to. A command knows its own files by the note that
-it leaves beside them, `NAME.run.json`: which command wrote the file, of what, and the checksum where it was written whole.
-Knows files, folders and notes. Does not know what a note's facts mean, nor which command writes them.
+Nothing that a command did not write itself is overwritten, cut or appended to. A command knows its
+own files by the note that it leaves beside them, `NAME.run.json`: which command wrote the file, of
+what, and the checksum where it was written whole. Knows files, folders and notes. Does not know
+what a note's facts mean, nor which command writes them.
 """
 
 import hashlib
@@ -31,8 +32,6 @@ __all__ = [
     "note_path",
     "output_file",
     "output_folder",
-]
-__all__ += [
     "parse_json",
     "read_note",
     "say",
@@ -42,9 +41,8 @@ __all__ += [
     "write_tensors",
 ]
 
-Facts = Mapping[
-    str, Any
-]  # what made an output, by name; a thing with weights is {"name": ..., "id": ... or None}
+# What made an output, by name; a thing with weights is {"name": ..., "id": ... or None}.
+Facts = Mapping[str, Any]
 _SCRATCH = ".tmp-"
 _ANOTHER = "name another one, or remove it"
 _OTHERWISE = "go on with what it was made with, or name another output"
@@ -52,14 +50,16 @@ _OTHERWISE = "go on with what it was made with, or name another output"
 
 @contextmanager
 def appears_whole(path: Path, scratch: str = _SCRATCH) -> Iterator[Path]:
-    """Where to write the file or the folder that shall appear at `path`, whole or not at all; its parent is a scratch folder.
+    """Where to write the file or the folder that shall appear at `path`, whole or not at all.
 
-    A link is written through, and a file that is replaced keeps its permissions. `scratch` begins the scratch folder's name.
+    Its parent is a scratch folder, whose name begins with `scratch`. A link is written through, and
+    a file that is replaced keeps its permissions.
     """
     path = Path(os.path.realpath(path))
-    with tempfile.TemporaryDirectory(
+    scratch_folder = tempfile.TemporaryDirectory(
         prefix=scratch, dir=path.parent, ignore_cleanup_errors=True
-    ) as folder:
+    )
+    with scratch_folder as folder:
         made = Path(folder) / path.name
         yield made
 
@@ -94,36 +94,35 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def output_file(path: Path, *, inputs: Iterable[Path] = ()) -> Path:
-    """The real file behind `path`, links followed, where a text may be written; nothing is made yet.
+    """The real file behind `path`, links followed, where a text may be written.
 
-    Raises InvalidParameter for a folder, a device or a pipe, for one of the command's own `inputs`, for a path that no folder
-    can hold, and for a name that promises a compressed file. Whose the file is, the other functions say.
+    Nothing is made yet. Raises InvalidParameter for a folder, a device or a pipe, for one of the
+    command's own `inputs`, for a path that no folder can hold, and for a name that promises a
+    compressed file. Whose the file is, the other functions say.
     """
     if path.suffix == ".gz":
-        raise InvalidParameter(
-            f"`{path}` would be plain text, not gzip",
-            hint=f"name it {path.stem}, and compress it afterwards",
-        )
+        hint = f"name it {path.stem}, and compress it afterwards"
+        raise InvalidParameter(f"`{path}` would be plain text, not gzip", hint=hint)
     if path.is_dir():
         raise InvalidParameter(f"`{path}` is a folder", hint="name a file in it")
     if path.exists() and not path.is_file():
-        raise InvalidParameter(
-            f"`{path}` is a device or a pipe, not a file",
-            hint="name a file that can be written again",
-        )
+        hint = "name a file that can be written again"
+        raise InvalidParameter(f"`{path}` is a device or a pipe, not a file", hint=hint)
     _check_name(path)
     _check_inputs(path, inputs)
     _check_room(path)
     real = Path(os.path.realpath(path))
     if real.is_symlink():
-        raise InvalidParameter(
-            f"`{path}` is a link that leads nowhere", hint="name another file, or remove the link"
-        )
+        hint = "name another file, or remove the link"
+        raise InvalidParameter(f"`{path}` is a link that leads nowhere", hint=hint)
     return real
 
 
 def output_folder(path: Path, *, inputs: Iterable[Path] = ()) -> Path:
-    """The real folder behind `path`, links followed, which may be there or not; nothing is made yet. Raises InvalidParameter."""
+    """The real folder behind `path`, links followed, which may be there or not.
+
+    Nothing is made yet. Raises InvalidParameter.
+    """
     if path.exists() and not path.is_dir():
         raise InvalidParameter(f"`{path}` is a file, not a folder", hint="name a folder")
     _check_name(path)
@@ -133,24 +132,23 @@ def output_folder(path: Path, *, inputs: Iterable[Path] = ()) -> Path:
 
 
 def _check_name(path: Path) -> None:
-    """Raises InvalidParameter for what stands for another place: a shell leaves the ~ of --out=~/name as it is."""
+    """Raises InvalidParameter for what stands for another place.
+
+    A shell leaves the ~ of --out=~/name as it is.
+    """
     if path.parts[:1] == ("~",) and not os.path.lexists("~"):
-        raise InvalidParameter(
-            f"`{path}` would make a folder called ~",
-            hint="write it out, or put a space before the ~",
-        )
+        hint = "write it out, or put a space before the ~"
+        raise InvalidParameter(f"`{path}` would make a folder called ~", hint=hint)
     if path.parts == ("-",):
-        raise InvalidParameter(
-            "`-` is standard output, where no file can appear whole", hint="name a file"
-        )
+        got = "`-` is standard output, where no file can appear whole"
+        raise InvalidParameter(got, hint="name a file")
 
 
 def _check_inputs(path: Path, inputs: Iterable[Path]) -> None:
     for source in inputs:
         if _is_same(path, source):
-            raise InvalidParameter(
-                f"`{path}` is read and would be written over", hint="name another output"
-            )
+            got = f"`{path}` is read and would be written over"
+            raise InvalidParameter(got, hint="name another output")
 
 
 def _is_same(one: Path, other: Path) -> bool:
@@ -160,19 +158,19 @@ def _is_same(one: Path, other: Path) -> bool:
 
 
 def _check_room(path: Path) -> None:
-    """Raises InvalidParameter where the folders above `path` are not there and cannot be made, or cannot be written into."""
+    """Raises InvalidParameter where no file can appear at `path`.
+
+    The folders above it are not there and cannot be made, or cannot be written into.
+    """
     above = Path(os.path.realpath(path)).parent
     while not os.path.lexists(above) and above != above.parent:
         above = above.parent
     if not above.is_dir():
-        raise InvalidParameter(
-            f"`{path}` cannot be made: `{above}` is no folder", hint="name another output"
-        )
+        got = f"`{path}` cannot be made: `{above}` is no folder"
+        raise InvalidParameter(got, hint="name another output")
     if not os.access(above, os.W_OK | os.X_OK):
-        raise InvalidParameter(
-            f"`{path}` cannot be written: `{above}` is not yours to write into",
-            hint="name another output",
-        )
+        got = f"`{path}` cannot be written: `{above}` is not yours to write into"
+        raise InvalidParameter(got, hint="name another output")
 
 
 def note_path(path: Path) -> Path:
@@ -181,7 +179,10 @@ def note_path(path: Path) -> Path:
 
 
 def read_note(path: Path) -> dict[str, Any] | None:
-    """What the note beside the output file `path` says; None without one. Raises InvalidParameter for a foreign file there."""
+    """What the note beside the output file `path` says; None without one.
+
+    Raises InvalidParameter for a foreign file there.
+    """
     note = note_path(path)
     if not os.path.lexists(note):
         return None
@@ -202,19 +203,25 @@ def write_note(path: Path, made_by: str, facts: Facts) -> None:
 
 
 def check_facts(path: Path, noted: Facts, now: Facts, hint: str = _OTHERWISE) -> None:
-    """Raises DataError naming the first fact that is known on both sides and differs, with both values."""
+    """Raises DataError for the first fact that is known on both sides and differs.
+
+    It names the fact and both values.
+    """
     for name, value in now.items():
         held = noted.get(name)
         if isinstance(value, Mapping) and "id" not in value and isinstance(held, Mapping):
             check_facts(path, held, value, hint)
         elif value is not None and held is not None and not _agree(held, value):
-            raise DataError(
-                f"`{path}` was made with {name} {_told(held)}, not {_told(value)}", hint=hint
-            )
+            got = f"`{path}` was made with {name} {_told(held)}, not {_told(value)}"
+            raise DataError(got, hint=hint)
 
 
-def _agree(held: Any, value: Any) -> bool:
-    """Things with weights are the same where these are, whatever they are called; the others where their names are."""
+def _agree(held: object, value: object) -> bool:
+    """Whether two values of a fact mean the same.
+
+    Things with weights are the same where these are, whatever they are called; the others where
+    their names are.
+    """
     if not (isinstance(held, Mapping) and isinstance(value, Mapping)):
         return bool(held == value)
     if held.get("id") is not None and value.get("id") is not None:
@@ -222,7 +229,7 @@ def _agree(held: Any, value: Any) -> bool:
     return bool(held.get("name") == value.get("name"))
 
 
-def _told(value: Any) -> str:
+def _told(value: object) -> str:
     if not isinstance(value, Mapping):
         return json.dumps(value, ensure_ascii=False)
     known = f" (weights {str(value['id'])[:8]})" if value.get("id") else ""
@@ -230,9 +237,10 @@ def _told(value: Any) -> str:
 
 
 def check_replaceable(path: Path, made_by: str, fields: Iterable[str]) -> None:
-    """Raises InvalidParameter where `path` surely is not what this command once wrote whole: by its note, or by its first line.
+    """Raises InvalidParameter where `path` surely is not what this command once wrote whole.
 
-    fields: of a line of this command's. What an earlier version wrote without a note, `write_own` accepts if it would not change.
+    By its note, or by its first line. fields: of a line of this command's. What an earlier version
+    wrote without a note, `write_own` accepts if it would not change.
     """
     note = read_note(path)
     if not path.exists() or not path.stat().st_size:
@@ -255,13 +263,11 @@ def _check_first_line(path: Path, made_by: str, fields: Iterable[str]) -> None:
 
 def _check_noted(path: Path, made_by: str, note: Facts) -> None:
     if note["made_by"] != made_by:
-        raise InvalidParameter(
-            f"`{path}` was written by `flashdraft {note['made_by']}`", hint=_ANOTHER
-        )
+        got = f"`{path}` was written by `flashdraft {note['made_by']}`"
+        raise InvalidParameter(got, hint=_ANOTHER)
     if note.get("files", {}).get(path.name) != _sha256(path):
-        raise InvalidParameter(
-            f"`{path}` was changed since `flashdraft {made_by}` wrote it", hint=_ANOTHER
-        )
+        got = f"`{path}` was changed since `flashdraft {made_by}` wrote it"
+        raise InvalidParameter(got, hint=_ANOTHER)
 
 
 def _foreign(path: Path, made_by: str) -> FlashDraftError:
@@ -269,7 +275,10 @@ def _foreign(path: Path, made_by: str) -> FlashDraftError:
 
 
 def write_own(main: Path, contents: Mapping[str, bytes], made_by: str, facts: Facts) -> None:
-    """Write files by name into the folder of the output `main`, over nothing but this command's own, and their note last."""
+    """Write files by name into the folder of the output `main`, and their note last.
+
+    Over nothing but this command's own.
+    """
     note = read_note(main)
     for name, content in contents.items():
         path = output_file(main.parent / name)
@@ -294,31 +303,29 @@ def _sha256(path: Path) -> str:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """While it is held, no other process writes the same output, a file or a folder. Raises InvalidParameter where one does.
+    """While it is held, no other process writes the same output, a file or a folder.
 
-    The folders above, which are made if need be, are gone afterwards if nothing was written into them.
+    The folders above, which are made if need be, are gone afterwards if nothing was written into
+    them. Raises InvalidParameter where another process writes it.
     """
     name = path.parent / f".{path.name}.lock"
     if name.exists() and (not name.is_file() or name.stat().st_size):
-        raise InvalidParameter(
-            f"`{name}`, which would lock `{path}`, was not written by flashdraft",
-            hint="move it away",
-        )
+        got = f"`{name}`, which would lock `{path}`, was not written by flashdraft"
+        raise InvalidParameter(got, hint="move it away")
 
     missing = [above for above in name.parents if not above.exists()]  # innermost first
     name.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(
-        name.parent, os.W_OK | os.X_OK
-    ):  # a folder that is mounted may be all that is ours
+    # A folder that is mounted may be all that is ours.
+    if not os.access(name.parent, os.W_OK | os.X_OK):
         yield
         return
+
     lock = FileLock(name)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise InvalidParameter(
-            f"another process is writing `{path}`", hint="wait for it, or name another output"
-        ) from None
+        hint = "wait for it, or name another output"
+        raise InvalidParameter(f"another process is writing `{path}`", hint=hint) from None
     try:
         yield
     finally:
@@ -338,7 +345,10 @@ def say(text: str) -> None:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """What a JSON text says. Raises ValueError, also for one that nests deeper than Python's stack."""
+    """What a JSON text says.
+
+    Raises ValueError, also for one that nests deeper than Python's stack.
+    """
     try:
         return json.loads(text)
     except RecursionError:

@@ -1,9 +1,10 @@
 """What a process shares with the code that called us: neither changed nor trusted here.
 
-Torch's default dtype belongs to the whole process and may change at any moment (transformers changes it while it loads), so
-every tensor of ours states its dtype and its device: INTS, FLOATS and BOOLS say both. What belongs to a thread alone (autocast,
-the default device, inference mode) is switched off by `undisturbed` where our work begins. A forked child has no threads but
-its own, and no lock of a thread that is gone.
+Torch's default dtype belongs to the whole process and may change at any moment (transformers
+changes it while it loads), so every tensor of ours states its dtype and its device: INTS, FLOATS
+and BOOLS say both. What belongs to a thread alone (autocast, the default device, inference mode) is
+switched off by `undisturbed` where our work begins. A forked child has no threads but its own, and
+no lock of a thread that is gone.
 """
 
 import atexit
@@ -15,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import IO, Any, ParamSpec, Protocol, TypeVar, cast
 from weakref import WeakSet
 
 import torch
@@ -32,28 +33,47 @@ __all__ = [
     "undisturbed",
 ]
 
-INTS: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}  # ids, positions, counts
-FLOATS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
-BOOLS: dict[str, Any] = {"dtype": torch.bool, "device": "cpu"}
+Kind = dict[str, Any]  # the `dtype` and `device` of a new tensor, as torch's functions take them
+INTS: Kind = {"dtype": torch.int64, "device": "cpu"}  # ids, positions, counts
+FLOATS: Kind = {"dtype": torch.float32, "device": "cpu"}
+BOOLS: Kind = {"dtype": torch.bool, "device": "cpu"}
+
+
+class RLock(Protocol):
+    """threading.RLock, whose own type has no name."""
+
+    def acquire(self, blocking: bool = ..., timeout: float = ...) -> bool: ...
+
+    def release(self) -> None: ...
+
+    def __enter__(self) -> bool: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def _at_fork_reinit(self) -> None: ...
+
 
 _AUTOCAST = ("cpu", "cuda", "mps", "xpu")  # devices whose operations a caller may have cast
 _LAST_PASS = 10.0  # seconds that a process waits at its end for what daemon threads have begun
-_locks: WeakSet[Any] = WeakSet()
+_locks: WeakSet[RLock] = WeakSet()
 _working: set[int] = set()  # threads that are inside of what is `undisturbed`
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 class _Team:
-    """Whether passes have run in this process, whether it was forked from one where they had, and whether it is at its end."""
+    """What became of torch's threads in this process."""
 
-    used = False
-    gone = False
-    ended = False
+    used = False  # passes have run
+    gone = False  # it was forked from a process where they had
+    ended = False  # it is at its end
 
 
 def undisturbed(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, run as if its caller had neither autocast, nor a default device, nor inference mode."""
+    """The function, run as if its caller had none of torch's modes.
+
+    Neither autocast, nor a default device, nor inference mode.
+    """
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -62,7 +82,8 @@ def undisturbed(function: Callable[P, R]) -> Callable[P, R]:
             return run(*args, **kwargs)
 
         if _Team.ended and threading.current_thread() is not threading.main_thread():
-            threading.Event().wait()  # for the process's end, which would break a daemon's pass off in the middle of C++
+            # For the process's end, which would break a daemon's pass off in the middle of C++.
+            threading.Event().wait()
         _working.add(me)
         try:
             return run(*args, **kwargs)
@@ -73,36 +94,44 @@ def undisturbed(function: Callable[P, R]) -> Callable[P, R]:
         _Team.used = True
         if _Team.gone and torch.get_num_threads() > 1:
             torch.set_num_threads(1)  # torch would wait for a team that did not come along
-        if not (
-            torch._C._is_any_autocast_enabled()
-            or torch._C._len_torch_function_stack()
-            or torch.is_inference_mode_enabled()
-        ):
+        if not _is_in_a_mode():
             return function(*args, **kwargs)
-
-        with ExitStack() as switched:
-            for device in _AUTOCAST:
-                if torch.is_autocast_enabled(device):
-                    switched.enter_context(torch.autocast(device, enabled=False))
-            if torch.get_default_device().type != "cpu":
-                switched.enter_context(torch.device("cpu"))
-            switched.enter_context(torch.inference_mode(mode=False))
+        with _modes_off():
             return function(*args, **kwargs)
 
     return call
 
 
+def _is_in_a_mode() -> bool:
+    """Whether the calling thread has any of torch's modes, as far as that is quickly said."""
+    if torch._C._is_any_autocast_enabled() or torch.is_inference_mode_enabled():
+        return True
+    return torch._C._len_torch_function_stack() > 0  # a default device is one of them
+
+
+@contextmanager
+def _modes_off() -> Iterator[None]:
+    with ExitStack() as switched:
+        for device in _AUTOCAST:
+            if torch.is_autocast_enabled(device):
+                switched.enter_context(torch.autocast(device, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            switched.enter_context(torch.device("cpu"))
+        switched.enter_context(torch.inference_mode(mode=False))
+        yield
+
+
 @functools.cache
-def _openmp() -> Any | None:
+def _openmp() -> ctypes.CDLL | None:
     """The OpenMP library that torch runs on, or None where torch has another kind of threads."""
     folder = Path(torch.__file__).parent / "lib"
     for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
         try:
             library = ctypes.CDLL(str(folder / name))
-            library.omp_set_num_threads, library.omp_get_max_threads  # noqa: B018  # AttributeError where it has none
-        except (OSError, AttributeError):
+        except OSError:
             continue
-        return library
+        if hasattr(library, "omp_set_num_threads") and hasattr(library, "omp_get_max_threads"):
+            return library
     return None
 
 
@@ -114,15 +143,19 @@ _serial = _Serial()
 
 
 def num_threads() -> int:
-    """How many threads our kernels may use: as many as torch, also where torch's own operations have one."""
+    """How many threads our kernels may use.
+
+    As many as torch, also where torch's own operations have one.
+    """
     return _serial.threads or torch.get_num_threads()
 
 
 def serial(wanted: Callable[[Any], bool]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """A method during which torch's operations stay on the calling thread, where `wanted(self)`.
 
-    Torch's team goes on spinning behind each of its operations, on cores that our kernels need for the next one: beside other
-    processes that halves the speed. The number is the calling thread's own; no other thread sees it.
+    Torch's team goes on spinning behind each of its operations, on cores that our kernels need for
+    the next one: beside other processes that halves the speed. The number is the calling thread's
+    own; no other thread sees it.
     """
 
     def around(method: Callable[P, R]) -> Callable[P, R]:
@@ -155,16 +188,18 @@ def threads_set(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def new_lock() -> Any:
+def new_lock() -> RLock:
     """A lock that its own thread may take again, and that is free in a forked child."""
-    lock = threading.RLock()
+    lock = cast(RLock, threading.RLock())
     _locks.add(lock)
     return lock
 
 
-def is_terminal(stream: Any) -> bool:
+def is_terminal(stream: IO[str] | None) -> bool:
     """Whether somebody looks at it; a standard stream may be None or closed."""
-    return stream is not None and not stream.closed and bool(stream.isatty())
+    if stream is None or stream.closed:
+        return False
+    return bool(stream.isatty())
 
 
 def _at_end() -> None:

@@ -229,7 +229,7 @@ def _tensors_of(target: LeanTarget) -> dict[str, Tensor]:
     """
     decoder = target.decoder
     tensors = {"embedding": target.embedding}
-    if target._head_rows.data_ptr() != target.embedding.data_ptr():
+    if not target._head_rows.is_set_to(target.embedding):  # the two may be tied
         tensors["head_rows"] = target._head_rows
     for name, linear in _linears_of(target):
         tensors[f"{name}.weight"] = linear.weight
