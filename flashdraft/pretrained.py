@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 
+from flashdraft.decoding import ending
 from flashdraft.errors import CheckpointError, FlashDraftError, UnsupportedTarget, first_line
 from flashdraft.process import new_lock
 
@@ -106,8 +107,8 @@ class Told(NamedTuple):
     hint: str
 
 
-class Tokenizer(Protocol):
-    """What is called of transformers' tokenizers here."""
+class Tokenizer(ending.Tokenizer, Protocol):
+    """What is called of transformers' tokenizers anywhere here."""
 
     chat_template: Any  # text, or texts by name
 
@@ -115,15 +116,19 @@ class Tokenizer(Protocol):
 
     def decode(
         self,
-        ids: Sequence[int],
+        token_ids: Sequence[int],
         *,
         skip_special_tokens: bool = ...,
         clean_up_tokenization_spaces: bool = ...,
     ) -> str: ...
 
-    def apply_chat_template(self, turns: Any, **options: Any) -> Any: ...
+    def apply_chat_template(
+        self, conversation: Sequence[Mapping[str, object]], *, tokenize: bool, **options: object
+    ) -> Any: ...
 
     def convert_tokens_to_ids(self, tokens: Any) -> Any: ...
+
+    def get_vocab(self) -> dict[str, int]: ...
 
 
 class Source(NamedTuple):
