@@ -73,10 +73,6 @@ class Shelf:
         self._held: Json = {}  # what the entry says of itself, once it was read
         self._before = self._facts()  # before anything is read of the folder
 
-    @property
-    def _is_used(self) -> bool:
-        return self._format is not None and native.library() is not None
-
     @cached_property
     def path(self) -> Path:
         """Of the entry, which may be there or not."""
@@ -86,7 +82,7 @@ class Shelf:
 
     def _facts(self) -> str | None:
         """All that an entry depends on, as a text; None where none is kept."""
-        if not self._is_used:
+        if self._format is None:
             return None
         folder = Path(os.path.realpath(self._source.folder))
         facts = {
@@ -100,7 +96,7 @@ class Shelf:
 
     def target(self) -> LeanTarget | None:
         """The target as it was kept; None where it has to be read from the folder."""
-        if self._before is None:
+        if self._before is None or not self.path.exists() or native.library() is None:
             return None
         try:
             with safe_open(self.path, framework="pt") as entry:
