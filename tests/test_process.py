@@ -42,6 +42,7 @@ from flashdraft.errors import FlashDraftError, InvalidParameter
 from flashdraft.generate import Model
 from flashdraft.loading import NETWORKS, drafters, load_target
 from flashdraft.models import native
+from flashdraft.models.decoder import Layout
 from flashdraft.models.lean import LeanTarget
 from flashdraft.pretrained import without_bars
 from flashdraft.process import threads_set
@@ -603,7 +604,8 @@ def test_a_step_refuses_what_its_cache_or_its_tables_do_not_hold(folder: Path) -
     full.lengths[0] = 63
     cases.append((lambda: step(full), "too few slots"))
     decoder: Any = target.decoder  # type: ignore[attr-defined]
-    shape = torch.ones(1, 2, 2, dtype=torch.bool), torch.tensor([[0, 9999]]), one
+    seen = torch.ones(1, 2, 2, dtype=torch.bool)
+    shape = Layout(seen=seen, depths=torch.tensor([[0, 9999]]), sizes=one)
     beyond = target.embed(torch.tensor([[5, 6]]))
     cases.append(
         (lambda: decoder(target.new_cache(1, 64), (0,), beyond, shape, ()), "position 9999 of")
