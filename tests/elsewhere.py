@@ -25,7 +25,7 @@ INDEXING = (
     "aten._unsafe_index.",
 )  # may have indices on the CPU
 # The first backward pass of a process starts a thread for every device, and no fork may then train
-# (tests/test_crash.py does):
+# (those of toy_runs.forked do):
 torch.ones(1, requires_grad=True).sum().backward()  # it comes while there is only the CPU
 _setup_privateuseone_for_python_backend()
 
