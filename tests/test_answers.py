@@ -241,7 +241,10 @@ def test_command_mixes_greedy_answers_and_keeps_features(
     monkeypatch.setattr(stage, "SHARD", 2)
     monkeypatch.chdir(tmp_path)
     prompt_file(tmp_path, ["a", "b"])
-    options = "--target target --max-new-tokens 8 --temperature 1 --keep-features kept --num-features 1 --max-length 32"
+    options = (
+        "--target target --max-new-tokens 8 --temperature 1 "
+        "--keep-features kept --num-features 1 --max-length 32"
+    )
     assert (
         main(
             [

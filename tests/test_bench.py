@@ -273,7 +273,8 @@ def test_settings_are_taken_in_turn_and_never_compared_with_each_other(
     ]
     # prompts 0 and 1 are of one task: where two are decoded together, they come first
     assert units[:8] == [
-        (0, 0.0, 1), (0, 0.0, 2), (1, 0.0, 2), (0, 0.9, 1), (0, 0.9, 2), (1, 0.9, 2), (1, 0.0, 1), (1, 0.9, 1)
+        (0, 0.0, 1), (0, 0.0, 2), (1, 0.0, 2), (0, 0.9, 1),
+        (0, 0.9, 2), (1, 0.9, 2), (1, 0.0, 1), (1, 0.9, 1),
     ]  # fmt: skip
     firsts = {}
     for line in lines:
@@ -621,7 +622,12 @@ ENGINE = """
 from flashdraft.bench.peers import Answer
 
 def parrot(argument, model):
-    return lambda prompts, params: [Answer(tuple([int(argument)] * one.max_new_tokens), 1.0, 0.5) for one in params]
+    token = int(argument)
+
+    def answers(prompts, params):
+        return [Answer((token,) * one.max_new_tokens, 1.0, 0.5) for one in params]
+
+    return answers
 """
 
 

@@ -94,7 +94,8 @@ def test_another_wheel_than_the_published_one_is_not_opened(
     ("stderr", "word"),
     [
         (
-            "WARNING: retrying\nERROR: no versions\nERROR: No matching distribution found for tiny==1\n",
+            "WARNING: retrying\nERROR: no versions\n"
+            "ERROR: No matching distribution found for tiny==1\n",
             "No matching distribution",
         ),
         ("/usr/bin/python: No module named pip\n", "No module named pip"),
@@ -200,9 +201,9 @@ def test_smollm2_tokenizer_splits_digits_and_knows_its_chat(smollm2: Path) -> No
         [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
     )
     system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-    assert (
-        text
-        == f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert text == (
+        f"<|im_start|>system\n{system}<|im_end|>\n"
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     )
     assert tokenizer.encode(text)[:2] == [1, 9690]
     assert tokenizer.encode(text).count(tokenizer.eos_token_id) == 2
@@ -214,7 +215,10 @@ def test_smollm2_ties_its_weights_and_writes_its_known_answer(smollm2: Path) -> 
     model, info = AutoModelForCausalLM.from_pretrained(smollm2, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    request = "Write a C++ program that calculates the area of a rectangle, given its width and height.\nwidth: 5, height: 8"
+    request = (
+        "Write a C++ program that calculates the area of a rectangle, "
+        "given its width and height.\nwidth: 5, height: 8"
+    )
     chat = [{"role": "user", "content": request}]
     prompt = tokenizer.apply_chat_template(
         chat, add_generation_prompt=True, return_tensors="pt", return_dict=True

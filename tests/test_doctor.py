@@ -35,7 +35,8 @@ LAYERS = (1, 2)
 PROMPTS = ("hello there", "what is it", "zebra", "sing a song")
 ANSWER = SamplingParams(max_new_tokens=20)
 CHAT = (  # like Qwen3's: thinking is on, and what switches it off stands behind the opened answer
-    "{% for m in messages %}{{ m['role'][0] }} {{ m['content'] }}.{% endfor %}{% if add_generation_prompt %}a "
+    "{% for m in messages %}{{ m['role'][0] }} {{ m['content'] }}.{% endfor %}"
+    "{% if add_generation_prompt %}a "
     "{% if enable_thinking is defined and not enable_thinking %}tT {% endif %}{% endif %}"
 )
 CONFIG = DraftConfig(

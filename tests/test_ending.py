@@ -29,11 +29,19 @@ from flashdraft.train.features import encode
 from flashdraft.types import Drafter, SamplingParams
 
 CHATS = {  # as the families write a finished turn of the assistant
-    "chatml": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}",
+    "chatml": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    ),
     "llama3": "{% for m in messages %}{{ m.role }}\n\n{{ m.content | trim }}<|eot_id|>{% endfor %}",
     "gemma": "{% for m in messages %}{{ m.role }}\n{{ m.content }}<end_of_turn>\n{% endfor %}",
-    "phi": "{% for m in messages %}{{ m.content }}<|end|>\n{% endfor %}{% if not add_generation_prompt %}</s>{% endif %}",
-    "mistral": "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}",
+    "phi": (
+        "{% for m in messages %}{{ m.content }}<|end|>\n{% endfor %}"
+        "{% if not add_generation_prompt %}</s>{% endif %}"
+    ),
+    "mistral": (
+        "{% for m in messages %}{{ m.content }}"
+        "{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
+    ),
     "spaced": "{% for m in messages %} {{ m.content }} </s>{% endfor %}",
     "none": "{% for m in messages %}{{ m.role }} {{ m.content }}.{% endfor %}",
     "refusing": "{{ raise_exception('no assistant here') }}",

@@ -1,4 +1,4 @@
-"""Rows of the engine come and go: each writes what it would write alone, and leaves nothing behind."""
+"""Rows of the engine come and go: each writes what it would write alone and leaves nothing."""
 
 from __future__ import annotations
 

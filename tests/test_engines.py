@@ -46,7 +46,10 @@ class Handler(BaseHTTPRequestHandler):
         while drafts and rest > 0:
             block = min(drafts, room - 1)
             kept = min(block, drafts - 1)
-            drafted, accepted, room, rest = drafted + block, accepted + kept, room - kept - 1, rest - kept - 1
+            drafted += block
+            accepted += kept
+            room -= kept + 1
+            rest -= kept + 1
         if drafted:
             timings |= {{"draft_n": drafted, "draft_n_accepted": accepted}}
         self.reply(200, {{"content": "text", "tokens": tokens, "timings": timings}})
@@ -106,7 +109,8 @@ def test_the_server_answers_token_ids_greedily_and_without_a_cache(
             2,
             13,
             2,
-            # the end, token 9, comes first in the second block, whose 4 accepted drafts are dropped: 5 and 1
+            # the end, token 9, comes first in the second block, whose 4 accepted drafts are
+            # dropped: 5 and 1
         ),
     ],
 )

@@ -32,7 +32,10 @@ FOREIGN = {
     "object": '{"a": 1}\n',
     "half": '{"sour',
 }
-TINY = "--sequences 2 --anchors 4 --steps 2 --num-layers 1 --block-size 3 --num-features 1 --mask-token-id 60 --vocab 20"
+TINY = (
+    "--sequences 2 --anchors 4 --steps 2 --num-layers 1 --block-size 3 "
+    "--num-features 1 --mask-token-id 60 --vocab 20"
+)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +96,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 WRITERS = {
     "prompts": "prompts set.jsonl --out",
     "regenerate": "regenerate p.jsonl --target t --max-new-tokens 4 --out",
-    "bench": "bench --prompts held.jsonl --target t --methods autoregressive --max-new-tokens 4 --out",
+    "bench": (
+        "bench --prompts held.jsonl --target t --methods autoregressive --max-new-tokens 4 --out"
+    ),
 }
 
 
@@ -421,7 +426,8 @@ def test_a_models_folder_and_a_foreign_manifest_are_no_folder_of_features(
         refused(run(f"features hand.jsonl --out {out} --target t --num-features 1"))
         refused(
             run(
-                f"regenerate p.jsonl --target t --max-new-tokens 4 --out a.jsonl --num-features 1 --keep-features {out}"
+                "regenerate p.jsonl --target t --max-new-tokens 4 --out a.jsonl "
+                f"--num-features 1 --keep-features {out}"
             )
         )
     assert contents(tmp_path) == before

@@ -77,7 +77,9 @@ def check(name: str, source: str) -> Iterator[str]:
         if not top:
             yield f"{name}: relative import {imported}; write flashdraft.<module>"
         if top == "flashdraft" and level_of(below) > level_of(name):
-            yield f"{name}: imports {imported} of level {level_of(below)} from level {level_of(name)}"
+            yield (
+                f"{name}: imports {imported} of level {level_of(below)} from level {level_of(name)}"
+            )
         is_method = f"{imported}.".startswith("flashdraft.methods.") and not below.startswith(
             "methods.network"
         )
@@ -155,13 +157,17 @@ def test_planted_fault_across_files_is_reported() -> None:
 
 
 def test_allowed_imports_pass() -> None:
-    type_only = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from flashdraft.engine import Engine\n"
+    type_only = (
+        "from typing import TYPE_CHECKING\n"
+        "if TYPE_CHECKING:\n    from flashdraft.engine import Engine\n"
+    )
     assert list(check("types", type_only)) == []
     assert (
         list(
             check(
                 "methods.dflash",
-                "from flashdraft.methods.network import DraftNetwork\nfrom flashdraft.types import Drafter",
+                "from flashdraft.methods.network import DraftNetwork\n"
+                "from flashdraft.types import Drafter",
             )
         )
         == []

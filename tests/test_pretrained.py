@@ -298,7 +298,11 @@ def test_a_torn_file_of_weights_is_named(folder: Path, cut: int, sharded: bool) 
     assert "fetch the model's files again" in told
 
 
-LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24\nsize 9\n"
+LFS = (
+    b"version https://git-lfs.github.com/spec/v1\n"
+    b"oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24\n"
+    b"size 9\n"
+)
 FOREIGN = {"git lfs pull": LFS, "web page": b"<!DOCTYPE html>\n<html>", "is empty": b""}
 
 

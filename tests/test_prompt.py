@@ -23,7 +23,10 @@ from flashdraft.generate import Model
 from flashdraft.methods.autoregressive import Autoregressive
 
 IDS = [7, 9, 12]
-PARTS = "{% for m in messages %}{{ m['role'][0] }} {% for p in m['content'] %}{{ p['text'] }}{% endfor %}.{% endfor %}a "
+PARTS = (
+    "{% for m in messages %}{{ m['role'][0] }} "
+    "{% for p in m['content'] %}{{ p['text'] }}{% endfor %}.{% endfor %}a "
+)
 STRICT = CHAT.replace("{{ m['content'] }}", "{{ m['content'] + '' }}")
 USERS = CHAT.replace(
     "{{ m['role'][0] }} {{ m['content'] }}.",
@@ -271,8 +274,8 @@ def test_developers_are_systems_where_the_template_knows_none() -> None:
     assert told(language_model(), turns) == "s be.u a.a "
     assert told(language_model(CHAT + "{# developer #}"), turns) == "d be.u a.a "
     refuses = (
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-        + CHAT
+        "{% if messages[0]['role'] == 'system' %}"
+        "{{ raise_exception('System role not supported') }}{% endif %}" + CHAT
     )
     with pytest.raises(InvalidPrompt, match="System role not supported"):
         language_model(refuses).encode(turns)

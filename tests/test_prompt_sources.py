@@ -131,7 +131,8 @@ def test_the_first_three_bad_rows_are_named_and_all_are_counted(
     out, told = capsys.readouterr()
     assert out == f"2 prompts in {tmp_path / 'out.jsonl'}\n"
     assert told.startswith(
-        f"10 rows left out: {first}, line 2: the prompt is empty; {first}, line 3: `prompt` is no text; "
+        f"10 rows left out: {first}, line 2: the prompt is empty; "
+        f"{first}, line 3: `prompt` is no text; "
     )
     assert told.endswith(f"{second}, line 2: the prompt is empty; ...\n")
 
@@ -237,7 +238,8 @@ def test_hub_data_set_is_read_by_name_config_and_split(tmp_path: Path, hub: list
         ("org/other", "`org/other`: Dataset 'org/other' doesn't exist on the Hub"),
         (
             "org/name:bad",
-            "`org/name:bad` holds no prompts: 1 row left out: org/name:bad, entry 1: the prompt is empty",
+            "`org/name:bad` holds no prompts: 1 row left out: "
+            "org/name:bad, entry 1: the prompt is empty",
         ),
         ("set.csv", "no hub data set `set.csv`: "),
     ],

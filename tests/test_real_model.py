@@ -25,7 +25,8 @@ pytestmark = pytest.mark.real_model
 PROMPTS = [
     "Why is the sky blue?",
     "Write a Python function that reverses a string.",
-    "A farmer has 12 cows and buys 7 more. He sells 5. How many cows does he have? Reason step by step.",
+    "A farmer has 12 cows and buys 7 more. He sells 5. "
+    "How many cows does he have? Reason step by step.",
     "List three uses of copper.",
     "Translate to French: I would like a cup of coffee.",
     "Write a haiku about the sea.",

@@ -351,7 +351,10 @@ def test_eagle3_beyond_its_trained_positions_drafts_on(
     """As one with more positions does, and says so once."""
     made = network("eagle3", max_position_embeddings=limit).drafters(the_target())
     assert texts(made(), GREEDY, max_rows=4) == plain(GREEDY)
-    said = f"the drafter was not trained from position {limit} on: it drafts on, and may be accepted less"
+    said = (
+        f"the drafter was not trained from position {limit} on: it drafts on, "
+        "and may be accepted less"
+    )
     assert [record.getMessage() for record in caplog.records] == [said]
     history = PROMPTS[1]
     short, long = made(), network("eagle3").drafters(the_target())()

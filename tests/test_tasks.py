@@ -101,9 +101,9 @@ def test_every_set_asks_in_its_own_form(data: Path, tmp_path: Path) -> None:
     write_tasks(data, tmp_path / "all.jsonl", ids, tasks=list(ids))
     maths, code, chat = (prompt.text for prompt in read_prompts(tmp_path / "all.jsonl"))
     assert maths == "Find $x$ in ${x}$." + MATHS_SUFFIX
-    assert (
-        code
-        == "Add.\nYour code should pass these tests:\n```python\nassert f(1) == 2\nassert f(2) == 3\n```"
+    assert code == (
+        "Add.\nYour code should pass these tests:\n"
+        "```python\nassert f(1) == 2\nassert f(2) == 3\n```"
     )
     assert chat == "Name a colour."
 

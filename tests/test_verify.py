@@ -25,7 +25,8 @@ ROWS, VOCAB = 200_000, 5
 RULE = sys.modules[
     "flashdraft.decoding.verify"
 ]  # the module, also when the package exports the function under the same name
-# chi-square above its degrees of freedom: at most 56 with the right rule (72 seeds), 1,200 with the mildest fault
+# chi-square above its degrees of freedom: at most 56 with the right rule (72 seeds), 1,200 with the
+# mildest fault
 SEEN = 1000
 
 Shape = Sequence[tuple[int, str]]  # parent and kind of node 1, 2, ...

@@ -17,7 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 LETTERS = string.ascii_letters + " .,?!"  # one token each, from id 3 on
-CHAT = "{% for m in messages %}{{ m['role'][0] }} {{ m['content'] }}.{% endfor %}{% if add_generation_prompt %}a {% endif %}"
+CHAT = (
+    "{% for m in messages %}{{ m['role'][0] }} {{ m['content'] }}.{% endfor %}"
+    "{% if add_generation_prompt %}a {% endif %}"
+)
 NUM_TARGET_LAYERS, HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM = 4, 32, 48, 4, 2, 16
 ZLAB: dict[str, Any] = {  # a published drafter's config.json, at toy size
     "architectures": ["DFlashDraftModel"],

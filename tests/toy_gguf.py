@@ -1,4 +1,4 @@
-"""A tiny llama as a GGUF file, written key by key, and an empty cache folder to resolve names into."""
+"""A tiny llama as a GGUF file, written key by key, and an empty cache folder for what is read."""
 
 from __future__ import annotations
 
