@@ -267,6 +267,7 @@ def test_tensors_of_other_drafters_are_named(tmp_path: Path, tensor: str, said: 
         {**LLAMA, "architectures": ["BloomModel"], "model_type": "bloom"},
         {**LLAMA, "architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3"},
         {**LLAMA, "architectures": None},
+        {**LLAMA, "architectures": 4},
         {key: value for key, value in LLAMA.items() if key != "architectures"},
         {**LLAMA, "sliding_window": 8, "quantization_config": {"bits": 4}},
         {},

@@ -393,7 +393,7 @@ def test_damaged_shard_is_named(
     assert shard.name in one_line_and_hint(error)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"layers": [1]}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"layers": [1]}'])
 def test_damaged_manifest_is_named(tmp_path: Path, answers: Path, content: str) -> None:
     (tmp_path / "manifest.json").write_text(content)
     for read in (

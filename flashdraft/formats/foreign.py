@@ -258,7 +258,7 @@ def _refuse_shapes(config: Json, where: str) -> None:
 def _named(config: Json) -> str:
     """The names of its classes and its model type, in small letters."""
     classes = config.get("architectures") or ()
-    if isinstance(classes, str):
+    if not isinstance(classes, list | tuple):
         classes = (classes,)
     names = [*classes, config.get("model_type") or ""]
     return " ".join(map(str, names)).lower()
