@@ -1,8 +1,9 @@
-"""Tokens a second of plain and drafted decoding while other processes keep the machine busy; default settings.
+"""Tokens a second of plain and drafted decoding while other processes keep the machine busy.
 
     python recipes/busy_machine.py [NUM_BUSY ...] [--runs 5] [--tokens 96]
 
-Every busy process is a Python loop. Prints one JSON object for each number of them: medians of the runs, which take turns.
+Default settings. Every busy process is a Python loop. Prints one JSON object for each number of
+them: medians of the runs, which take turns.
 """
 
 import argparse
@@ -18,8 +19,17 @@ from statistics import median
 import flashdraft
 from flashdraft.methods.autoregressive import Autoregressive
 
-PROMPT = "A baker bakes 12 trays of 8 rolls and sells 71 of them. How many rolls are left? Explain step by step."
-LOOP = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    for _ in range(100_000):\n        pass"
+PROMPT = (
+    "A baker bakes 12 trays of 8 rolls and sells 71 of them. How many rolls are left? "
+    "Explain step by step."
+)
+LOOP = """
+import os
+parent = os.getppid()
+while os.getppid() == parent:
+    for _ in range(100_000):
+        pass
+"""
 
 
 @contextmanager
@@ -59,7 +69,8 @@ def main() -> None:
                 for name, method in methods.items():
                     started = time.perf_counter()
                     result = method.generate(tokens, **how)
-                    rates[name].append(options.tokens / (time.perf_counter() - started))
+                    seconds = time.perf_counter() - started
+                    rates[name].append(options.tokens / seconds)
                     texts.add(result.tokens)
         assert len(texts) == 1, "the texts differ"
         medians = {name: round(median(own), 1) for name, own in rates.items()}

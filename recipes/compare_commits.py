@@ -1,9 +1,10 @@
-"""Whether a change made decoding slower: two checkouts in turn, each run a process of its own, on an idle machine.
+"""Whether a change made decoding slower: two checkouts in turn, on an idle machine.
 
     python recipes/compare_commits.py OLD_CHECKOUT NEW_CHECKOUT [--pairs 20]
 
-Runs recipes/busy_machine.py with no other process beside it, from this checkout, on the package of each of the two. Prints the
-mean ratio new / old of plain and of drafted decoding, and its lower 95 % bound (Student's t over the pairs' logarithms).
+Each run is a process of its own: recipes/busy_machine.py of this checkout with no other process
+beside it, on the package of each of the two. Prints the mean ratio new / old of plain and of
+drafted decoding, and its lower 95 % bound (Student's t over the pairs' logarithms).
 """
 
 import argparse
@@ -42,19 +43,20 @@ def main() -> None:
         if pair % 2:
             order.reverse()
         found = {checkout: rates(checkout, options.kernel) for checkout in order}
+        ratios = {}
         for name, own in logarithms.items():
-            own.append(math.log(found[options.new][name] / found[options.old][name]))
-        print(
-            pair + 1,
-            {name: round(math.exp(own[-1]), 3) for name, own in logarithms.items()},
-            flush=True,
-        )
+            ratio = found[options.new][name] / found[options.old][name]
+            own.append(math.log(ratio))
+            ratios[name] = round(ratio, 3)
+        print(pair + 1, ratios, flush=True)
 
     for name, own in logarithms.items():
+        mean = fmean(own)
         error = stdev(own) / math.sqrt(len(own))
-        bound = fmean(own) - stats.t.ppf(0.95, len(own) - 1) * error
+        bound = mean - stats.t.ppf(0.95, len(own) - 1) * error
         print(
-            f"{name}: {math.exp(fmean(own)):.3f}, lower 95 % bound {math.exp(bound):.3f}, {len(own)} pairs"
+            f"{name}: {math.exp(mean):.3f}, lower 95 % bound {math.exp(bound):.3f}, "
+            f"{len(own)} pairs"
         )
 
 

@@ -2,8 +2,9 @@
 
     python recipes/quality.py DATA_FOLDER
 
-The folder has gsm8k/test.jsonl and humaneval/HumanEval.jsonl.gz. Both beside the exact kernel. 60 problems of GSM8K with their reference answers, framed by the chat
-template, and 30 programs of HumanEval, 400 tokens at most.
+The folder has gsm8k/test.jsonl and humaneval/HumanEval.jsonl.gz. Both figures stand beside the
+exact kernel's. 60 problems of GSM8K with their reference answers, framed by the chat template, and
+30 programs of HumanEval, 400 tokens at most.
 """
 
 import gzip
