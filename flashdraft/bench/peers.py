@@ -60,13 +60,17 @@ Method = Callable[[list[list[int]], list[SamplingParams]], list[Answer]]
 
 def joined(turns: Sequence[Answer]) -> Answer:
     """The turns of a conversation as one answer."""
-    return Answer(
-        tokens=tuple(chain.from_iterable(turn.tokens for turn in turns)),
-        seconds=sum(turn.seconds for turn in turns),
-        decode_seconds=sum(turn.decode_seconds for turn in turns),
-        steps=tuple(chain.from_iterable(turn.steps for turn in turns)),
-        figures=_added([turn.figures for turn in turns]),
-    )
+    tokens: tuple[int, ...] = ()
+    steps: tuple[int, ...] = ()
+    seconds = 0.0
+    decode_seconds = 0.0
+    for turn in turns:
+        tokens += turn.tokens
+        steps += turn.steps
+        seconds += turn.seconds
+        decode_seconds += turn.decode_seconds
+    figures = _added([turn.figures for turn in turns])
+    return Answer(tokens, seconds, decode_seconds, steps, figures)
 
 
 def _added(turns: Sequence[Figures]) -> Figures:

@@ -70,8 +70,8 @@ def draw(files: Sequence[Path], out: Path) -> list[Path]:
         report.add(path)
 
     contents = report.contents()
-    results = [str(path) for path in files]
-    write_own(folder / "report", contents, "plot", {"results": results})
+    facts = {"results": list(map(str, files))}
+    write_own(folder / "report", contents, "plot", facts)
     return [out / name for name in contents]
 
 

@@ -217,14 +217,19 @@ def _summary(task: str, method: str, lines: Sequence[Line]) -> Summary:
         task=task,
         method=method,
         answers=len(lines),
-        tokens_per_second=_known(median, [line[_TOGETHER] for line in lines]),
+        tokens_per_second=_known(median, _column(lines, _TOGETHER)),
         ratio=_ratio(lines, _TOGETHER),
-        decode_tokens_per_second=_known(median, [line[_DECODING] for line in lines]),
+        decode_tokens_per_second=_known(median, _column(lines, _DECODING)),
         decode_ratio=_ratio(lines, _DECODING),
-        tau=fmean(line["tau"] for line in lines),
-        identical=_known(fmean, [line["identical"] for line in lines]),
+        tau=fmean(_column(lines, "tau")),
+        identical=_known(fmean, _column(lines, "identical")),
         first_token_ms=_known(median, firsts),
     )
+
+
+def _column(lines: Sequence[Line], name: str) -> list[Any]:
+    """That figure of all lines; None where it is not known."""
+    return [line[name] for line in lines]
 
 
 def _ratio(lines: Sequence[Line], name: str) -> float | None:

@@ -166,8 +166,8 @@ class RooflineConfig:
         is_here = self.device == "this"
         has_engine = self.engine != "auto"
         require(not (is_here and has_engine), "engine", self.engine, "auto on this machine")
-        has_kernels = is_here or self.weights != "float32"
-        require(has_kernels, "weights", self.weights, "16 bits or fewer on a GPU")
+        is_narrow = self.weights != "float32"
+        require(is_here or is_narrow, "weights", self.weights, "16 bits or fewer on a GPU")
 
 
 def expected(chances: Sequence[float], block: int) -> float:

@@ -202,7 +202,7 @@ def _lines(config: BenchConfig, loaded: Loaded, unit: _Unit) -> Iterator[Figures
         if spec.variant and is_ours(spec):
             plain = f"autoregressive:{spec.variant}"
 
-        # others draw by other generators, and drawn drafts keep the law, not the text
+        # others draw by other generators, and drawn drafts keep the distribution, not the text
         draws_alike = is_ours(spec) and name not in loaded.drawn
         is_comparable = unit.setting.temperature == 0 or draws_alike
         compared = answers.get(plain, {}) if is_comparable else {}
@@ -233,8 +233,9 @@ def _answers(config: BenchConfig, loaded: Loaded, unit: _Unit) -> dict[str, dict
             time.sleep(_REST)
         method = loaded.methods[name]
         found = _ask(method, loaded.model, prompts, config, unit.setting.temperature)
-        numbers = [prompt.number for prompt in prompts]
-        answers[name] = dict(zip(numbers, found, strict=True))
+        answers[name] = {}
+        for prompt, answer in zip(prompts, found, strict=True):
+            answers[name][prompt.number] = answer
     return answers
 
 
@@ -348,7 +349,8 @@ def _figures(answer: Answer, plain: Answer | None) -> Figures:
 
 def _shares(seconds: dict[str, float]) -> dict[str, float]:
     """Of the parts of a step, in their time; the prompt's own part is left out."""
-    parts = {part: spent for part, spent in seconds.items() if part != "prefill"}
+    parts = dict(seconds)
+    parts.pop("prefill", None)
     total = sum(parts.values())
     return {part: spent / total for part, spent in parts.items()}
 
