@@ -93,7 +93,9 @@ def test_transformers_loop_gets_the_drafts_of_our_own_drafter(
     if fault == "positions one too high":
         rotary = assistant.network.rotary
         monkeypatch.setattr(
-            assistant.network, "rotary", lambda positions: rotary(positions + (positions >= 9))
+            assistant.network,
+            "rotary",
+            lambda positions, *kind: rotary(positions + (positions >= 9), *kind),
         )
     network = PackedDraft(DFlashDraftModel.from_pretrained(str(models / "draft")), theirs.target)
     found, same = drafted(theirs, assistant, PROMPTS[0]), []
