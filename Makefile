@@ -41,7 +41,7 @@ format: $(READY) ## fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY) ## run the README's benchmark
+bench: $(READY) ## measure speed, tau and T = 1 (docs/measured.md)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/bench.sh
 
 docs: $(READY) ## build the documentation into site/, strictly and with nothing fetched

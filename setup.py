@@ -1,4 +1,6 @@
-"""What pyproject.toml cannot say: a wheel brings the C++ kernels, compiled for AVX2, for machines without a compiler."""
+"""What pyproject.toml cannot say: a wheel brings the C++ kernels, compiled for AVX2, for machines
+without a compiler.
+"""
 
 import platform
 import shutil

@@ -112,19 +112,22 @@ def load(
 ) -> Model:
     """A target by built-in name, hub id, folder or GGUF file, with a drafter, ready to generate.
 
-    draft: "auto" (the drafter shipped for this target, or none), "autoregressive", "prompt_lookup",
-    a drafter's folder or hub id (its config says which method it is of), a smaller causal LM with
-    the same tokenizer, "dflash", "eagle3", "medusa" or "draft_model" for the one that is shipped,
-    or two of these joined by +, whose proposals become one tree.
-    block_size: nodes per proposal, the anchor included; by default as many of what the drafter was
-    trained for as pay.
-    tree_nodes: the draft network proposes a tree of so many nodes; None: a chain.
-    how: `device`, "cpu" by default; `dtype`, "auto" (as stored), "float32", "bfloat16" or
-    "float16"; `kernel`, what runs a float32 target on a CPU: "auto" (the fastest exact one,
-    measured once a machine), "compact" (the same numbers in fewer bytes), "float32", "torch",
-    "transformers", or "int8", which rounds weights and activations and so makes another target.
-    "torch" and "compiled" (static shapes for CUDA graphs, docs/gpu.md) run llama-shaped targets in
-    any dtype on any device.
+    - draft: "auto" (the drafter shipped for this target, or none), "autoregressive",
+      "prompt_lookup", a drafter's folder or hub id (its config says which method it is of), a
+      smaller causal LM with the same tokenizer, "dflash", "eagle3", "medusa" or "draft_model" for
+      the one that is shipped, or two of these joined by +, whose proposals become one tree.
+    - block_size: nodes per proposal, the anchor included; by default as many of what the drafter
+      was trained for as pay.
+    - tree_nodes: the draft network proposes a tree of so many nodes; None: a chain.
+    - max_rows: prompts decoded together, at most.
+    - device: "cpu" by default.
+    - dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
+    - kernel: what runs a float32 target on a CPU: "auto" (the fastest exact one, measured once a
+      machine), "compact" (the same numbers in fewer bytes), "float32", "torch", "transformers", or
+      "int8", which rounds weights and activations and so makes another target. "torch" and
+      "compiled" (static shapes for CUDA graphs, docs/gpu.md) run llama-shaped targets in any dtype
+      on any device.
+
     Raises a FlashDraftError that says what to do.
     """
     max_rows = as_number(max_rows)

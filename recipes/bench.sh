@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The README's tables: speed (8 prompts a task, 128 tokens, 3 repeats), tau (40 prompts a task, 256 tokens), and T = 1.
+# Tables of docs/measured.md: speed (8 prompts a task, 128 tokens, 3 repeats), tau (40 prompts a task, 256 tokens), and T = 1.
 #   FLASHDRAFT_DATA=<folder with gsm8k/, humaneval/, mt_bench/>  recipes/bench.sh [RESULTS_FOLDER]
 # DRAFT=FOLDER measures another drafter than the shipped one, THREADS=N sets the threads of all methods, METHODS=a,b,c those of the
 # speed table. tau is of whole blocks; speed is of as many nodes as pay. Results that exist are shown and not measured again.

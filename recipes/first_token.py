@@ -2,9 +2,9 @@
 
     python recipes/first_token.py [TARGET] [--cold]     (default smollm2-135m; medians of five)
 
-Every round is a process of its own. Warm: the entry in the cache folder is there, and the first round
-does not count. --cold: without that entry, so that the model is read and packed. CPU seconds are
-printed beside the others, because these count what other programs took of the machine.
+Every round is a process of its own. Warm: the entry in the cache folder is there, and the first
+round does not count. --cold: without that entry, so that the model is read and packed. CPU seconds
+are printed beside the others, because these count what other programs took of the machine.
 """
 
 import os
@@ -53,7 +53,7 @@ for (_, wall, cpu), (part, wall_after, cpu_after) in zip(marks, marks[1:]):
 
 
 def first_token(target: str) -> tuple[float, float]:
-    """Seconds from the start of the process to its first character, and CPU seconds until its end."""
+    """Seconds from a process's start to its first character, and CPU seconds until its end."""
     command = [sys.executable, "-m", "flashdraft", "generate", PROMPT, "--target", target]
     started = time.perf_counter()
     process = subprocess.Popen([*command, "--max-new-tokens", "1"], stdout=subprocess.PIPE)

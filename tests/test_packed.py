@@ -1,4 +1,4 @@
-"""Weights that were packed before: the same texts from them, and never anything else than was read."""
+"""Weights that were packed before: the same texts, and never anything else than was read."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of its own, in which toys are kept, too; the compiled kernels are those of the machine."""
+    """A cache of its own, in which toys are kept, too; the compiled kernels are those of the
+    machine.
+    """
     folder = tmp_path / "cache"
     folder.mkdir()
     for kernels in hub.cache_dir().glob("step-*.so"):
@@ -288,13 +290,14 @@ loaded = load_target(sys.argv[1], kernel="compact")
 target = loaded.target
 import torch
 print(target.prefill(target.new_cache(1, 64), 0, torch.arange(3, 20), ())[0].sum().item().hex())
-heavy = [name for name in sys.modules if ".modeling_" in name or name.startswith("transformers.models.")]
+families = "transformers.models."
+heavy = [name for name in sys.modules if ".modeling_" in name or name.startswith(families)]
 print(type(target.config).__name__, *heavy)
 """
 
 
 def test_two_processes_at_once_and_what_they_import(folder: Path, cache: Path) -> None:
-    """Both write the same entry; a third one reads it, and needs no file of transformers' models."""
+    """Both write the same entry; a third one reads it, and needs no model of transformers."""
     command = [sys.executable, "-c", CODE, str(folder)]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     told = [process.communicate()[0].splitlines() for process in both]

@@ -1,1 +1,3 @@
-"""The lossless rule and what surrounds it, as pure functions: laws, trees, verification, draft lengths, text."""
+"""The lossless rule and what surrounds it, as pure functions: laws, trees, verification, draft
+lengths, text.
+"""

@@ -1,1 +1,3 @@
-"""From prompts to a drafter in stages that read and write files: prompts, regenerate, features, train; each one resumes."""
+"""From prompts to a drafter in stages that read and write files: prompts, regenerate, features,
+train; each one resumes.
+"""
