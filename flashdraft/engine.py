@@ -1,5 +1,6 @@
-"""The loop: propose, read, verify, commit. It knows no method; plain decoding is the drafter that
-proposes nothing.
+"""The loop: propose, read, verify, commit.
+
+It knows no method; plain decoding is the drafter that proposes nothing.
 
 The life of a request: (1) `admit` gives it a row and reads its prompt; (2) the drafter observes the
 prompt; (3) the target's first token becomes the anchor. Then every `step`: (4) the drafter proposes
@@ -164,8 +165,9 @@ class Engine:
 
     @undisturbed
     def admit(self, request: Request) -> Chunk:
-        """Read the prompt and commit the first token. There must be a free row; a Request runs
-        once.
+        """Read the prompt and commit the first token.
+
+        There must be a free row; a Request runs once.
         """
         check(self.target, request)
         assert self.num_free, "no free row"
@@ -200,10 +202,10 @@ class Engine:
         slots = list(self.running)
         requests = list(self.running.values())
         rows = self._rows(slots)
-        drafts = self.control is None or self.control.wants_drafts(len(slots))
+        is_drafted = self.control is None or self.control.wants_drafts(len(slots))
 
         with self._timed("draft"):
-            proposal = self._propose(rows, requests) if drafts else alone(rows.anchors)
+            proposal = self._propose(rows, requests) if is_drafted else alone(rows.anchors)
             self._cache.reserve(max(self._cache.lengths) + proposal.num_nodes)
             check_proposal(proposal)  # a faulty drafter would change the law in silence
         with self._timed("target"):
@@ -217,11 +219,11 @@ class Engine:
             chunks = self._commit(requests, proposal, paths, verdict, logits)
         with self._timed("draft"):
             self._collect(slots, proposal, features, paths)
-            if drafts:
+            if is_drafted:
                 self._observe()
 
         if self.control is not None:
-            draft_seconds = self._part["draft"] if drafts else None
+            draft_seconds = self._part["draft"] if is_drafted else None
             self.control.learn(proposal, paths, draft_seconds, sum(self._part.values()))
         num_drafted = (proposal.sizes - 1).tolist()
         for request, drafted, chunk in zip(requests, num_drafted, chunks, strict=True):
@@ -262,8 +264,9 @@ class Engine:
         self._release([slot for slot, request in self.running.items() if request.index == index])
 
     def _unusable(self, slots: Sequence[int]) -> UnusableLogits:
-        """Forget these rows, whose logits give no law, and what they have left in the caches; the
-        error that says so.
+        """Forget these rows, whose logits give no law; returns the error that says so.
+
+        What they have left in the caches is wiped.
         """
         read = max(len(self.running[slot].history) for slot in slots)
         for slot in slots:
@@ -422,8 +425,9 @@ class Engine:
 
 
 def check(target: Target, request: Request) -> None:
-    """Raises InvalidPrompt, InvalidParameter or ContextLengthError for a request that could never
-    run.
+    """Refuse a request that could never run.
+
+    Raises InvalidPrompt, InvalidParameter or ContextLengthError.
     """
     if not request.prompt:
         raise InvalidPrompt("the prompt is empty", hint="give at least one token of text")

@@ -1,11 +1,10 @@
 """The nouns. Read this first.
 
 A *target* is the large model whose distribution must be kept; a *drafter* proposes tokens. The
-*anchor* is the last
-committed token, which the target has not read yet: node 0 of every *proposal*. The target reads the
-whole proposal in one pass and the *verdict* says which path of it was accepted and which *bonus*
-token follows. A *row* is one sequence of a batch. *tau* is the number of committed tokens per
-target pass.
+*anchor* is the last committed token, which the target has not read yet: node 0 of every *proposal*.
+The target reads the whole proposal in one pass and the *verdict* says which path of it was accepted
+and which *bonus* token follows. A *row* is one sequence of a batch. *tau* is the number of
+committed tokens per target pass.
 """
 
 from __future__ import annotations

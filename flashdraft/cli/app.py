@@ -1,6 +1,6 @@
-"""The command line as a process sees it: arguments in, text and an exit status out, every error in
-one line.
+"""The command line as a process sees it: arguments in, text and an exit status out.
 
+Every error is one line, and what helps against it another.
 What a command does stands in `decode`, `bench` and `train`; which there are, in `table`.
 """
 
@@ -189,10 +189,7 @@ def _option_names(command: str) -> list[str]:
 
 
 def _as_written(error: FlashDraftError, given: Sequence[str]) -> str | None:
-    """The error's hint, in which an option is called as it is on the command line.
-
-    If it was given there.
-    """
+    """The error's hint; an option that was given is called there as on the command line."""
     name = error.option if isinstance(error, InvalidParameter) else None
     if name is None or error.hint is None:
         return error.hint

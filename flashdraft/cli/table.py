@@ -1,7 +1,7 @@
-"""Which commands there are: a public function of one of three files is one, its docstring is its
-help.
+"""Which commands there are, and their help.
 
-The files import torch, and `flashdraft --help` shall answer at once: docstrings are read from the
+Every public function of `decode`, `bench` and `train` is a command, and its docstring is its help.
+Those files import torch, and `flashdraft --help` shall answer at once: docstrings are read from the
 source, and a file is imported when one of its commands was asked for.
 """
 

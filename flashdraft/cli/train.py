@@ -76,8 +76,9 @@ Answers = Annotated[list[Path], Argument(help="files that `flashdraft regenerate
 
 @dataclass(frozen=True)
 class DraftOptions:
-    """The draft network to train; None: the default of `draft_config`, or what the drafter of
-    --init-from has.
+    """The draft network to train.
+
+    None: the default of `draft_config`, or what the drafter of --init-from has.
     """
 
     method: str = option("dflash", "what is trained", choices=tuple(NETWORKS))
@@ -153,7 +154,9 @@ class DraftOptions:
         return found
 
     def network(self, config: DraftConfig, target: Target, data: Data, seed: int) -> DraftNetwork:
-        """data: of the layers that the network will read; its first sample calibrates a copy of the
+        """The network with its first weights.
+
+        data: of the layers that the network will read; its first sample calibrates a copy of the
         target's layers.
         """
         if self.init_from is not None:

@@ -31,9 +31,7 @@ _MEMORY = 0.98  # what a calibration keeps of its past at every observation
 _SMOOTH = 0.8  # the same for drafting's times
 _WORTH = 1.02  # what drafting might gain at least, to plain decoding, to be done
 _FIRST = 2  # plain steps before the first drafts: what those are compared with
-_LOOK = (
-    16  # drafted steps between looks at a plain one, where drafts hardly pay; more where they do
-)
+_LOOK = 16  # drafted steps until a plain one is looked at, where drafts hardly pay; else more
 _NOISE = 1e-2  # variance of one step's time, in plain steps
 
 # The Kalman filter of what steps take beyond the table (see `learn`): its three numbers' variances
@@ -68,14 +66,17 @@ class _Batch:
             row[i] = variance
             self.doubt.append(row)
 
-    def took(self, beyond: float, *known: float) -> None:
-        """One step's time beyond the table: a Kalman filter's update."""
+    def took(self, beyond: float, *parts: float) -> None:
+        """One step's time beyond the table: a Kalman filter's update.
+
+        parts: how often that time has each number of `self.beyond` in it.
+        """
         for k, drift in enumerate(_DRIFT):
             self.doubt[k][k] += drift
 
-        moves = [_dot(row, known) for row in self.doubt]
-        scale = 1 / (_dot(moves, known) + _NOISE)
-        error = beyond - _dot(self.beyond, known)
+        moves = [_dot(row, parts) for row in self.doubt]
+        scale = 1 / (_dot(moves, parts) + _NOISE)
+        error = beyond - _dot(self.beyond, parts)
         for i, move in enumerate(moves):
             self.beyond[i] += scale * move * error
         for row, move in zip(self.doubt, moves, strict=True):
@@ -83,9 +84,7 @@ class _Batch:
 
     def promised(self, gain: float, share: float) -> None:
         """One proposal's gain, for a step of `share` of a plain one's time: the same update."""
-        gain = max(
-            gain, _POOR
-        )  # a first draft may take seconds: it must not look hopeless for ever
+        gain = max(gain, _POOR)  # a slow first draft must not look hopeless for ever
         surprise = (gain - self.gain) ** 2
         self.spread = max(_FADE * self.spread + (1 - _FADE) * surprise, _LEAST)
         weight = self.unsure / (self.unsure + self.spread / share)
@@ -195,10 +194,10 @@ class Control:
         chances = self._chances(proposal)
         rows = len(proposal.sizes)
         batch = self._batches[rows.bit_length()]
-        always, more, node = batch.beyond
+        always, when_drafting, a_node = batch.beyond
         step = self.cost(rows)
         plain = step * (1 + always)
-        spent = batch.draft + step * (always + more)
+        spent = batch.draft + step * (always + when_drafting)
 
         anchors = _Chance(float(rows), 0)  # every row commits one token, whatever it drafts
         hope = 0.0
@@ -207,7 +206,7 @@ class Control:
         share = 1.0
         for count, chance in enumerate([anchors, *chances]):
             hope += chance.confidence
-            time = max(self.cost(rows + count) + spent + step * node * count / rows, plain)
+            time = max(self.cost(rows + count) + spent + step * a_node * count / rows, plain)
             rate = hope / time
             if rate > best:
                 best = rate
@@ -243,9 +242,11 @@ class Control:
         batch = self._batches[rows.bit_length()]
         nodes = int(proposal.sizes.sum())
         is_drafted = draft_seconds is not None
+        drafted_a_row = nodes / rows - 1
         target_seconds = seconds - (draft_seconds or 0.0)
         beyond = (target_seconds - self.cost(nodes)) / self.cost(rows)
-        batch.took(min(max(beyond, -0.8), 1.0), 1.0, float(is_drafted), nodes / rows - 1)
+        beyond = min(max(beyond, -0.8), 1.0)
+        batch.took(beyond, 1.0, float(is_drafted), drafted_a_row)
         batch.unsure = min(batch.unsure + _GAIN_DRIFT, _GAIN)
         if draft_seconds is None:
             batch.since = min(batch.since + 1, 0)

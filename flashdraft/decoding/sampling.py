@@ -67,9 +67,9 @@ class Counts:
 
 
 class Context(Sequence[int]):
-    """A row's tokens up to a node, the committed ones and the draft's; what is committed is not
-    counted again for each node.
+    """A row's tokens up to a node: the committed ones, then the draft's.
 
+    What is committed is counted once, not again for each node.
     history: the row's own list; what `counts` has counted of it comes first, then `path`.
     """
 
@@ -115,9 +115,10 @@ def _counts_of(history: Sequence[int], num_prompt: int, vocab_size: int) -> Coun
 def adjusted(
     logits: Tensor, params: SamplingParams, history: Sequence[int], num_prompt: int
 ) -> Tensor:
-    """The logits [vocab] after `history`, whose first `num_prompt` tokens are the prompt;
-    `probabilities` of it is the law.
+    """The logits after `history` as the request's parameters change them: [vocab] -> [vocab].
 
+    The first `num_prompt` tokens of `history` are the prompt. `probabilities` of the result is the
+    law.
     Bias first, then repetition, frequency and presence penalty, then the hook: the order of
     transformers and, but for the hook, of vLLM. The hook is last, so that nothing changes what it
     returns. The very same tensor comes back where `params` changes nothing, otherwise a new one.
@@ -190,8 +191,7 @@ def logprob(logits: Tensor, token: int) -> float:
 def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
     """The law that `params` makes of `logits`: [..., vocab] -> the same shape.
 
-    In float32; in float64 for float64 logits.
-    Temperature first, then top-k, top-p within what top-k left, and min-p, in the order of
+    In float32; in float64 for float64 logits. Temperature first, then top-k, top-p within what top-k left, and min-p, in the order of
     transformers (vLLM takes min-p first, which changes only the mass that top-p sees). Cuts are by
     value: tokens tied with the last one kept are kept. Temperature 0 is a point mass at the
     likeliest token, the lowest id among equals, whatever the cuts. Logits may be -inf (a mask), not
@@ -264,12 +264,10 @@ def likeliest(logits: Tensor) -> Tensor:
 def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
     """Invert the law: the first token whose cumulative mass exceeds `uniform * total mass`.
 
-    It is never one of zero mass.
-
-    probs: [rows, vocab], not negative, of any positive mass up to about 1; uniforms: [rows] float64
-    in [0, 1).
-    Returns [rows] int64. A mass below 2**-62 counts as zero. UnusableLogits for a row without mass
-    (NaN logits end here).
+    It is never one of zero mass; less than 2**-62 counts as zero.
+    probs: [rows, vocab], not negative, of any positive mass up to about 1.
+    uniforms: [rows] float64 in [0, 1).
+    Returns [rows] int64. Raises UnusableLogits for a row without mass (NaN logits end here).
     """
     cumulative = _fixed(probs).cumsum(-1)
     mass = cumulative[:, -1:]
@@ -291,9 +289,9 @@ def total(weights: Tensor) -> Tensor:
 def uniforms(seeds: Sequence[int], starts: Sequence[int], count: int, lane: int = 0) -> Tensor:
     """Numbers in [0, 1) of 53 random bits: [rows, count] float64.
 
-    The one at [r, i] is a function of (seeds[r], starts[r] + i, lane) only, by
-    splitmix64 (Steele, Lea and Flood, OOPSLA 2014): output `position` of the generator whose state
-    hashes seed and lane.
+    The one at [r, i] is a function of (seeds[r], starts[r] + i, lane) only, by splitmix64 (Steele,
+    Lea and Flood, OOPSLA 2014): output `position` of the generator whose state hashes seed and
+    lane.
     """
     positions = _column(starts) + torch.arange(count, **INTS)
     return _hash(_column(seeds), torch.tensor(lane, **INTS), positions)
@@ -336,8 +334,9 @@ def _nucleus_floor(law: Tensor, top_p: float) -> Tensor:
 
 
 def _fixed(probs: Tensor) -> Tensor:
-    """Probabilities as integers: adding them is exact, so that no batch, thread or device changes
-    a sum.
+    """Probabilities as integers.
+
+    Adding them is exact, so that no batch, thread or device changes a sum.
     """
     return (probs * _ONE).long()
 

@@ -100,37 +100,45 @@ class TextDecoder:
         return self._give("", final=final)
 
     def _give(self, new: str, *, final: bool) -> str:
-        """Give out what no stop string can touch any more: all but that, if this is `final`.
+        """Give out what no stop string can touch any more; all there is, if nothing follows.
 
-        Stop strings are looked for twice, in the text with what is hidden in it and in the text
-        that is shown.
+        Stop strings are looked for twice: in the whole text, special tokens included, and in the
+        text that is visible.
         """
         whole = self._held + new
         shown = self._shown + [True] * len(new)
         visible = "".join(compress(whole, shown))
 
-        stops = [at for at in map(visible.find, self.stop) if at >= 0]
-        stops += [sum(shown[:at]) for at in map(whole.find, self.stop) if at >= 0]
-        self.stopped = bool(stops)
-
-        kept = 0
-        kept_visible = 0
-        if not final:
-            kept = _overlap(whole, self.stop)
-            kept_visible = _overlap(visible, self.stop)
-        first_kept = len(whole) - kept
-        end = min(sum(shown[:first_kept]), len(visible) - kept_visible)
-        if stops:
-            end = min(stops)
+        first_held = len(whole)
+        end = len(visible)
+        if not final:  # the last characters may be the beginning of a stop string
+            first_held -= _overlap(whole, self.stop)
+            end = min(sum(shown[:first_held]), end - _overlap(visible, self.stop))
+        stops_at = self._first_stop(whole, shown, visible)
+        self.stopped = stops_at is not None
+        if stops_at is not None:
+            end = stops_at
 
         # what is held back begins where what is given out ends
-        while first_kept > 0 and sum(shown[:first_kept]) > end:
-            first_kept -= 1
-        self._held = whole[first_kept:]
-        self._shown = shown[first_kept:]
+        while first_held > 0 and sum(shown[:first_held]) > end:
+            first_held -= 1
+        self._held = whole[first_held:]
+        self._shown = shown[first_held:]
         piece = visible[:end]
         self.text += piece
         return piece
+
+    def _first_stop(self, whole: str, shown: list[bool], visible: str) -> int | None:
+        """How many visible characters come before the first stop string; None: there is none."""
+        found = []
+        for stop in self.stop:
+            at = visible.find(stop)
+            if at >= 0:
+                found.append(at)
+            at = whole.find(stop)
+            if at >= 0:
+                found.append(sum(shown[:at]))
+        return min(found, default=None)
 
 
 def _overlap(text: str, stops: Sequence[str]) -> int:

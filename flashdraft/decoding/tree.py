@@ -32,8 +32,9 @@ __all__ = [
 
 
 class Nodes(NamedTuple):
-    """What grew behind one anchor, parents before children; the anchor itself is node 0 and not in
-    the lists.
+    """What grew behind one anchor, parents before children.
+
+    The anchor itself is node 0 and not in the lists.
     """
 
     tokens: list[int]
@@ -82,9 +83,9 @@ def depths(parents: Tensor) -> Tensor:
 def independent(
     anchor: int, tokens: Sequence[Sequence[int]], scores: Sequence[Sequence[float]]
 ) -> list[Laws]:
-    """The laws of depths that do not see each other: whatever token came before, a depth's law is
-    the same.
+    """The laws of depths that do not see each other.
 
+    Whatever token came before, a depth's law is the same.
     tokens, scores: of each depth, the likeliest tokens and their log-probabilities, descending.
     """
     laws: list[Laws] = []
@@ -97,8 +98,9 @@ def independent(
 
 
 class _Path(NamedTuple):
-    """A path that could be taken next, as the heap sorts it: the likeliest one first, the shallower
-    one among equals.
+    """A path that could be taken next, as the heap sorts it.
+
+    The likeliest one comes first, the shallower one among equals.
     """
 
     cost: float  # its negative log-probability

@@ -22,20 +22,21 @@ def verify(
     """Walk each row's tree from its anchor and keep what the target itself could have written.
 
     target_probs: [rows, nodes, vocab]; row r, node i holds the target's law after node i. Padding
-    is never read.
+        is never read.
     draws: [rows, 1 + depth or more] float64; column d draws the token that follows d accepted
-    nodes, keyed by its position.
+        nodes, keyed by its position.
     coins: [rows, nodes] float64; a fresh uniform for every drawn node (`sampling.coins`); needed
-    only if one is drawn.
+        only if one is drawn.
     Returns the accepted path of every row and the bonus token after it.
 
     At a node the drawn children are judged first, in node order. If none is accepted, the target
-    draws its own token from
-    what they left of its law: a chosen child that carries it is accepted, otherwise the token is
-    the bonus. The text has the target's law exactly, whatever the draft was, if the drafter kept
-    its side: drawn siblings come from `probs` of their parent without replacement, never equal a
-    chosen sibling, and are dropped last ones first, for reasons fixed before their own tokens were
-    drawn. Where all nodes are chosen, the text is the very text that `draws` alone give.
+    draws its own token from what they left of its law: a chosen child that carries it is accepted,
+    otherwise the token is the bonus.
+
+    The text has the target's law exactly, whatever the draft was, if the drafter kept its side:
+    drawn siblings come from `probs` of their parent without replacement, never equal a chosen
+    sibling, and are dropped last ones first, for reasons fixed before their own tokens were drawn.
+    Where all nodes are chosen, the text is the very text that `draws` alone give.
     """
     tokens = proposal.tokens
     num_rows, num_nodes = tokens.shape
@@ -119,11 +120,12 @@ def follow(proposal: Proposal, tokens: Tensor) -> Verdict:
 def _judge(
     law: Tensor, draft: Tensor, siblings: Tensor, tokens: Tensor, coins: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Judge drawn siblings in node order, each with probability min(1, p / q); a rejected one
-    leaves the rest of p and of q.
+    """Judge drawn siblings in node order, each accepted with probability min(1, p / q).
 
-    law, draft: [rows, vocab], p and q of one node a row, overwritten; siblings, tokens, coins:
-    [rows, nodes].
+    A rejected one leaves max(0, p - q) of p, and q without its token, for those that follow.
+
+    law, draft: [rows, vocab], p and q of one node a row, overwritten.
+    siblings, tokens, coins: [rows, nodes].
     Returns the accepted node (-1: none) and the law of the token if none was accepted.
     """
     accepted = torch.full_like(tokens[:, 0], -1)
@@ -148,6 +150,7 @@ def _judge(
 
 def _without(q: Tensor, token: Tensor) -> Tensor:
     """The law of the next sibling, drawn without replacement: q given that it is not `token`.
+
     token: [rows, 1].
     """
     return _normalized(q.scatter(1, token, 0.0), otherwise=q)
