@@ -191,7 +191,9 @@ def logprob(logits: Tensor, token: int) -> float:
 def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
     """The law that `params` makes of `logits`: [..., vocab] -> the same shape.
 
-    In float32; in float64 for float64 logits. Temperature first, then top-k, top-p within what top-k left, and min-p, in the order of
+    In float32; in float64 for float64 logits.
+
+    Temperature first, then top-k, top-p within what top-k left, and min-p, in the order of
     transformers (vLLM takes min-p first, which changes only the mass that top-p sees). Cuts are by
     value: tokens tied with the last one kept are kept. Temperature 0 is a point mass at the
     likeliest token, the lowest id among equals, whatever the cuts. Logits may be -inf (a mask), not
