@@ -3,9 +3,10 @@
 What reads a model (transformers' modelling files, every check of the folder, the packing itself)
 takes several seconds, and gives the same each time. So what is left behind it is written to
 `packed-*.safetensors`, once a model was read whole, and read while nothing that it was made of has
-changed: the folder's files by name, size and time; our own code, the kernels and the processor; the
-releases of torch and transformers. A file that is damaged or of other things is passed over and
-written anew; it may be deleted at any time. The bytes are the same, so the texts are.
+changed: the folder's files by name, size, times and number; our own code, the kernels and the
+processor; the releases of torch and transformers. A file that is damaged or of other things is
+passed over and written anew; it may be deleted at any time. The bytes are the same, so the texts
+are.
 
 The file is mapped, not read: that is quicker to load, two processes share one copy, and decoding is
 no slower (quicker where the file system has huge pages). Knows folders and LeanTargets. Does not
@@ -161,12 +162,17 @@ class Shelf:
 
 
 def _files_of(folder: Path) -> dict[str, list[int]]:
-    """The size and time of every file in a folder, and of the folders in it, by name."""
+    """By name, what tells every file in a folder, and the folders in it, from others.
+
+    Its size, its times and its number: a copy or a restored backup may keep the time of the last
+    change, but no program chooses when the file system noted it.
+    """
     found = {}
     with suppress(OSError):
         for path in sorted(folder.iterdir()):
             facts = path.stat()
-            found[f"{folder.name}/{path.name}"] = [facts.st_size, facts.st_mtime_ns]
+            times = [facts.st_mtime_ns, facts.st_ctime_ns]
+            found[f"{folder.name}/{path.name}"] = [facts.st_size, *times, facts.st_ino]
     return found
 
 
