@@ -72,8 +72,10 @@ class LeanTarget(Target):
         bias: Tensor | None = model.lm_head.bias
         if bias is not None:
             bias = bias.detach()
-        packed_head: Linear | None = getattr(model.lm_head, "packed", None)
-        self.head = packed_head or pack_as(self.decoder.kernel, self._head_rows, bias)
+        head: Linear | None = getattr(model.lm_head, "packed", None)
+        if head is None:
+            head = pack_as(self.decoder.kernel, self._head_rows, bias)
+        self.head = head
         self.row_exact = self.decoder.row_exact and self.head.row_exact
         self.nbytes = self.decoder.nbytes + self.head.nbytes + self.embedding.nbytes
         self.kernel = self._kernel_in_words()
