@@ -18,6 +18,7 @@ from typing import (
     TYPE_CHECKING,
     Any,
     Literal,
+    NamedTuple,
     Protocol,
     Union,
     get_args,
@@ -167,9 +168,10 @@ def check_options(options: DataclassInstance) -> None:
         value = getattr(options, f.name)
         if value is None and f.default is None:
             continue
-        several = value if isinstance(value, tuple) else (value,)
+        kind, takes_several = kinds[f.name]
+        several = value if takes_several and isinstance(value, tuple) else (value,)
         for one in several:
-            check_option(f.name, one, kinds[f.name], f.metadata.get("allowed"))
+            check_option(f.name, one, kind, f.metadata.get("allowed"))
 
 
 def check_option(name: str, value: Any, kind: type | None, allowed: Allowed | None = None) -> None:
@@ -212,10 +214,19 @@ def kind_of(hint: Any) -> type | None:
     return hint if hint in _KINDS else None
 
 
+class _Kind(NamedTuple):
+    """What an annotation asks for."""
+
+    kind: type | None  # see `kind_of`
+    takes_several: bool  # a tuple of them
+
+
 @cache
-def _kinds_of(options: type) -> dict[str, type | None]:
-    hints = get_type_hints(options)
-    return {name: kind_of(hint) for name, hint in hints.items()}
+def _kinds_of(options: type) -> dict[str, _Kind]:
+    kinds = {}
+    for name, hint in get_type_hints(options).items():
+        kinds[name] = _Kind(kind_of(hint), get_origin(hint) is tuple)
+    return kinds
 
 
 def require(ok: bool, name: str, value: object, allowed: str) -> None:

@@ -296,3 +296,13 @@ def test_hint_of_a_full_context_asks_for_nothing_that_cannot_be_done() -> None:
         with pytest.raises(ContextLengthError) as error:
             check(lm.target, lm.request([5] * length, SamplingParams(max_new_tokens=asked)))
         assert wanted in str(error.value.hint)
+
+
+@pytest.mark.parametrize("given", [(), (0.5,), [0.5]])
+def test_several_values_for_one_option_are_refused(given: Any) -> None:
+    for name in ("temperature", "repetition_penalty"):
+        with pytest.raises(InvalidParameter, match=f"{name} is "):
+            SamplingParams(**{name: given})
+    with pytest.raises(InvalidParameter, match="seed is "):
+        SamplingParams(seed=(1,))
+    assert SamplingParams(stop=("a", "b")).stop == ("a", "b")
