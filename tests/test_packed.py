@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,67 @@ def test_a_folder_that_changed_is_read_anew(folder: Path, cache: Path) -> None:
     (folder / "tokenizer_config.json").write_text("{")
     with pytest.raises(CheckpointError, match="damaged"):
         load_target(str(folder), kernel="compact")
+
+
+def test_a_link_that_leads_nowhere_hides_no_file_behind_it(folder: Path) -> None:
+    (folder / "README.md").symlink_to("gone.md")  # before the weights, by name
+    old = bits(load_target(str(folder), kernel="compact"))
+    assert was_kept(load_target(str(folder), kernel="compact"))
+    rewrite(folder / "model.safetensors", lambda t: t * 1.5)
+    again = load_target(str(folder), kernel="compact")
+    assert not was_kept(again)
+    assert not torch.equal(bits(again), old)
+
+
+def test_a_tokenizer_that_its_class_no_longer_makes_is_read_in_full(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = load_target(str(folder), kernel="compact")
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("a missing package")
+
+    monkeypatch.setattr(packed, "tokenizer_of", fails)
+    second = load_target(str(folder), kernel="compact")
+    assert was_kept(second)
+    assert text(first) == text(second)
+
+
+def test_shards_in_a_folder_below_are_looked_at(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    below = folder / "shards" / "one.safetensors"
+    below.parent.mkdir()
+    weights.rename(below)
+    places = dict.fromkeys(load_file(below), "shards/one.safetensors")
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    old = bits(load_target(str(folder), kernel="compact"))
+    assert was_kept(load_target(str(folder), kernel="compact"))
+    rewrite(below, lambda t: t * 1.5)
+    again = load_target(str(folder), kernel="compact")
+    assert not was_kept(again)
+    assert not torch.equal(bits(again), old)
+
+
+def test_a_config_that_is_no_json_is_not_kept(
+    folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def odd(_: Any) -> None:
+        raise TypeError("keys must be str, int, float, bool or None, not tuple")
+
+    monkeypatch.setattr(StoredConfig, "of", odd)
+    assert not was_kept(load_target(str(folder), kernel="compact"))
+    assert entries(cache) == []
+
+
+def test_what_a_killed_process_had_written_is_removed(folder: Path, cache: Path) -> None:
+    for name, age in ((".tmp-packed-old", 48 * 3600), (".tmp-packed-new", 60), (".tmp-other", 9e5)):
+        (cache / name).mkdir()
+        (cache / name / "half").touch()
+        then = time.time() - age
+        os.utime(cache / name, (then, then))
+    load_target(str(folder), kernel="compact")
+    assert sorted(path.name for path in cache.glob(".tmp*")) == [".tmp-other", ".tmp-packed-new"]
 
 
 @pytest.mark.parametrize("what", ["kernels", "code", "version"])

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import cached_property
@@ -48,6 +49,8 @@ __all__ = ["Shelf", "StoredConfig"]
 _FORMATS = {"auto": "compact", "compact": "compact", "float32": "float32", "int8": "int8"}
 _LEAST = 16 * 2**20  # bytes of weights below which reading a model anew costs no more
 _SHARE = 4  # a file is kept where the disk has room for so many of its size
+_SCRATCH = ".tmp-packed-"  # begins the folders in which entries are written, and nothing else
+_LONGEST_WRITE = 24 * 3600.0  # seconds behind which the process that wrote one was killed
 _ALIGNED = 64  # bytes of a cache line, with which the first tensor begins
 _DTYPES = {torch.float32: "F32", torch.uint8: "U8"}
 _LINEARS = ("qkv", "out", "gate_up", "down")
@@ -87,7 +90,7 @@ class Shelf:
             return None
         folder = Path(os.path.realpath(self._source.folder))
         facts = {
-            "files": _files_of(folder) | _files_of(folder / "additional_chat_templates"),
+            "files": _files_of(folder),
             "kernels": native.fingerprint(),
             "code": _code(),
             "torch": torch.__version__,
@@ -97,7 +100,8 @@ class Shelf:
 
     def target(self) -> LeanTarget | None:
         """The target as it was kept; None where it has to be read from the folder."""
-        if self._before is None or not self.path.exists() or native.library() is None:
+        # os.path asks no permission: a folder that may not be looked into holds nothing.
+        if self._before is None or not os.path.exists(self.path) or native.library() is None:
             return None
         try:
             with safe_open(self.path, framework="pt") as entry:
@@ -123,9 +127,10 @@ class Shelf:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer beside what `target` gave. Raises CheckpointError."""
         kind = self._held["tokenizer"]
-        if kind is None:
-            return read_tokenizer(self._source)
-        return tokenizer_of(kind, self._source)
+        if kind is not None:
+            with suppress(Exception):  # transformers raises what it likes; below it is explained
+                return tokenizer_of(kind, self._source)
+        return read_tokenizer(self._source)
 
     def keep(self, target: object, tokenizer: Tokenizer) -> None:
         """Write the entry of what was read. A cache that cannot be written costs time, no more."""
@@ -133,8 +138,10 @@ class Shelf:
             return
         if not target.decoder.native or target.nbytes < _LEAST or self._facts() != self._before:
             return
-        tensors = _tensors_of(target)
-        size = sum(tensor.nbytes for tensor in tensors.values())
+        with suppress(OSError, ValueError, TypeError):  # the last two: a config that is no JSON
+            self._write(target, tokenizer)
+
+    def _write(self, target: LeanTarget, tokenizer: Tokenizer) -> None:
         held = {
             "folder": os.path.realpath(self._source.folder),
             "config": StoredConfig.of(target.config),
@@ -142,14 +149,17 @@ class Shelf:
             "linears": _shapes_of(target),
             "tokenizer": self._kind_of(tokenizer),
         }
-        told = {"facts": self._before, "held": json.dumps(held)}
-        with suppress(OSError, ValueError, TypeError):  # ValueError: a config that is no JSON
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            if shutil.disk_usage(self.path.parent).free < _SHARE * size:
-                return
-            with appears_whole(self.path) as made:
-                _write(made, tensors, told)
-            _forget_lost_folders(self.path.parent)
+        told = {"facts": str(self._before), "held": json.dumps(held)}
+        tensors = _tensors_of(target)
+        size = sum(tensor.nbytes for tensor in tensors.values())
+
+        cache = self.path.parent
+        cache.mkdir(parents=True, exist_ok=True)
+        _tidy(cache)
+        if shutil.disk_usage(cache).free < _SHARE * size:
+            return
+        with appears_whole(self.path, _SCRATCH) as made:
+            _write(made, tensors, told)
 
     def _kind_of(self, tokenizer: Tokenizer) -> str | None:
         """The tokenizer's class, where that alone makes the same of the folder's files."""
@@ -162,17 +172,30 @@ class Shelf:
 
 
 def _files_of(folder: Path) -> dict[str, list[int]]:
-    """By name, what tells every file in a folder, and the folders in it, from others.
+    """By name, what tells every file of a folder, and the folders in it, from others.
 
     Its size, its times and its number: a copy or a restored backup may keep the time of the last
-    change, but no program chooses when the file system noted it.
+    change, but no program chooses when the file system noted it. Nothing for a link that leads
+    nowhere.
     """
-    found = {}
-    with suppress(OSError):
-        for path in sorted(folder.iterdir()):
+    try:
+        paths = [*folder.iterdir()]
+    except OSError:
+        return {}
+    # What transformers reads below the folder: templates, and shards where the index says so.
+    paths += folder.glob("additional_chat_templates/*")
+    paths += folder.glob("*/*.safetensors")
+
+    found: dict[str, list[int]] = {}
+    for path in sorted(paths):
+        name = path.relative_to(folder).as_posix()
+        try:
             facts = path.stat()
-            times = [facts.st_mtime_ns, facts.st_ctime_ns]
-            found[f"{folder.name}/{path.name}"] = [facts.st_size, *times, facts.st_ino]
+        except OSError:
+            found[name] = []
+            continue
+        times = [facts.st_mtime_ns, facts.st_ctime_ns]
+        found[name] = [facts.st_size, *times, facts.st_ino]
     return found
 
 
@@ -193,14 +216,22 @@ def _described(tokenizer: Tokenizer) -> dict[str, str]:
     return described
 
 
-def _forget_lost_folders(cache: Path) -> None:
-    """Remove the entries of folders that are gone, so that a cache does not grow without end."""
+def _tidy(cache: Path) -> None:
+    """Remove what no one will read, so that a cache does not grow without end.
+
+    That is the entries of folders that are gone, and what processes that were killed had written.
+    """
     for path in cache.glob("packed-*.safetensors"):
         with suppress(*_UNUSABLE):
             with safe_open(path, framework="pt") as entry:
                 held = json.loads(entry.metadata()["held"])
             if not os.path.isdir(held["folder"]):
                 path.unlink(missing_ok=True)
+
+    for scratch in cache.glob(f"{_SCRATCH}*"):
+        with suppress(OSError):
+            if time.time() - scratch.stat().st_mtime > _LONGEST_WRITE:
+                shutil.rmtree(scratch, ignore_errors=True)
 
 
 # ---- a target and its tensors --------------------------------------------------------------------
