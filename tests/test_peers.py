@@ -166,6 +166,13 @@ def test_turns_are_added_up() -> None:
     }
 
 
+def test_an_engine_may_give_lists() -> None:
+    tokens: Any = [1, 2]
+    steps: Any = [1]
+    whole = joined([Answer(tokens, 3.0, 1.0, steps)])
+    assert (whole.tokens, whole.steps) == ((1, 2), (1,))
+
+
 # --- other engines
 #
 

@@ -60,13 +60,12 @@ Method = Callable[[list[list[int]], list[SamplingParams]], list[Answer]]
 
 def joined(turns: Sequence[Answer]) -> Answer:
     """The turns of a conversation as one answer."""
-    tokens: tuple[int, ...] = ()
-    steps: tuple[int, ...] = ()
+    # An engine of somebody's file may give lists.
+    tokens = tuple(chain.from_iterable(turn.tokens for turn in turns))
+    steps = tuple(chain.from_iterable(turn.steps for turn in turns))
     seconds = 0.0
     decode_seconds = 0.0
     for turn in turns:
-        tokens += turn.tokens
-        steps += turn.steps
         seconds += turn.seconds
         decode_seconds += turn.decode_seconds
     figures = _added([turn.figures for turn in turns])
