@@ -51,6 +51,7 @@ __all__ = [
     "builtin",
     "builtin_draft",
     "cache_dir",
+    "cache_lasts",
     "identity",
     "push",
     "read_config",
@@ -172,13 +173,24 @@ def cache_dir() -> Path:
 
     It is not created here. Where a user has no home, a folder that is gone with the process.
     """
+    folder = _lasting_cache_dir()
+    if folder is None:
+        folder = _folder_of_this_process()
+    return _fixed(folder)
+
+
+def cache_lasts() -> bool:
+    """Whether `cache_dir` is the same folder for the next process."""
+    return _lasting_cache_dir() is not None
+
+
+def _lasting_cache_dir() -> Path | None:
     chosen = os.environ.get("FLASHDRAFT_CACHE")
     usual = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     try:
-        folder = Path(chosen).expanduser() if chosen else Path(usual).expanduser() / "flashdraft"
+        return Path(chosen).expanduser() if chosen else Path(usual).expanduser() / "flashdraft"
     except RuntimeError:  # this user has no home
-        folder = _folder_of_this_process()
-    return _fixed(folder)
+        return None
 
 
 @functools.cache

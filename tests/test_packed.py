@@ -319,6 +319,22 @@ def test_a_cache_that_cannot_be_written_costs_time_alone(
     assert torch.equal(bits(load_target(str(folder), kernel="compact")), first)
 
 
+def test_nothing_is_kept_in_a_cache_that_goes_with_the_process(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def homeless(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    gone = tmp_path / "gone with the process"
+    gone.mkdir()
+    monkeypatch.delenv("FLASHDRAFT_CACHE")
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    monkeypatch.setattr(hub, "_folder_of_this_process", lambda: gone)
+    for _ in range(2):
+        assert not was_kept(load_target(str(folder), kernel="compact"))
+    assert entries(gone) == []
+
+
 def test_entries_of_folders_that_are_gone_are_removed(
     folder: Path, cache: Path, tmp_path: Path
 ) -> None:

@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flashdraft.files import appears_whole
-from flashdraft.hub import cache_dir
+from flashdraft.hub import cache_dir, cache_lasts
 from flashdraft.models import native
 from flashdraft.models.blocks import PackedBlock
 from flashdraft.models.lean import LeanTarget, known_torch_seconds, quicker_than
@@ -86,7 +86,7 @@ class Shelf:
 
     def _facts(self) -> str | None:
         """All that an entry depends on, as a text; None where none is kept."""
-        if self._format is None:
+        if self._format is None or not cache_lasts():
             return None
         folder = Path(os.path.realpath(self._source.folder))
         facts = {
