@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from flashdraft.loading import Loaded, load, load_target
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.models import native, packed
 from flashdraft.models.packed import StoredConfig
+from flashdraft.pretrained import Source
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no kernels")
 
@@ -227,6 +229,25 @@ def test_other_kernels_and_another_processor_are_other_entries(
         monkeypatch.setattr(packed, "version", lambda _: "5.99")
     assert not was_kept(load_target(str(folder), kernel="compact"))
     assert was_kept(load_target(str(folder), kernel="compact"))
+
+
+@pytest.mark.parametrize("error", [PackageNotFoundError("transformers"), FileNotFoundError(2, "x")])
+def test_a_bundle_without_sources_or_releases_keeps_nothing(
+    error: Exception, folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise error
+
+    of_release = isinstance(error, PackageNotFoundError)
+    monkeypatch.setattr(packed, "version" if of_release else "_code", fails)
+    assert not was_kept(load_target(str(folder), kernel="compact"))
+    assert entries(cache) == []
+
+
+def test_a_folder_whose_name_is_no_text_has_a_place(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"mod\xe8le")
+    shelf = packed.Shelf(Source("model", folder), "auto", "compact")
+    assert shelf.target() is None
 
 
 def test_kernels_and_dtypes_have_entries_of_their_own(folder: Path, cache: Path) -> None:

@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import cached_property
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -81,7 +81,7 @@ class Shelf:
     def path(self) -> Path:
         """Of the entry, which may be there or not."""
         folder = os.path.realpath(self._source.folder)
-        place = hashlib.sha256(folder.encode()).hexdigest()[:16]
+        place = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
         return cache_dir() / f"packed-{place}-{self._format}-{self._dtype}.safetensors"
 
     def _facts(self) -> str | None:
@@ -89,13 +89,16 @@ class Shelf:
         if self._format is None or not cache_lasts():
             return None
         folder = Path(os.path.realpath(self._source.folder))
-        facts = {
-            "files": _files_of(folder),
-            "kernels": native.fingerprint(),
-            "code": _code(),
-            "torch": torch.__version__,
-            "transformers": version("transformers"),
-        }
+        try:
+            facts = {
+                "files": _files_of(folder),
+                "kernels": native.fingerprint(),
+                "code": _code(),
+                "torch": torch.__version__,
+                "transformers": version("transformers"),
+            }
+        except (OSError, PackageNotFoundError):  # a bundle may lack sources, or releases' names
+            return None
         return json.dumps(facts, sort_keys=True)
 
     def target(self) -> LeanTarget | None:
