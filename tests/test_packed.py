@@ -30,8 +30,6 @@ from flashdraft.models import native, packed
 from flashdraft.models.packed import StoredConfig
 from flashdraft.pretrained import Source
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="no kernels")
-
 SIZES = {**SHAPE, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: LlamaConfig(**SIZES),
