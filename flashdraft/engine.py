@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,7 +54,9 @@ from flashdraft.types import (
     require,
 )
 
-__all__ = ["Engine", "Request", "check"]
+__all__ = ["Drafting", "Engine", "Request", "check"]
+
+Drafting = Literal["auto", "on", "off"]  # as many drafts as pay; all of them; none
 
 
 @dataclass
@@ -66,6 +68,8 @@ class Request:
     decoder: TextDecoder
     eos: frozenset[int] = frozenset()
     index: int = 0  # the caller's number for it
+    owner: str = ""  # whose it is: rows of different owners share nothing
+    drafting: Drafting = "auto"
     history: list[int] = field(default_factory=list)  # prompt, committed tokens; last: the anchor
     finish_reason: FinishReason | None = None
     stats: Stats = field(default_factory=Stats)
@@ -150,6 +154,7 @@ class Engine:
         self.control = control
         self.running: dict[int, Request] = {}  # by row
         self._cache = target.new_cache(max_rows, 256)
+        self.waiting: list[Request] = []
         self._unseen: dict[int, list[_Seen]] = {}  # by row, waiting for the drafter
         self._counts: dict[int, Counts] = {}  # by row, of those with penalties
         self._part: dict[str, float] = {}  # seconds of this step, by part
@@ -162,6 +167,30 @@ class Engine:
     def cache_nbytes(self) -> int:
         """Bytes of keys and values: the target's and the drafter's."""
         return self._cache.nbytes + sum(cache.nbytes for cache in self.drafter.caches)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether requests wait or run."""
+        return bool(self.waiting or self.running)
+
+    def submit(self, request: Request) -> None:
+        """Let it wait for a row. Raises what `check` raises."""
+        check(self.target, request)
+        self.waiting.append(request)
+
+    def cancel(self, index: int) -> None:
+        """Forget the request with this number, waiting or running, if there is one."""
+        self.waiting = [request for request in self.waiting if request.index != index]
+        self.abort(index)
+
+    def step(self) -> list[Chunk]:
+        """Read prompts of requests that wait, as there are rows for them, and decode one step."""
+        chunks = []
+        while self.waiting and self.num_free:
+            chunks.append(self.admit(self.waiting.pop(0)))
+        if self.running:
+            chunks += self._decode()
+        return chunks
 
     @undisturbed
     def admit(self, request: Request) -> Chunk:
@@ -196,7 +225,7 @@ class Engine:
         return chunk
 
     @undisturbed
-    def step(self) -> list[Chunk]:
+    def _decode(self) -> list[Chunk]:
         """One target pass over every running row."""
         self._part = {}
         slots = list(self.running)

@@ -49,6 +49,7 @@ __all__ = [
     "Rows",
     "SamplingParams",
     "Stats",
+    "TokenLogprob",
     "Verdict",
     "as_number",
     "check_option",
@@ -310,6 +311,8 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)  # by token id
     logits_processor: LogitsProcessor | None = field(default=None, hash=False)
     logprobs: bool = False  # of the tokens, by the target's law before these fields changed it
+    top_logprobs: int = 0  # of so many of the likeliest tokens, too
+    prompt_logprobs: bool = False  # the same of the prompt's tokens
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -328,6 +331,7 @@ class SamplingParams:
         require(_is_bias(bias), "logit_bias", bias, "numbers from -100 to 100 by token id")
         object.__setattr__(self, "logit_bias", bias)
 
+        require(0 <= self.top_logprobs <= 100, "top_logprobs", self.top_logprobs, "from 0 to 100")
         hook = self.logits_processor
         is_usable = hook is None or callable(hook)
         require(is_usable, "logits_processor", hook, "a function of tokens and logits")
@@ -450,6 +454,7 @@ class Stats:
     """What one request cost. Times are of whole steps, shared by every row of the batch."""
 
     num_prompt_tokens: int = 0
+    num_cached: int = 0  # tokens of the prompt that were taken over from another row
     num_tokens: int = 0  # committed new tokens: exactly those in the result
     target_passes: int = 0  # after the prefill
     num_drafted: int = 0
@@ -470,6 +475,14 @@ class Stats:
         return sum(self.seconds.values()) - self.seconds.get("prefill", 0.0)
 
 
+class TokenLogprob(NamedTuple):
+    """What the target's own law says of one token of a text: natural logarithms."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()  # the likeliest tokens instead of it, if asked for
+
+
 @dataclass(frozen=True)
 class Piece:
     """The text that one token completed.
@@ -480,16 +493,19 @@ class Piece:
     text: str
     drafted: bool  # the drafter proposed the token; False: the target's own bonus token
     logprob: float | None = None  # of the token; None: not asked for
+    top: tuple[tuple[int, float], ...] = ()  # the likeliest tokens and their logprobs, if asked for
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """What one step added to one request; `result` comes with the last one."""
+    """What one step added to one request; `result` or `error` comes with the last one."""
 
     index: int  # which prompt of the call
     pieces: tuple[Piece, ...]
     tokens: tuple[int, ...]
     result: Result | None = None
+    rejected: tuple[int, ...] = ()  # drafted tokens that the target did not accept
+    error: Exception | None = None  # why the request ended without a result; others go on
 
     @property
     def text(self) -> str:
@@ -505,6 +521,8 @@ class Result:
     finish_reason: FinishReason
     stats: Stats
     logprobs: tuple[float, ...] | None = None  # of every token, natural logarithms; None: not asked
+    # Of every token of the prompt but the first, whose place holds None; None: not asked.
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
 
     def to_dict(self) -> dict[str, object]:
         facts: dict[str, object] = {
