@@ -30,6 +30,11 @@ LEVELS = {
 ONLY_IN = {
     "accelerate": "train.",
     "fastapi": "serve.",
+    "starlette": "serve.",
+    "uvicorn": "serve.",
+    "pydantic": "serve.",
+    "pydantic_core": "serve.",
+    "prometheus_client": "serve.",
     "matplotlib": "bench.plot",
     "diffusers": "diffusion.",
 }
@@ -135,6 +140,8 @@ def test_package_keeps_the_house_rules() -> None:
         ("scheduler", "import torch.nn", "may not import torch"),
         ("train.trainer", "import fastapi", "may not import fastapi"),
         ("bench.run", "from matplotlib import pyplot", "may not import matplotlib"),
+        ("cli.serve", "import uvicorn", "may not import uvicorn"),
+        ("generate", "from pydantic import BaseModel", "may not import pydantic"),
         ("surprise", "", "give it a level"),
         (
             "decoding.tree",
