@@ -443,5 +443,7 @@ def _check_chat(body: ChatBody) -> None:
 def _check_completion(body: CompletionBody) -> None:
     if body.best_of is not None and body.best_of != body.num_answers:
         raise _wrong("best_of", "must be equal to `n`: answers are not ranked")
+    if body.stream and body.echo and body.logprobs is not None:
+        raise _wrong("stream", "cannot be true with `echo` and `logprobs` together")
     if body.max_tokens == 0 and not body.echo:
         raise _wrong("max_tokens", "must be 1 or more without `echo`")

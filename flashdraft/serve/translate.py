@@ -1,0 +1,338 @@
+"""A body becomes what the engine is asked for: prompt tokens, sampling parameters, requests.
+
+Knows models and their tokenizers. Does not know HTTP or the engine's thread. What can be refused
+without a pass over the model is refused here, before anything waits for a row.
+"""
+
+import json
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+from flashdraft.engine import Drafting, Request, check
+from flashdraft.errors import InvalidPrompt
+from flashdraft.generate import Model
+from flashdraft.serve.errors import ApiError, as_api_error
+from flashdraft.serve.protocol import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    GenerationBody,
+    TokenizeBody,
+)
+from flashdraft.serve.talk import render
+from flashdraft.types import SEEDS, LogitsProcessor, SamplingParams, counted_on
+
+__all__ = [
+    "Call",
+    "Constraint",
+    "Settings",
+    "check_model",
+    "constraint_of",
+    "count_answers",
+    "detokenized",
+    "tokenized",
+    "translate",
+]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a server does where a body says nothing, and the most that it grants."""
+
+    max_tokens: int = 2048  # of an answer, where the context has room for so many
+    temperature: float = 1.0
+    drafting: Drafting = "auto"
+    max_n: int = 16  # answers to one prompt
+    max_prompts: int = 64  # prompts of one completion
+
+
+class Constraint(NamedTuple):
+    """What a text must be: `source` is a JSON schema, a regex, texts to choose from or a grammar.
+
+    param: the field that it came in.
+    """
+
+    kind: Literal["json", "regex", "choice", "grammar"]
+    source: dict[str, Any] | str | list[str]
+    param: str
+
+
+Hook = Callable[[Constraint], LogitsProcessor]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A body and what the engine is asked for.
+
+    requests: `num_answers` of the body for every prompt, in their order; each one's index is its
+    place. prompts: the text of every prompt as `echo` gives it back; empty without it.
+    """
+
+    body: ChatBody | CompletionBody
+    requests: list[Request]
+    prompts: list[str]
+
+    @property
+    def is_scoring(self) -> bool:
+        """Whether nothing new is wanted; the engine's one token is not shown."""
+        return self.body.max_tokens == 0
+
+
+def check_model(asked: str | None, served: Sequence[str]) -> None:
+    """Refuse a model that is not served. Nothing is looked up: no file, no network."""
+    if asked is None or asked in served:
+        return
+    names = ", ".join(f"`{name}`" for name in served)
+    told = f"the model {json.dumps(asked[:100])} does not exist here; there is {names}"
+    raise ApiError(404, told, param="model", code="model_not_found")
+
+
+def count_answers(body: ChatBody | CompletionBody, settings: Settings) -> int:
+    """How many rows the body asks for. Raises ApiError where they are more than are granted."""
+    each = body.num_answers
+    if each > settings.max_n:
+        told = f"`n` is {each}, and this server gives at most {settings.max_n} answers"
+        raise ApiError(400, told, param="n", code="invalid_value")
+
+    num_prompts = len(_prompts_of(body)) if isinstance(body, CompletionBody) else 1
+    if num_prompts > settings.max_prompts:
+        told = f"`prompt` has {num_prompts} prompts; {settings.max_prompts} are allowed"
+        raise ApiError(400, told, param="prompt", code="invalid_value")
+    return each * num_prompts
+
+
+def translate(
+    body: ChatBody | CompletionBody,
+    model: Model,
+    settings: Settings,
+    *,
+    owner: str = "",
+    hook_of: Hook | None = None,
+) -> Call:
+    """What the engine is asked for. Raises ApiError.
+
+    owner: whose the requests are; see Request. hook_of: makes the hook of a constraint, and raises
+    an error of ours for one that cannot be kept; None: constraints are refused.
+    """
+    count_answers(body, settings)
+    constraint = constraint_of(body)
+    hook = None if constraint is None else _hook(constraint, hook_of)
+    field = "messages" if isinstance(body, ChatBody) else "prompt"
+    try:
+        prompts = _read(body, model)
+        requests = []
+        for prompt in prompts:
+            params = _params(body, model, prompt.tokens, settings, hook)
+            requests += _answers(prompt.tokens, params, body.num_answers, model)
+        for index, request in enumerate(requests):
+            request.index = index
+            request.owner = owner
+            request.drafting = body.drafting or settings.drafting
+    except Exception as error:
+        raise as_api_error(error, prompt=field) from error
+
+    is_echoed = isinstance(body, CompletionBody) and body.echo
+    texts = [_text_of(prompt, model) for prompt in prompts] if is_echoed else []
+    return Call(body, requests, texts)
+
+
+def tokenized(body: TokenizeBody, model: Model) -> list[int]:
+    """The tokens of a prompt or of a conversation. Raises ApiError."""
+    field = "messages" if body.messages is not None else "prompt"
+    try:
+        if body.messages is not None:
+            return _conversation(body, model)
+        assert body.prompt is not None
+        return _tokens(body.prompt, model, body.add_special_tokens)
+    except Exception as error:
+        raise as_api_error(error, prompt=field) from error
+
+
+def detokenized(body: DetokenizeBody, model: Model) -> str:
+    """The text of tokens, special ones included. Raises ApiError."""
+    try:
+        tokens = _known(body.tokens, model)
+    except InvalidPrompt as error:
+        raise as_api_error(error, prompt="tokens") from None
+    return _decoded(tokens, model)
+
+
+def constraint_of(body: GenerationBody) -> Constraint | None:
+    """What the text must be; None: anything."""
+    form = body.response_format
+    if form is not None and form.type == "json_object":
+        return Constraint("json", {"type": "object"}, "response_format")
+    if form is not None and form.type == "json_schema":
+        return Constraint("json", form.json_schema.definition, "response_format")
+
+    outputs = body.structured_outputs
+    if outputs is None:
+        return None
+    if outputs.json_ is not None:
+        return Constraint("json", outputs.json_, "structured_outputs")
+    if outputs.regex is not None:
+        return Constraint("regex", outputs.regex, "structured_outputs")
+    if outputs.choice is not None:
+        return Constraint("choice", outputs.choice, "structured_outputs")
+    assert outputs.grammar is not None
+    return Constraint("grammar", outputs.grammar, "structured_outputs")
+
+
+def _hook(constraint: Constraint, hook_of: Hook | None) -> LogitsProcessor:
+    param = constraint.param
+    if hook_of is None:
+        told = f"`{param}` is not supported: this server has no grammars"
+        raise ApiError(400, told, param=param, code="unsupported_parameter")
+    try:
+        return hook_of(constraint)
+    except Exception as error:
+        refused = as_api_error(error)
+        refused.param = param
+        raise refused from error
+
+
+# --- prompts --------------------------------------------------------------------------------------
+
+
+class _Prompt(NamedTuple):
+    """A prompt's tokens, and its text where it was given as text."""
+
+    tokens: list[int]
+    text: str | None
+
+
+def _prompts_of(body: CompletionBody) -> Sequence[str | list[int]]:
+    """One or several prompts, as a list."""
+    given = body.prompt
+    if isinstance(given, str):
+        return [given]
+    if isinstance(given[0], int):
+        return [[token for token in given if isinstance(token, int)]]
+    return [prompt for prompt in given if not isinstance(prompt, int)]
+
+
+def _read(body: ChatBody | CompletionBody, model: Model) -> list[_Prompt]:
+    if isinstance(body, ChatBody):
+        return [_Prompt(_conversation(body, model), None)]
+
+    prompts = []
+    for given in _prompts_of(body):
+        if isinstance(given, str):
+            prompts.append(_Prompt(_tokens(given, model, body.add_special_tokens), given))
+        else:
+            prompts.append(_Prompt(_known(given, model), None))
+    return prompts
+
+
+def _conversation(body: ChatBody | TokenizeBody, model: Model) -> list[int]:
+    """The tokens of the messages as the chat template tells them."""
+    messages = [message.model_dump(exclude_none=True) for message in body.messages or []]
+    tools = [tool.model_dump(exclude_none=True) for tool in body.tools or []]
+    switches = body.chat_template_kwargs
+    return render(
+        model,
+        messages,
+        tools=tools,
+        tool_choice=_tool_choice(body),
+        template_kwargs={} if switches is None else switches.model_dump(exclude_none=True),
+    )
+
+
+def _tool_choice(body: ChatBody | TokenizeBody) -> str:
+    choice = body.tool_choice if isinstance(body, ChatBody) else None
+    if choice is None:
+        return "auto"
+    if choice not in ("auto", "none"):
+        told = "`tool_choice` must be auto or none: no call is forced here"
+        raise ApiError(400, told, param="tool_choice", code="unsupported_parameter")
+    return str(choice)
+
+
+def _tokens(text: str, model: Model, add_special_tokens: bool | None) -> list[int]:
+    adds = True if add_special_tokens is None else add_special_tokens
+    return model.tokenizer.encode(text, add_special_tokens=adds)
+
+
+def _known(tokens: list[int], model: Model) -> list[int]:
+    size = model.target.vocab_size
+    for token in tokens:
+        if token >= size:
+            raise InvalidPrompt(f"token id {token} is outside the vocabulary of {size}")
+    return tokens
+
+
+def _text_of(prompt: _Prompt, model: Model) -> str:
+    return _decoded(prompt.tokens, model) if prompt.text is None else prompt.text
+
+
+def _decoded(tokens: list[int], model: Model) -> str:
+    return model.tokenizer.decode(
+        tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
+
+
+# --- parameters -----------------------------------------------------------------------------------
+
+
+def _answers(prompt: list[int], params: SamplingParams, count: int, model: Model) -> list[Request]:
+    """The requests for so many answers to one prompt; their seeds count on."""
+    requests = []
+    for number in range(count):
+        own = replace(params, seed=counted_on(params.seed, number))
+        requests.append(model.request(prompt, own))
+    check(model.target, requests[0])
+    return requests
+
+
+def _params(
+    body: ChatBody | CompletionBody,
+    model: Model,
+    prompt: Sequence[int],
+    settings: Settings,
+    hook: LogitsProcessor | None,
+) -> SamplingParams:
+    """The first answer's parameters. Without a seed in the body it is drawn."""
+    given: dict[str, Any] = {
+        "temperature": settings.temperature if body.temperature is None else body.temperature,
+        "seed": secrets.randbelow(int(SEEDS.most or 0)) if body.seed is None else body.seed,
+        "stop": body.stops,
+        "ignore_eos": bool(body.ignore_eos),
+        "max_new_tokens": _max_new_tokens(body, model, prompt, settings),
+        "logits_processor": hook,
+        **_logprobs(body),
+    }
+    for name in ("top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"):
+        value = getattr(body, name)
+        if value is not None:
+            given[name] = value
+    if body.top_k is not None:
+        given["top_k"] = max(body.top_k, 0)
+    if body.logit_bias is not None:
+        given["logit_bias"] = {int(token): added for token, added in body.logit_bias.items()}
+    return SamplingParams(**given)
+
+
+def _max_new_tokens(
+    body: ChatBody | CompletionBody, model: Model, prompt: Sequence[int], settings: Settings
+) -> int:
+    asked = body.max_tokens
+    if isinstance(body, ChatBody) and asked is None:
+        asked = body.max_completion_tokens
+    if asked is None:
+        room = model.target.context_length - len(prompt)
+        asked = min(settings.max_tokens, room)
+    return max(asked, 1)
+
+
+def _logprobs(body: ChatBody | CompletionBody) -> dict[str, Any]:
+    if isinstance(body, ChatBody):
+        return {"logprobs": bool(body.logprobs), "top_logprobs": body.top_logprobs or 0}
+
+    is_wanted = body.logprobs is not None
+    return {
+        "logprobs": is_wanted,
+        "top_logprobs": body.logprobs or 0,
+        "prompt_logprobs": is_wanted and bool(body.echo),
+    }
