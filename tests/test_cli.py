@@ -271,7 +271,7 @@ def test_help_imports_nothing_heavy_and_groups_the_commands() -> None:
     for line in text:
         if title := re.match(r"\W+ (Use|Measure|Train) \W+$", line):
             panel = title[1]
-        elif command := re.match(r"\W+ (\w+)  +(\w.*\w\S?) +\W$", line):
+        elif command := re.match(r"\W+ (\w+(?: \w+)?)  +(\w.*\w\S?) +\W$", line):
             found[command[1]] = (panel, command[2])
     assert {name: found[name] for name in COMMANDS} == {
         name: (command.panel, command.help) for name, command in COMMANDS.items()
@@ -289,11 +289,12 @@ def test_help_of_a_command_ends_with_two_examples_that_are_well_formed(name: str
         words = shlex.split(example, comments=True)
         words = words[: words.index("<")] if "<" in words else words
         words = [word for word in words if not word.startswith("FLASHDRAFT_DATA=")]
-        assert words[:2] == ["flashdraft", name]
+        count = 1 + len(name.split())
+        assert words[:count] == ["flashdraft", *name.split()]
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("FLASHDRAFT_DATA", "data")
-            app._app(words[1:]).commands[name].make_context(
-                name, words[2:]
+            app._app([name]).commands[name].make_context(
+                name, words[count:]
             )  # raises for an unknown option or a bad value
 
 

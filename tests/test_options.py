@@ -20,6 +20,7 @@ from toy_training import language_model
 
 import flashdraft
 from flashdraft.bench.config import BenchConfig
+from flashdraft.bench.load import LoadConfig
 from flashdraft.bench.roofline import RooflineConfig
 from flashdraft.cli import app, main, train
 from flashdraft.cli import options as cli_options
@@ -32,12 +33,14 @@ from flashdraft.train.regenerate import mixed
 from flashdraft.types import HIGHEST, SEEDS, Allowed, SamplingParams, counted_on, kind_of, option
 
 NEEDED: dict[type, dict[str, Any]] = {
-    BenchConfig: {"prompts": Path("p.jsonl"), "out": Path("o.jsonl"), "methods": "dflash"}
+    BenchConfig: {"prompts": Path("p.jsonl"), "out": Path("o.jsonl"), "methods": "dflash"},
+    LoadConfig: {"prompts": Path("p.jsonl"), "out": Path("o.jsonl"), "concurrency": "1"},
 }
 GROUPS = (
     SamplingParams,
     TrainConfig,
     BenchConfig,
+    LoadConfig,
     RooflineConfig,
     cli_options.TargetOptions,
     cli_options.ModelOptions,

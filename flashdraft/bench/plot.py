@@ -23,6 +23,14 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from flashdraft.bench.load_report import (
+    LOAD_COLUMNS,
+    LoadSummary,
+    is_load,
+    load_origin,
+    read_load,
+    summarise_load,
+)
 from flashdraft.bench.report import (
     COLUMNS,
     Header,
@@ -42,6 +50,7 @@ __all__ = ["draw"]
 _ASSETS = Path(__file__).parents[1] / "assets"
 _LOOK = json.loads((_ASSETS / "plot.json").read_text(encoding="utf-8"))
 _LABELS: dict[str, list[str]] = _LOOK["labels"]  # of the pictures in order: title, axes' labels
+_LOAD_LABELS: dict[str, list[str]] = _LOOK["load_labels"]  # the same of a load test
 _COLOURS: dict[str, str] = _LOOK["colours"]  # of methods in every picture, and of a step's parts
 _OTHERS: list[str] = _LOOK["others"]  # colours of methods that have none of their own
 _TINTS: dict[str, float] = _LOOK["tints"]  # how much lighter a kernel makes a method's colour
@@ -95,22 +104,38 @@ class _Report:
 
     def add(self, path: Path) -> None:
         """A results file's section: where it comes from, a table for each setting, pictures."""
+        if is_load(path):
+            self._add_load(path)
+            return
         header, lines = read_results(path)
-        name = path.stem
-        facts = "\n".join(origin(header))
-        self.markdown.append(f"## {name}")
-        self.markdown.append(f"```\n{facts}\n```")
-        self.html.append(f"<h2>{escape(name)}</h2><pre>{escape(facts)}</pre>")
-
+        self._add_head(path.stem, origin(header))
         for setting, own in settings(lines).items():
             if setting:
                 self.markdown.append(f"### {setting}")
                 self.html.append(f"<h3>{escape(setting)}</h3>")
-            cells = [row.cells for row in summarise(own)]
-            self.markdown.append(_markdown_table(cells))
-            self.html.append(_html_table(cells))
+            self._add_table(COLUMNS, [row.cells for row in summarise(own)])
+        self._add_pictures(path.stem, _pictures(header, lines))
 
-        for picture in _pictures(header, lines):
+    def _add_load(self, path: Path) -> None:
+        """The same of a load test, which has one table."""
+        header, lines = read_load(path)
+        rows = summarise_load(lines)
+        self._add_head(path.stem, load_origin(header))
+        self._add_table(LOAD_COLUMNS, [row.cells for row in rows])
+        self._add_pictures(path.stem, _load_pictures(header, rows))
+
+    def _add_head(self, name: str, origin: Sequence[str]) -> None:
+        facts = "\n".join(origin)
+        self.markdown.append(f"## {name}")
+        self.markdown.append(f"```\n{facts}\n```")
+        self.html.append(f"<h2>{escape(name)}</h2><pre>{escape(facts)}</pre>")
+
+    def _add_table(self, columns: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
+        self.markdown.append(_markdown_table(columns, cells))
+        self.html.append(_html_table(columns, cells))
+
+    def _add_pictures(self, name: str, pictures: Iterable[_Picture]) -> None:
+        for picture in pictures:
             file = f"{name}-{picture.name}.svg"
             self.pictures[file] = picture.svg
             self.markdown.append(f"![{picture.title}]({file})")
@@ -127,14 +152,14 @@ class _Report:
         return {name: text.encode() for name, text in texts.items()}
 
 
-def _markdown_table(cells: Sequence[Sequence[str]]) -> str:
-    alignment = ["---"] * 2 + ["--:"] * (len(COLUMNS) - 2)  # names left, numbers right
-    rows = [COLUMNS, alignment, *cells]
+def _markdown_table(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    alignment = ["---"] * 2 + ["--:"] * (len(columns) - 2)  # names left, numbers right
+    rows = [columns, alignment, *cells]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _html_table(cells: Sequence[Sequence[str]]) -> str:
-    rows = _html_row(COLUMNS, "th")
+def _html_table(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    rows = _html_row(columns, "th")
     for row in cells:
         rows += _html_row(row, "td")
     return f"<table>{rows}</table>"
@@ -165,6 +190,41 @@ def _pictures(header: Header, lines: Sequence[Line]) -> Iterator[_Picture]:
             tasks = len(own) // len(by_setting)
             columns = tasks if 1 < tasks < 6 else 4  # a setting's tasks in a row of their own
             yield _Picture(name, labels[0], _svg(own, labels, about, columns))
+
+
+def _load_pictures(header: Header, rows: Sequence[LoadSummary]) -> Iterator[_Picture]:
+    """Throughput, waiting times and ratios over the number of streams, a curve for every mode."""
+    panels = _load_panels(rows)
+    about = f"{header['model']}, {header['config']['max_new_tokens']} tokens an answer at most"
+    for name, labels in _LOAD_LABELS.items():
+        own = {title: panel for title, panel in panels[name].items() if panel}
+        if own:
+            yield _Picture(name, labels[0], _svg(own, labels, about))
+
+
+def _load_panels(rows: Sequence[LoadSummary]) -> dict[str, Panels]:
+    """By picture; what is not known has no point."""
+    columns = {
+        "throughput": {"": "tokens_per_second"},
+        "first": {"median": "first", "95th percentile": "first_p95"},
+        "token": {"median": "token", "95th percentile": "token_p95"},
+        "ratio": {"lower bound, 95 %": "lower", "mean": "ratio", "upper bound, 95 %": "upper"},
+    }
+    pictures: dict[str, Panels] = {}
+    for name, by_title in columns.items():
+        pictures[name] = {}
+        for title, column in by_title.items():
+            pictures[name][title] = _load_panel(rows, column)
+    return pictures
+
+
+def _load_panel(rows: Sequence[LoadSummary], column: str) -> Panel:
+    panel: Panel = {}
+    for row in rows:
+        value = getattr(row, column)
+        if value is not None:
+            panel.setdefault(row.drafting, {})[row.streams] = value
+    return panel
 
 
 def _about(header: Header) -> str:

@@ -42,7 +42,7 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-__all__ = ["BenchConfig", "acceptance", "run_bench"]
+__all__ = ["BenchConfig", "acceptance", "results_file", "run_bench"]
 
 _REST = 0.3  # seconds between methods beside other engines, whose threads may still spin
 
@@ -94,7 +94,7 @@ def _measure(config: BenchConfig, prompts: list[BenchPrompt], out: Path, quiet: 
 
     count = 0
     progress = track(plan, "bench", console=Console(stderr=True), disable=quiet)
-    with locked(out), _results(out) as file:
+    with locked(out), results_file(out) as file:
         file.write(json.dumps({"header": header}, default=str) + "\n")
         for unit in progress:
             for line in _lines(config, loaded, unit):
@@ -127,7 +127,7 @@ def _warm_up(config: BenchConfig, prompt: BenchPrompt, loaded: Loaded) -> None:
 
 
 @contextmanager
-def _results(out: Path) -> Iterator[IO[str]]:
+def results_file(out: Path) -> Iterator[IO[str]]:
     """The results file, new or empty; if not one answer came of it, it is gone as it was."""
     was_there = out.exists()
     try:

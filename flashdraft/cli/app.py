@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import pairwise
 from types import FrameType
 from typing import Annotated
 
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns the exit status: 0, 1 for an error, 2 for a slip of usage, 130 after Ctrl-C.
     """
     is_own_process = arguments is None
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    given = _joined(list(sys.argv[1:] if arguments is None else arguments))
     with _open_streams():
         _set_encodings()
         if is_own_process and threading.current_thread() is threading.main_thread():
@@ -69,6 +70,17 @@ def _run(given: list[str]) -> int:
         name = f" `{error.filename}`" if error.filename else ""
         got = f"cannot use{name}: {error.strerror or error}"
         return _complain(got, "check the path, its permissions and the disk", status=1)
+
+
+def _joined(words: list[str]) -> list[str]:
+    """The two words of such a command as one: `bench`, `serve` is the command `bench serve`."""
+    for place, pair in enumerate(pairwise(words)):
+        name = " ".join(pair)
+        if name in COMMANDS:
+            return [*words[:place], name, *words[place + 2 :]]
+        if pair[0] in COMMANDS:
+            break  # what comes later is what that command is given
+    return words
 
 
 def _terminated(number: int, _frame: FrameType | None) -> None:

@@ -9,6 +9,8 @@ from typer import Argument, Option
 
 from flashdraft.bench.compare import run_peers
 from flashdraft.bench.config import BenchConfig
+from flashdraft.bench.load import LoadConfig, run_load
+from flashdraft.bench.load_report import is_load, show_load
 from flashdraft.bench.profile import calibrate
 from flashdraft.bench.profile import profile as measure
 from flashdraft.bench.report import print_table, show
@@ -28,7 +30,9 @@ _FEW_AND_MANY = [1, 8]
 _IDS = Path("recipes/bench_ids.json")
 _ENGINES = Path("recipes/engines.py")
 
-Results = Annotated[list[Path], Argument(help="files that `flashdraft bench` wrote")]
+Results = Annotated[
+    list[Path], Argument(help="files that `flashdraft bench` or `bench serve` wrote")
+]
 
 
 def bench(config: BenchConfig) -> None:
@@ -42,11 +46,25 @@ def bench(config: BenchConfig) -> None:
     show(config.out)
 
 
+def bench_serve(
+    url: Annotated[str, Argument(help="address of an OpenAI-compatible server")],
+    config: LoadConfig,
+) -> None:
+    """Load a server with streams; write results, show a table.
+
+    Examples:
+        flashdraft bench serve http://127.0.0.1:8000 --prompts speed.jsonl --out load.jsonl
+        flashdraft bench serve http://host:8000 --prompts p.jsonl --out r.jsonl --drafting none
+    """
+    run_load(url, config)
+    show_load(config.out)
+
+
 def report(
     results: Results,
     base: Annotated[
         str | None,
-        Option(help="method that ratios are to; by default plain decoding with the same kernel"),
+        Option(help="method or mode that ratios are to; by default plain decoding, same kernel"),
     ] = None,
 ) -> None:
     """Print the tables of results files again.
@@ -58,7 +76,10 @@ def report(
     for number, path in enumerate(results):
         if number > 0:
             print()
-        show(path, base)
+        if is_load(path):
+            show_load(path, base)
+        else:
+            show(path, base)
 
 
 def plot(

@@ -1,6 +1,7 @@
 """Which commands there are, and their help.
 
-Every public function of `decode`, `bench` and `train` is a command, and its docstring is its help.
+Every public function of `decode`, `bench` and `train` is a command, and its docstring is its help;
+`bench_serve` is the command of two words, `bench serve`.
 Those files import torch, and `flashdraft --help` shall answer at once: docstrings are read from the
 source, and a file is imported when one of its commands was asked for.
 """
@@ -35,7 +36,8 @@ def _read_commands() -> dict[str, Command]:
             docstring = ast.get_docstring(node) or ""
             text, _, examples = docstring.partition("\n\nExamples:\n")
             lines = inspect.cleandoc(examples).splitlines()
-            commands[node.name] = Command(file, panel, " ".join(text.split()), tuple(lines))
+            name = node.name.replace("_", " ")
+            commands[name] = Command(file, panel, " ".join(text.split()), tuple(lines))
     return commands
 
 
@@ -45,5 +47,5 @@ COMMANDS = _read_commands()
 def function_of(name: str) -> Callable[..., None]:
     """A command's function; imports its file, and what is heavy with it."""
     module = import_module(f"flashdraft.cli.{COMMANDS[name].file}")
-    function: Callable[..., None] = getattr(module, name)
+    function: Callable[..., None] = getattr(module, name.replace(" ", "_"))
     return function
