@@ -10,7 +10,6 @@ stop string or the token limit, at any offset of a block; (8) the drafter observ
 committed, or forgets the row if it is finished.
 """
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,18 +20,8 @@ import torch
 from torch import Tensor
 
 from flashdraft.decoding.control import Control
-from flashdraft.decoding.sampling import (
-    Context,
-    Counts,
-    adjusted,
-    coins,
-    draw,
-    likeliest,
-    logprob,
-    precision,
-    target_probs,
-    uniforms,
-)
+from flashdraft.decoding.laws import Reading, adjusted_nodes
+from flashdraft.decoding.sampling import coins, draw, likeliest, logprob, target_probs, uniforms
 from flashdraft.decoding.text import TextDecoder
 from flashdraft.decoding.tree import alone
 from flashdraft.decoding.tree import check as check_proposal
@@ -50,6 +39,7 @@ from flashdraft.types import (
     Rows,
     SamplingParams,
     Stats,
+    Steering,
     Verdict,
     require,
 )
@@ -156,7 +146,7 @@ class Engine:
         self._cache = target.new_cache(max_rows, 256)
         self.waiting: list[Request] = []
         self._unseen: dict[int, list[_Seen]] = {}  # by row, waiting for the drafter
-        self._counts: dict[int, Counts] = {}  # by row, of those with penalties
+        self._readings: dict[int, Reading] = {}  # by row, of those whose logits are changed
         self._part: dict[str, float] = {}  # seconds of this step, by part
 
     @property
@@ -231,6 +221,7 @@ class Engine:
         slots = list(self.running)
         requests = list(self.running.values())
         rows = self._rows(slots)
+        rows.steering = [self._steering(slot) for slot in slots]
         is_drafted = self.control is None or self.control.wants_drafts(len(slots))
 
         with self._timed("draft"):
@@ -333,7 +324,11 @@ class Engine:
             logits, features = self.target.prefill(self._cache, slot, tokens, self.drafter.layers)
             own = None if features is None else [features]
             self.drafter.observe(self._rows([slot]), [tokens], own)
-            wanted = adjusted(logits, params, request.prompt, num_prompt)
+            wanted = logits
+            if params.adjusts:
+                reading = Reading(params, request.prompt, request.eos)
+                self._readings[slot] = reading
+                wanted = reading.first(logits, request.prompt)
             law = target_probs(wanted[None, None], [params], torch.ones(1, **INTS))[:, 0].cpu()
             first = draw(law, uniforms([params.seed], [num_prompt], 1)[:, 0])
         return first, logits
@@ -368,45 +363,14 @@ class Engine:
         return verify(proposal, law, draws, tossed)
 
     def _adjusted(self, proposal: Proposal, logits: Tensor, rows: Rows) -> Tensor:
-        """`adjusted` at every node of the rows that ask for it.
+        """The logits as the rows' parameters change them, at every node that a text can reach."""
+        readings = [self._readings.get(slot) for slot in rows.slots]
+        return adjusted_nodes(proposal, logits, rows.histories, readings)
 
-        By the row's history and the node's own path. Nodes that no text can reach (behind a token
-        without mass, or an end of text) keep their logits; no hook sees them.
-        """
-        wanted = logits.to(precision(logits), copy=True)
-        for row, params in enumerate(rows.params):
-            if not params.adjusts:
-                continue
-
-            tokens = proposal.tokens[row].tolist()
-            parents = proposal.parents[row].tolist()
-            ends = self.running[rows.slots[row]].ends
-            paths = {-1: self._context(rows, row)}
-            for node in range(int(proposal.sizes[row])):
-                parent = parents[node]
-                token = tokens[node]
-                is_reached = node == 0 or (
-                    parent in paths
-                    and token not in ends
-                    and bool(wanted[row, parent, token] > -math.inf)
-                )
-                if is_reached:
-                    path = paths[parent].then(token)
-                    paths[node] = path
-                    own = logits[row, node]
-                    wanted[row, node] = adjusted(own, params, path, rows.num_prompts[row])
-        return wanted
-
-    def _context(self, rows: Rows, row: int) -> Context:
-        """The row's tokens before its anchor, each counted once in the life of the request."""
-        slot = rows.slots[row]
-        history = rows.histories[row]
-        counts = self._counts.get(slot)
-        if counts is None:
-            counts = Counts(self.target.vocab_size, rows.num_prompts[row])
-            self._counts[slot] = counts
-        counts.add(history[counts.num_counted : len(history) - 1])
-        return Context(history, counts)
+    def _steering(self, slot: int) -> Steering | None:
+        """The state of the row's hook behind its anchor, if it keeps one."""
+        reading = self._readings.get(slot)
+        return None if reading is None else reading.behind(self.running[slot].history)
 
     def _collect(
         self, slots: list[int], proposal: Proposal, features: Tensor | None, paths: list[list[int]]
@@ -442,7 +406,7 @@ class Engine:
             rows = self._rows([slot])
             del self.running[slot]
             self._unseen.pop(slot, None)
-            self._counts.pop(slot, None)
+            self._readings.pop(slot, None)
             self._cache.free(slot)
             self.drafter.end(rows)
 

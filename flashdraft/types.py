@@ -24,6 +24,7 @@ from typing import (
     get_args,
     get_origin,
     get_type_hints,
+    runtime_checkable,
 )
 
 from flashdraft.errors import InvalidParameter
@@ -49,6 +50,8 @@ __all__ = [
     "Rows",
     "SamplingParams",
     "Stats",
+    "Steered",
+    "Steering",
     "TokenLogprob",
     "Verdict",
     "as_number",
@@ -267,6 +270,42 @@ class LogitsProcessor(Protocol):
         """
 
 
+class Steering(Protocol):
+    """What a hook of the other form keeps of one text: a state that never changes.
+
+    Every node of a tree has its own, made from its parent's. It is a function of the tokens so far
+    and nothing else.
+    """
+
+    def then(self, token: int, /) -> Steering:
+        """The state behind one token more; this one stays as it is, for the token's siblings.
+
+        It may be asked for the same token again, and should then give the same object. It does not
+        raise: what is wrong shows in `masked`.
+        """
+
+    def masked(self, logits: Tensor, /) -> Tensor:
+        """Logits [vocab] as this state changes them; -inf forbids. The argument may be changed.
+
+        Raises InvalidParameter where the hook cannot go on.
+        """
+
+    def forced(self) -> Sequence[int]:
+        """The tokens that follow for certain: each is the only one that is allowed. Often none."""
+
+
+@runtime_checkable
+class Steered(Protocol):
+    """The hook with a memory, as of a grammar: it reads every token once, not again at each node.
+
+    It is asked about drafts that are then rejected, and about a node only where its own law behind
+    the parent allows it.
+    """
+
+    def begin(self, ends: frozenset[int], /) -> Steering:
+        """The state behind a prompt. ends: the tokens that end a text of this model."""
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How one request is sampled and when it ends.
@@ -309,7 +348,7 @@ class SamplingParams:
         most=2,
     )
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)  # by token id
-    logits_processor: LogitsProcessor | None = field(default=None, hash=False)
+    logits_processor: LogitsProcessor | Steered | None = field(default=None, hash=False)
     logprobs: bool = False  # of the tokens, by the target's law before these fields changed it
     top_logprobs: int = 0  # of so many of the likeliest tokens, too
     prompt_logprobs: bool = False  # the same of the prompt's tokens
@@ -333,8 +372,9 @@ class SamplingParams:
 
         require(0 <= self.top_logprobs <= 100, "top_logprobs", self.top_logprobs, "from 0 to 100")
         hook = self.logits_processor
-        is_usable = hook is None or callable(hook)
-        require(is_usable, "logits_processor", hook, "a function of tokens and logits")
+        is_usable = hook is None or callable(hook) or isinstance(hook, Steered)
+        allowed = "a function of tokens and logits, or a Grammar"
+        require(is_usable, "logits_processor", hook, allowed)
 
     def numbered(self, number: int) -> SamplingParams:
         """The same for prompt number `number`: seeds count on."""
@@ -401,6 +441,8 @@ class Rows:
     histories: list[list[int]]  # prompt and committed tokens; the last one is the anchor
     params: list[SamplingParams]
     num_prompts: list[int]  # how many tokens of each history are the prompt's
+    # Behind each anchor, where a hook keeps states; no entries: none does, or nobody drafts.
+    steering: Sequence[Steering | None] = ()
 
     def __len__(self) -> int:
         return len(self.slots)

@@ -28,6 +28,7 @@ from transformers.generation.logits_process import (
     SequenceBiasLogitsProcessor,
 )
 
+import flashdraft.decoding.laws
 import flashdraft.engine
 from flashdraft.decoding.sampling import Context, Counts, adjusted, draw, logprob, probabilities
 from flashdraft.decoding.text import TextDecoder
@@ -372,7 +373,7 @@ def nodes_by(path_of: Callable[[list[int]], list[int]]) -> Callable[..., Tensor]
                         int(proposal.tokens[row, node]),
                     ]
                 history = [*rows.histories[row], *path_of(paths[node])]
-                wanted[row, node] = flashdraft.engine.adjusted(
+                wanted[row, node] = flashdraft.decoding.laws.adjusted(
                     logits[row, node], params, history, rows.num_prompts[row]
                 )
         return wanted
@@ -381,18 +382,18 @@ def nodes_by(path_of: Callable[[list[int]], list[int]]) -> Callable[..., Tensor]
 
 
 def counting(count: Callable[[int], int]) -> Callable[..., Tensor]:
-    return lambda logits, params, history, num_prompt: adjusted(
+    return lambda logits, params, history, num_prompt, *_: adjusted(
         logits, params, history, count(num_prompt)
     )
 
 
 def prompt_alone_forgotten(
-    logits: Tensor, params: SamplingParams, history: Sequence[int], num_prompt: int
+    logits: Tensor, params: SamplingParams, history: Sequence[int], num_prompt: int, *_: Any
 ) -> Tensor:
     return logits if len(history) == num_prompt else adjusted(logits, params, history, num_prompt)
 
 
-NODES, PROMPT = (Engine, "_adjusted"), (flashdraft.engine, "adjusted")
+NODES, PROMPT = (Engine, "_adjusted"), (flashdraft.decoding.laws, "adjusted")
 Fault = tuple[tuple[Any, str], Callable[..., Any]]
 FAULTS: dict[str, Fault] = {
     "a node without its ancestors": (NODES, nodes_by(lambda path: [])),
@@ -613,7 +614,7 @@ def remembering(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
     known: dict[Any, Tensor] = {}
 
     def again(
-        logits: Tensor, params: SamplingParams, history: Sequence[int], num_prompt: int
+        logits: Tensor, params: SamplingParams, history: Sequence[int], num_prompt: int, *_: Any
     ) -> Tensor:
         key = (*history, num_prompt)
         return (
@@ -631,7 +632,8 @@ def chi_square(
     """Of the first three tokens of texts against the law, and the level that one in 10,000 right
     rules exceeds; fixed seeds.
     """
-    patch.setattr(flashdraft.engine, "adjusted", remembering(flashdraft.engine.adjusted))
+    laws = flashdraft.decoding.laws
+    patch.setattr(laws, "adjusted", remembering(laws.adjusted))
     target, counts = Table(1, 1.0), torch.zeros(64)
     engine = Engine(target, Mixed([], shape=shape), max_rows=500)
     params = SamplingParams(temperature=1.0, max_new_tokens=12, **changes)

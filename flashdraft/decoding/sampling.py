@@ -9,7 +9,8 @@ order cannot matter.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain, islice
 from typing import overload
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from flashdraft.errors import InvalidParameter, UnusableLogits
 from flashdraft.process import BOOLS, FLOATS, INTS
-from flashdraft.types import LogitsProcessor, SamplingParams
+from flashdraft.types import SamplingParams, Steered, Steering
 
 __all__ = [
     "Context",
@@ -113,12 +114,18 @@ def _counts_of(history: Sequence[int], num_prompt: int, vocab_size: int) -> Coun
 
 @torch.no_grad()  # a hook may be a network
 def adjusted(
-    logits: Tensor, params: SamplingParams, history: Sequence[int], num_prompt: int
+    logits: Tensor,
+    params: SamplingParams,
+    history: Sequence[int],
+    num_prompt: int,
+    steering: Steering | None = None,
 ) -> Tensor:
     """The logits after `history` as the request's parameters change them: [vocab] -> [vocab].
 
     The first `num_prompt` tokens of `history` are the prompt. `probabilities` of the result is the
     law.
+    steering: the hook's state behind `history`, where it keeps states; without it such a hook
+    changes nothing (a drafter may do with that; the target's own law has it).
     Bias first, then repetition, frequency and presence penalty, then the hook: the order of
     transformers and, but for the hook, of vLLM. The hook is last, so that nothing changes what it
     returns. The very same tensor comes back where `params` changes nothing, otherwise a new one.
@@ -136,8 +143,12 @@ def adjusted(
         counts = _counts_of(history, num_prompt, len(logits))
         _penalise(logits, params, counts)
 
-    if params.logits_processor is not None:
-        logits = _processed(logits, params.logits_processor, history)
+    hook = params.logits_processor
+    if isinstance(hook, Steered):
+        if steering is not None:
+            logits = _checked(steering.masked, logits, len(history))
+    elif hook is not None:
+        logits = _checked(partial(hook, list(history)), logits, len(history))
     return logits
 
 
@@ -162,19 +173,19 @@ def _penalise(logits: Tensor, params: SamplingParams, counts: Counts) -> None:
         logits.copy_(torch.where(in_text > 0, logits - taken, logits))
 
 
-def _processed(logits: Tensor, hook: LogitsProcessor, history: Sequence[int]) -> Tensor:
+def _checked(change: Callable[[Tensor], Tensor], logits: Tensor, num_tokens: int) -> Tensor:
     """What the user's hook makes of the logits. Raises InvalidParameter where that is no law."""
     if not bool(logits.amax().isfinite()):
         raise UnusableLogits(_NO_LAW)  # which is not the hook's doing
 
-    changed = hook(list(history), logits)
+    changed = change(logits)
     is_law = (
         isinstance(changed, Tensor)
         and changed.shape == logits.shape
         and bool(changed.amax().isfinite())
     )
     if not is_law:
-        got = f"logits_processor returned no law after {len(history)} tokens"
+        got = f"logits_processor returned no law after {num_tokens} tokens"
         wanted = f"return logits [{len(logits)}] without NaN or +inf, and not -inf for every token"
         raise InvalidParameter(got, hint=wanted)
     return changed.to(logits)
