@@ -107,6 +107,18 @@ def test_special_tokens_leave_no_text(tokenizer: Any) -> None:
 
 
 @pytest.mark.real_model
+@pytest.mark.parametrize("stop", [[], [" wor"], ["<|im_end|> w"]])
+def test_special_tokens_that_are_shown_are_text(tokenizer: Any, stop: list[str]) -> None:
+    hello, world = tokenizer.encode("hello"), tokenizer.encode(" world")
+    decoder = TextDecoder(tokenizer, stop, shown=["<|im_end|>"])
+    for token in [1, *hello, 2, 0, *world]:
+        decoder.push(token)
+    decoder.flush()
+    text = "hello<|im_end|> world"
+    assert decoder.text == (text[: text.index(stop[0])] if stop else text)
+
+
+@pytest.mark.real_model
 @pytest.mark.parametrize("stop", ["🫠", "字b", "\n\n", "漢a字b", "b🫠c"])
 def test_a_stop_string_that_spans_tokens_ends_the_text_before_it(tokenizer: Any, stop: str) -> None:
     text = "one\n\ntwo 漢a字b🫠c three"

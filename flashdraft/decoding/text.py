@@ -5,7 +5,7 @@ one. Knows a tokenizer's `decode`, and what its special tokens are called. Does 
 requests or steps.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import compress
 
 from flashdraft.decoding.ending import Tokenizer, hidden_tokens
@@ -20,18 +20,23 @@ class TextDecoder:
 
     `stopped` tells that a stop string ended it. An end-of-text token goes to `end` instead, which
     shows nothing of it.
+
+    shown: texts of special tokens that are shown all the same.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Sequence[str] = (), shown: Collection[str] = ()
+    ) -> None:
         self.tokenizer = tokenizer
         self.stop = tuple(stop)
+        self.shown = frozenset(shown)
         self.stopped = False
         self.text = ""  # given out so far
         self._tokens: list[int] = []
         self._start = 0  # tokens before this are left out of the decode window
         self._read = 0  # tokens before this are in the text already
-        # texts of special tokens, which only stop strings see
-        self._hidden = hidden_tokens(tokenizer) if self.stop else {}
+        # texts of special tokens, which only stop strings see, apart from those in `shown`
+        self._hidden = hidden_tokens(tokenizer) if self.stop or self.shown else {}
         self._held = ""  # decoded, but it may be the beginning of a stop string
         self._shown: list[bool] = []  # by character of `_held`: False inside a special token
 
@@ -96,7 +101,7 @@ class TextDecoder:
         if not hidden and not final:
             return ""
         self._held += hidden
-        self._shown += [False] * len(hidden)
+        self._shown += [hidden in self.shown] * len(hidden)
         return self._give("", final=final)
 
     def _give(self, new: str, *, final: bool) -> str:

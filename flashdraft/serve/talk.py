@@ -1,7 +1,7 @@
-"""A chat's messages -> the tokens of the prompt, with tools as the model's template tells them.
+"""A chat's messages -> the tokens of the prompt; and what reads the answer.
 
-Knows OpenAI's messages and tools as plain dicts, and a model's chat template. Does not know HTTP,
-bodies or the engine.
+Tools are told as the model's template does. Knows OpenAI's messages and tools as plain dicts, and a
+model's chat template. Does not know HTTP, bodies or the engine.
 """
 
 import json
@@ -9,13 +9,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flashdraft.decoding.prompt import as_asked, rendered
+from flashdraft.decoding.text import TextDecoder
 from flashdraft.errors import InvalidParameter, InvalidPrompt
 from flashdraft.generate import Model
+from flashdraft.serve.turns import MARKS, THINK, THOUGHT, TurnReader
 
-__all__ = ["render"]
+__all__ = ["decoder", "reader", "render"]
 
 Message = Mapping[str, Any]
 Tool = Mapping[str, Any]
+_TAIL = 16  # tokens at the end of a prompt that hold a mark there, spelled or not
 Choice = str | Mapping[str, Any]  # none, auto, required, or {type: function, function: {name}}
 
 
@@ -47,6 +50,34 @@ def render(
     assert isinstance(turns, list)
     text = rendered(model.tokenizer, name, turns, **switches)  # type: ignore[arg-type]
     return model.encode(model.tokenizer.encode(text, add_special_tokens=False))
+
+
+def reader(
+    model: Model,
+    prompt: Sequence[int],
+    *,
+    tools: Sequence[Tool] | None = None,
+    tool_choice: Choice = "auto",
+) -> TurnReader:
+    """What reads one answer to a prompt that `render` made with the same tools and choice."""
+    names = [tool["function"]["name"] for tool in tools or ()]
+    if tool_choice == "none":
+        names = []
+    if tool_choice not in ("none", "auto"):  # the answer is bound to be a call
+        return TurnReader(names=names)
+
+    thinks = THOUGHT in str(getattr(model.tokenizer, "chat_template", None))
+    tail = model.tokenizer.decode(list(prompt[-_TAIL:]), skip_special_tokens=False)
+    opened = thinks and str(tail).rstrip().endswith(THINK)
+    return TurnReader(names=names, thinks=thinks, opened=opened)
+
+
+def decoder(model: Model, stop: Sequence[str] = ()) -> TextDecoder:
+    """For the Request of an answer that a `reader` reads: the marks are in its text.
+
+    Some tokenizers have them as special tokens, which are not shown elsewhere.
+    """
+    return TextDecoder(model.tokenizer, stop, shown=MARKS)
 
 
 def _switches(given: Mapping[str, object], source: str, name: str) -> dict[str, object]:
