@@ -7,7 +7,7 @@ pydantic. Does not know models, tokens or HTTP.
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
 from flashdraft.types import HIGHEST
 
@@ -17,11 +17,13 @@ __all__ = [
     "COMMON",
     "COMPLETION_ONLY",
     "MAX_STOPS",
+    "TOKENIZE_ONLY",
     "Fixed",
     "Function",
     "JsonSchema",
-    "Message",
+    "Messages",
     "Part",
+    "Prompt",
     "ResponseFormat",
     "Stop",
     "StreamOptions",
@@ -75,7 +77,7 @@ class Part(Strict):
     text: Text
 
 
-Content = Text | Annotated[list[Part], Field(min_length=1)]
+Content = Text | Annotated[list[Part], Field(min_length=1, fail_fast=True)]
 
 
 class FunctionCall(Strict):
@@ -107,7 +109,7 @@ class AssistantMessage(Strict):
     role: Literal["assistant"]
     content: Content | None = None
     reasoning_content: Text | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     name: None = None
     refusal: None = None
     audio: None = None
@@ -124,6 +126,37 @@ class ToolMessage(Strict):
 
 Message = Annotated[
     SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")
+]
+Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+
+
+# --- prompts --------------------------------------------------------------------------------------
+
+
+def _is_prompt(value: object) -> bool:
+    """Whether it is text or token ids; an empty text may still get a token of its own."""
+    return isinstance(value, str) or _are_token_ids(value)
+
+
+def _are_token_ids(value: object) -> bool:
+    if not isinstance(value, list) or not value:
+        return False
+    return all(type(token) is int and 0 <= token <= HIGHEST for token in value)
+
+
+def _checked_prompt(value: Any) -> Any:
+    """One prompt, or a list of them. One look at each token: pydantic would try all four forms."""
+    is_list = isinstance(value, list) and bool(value)
+    if _is_prompt(value) or (is_list and all(_is_prompt(one) for one in value)):
+        return value
+    forms = "text, token ids, or a list of texts or of lists of token ids, none empty"
+    raise ValueError(f"must be {forms}")
+
+
+_Prompts = str | list[str] | list[TokenId] | list[list[TokenId]]
+Prompt = Annotated[
+    str | list[str] | list[int] | list[list[int]],
+    PlainValidator(_checked_prompt, json_schema_input_type=_Prompts),
 ]
 
 
@@ -182,12 +215,14 @@ class StructuredOutputs(Strict):
 
     json_: Json | str | None = Field(None, alias="json")  # a JSON schema, or one as text
     regex: str | None = None
-    choice: Annotated[list[str], Field(min_length=1)] | None = None
+    choice: Annotated[list[str], Field(min_length=1, fail_fast=True)] | None = None
     grammar: str | None = None  # Lark's syntax
 
 
 class StreamOptions(Strict):
-    include_usage: bool | None = None
+    include_usage: bool | None = None  # one more chunk at the end, with the usage
+    continuous_usage_stats: bool | None = None  # every chunk has the usage so far
+    include_obfuscation: Literal[False] | None = None
 
 
 class TemplateSwitches(Strict):
@@ -213,6 +248,11 @@ class Fixed(NamedTuple):
             if value == harmless and isinstance(value, bool) == isinstance(harmless, bool):
                 return True
         return False
+
+    def schema(self) -> Json:
+        """What /openapi.json says of the field."""
+        told = "Not supported." if self.hint is None else f"Not supported: {self.hint}."
+        return {"enum": [None, *self.values], "description": told}
 
 
 _GUIDED = Fixed(hint="removed from this API; use structured_outputs")
@@ -291,4 +331,12 @@ COMPLETION_ONLY: Mapping[str, Fixed] = {
     "tools": Fixed(([],), "use /v1/chat/completions"),
     "tool_choice": Fixed(("none",), "use /v1/chat/completions"),
     "chat_template_kwargs": Fixed(({},), "use /v1/chat/completions"),
+}
+
+TOKENIZE_ONLY: Mapping[str, Fixed] = {
+    "add_generation_prompt": Fixed((True,)),
+    "continue_final_message": Fixed((False,)),
+    "chat_template": Fixed(hint="the model's own template is used"),
+    "media_io_kwargs": Fixed(),
+    "mm_processor_kwargs": Fixed(),
 }

@@ -86,7 +86,9 @@ class Reply:
         made["choices"] = [] if told is None else [told]
         if shows_drafts:
             made["flashdraft"] = self._drafts(chunk)
-        if self.call.body.wants_usage:
+        if self.call.body.wants_running_usage:
+            made["usage"] = self._usage_so_far()
+        elif self.call.body.wants_usage:
             made["usage"] = None
         return made
 
@@ -113,6 +115,15 @@ class Reply:
             if not self.call.is_scoring:
                 usage.add_answer(stats)
         return usage
+
+    def _usage_so_far(self) -> Json:
+        usage = Usage()
+        each = self.call.body.num_answers
+        for request in self.call.requests[::each]:
+            usage.num_prompt += len(request.prompt)
+        for choice in self.choices:
+            usage.num_new += len(choice.tokens)
+        return usage.sums()
 
     def _costs(self) -> Json:
         costs: Json = {"usage": self.usage.body()}

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from flashdraft.engine import Drafting, Request, check
-from flashdraft.errors import InvalidPrompt
+from flashdraft.errors import FlashDraftError, InvalidPrompt
 from flashdraft.generate import Model
 from flashdraft.serve.errors import ApiError, as_api_error
+from flashdraft.serve.fields import Tool
 from flashdraft.serve.protocol import (
     ChatBody,
     CompletionBody,
@@ -130,8 +131,8 @@ def translate(
             request.index = index
             request.owner = owner
             request.drafting = body.drafting or settings.drafting
-    except Exception as error:
-        raise as_api_error(error, prompt=field) from error
+    except FlashDraftError as error:
+        raise as_api_error(error, prompt=field) from None
 
     is_echoed = isinstance(body, CompletionBody) and body.echo
     texts = [_text_of(prompt, model) for prompt in prompts] if is_echoed else []
@@ -146,8 +147,8 @@ def tokenized(body: TokenizeBody, model: Model) -> list[int]:
             return _conversation(body, model)
         assert body.prompt is not None
         return _tokens(body.prompt, model, body.add_special_tokens)
-    except Exception as error:
-        raise as_api_error(error, prompt=field) from error
+    except FlashDraftError as error:
+        raise as_api_error(error, prompt=field) from None
 
 
 def detokenized(body: DetokenizeBody, model: Model) -> str:
@@ -187,10 +188,9 @@ def _hook(constraint: Constraint, hook_of: Hook | None) -> LogitsProcessor:
         raise ApiError(400, told, param=param, code="unsupported_parameter")
     try:
         return hook_of(constraint)
-    except Exception as error:
-        refused = as_api_error(error)
-        refused.param = param
-        raise refused from error
+    except FlashDraftError as error:
+        told = as_api_error(error).message
+        raise ApiError(400, told, param=param, code="invalid_value") from None
 
 
 # --- prompts --------------------------------------------------------------------------------------
@@ -229,7 +229,7 @@ def _read(body: ChatBody | CompletionBody, model: Model) -> list[_Prompt]:
 def _conversation(body: ChatBody | TokenizeBody, model: Model) -> list[int]:
     """The tokens of the messages as the chat template tells them."""
     messages = [message.model_dump(exclude_none=True) for message in body.messages or []]
-    tools = [tool.model_dump(exclude_none=True) for tool in body.tools or []]
+    tools = [_told(tool) for tool in body.tools or []]
     switches = body.chat_template_kwargs
     return render(
         model,
@@ -238,6 +238,12 @@ def _conversation(body: ChatBody | TokenizeBody, model: Model) -> list[int]:
         tool_choice=_tool_choice(body),
         template_kwargs={} if switches is None else switches.model_dump(exclude_none=True),
     )
+
+
+def _told(tool: Tool) -> dict[str, Any]:
+    """As it was sent, without empty fields; its JSON schema keeps its own nulls."""
+    function = {name: value for name, value in tool.function if value is not None}
+    return {"type": tool.type, "function": function}
 
 
 def _tool_choice(body: ChatBody | TokenizeBody) -> str:

@@ -27,12 +27,18 @@ class Usage:
         self.num_accepted += stats.num_accepted
         self.num_drafted += stats.num_drafted
 
-    def body(self) -> dict[str, Any]:
-        """In OpenAI's shape. Rejected drafts are told, but are no part of a sum."""
+    def sums(self) -> dict[str, Any]:
+        """In OpenAI's shape, without the details."""
         return {
             "prompt_tokens": self.num_prompt,
             "completion_tokens": self.num_new,
             "total_tokens": self.num_prompt + self.num_new,
+        }
+
+    def body(self) -> dict[str, Any]:
+        """In OpenAI's shape. Rejected drafts are told, but are no part of a sum."""
+        return {
+            **self.sums(),
             "prompt_tokens_details": {"cached_tokens": self.num_cached},
             "completion_tokens_details": {
                 "accepted_prediction_tokens": self.num_accepted,
