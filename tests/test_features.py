@@ -27,7 +27,6 @@ from toy_training import (
 )
 
 from flashdraft.errors import DataError, InvalidParameter
-from flashdraft.generate import Model
 from flashdraft.train import features as features_stage
 from flashdraft.train import regenerate as regenerate_stage
 from flashdraft.train.batch import make_batch
@@ -290,17 +289,17 @@ def kept(folder: Path, *, final: bool = False, max_length: int = LONG) -> ShardW
 
 def killed_after(monkeypatch: pytest.MonkeyPatch, finished: int) -> None:
     """The next stream ends by a kill behind so many answers."""
-    stream = Model.stream
+    feed = regenerate_stage.feed
 
     def killed(*args: Any, **options: Any) -> Iterator[Any]:
         count = 0
-        for chunk in stream(*args, **options):
+        for chunk in feed(*args, **options):
             yield chunk
             count += chunk.result is not None
             if count == finished:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(Model, "stream", killed)
+    monkeypatch.setattr(regenerate_stage, "feed", killed)
 
 
 def answer(

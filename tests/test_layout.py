@@ -15,13 +15,13 @@ LEVELS = {
     name: level
     for level, names in enumerate(
         (
-            "types errors files process provenance",
+            "types errors files growing process provenance",
             "decoding.* hub pretrained diffusion.coupling",
             "models.*",
             "formats.* methods.*",
             "engine scheduler",
-            "loading generate __init__",
-            "train.* bench.* export serve.* diffusion.*",
+            "loading generate feed __init__",
+            "train.* bench.* export offline serve.* diffusion.*",
             "cli.* __main__",
         )
     )

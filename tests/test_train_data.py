@@ -16,11 +16,10 @@ from conftest import tiny_model
 from toy_pipeline import ANSWER, CONFIG, PROMPTS, written_answers, written_features, written_prompts
 from toy_training import HIDDEN, LAYERS, language_model, one_line_and_hint, write_lines
 
-from flashdraft import files
+from flashdraft import files, growing
 from flashdraft.errors import DataError, FlashDraftError, InvalidParameter
-from flashdraft.generate import Model
-from flashdraft.train import answers as answers_stage
 from flashdraft.train import features as features_stage
+from flashdraft.train import regenerate as stage
 from flashdraft.train.batch import make_batch
 from flashdraft.train.features import FeatureSet, write_features
 from flashdraft.train.prompts import SOURCES, read_jsonl, write_prompts
@@ -175,7 +174,7 @@ def test_regenerate_resumes_after_a_torn_last_line(
 def test_torn_line_that_is_kept_is_caught(
     tmp_path: Path, prompts: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answers_stage, "_torn_bytes", lambda content: 0)
+    monkeypatch.setattr(growing, "_is_json", lambda text: True)
     whole, out = undisturbed.read_bytes(), tmp_path / "answers.jsonl"
     out.write_bytes(whole[: int(0.55 * len(whole))])
     with pytest.raises(FlashDraftError, match=r"line \d: not valid JSON"):
@@ -186,19 +185,19 @@ def test_answers_are_written_as_they_end(
     tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A kill in the middle loses only what was not finished."""
-    lm, out, stream = language_model(), tmp_path / "answers.jsonl", Model.stream
+    lm, out, feed = language_model(), tmp_path / "answers.jsonl", stage.feed
     lm.max_rows = 2
 
     def killed(*args: Any, **kwargs: Any) -> Iterator[Any]:
         finished = 0
-        for chunk in stream(*args, **kwargs):
+        for chunk in feed(*args, **kwargs):
             yield chunk
             finished += chunk.result is not None
             if finished == 3:
                 raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Model, "stream", killed)
+        patch.setattr(stage, "feed", killed)
         with pytest.raises(KeyboardInterrupt):
             regenerate(lm, prompts, out, params=ANSWER, quiet=True)
     assert len(sorted_lines(out)) == 3

@@ -175,7 +175,8 @@ def _usage_hint(error: TyperException, given: Sequence[str]) -> str:
     meant = ""
     if option is not None:
         meant = _nearest(option, _option_names(command))
-    if type(error).__name__ == "MissingParameter":
+    is_of_no_parameter = isinstance(error, typer.BadParameter) and error.param is None
+    if type(error).__name__ == "MissingParameter" or is_of_no_parameter:
         meant = f"as in: {COMMANDS[command].examples[0]}; "
     return f"{meant}see flashdraft {command} --help"
 

@@ -4,16 +4,18 @@ import json as jsonlib
 import os
 import sys
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, NamedTuple
 
-from typer import Argument, Option
+from typer import Argument, BadParameter, Option
 
 from flashdraft import hub
 from flashdraft.cli.options import ModelOptions
-from flashdraft.errors import ContextLengthError, InvalidPrompt
+from flashdraft.errors import ContextLengthError, InvalidParameter, InvalidPrompt
 from flashdraft.files import say
 from flashdraft.methods.autoregressive import Autoregressive
+from flashdraft.offline import Job, answer_file
 from flashdraft.process import is_terminal
 from flashdraft.types import (
     COUNTS,
@@ -23,6 +25,8 @@ from flashdraft.types import (
     Result,
     SamplingParams,
     Stats,
+    check_options,
+    option,
     require,
 )
 
@@ -70,25 +74,71 @@ def demo(
     print(f"texts identical: {'yes' if is_same_text else 'no'}")
 
 
+class _NoPrompts(BadParameter):
+    """A slip of usage that no single parameter's absence makes."""
+
+    def format_message(self) -> str:
+        return self.message
+
+
+@dataclass(frozen=True)
+class FileOptions:
+    """Prompts of a file, and where their answers go."""
+
+    prompts: str | None = option(
+        None, "answer the prompts of this file instead: .jsonl with `prompt`, or a .txt line each"
+    )
+    out: str | None = option(
+        None, "with --prompts: the file of answers; the same command goes on with it"
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    @property
+    def job(self) -> tuple[Path, Path] | None:
+        """The file that is read and the one that grows; None where neither is given."""
+        if self.prompts is None and self.out is None:
+            return None
+        if self.prompts is None or self.out is None:
+            raise InvalidParameter("--prompts and --out go together", hint="give both, or neither")
+        return Path(self.prompts), Path(self.out)
+
+
 def generate(
-    prompts: Annotated[list[str], Argument(help="what to ask; - reads standard input")],
     model: ModelOptions,
     params: SamplingParams,
+    file: FileOptions,
     max_rows: Annotated[int, Option(help="prompts decoded together, at most"), COUNTS] = 8,
     json: Annotated[bool, Option("--json", help="one JSON object per answer")] = False,
     logprobs: Annotated[
         bool, Option("--logprobs", help="log-probabilities of the tokens, in the JSON object")
     ] = False,
+    asked: Annotated[
+        list[str] | None,
+        Argument(metavar="PROMPTS", help="what to ask; - reads standard input"),
+    ] = None,
 ) -> None:
-    """Print the answers to one or more prompts.
+    """Print the answers to prompts, or write those of a file.
 
     Examples:
-        flashdraft generate 'Why is the sky blue?'
-        flashdraft generate - --json --temperature 0.8 < question.txt
+        flashdraft generate 'Why is the sky blue?' --temperature 0.8
+        flashdraft generate --prompts prompts.jsonl --out answers.jsonl --max-rows 16
     """
-    require(json or not logprobs, "logprobs", logprobs, "left out without --json, which shows them")
     params = replace(params, logprobs=logprobs)
-    texts = [_standard_input() if prompt == "-" else prompt for prompt in prompts]
+    job = file.job
+    if job is not None:
+        if asked:
+            got = "prompts are given twice: by --prompts and as arguments"
+            raise InvalidParameter(got, hint="leave out one of the two")
+        require(not json, "json", json, "left out with --out, which is JSON Lines")
+        _answer_file(Job(*job, params), model, max_rows)
+        return
+
+    if not asked:
+        raise _NoPrompts("Missing prompts: give a text, - or --prompts FILE")
+    require(json or not logprobs, "logprobs", logprobs, "left out without --json, which shows them")
+    texts = [_standard_input() if prompt == "-" else prompt for prompt in asked]
     if not all(texts):
         raise InvalidPrompt("the prompt is empty", hint="give at least one token of text")
 
@@ -105,6 +155,19 @@ def generate(
             if number > 0:
                 print()
             print(result.text)
+
+
+def _answer_file(job: Job, model: ModelOptions, max_rows: int) -> None:
+    done = answer_file(
+        job,
+        model.target,
+        lambda: model.load(max_rows=max_rows),
+        quiet=not is_terminal(sys.stdout),
+    )
+    print(f"{done.num_answers} new answers in {job.out}")
+    if done.num_answers:
+        speed = done.num_tokens / done.seconds
+        print(f"{done.num_tokens} tokens, {speed:.1f} tokens/s")
 
 
 def _standard_input() -> str:

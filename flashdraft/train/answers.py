@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from flashdraft.errors import DataError, FlashDraftError, InvalidParameter
 from flashdraft.files import Facts, check_facts, locked, output_file, read_note, say, write_note
+from flashdraft.growing import GrowingFile, HeldLine
 from flashdraft.train.rows import Row
 from flashdraft.types import SamplingParams
 
@@ -21,7 +22,7 @@ __all__ = ["AnswerFile", "check_origin", "open_answers", "question", "sampling_f
 _MADE_BY = "regenerate"
 _FIELDS = ("source", "row", "prompt", "response")
 _BEGINNING = b'{"source": '  # of every line that is written here
-_CHANGES_NO_TEXT = {"logprobs"}
+_CHANGES_NO_TEXT = {"logprobs", "top_logprobs", "prompt_logprobs"}
 _GREEDY_IGNORES = {"seed", "top_k", "top_p", "min_p"}
 
 
@@ -102,44 +103,37 @@ class AnswerFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        content = path.read_bytes() if path.exists() else b""
+        self._file = GrowingFile(path, self._leave_note)
         note = read_note(path)
-        self.note = note if content else None  # a note may outlive its file
-        self.ending = b"\r\n" if b"\r\n" in content else b"\n"
-        self.torn = _torn_bytes(content)  # at the end
-        self.lacks_ending = not self.torn and content[-1:] not in (b"", b"\n", b"\r")
-        self._is_begun = False
-
-        whole = content[: len(content) - self.torn]
+        self.note = None if self._file.is_empty else note  # a note may outlive its file
         self.answers: list[_Held] = []
-        for number, line in enumerate(whole.splitlines(), 1):
-            if line.strip():
-                self.answers.append(self._read(number, line))
+        for line in self._file.lines():
+            self.answers.append(self._read(line))
 
         if self.note is not None and self.note["made_by"] != _MADE_BY:
             got = f"`{path}` was written by `flashdraft {self.note['made_by']}`"
             raise InvalidParameter(got, hint="name another file with --out")
-        if self.torn:
-            self._check_torn(content[-self.torn :])
+        if self._file.torn:
+            self._check_torn(self._file.torn)
 
-    def _read(self, number: int, line: bytes) -> _Held:
-        encoding = "utf-8-sig" if number == 1 else "utf-8"
+    def _read(self, line: HeldLine) -> _Held:
+        encoding = "utf-8-sig" if line.number == 1 else "utf-8"
         try:
-            row = json.loads(line.decode(encoding))
+            row = json.loads(line.content.decode(encoding))
         except ValueError as error:
-            raise self._odd_line(number, f"not valid JSON ({error})") from None
+            raise self._odd_line(line.number, f"not valid JSON ({error})") from None
         if not isinstance(row, dict):
-            raise self._odd_line(number, "not a JSON object")
+            raise self._odd_line(line.number, "not a JSON object")
         for field in _FIELDS:
             if field not in row:
-                raise self._odd_line(number, f"no field `{field}`")
+                raise self._odd_line(line.number, f"no field `{field}`")
 
         tokens = row.get("tokens")
         ids = []
         if isinstance(tokens, list):
             ids = [token for token in tokens if isinstance(token, int)]
         return _Held(
-            number,
+            line.number,
             question(row),
             _place(row),
             row.get("num_tokens"),
@@ -230,42 +224,19 @@ class AnswerFile:
 
     def append(self, line: Mapping[str, object]) -> None:
         """Write one answer, at once."""
-        content = json.dumps(line, ensure_ascii=False).encode() + self.ending
-        if not self._is_begun:
-            self._mend()
-        with self.path.open("ab") as file:
-            file.write(content)
+        self._file.append(line)
 
     def close(self) -> None:
         """The file is there, even without an answer."""
-        if not self._is_begun:
-            self._mend()
+        self._file.mend()
 
-    def _mend(self) -> None:
-        """Leave the note, cut off half a line, or end a whole one."""
-        self._is_begun = True
-        if self.note is None:
-            facts = dict(self.facts)
-            if self.answers:
-                facts["taken"] = len(self.answers)
-            write_note(self.path, _MADE_BY, facts)
-
-        with self.path.open("ab") as file:
-            if self.torn:
-                file.truncate(self.path.stat().st_size - self.torn)
-            elif self.lacks_ending:
-                file.write(self.ending)
-
-
-def _torn_bytes(content: bytes) -> int:
-    """How many bytes behind the last line's end are no whole line: a kill may leave half of one."""
-    last_ending = max(content.rfind(b"\n"), content.rfind(b"\r"))
-    tail = content[last_ending + 1 :]
-    try:
-        json.loads(tail.decode("utf-8-sig"))
-    except ValueError:
-        return len(tail)
-    return 0
+    def _leave_note(self) -> None:
+        if self.note is not None:
+            return
+        facts = dict(self.facts)
+        if self.answers:
+            facts["taken"] = len(self.answers)
+        write_note(self.path, _MADE_BY, facts)
 
 
 def question(row: Row) -> str:

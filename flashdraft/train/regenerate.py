@@ -7,7 +7,7 @@ a server's API; what it answered is written line by line (train/answers.py). Doe
 import os
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,8 +21,9 @@ from rich.progress import track
 from torch import Tensor
 from urllib3.util import Retry
 
-from flashdraft.engine import check
+from flashdraft.engine import Request, check
 from flashdraft.errors import DataError, FlashDraftError, InvalidParameter, InvalidPrompt
+from flashdraft.feed import feed
 from flashdraft.files import parse_json
 from flashdraft.generate import Model
 from flashdraft.methods.autoregressive import Autoregressive
@@ -35,7 +36,6 @@ from flashdraft.types import COUNTS, Allowed, Rows, SamplingParams, check_option
 
 __all__ = ["Later", "Server", "mixed", "regenerate"]
 
-_WINDOW = 1024  # prompts handed to the engine at a time
 _KEPT = ("source", "row", "prompt", "thinking")  # fields of a prompt that go into its answer's line
 _AGAIN = Retry(
     3,
@@ -121,11 +121,9 @@ def regenerate(
         keep = _Keeper(shards, len(held.answers)) if shards else None
         answered = held.answered
         missing = [row for row in asked[:limit] if question(row) not in answered]
-        windows = [missing[i : i + _WINDOW] for i in range(0, len(missing), _WINDOW)]
-        count = 0
-        for window in track(windows, description="regenerate", disable=quiet):
-            answers = _answers(model, window, law, keep)
-            count += _write(answers, held, keep, left_out)
+        answers = _answers(model, missing, law, keep)
+        shown = track(answers, total=len(missing), description="regenerate", disable=quiet)
+        count = _write(shown, held, keep, left_out)
 
         if left_out.count and not count and not held.answers:
             hint = left_out.hint if left_out.hint else "mend these prompts"
@@ -185,7 +183,7 @@ def _answers(
 
 
 def _write(
-    answers: Iterator[Answered], held: AnswerFile, keep: "_Keeper | None", left_out: LeftOut
+    answers: Iterable[Answered], held: AnswerFile, keep: "_Keeper | None", left_out: LeftOut
 ) -> int:
     """Write every answer as it comes; returns how many."""
     count = 0
@@ -238,33 +236,30 @@ class _Mixed:
 # --- answered here --------------------------------------------------------------------------------
 
 
-class _Fitting(NamedTuple):
-    """A prompt that the target can answer."""
-
-    row: Row
-    tokens: list[int]
-    params: SamplingParams
-
-
 def _decoded(
     model: Model, rows: Sequence[Row], law: Law, keep: "_Keeper | None"
 ) -> Iterator[Answered]:
-    """Answers as they end; first the prompts that cannot be answered."""
-    fitting: list[_Fitting] = []
-    for row in rows:
-        try:
-            tokens = model.encode(row["prompt"], thinking=row.get("thinking"))
-            params = law(row["number"])
-            check(model.target, model.request(tokens, params))
-        except InvalidPrompt as error:
-            yield Answered(row, error)
-            continue
-        fitting.append(_Fitting(row, tokens, params))
+    """Answers as they end, and prompts that cannot be answered."""
+    refused: deque[Answered] = deque()
+    by_number = {row["number"]: row for row in rows}
+
+    def requests() -> Iterator[Request]:
+        for row in rows:
+            try:
+                tokens = model.encode(row["prompt"], thinking=row.get("thinking"))
+                request = model.request(tokens, law(row["number"]), index=row["number"])
+                check(model.target, request)
+            except InvalidPrompt as error:
+                refused.append(Answered(row, error))
+                continue
+            yield request
 
     lm = replace(model, new_drafter=lambda: keep) if keep else model
-    all_tokens = [one.tokens for one in fitting]
-    all_params = [one.params for one in fitting]
-    for chunk in lm.stream(all_tokens, all_params):
+    for chunk in feed(lm, requests()):
+        while refused:
+            yield refused.popleft()
+        if chunk.error is not None:
+            raise chunk.error
         result = chunk.result
         if result is None:
             continue
@@ -274,7 +269,8 @@ def _decoded(
             "num_tokens": len(result.tokens),
             "tokens": list(result.tokens),
         }
-        yield Answered(fitting[chunk.index].row, answer)
+        yield Answered(by_number[chunk.index], answer)
+    yield from refused
 
 
 class _Kept(NamedTuple):

@@ -19,7 +19,16 @@ from flashdraft.errors import DataError, FlashDraftError
 from flashdraft.files import say
 from flashdraft.train.questions import CONVERSATIONS, QUESTIONS
 
-__all__ = ["LeftOut", "PlacedRow", "Row", "is_whole", "json_list", "placed_rows", "read_jsonl"]
+__all__ = [
+    "LeftOut",
+    "PlacedRow",
+    "Row",
+    "is_whole",
+    "json_list",
+    "placed_rows",
+    "placed_texts",
+    "read_jsonl",
+]
 
 Names = Collection[str]
 Row = dict[str, Any]  # a JSON object
@@ -129,6 +138,9 @@ class _Entry(NamedTuple):
     value: object  # what JSON says there, or _Broken
 
 
+Divide = Callable[[Path, Iterator[_Line]], Iterator[_Entry]]
+
+
 def read_jsonl(path: Path, keys: Names = (), left_out: LeftOut | None = None) -> Iterator[Row]:
     """The objects of a file, mostly JSON Lines.
 
@@ -154,6 +166,16 @@ def placed_rows(
         else:
             kind = entry.place.split()[0]
             raise DataError(f"{place}: {cause}", hint=f"mend or remove that {kind}")
+
+
+def placed_texts(path: Path, left_out: LeftOut) -> Iterator[PlacedRow]:
+    """The lines of a file of plain text, each as the row {prompt: line}."""
+    for entry in _entries(path, _entries_of_texts):
+        place = f"{path}, {entry.place}"
+        if isinstance(entry.value, _Broken):
+            left_out.add(place, entry.value.cause)
+        else:
+            yield PlacedRow(place, {"prompt": entry.value})
 
 
 def is_whole(text: str) -> bool:
@@ -190,16 +212,17 @@ def _what_is_wrong(value: object, keys: Names) -> str:
 # --- from bytes to lines --------------------------------------------------------------------------
 
 
-def _entries(path: Path) -> Iterator[_Entry]:
+def _entries(path: Path, divide: "Divide | None" = None) -> Iterator[_Entry]:
     """What the file holds, row by row, or _Broken where one cannot be read.
 
-    Raises DataError for a file of another format.
+    divide: how its lines become entries; by default they are JSON, in whichever form. Raises
+    DataError for a file of another format.
     """
     try:
         with path.open("rb") as raw:
             _check_format(path, raw)
             with _unpacked(raw) as file:
-                yield from _entries_of_lines(path, _lines(file))
+                yield from (divide or _entries_of_lines)(path, _lines(file))
     except (FileNotFoundError, IsADirectoryError):
         hint = (
             "name a .jsonl or .json file, "
@@ -272,6 +295,11 @@ def _lines_of_text(text: str) -> Iterator[_Line]:
 
 
 # --- from lines to rows ---------------------------------------------------------------------------
+
+
+def _entries_of_texts(path: Path, lines: Iterator[_Line]) -> Iterator[_Entry]:
+    for line in lines:
+        yield _Entry(f"line {line.number}", line.text)
 
 
 def _entries_of_lines(path: Path, lines: Iterator[_Line]) -> Iterator[_Entry]:
