@@ -1,9 +1,10 @@
 """One answer of a call: the chunks that the engine gave, and their text as a client gets it.
 
-Knows Chunks and the shapes of a message and of a completion's choice. Does not know what is in a
-text: a `Parser` tells its content, reasoning and calls apart.
+Knows Chunks and the shapes of a message and of a completion's choice. What in a message's text is
+content, reasoning or a call, a TurnReader says.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -15,59 +16,12 @@ from flashdraft.serve.logprobs import (
     scored_prompt,
 )
 from flashdraft.serve.tokens import TokenTexts
+from flashdraft.serve.turns import Delta, TurnReader
 from flashdraft.types import Chunk, Piece, Result
 
-__all__ = ["ChatChoice", "Choice", "CompletionChoice", "Delta", "Parser", "Plain"]
+__all__ = ["ChatChoice", "Choice", "CompletionChoice"]
 
 Json = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Delta:
-    """What a piece of a model's text adds to a message."""
-
-    content: str = ""
-    reasoning: str = ""
-    # {index, id, type, function: {name, arguments}}; a later one of the same index adds arguments
-    calls: tuple[Json, ...] = ()
-
-    def then(self, later: "Delta") -> "Delta":
-        return Delta(
-            self.content + later.content,
-            self.reasoning + later.reasoning,
-            self.calls + later.calls,
-        )
-
-    def body(self) -> Json:
-        """In the shape of a stream's `delta`; {} where it adds nothing."""
-        fields: Json = {}
-        if self.content:
-            fields["content"] = self.content
-        if self.reasoning:
-            fields["reasoning_content"] = self.reasoning
-        if self.calls:
-            fields["tool_calls"] = list(self.calls)
-        return fields
-
-
-class Parser(Protocol):
-    """Tells content, reasoning and calls of one answer apart, as its text comes."""
-
-    def push(self, text: str, /) -> Delta:
-        """What is certain with this text."""
-
-    def end(self) -> Delta:
-        """What was held back; the text is over."""
-
-
-class Plain:
-    """The parser of a text that is all content."""
-
-    def push(self, text: str, /) -> Delta:
-        return Delta(content=text)
-
-    def end(self) -> Delta:
-        return Delta()
 
 
 class Choice(Protocol):
@@ -90,9 +44,11 @@ class ChatChoice:
 
     index: int
     texts: TokenTexts
-    parser: Parser
+    reader: TurnReader
     num_top: int | None = None  # None: no log-probabilities are wanted
-    message: Delta = Delta()
+    content: str = ""
+    reasoning: str = ""
+    calls: list[Json] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     pieces: list[Piece] = field(default_factory=list)
     result: Result | None = None
@@ -102,63 +58,60 @@ class ChatChoice:
         self.tokens += chunk.tokens
         self.pieces += chunk.pieces
         self.result = chunk.result
-        delta = self.parser.push(chunk.text)
+        deltas = self.reader.push(chunk.text)
         if chunk.result is not None:
-            delta = delta.then(self.parser.end())
-        self.message = self.message.then(delta)
+            deltas += self.reader.end()
 
-        told = delta.body()
-        is_first = not self._has_begun
-        self._has_begun = True
-        if is_first:
+        told = self._add(deltas)
+        if not self._has_begun:
+            self._has_begun = True
             told = {"role": "assistant", "content": "", **told}
         logprobs = self._logprobs(scored_pieces(chunk.tokens, chunk.pieces, 0))
         is_shown = bool(told) or chunk.result is not None or (logprobs and chunk.tokens)
-        if not is_shown:
-            return None
-        return self._told({"delta": told}, logprobs)
+        return self._told({"delta": told}, logprobs) if is_shown else None
 
     def whole(self) -> Json:
-        message = self.message
-        calls = _joined(message.calls)
-        told: Json = {"role": "assistant", "content": message.content}
-        if calls and not message.content:
-            told["content"] = None
-        if message.reasoning:
-            told["reasoning_content"] = message.reasoning
+        has_nothing_else = bool(self.calls or self.reasoning) and not self.content
+        message: Json = {"role": "assistant", "content": self.content}
+        if has_nothing_else:
+            message["content"] = None
+        if self.reasoning:
+            message["reasoning_content"] = self.reasoning
+        if self.calls:
+            message["tool_calls"] = self.calls
+        logprobs = self._logprobs(scored_pieces(self.tokens, self.pieces, 0))
+        return self._told({"message": message}, logprobs)
+
+    def _add(self, deltas: Sequence[Delta]) -> Json:
+        """Take these; they come back as the one delta that a client gets."""
+        content = "".join(delta.content for delta in deltas)
+        reasoning = "".join(delta.reasoning for delta in deltas)
+        self.content += content
+        self.reasoning += reasoning
+        told: Json = {}
+        if content:
+            told["content"] = content
+        if reasoning:
+            told["reasoning_content"] = reasoning
+
+        calls = []
+        for delta in deltas:
+            if delta.call is not None:
+                self.calls.append(delta.call.to_dict())
+                calls.append({"index": delta.call.index, **delta.call.to_dict()})
         if calls:
             told["tool_calls"] = calls
-        logprobs = self._logprobs(scored_pieces(self.tokens, self.pieces, 0))
-        return self._told({"message": told}, logprobs)
+        return told
 
     def _told(self, fields: Json, logprobs: Json | None) -> Json:
-        reason: str | None = None if self.result is None else self.result.finish_reason
-        if reason == "stop" and self.message.calls:
-            reason = "tool_calls"
-        return {"index": self.index, **fields, "logprobs": logprobs, "finish_reason": reason}
+        reason = None if self.result is None else self.result.finish_reason
+        told = None if reason is None else self.reader.finish_reason(reason)
+        return {"index": self.index, **fields, "logprobs": logprobs, "finish_reason": told}
 
     def _logprobs(self, scored: list[Scored]) -> Json | None:
         if self.num_top is None:
             return None
         return chat_logprobs(scored, self.num_top, self.texts)
-
-
-def _joined(calls: tuple[Json, ...]) -> list[Json]:
-    """The calls that these deltas make together."""
-    joined: dict[int, Json] = {}
-    for call in calls:
-        function = call.get("function", {})
-        known = joined.get(call["index"])
-        if known is None:
-            empty = {"name": "", "arguments": ""}
-            joined[call["index"]] = {
-                "id": call["id"],
-                "type": "function",
-                "function": empty | function,
-            }
-        else:
-            known["function"]["arguments"] += function.get("arguments", "")
-    return list(joined.values())
 
 
 @dataclass

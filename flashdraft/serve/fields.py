@@ -22,6 +22,7 @@ __all__ = [
     "Function",
     "JsonSchema",
     "Messages",
+    "NamedTool",
     "Part",
     "Prompt",
     "ResponseFormat",

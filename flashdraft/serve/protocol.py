@@ -25,6 +25,7 @@ from flashdraft.serve.fields import (
     Fixed,
     Messages,
     MinP,
+    NamedTool,
     Penalty,
     Prompt,
     RepetitionPenalty,
@@ -155,6 +156,11 @@ class ChatBody(GenerationBody):
     safety_identifier: Text | None = None
     prompt_cache_key: Text | None = None
 
+    @property
+    def forces_call(self) -> bool:
+        """Whether the answer must be a call of a tool."""
+        return self.tool_choice is not None and self.tool_choice not in ("none", "auto")
+
 
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
@@ -260,9 +266,17 @@ def _check_chat(body: ChatBody) -> None:
     if body.parallel_tool_calls is False and body.tools:
         raise wrong("parallel_tool_calls", "cannot be false: a model may call several tools")
 
+    names = [tool.function.name for tool in body.tools or []]
     needs_tools = body.tool_choice is not None and body.tool_choice != "none"
-    if needs_tools and not body.tools:
+    if needs_tools and not names:
         raise wrong("tool_choice", "needs `tools`")
+    if isinstance(body.tool_choice, NamedTool) and body.tool_choice.function.name not in names:
+        raise wrong("tool_choice", "names a function that is not in `tools`")
+    if len(set(names)) < len(names):
+        raise wrong("tools", "has two functions of one name")
+    form = "text" if body.response_format is None else body.response_format.type
+    if body.forces_call and (body.structured_outputs is not None or form != "text"):
+        raise wrong("tool_choice", "forces a call, and the answer cannot have another form, too")
 
 
 def _check_completion(body: CompletionBody) -> None:

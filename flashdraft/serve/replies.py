@@ -5,11 +5,10 @@ Knows Chunks, and what was asked for. Does not know HTTP, models or the engine's
 
 import secrets
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from flashdraft.serve.choices import ChatChoice, Choice, CompletionChoice, Parser, Plain
+from flashdraft.serve.choices import ChatChoice, Choice, CompletionChoice
 from flashdraft.serve.protocol import ChatBody
 from flashdraft.serve.tokens import TokenTexts
 from flashdraft.serve.translate import Call
@@ -54,21 +53,14 @@ class Reply:
     asked for. Chunk.index is the place of the request in the call.
     """
 
-    def __init__(
-        self,
-        call: Call,
-        head: Head,
-        texts: TokenTexts,
-        new_parser: Callable[[], Parser] = Plain,
-    ) -> None:
-        """new_parser: makes one for every answer of a chat."""
+    def __init__(self, call: Call, head: Head, texts: TokenTexts) -> None:
         self.call = call
         self.head = head
         self.texts = texts
         self.speculation = Speculation()
         self.choices: list[Choice] = []
         for index in range(len(call.requests)):
-            self.choices.append(_choice(call, index, texts, new_parser))
+            self.choices.append(_choice(call, index, texts))
 
         is_chat = isinstance(call.body, ChatBody)
         self._kind = "chat.completion" if is_chat else "text_completion"
@@ -143,14 +135,12 @@ class Reply:
         return {"pieces": pieces, "rejected": rejected, "num_drafted": num_drafted}
 
 
-def _choice(call: Call, index: int, texts: TokenTexts, new_parser: Callable[[], Parser]) -> Choice:
-    body = call.body
+def _choice(call: Call, index: int, texts: TokenTexts) -> Choice:
     request = call.requests[index]
     num_top = request.params.top_logprobs if request.params.logprobs else None
-    if isinstance(body, ChatBody):
-        return ChatChoice(index, texts, new_parser(), num_top)
+    if call.readers:
+        return ChatChoice(index, texts, call.readers[index], num_top)
 
-    echo = call.prompts[index // body.num_answers] if call.prompts else ""
-    return CompletionChoice(
-        index, texts, request.prompt, num_top, echo=echo, is_scoring=call.is_scoring
-    )
+    echo = call.prompts[index // call.body.num_answers] if call.prompts else ""
+    is_scoring = call.is_scoring
+    return CompletionChoice(index, texts, request.prompt, num_top, echo=echo, is_scoring=is_scoring)

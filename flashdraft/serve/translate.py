@@ -7,30 +7,28 @@ without a pass over the model is refused here, before anything waits for a row.
 import json
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 from flashdraft.engine import Drafting, Request, check
 from flashdraft.errors import FlashDraftError, InvalidPrompt
 from flashdraft.generate import Model
+from flashdraft.serve.constraint import Constraint, constraint_of
 from flashdraft.serve.errors import ApiError, as_api_error
-from flashdraft.serve.fields import Tool
 from flashdraft.serve.protocol import (
     ChatBody,
     CompletionBody,
     DetokenizeBody,
-    GenerationBody,
     TokenizeBody,
 )
-from flashdraft.serve.talk import render
+from flashdraft.serve.talk import decoder, reader, render
+from flashdraft.serve.turns import TurnReader
 from flashdraft.types import SEEDS, LogitsProcessor, SamplingParams, counted_on
 
 __all__ = [
     "Call",
-    "Constraint",
     "Settings",
     "check_model",
-    "constraint_of",
     "count_answers",
     "detokenized",
     "tokenized",
@@ -49,31 +47,23 @@ class Settings:
     max_prompts: int = 64  # prompts of one completion
 
 
-class Constraint(NamedTuple):
-    """What a text must be: `source` is a JSON schema, a regex, texts to choose from or a grammar.
-
-    param: the field that it came in.
-    """
-
-    kind: Literal["json", "regex", "choice", "grammar"]
-    source: dict[str, Any] | str | list[str]
-    param: str
-
-
+Json = dict[str, Any]
 Hook = Callable[[Constraint], LogitsProcessor]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Call:
     """A body and what the engine is asked for.
 
     requests: `num_answers` of the body for every prompt, in their order; each one's index is its
-    place. prompts: the text of every prompt as `echo` gives it back; empty without it.
+    place. readers: of a chat, one for every answer. prompts: the text of every prompt as `echo`
+    gives it back; empty without it.
     """
 
     body: ChatBody | CompletionBody
     requests: list[Request]
-    prompts: list[str]
+    readers: list[TurnReader] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
 
     @property
     def is_scoring(self) -> bool:
@@ -120,35 +110,49 @@ def translate(
     count_answers(body, settings)
     constraint = constraint_of(body)
     hook = None if constraint is None else _hook(constraint, hook_of)
-    field = "messages" if isinstance(body, ChatBody) else "prompt"
+    source = "messages" if isinstance(body, ChatBody) else "prompt"
     try:
         prompts = _read(body, model)
         requests = []
         for prompt in prompts:
             params = _params(body, model, prompt.tokens, settings, hook)
             requests += _answers(prompt.tokens, params, body.num_answers, model)
-        for index, request in enumerate(requests):
-            request.index = index
-            request.owner = owner
-            request.drafting = body.drafting or settings.drafting
     except FlashDraftError as error:
-        raise as_api_error(error, prompt=field) from None
+        raise as_api_error(error, prompt=source) from None
 
-    is_echoed = isinstance(body, CompletionBody) and body.echo
-    texts = [_text_of(prompt, model) for prompt in prompts] if is_echoed else []
-    return Call(body, requests, texts)
+    for index, request in enumerate(requests):
+        request.index = index
+        request.owner = owner
+        request.drafting = body.drafting or settings.drafting
+    call = Call(body, requests)
+    if isinstance(body, ChatBody):
+        call.readers = _readers(body, model, requests)
+    elif body.echo:
+        call.prompts = [_text_of(prompt, model) for prompt in prompts]
+    return call
+
+
+def _readers(body: ChatBody, model: Model, requests: Sequence[Request]) -> list[TurnReader]:
+    """What reads the answers; the requests' decoders show it what it looks for."""
+    readers = []
+    tools = _tools(body)
+    choice = _tool_choice(body)
+    for request in requests:
+        request.decoder = decoder(model, body.stops)
+        readers.append(reader(model, request.prompt, tools=tools, tool_choice=choice))
+    return readers
 
 
 def tokenized(body: TokenizeBody, model: Model) -> list[int]:
     """The tokens of a prompt or of a conversation. Raises ApiError."""
-    field = "messages" if body.messages is not None else "prompt"
+    source = "messages" if body.messages is not None else "prompt"
     try:
         if body.messages is not None:
             return _conversation(body, model)
         assert body.prompt is not None
         return _tokens(body.prompt, model, body.add_special_tokens)
     except FlashDraftError as error:
-        raise as_api_error(error, prompt=field) from None
+        raise as_api_error(error, prompt=source) from None
 
 
 def detokenized(body: DetokenizeBody, model: Model) -> str:
@@ -158,27 +162,6 @@ def detokenized(body: DetokenizeBody, model: Model) -> str:
     except InvalidPrompt as error:
         raise as_api_error(error, prompt="tokens") from None
     return _decoded(tokens, model)
-
-
-def constraint_of(body: GenerationBody) -> Constraint | None:
-    """What the text must be; None: anything."""
-    form = body.response_format
-    if form is not None and form.type == "json_object":
-        return Constraint("json", {"type": "object"}, "response_format")
-    if form is not None and form.type == "json_schema":
-        return Constraint("json", form.json_schema.definition, "response_format")
-
-    outputs = body.structured_outputs
-    if outputs is None:
-        return None
-    if outputs.json_ is not None:
-        return Constraint("json", outputs.json_, "structured_outputs")
-    if outputs.regex is not None:
-        return Constraint("regex", outputs.regex, "structured_outputs")
-    if outputs.choice is not None:
-        return Constraint("choice", outputs.choice, "structured_outputs")
-    assert outputs.grammar is not None
-    return Constraint("grammar", outputs.grammar, "structured_outputs")
 
 
 def _hook(constraint: Constraint, hook_of: Hook | None) -> LogitsProcessor:
@@ -229,31 +212,30 @@ def _read(body: ChatBody | CompletionBody, model: Model) -> list[_Prompt]:
 def _conversation(body: ChatBody | TokenizeBody, model: Model) -> list[int]:
     """The tokens of the messages as the chat template tells them."""
     messages = [message.model_dump(exclude_none=True) for message in body.messages or []]
-    tools = [_told(tool) for tool in body.tools or []]
     switches = body.chat_template_kwargs
     return render(
         model,
         messages,
-        tools=tools,
+        tools=_tools(body),
         tool_choice=_tool_choice(body),
         template_kwargs={} if switches is None else switches.model_dump(exclude_none=True),
     )
 
 
-def _told(tool: Tool) -> dict[str, Any]:
-    """As it was sent, without empty fields; its JSON schema keeps its own nulls."""
-    function = {name: value for name, value in tool.function if value is not None}
-    return {"type": tool.type, "function": function}
+def _tools(body: ChatBody | TokenizeBody) -> list[Json]:
+    """As they were sent, without empty fields; their JSON schemas keep their own nulls."""
+    tools = []
+    for tool in body.tools or []:
+        function = {name: value for name, value in tool.function if value is not None}
+        tools.append({"type": tool.type, "function": function})
+    return tools
 
 
-def _tool_choice(body: ChatBody | TokenizeBody) -> str:
+def _tool_choice(body: ChatBody | TokenizeBody) -> str | Json:
     choice = body.tool_choice if isinstance(body, ChatBody) else None
     if choice is None:
         return "auto"
-    if choice not in ("auto", "none"):
-        told = "`tool_choice` must be auto or none: no call is forced here"
-        raise ApiError(400, told, param="tool_choice", code="unsupported_parameter")
-    return str(choice)
+    return choice if isinstance(choice, str) else choice.model_dump()
 
 
 def _tokens(text: str, model: Model, add_special_tokens: bool | None) -> list[int]:
