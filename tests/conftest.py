@@ -39,7 +39,7 @@ from flashdraft.types import Result, SamplingParams
 
 # Their asserts say as much as a test's own; only files named test_*.py are rewritten unasked.
 pytest.register_assert_rewrite("toy_drafts", "toy_engine", "toy_gguf", "toy_pipeline")
-pytest.register_assert_rewrite("toy_prompts", "toy_runs", "toy_training")
+pytest.register_assert_rewrite("toy_browser", "toy_page", "toy_prompts", "toy_runs", "toy_training")
 
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # `make test` gives each one torch thread
 VOCAB, WINDOW, EOS, MASK = 61, 8, 2, 60
