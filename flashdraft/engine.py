@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from flashdraft.decoding.control import Control
+from flashdraft.decoding.forced import with_forced
 from flashdraft.decoding.laws import Reading, adjusted_nodes
 from flashdraft.decoding.sampling import coins, draw, likeliest, logprob, target_probs, uniforms
 from flashdraft.decoding.text import TextDecoder
@@ -225,7 +226,7 @@ class Engine:
         is_drafted = self.control is None or self.control.wants_drafts(len(slots))
 
         with self._timed("draft"):
-            proposal = self._propose(rows, requests) if is_drafted else alone(rows.anchors)
+            proposal = self._propose(rows, requests, is_drafted)
             self._cache.reserve(max(self._cache.lengths) + proposal.num_nodes)
             check_proposal(proposal)  # a faulty drafter would change the law in silence
         with self._timed("target"):
@@ -252,13 +253,17 @@ class Engine:
         self._release(finished)
         return chunks
 
-    def _propose(self, rows: Rows, requests: list[Request]) -> Proposal:
-        """What the drafter proposes, cut to what each row has left and to what pays."""
+    def _propose(self, rows: Rows, requests: list[Request], is_drafted: bool) -> Proposal:
+        """What the drafter proposes and what hooks force, cut to what each row has left and to what
+        pays.
+        """
         limits = torch.tensor([request.num_left for request in requests], **INTS)
-        self._observe()
-        proposal = self.drafter.propose(rows, int(limits.max()))
-        proposal = _cut(proposal, limits)
-        if self.control is not None:
+        proposal = alone(rows.anchors)
+        if is_drafted:
+            self._observe()
+            proposal = self.drafter.propose(rows, int(limits.max()))
+        proposal = _cut(with_forced(proposal, rows.steering), limits)
+        if is_drafted and self.control is not None:
             proposal = _cut(proposal, self.control.trim(proposal))
         return proposal
 

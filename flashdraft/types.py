@@ -290,6 +290,9 @@ class Steering(Protocol):
         Raises InvalidParameter where the hook cannot go on.
         """
 
+    def allows(self, token: int, /) -> bool:
+        """False only where the token is forbidden. For drafts, and quicker than `masked`."""
+
     def forced(self) -> Sequence[int]:
         """The tokens that follow for certain: each is the only one that is allowed. Often none."""
 

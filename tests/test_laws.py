@@ -5,14 +5,15 @@ read once; wrong states are seen.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import EOS, VOCAB, requests_of, run, tiny_target
 from torch import Tensor
 from toy_engine import METHODS, PROMPTS, made
+from toy_hooks import NEW, NUM_FREE, Sum, Sums, by_residue, plain, steered
 
 from flashdraft.decoding.laws import Reading, adjusted_nodes
 from flashdraft.decoding.sampling import adjusted
@@ -21,76 +22,6 @@ from flashdraft.errors import InvalidParameter
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.methods.draft_model import DraftModelDrafter
 from flashdraft.types import Proposal, Result, SamplingParams, Steered, Steering
-
-NEW = 14
-RESIDUES = 5
-NUM_FREE = 9  # so many tokens of the text are free before only an end is allowed
-
-
-def allowed_behind(text: Sequence[int], ends: frozenset[int]) -> list[int]:
-    """The rule that the toy hooks keep: the sum of the text so far says which tokens may follow."""
-    if len(text) >= NUM_FREE:
-        return sorted(ends)
-    residue = sum(text) % RESIDUES
-    others = [token for token in range(VOCAB) if token not in ends]
-    return [token for token in others if token % RESIDUES != residue]
-
-
-def only(logits: Tensor, tokens: Sequence[int]) -> Tensor:
-    masked = torch.full_like(logits, -math.inf)
-    masked[list(tokens)] = logits[list(tokens)]
-    return masked
-
-
-def without_memory(num_prompt: int) -> Callable[[Sequence[int], Tensor], Tensor]:
-    """The rule as a function of all tokens."""
-
-    def hook(tokens: Sequence[int], logits: Tensor) -> Tensor:
-        return only(logits, allowed_behind(tokens[num_prompt:], frozenset({EOS})))
-
-    return hook
-
-
-@dataclass
-class Sum:
-    """The state: the text's sum and length; it counts how often a token was read."""
-
-    ends: frozenset[int]
-    total: int = 0
-    length: int = 0
-    reads: list[int] = field(default_factory=list)  # shared by all states of a text
-
-    def then(self, token: int) -> Steering:
-        self.reads.append(token)
-        return Sum(self.ends, self.total + token, self.length + 1, self.reads)
-
-    def masked(self, logits: Tensor) -> Tensor:
-        text = [self.total, *[0] * (self.length - 1)] if self.length else []
-        return only(logits, allowed_behind(text, self.ends))
-
-    def forced(self) -> Sequence[int]:
-        return ()
-
-
-class Sums:
-    """The hook with a memory."""
-
-    state: type[Sum] = Sum
-
-    def __init__(self) -> None:
-        self.begun: list[Sum] = []
-
-    def begin(self, ends: frozenset[int]) -> Steering:
-        self.begun.append(self.state(ends))
-        return self.begun[-1]
-
-
-def rows_of(temperature: float) -> list[SamplingParams]:
-    """A ragged batch, one row of it without a hook."""
-    common = SamplingParams(temperature=temperature, max_new_tokens=NEW, seed=3)
-    first = replace(common, frequency_penalty=0.5)
-    last = replace(common, seed=5, top_k=20, logit_bias={8: 2.0})
-    return [first, common, last]
 
 
 def written(method: str, params: Sequence[SamplingParams]) -> list[Result]:
@@ -108,28 +39,8 @@ def run_with(drafter: object, params: Sequence[SamplingParams]) -> list[Result]:
     return results
 
 
-def plain(params: Sequence[SamplingParams]) -> list[Result]:
-    """One row at a time, without drafts, by the hook that has no memory."""
-    own = []
-    for prompt, one in zip(PROMPTS, params, strict=True):
-        has_hook = one.logits_processor is not None
-        hook = without_memory(len(prompt)) if has_hook else None
-        own.append(replace(one, logits_processor=hook))
-    engine = Engine(made("llama"), Autoregressive(), max_rows=1)
-    return run(engine, requests_of(PROMPTS, own, {EOS}))
-
-
-def steered(temperature: float, state: type[Sum] = Sum) -> list[SamplingParams]:
-    params = rows_of(temperature)
-    for row in (0, 2):
-        hook = Sums()
-        hook.state = state
-        params[row] = replace(params[row], logits_processor=hook)
-    return params
-
-
 def check_texts(method: str, temperature: float, state: type[Sum] = Sum) -> list[Result]:
-    params = steered(temperature, state)
+    params = steered(temperature, state=state)
     results = written(method, params)
     for own, wanted in zip(results, plain(params), strict=True):
         assert own.tokens == wanted.tokens
@@ -207,14 +118,14 @@ class Twice(Sum):
     """Every token is read twice."""
 
     def then(self, token: int) -> Steering:
-        return Twice(self.ends, self.total + 2 * token, self.length + 1, self.reads)
+        return replace(self, total=self.total + 2 * token, length=self.length + 1)
 
 
 class Deaf(Sum):
     """A node has the state of its parent."""
 
     def then(self, token: int) -> Steering:
-        return Deaf(self.ends, self.total, self.length + 1, self.reads)
+        return replace(self, length=self.length + 1)
 
 
 @pytest.mark.parametrize("fault", [Shared, Twice, Deaf])
@@ -257,7 +168,7 @@ def test_only_nodes_that_a_text_can_reach_are_changed() -> None:
     wanted = adjusted_nodes(proposal, logits, [history], [reading])
     changed = [node for node in range(6) if not torch.equal(wanted[0, node], logits[0, node])]
     assert changed == [0, 2]
-    behind_seven = allowed_behind([11, 7], frozenset({EOS}))
+    behind_seven = by_residue(18, 2, frozenset({EOS}))
     assert (wanted[0, 2] > -math.inf).nonzero()[:, 0].tolist() == behind_seven
 
 
@@ -275,7 +186,7 @@ def test_a_hook_with_a_memory_changes_nothing_where_its_state_is_not_known() -> 
 
 
 def test_a_state_without_a_law_is_refused() -> None:
-    nothing = Sum(frozenset(), length=NUM_FREE)
+    nothing = Sum(frozenset(), by_residue, length=NUM_FREE)
     params = SamplingParams(logits_processor=Sums())
     with pytest.raises(InvalidParameter, match="no law after 2 tokens"):
         adjusted(torch.zeros(VOCAB), params, [1, 2], 1, nothing)
