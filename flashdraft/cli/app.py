@@ -1,7 +1,7 @@
 """The command line as a process sees it: arguments in, text and an exit status out.
 
 Every error is one line, and what helps against it another.
-What a command does stands in `decode`, `bench` and `train`; which there are, in `table`.
+What a command does stands in `decode`, `serve`, `bench` and `train`; which there are, in `table`.
 """
 
 import difflib

@@ -1,0 +1,174 @@
+"""What is refused before a request is looked at: without a key, with headers or a body too large.
+
+Plain ASGI, from outside in: `Keys`, `HeaderLimit`, `BodyLimit`. Paths are compared whole, as they
+came over the wire; never by a prefix, and never through a URL that a Host header has a part in.
+"""
+
+import hashlib
+import hmac
+from collections.abc import Sequence
+from pathlib import Path
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from flashdraft.errors import FlashDraftError
+from flashdraft.serve.errors import ApiError
+
+__all__ = ["MAX_HEADER_BYTES", "OPEN", "BodyLimit", "HeaderLimit", "Keys", "read_keys", "refusal"]
+
+OPEN = frozenset({"/", "/health", "/ready"})  # the routes that need no key
+MAX_HEADER_BYTES = 32 * 1024
+_MOST_KEY_BYTES = 1024
+
+
+def refusal(error: ApiError) -> JSONResponse:
+    """The response that says so."""
+    return JSONResponse(error.body(), error.status, error.headers)
+
+
+def read_keys(from_environment: str | None, file: Path | None) -> list[bytes]:
+    """Keys, one a line: of the environment variable's text and of a file.
+
+    Raises FlashDraftError for a key that no header can carry, and for a file without keys.
+    """
+    lines = (from_environment or "").split("\n")
+    if file is not None:
+        own = file.read_text(encoding="utf-8").split("\n")
+        if not any(line.strip() for line in own):
+            raise FlashDraftError(f"`{file}` holds no key", hint="write one key a line")
+        lines += own
+
+    keys = []
+    for line in lines:
+        key = line.strip()
+        if not key:
+            continue
+        is_sendable = key.isascii() and key.isprintable() and " " not in key
+        if not is_sendable or len(key) > _MOST_KEY_BYTES:
+            refused = "an API key holds a space, or a character that is not ASCII, or is too long"
+            raise FlashDraftError(refused, hint="make one with: openssl rand -hex 32")
+        keys.append(key.encode())
+    return keys
+
+
+class Keys:
+    """Lets through whoever sends one of the keys as a bearer token, and the routes of OPEN.
+
+    scope["state"]["owner"] is the digest of the key; rows of different owners share nothing.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Sequence[bytes]) -> None:
+        self.app = app
+        self._digests = [hashlib.sha256(key).digest() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+
+        given = _bearer_token(scope)
+        digest = hashlib.sha256(given).digest()
+        matches = [hmac.compare_digest(digest, known) for known in self._digests]
+        if any(matches):  # all of them were compared: time tells nothing
+            scope.setdefault("state", {})["owner"] = digest.hex()
+            await self.app(scope, receive, send)
+        elif scope["type"] == "http" and scope["path"] in OPEN:
+            await self.app(scope, receive, send)
+        else:
+            told = "this server needs an API key: send the header `Authorization: Bearer KEY`"
+            wanted = {"www-authenticate": "Bearer"}
+            error = ApiError(401, told, code="invalid_api_key", headers=wanted)
+            await refusal(error)(scope, receive, send)
+
+
+def _bearer_token(scope: Scope) -> bytes:
+    """What the Authorization header carries; empty where there is none, or more than one."""
+    found = [value for name, value in scope["headers"] if name == b"authorization"]
+    if len(found) != 1:
+        return b""
+    scheme, _, token = found[0].partition(b" ")
+    return token.strip() if scheme.lower() == b"bearer" else b""
+
+
+class HeaderLimit:
+    """Refuses headers of more than MAX_HEADER_BYTES, names and target included."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        size = len(scope.get("raw_path") or b"") + len(scope["query_string"])
+        for name, value in scope["headers"]:
+            size += len(name) + len(value)
+        if size <= MAX_HEADER_BYTES:
+            await self.app(scope, receive, send)
+            return
+
+        told = f"the headers have {size} bytes; {MAX_HEADER_BYTES} are allowed"
+        error = ApiError(431, told, code="headers_too_large", headers={"connection": "close"})
+        await refusal(error)(scope, receive, send)
+
+
+class BodyLimit:
+    """Reads the whole body before the app is asked, and refuses one that is too large.
+
+    Whether a Content-Length says so or not, no more than the limit and one network chunk is held.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self.app = app
+        self.max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        if _content_length(scope) > self.max_bytes:
+            await refusal(self._too_large())(scope, receive, send)
+            return
+        body = bytearray()
+        is_whole = False
+        while not is_whole:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            body += message.get("body", b"")
+            is_whole = not message.get("more_body", False)
+            if len(body) > self.max_bytes:
+                body.clear()
+                await refusal(self._too_large())(scope, receive, send)
+                return
+        await self.app(scope, _Replayed(bytes(body), receive), send)
+
+    def _too_large(self) -> ApiError:
+        told = f"the body is larger than {self.max_bytes} bytes"
+        return ApiError(413, told, code="body_too_large")
+
+
+class _Replayed:
+    """An ASGI `receive` that gives a body that was read already, then what comes after it."""
+
+    def __init__(self, body: bytes, receive: Receive) -> None:
+        self._body: bytes | None = body
+        self._receive = receive
+
+    async def __call__(self) -> Message:
+        if self._body is None:
+            return await self._receive()
+        body = self._body
+        self._body = None
+        return {"type": "http.request", "body": body, "more_body": False}
+
+
+def _content_length(scope: Scope) -> int:
+    """What the header says, or 0; a server refuses what is no number before."""
+    for name, value in scope["headers"]:
+        if name == b"content-length" and value.isdigit():
+            return int(value[:20])
+    return 0

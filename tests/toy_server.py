@@ -1,0 +1,177 @@
+"""A tiny random model behind the real server, on a free port, in a thread of the test's process.
+
+`Knobs` slow the engine down, stop it, or let it fail, while the server runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+from conftest import EOS, VOCAB, tiny_drafter, tiny_target
+from toy_folders import letter_tokenizer
+
+from flashdraft.engine import Engine
+from flashdraft.generate import Model
+from flashdraft.serve.app import Options, make_app
+from flashdraft.serve.server import Server, listen, url_of
+from flashdraft.serve.worker import Limits, Worker
+from flashdraft.types import Chunk
+
+NAME = "toy"
+LONG = 200  # tokens of a text that goes on for a while; the context holds 256
+
+
+def toy_model(*, max_rows: int = 4) -> Model:
+    """A random llama of 61 letters with a random DFlash drafter; float64."""
+    target = tiny_target("llama", lean=True)
+    assert target.vocab_size == VOCAB
+    return Model(
+        target,
+        letter_tokenizer(),
+        lambda: tiny_drafter(target),
+        eos=frozenset({EOS}),
+        max_rows=max_rows,
+    )
+
+
+@dataclass
+class Knobs:
+    """What a test does to the engine of a running server."""
+
+    seconds: float = 0.0  # that every step takes longer
+    fault: BaseException | None = None  # raised by the next step, once
+    lasts: bool = False  # by every one
+    open: threading.Event = field(default_factory=threading.Event)  # steps wait for it
+    engines: list[Engine] = field(default_factory=list)  # that were made, the last one runs
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        self.open.set()
+
+    def new_engine(self, max_rows: int) -> Callable[[Model], Engine]:
+        def made(model: Model) -> Engine:
+            engine = _Paced(self, model, max_rows)
+            self.engines.append(engine)
+            return engine
+
+        return made
+
+    @contextmanager
+    def slow(self, seconds: float) -> Iterator[None]:
+        self.seconds = seconds
+        try:
+            yield
+        finally:
+            self.seconds = 0.0
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """No step begins inside."""
+        self.open.clear()
+        try:
+            yield
+        finally:
+            self.open.set()
+
+
+class _Paced(Engine):
+    def __init__(self, knobs: Knobs, model: Model, max_rows: int) -> None:
+        super().__init__(model.target, model.new_drafter(), max_rows=max_rows)
+        self.knobs = knobs
+
+    def step(self) -> list[Chunk]:
+        self.knobs.open.wait()
+        time.sleep(self.knobs.seconds)
+        self.knobs.steps += 1
+        fault = self.knobs.fault
+        if fault is not None:
+            self.knobs.fault = fault if self.knobs.lasts else None
+            raise fault
+        return super().step()
+
+
+@dataclass
+class Toy:
+    """A running server."""
+
+    url: str
+    worker: Worker
+    server: Server
+    knobs: Knobs
+    loop: asyncio.AbstractEventLoop
+
+    def client(self, **options: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=30, trust_env=False, **options)
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of the samples with this name and these labels."""
+        total = 0.0
+        for family in self.worker.metrics.registry.collect():
+            for sample in family.samples:
+                if sample.name == f"flashdraft_{name}" and labels.items() <= sample.labels.items():
+                    total += sample.value
+        return total
+
+    def settle(self, seconds: float = 5.0) -> None:
+        """Wait until nobody holds a place, and look that the engine holds nothing either."""
+        until(lambda: self.worker.is_idle, seconds)
+        engine = self.knobs.engines[-1]
+        assert not engine.running
+        assert not engine.waiting
+
+
+def until(condition: Callable[[], bool], seconds: float = 5.0) -> float:
+    """Wait for it; returns how long that took. Fails if it does not come true."""
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < seconds, "it did not come true"
+        time.sleep(0.002)
+    return time.monotonic() - started
+
+
+@contextmanager
+def running(
+    limits: Limits | None = None,
+    options: Options | None = None,
+    *,
+    load: Callable[[], Model] = toy_model,
+    drain_timeout: float = 5.0,
+    wait: bool = True,
+) -> Iterator[Toy]:
+    """A server, ready unless `wait` is False; stopped at the end."""
+    limits = limits or Limits(max_rows=4, queue=8)
+    knobs = Knobs()
+    worker = Worker(load, limits, new_engine=knobs.new_engine(limits.max_rows))
+    app = make_app(worker, options or Options(model_name=NAME))
+    server = Server(app, worker, drain_timeout=drain_timeout)
+    listening = listen("127.0.0.1", 0)
+    url = url_of(listening)
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=_serve, args=(loop, server, listening), daemon=True)
+    thread.start()
+    try:
+        if wait:
+            until(lambda: worker.is_ready, 30)
+        yield Toy(url, worker, server, knobs, loop)
+    finally:
+        knobs.open.set()
+        if thread.is_alive():
+            loop.call_soon_threadsafe(server.end)
+        thread.join(20)
+        assert not thread.is_alive(), "the server did not end"
+        loop.close()
+
+
+def _serve(loop: asyncio.AbstractEventLoop, server: Server, listening: Any) -> None:
+    asyncio.set_event_loop(loop)
+    try:
+        loop.run_until_complete(server.serve(sockets=[listening]))
+    finally:
+        loop.run_until_complete(loop.shutdown_default_executor())
