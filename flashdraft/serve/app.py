@@ -26,6 +26,7 @@ from flashdraft.serve.errors import ApiError
 from flashdraft.serve.limits import BodyLimit, HeaderLimit, Keys, refusal
 from flashdraft.serve.logs import Traced
 from flashdraft.serve.openapi import described, responses
+from flashdraft.serve.page import PAGE_PATHS, page_routes
 from flashdraft.serve.protocol import (
     Body,
     ChatBody,
@@ -49,16 +50,16 @@ from flashdraft.serve.translate import (
 )
 from flashdraft.serve.worker import Worker
 
-__all__ = ["ROUTES", "Options", "make_app"]
+__all__ = ["OPEN", "ROUTES", "Options", "make_app"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 B = TypeVar("B", bound=Body)
 _CARD = "/v1/models/{name:path}"
 _PREPARING = 2  # threads that read bodies and tokenise: the engine needs the cores
-ROUTES = frozenset(
+OPEN = PAGE_PATHS | {"/health", "/ready"}  # what needs no key: the page asks for it
+ROUTES = PAGE_PATHS | frozenset(
     {
-        "/",
         "/v1/chat/completions",
         "/v1/completions",
         "/v1/models",
@@ -113,7 +114,7 @@ def make_app(worker: Worker, options: Options, hook_of: Hook | None = None) -> F
     app.add_middleware(BodyLimit, max_bytes=options.max_body_bytes)
     app.add_middleware(HeaderLimit)
     if options.keys:
-        app.add_middleware(Keys, keys=options.keys)
+        app.add_middleware(Keys, keys=options.keys, open_paths=OPEN)
     if options.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -127,6 +128,7 @@ def make_app(worker: Worker, options: Options, hook_of: Hook | None = None) -> F
 
 
 def _add_routes(app: FastAPI, api: "_Api") -> None:
+    app.include_router(page_routes())
     app.get("/health", responses=responses("/health"))(api.health)
     app.get("/ready", responses=responses("/ready"))(api.ready)
     app.get("/metrics", responses=responses("/metrics"))(api.metrics)

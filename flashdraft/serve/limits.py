@@ -6,7 +6,7 @@ came over the wire; never by a prefix, and never through a URL that a Host heade
 
 import hashlib
 import hmac
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 from starlette.responses import JSONResponse
@@ -15,9 +15,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from flashdraft.errors import FlashDraftError
 from flashdraft.serve.errors import ApiError
 
-__all__ = ["MAX_HEADER_BYTES", "OPEN", "BodyLimit", "HeaderLimit", "Keys", "read_keys", "refusal"]
+__all__ = ["MAX_HEADER_BYTES", "BodyLimit", "HeaderLimit", "Keys", "read_keys", "refusal"]
 
-OPEN = frozenset({"/", "/health", "/ready"})  # the routes that need no key
 MAX_HEADER_BYTES = 32 * 1024
 _MOST_KEY_BYTES = 1024
 
@@ -53,13 +52,16 @@ def read_keys(from_environment: str | None, file: Path | None) -> list[bytes]:
 
 
 class Keys:
-    """Lets through whoever sends one of the keys as a bearer token, and the routes of OPEN.
+    """Lets through whoever sends one of the keys as a bearer token, and the paths that need none.
 
     scope["state"]["owner"] is the digest of the key; rows of different owners share nothing.
     """
 
-    def __init__(self, app: ASGIApp, keys: Sequence[bytes]) -> None:
+    def __init__(
+        self, app: ASGIApp, keys: Sequence[bytes], open_paths: Container[str] = ()
+    ) -> None:
         self.app = app
+        self._open_paths = open_paths
         self._digests = [hashlib.sha256(key).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -73,7 +75,7 @@ class Keys:
         if any(matches):  # all of them were compared: time tells nothing
             scope.setdefault("state", {})["owner"] = digest.hex()
             await self.app(scope, receive, send)
-        elif scope["type"] == "http" and scope["path"] in OPEN:
+        elif scope["type"] == "http" and scope["path"] in self._open_paths:
             await self.app(scope, receive, send)
         else:
             told = "this server needs an API key: send the header `Authorization: Bearer KEY`"
