@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any, NoReturn, Self, cast
 
 from flashdraft.decoding.control import Control
-from flashdraft.decoding.prompt import as_asked, is_one, rendered
+from flashdraft.decoding.prompt import as_asked, check_text, encoded, is_one
 from flashdraft.decoding.text import TextDecoder
 from flashdraft.engine import Engine, Request, check
 from flashdraft.errors import FlashDraftError, InvalidParameter, InvalidPrompt
@@ -117,21 +117,13 @@ class Model:
         if template:
             switch = {} if thinking is None else {"enable_thinking": thinking}
             turns = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
-            text = rendered(self.tokenizer, self.target.name, turns, **switch)
-            return self._tokens(text, add_special_tokens=False)
+            return self._checked(encoded(self.tokenizer, self.target.name, turns, **switch))
 
         if not isinstance(asked, str):
             refused = f"`{self.target.name}` has no chat template for a conversation"
             raise InvalidPrompt(refused, hint="give the prompt as text")
-        return self._tokens(asked, add_special_tokens=True)
-
-    def _tokens(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            refused = "the prompt holds half a character (a lone surrogate)"
-            raise InvalidPrompt(refused, hint="send text in UTF-8") from None
-        return self._checked(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        check_text(asked)
+        return self._checked(self.tokenizer.encode(asked, add_special_tokens=True))
 
     def _checked(self, tokens: list[int]) -> list[int]:
         size = self.target.vocab_size

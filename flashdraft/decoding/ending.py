@@ -5,9 +5,17 @@ models, requests or files.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
-__all__ = ["Tokenizer", "end_tokens", "ends_itself", "hidden_tokens", "stated_ends", "turn_end"]
+__all__ = [
+    "Tokenizer",
+    "added_tokens",
+    "end_tokens",
+    "ends_itself",
+    "hidden_tokens",
+    "stated_ends",
+    "turn_end",
+]
 
 _SAID = "FlashDraftEnds"  # what the assistant says where the chat template is looked at
 _TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _SAID}]
@@ -87,7 +95,7 @@ def _longest_beginning(text: str, tokens: Mapping[int, str]) -> int | None:
 
 def hidden_tokens(tokenizer: Tokenizer) -> dict[int, str]:
     """The text of every token that is left out of a decoded text because it is special."""
-    added = _added_tokens(tokenizer)
+    added = added_tokens(tokenizer)
     hidden = {}
     for token, content in _special_tokens(tokenizer).items():
         is_special = getattr(added.get(token), "special", True)
@@ -106,7 +114,7 @@ def ends_itself(answer: Mapping[str, object]) -> bool:
 
 def _special_tokens(tokenizer: Tokenizer) -> dict[int, str]:
     """The texts of all tokens that were added or are special."""
-    found = {int(token): str(content) for token, content in _added_tokens(tokenizer).items()}
+    found = {int(token): str(content) for token, content in added_tokens(tokenizer).items()}
     ids = getattr(tokenizer, "all_special_ids", None)
     if not ids:
         return found
@@ -116,9 +124,9 @@ def _special_tokens(tokenizer: Tokenizer) -> dict[int, str]:
     return found
 
 
-def _added_tokens(tokenizer: Tokenizer) -> Mapping[int, object]:
-    """Tokens that were added to the vocabulary, with their flags."""
-    added: Mapping[int, object] | None = getattr(tokenizer, "added_tokens_decoder", None)
+def added_tokens(tokenizer: Tokenizer) -> Mapping[int, Any]:
+    """Tokens that were added to the vocabulary, with their flags: AddedToken of transformers."""
+    added: Mapping[int, Any] | None = getattr(tokenizer, "added_tokens_decoder", None)
     return added if added else {}
 
 

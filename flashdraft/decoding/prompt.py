@@ -2,22 +2,26 @@
 
 Knows the types that people hand over, and a tokenizer's `apply_chat_template`. Does not know
 models, files or data sets. What is no prompt is refused by name, and so is a conversation of which
-a template would drop something.
+a template would drop something. Nobody but the template writes control tokens.
 """
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any, NamedTuple, Protocol, TypeGuard
+from weakref import WeakKeyDictionary
 
-from flashdraft.decoding.ending import Tokenizer
+from flashdraft.decoding import ending
+from flashdraft.decoding.spelling import Marks, Spelling
 from flashdraft.errors import InvalidPrompt, first_line
 from flashdraft.types import as_number
 
-__all__ = ["Asked", "as_asked", "content_text", "is_one", "rendered"]
+__all__ = ["Asked", "as_asked", "check_text", "content_text", "encoded", "is_one"]
 
 Turn = dict[str, Any]
+Change = Callable[[str], str]
 Asked = str | list[Turn] | list[int]
 
 _FORMS = "give text, a conversation (a list of {role, content}), or a list of token ids"
@@ -33,7 +37,14 @@ _NEARLY: list[tuple[tuple[type, ...], str]] = [
 _PROMPT_FIELDS = ("input_ids", "messages", "conversations", "prompt")  # of a row or an encoding
 # jinja's, of a template that is broken whatever is asked
 _TEMPLATE_ERRORS = ("TemplateSyntaxError", "TemplateAssertionError", "SecurityError")
+_ROLE = re.compile(r"[\w .-]+")  # templates write it between their own marks
 _PROBE = " FlashDraftProbe"  # what is added to a turn to see whether the template reads it
+
+
+class Tokenizer(ending.Tokenizer, Protocol):
+    """What is called of a tokenizer here."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
 
 class _Array(Protocol):
@@ -101,7 +112,7 @@ def _turn(turn: Mapping[str, Any], number: int) -> Turn:
     has_content = "content" in turn or "tool_calls" in turn
     if "role" not in turn or not has_content:
         raise _no_prompt([turn])
-    if not isinstance(turn["role"], str):
+    if not isinstance(turn["role"], str) or not _ROLE.fullmatch(turn["role"]):
         raise InvalidPrompt(f"turn {number}: its role is {_shown(turn['role'])}", hint=_FORMS)
 
     content = turn.get("content")
@@ -229,14 +240,35 @@ class _Told(NamedTuple):
     text: str
 
 
-def rendered(tokenizer: Tokenizer, name: str, turns: Sequence[Turn], **switches: object) -> str:
-    """The conversation as the chat template of the target called `name` tells it.
+def encoded(
+    tokenizer: Tokenizer, name: str, turns: Sequence[Turn], **switches: object
+) -> list[int]:
+    """The tokens of the conversation as the chat template of the target called `name` tells it.
 
-    It ends where the answer begins. turns: their content is text; templates that want parts get
-    parts. Raises InvalidPrompt where the template refuses the conversation, or would drop something
-    of it without a word.
+    They end where the answer begins. turns: their content is text; templates that want parts get
+    parts. switches: the template's, `tools` among them. Raises InvalidPrompt where the template
+    refuses the conversation, or would drop something of it without a word.
     """
     template = _Template(tokenizer, name, getattr(tokenizer, "chat_template", None), switches)
+    told = _rendered(turns, template)
+    check_text(told.text)
+    tokens = _spelled(told, template)
+    if tokens is not None:
+        return tokens
+    return tokenizer.encode(told.text, add_special_tokens=False)
+
+
+def check_text(text: str) -> None:
+    """Raises InvalidPrompt for text that is none in UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        refused = "the prompt holds half a character (a lone surrogate)"
+        raise InvalidPrompt(refused, hint="send text in UTF-8") from None
+
+
+def _rendered(turns: Sequence[Turn], template: _Template) -> _Told:
+    name = template.name
     source = str(template.source)
     has_calls = any(turn.get("tool_calls") for turn in turns)
     if has_calls and "tool_calls" not in source:
@@ -252,7 +284,7 @@ def rendered(tokenizer: Tokenizer, name: str, turns: Sequence[Turn], **switches:
         if _is_dropped(number, told, template):
             got = f"the chat template of `{name}` drops turns of role `{turn['role']}`"
             raise InvalidPrompt(got, hint="leave that turn out, or put its text into a user's turn")
-    return told.text
+    return told
 
 
 def _without_developer(turn: Turn) -> Turn:
@@ -304,3 +336,116 @@ def _is_dropped(number: int, told: _Told, template: _Template) -> bool:
         return template.tell(turns) == told.text
     except InvalidPrompt:  # it looked at it
         return False
+
+
+# --- control tokens -------------------------------------------------------------------------------
+
+_SPELLINGS: WeakKeyDictionary[Tokenizer, Spelling] = WeakKeyDictionary()
+
+
+def _spelled(told: _Told, template: _Template) -> list[int] | None:
+    """The tokens of what is told, where control tokens are spelled out in the conversation.
+
+    None: there are none in it, and the tokenizer may encode the text itself.
+    """
+    spelling = _spelling_of(template)
+    parts = list(_texts([told.turns, template.switches.get("tools")]))
+    together = "\0".join(parts)
+    check_text(together)
+    holds_any = spelling.holds(together)
+    if not holds_any and not any(spelling.may_join(part) for part in parts):
+        return None
+    if holds_any and not spelling.can_spell:
+        refused = f"the conversation holds control tokens of `{template.name}` as text"
+        raise InvalidPrompt(refused, hint="leave out what looks like <|im_end|>")
+    if not spelling.can_spell:
+        return None
+
+    marks = Marks.absent_from(f"{told.text}\0{together}")
+    for spared in (frozenset[int](), spelling.read):
+        marked = _tell_marked(told.turns, template, _Pen(spelling, marks, spared))
+        if isinstance(marked, str) and marks.removed(marked) == told.text:
+            return None if spelling.is_harmless(marked, marks) else spelling.encode(marked, marks)
+
+    # The template looks for what has marks now. It is told that there is none.
+    if not holds_any:
+        return None
+    if isinstance(marked, InvalidPrompt):
+        raise marked
+    return spelling.encode(marked, marks)
+
+
+def _spelling_of(template: _Template) -> Spelling:
+    source = str(template.source)
+    spelling = _SPELLINGS.get(template.tokenizer)
+    if spelling is None or spelling.template != source:
+        spelling = Spelling(template.tokenizer, source)
+        _SPELLINGS[template.tokenizer] = spelling
+    return spelling
+
+
+class _Pen(NamedTuple):
+    """What marks the parts of a conversation.
+
+    spared: control tokens that the template itself reads in what assistants said.
+    """
+
+    spelling: Spelling
+    marks: Marks
+    spared: frozenset[int]
+
+    def mark(self, text: str) -> str:
+        return self.spelling.marked(text, self.marks)
+
+    def mark_said(self, text: str) -> str:
+        return self.spelling.marked(text, self.marks, self.spared)
+
+    def mark_key(self, text: str) -> str:
+        """The name of a field: only where it is no name."""
+        return self.mark(text) if self.spelling.holds(text) else text
+
+
+def _tell_marked(turns: Sequence[Turn], template: _Template, pen: _Pen) -> str | InvalidPrompt:
+    """What the template makes of the conversation with its parts marked."""
+    marked = []
+    for turn in turns:
+        fields = _changed(turn, pen.mark, pen.mark_key)
+        if turn["role"] == "assistant":
+            fields["content"] = _changed(turn["content"], pen.mark_said, pen.mark_key)
+        marked.append(fields | {"role": turn["role"]})
+    switches = dict(template.switches)
+    if "tools" in switches:
+        switches["tools"] = _changed(switches["tools"], pen.mark, pen.mark_key)
+    told = _told(marked, replace(template, switches=switches))
+    return told.text if isinstance(told, _Told) else told
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Every text in it, names of fields included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _texts(name)
+            yield from _texts(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _texts(inner)
+
+
+def _changed(value: Any, of_text: Change, of_name: Change) -> Any:
+    """The same with every text in it changed, and every name of a field."""
+    if isinstance(value, str):
+        return of_text(value)
+    if isinstance(value, (list, tuple)):
+        return [_changed(inner, of_text, of_name) for inner in value]
+    if not isinstance(value, Mapping):
+        return value
+
+    changed = {}
+    for name, inner in value.items():
+        is_kind = name == "type" and isinstance(inner, str)
+        own = of_name if is_kind else of_text
+        key = of_name(name) if isinstance(name, str) else name
+        changed[key] = _changed(inner, own, of_name)
+    return changed

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flashdraft.decoding.prompt import as_asked, rendered
+from flashdraft.decoding.prompt import as_asked, encoded
 from flashdraft.decoding.text import TextDecoder
 from flashdraft.errors import InvalidParameter, InvalidPrompt
 from flashdraft.generate import Model
@@ -48,8 +48,7 @@ def render(
         switches["tools"] = [dict(tool) for tool in tools]
     turns = as_asked([_with_arguments(message) for message in messages])
     assert isinstance(turns, list)
-    text = rendered(model.tokenizer, name, turns, **switches)  # type: ignore[arg-type]
-    return model.encode(model.tokenizer.encode(text, add_special_tokens=False))
+    return model.encode(encoded(model.tokenizer, name, turns, **switches))  # type: ignore[arg-type]
 
 
 def reader(
