@@ -22,7 +22,7 @@ KERNELS = ("torch", "float32", "compact", "int8")
 
 
 def medians(targets, *, tokens=1, context=64, rows=1, repeats=9):
-    """Of every target: a step in which each row reads so many tokens behind the context."""
+    """Of every target: a step in which each row reads so many tokens behind the context, in ms."""
     caches = {}
     times = {}
     prompt = torch.arange(context) % 1000 + 100
@@ -42,18 +42,15 @@ def medians(targets, *, tokens=1, context=64, rows=1, repeats=9):
             target.forward(caches[name], slots, read, parents, sizes, ())
             times[name].append(1000 * (time.perf_counter() - started))
 
-    cells = []
-    for own in times.values():
-        cells.append(f"{statistics.median(own[1:]):.1f}")
-    return cells
+    return [statistics.median(own[1:]) for own in times.values()]
 
 
 def table(title, targets, name, values, **fixed):
     """A row for every value of the argument of `medians` that is called `name`."""
     rows = []
     for value in values:
-        cells = medians(targets, **{name: value}, **fixed)
-        rows.append([title, str(value), *cells])
+        milliseconds = medians(targets, **{name: value}, **fixed)
+        rows.append([title, str(value), *(f"{one:.1f}" for one in milliseconds)])
     print_table(["", name, *targets], rows)
     print()
 
@@ -77,24 +74,30 @@ def random_target(size, kernels):
 # hidden and inner size, layers, heads, heads of keys and values
 SHAPES = {"0.5B": (896, 4864, 24, 14, 2), "1.5B": (1536, 8960, 28, 12, 2)}
 
-name = sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m"
-targets = {}
-for kernel in KERNELS:
-    targets[kernel], _, _ = load_target(name, kernel=kernel)
-words = {kernel: target.kernel for kernel, target in targets.items()}
-threads = torch.get_num_threads()
-print(words, threads, "threads")
 
-table("a row's tokens", targets, "tokens", (1, 2, 4, 8, 16, 32))
-table("one token", targets, "context", (64, 256, 1024, 4096))
-table("one token a row, context 64", targets, "rows", (1, 2, 4, 8, 16))
-table("six tokens a row, context 64", targets, "rows", (1, 2, 4, 8, 16), tokens=6)
+def main():
+    name = sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m"
+    targets = {}
+    for kernel in KERNELS:
+        targets[kernel], _, _ = load_target(name, kernel=kernel)
+    words = {kernel: target.kernel for kernel, target in targets.items()}
+    threads = torch.get_num_threads()
+    print(words, threads, "threads")
 
-torch.set_num_threads(1)
-table("1 thread", targets, "tokens", (1, 8))
-torch.set_num_threads(threads)
+    table("a row's tokens", targets, "tokens", (1, 2, 4, 8, 16, 32))
+    table("one token", targets, "context", (64, 256, 1024, 4096))
+    table("one token a row, context 64", targets, "rows", (1, 2, 4, 8, 16))
+    table("six tokens a row, context 64", targets, "rows", (1, 2, 4, 8, 16), tokens=6)
 
-for size in SHAPES:
-    some = random_target(size, ("compact", "int8"))
-    table(f"{size}, random bf16 weights", some, "tokens", (1, 8), repeats=5)
-    del some  # before the next one is made
+    torch.set_num_threads(1)
+    table("1 thread", targets, "tokens", (1, 8))
+    torch.set_num_threads(threads)
+
+    for size in SHAPES:
+        some = random_target(size, ("compact", "int8"))
+        table(f"{size}, random bf16 weights", some, "tokens", (1, 8), repeats=5)
+        del some  # before the next one is made
+
+
+if __name__ == "__main__":
+    main()
