@@ -262,6 +262,8 @@ FIELDS: list[tuple[type[Body], str, Any, Any, str]] = [
     (ChatBody, "structured_outputs", {"json": {}}, {"js": {}}, "structured_outputs.js"),
     (ChatBody, "drafting", "off", "sometimes", ""),
     (ChatBody, "draft_pieces", False, True, ""),  # without stream
+    (ChatBody, "cache_salt", "a" * 200, "a" * 201, ""),
+    (ChatBody, "cache_salt", "a", "", ""),
     (ChatBody, "user", "me", 5, ""),
     (ChatBody, "messages", [SAY], [], ""),
     (ChatBody, "max_tokens", 5, 0, ""),

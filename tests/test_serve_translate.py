@@ -152,6 +152,21 @@ def test_several_prompts_and_answers_stand_in_order(model: Model) -> None:
     assert {request.owner for request in call.requests} == {"me"}
 
 
+def test_a_salt_parts_the_requests_of_one_key_and_joins_none_of_two(model: Model) -> None:
+    (plain,) = asked(model).requests
+    (salted,) = asked(model, cache_salt="me").requests
+    (again,) = asked(model, cache_salt="me").requests
+    (other,) = asked(model, cache_salt="you").requests
+    assert salted.owner == again.owner
+    owners = {plain.owner, salted.owner, other.owner}
+    assert len(owners) == 3
+
+    forged = translate(
+        body_of(ChatBody, {"cache_salt": "me"}), model, Settings(max_tokens=50), owner=""
+    )
+    assert forged.requests[0].owner not in owners
+
+
 @pytest.mark.parametrize(
     ("kind", "fields", "param"),
     [

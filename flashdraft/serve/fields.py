@@ -282,7 +282,6 @@ COMMON: Mapping[str, Fixed] = {
     "priority": Fixed((0,), "requests are served in the order of their arrival"),
     "request_id": Fixed(hint="send the header x-request-id"),
     "session_id": Fixed(),
-    "cache_salt": Fixed(hint="requests of different API keys share nothing"),
     "return_tokens_as_token_ids": Fixed((False,)),
     "return_token_ids": Fixed((False,)),
     "return_token_offsets": Fixed((False,)),

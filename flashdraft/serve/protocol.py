@@ -101,6 +101,8 @@ class GenerationBody(Body):
     # this server's own
     drafting: Literal["auto", "on", "off"] | None = None
     draft_pieces: bool | None = None  # streamed chunks say which text was drafted
+    # vLLM's: requests share a prefix only with those of their key and salt
+    cache_salt: Annotated[str, Field(min_length=1, max_length=200)] | None = None
     # about the client; nothing is done with them
     user: Text | None = None
 

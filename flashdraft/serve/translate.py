@@ -122,7 +122,8 @@ def translate(
 
     for index, request in enumerate(requests):
         request.index = index
-        request.owner = owner
+        # a key's digest has no slash, so that no salt makes one owner of another
+        request.owner = owner if body.cache_salt is None else f"{owner}/{body.cache_salt}"
         request.drafting = body.drafting or settings.drafting
     call = Call(body, requests)
     if isinstance(body, ChatBody):
