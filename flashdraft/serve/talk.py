@@ -4,13 +4,13 @@ Tools are told as the model's template does. Knows OpenAI's messages and tools a
 model's chat template. Does not know HTTP, bodies or the engine.
 """
 
-import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from flashdraft.decoding.prompt import as_asked, encoded
 from flashdraft.decoding.text import TextDecoder
 from flashdraft.errors import InvalidParameter, InvalidPrompt
+from flashdraft.files import parse_json
 from flashdraft.generate import Model
 from flashdraft.serve.turns import MARKS, THINK, THOUGHT, TurnReader
 
@@ -38,17 +38,24 @@ def render(
     template refuses, and InvalidParameter, with `option`, for tools and switches that it has not.
     """
     name = model.target.name
-    source = getattr(model.tokenizer, "chat_template", None)
+    source = str(getattr(model.tokenizer, "chat_template", None) or "")
     if not source:
         refused = f"`{name}` has no chat template for messages"
         raise InvalidPrompt(refused, hint="send the prompt as text to /v1/completions")
 
-    switches = _switches(template_kwargs or {}, str(source), name)
-    if tools and tool_choice != "none":
-        switches["tools"] = [dict(tool) for tool in tools]
-    turns = as_asked([_with_arguments(message) for message in messages])
-    assert isinstance(turns, list)
-    return model.encode(encoded(model.tokenizer, name, turns, **switches))  # type: ignore[arg-type]
+    switches = _switches(template_kwargs or {}, source, name)
+    turns = []
+    for message in messages:
+        turns.append(_turn(message, source))
+    if not tools or tool_choice == "none":
+        return _tokens(model, turns, switches)
+
+    if "tools" not in source:
+        raise _no_tools(name)
+    told = _tokens(model, turns, {**switches, "tools": list(tools)})
+    if told == _tokens(model, turns, switches):
+        raise _no_tools(name)
+    return told
 
 
 def reader(
@@ -57,12 +64,16 @@ def reader(
     *,
     tools: Sequence[Tool] | None = None,
     tool_choice: Choice = "auto",
+    is_bound: bool = False,
 ) -> TurnReader:
-    """What reads one answer to a prompt that `render` made with the same tools and choice."""
+    """What reads one answer to a prompt that `render` made with the same tools and choice.
+
+    is_bound: the answer is bound to a grammar, and holds no thoughts.
+    """
     names = [tool["function"]["name"] for tool in tools or ()]
     if tool_choice == "none":
         names = []
-    if tool_choice not in ("none", "auto"):  # the answer is bound to be a call
+    if is_bound or tool_choice not in ("none", "auto"):
         return TurnReader(names=names)
 
     thinks = THOUGHT in str(getattr(model.tokenizer, "chat_template", None))
@@ -97,22 +108,46 @@ def _switches(given: Mapping[str, object], source: str, name: str) -> dict[str, 
     return switches
 
 
-def _with_arguments(message: Message) -> Message:
-    """The same message; the arguments of its calls as the object that their JSON is.
+def _no_tools(name: str) -> InvalidParameter:
+    got = f"the chat template of `{name}` has no tools"
+    hint = "leave `tools` out, or serve a model that was trained to call them"
+    return InvalidParameter(got, hint=hint, option="tools")
 
-    That is what templates write.
+
+def _tokens(model: Model, turns: Sequence[Message], switches: Mapping[str, object]) -> list[int]:
+    conversation = cast(list[dict[str, Any]], as_asked(turns))
+    tokens = encoded(model.tokenizer, model.target.name, conversation, **switches)
+    return model.encode(tokens)  # which are checked against the vocabulary
+
+
+def _turn(message: Message, source: str) -> Message:
+    """A message as templates read it: the arguments of its calls are the object of their JSON.
+
+    Thoughts are left out where the template does not ask for them, as it leaves them out itself.
     """
-    calls = message.get("tool_calls")
+    turn = dict(message)
+    if turn.get("content") is None and turn.get("reasoning_content"):
+        turn["content"] = ""
+    if "reasoning_content" not in source:
+        turn.pop("reasoning_content", None)
+    calls = turn.pop("tool_calls", None)
     if not calls:
-        return {name: value for name, value in message.items() if name != "tool_calls"}
+        return turn
 
     told = []
     for call in calls:
         function = dict(call["function"])
-        try:
-            function["arguments"] = json.loads(function["arguments"] or "{}")
-        except (ValueError, RecursionError):
-            got = f"the arguments of a call of `{function['name']}` are not JSON"
-            raise InvalidPrompt(got, hint="send them back as they came") from None
+        function["arguments"] = _arguments(function)
         told.append({**call, "function": function})
-    return {**message, "tool_calls": told}
+    return {**turn, "tool_calls": told}
+
+
+def _arguments(function: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        arguments = parse_json(function["arguments"] or "{}")
+    except ValueError:
+        arguments = None
+    if not isinstance(arguments, dict):
+        got = f"the arguments of a call of `{function['name']}` are no JSON object"
+        raise InvalidPrompt(got, hint="send them back as they came")
+    return arguments
