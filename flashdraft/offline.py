@@ -50,7 +50,7 @@ class Done(NamedTuple):
 
     num_answers: int
     num_tokens: int
-    target_passes: int
+    tau: float  # mean over the answers; 0 without any
     seconds: float
 
 
@@ -217,13 +217,14 @@ def _write(ended: Iterable[_Ended], held: "_Answers") -> Done:
     started = time.perf_counter()
     num_answers = 0
     num_tokens = 0
-    target_passes = 0
+    sum_of_taus = 0.0
     for prompt, result in ended:
         held.file.append(_line(prompt, result))
         num_answers += 1
         num_tokens += result.stats.num_tokens
-        target_passes += result.stats.target_passes
-    return Done(num_answers, num_tokens, target_passes, time.perf_counter() - started)
+        sum_of_taus += result.stats.tau
+    tau = sum_of_taus / max(num_answers, 1)
+    return Done(num_answers, num_tokens, tau, time.perf_counter() - started)
 
 
 def _line(prompt: _Prompt, result: Result) -> Row:

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import toy_server
 import yaml
 from conftest import tiny_target
 
@@ -63,6 +64,32 @@ def test_a_drafters_layers_are_read_from_its_folder() -> None:
     assert recipe().of_drafter(str(folder)) == recipe().known()[0].drafter
 
 
+# The client.
+
+
+def clients() -> list[tuple[str, str]]:
+    found = []
+    for name in ("README.md", "docs/serving.md"):
+        page = (ROOT / name).read_text(encoding="utf-8")
+        for code in re.findall(r"^```py\n(.*?)^```$", page, re.M | re.S):
+            if "openai" in code:
+                found.append((name, code))
+    return found
+
+
+def test_clients_of_the_pages_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """As they are printed, with the address and the name of the server that is here."""
+    with toy_server.running() as toy:
+        for name, code in clients():
+            here = code.replace("http://127.0.0.1:8000", toy.url)
+            here = here.replace('"smollm2-135m"', f'"{toy_server.NAME}"')
+            exec(compile(here, name, "exec"), {})
+    told = capsys.readouterr().out
+    assert "tokens were drafted\n" in told
+    assert told.endswith(" tokens\n")
+    assert [name for name, _ in clients()] == ["README.md", "docs/serving.md"]
+
+
 # Metrics and options.
 
 
@@ -107,9 +134,8 @@ def test_a_metric_that_is_not_there_is_caught() -> None:
 
 
 def test_the_page_names_every_option_with_its_default() -> None:
-    from flashdraft.serve.options import ServeOptions
-
     from flashdraft.cli.options import ModelOptions
+    from flashdraft.serve.options import ServeOptions
 
     table = PAGE.split("## Options")[1].split("## Capacity")[0]
     named = set(re.findall(r"`--([\w-]+)`", table.split("\n\n")[1]))

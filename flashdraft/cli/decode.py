@@ -167,7 +167,7 @@ def _answer_file(job: Job, model: ModelOptions, max_rows: int) -> None:
     print(f"{done.num_answers} new answers in {job.out}")
     if done.num_answers:
         speed = done.num_tokens / done.seconds
-        print(f"{done.num_tokens} tokens, {speed:.1f} tokens/s")
+        print(f"{done.num_tokens} tokens, {speed:.1f} tokens/s, tau {done.tau:.2f}")
 
 
 def _standard_input() -> str:
