@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from conftest import VOCAB
 from toy_folders import CHAT
 from toy_prompts import language_model
+from toy_tokenizers import byte_tokenizer
 
+from flashdraft.decoding.grammar import Grammar, grammar_of
 from flashdraft.engine import Request
-from flashdraft.errors import InvalidParameter
 from flashdraft.generate import Model
 from flashdraft.serve.constraint import Constraint, constraint_of
 from flashdraft.serve.errors import ApiError
@@ -354,6 +356,7 @@ def test_the_prompt_is_echoed_as_it_came(model: Model) -> None:
 
 SCHEMA = {"type": "object", "properties": {"a": {"$ref": "#/$defs/a"}}, "$defs": {"a": {}}}
 NAMED_SCHEMA = {"name": "a", "schema": SCHEMA}
+WRONG_SCHEMA = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "strange"}}}
 LARK = 'start: "a"'
 F = {"type": "function", "function": {"name": "f", "parameters": SCHEMA}}
 G = {"type": "function", "function": {"name": "g"}}
@@ -417,30 +420,33 @@ def test_references_inside_a_schema_move_with_it() -> None:
     for part in pointer.removeprefix("#/").split("/"):
         found = found[int(part)] if isinstance(found, list) else found[part]
     assert found is arguments["$defs"]["a"]
+    assert grammar_of(byte_tokenizer(), constraint.kind, constraint.source)
 
 
-def test_a_constraint_becomes_one_hook_for_all_answers(model: Model) -> None:
-    seen = []
-
-    def hook_of(constraint: Constraint) -> Any:
-        seen.append(constraint)
-        return lambda tokens, logits: logits
-
-    body = body_of(CompletionBody, {"structured_outputs": {"regex": "a"}, "n": 3})
-    call = translate(body, model, Settings(), hook_of=hook_of)
-    assert seen == [Constraint("regex", "a", "structured_outputs")]
-    assert len({id(request.params.logits_processor) for request in call.requests}) == 1
-    assert call.requests[0].params.logits_processor is not None
+def test_a_constraint_becomes_one_grammar_for_all_answers(model: Model) -> None:
+    hooks = []
+    model = replace(model, tokenizer=byte_tokenizer())
+    call = asked(model, prompt=[5], structured_outputs={"regex": "[ab]+"}, n=3)
+    for request in call.requests:
+        hooks.append(request.params.logits_processor)
+    assert isinstance(hooks[0], Grammar)
+    assert hooks == [hooks[0]] * 3
 
 
-def test_a_constraint_that_cannot_be_kept_is_refused_in_one_line(model: Model) -> None:
-    def hook_of(constraint: Constraint) -> Any:
-        raise InvalidParameter("no such regex\nat all", hint="mend it")
-
-    body = body_of(CompletionBody, {"structured_outputs": {"regex": "("}})
-    for made in (hook_of, None):
-        with pytest.raises(ApiError) as caught:
-            translate(body, model, Settings(), hook_of=made)
-        assert caught.value.status == 400
-        assert caught.value.param == "structured_outputs"
-        assert "\n" not in caught.value.message
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs"),
+        ({"structured_outputs": {"grammar": "start: nothing"}}, "structured_outputs"),
+        ({"structured_outputs": {"json": "{"}}, "structured_outputs"),
+        ({"response_format": WRONG_SCHEMA}, "response_format"),
+    ],
+)
+def test_a_grammar_that_cannot_be_compiled_is_told_in_one_line(
+    model: Model, fields: dict[str, Any], param: str
+) -> None:
+    error = refusal(replace(model, tokenizer=byte_tokenizer()), **fields)
+    assert (error.status, error.param) == (400, param)
+    assert "fast" not in error.message  # which would be the tokenizer's fault
+    assert "\n" not in error.message
+    assert len(error.message) < 1000

@@ -40,7 +40,6 @@ from flashdraft.serve.responses import EventStream, Whole, as_refusal
 from flashdraft.serve.tokens import TokenTexts
 from flashdraft.serve.translate import (
     Call,
-    Hook,
     Settings,
     check_model,
     count_answers,
@@ -85,9 +84,9 @@ class Options:
     settings: Settings = field(default_factory=Settings)
 
 
-def make_app(worker: Worker, options: Options, hook_of: Hook | None = None) -> FastAPI:
+def make_app(worker: Worker, options: Options) -> FastAPI:
     """The server's app; the worker is started and stopped with it."""
-    api = _Api(worker, options, hook_of)
+    api = _Api(worker, options)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -164,11 +163,10 @@ async def _as_openai(request: Request, error: Exception) -> Response:
 class _Api:
     """The routes' functions."""
 
-    def __init__(self, worker: Worker, options: Options, hook_of: Hook | None) -> None:
+    def __init__(self, worker: Worker, options: Options) -> None:
         self.worker = worker
         self.options = options
         self.pool = ThreadPoolExecutor(_PREPARING, "prepare")
-        self._hook_of = hook_of
         self._created = int(time())
         self._texts: TokenTexts | None = None
 
@@ -203,7 +201,7 @@ class _Api:
     async def _translated(self, request: Request, body: ChatBody | CompletionBody) -> Call:
         owner = request.scope["state"].get("owner", "")
         settings = self.options.settings
-        work = partial(translate, owner=owner, hook_of=self._hook_of)
+        work = partial(translate, owner=owner)
         return await self._aside(work, body, self._model, settings)
 
     def _reply(self, call: Call) -> Reply:

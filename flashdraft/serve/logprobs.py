@@ -52,25 +52,28 @@ def scored_prompt(
 def _offsets(tokens: Sequence[int], text: str, texts: TokenTexts) -> Iterator[int]:
     """Where each token begins in the text, in characters.
 
-    A token that the tokenizer put in (a beginning of text, the space before the first word) has no
+    What the tokenizer put around it (a beginning of text, the space before the first word) has no
     room in it.
     """
+    parts = [texts.bytes_of(token) for token in tokens]
     whole = text.encode()
-    place = 0
+    joined = b"".join(parts)
+    start = max(joined.find(whole), 0)
+    if joined.endswith(whole):
+        start = len(joined) - len(whole)
+
+    place = 0  # in `joined`
     offset = 0
-    for token in tokens:
+    for part in parts:
         yield offset
-        own = texts.bytes_of(token)
-        if not whole.startswith(own, place):
-            own = own.lstrip(b" ")
-        if whole.startswith(own, place):
-            place += len(own)
-            offset += _num_begun(own)
+        first = max(place - start, 0)
+        place += len(part)
+        offset += _num_begun(whole[first : max(place - start, 0)])
 
 
-def _num_begun(own: bytes) -> int:
+def _num_begun(part: bytes) -> int:
     """How many characters of UTF-8 begin in these bytes."""
-    return sum(byte & 0xC0 != 0x80 for byte in own)
+    return sum(byte & 0xC0 != 0x80 for byte in part)
 
 
 def chat_logprobs(scored: Sequence[Scored], num_top: int, texts: TokenTexts) -> dict[str, Any]:

@@ -6,13 +6,15 @@ without a pass over the model is refused here, before anything waits for a row.
 
 import json
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from flashdraft.decoding.grammar import Grammar, grammar_of
 from flashdraft.engine import Drafting, Request, check
-from flashdraft.errors import FlashDraftError, InvalidPrompt
+from flashdraft.errors import FlashDraftError, InvalidParameter, InvalidPrompt
 from flashdraft.generate import Model
+from flashdraft.pretrained import Tokenizer
 from flashdraft.serve.constraint import Constraint, constraint_of
 from flashdraft.serve.errors import ApiError, as_api_error
 from flashdraft.serve.protocol import (
@@ -23,7 +25,7 @@ from flashdraft.serve.protocol import (
 )
 from flashdraft.serve.talk import decoder, reader, render
 from flashdraft.serve.turns import TurnReader
-from flashdraft.types import SEEDS, LogitsProcessor, SamplingParams, counted_on
+from flashdraft.types import SEEDS, SamplingParams, counted_on
 
 __all__ = [
     "Call",
@@ -35,6 +37,8 @@ __all__ = [
     "translate",
 ]
 
+Json = dict[str, Any]
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -45,10 +49,6 @@ class Settings:
     drafting: Drafting = "auto"
     max_n: int = 16  # answers to one prompt
     max_prompts: int = 64  # prompts of one completion
-
-
-Json = dict[str, Any]
-Hook = Callable[[Constraint], LogitsProcessor]
 
 
 @dataclass
@@ -100,16 +100,14 @@ def translate(
     settings: Settings,
     *,
     owner: str = "",
-    hook_of: Hook | None = None,
 ) -> Call:
     """What the engine is asked for. Raises ApiError.
 
-    owner: whose the requests are; see Request. hook_of: makes the hook of a constraint, and raises
-    an error of ours for one that cannot be kept; None: constraints are refused.
+    owner: whose the requests are; see Request. Compiling a grammar can take a second.
     """
     count_answers(body, settings)
     constraint = constraint_of(body)
-    hook = None if constraint is None else _hook(constraint, hook_of)
+    hook = None if constraint is None else _hook(constraint, model.tokenizer)
     source = "messages" if isinstance(body, ChatBody) else "prompt"
     try:
         prompts = _read(body, model)
@@ -165,16 +163,13 @@ def detokenized(body: DetokenizeBody, model: Model) -> str:
     return _decoded(tokens, model)
 
 
-def _hook(constraint: Constraint, hook_of: Hook | None) -> LogitsProcessor:
-    param = constraint.param
-    if hook_of is None:
-        told = f"`{param}` is not supported: this server has no grammars"
-        raise ApiError(400, told, param=param, code="unsupported_parameter")
+def _hook(constraint: Constraint, tokenizer: Tokenizer) -> Grammar:
+    """Compiles it. Raises ApiError where that cannot be done."""
     try:
-        return hook_of(constraint)
-    except FlashDraftError as error:
+        return grammar_of(tokenizer, constraint.kind, constraint.source)
+    except InvalidParameter as error:
         told = as_api_error(error).message
-        raise ApiError(400, told, param=param, code="invalid_value") from None
+        raise ApiError(400, told, param=constraint.param, code="invalid_value") from None
 
 
 # --- prompts --------------------------------------------------------------------------------------
@@ -280,7 +275,7 @@ def _params(
     model: Model,
     prompt: Sequence[int],
     settings: Settings,
-    hook: LogitsProcessor | None,
+    hook: Grammar | None,
 ) -> SamplingParams:
     """The first answer's parameters. Without a seed in the body it is drawn."""
     given: dict[str, Any] = {
