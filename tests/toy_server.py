@@ -6,14 +6,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from http.client import HTTPResponse
+from typing import Any, NamedTuple
 
-import httpx
+import httpx2 as httpx
 from conftest import EOS, VOCAB, tiny_drafter, tiny_target
 from toy_folders import letter_tokenizer
 
@@ -144,14 +147,20 @@ def running(
     load: Callable[[], Model] = toy_model,
     drain_timeout: float = 5.0,
     wait: bool = True,
+    send_buffer: int | None = None,
 ) -> Iterator[Toy]:
-    """A server, ready unless `wait` is False; stopped at the end."""
+    """A server, ready unless `wait` is False; stopped at the end.
+
+    send_buffer: bytes that the kernel holds for a client that does not read.
+    """
     limits = limits or Limits(max_rows=4, queue=8)
     knobs = Knobs()
     worker = Worker(load, limits, new_engine=knobs.new_engine(limits.max_rows))
     app = make_app(worker, options or Options(model_name=NAME))
     server = Server(app, worker, drain_timeout=drain_timeout)
     listening = listen("127.0.0.1", 0)
+    if send_buffer is not None:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     url = url_of(listening)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=_serve, args=(loop, server, listening), daemon=True)
@@ -175,3 +184,77 @@ def _serve(loop: asyncio.AbstractEventLoop, server: Server, listening: Any) -> N
         loop.run_until_complete(server.serve(sockets=[listening]))
     finally:
         loop.run_until_complete(loop.shutdown_default_executor())
+
+
+# --- what clients send and read -------------------------------------------------------------------
+
+
+def chat_body(text: str = "hello", **fields: Any) -> dict[str, Any]:
+    asked = {"model": NAME, "messages": [{"role": "user", "content": text}]}
+    return {**asked, "temperature": 0, "max_tokens": 12, "ignore_eos": True, **fields}
+
+
+def events_of(lines: Iterable[str]) -> Iterator[Any]:
+    """The data of every event: parsed JSON, or the text `[DONE]`. Comments are left out."""
+    for line in lines:
+        if line.startswith("data: "):
+            data = line.removeprefix("data: ")
+            yield data if data == "[DONE]" else json.loads(data)
+
+
+def text_of(events: Iterable[Any]) -> str:
+    """What a streamed chat has said, choice 0."""
+    text = ""
+    for event in events:
+        if event != "[DONE]":
+            for choice in event["choices"]:
+                text += choice["delta"].get("content", "")
+    return text
+
+
+def said(toy: Toy, body: dict[str, Any]) -> str:
+    """The text of a chat's answer, streamed or whole."""
+    with toy.client() as client:
+        if not body.get("stream"):
+            answer = client.post("/v1/chat/completions", json=body)
+            assert answer.status_code == 200, answer.text
+            return str(answer.json()["choices"][0]["message"]["content"])
+        with client.stream("POST", "/v1/chat/completions", json=body) as stream:
+            events = list(events_of(stream.iter_lines()))
+        assert events[-1] == "[DONE]"
+        return text_of(events)
+
+
+class Answer(NamedTuple):
+    """What came back over a socket."""
+
+    status: int
+    body: bytes
+
+
+def raw(toy: Toy, request: bytes) -> Answer:
+    """The answer to bytes that no client library would send."""
+    with connected(toy) as sock:
+        sock.sendall(request)
+        return answer_from(sock)
+
+
+def answer_from(sock: socket.socket) -> Answer:
+    response = HTTPResponse(sock)
+    try:
+        response.begin()
+        return Answer(response.status, response.read())
+    finally:
+        response.close()
+
+
+def connected(toy: Toy) -> socket.socket:
+    host, _, port = toy.url.removeprefix("http://").partition(":")
+    return socket.create_connection((host, int(port)), timeout=10)
+
+
+def posted(body: dict[str, Any], path: str = "/v1/chat/completions") -> bytes:
+    """The bytes of a POST."""
+    content = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: toy\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content
