@@ -4,6 +4,7 @@ foreign is refused in one line with a hint.
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
 from typing import Any
@@ -423,6 +424,23 @@ def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as error:
         DFlashDraftModel.from_pretrained(tmp_path)
     assert "holds no .safetensors file" in one_line_and_hint(error)
+
+
+def test_pickles_are_read_in_one_place_and_as_tensors_alone() -> None:
+    package = Path(flashdraft.__file__).parent
+    readers = []
+    for path in sorted(package.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
+            options = [ast.unparse(option) for option in node.keywords]
+            assert not called.startswith(("pickle.", "cloudpickle.", "joblib.", "dill.")), path
+            assert "allow_pickle=True" not in options, path
+            if called == "torch.load":
+                readers.append(path.name)
+                assert "weights_only=True" in options
+    assert readers == ["read.py"]
 
 
 @pytest.mark.parametrize(

@@ -136,9 +136,11 @@ def _readers(body: ChatBody, model: Model, requests: Sequence[Request]) -> list[
     readers = []
     tools = _tools(body)
     choice = _tool_choice(body)
+    is_bound = constraint_of(body) is not None
     for request in requests:
+        prompt = request.prompt
         request.decoder = decoder(model, body.stops)
-        readers.append(reader(model, request.prompt, tools=tools, tool_choice=choice))
+        readers.append(reader(model, prompt, tools=tools, tool_choice=choice, is_bound=is_bound))
     return readers
 
 
