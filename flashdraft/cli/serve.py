@@ -22,7 +22,7 @@ def serve(
     options: ServeOptions,
     served: Annotated[str | None, Argument(metavar="[TARGET]", help=TARGET_HELP)] = None,
 ) -> None:
-    """Serve a model by OpenAI's API, with a chat page at /.
+    """Serve a model by OpenAI's API, and at / a page to chat.
 
     Examples:
         flashdraft serve
