@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["Grammar", "Kind", "Schema", "grammar_of", "prepare"]
 
 Kind = Literal["json", "regex", "choice", "grammar"]
-Schema = Mapping[str, object] | bool
+Schema = Mapping[str, object]
 
 # What is refused before it is compiled; what is too large beyond that shows while it is.
 MOST_BYTES = 256 * 1024  # of a schema, an expression or a grammar, as text
@@ -83,14 +83,15 @@ class Grammar:
         """
         text = schema if isinstance(schema, str) else _as_json(schema)
         _check_size(text)
-        parsed = _parsed(text)
-        if not isinstance(parsed, (dict, bool)):
-            raise _refused("a JSON schema is an object, true or false")
-        _check_count(parsed)
+        _check_schema(text)
 
         matcher = _library().LLMatcher
         spacing = _ANY_SPACING if any_spacing else _SPACING
-        return cls(tokenizer, matcher.grammar_from_json_schema(text, defaults=spacing))
+        try:
+            source = matcher.grammar_from_json_schema(text, defaults=spacing)
+        except ValueError as error:  # of the schema's own "x-guidance"
+            raise _refused(_in_one_line(error)) from None
+        return cls(tokenizer, source)
 
     @classmethod
     def regex(cls, tokenizer: Tokenizer, pattern: str) -> Self:
@@ -138,7 +139,7 @@ def grammar_of(tokenizer: Tokenizer, kind: Kind, source: object) -> Grammar:
     it outside the engine's thread. Raises InvalidParameter with the reason in one line, and
     FlashDraftError where llguidance is not installed.
     """
-    if kind == "json" and isinstance(source, (Mapping, bool, str)):
+    if kind == "json" and isinstance(source, (Mapping, str)):
         return Grammar.json_schema(tokenizer, source)
     if kind == "choice" and isinstance(source, Sequence) and not isinstance(source, str):
         return Grammar.choice(tokenizer, [str(text) for text in source])
@@ -311,7 +312,10 @@ def _refused(why: str) -> InvalidParameter:
 
 
 def _in_one_line(message: object) -> str:
-    words = str(message).replace("<non-verbose/>", "").split()
+    """The cause, where the library draws a picture of the place around it."""
+    text = str(message).replace("<non-verbose/>", "")
+    *_, cause = text.split("\nerror: ")
+    words = cause.split()
     return " ".join(words)[:300]
 
 
@@ -319,13 +323,6 @@ def _as_json(schema: object) -> str:
     try:
         return json.dumps(schema, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise _refused(f"the schema is no JSON: {_in_one_line(error)}") from None
-
-
-def _parsed(text: str) -> object:
-    try:
-        return parse_json(text)
-    except ValueError as error:
         raise _refused(f"the schema is no JSON: {_in_one_line(error)}") from None
 
 
@@ -338,9 +335,16 @@ def _check_size(text: str) -> None:
         raise _refused(f"it has {num_bytes} bytes; {MOST_BYTES} are allowed")
 
 
-def _check_count(schema: object) -> None:
+def _check_schema(text: str) -> None:
+    try:
+        schema = parse_json(text)
+    except ValueError as error:
+        raise _refused(f"the schema is no JSON: {_in_one_line(error)}") from None
+    if not isinstance(schema, dict):
+        raise _refused("a JSON schema is an object")
+
     count = 0
-    waiting = [schema]
+    waiting: list[object] = [schema]
     while waiting:
         node = waiting.pop()
         count += 1
