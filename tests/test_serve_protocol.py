@@ -407,7 +407,7 @@ CALLED = {"id": "call_1", "type": "function", "function": {"name": "f", "argumen
 @pytest.mark.parametrize(
     "message",
     [
-        {"role": "system", "content": "a"},
+        {"role": "system", "content": "a", "type": "text"},  # as lm-eval sends it
         {"role": "developer", "content": "a"},
         {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": ""}]},
         {"role": "assistant", "content": "a"},
@@ -467,6 +467,7 @@ def test_an_error_repeats_nothing_of_a_talk() -> None:
 
 # --- together -------------------------------------------------------------------------------------
 
+STRICT = {"type": "function", "function": {"name": "f", "strict": True}}
 NAMED = {"type": "function", "function": {"name": "f"}}
 STREAM = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
 
@@ -483,6 +484,7 @@ STREAM = {"stream": True, "stream_options": {"include_usage": True, "continuous_
         {"tools": [TOOL], "tool_choice": NAMED, "response_format": {"type": "text"}},
         {"response_format": {"type": "text"}, "structured_outputs": {"regex": "a"}},
         {"parallel_tool_calls": False},
+        {"tools": [STRICT], "tool_choice": "required"},
     ],
 )
 def test_fields_that_go_together(fields: dict[str, Any]) -> None:

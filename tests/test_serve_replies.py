@@ -184,7 +184,7 @@ def test_ids_cannot_be_guessed(model: Model) -> None:
 CALL = '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
 TOOLS = [{"type": "function", "function": {"name": "f"}}]
 TOOLED = (
-    "{% for tool in tools %}{{ tool.function.name }}{% endfor %}"
+    "{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}"
     "{% for message in messages %}{{ message.content }}{% endfor %} </think>"
 )
 
@@ -387,6 +387,7 @@ def test_a_stream_shows_what_was_drafted(model: Model) -> None:
     event = reply.take(chunk)
     assert event is not None
     assert event["flashdraft"] == {
+        "index": 0,
         "pieces": [{"text": "b", "origin": "drafted"}, {"text": "", "origin": "target"}],
         "rejected": ["x", "y"],
         "num_drafted": 3,

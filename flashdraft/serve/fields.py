@@ -43,7 +43,6 @@ MAX_TOP_LOGPROBS = 20
 MAX_TOOLS = 128
 
 Json = dict[str, Any]  # a free object of the client's; what is inside is looked at by its reader
-Text = Annotated[str, Field(max_length=10_000_000)]
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 
@@ -75,15 +74,15 @@ class Part(Strict):
     """A piece of a message's content; text is all that these models read."""
 
     type: Literal["text"]
-    text: Text
+    text: str
 
 
-Content = Text | Annotated[list[Part], Field(min_length=1, fail_fast=True)]
+Content = str | Annotated[list[Part], Field(min_length=1, fail_fast=True)]
 
 
 class FunctionCall(Strict):
     name: Name
-    arguments: Text  # JSON as text, as the model wrote it
+    arguments: str  # JSON as text, as the model wrote it
 
 
 class ToolCall(Strict):
@@ -92,24 +91,28 @@ class ToolCall(Strict):
     function: FunctionCall
 
 
-class SystemMessage(Strict):
+class _Message(Strict):
+    type: Literal["text"] | None = None  # which lm-eval puts here; it says nothing
+
+
+class SystemMessage(_Message):
     role: Literal["system", "developer"]
     content: Content
     name: None = None
 
 
-class UserMessage(Strict):
+class UserMessage(_Message):
     role: Literal["user"]
     content: Content
     name: None = None
 
 
-class AssistantMessage(Strict):
+class AssistantMessage(_Message):
     """An earlier answer; what the API put into it besides its text may come back empty."""
 
     role: Literal["assistant"]
     content: Content | None = None
-    reasoning_content: Text | None = None
+    reasoning_content: str | None = None
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     name: None = None
     refusal: None = None
@@ -118,7 +121,7 @@ class AssistantMessage(Strict):
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
 
 
-class ToolMessage(Strict):
+class ToolMessage(_Message):
     role: Literal["tool"]
     content: Content
     tool_call_id: str
@@ -168,7 +171,7 @@ class Function(Strict):
     name: Name
     description: str | None = None
     parameters: Json | None = None  # a JSON schema
-    strict: Literal[False] | None = None  # arguments are not bound to the schema
+    strict: bool | None = None  # arguments keep to the schema; where a call is forced, they do
 
 
 class Tool(Strict):

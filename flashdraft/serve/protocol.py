@@ -37,7 +37,6 @@ from flashdraft.serve.fields import (
     StructuredOutputs,
     Temperature,
     TemplateSwitches,
-    Text,
     TokenId,
     Tool,
     ToolChoice,
@@ -104,7 +103,7 @@ class GenerationBody(Body):
     # vLLM's: requests share a prefix only with those of their key and salt
     cache_salt: Annotated[str, Field(min_length=1, max_length=200)] | None = None
     # about the client; nothing is done with them
-    user: Text | None = None
+    user: str | None = None
 
     @field_validator("logit_bias")
     @classmethod
@@ -155,8 +154,8 @@ class ChatBody(GenerationBody):
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: TemplateSwitches | None = None
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
-    safety_identifier: Text | None = None
-    prompt_cache_key: Text | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
 
     @property
     def forces_call(self) -> bool:
@@ -182,7 +181,7 @@ class TokenizeBody(Body):
 
     refused: ClassVar[Mapping[str, Fixed]] = TOKENIZE_ONLY
 
-    prompt: Text | None = None
+    prompt: str | None = None
     messages: Messages | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     chat_template_kwargs: TemplateSwitches | None = None
@@ -268,16 +267,26 @@ def _check_chat(body: ChatBody) -> None:
     if body.parallel_tool_calls is False and body.tools:
         raise wrong("parallel_tool_calls", "cannot be false: a model may call several tools")
 
-    names = [tool.function.name for tool in body.tools or []]
-    needs_tools = body.tool_choice is not None and body.tool_choice != "none"
-    if needs_tools and not names:
-        raise wrong("tool_choice", "needs `tools`")
-    if isinstance(body.tool_choice, NamedTool) and body.tool_choice.function.name not in names:
-        raise wrong("tool_choice", "names a function that is not in `tools`")
+    _check_tools(body)
+
+
+def _check_tools(body: ChatBody) -> None:
+    tools = body.tools or []
+    names = [tool.function.name for tool in tools]
     if len(set(names)) < len(names):
         raise wrong("tools", "has two functions of one name")
-    form = "text" if body.response_format is None else body.response_format.type
-    if body.forces_call and (body.structured_outputs is not None or form != "text"):
+    for i, tool in enumerate(tools):
+        if tool.function.strict and not body.forces_call:
+            told = "needs a `tool_choice` that forces a call: others are not bound to a schema"
+            raise wrong(f"tools[{i}].function.strict", told)
+
+    choice = body.tool_choice
+    if choice is not None and choice != "none" and not tools:
+        raise wrong("tool_choice", "needs `tools`")
+    if isinstance(choice, NamedTool) and choice.function.name not in names:
+        raise wrong("tool_choice", "names a function that is not in `tools`")
+    has_form = body.response_format is not None and body.response_format.type != "text"
+    if body.forces_call and (has_form or body.structured_outputs is not None):
         raise wrong("tool_choice", "forces a call, and the answer cannot have another form, too")
 
 

@@ -132,7 +132,12 @@ class Reply:
             origin = "drafted" if piece.drafted else "target"
             pieces.append({"text": piece.text, "origin": origin})
         rejected = [self.texts.text_of(token) for token in chunk.rejected]
-        return {"pieces": pieces, "rejected": rejected, "num_drafted": num_drafted}
+        return {
+            "index": chunk.index,
+            "pieces": pieces,
+            "rejected": rejected,
+            "num_drafted": num_drafted,
+        }
 
 
 def _choice(call: Call, index: int, texts: TokenTexts) -> Choice:

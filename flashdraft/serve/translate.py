@@ -209,7 +209,9 @@ def _read(body: ChatBody | CompletionBody, model: Model) -> list[_Prompt]:
 
 def _conversation(body: ChatBody | TokenizeBody, model: Model) -> list[int]:
     """The tokens of the messages as the chat template tells them."""
-    messages = [message.model_dump(exclude_none=True) for message in body.messages or []]
+    messages = []
+    for message in body.messages or []:
+        messages.append(message.model_dump(exclude_none=True, exclude={"type"}))
     switches = body.chat_template_kwargs
     return render(
         model,
