@@ -27,9 +27,10 @@ demo: $(READY) ## decode with and without the built-in drafter
 	$(BIN)/flashdraft demo
 	$(BIN)/flashdraft demo --kernel int8
 
-# One torch thread a worker; tests of threads and of time run afterwards, alone.
+# One torch thread a worker; tests of threads and of time run afterwards, alone. -rs tells why a test was left out, as
+# those of the chat page are where there is no Chromium.
 test: lint ## lint, types and every test, two at a time (WORKERS=N)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not alone"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs -n $(WORKERS) --dist worksteal -m "not alone"
 	$(BIN)/python -m pytest -m alone
 
 lint: $(READY) ## ruff and mypy, changing nothing

@@ -11,6 +11,7 @@ from toy_browser import Fresh, ask, is_wider_than_screen, said, text_of, wait_un
 from toy_page import HOSTILE, HOSTILE_NAME, REVERSE, TIDES, ToyChat
 
 # fixtures
+chat = toy_browser.chat
 toy = toy_browser.toy
 url = toy_browser.url
 chromium = toy_browser.chromium

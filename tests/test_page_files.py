@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
-import toy_browser
+from toy_page import ToyChat, served
 
 from flashdraft.serve import page as page_module
 from flashdraft.serve.page import PAGE_PATHS
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "flashdraft/serve/page"
-# fixtures
-toy = toy_browser.toy
-url = toy_browser.url
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with served(ToyChat().app) as address:
+        yield address
 
 
 @pytest.mark.parametrize("path", sorted(PAGE_PATHS))

@@ -20,39 +20,59 @@ CHROMIUM_FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-NO_CHROMIUM = "no Chromium here, the page is not tested: apt-get install chromium"
 Fresh = Callable[..., Page]
+expect.set_options(timeout=15_000)  # milliseconds; a machine may be busy
+
+
+def chromium_path() -> str:
+    """Where the browser is.
+
+    Without one, files that import this one are skipped, for one reason in one line; with
+    FLASHDRAFT_CHROMIUM=required that is an error.
+    """
+    for name in ("chromium", "chromium-browser", "google-chrome"):
+        path = shutil.which(name)
+        if path is not None:
+            return path
+    told = "no Chromium, so the chat page is not tested: apt-get install chromium"
+    if os.environ.get("FLASHDRAFT_CHROMIUM") == "required":
+        raise RuntimeError(told)
+    pytest.skip(told, allow_module_level=True)
+
+
+CHROMIUM = chromium_path()
 
 
 @pytest.fixture(scope="module")
-def toy() -> ToyChat:
+def chat() -> ToyChat:
     return ToyChat()
 
 
 @pytest.fixture(scope="module")
-def url(toy: ToyChat) -> Iterator[str]:
-    with served(toy.app) as address:
+def url(chat: ToyChat) -> Iterator[str]:
+    with served(chat.app) as address:
         yield address
+
+
+@pytest.fixture(autouse=True)
+def toy(chat: ToyChat) -> ToyChat:
+    """The server behind the page, as it is at first."""
+    chat.__dict__.update(key="", name="smollm2-135m", seconds=0.0, num_gone=0)
+    chat.bodies.clear()
+    return chat
 
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
-    names = ("chromium", "chromium-browser", "google-chrome")
-    found = [path for path in map(shutil.which, names) if path]
-    if not found:
-        is_required = os.environ.get("FLASHDRAFT_CHROMIUM") == "required"
-        (pytest.fail if is_required else pytest.skip)(NO_CHROMIUM)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found[0], args=CHROMIUM_FLAGS)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
         yield browser
         browser.close()
 
 
 @pytest.fixture
-def fresh(chromium: Browser, toy: ToyChat, url: str) -> Iterator[Fresh]:
+def fresh(chromium: Browser, url: str) -> Iterator[Fresh]:
     """Opens the page in a tab of its own; afterwards no script of it failed, no request left."""
-    toy.__dict__.update(key="", name="smollm2-135m", seconds=0.0, num_gone=0)
-    toy.bodies.clear()
     contexts: list[BrowserContext] = []
     asked: list[str] = []
     failed: list[str] = []
@@ -81,7 +101,7 @@ def ask(page: Page, prompt: str, ends: str | None = "Finished") -> None:
     page.get_by_label("Message").fill(prompt)
     page.get_by_label("Message").press("Enter")
     if ends is not None:
-        expect(page.get_by_role("status")).to_contain_text(ends, timeout=15_000)
+        expect(page.get_by_role("status")).to_contain_text(ends)
 
 
 def text_of(steps: list[Step]) -> str:

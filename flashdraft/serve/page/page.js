@@ -403,7 +403,7 @@ class Painter {
     } else if (chunk.choices?.[0]?.delta?.content) {
       this.#tally.note(now);
     }
-    if (chunk.usage) this.#tally.settle(chunk.usage.completion_tokens, now);
+    if (chunk.usage) this.#tally.settle(chunk.usage);
 
     this.#chunks.push(chunk);
     if (this.#isPlanned) return;

@@ -34,18 +34,19 @@ export class Tally {
     }
   }
 
-  /** What a server that sends no steps says in the end. */
-  settle(numTokens, now) {
-    if (this.numTokens > 0) return;
-    this.#first ??= now;
-    this.#last = now;
-    this.numTokens = numTokens;
-  }
-
   /** Text came, of a server that sends no steps. */
   note(now) {
     this.#first ??= now;
     this.#last = now;
+  }
+
+  /** The server's own sums at the end: they also hold drafts behind the end of the text. */
+  settle(usage) {
+    if (this.numTokens === 0) this.numTokens = usage.completion_tokens;
+    const details = usage.completion_tokens_details;
+    if (!details) return;
+    this.numAccepted = details.accepted_prediction_tokens;
+    this.numDrafted = this.numAccepted + details.rejected_prediction_tokens;
   }
 
   /** Tokens per second behind the first one; null while there is nothing to measure. */
