@@ -154,6 +154,22 @@ def test_the_page_names_every_option_with_its_default() -> None:
             assert default == field.default
 
 
+def test_the_page_names_every_route_and_field() -> None:
+    from flashdraft.serve.app import ROUTES
+    from flashdraft.serve.page import PAGE_PATHS
+    from flashdraft.serve.protocol import ChatBody, CompletionBody
+
+    section = PAGE.split("## Endpoints and fields")[1].split("## Options")[0]
+    routes, table = section.strip().split("\n\n")[:2]
+    for route in ROUTES - set(PAGE_PATHS) - {"/"}:
+        assert f"{route}`" in routes, route
+
+    taken = [line for line in table.splitlines() if not line.startswith("| refused")]
+    named = {name.split(".")[0] for name in re.findall(r"`([\w.]+)`", "\n".join(taken))}
+    known = ChatBody.model_fields.keys() | CompletionBody.model_fields.keys()
+    assert named - {"content"} == known - {"model", "messages", "prompt"}
+
+
 # Files.
 
 
