@@ -189,7 +189,7 @@ def test_a_closed_stream_frees_its_row_within_a_step() -> None:
 
 def test_a_worker_that_forgets_to_cancel_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     def forgets(worker: Worker, stream: Stream, numbers: list[int], reason: str) -> None:
-        stream._give_back(len(numbers))
+        stream._have_left(len(numbers))
 
     monkeypatch.setattr(Worker, "_cancel", forgets)
     with pytest.raises(TimeoutError):
@@ -223,6 +223,7 @@ def test_a_request_that_takes_too_long_ends_and_frees_its_row() -> None:
         await soon(lambda: is_free(worker, knobs), 0.3)
         assert worker.metrics.cancelled.labels("timeout")._value.get() == 1
         stream.close()
+        assert worker.is_idle
 
     run(body, Limits(max_rows=2, queue=4, timeout=0.2))
 
@@ -238,6 +239,7 @@ def test_a_stream_that_nobody_reads_is_dropped_and_its_neighbour_goes_on() -> No
             await anext(slow)
         with pytest.raises(TooSlow, match="20 chunks wait"):
             await anext(slow)
+        slow.close()
         slow.close()
         await soon(lambda: is_free(worker, knobs))
 

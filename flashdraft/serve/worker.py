@@ -101,6 +101,7 @@ class Stream:
     def __init__(self, worker: "Worker", places: int) -> None:
         self._worker = worker
         self._places = places  # that it still holds
+        self._num_leaving = 0  # requests whose cancel is on its way to the engine
         self._chunks: deque[Chunk] = deque()
         self._arrived = asyncio.Event()
         self._numbers: dict[int, int] = {}  # of requests that go on: the engine's -> the call's
@@ -154,11 +155,9 @@ class Stream:
             self._watch.cancel()
             self._watch = None
         self._chunks.clear()
-        unfinished = list(self._numbers)
-        self._numbers = {}
-        self._give_back(self._places - len(unfinished))  # never used
-        if unfinished:
-            self._worker._cancel(self, unfinished, "gone")
+        num_unused = self._places - self._num_leaving - len(self._numbers)
+        self._give_back(num_unused)
+        self._cancel("gone")
 
     # What follows is the worker's.
 
@@ -210,12 +209,20 @@ class Stream:
         """End all requests of the call; `next` raises the error behind what has come so far."""
         if self._error is None:
             self._error = error
-        waiting = list(self._numbers)
-        self._numbers = {}
-        if waiting:
-            reason = _REASONS.get(type(error), "failed")
-            self._worker._cancel(self, waiting, reason)
+        self._cancel(_REASONS.get(type(error), "failed"))
         self._arrived.set()
+
+    def _cancel(self, reason: str) -> None:
+        """Have the engine forget what is unfinished; the places come back when it has."""
+        unfinished = list(self._numbers)
+        self._numbers = {}
+        self._num_leaving += len(unfinished)
+        if unfinished:
+            self._worker._cancel(self, unfinished, reason)
+
+    def _have_left(self, count: int) -> None:
+        self._num_leaving -= count
+        self._give_back(count)
 
     def _give_back(self, places: int) -> None:
         self._places -= places
@@ -338,12 +345,13 @@ class Worker:
         for number in numbers:
             self._streams.pop(number, None)
         if not self._thread.is_alive():
-            stream._give_back(len(numbers))
+            stream._have_left(len(numbers))
             return
         self._commands.put(partial(self._on_cancel, stream, numbers, reason))
 
     def _free(self, places: int) -> None:
         self._taken -= places
+        assert self._taken >= 0, "a place came back twice"
         self.changed.set()
 
     def _set_state(self, state: State) -> None:
@@ -363,7 +371,7 @@ class Worker:
 
     def _cancelled(self, stream: Stream, count: int, reason: str) -> None:
         self.metrics.cancelled.labels(reason).inc(count)
-        stream._give_back(count)
+        stream._have_left(count)
 
     def _fail(self, numbers: list[int], error: Exception) -> None:
         """These requests are gone; the engine holds nothing of them any more."""
