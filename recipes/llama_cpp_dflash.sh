@@ -9,19 +9,7 @@ results=${1:-runs/peers}
 flashdraft=${FLASHDRAFT:-flashdraft} python=${PYTHON:-python3} here=$(dirname "$0")
 mkdir -p "$results"
 
-if [ -z "${LLAMA_CPP:-}" ]; then
-    LLAMA_CPP=$results/llama_cpp_python-0.3.36/vendor/llama.cpp
-    if [ ! -d "$LLAMA_CPP" ]; then
-        $python -m pip download -q --no-deps --no-binary llama-cpp-python -d "$results" llama-cpp-python==0.3.36
-        tar -xzf "$results/llama_cpp_python-0.3.36.tar.gz" -C "$results"
-    fi
-fi
-export LLAMA_SERVER=$results/llama.cpp/bin/llama-server
-if [ ! -x "$LLAMA_SERVER" ]; then # for this machine's instructions; without tests, the page for browsers, and TLS
-    cmake -S "$LLAMA_CPP" -B "$results/llama.cpp" -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DBUILD_SHARED_LIBS=OFF -DLLAMA_BUILD_TESTS=OFF \
-        -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF
-    cmake --build "$results/llama.cpp" --target llama-server -j "${JOBS:-2}"
-fi
+. "$here/llama_server.sh"
 
 if [ ! -s "$results/draft.gguf" ]; then # the converter reads our environment's torch and transformers
     target=$($python - "$results/plain" "${DRAFT:-}" << 'END'

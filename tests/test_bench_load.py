@@ -184,8 +184,9 @@ def test_every_mode_is_asked_the_same_prompts_in_turns_that_rotate(
     for (repeat, streams, _), numbers in asked.items():
         assert numbers == asked[repeat, streams, "off"]
     assert asked[0, 1, "off"] == [0, 1]
-    assert asked[1, 1, "off"] == [2, 3]  # a repeat goes on in the file
-    assert asked[1, 3, "off"] == [0, 1, 1, 2, 3, 4]  # and behind its end begins again
+    # a level goes on in the file, and behind its end begins again
+    assert asked[0, 3, "off"] == [0, 1, 2, 2, 3, 4]
+    assert asked[1, 1, "off"] == [3, 4]
 
     orders = [mode for _, _, mode in turns]
     assert orders[:3] == ["off", "on", "auto"]

@@ -175,14 +175,18 @@ def _measure(
 
 
 def _plan(config: LoadConfig, prompts: Sequence[BenchPrompt]) -> Iterator[_Turn]:
-    """The turns in order. Every repeat goes on in the file where the one before has ended."""
+    """The turns in order. Every level goes on in the file where the one before has ended.
+
+    A server that keeps prompts has then seen none of them, as long as the file lasts.
+    """
+    first = 0
     for repeat in range(config.repeats):
         for place, level in enumerate(config.levels):
             count = config.num_requests(level)
-            first = repeat * count
             own = []
             for number in range(first, first + count):
                 own.append(prompts[number % len(prompts)])
+            first += count
 
             modes = config.modes
             rotation = (repeat + place) % len(modes)
