@@ -7,7 +7,6 @@ fields mean.
 
 import json
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from flashdraft.serve.errors import ApiError
@@ -17,6 +16,7 @@ __all__ = ["check_inside", "read_object"]
 
 MAX_DEPTH = 64  # of lists and objects in each other; a JSON schema is far below
 MAX_MEMBERS = 4096  # of one object
+MAX_INSIDE = 16_384  # lists and objects in one field; each takes some microseconds
 MAX_DIGITS = 40  # of a whole number
 
 
@@ -71,10 +71,17 @@ def _no_json(message: str) -> ApiError:
 
 
 class _Inside(NamedTuple):
-    """What is in a list or an object, so many of them deep."""
+    """A list or an object in a field, so many others around it."""
 
-    parts: Sequence[object]
+    value: list[Any] | dict[str, Any]
     depth: int
+
+    @property
+    def parts(self) -> list[Any]:
+        """What is in it, names included."""
+        if isinstance(self.value, dict):
+            return [*self.value, *self.value.values()]
+        return self.value
 
 
 def check_inside(name: str, value: object) -> None:
@@ -85,22 +92,25 @@ def check_inside(name: str, value: object) -> None:
     if not _is_text(name):
         raise ApiError(400, "a field's name holds half a character", code="invalid_json")
 
+    num_inside = 0
     waiting = [_Inside([value], 0)]
     while waiting:
-        inside, depth = waiting.pop()
-        if depth > MAX_DEPTH:
+        inside = waiting.pop()
+        if inside.depth > MAX_DEPTH:
             raise wrong(name, f"is nested too deep; {MAX_DEPTH} levels are allowed")
-        for part in inside:
-            if isinstance(part, list):
-                waiting.append(_Inside(part, depth + 1))
-            elif isinstance(part, dict):
-                if len(part) > MAX_MEMBERS:
-                    raise wrong(name, f"has an object of more than {MAX_MEMBERS} members")
-                waiting.append(_Inside([*part, *part.values()], depth + 1))
+        if isinstance(inside.value, dict) and len(inside.value) > MAX_MEMBERS:
+            raise wrong(name, f"has an object of more than {MAX_MEMBERS} members")
+
+        for part in inside.parts:
+            if isinstance(part, (list, dict)):
+                num_inside += 1
+                waiting.append(_Inside(part, inside.depth + 1))
             elif isinstance(part, float) and not math.isfinite(part):
                 raise wrong(name, "must be a finite number")
             elif isinstance(part, str) and not _is_text(part):
                 raise wrong(name, "holds half a character (a lone surrogate)")
+            if num_inside > MAX_INSIDE:
+                raise wrong(name, f"has more than {MAX_INSIDE} lists and objects")
 
 
 def _is_text(text: str) -> bool:
