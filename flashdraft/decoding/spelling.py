@@ -69,7 +69,7 @@ class Spelling:
     template writes, and those that look like a mark, such as <tool_call>. Words, white space and
     HTML that were added to a vocabulary are text.
 
-    read: those that the template may look for in what an assistant said, such as </think>.
+    read: marks of thinking, which the template may look for in what an assistant said.
     """
 
     def __init__(self, tokenizer: Tokenizer, template: str) -> None:
@@ -83,7 +83,7 @@ class Spelling:
                 continue
             text = added.content
             self._text_of[token] = text
-            if text in template and (not added.special or "think" in text.lower()):
+            if text in template and "think" in text.lower():
                 read.append(token)
         self.read = frozenset(read)
 
@@ -145,7 +145,7 @@ class Spelling:
         before, _, after = whole.partition(core)
         return f"{before}{marks.edge}{core}{marks.edge}{after}"
 
-    def _new_finder(self, added: Mapping[int, Any]) -> tuple["Backend", list[int]]:
+    def _new_finder(self, added: Mapping[int, Any]) -> tuple["Backend", dict[int, int]]:
         """A tokenizer that knows control tokens and nothing else, and those that its ids are."""
         from tokenizers import Tokenizer as Backend
         from tokenizers.models import BPE
@@ -153,10 +153,12 @@ class Spelling:
         finder = Backend(BPE())
         if self._backend is not None and self._backend.normalizer is not None:
             finder.normalizer = self._backend.normalizer
-        tokens = []
-        for token in self._text_of:
-            if finder.add_tokens([_as_added(added[token])]):
-                tokens.append(token)
+        finder.add_tokens([_as_added(added[token]) for token in self._text_of])
+        tokens = {}
+        for token, text in self._text_of.items():
+            number = finder.token_to_id(text)
+            if number is not None:
+                tokens[number] = token
         return finder, tokens
 
     # --- tokens -----------------------------------------------------------------------------------
@@ -214,12 +216,19 @@ class _Renamed:
         if backend.pre_tokenizer is not None:
             self._backend.pre_tokenizer = backend.pre_tokenizer
 
-        self._ids: dict[int, int] = {}  # of other added tokens: the original's by those here
+        renamed = []
+        others = {}
         for token, added in sorted(backend.get_added_tokens_decoder().items()):
             text = self.name_of(token) if token in text_of else added.content
-            self._backend.add_tokens([_as_added(added, text)])
+            renamed.append(_as_added(added, text))
+            if token not in text_of:
+                others[token] = text
+        self._backend.add_tokens(renamed)
+
+        self._ids: dict[int, int] = {}  # of other added tokens: the original's by those here
+        for token, text in others.items():
             number = self._backend.token_to_id(text)
-            if token not in text_of and number is not None:
+            if number is not None:
                 self._ids[number] = token
 
     def name_of(self, token: int) -> str:
