@@ -307,8 +307,8 @@ FIELDS: list[tuple[type[Body], str, Any, Any, str]] = [
     (CompletionBody, "add_special_tokens", False, 0, ""),
     (TokenizeBody, "prompt", "a", ["a"], ""),
     (TokenizeBody, "messages", None, [SAY], "prompt"),  # beside a prompt
-    (TokenizeBody, "tools", [TOOL], "f", ""),
-    (TokenizeBody, "chat_template_kwargs", {}, [], ""),
+    (TokenizeBody, "tools", [], [TOOL], ""),  # without messages
+    (TokenizeBody, "chat_template_kwargs", None, {}, ""),  # without messages
     (TokenizeBody, "add_special_tokens", True, 1, ""),
     (TokenizeBody, "return_token_strs", True, 1, ""),
     (DetokenizeBody, "tokens", [0, 5], ["a"], "tokens[0]"),
@@ -484,7 +484,8 @@ STREAM = {"stream": True, "stream_options": {"include_usage": True, "continuous_
         {"tools": [TOOL], "tool_choice": NAMED, "response_format": {"type": "text"}},
         {"response_format": {"type": "text"}, "structured_outputs": {"regex": "a"}},
         {"parallel_tool_calls": False},
-        {"tools": [STRICT], "tool_choice": "required"},
+        {"tools": [STRICT], "tool_choice": "required", "parallel_tool_calls": False},
+        {"logprobs": False, "top_logprobs": 0},
     ],
 )
 def test_fields_that_go_together(fields: dict[str, Any]) -> None:
@@ -518,7 +519,14 @@ def test_fields_that_go_together(fields: dict[str, Any]) -> None:
         (CompletionBody, {"max_tokens": 0}, "max_tokens"),
         (CompletionBody, {"stream": True, "echo": True, "logprobs": 1}, "stream"),
         (CompletionBody, {"messages": [SAY]}, "messages"),
+        (CompletionBody, {"prompt": [5], "add_special_tokens": True}, "add_special_tokens"),
         (TokenizeBody, {"messages": [SAY]}, "prompt"),
+        (TokenizeBody, {"prompt": None}, "prompt"),
+        (
+            TokenizeBody,
+            {"prompt": None, "messages": [SAY], "add_special_tokens": True},
+            "add_special_tokens",
+        ),
     ],
 )
 def test_fields_that_exclude_each_other(

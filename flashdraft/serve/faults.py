@@ -18,8 +18,11 @@ __all__ = ["invalid", "refused", "shown", "unknown", "wrong"]
 MAX_NAME = 200  # characters of a field's name that an error repeats
 _PRIVATE = ("messages", "prompt", "tools", "user", "metadata")  # never repeated in an error
 
+_PLAIN_FAULTS = ("extra_forbidden", "literal_error")  # that need no other, the plainest last
+
 
 def refused(name: str, known: Fixed) -> ApiError:
+    """Of a field that is known and not there."""
     told = f"`{name}` is not supported here"
     if known.values:
         allowed = ", ".join(json.dumps(value) for value in known.values)
@@ -30,18 +33,20 @@ def refused(name: str, known: Fixed) -> ApiError:
 
 
 def unknown(name: str) -> ApiError:
+    """Of a field that nobody knows."""
     name = name[:MAX_NAME]
     told = f"`{name}` is no field of this request"
     return ApiError(400, told, param=name, code="unknown_parameter")
 
 
-def missing(places: list[int | str], last: str) -> ApiError:
+def _missing(places: list[int | str], last: str) -> ApiError:
     name = _name_of([*places, last])
     told = f"`{name}` is missing"
     return ApiError(400, told, param=name, code="missing_required_parameter")
 
 
 def wrong(param: str, what: str) -> ApiError:
+    """what: goes on behind the field's name."""
     space = "" if what.startswith(":") else " "
     return ApiError(400, f"`{param}`{space}{what}", param=param, code="invalid_value")
 
@@ -55,9 +60,9 @@ def invalid(error: ValidationError, body: Mapping[str, Any]) -> ApiError:
     if kind == "extra_forbidden":
         return unknown(name)
     if kind == "missing":
-        return missing(places, str(fault["loc"][-1]))
+        return _missing(places, str(fault["loc"][-1]))
     if kind == "union_tag_not_found":
-        return missing(places, fault["ctx"]["discriminator"].strip("'"))
+        return _missing(places, fault["ctx"]["discriminator"].strip("'"))
     if kind == "union_tag_invalid":
         tag = fault["ctx"]["discriminator"].strip("'")
         return wrong(_name_of([*places, tag]), f"must be one of {fault['ctx']['expected_tags']}")
@@ -77,13 +82,12 @@ def _meant(faults: Sequence[ErrorDetails], body: Mapping[str, Any]) -> ErrorDeta
     pydantic tells one for every type that a field may have; the deepest is of the type that was
     meant. Of equals, a wrong word is first and a wrong type last.
     """
-    order = ("extra_forbidden", "literal_error")
 
     def weight(fault: ErrorDetails) -> tuple[int, int]:
         depth = len(_places(fault["loc"], body))
         kind = fault["type"]
-        if kind in order:
-            return depth, 1 + order.index(kind)
+        if kind in _PLAIN_FAULTS:
+            return depth, 1 + _PLAIN_FAULTS.index(kind)
         return depth, -1 if kind.endswith("_type") else 0
 
     return max(faults, key=weight)
@@ -117,5 +121,6 @@ def _name_of(places: list[int | str]) -> str:
 
 
 def shown(value: object) -> str:
+    """The beginning of its JSON."""
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:60]}..."

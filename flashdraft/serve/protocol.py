@@ -236,10 +236,7 @@ def _check_together(body: Body) -> None:
     if isinstance(body, CompletionBody):
         _check_completion(body)
     if isinstance(body, TokenizeBody):
-        has_both = body.prompt is not None and body.messages is not None
-        has_none = body.prompt is None and body.messages is None
-        if has_both or has_none:
-            raise wrong("prompt", "or `messages` must be given, and not both")
+        _check_tokenize(body)
 
 
 def _check_generation(body: GenerationBody) -> None:
@@ -262,10 +259,11 @@ def _check_chat(body: ChatBody) -> None:
     newer = body.max_completion_tokens
     if body.max_tokens is not None and newer is not None and body.max_tokens != newer:
         raise wrong("max_tokens", "and `max_completion_tokens` must be equal")
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise wrong("top_logprobs", "needs `logprobs`: true")
-    if body.parallel_tool_calls is False and body.tools:
-        raise wrong("parallel_tool_calls", "cannot be false: a model may call several tools")
+    if body.parallel_tool_calls is False and body.tools and not body.forces_call:
+        told = "cannot be false: a model may call several tools, unless one call is forced"
+        raise wrong("parallel_tool_calls", told)
 
     _check_tools(body)
 
@@ -297,3 +295,18 @@ def _check_completion(body: CompletionBody) -> None:
         raise wrong("stream", "cannot be true with `echo` and `logprobs` together")
     if body.max_tokens == 0 and not body.echo:
         raise wrong("max_tokens", "must be 1 or more without `echo`")
+    has_text = isinstance(body.prompt, str) or isinstance(body.prompt[0], str)
+    if body.add_special_tokens is not None and not has_text:
+        raise wrong("add_special_tokens", "needs a `prompt` that is text")
+
+
+def _check_tokenize(body: TokenizeBody) -> None:
+    is_chat = body.messages is not None
+    if is_chat == (body.prompt is not None):
+        raise wrong("prompt", "or `messages` must be given, and not both")
+    if body.tools and not is_chat:
+        raise wrong("tools", "needs `messages`")
+    if body.chat_template_kwargs is not None and not is_chat:
+        raise wrong("chat_template_kwargs", "needs `messages`")
+    if body.add_special_tokens and is_chat:
+        raise wrong("add_special_tokens", "needs `prompt`: the chat template adds its own")
