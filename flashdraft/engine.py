@@ -1,20 +1,22 @@
-"""The loop: propose, read, verify, commit.
+"""The loop: place, read, propose, verify, commit.
 
 It knows no method; plain decoding is the drafter that proposes nothing.
 
-The life of a request: (1) `admit` gives it a row and reads its prompt; (2) the drafter observes the
-prompt; (3) the target's first token becomes the anchor. Then every `step`: (4) the drafter proposes
-a tree behind each anchor; (5) the target reads all nodes in one pass; (6) `verify` says which path
-stands; (7) the cache keeps that path and the row commits its tokens, up to an end-of-text token, a
-stop string or the token limit, at any offset of a block; (8) the drafter observes what was
-committed, or forgets the row if it is finished.
+The life of a request: (1) `submit` lets it wait; (2) the scheduler gives it a row, which begins
+with what another row has already read of the same text; (3) every `step` reads a part of the
+prompts that are not read yet, and the drafter observes it; (4) behind the last part the target's
+first token becomes the anchor. Then every step: (5) the drafter proposes a tree behind each anchor;
+(6) the target reads all nodes in one pass; (7) `verify` says which path stands; (8) the cache keeps
+that path and the row commits its tokens, up to an end-of-text token, a stop string or the token
+limit, at any offset of a block; (9) the drafter observes what was committed. A finished row is
+forgotten, or kept for requests that begin alike.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,104 +24,22 @@ from torch import Tensor
 from flashdraft.decoding.control import Control
 from flashdraft.decoding.forced import with_forced
 from flashdraft.decoding.laws import Reading, adjusted_nodes
-from flashdraft.decoding.sampling import coins, draw, likeliest, logprob, target_probs, uniforms
-from flashdraft.decoding.text import TextDecoder
-from flashdraft.decoding.tree import alone
+from flashdraft.decoding.sampling import coins, draw, likeliest, target_probs, uniforms
+from flashdraft.decoding.tree import alone, spread
 from flashdraft.decoding.tree import check as check_proposal
 from flashdraft.decoding.verify import follow, verify
-from flashdraft.errors import ContextLengthError, InvalidPrompt, UnusableLogits
+from flashdraft.errors import UnusableLogits
+from flashdraft.models.cache import SlotCache
 from flashdraft.models.target import Target
-from flashdraft.process import INTS, serial, undisturbed
-from flashdraft.types import (
-    Chunk,
-    Drafter,
-    FinishReason,
-    Piece,
-    Proposal,
-    Result,
-    Rows,
-    SamplingParams,
-    Stats,
-    Steering,
-    Verdict,
-    require,
-)
+from flashdraft.process import BOOLS, INTS, serial, undisturbed
+from flashdraft.request import Drafting, Request, check
+from flashdraft.scheduler import Part, Placement, Scheduler
+from flashdraft.types import Chunk, Drafter, Proposal, Rows, Steering, Verdict
 
 __all__ = ["Drafting", "Engine", "Request", "check"]
 
-Drafting = Literal["auto", "on", "off"]  # as many drafts as pay; all of them; none
-
-
-@dataclass
-class Request:
-    """What a user sent, as tokens, and what it has become so far."""
-
-    prompt: list[int]
-    params: SamplingParams
-    decoder: TextDecoder
-    eos: frozenset[int] = frozenset()
-    index: int = 0  # the caller's number for it
-    owner: str = ""  # whose it is: rows of different owners share nothing
-    drafting: Drafting = "auto"
-    history: list[int] = field(default_factory=list)  # prompt, committed tokens; last: the anchor
-    finish_reason: FinishReason | None = None
-    stats: Stats = field(default_factory=Stats)
-    logprobs: list[float] = field(default_factory=list)  # of the committed tokens, if asked for
-
-    @property
-    def ends(self) -> frozenset[int]:
-        """The tokens that end the text."""
-        return frozenset() if self.params.ignore_eos else self.eos
-
-    @property
-    def num_left(self) -> int:
-        return self.params.max_new_tokens - (len(self.history) - len(self.prompt))
-
-    def commit(
-        self, tokens: Sequence[int], num_drafted: int, logits: Sequence[Tensor] = ()
-    ) -> Chunk:
-        """Take tokens until one ends the request; the first `num_drafted` of them were drafted.
-
-        logits: [vocab] each, those that the tokens were drawn from; read only for logprobs.
-        """
-        pieces = []
-        for i, token in enumerate(tokens):
-            self.history.append(token)
-            own = None
-            if self.params.logprobs:
-                own = logprob(logits[i], token)
-                self.logprobs.append(own)
-            text = self._text_of(token)
-            pieces.append(Piece(text, drafted=i < num_drafted, logprob=own))
-            if self.finish_reason is not None:
-                break
-
-        self.stats.num_tokens += len(pieces)
-        self.stats.num_accepted += min(len(pieces), num_drafted)
-        taken = tuple(tokens[: len(pieces)])
-        return Chunk(self.index, tuple(pieces), taken, self._result())
-
-    def _text_of(self, token: int) -> str:
-        """The text that this token completes; says in `finish_reason` whether it is the last."""
-        if token in self.ends:
-            self.finish_reason = "stop"
-            return self.decoder.end(token)
-
-        text = self.decoder.push(token)
-        if self.decoder.stopped:
-            self.finish_reason = "stop"
-        elif self.num_left == 0:
-            self.finish_reason = "length"
-            text += self.decoder.flush()
-        return text
-
-    def _result(self) -> Result | None:
-        """None as long as the request goes on."""
-        if self.finish_reason is None:
-            return None
-        tokens = tuple(self.history[len(self.prompt) :])
-        logprobs = tuple(self.logprobs) if self.params.logprobs else None
-        return Result(self.decoder.text, tokens, self.finish_reason, self.stats, logprobs)
+_WAITING = 256  # tokens that a row may have committed and the drafter not observed
+_SCORED = 64  # prompt tokens whose log-probabilities are asked for at a time
 
 
 class _Seen(NamedTuple):
@@ -129,6 +49,13 @@ class _Seen(NamedTuple):
     features: Tensor | None  # [n, layers * hidden]
 
 
+class _Failed(Exception):
+    """Some rows of a step cannot go on, and why; nothing of the step is committed."""
+
+    def __init__(self, errors: dict[int, Exception]) -> None:
+        self.errors = errors  # by row
+
+
 class Engine:
     """Rows that are decoded together.
 
@@ -136,199 +63,185 @@ class Engine:
     """
 
     def __init__(
-        self, target: Target, drafter: Drafter, *, max_rows: int = 1, control: Control | None = None
+        self,
+        target: Target,
+        drafter: Drafter,
+        *,
+        max_rows: int = 1,
+        control: Control | None = None,
+        scheduler: Scheduler[Request] | None = None,
     ) -> None:
-        """control: says how many nodes are read; None: all of them."""
+        """control: says how many nodes are read; None: all of them.
+
+        scheduler: None stands for one of `max_rows` rows that keeps nothing.
+        """
         self.target = target
         self.drafter = drafter
-        self.max_rows = max_rows
         self.control = control
-        self.running: dict[int, Request] = {}  # by row
-        self._cache = target.new_cache(max_rows, 256)
-        self.waiting: list[Request] = []
+        self.scheduler = scheduler or Scheduler[Request](max_rows)
+        self._cache = target.new_cache(self.scheduler.max_rows, 256)
+        self._ended: dict[int, Request] = {}  # by row, those whose rows are kept
         self._unseen: dict[int, list[_Seen]] = {}  # by row, waiting for the drafter
         self._readings: dict[int, Reading] = {}  # by row, of those whose logits are changed
         self._part: dict[str, float] = {}  # seconds of this step, by part
 
     @property
-    def num_free(self) -> int:
-        return self.max_rows - len(self.running)
+    def running(self) -> dict[int, Request]:
+        """By row: the requests whose prompts are read."""
+        return self.scheduler.running
 
     @property
-    def cache_nbytes(self) -> int:
-        """Bytes of keys and values: the target's and the drafter's."""
-        return self._cache.nbytes + sum(cache.nbytes for cache in self.drafter.caches)
+    def num_free(self) -> int:
+        return self.scheduler.num_free
+
+    @property
+    def max_rows(self) -> int:
+        return self.scheduler.max_rows
 
     @property
     def has_work(self) -> bool:
         """Whether requests wait or run."""
-        return bool(self.waiting or self.running)
+        return self.scheduler.has_work
+
+    @property
+    def cache_nbytes(self) -> int:
+        """Bytes of keys and values: the target's and the drafter's."""
+        return sum(cache.nbytes for cache in self._caches)
+
+    @property
+    def token_nbytes(self) -> int:
+        """Bytes of keys and values a token, in all caches that something was written to."""
+        return sum(cache.slot_nbytes for cache in self._caches)
+
+    @property
+    def _caches(self) -> tuple[SlotCache, ...]:
+        return (self._cache, *self.drafter.caches)
+
+    # ---- what a caller does ----------------------------------------------------------------------
 
     def submit(self, request: Request) -> None:
         """Let it wait for a row. Raises what `check` raises."""
         check(self.target, request)
-        self.waiting.append(request)
+        self.scheduler.submit(request)
 
     def cancel(self, index: int) -> None:
         """Forget the request with this number, waiting or running, if there is one."""
-        self.waiting = [request for request in self.waiting if request.index != index]
-        self.abort(index)
-
-    def step(self) -> list[Chunk]:
-        """Read prompts of requests that wait, as there are rows for them, and decode one step."""
-        chunks = []
-        while self.waiting and self.num_free:
-            chunks.append(self.admit(self.waiting.pop(0)))
-        if self.running:
-            chunks += self._decode()
-        return chunks
+        self.scheduler.withdraw(index)
+        row = self.scheduler.row_of(index)
+        if row is not None:
+            self._finish([row])
 
     @undisturbed
-    def admit(self, request: Request) -> Chunk:
-        """Read the prompt and commit the first token.
-
-        There must be a free row; a Request runs once.
-        """
-        check(self.target, request)
-        assert self.num_free, "no free row"
-        slot = next(i for i in range(self.max_rows) if i not in self.running)
-        num_prompt = len(request.prompt)
-        request.history = list(request.prompt)
-        request.stats = Stats(num_prompt_tokens=num_prompt)
+    def step(self) -> list[Chunk]:
+        """Read a part of the prompts, and decode one step in the rows that ran before."""
         self._part = {}
-        self._cache.reserve(num_prompt + 64, later=request.params.max_new_tokens)
-        if self.control is not None and not self.running:
-            self.control.begin()
+        ran = list(self.running)
+        self._place()
+        chunks = self._read_prompts()
+        if ran:
+            chunks += self._decode(ran)
+        return chunks
 
-        self.running[slot] = request
+    def prepare(self, slots: int) -> None:
+        """Make room for so many tokens in every row, so that no step has to stop for it."""
+        self._cache.reserve(slots)
+        for cache in self.drafter.caches:
+            cache.reserve(slots, rows=self.scheduler.max_rows)
+
+    def forget_kept(self) -> None:
+        """Give back the rows that are kept for requests that begin alike."""
+        self.scheduler.kept.clear()
+        self._clear(list(self._ended))
+
+    # ---- prompts ---------------------------------------------------------------------------------
+
+    def _place(self) -> None:
+        while placement := self.scheduler.place():
+            if self.control is not None and len(self.scheduler.requests()) == 1:
+                self.control.begin()
+            self._begin(placement)
+        self._clear(self.scheduler.crowded_out())
+
+    def _begin(self, placement: Placement[Request]) -> None:
+        """Give a request its row, and what another row has already read of its prompt."""
+        request, row, source, num_wanted = placement
+        request.begin()
+        num_prompt = len(request.prompt)
+        self._cache.reserve(num_prompt + 64, later=request.params.max_new_tokens)
+        if row != source:
+            self._clear([row])
+
+        num_shared = 0
+        if source is not None:
+            self._observe([source])
+            num_shared = self.drafter.resume(source, row, num_wanted)
+        if source is None or num_shared == 0:
+            self._clear([row])
+        else:
+            self._cache.take(row, source, num_shared)
+            self._ended.pop(row, None)
+
+        request.stats.num_cached = num_shared
+        self.scheduler.resumed(row, num_shared)
+
+    @torch.inference_mode()
+    def _read_prompts(self) -> list[Chunk]:
+        """Read the next part of every prompt in one pass; those that are read commit a token."""
+        parts = self.scheduler.parts()
+        if not parts:
+            return []
+
+        rows = [part.row for part in parts]
+        requests = [self.scheduler.reading[row].request for row in rows]
         try:
-            first, logits = self._prefill(slot, request)
-        except UnusableLogits:
-            raise self._unusable([slot]) from None
+            with self._timed("prefill"):
+                states = self._read(parts, requests)
+        except Exception as error:  # of a drafter, or no memory: it is these requests' alone
+            return [self._failed(row, error) for row in rows]
         except BaseException:
-            self._release([slot])  # what it has left in the caches would change the row's next text
+            self._drop(rows)  # what they have left in the caches would change other texts
             raise
 
-        request.stats.seconds = dict(self._part)
-        chunk = request.commit(first.tolist(), 0, [logits])
-        if request.finish_reason is not None:
-            self._release([slot])
-        return chunk
-
-    @undisturbed
-    def _decode(self) -> list[Chunk]:
-        """One target pass over every running row."""
-        self._part = {}
-        slots = list(self.running)
-        requests = list(self.running.values())
-        rows = self._rows(slots)
-        rows.steering = [self._steering(slot) for slot in slots]
-        is_drafted = self.control is None or self.control.wants_drafts(len(slots))
-
-        with self._timed("draft"):
-            proposal = self._propose(rows, requests, is_drafted)
-            self._cache.reserve(max(self._cache.lengths) + proposal.num_nodes)
-            check_proposal(proposal)  # a faulty drafter would change the law in silence
-        with self._timed("target"):
-            tree = proposal.tokens, proposal.parents, proposal.sizes
-            logits, features = self.target.forward(self._cache, slots, *tree, self.drafter.layers)
-        with self._timed("host"):
-            verdict = self._judge(proposal, logits, rows)
-            paths = [_without_padding(path) for path in verdict.path.tolist()]
-            for slot, path in zip(slots, paths, strict=True):
-                self._cache.keep(slot, path)
-            chunks = self._commit(requests, proposal, paths, verdict, logits)
-        with self._timed("draft"):
-            self._collect(slots, proposal, features, paths)
-            if is_drafted:
-                self._observe()
-
-        if self.control is not None:
-            draft_seconds = self._part["draft"] if is_drafted else None
-            self.control.learn(proposal, paths, draft_seconds, sum(self._part.values()))
-        num_drafted = (proposal.sizes - 1).tolist()
-        for request, drafted, chunk in zip(requests, num_drafted, chunks, strict=True):
-            _account(request.stats, drafted, len(chunk.tokens), self._part)
-        finished = [slot for slot in slots if self.running[slot].finish_reason is not None]
-        self._release(finished)
-        return chunks
-
-    def _propose(self, rows: Rows, requests: list[Request], is_drafted: bool) -> Proposal:
-        """What the drafter proposes and what hooks force, cut to what each row has left and to what
-        pays.
-        """
-        limits = torch.tensor([request.num_left for request in requests], **INTS)
-        proposal = alone(rows.anchors)
-        if is_drafted:
-            self._observe()
-            proposal = self.drafter.propose(rows, int(limits.max()))
-        proposal = _cut(with_forced(proposal, rows.steering), limits)
-        if is_drafted and self.control is not None:
-            proposal = _cut(proposal, self.control.trim(proposal))
-        return proposal
-
-    def _commit(
-        self,
-        requests: list[Request],
-        proposal: Proposal,
-        paths: list[list[int]],
-        verdict: Verdict,
-        logits: Tensor,
-    ) -> list[Chunk]:
-        """Every row takes the drafts on its path, and the target's own token after them."""
         chunks = []
-        rows = zip(requests, proposal.tokens.tolist(), paths, verdict.bonus.tolist(), strict=True)
-        for i, (request, nodes, path, bonus) in enumerate(rows):
-            drafts = [nodes[node] for node in path[1:]]
-            own = list(logits[i, path]) if request.params.logprobs else []
-            chunks.append(request.commit([*drafts, bonus], len(drafts), own))
+        for part, request, own in zip(parts, requests, states, strict=True):
+            request.stats.add("prefill", self._part["prefill"])
+            if self.scheduler.read(part):
+                chunks.append(self._first(part.row, request, own[-1]))
         return chunks
 
-    def abort(self, index: int) -> None:
-        """Forget the running request with this number, if there is one."""
-        self._release([slot for slot, request in self.running.items() if request.index == index])
+    def _read(self, parts: Sequence[Part], requests: Sequence[Request]) -> list[Tensor]:
+        """The final states [n, hidden] of every part; the drafter observes them all."""
+        texts = []
+        histories = []  # with the token behind what is read, as if it were the anchor
+        for part, request in zip(parts, requests, strict=True):
+            own = request.prompt[part.start : part.end]
+            texts.append(torch.tensor(own, **INTS))
+            histories.append(request.prompt[: part.end + 1])
 
-    def _unusable(self, slots: Sequence[int]) -> UnusableLogits:
-        """Forget these rows, whose logits give no law; returns the error that says so.
+        slots = [part.row for part in parts]
+        held = max(self._cache.lengths[slot] for slot in slots)
+        self._cache.reserve(held + max(len(text) for text in texts))
+        states, features = self.target.read(self._cache, slots, texts, self.drafter.layers)
+        rows = replace(self._rows(slots), histories=histories)
+        self.drafter.observe(rows, texts, features)
+        for part, request, own_states in zip(parts, requests, states, strict=True):
+            if request.params.prompt_logprobs:
+                self._score(request, part.start, own_states)
+        return states
 
-        What they have left in the caches is wiped.
-        """
-        read = max(len(self.running[slot].history) for slot in slots)
-        for slot in slots:
-            for cache in (self._cache, *self.drafter.caches):
-                if slot < cache.rows:
-                    cache.wipe(slot)
-        self._release(list(slots))
+    def _score(self, request: Request, start: int, states: Tensor) -> None:
+        """The log-probabilities of the prompt's tokens behind these states [n, hidden]."""
+        for some in states.split(_SCORED):
+            request.read(start, self.target.lm_head(some).cpu())
+            start += len(some)
 
-        kernel = self.target.kernel
-        hint = "its weights are damaged, or its config belongs to others: fetch the model again"
-        if "float16" in kernel and "bfloat16" not in kernel:
-            hint = "float16 is too narrow for many models: give --dtype bfloat16 or float32"
-        where = f"the logits of `{self.target.name}` ({kernel})"
-        got = f"{where} are NaN, infinite, or all -inf after {read} tokens"
-        return UnusableLogits(got, hint=hint)
-
-    def _rows(self, slots: list[int]) -> Rows:
-        own = [self.running[slot] for slot in slots]
-        return Rows(
-            slots=slots,
-            histories=[request.history for request in own],
-            params=[request.params for request in own],
-            num_prompts=[len(request.prompt) for request in own],
-        )
-
-    def _prefill(self, slot: int, request: Request) -> tuple[Tensor, Tensor]:
-        """Read the prompt, show it to the drafter and draw the token after it.
-
-        Returns the token, [1], and the target's logits for it, [vocab].
-        """
+    def _first(self, slot: int, request: Request, state: Tensor) -> Chunk:
+        """Draw the token behind the prompt. state: [hidden], of the prompt's last token."""
+        started = time.perf_counter()
         params = request.params
         num_prompt = len(request.prompt)
-        with self._timed("prefill"):
-            tokens = torch.tensor(request.prompt, **INTS)
-            logits, features = self.target.prefill(self._cache, slot, tokens, self.drafter.layers)
-            own = None if features is None else [features]
-            self.drafter.observe(self._rows([slot]), [tokens], own)
+        try:
+            logits = self.target.lm_head(state)
             wanted = logits
             if params.adjusts:
                 reading = Reading(params, request.prompt, request.eos)
@@ -336,10 +249,124 @@ class Engine:
                 wanted = reading.first(logits, request.prompt)
             law = target_probs(wanted[None, None], [params], torch.ones(1, **INTS))[:, 0].cpu()
             first = draw(law, uniforms([params.seed], [num_prompt], 1)[:, 0])
-        return first, logits
+        except UnusableLogits:
+            return self._failed(slot, self._unusable(num_prompt))
+        except Exception as error:  # of a hook
+            return self._failed(slot, error)
+
+        chunk = request.commit(first.tolist(), 0, [logits])
+        request.stats.add("prefill", time.perf_counter() - started)
+        if request.finish_reason is not None:
+            self._finish([slot])
+        return chunk
+
+    # ---- a step of the rows that run -------------------------------------------------------------
+
+    def _decode(self, slots: list[int]) -> list[Chunk]:
+        """One target pass over these rows."""
+        self._part = {}
+        requests = [self.running[slot] for slot in slots]
+        rows = self._rows(slots)
+        rows.steering = [self._steering(slot) for slot in slots]
+        drafted = self._drafted(requests)
+
+        with self._timed("draft"):
+            proposal = self._propose(rows, requests, drafted)
+            held = max(self._cache.lengths[slot] for slot in slots)
+            self._cache.reserve(held + proposal.num_nodes)
+            check_proposal(proposal)  # a faulty drafter would change the law in silence
+        with self._timed("target"):
+            tree = proposal.tokens, proposal.parents, proposal.sizes
+            logits, features = self.target.forward(self._cache, slots, *tree, self.drafter.layers)
+        with self._timed("host"):
+            try:
+                verdict = self._judge(proposal, logits, rows)
+            except _Failed as failed:
+                return [self._failed(slot, error) for slot, error in failed.errors.items()]
+            paths = [_without_padding(path) for path in verdict.path.tolist()]
+            chunks = self._commit(requests, proposal, paths, verdict, logits)
+            kept = self._keep(slots, paths)
+        with self._timed("draft"):
+            self._collect(slots, proposal, features, kept)
+            if drafted:
+                self._observe(slots)
+
+        if self.control is not None:
+            draft_seconds = self._part["draft"] if drafted else None
+            self.control.learn(proposal, paths, draft_seconds, sum(self._part.values()))
+        num_drafted = (proposal.sizes - 1).tolist()
+        for request, count, chunk in zip(requests, num_drafted, chunks, strict=True):
+            _account(request, count, len(chunk.tokens))
+            for part, seconds in self._part.items():
+                request.stats.add(part, seconds)
+        self._finish([slot for slot in slots if self.running[slot].finish_reason is not None])
+        return chunks
+
+    def _drafted(self, requests: Sequence[Request]) -> list[int]:
+        """The places of the rows that are drafted in this step."""
+        places = [place for place, request in enumerate(requests) if request.drafting != "off"]
+        if self.control is None or not places:
+            return places
+        if any(request.drafting == "on" for request in requests):
+            return places
+        return places if self.control.wants_drafts(len(requests)) else []
+
+    def _propose(self, rows: Rows, requests: Sequence[Request], drafted: Sequence[int]) -> Proposal:
+        """What the drafter proposes and what hooks force, cut to what each row has left and to what
+        pays."""
+        limits = torch.tensor([request.num_left for request in requests], **INTS)
+        proposal = alone(rows.anchors)
+        if drafted:
+            some = [rows.slots[place] for place in drafted]
+            self._observe(some)
+            own = self._rows(some)
+            own.steering = [rows.steering[place] for place in drafted]
+            of_some = self.drafter.propose(own, int(limits[drafted].max()))
+            proposal = spread(of_some, drafted, rows.anchors)
+
+        proposal = _cut(with_forced(proposal, rows.steering), limits)
+        if drafted and self.control is not None:
+            pays = self.control.trim(proposal)
+            as_many_as_pay = [request.drafting == "auto" for request in requests]
+            is_trimmed = torch.tensor(as_many_as_pay, **BOOLS)
+            proposal = _cut(proposal, torch.where(is_trimmed, pays, proposal.sizes))
+        return proposal
+
+    def _commit(
+        self,
+        requests: Sequence[Request],
+        proposal: Proposal,
+        paths: Sequence[Sequence[int]],
+        verdict: Verdict,
+        logits: Tensor,
+    ) -> list[Chunk]:
+        """Every row takes the drafts on its path, and the target's own token after them."""
+        chunks = []
+        sizes = proposal.sizes.tolist()
+        rows = zip(requests, proposal.tokens.tolist(), paths, verdict.bonus.tolist(), strict=True)
+        for i, (request, nodes, path, bonus) in enumerate(rows):
+            drafts = [nodes[node] for node in path[1:]]
+            own = list(logits[i, path]) if request.params.logprobs else []
+            rejected = []
+            if sizes[i] > len(path):
+                accepted = set(path)
+                rejected = [nodes[node] for node in range(1, sizes[i]) if node not in accepted]
+            chunks.append(request.commit([*drafts, bonus], len(drafts), own, rejected))
+        return chunks
+
+    def _keep(self, slots: Sequence[int], paths: Sequence[list[int]]) -> list[list[int]]:
+        """Commit every row's path to the cache, no further than its text goes; returns that."""
+        kept = []
+        for slot, path in zip(slots, paths, strict=True):
+            num_left = len(self.running[slot].history) - self._cache.lengths[slot]
+            assert num_left > 0, "the cache holds more than the text"
+            own = path[:num_left]
+            self._cache.keep(slot, own)
+            kept.append(own)
+        return kept
 
     def _judge(self, proposal: Proposal, logits: Tensor, rows: Rows) -> Verdict:
-        """Which part of the proposal stands. Rows whose logits give no law are forgotten first."""
+        """Which part of the proposal stands. Raises _Failed for rows whose logits give no law."""
         try:
             return self._verdict(proposal, logits, rows)
         except UnusableLogits:
@@ -349,7 +376,10 @@ class Engine:
             for slot, of_nodes, size in zip(rows.slots, is_finite, sizes, strict=True):
                 if not all(of_nodes[:size]):
                     bad.append(slot)
-            raise self._unusable(bad or rows.slots) from None
+            errors: dict[int, Exception] = {}
+            for slot in bad or rows.slots:
+                errors[slot] = self._unusable(len(self.running[slot].history))
+            raise _Failed(errors) from None
 
     @serial(lambda self: self._cache.blocked)  # the next step is our kernels'
     def _verdict(self, proposal: Proposal, logits: Tensor, rows: Rows) -> Verdict:
@@ -368,52 +398,124 @@ class Engine:
         return verify(proposal, law, draws, tossed)
 
     def _adjusted(self, proposal: Proposal, logits: Tensor, rows: Rows) -> Tensor:
-        """The logits as the rows' parameters change them, at every node that a text can reach."""
+        """The logits as the rows' parameters change them, at every node that a text can reach.
+
+        Raises _Failed for rows whose hook raises.
+        """
         readings = [self._readings.get(slot) for slot in rows.slots]
-        return adjusted_nodes(proposal, logits, rows.histories, readings)
+        errors: dict[int, Exception] = {}
+        wanted = adjusted_nodes(proposal, logits, rows.histories, readings, errors)
+        if errors:
+            raise _Failed({rows.slots[row]: error for row, error in errors.items()})
+        return wanted
 
     def _steering(self, slot: int) -> Steering | None:
         """The state of the row's hook behind its anchor, if it keeps one."""
         reading = self._readings.get(slot)
         return None if reading is None else reading.behind(self.running[slot].history)
 
+    # ---- what the drafter observes ---------------------------------------------------------------
+
     def _collect(
-        self, slots: list[int], proposal: Proposal, features: Tensor | None, paths: list[list[int]]
+        self,
+        slots: Sequence[int],
+        proposal: Proposal,
+        features: Tensor | None,
+        paths: Sequence[Sequence[int]],
     ) -> None:
-        """Keep what was committed in rows that go on, for the drafter."""
+        """Keep what was committed in rows that go on or are kept, for the drafter."""
+        late = []
         for i, (slot, path) in enumerate(zip(slots, paths, strict=True)):
-            if self.running[slot].finish_reason is not None:
+            is_finished = self.running[slot].finish_reason is not None
+            if is_finished and not self.scheduler.keeps:
                 continue
             leaves_none_out = path[-1] < len(path)
             places = slice(len(path)) if leaves_none_out else path  # a slice copies nothing
             own = None if features is None else features[i, places]
-            seen = _Seen(proposal.tokens[i, places], own)
-            self._unseen.setdefault(slot, []).append(seen)
+            waiting = self._unseen.setdefault(slot, [])
+            waiting.append(_Seen(proposal.tokens[i, places], own))
+            if is_finished or len(waiting) >= _WAITING:
+                late.append(slot)
+        self._observe(late)
 
-    def _observe(self) -> None:
-        """Show it to the drafter; while that is not asked to draft, it waits."""
-        if not self._unseen:
+    def _observe(self, slots: Sequence[int]) -> None:
+        """Show the drafter what it has not seen of these rows; while nothing is drafted, it
+        waits."""
+        waiting = [slot for slot in slots if slot in self._unseen]
+        if not waiting:
             return
-        waiting = self._unseen
-        self._unseen = {}
         tokens = []
         features = []
-        for parts in waiting.values():
+        for slot in waiting:
+            parts = self._unseen.pop(slot)
             tokens.append(torch.cat([part.tokens for part in parts]))
             states = [part.features for part in parts if part.features is not None]
             if states:
                 features.append(torch.cat(states))
         shown = features if self.drafter.layers else None
-        self.drafter.observe(self._rows(list(waiting)), tokens, shown)
+        self.drafter.observe(self._rows(waiting), tokens, shown)
 
-    def _release(self, slots: list[int]) -> None:
+    # ---- leaving ---------------------------------------------------------------------------------
+
+    def _failed(self, slot: int, error: Exception) -> Chunk:
+        """The request in this row ends here, with nothing of it kept."""
+        index = self.scheduler.requests()[slot].index
+        self._drop([slot])
+        return Chunk(index, (), (), error=error)
+
+    def _drop(self, slots: Sequence[int]) -> None:
+        """Forget these rows. What they have left in the caches may be no numbers: it is wiped."""
         for slot in slots:
-            rows = self._rows([slot])
-            del self.running[slot]
+            for cache in self._caches:
+                if slot < cache.rows:
+                    cache.wipe(slot)
+            self._unseen.pop(slot, None)
+            self._ended[slot] = self.scheduler.requests()[slot]
+            self.scheduler.finish(slot, [])
+            self._readings.pop(slot, None)
+        self._clear(slots)
+
+    def _finish(self, slots: Sequence[int]) -> None:
+        """These rows' requests have ended; what was read stays where that is wanted."""
+        keeps = self.scheduler.keeps
+        if keeps:
+            self._observe(slots)
+        for slot in slots:
+            request = self.scheduler.requests()[slot]
+            tokens = request.history[: self._cache.lengths[slot]] if keeps else []
+            self.scheduler.finish(slot, tokens)
+            self._ended[slot] = request
             self._unseen.pop(slot, None)
             self._readings.pop(slot, None)
+            if not tokens:
+                self._clear([slot])
+        self._clear(self.scheduler.crowded_out())
+
+    def _clear(self, slots: Sequence[int]) -> None:
+        """Free these rows in all caches."""
+        for slot in slots:
+            request = self._ended.pop(slot, None)
+            if request is None:
+                continue
             self._cache.free(slot)
-            self.drafter.end(rows)
+            self.drafter.end(_rows_of({slot: request}))
+            for cache in self._caches:
+                if slot < cache.rows and self.scheduler.keeps:
+                    cache.give_back(slot)
+
+    def _unusable(self, num_read: int) -> UnusableLogits:
+        """The error of a row whose logits give no law behind so many tokens."""
+        kernel = self.target.kernel
+        hint = "its weights are damaged, or its config belongs to others: fetch the model again"
+        if "float16" in kernel and "bfloat16" not in kernel:
+            hint = "float16 is too narrow for many models: give --dtype bfloat16 or float32"
+        where = f"the logits of `{self.target.name}` ({kernel})"
+        got = f"{where} are NaN, infinite, or all -inf after {num_read} tokens"
+        return UnusableLogits(got, hint=hint)
+
+    def _rows(self, slots: Sequence[int]) -> Rows:
+        requests = self.scheduler.requests()
+        return _rows_of({slot: requests[slot] for slot in slots})
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:
@@ -422,31 +524,18 @@ class Engine:
         self._part[part] = self._part.get(part, 0.0) + time.perf_counter() - started
 
 
-def check(target: Target, request: Request) -> None:
-    """Refuse a request that could never run.
-
-    Raises InvalidPrompt, InvalidParameter or ContextLengthError.
-    """
-    if not request.prompt:
-        raise InvalidPrompt("the prompt is empty", hint="give at least one token of text")
-    highest = max(request.params.logit_bias, default=0)
-    allowed = f"by token ids below {target.vocab_size}"
-    require(highest < target.vocab_size, "logit_bias", f"{{{highest}: ...}}", allowed)
-
-    num_prompt = len(request.prompt)
-    asked = request.params.max_new_tokens
-    limit = target.context_length
-    if num_prompt + asked > limit:
-        room = limit - num_prompt
-        hint = f"shorten the prompt, or ask for at most {room} new tokens"
-        if room < 1:
-            hint = f"shorten the prompt by {1 - room} tokens or more"
-        wanted = f"the prompt has {num_prompt} tokens and {asked} new ones were asked for"
-        got = f"{wanted}, but the context of `{target.name}` holds {limit}"
-        raise ContextLengthError(got, hint=hint)
+def _rows_of(requests: Mapping[int, Request]) -> Rows:
+    """As a drafter sees them. requests: by row."""
+    own = requests.values()
+    return Rows(
+        slots=list(requests),
+        histories=[request.history for request in own],
+        params=[request.params for request in own],
+        num_prompts=[len(request.prompt) for request in own],
+    )
 
 
-def _without_padding(path: list[int]) -> list[int]:
+def _without_padding(path: Sequence[int]) -> list[int]:
     return [node for node in path if node >= 0]
 
 
@@ -470,9 +559,8 @@ def _columns(values: Tensor | None, width: int) -> Tensor | None:
     return None if values is None else values[:, :width]
 
 
-def _account(stats: Stats, num_drafted: int, num_committed: int, parts: dict[str, float]) -> None:
+def _account(request: Request, num_drafted: int, num_committed: int) -> None:
+    stats = request.stats
     stats.target_passes += 1
     stats.num_drafted += num_drafted
     stats.accepted_lengths.append(num_committed)
-    for part, seconds in parts.items():
-        stats.seconds[part] = stats.seconds.get(part, 0.0) + seconds

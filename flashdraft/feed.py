@@ -1,34 +1,46 @@
 """Requests without number through one engine, none of whose rows waits for another.
 
-`Model.stream` takes a list, and at its end rows are idle until the longest answer has ended. Here
-the next request is taken as soon as there is room for it, so that a file of any length is one
-stream. Knows models and requests. Does not know where they are from, nor where answers go.
+The next request is taken as soon as there is room for it, so that a file of any length is one
+stream. Knows engines and requests. Does not know where they are from, nor where answers go.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from flashdraft.engine import Engine, Request
-from flashdraft.generate import Model
 from flashdraft.types import Chunk
 
-__all__ = ["feed"]
+if TYPE_CHECKING:
+    from flashdraft.generate import Model
+
+__all__ = ["feed", "run"]
 
 
-def feed(model: Model, requests: Iterable[Request]) -> Iterator[Chunk]:
-    """What `Model.stream` yields, in the order in which it comes.
+def feed(model: "Model", requests: Iterable[Request]) -> Iterator[Chunk]:
+    """As `run`, by an engine of the model's own, with no more rows than there are requests."""
+    rows = model.max_rows
+    if isinstance(requests, Sequence):
+        rows = min(rows, max(len(requests), 1))
+    engine = model.engine(rows)
+    try:
+        yield from run(engine, requests)
+    finally:
+        engine.forget_kept()
 
-    requests: their indices differ. They are taken one by one, never more than twice the rows ahead
-    of what has ended. Raises what `engine.check` raises.
+
+def run(engine: Engine, requests: Iterable[Request]) -> Iterator[Chunk]:
+    """Chunks of all requests, in the order in which they come; errors of single ones, too.
+
+    Nothing else may wait or run in the engine. requests: their indices differ. They are taken one
+    by one, never more than twice the rows ahead of what has ended, so that they may be without
+    number. Raises what `Engine.submit` raises.
     """
-    engine = Engine(
-        model.target, model.new_drafter(), max_rows=model.max_rows, control=model.control
-    )
-    waiting = iter(requests)
+    left = iter(requests)
     unfinished: set[int] = set()
     try:
         while True:
-            while len(unfinished) < 2 * model.max_rows:
-                request = next(waiting, None)
+            while len(unfinished) < 2 * engine.max_rows:
+                request = next(left, None)
                 if request is None:
                     break
                 engine.submit(request)

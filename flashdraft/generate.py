@@ -1,7 +1,7 @@
-"""A target with its tokenizer and its drafter: `generate` and `stream`.
+"""A target with its tokenizer and its drafter: `generate`, `stream`, and a session of streams.
 
 The stream is the primitive: `generate` collects it, and the command line and the benchmark read the
-same records.
+same records. All of them run on one loop: the engine's `step`, and the scheduler behind it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,12 +14,14 @@ from flashdraft.decoding.prompt import as_asked, check_text, encoded, is_one
 from flashdraft.decoding.text import TextDecoder
 from flashdraft.engine import Engine, Request, check
 from flashdraft.errors import FlashDraftError, InvalidParameter, InvalidPrompt
+from flashdraft.feed import feed, run
 from flashdraft.models.target import Target
 from flashdraft.pretrained import Tokenizer
 from flashdraft.process import new_lock
+from flashdraft.scheduler import Scheduler
 from flashdraft.types import Chunk, Drafter, Result, SamplingParams
 
-__all__ = ["Model", "Prompt"]
+__all__ = ["Model", "Prompt", "Session"]
 
 Turn = dict[str, str]
 # One user turn, a conversation, or token ids as they are.
@@ -35,7 +37,8 @@ class Model:
     """A target, its tokenizer and a drafter, ready to generate.
 
     new_drafter: every stream has a drafter of its own; the weights are shared. adaptive: as many
-    nodes are read as pay, where the target's step times are known.
+    nodes are read as pay, where the target's step times are known. keeps: what several prompts of a
+    stream or a session begin with is read once.
     """
 
     target: Target
@@ -44,6 +47,7 @@ class Model:
     eos: frozenset[int] = field(kw_only=True)
     max_rows: int = field(kw_only=True)
     adaptive: bool = field(default=False, kw_only=True)
+    keeps: bool = field(default=True, kw_only=True)
 
     @cached_property
     def control(self) -> Control | None:
@@ -81,17 +85,32 @@ class Model:
 
     def stream(self, prompts: Prompts, params: Params = None, **options: Any) -> Iterator[Chunk]:
         """One Chunk per prompt and step, as they come; a prompt's last one carries its Result."""
-        batch = cast(list[Prompt], [prompts] if is_one(prompts) else list(prompts))
-        rows = min(self.max_rows, max(len(batch), 1))
-        engine = Engine(self.target, self.new_drafter(), max_rows=rows, control=self.control)
+        requests = self.requests(prompts, params, **options)
+        return _without_errors(feed(self, requests))
 
+    def requests(self, prompts: Prompts, params: Params = None, **options: Any) -> list[Request]:
+        """Prompts as the engine takes them, numbered from 0.
+
+        Raises InvalidParameter, InvalidPrompt or ContextLengthError.
+        """
+        batch = cast(list[Prompt], [prompts] if is_one(prompts) else list(prompts))
         params_of_prompts = _params_of_prompts(params, options, len(batch))
         requests = []
         for index, (prompt, own) in enumerate(zip(batch, params_of_prompts, strict=True)):
             requests.append(self.request(prompt, own, index=index))
         for request in requests:
             check(self.target, request)
-        return _run(engine, requests)
+        return requests
+
+    def engine(self, max_rows: int) -> Engine:
+        """An engine of so many rows, with a drafter of its own."""
+        scheduler = Scheduler[Request](max_rows, keeps=self.keeps)
+        drafter = self.new_drafter()
+        return Engine(self.target, drafter, control=self.control, scheduler=scheduler)
+
+    def session(self) -> "Session":
+        """Streams one after another, each beginning with what earlier ones have read."""
+        return Session(self)
 
     def request(self, prompt: Prompt, params: SamplingParams, *, index: int = 0) -> Request:
         """A prompt as the engine takes it."""
@@ -133,17 +152,29 @@ class Model:
         return tokens
 
 
-def _run(engine: Engine, requests: list[Request]) -> Iterator[Chunk]:
-    waiting = list(reversed(requests))
-    try:
-        while waiting or engine.running:
-            while waiting and engine.num_free:
-                yield engine.admit(waiting.pop())
-            if engine.running:
-                yield from engine.step()
-    finally:  # a caller that stops listening frees its rows
-        for request in requests:
-            engine.abort(request.index)
+class Session:
+    """Streams of one model, one after another.
+
+    What a finished text has read serves the next one that begins alike: the next turn of a talk
+    costs its new tokens only.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self._engine = model.engine(model.max_rows)
+
+    def stream(self, prompts: Prompts, params: Params = None, **options: Any) -> Iterator[Chunk]:
+        """As Model.stream. A stream that is not read to its end has to be closed."""
+        requests = self.model.requests(prompts, params, **options)
+        return _without_errors(run(self._engine, requests))
+
+
+def _without_errors(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+    """Raises the error of the first request that fails; the others end with it."""
+    for chunk in chunks:
+        if chunk.error is not None:
+            raise chunk.error
+        yield chunk
 
 
 def _params_of_prompts(params: Params, options: Options, count: int) -> list[SamplingParams]:

@@ -477,6 +477,15 @@ class Drafter(Protocol):
         The anchor alone where it has nothing to say.
         """
 
+    def resume(self, source: int, slot: int, count: int) -> int:
+        """A text begins in `slot` with the first `count` tokens that were observed in `source`.
+
+        source: maybe `slot` itself; it stays as it is otherwise. The new text has one more token
+        in common with the old one. Returns how many tokens `slot` holds now, at most `count`: what
+        comes behind them will be observed anew. A drafter without this verb begins with none.
+        """
+        return 0
+
     def observe(
         self, rows: Rows, tokens: Sequence[Tensor], features: Sequence[Tensor] | None
     ) -> None:
@@ -514,6 +523,9 @@ class Stats:
         1 for plain decoding.
         """
         return (self.num_tokens - 1) / self.target_passes if self.target_passes else 1.0
+
+    def add(self, part: str, seconds: float) -> None:
+        self.seconds[part] = self.seconds.get(part, 0.0) + seconds
 
     @property
     def decode_seconds(self) -> float:

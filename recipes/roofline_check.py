@@ -106,7 +106,8 @@ def step_ratios(model):
     times = {}
     for nodes in (1, 4, 8):
         engines[nodes] = Engine(model.target, Guess(nodes))
-        engines[nodes].admit(model.request(prompt, params))
+        engines[nodes].submit(model.request(prompt, params))
+        engines[nodes].step()
         times[nodes] = []
     for _ in range(STEPS):
         for nodes, engine in engines.items():

@@ -35,7 +35,7 @@ from flashdraft.models.cache import SlotCache
 from flashdraft.models.hf import HFTarget
 from flashdraft.models.lean import LeanTarget
 from flashdraft.models.target import Target
-from flashdraft.types import Result, SamplingParams
+from flashdraft.types import Chunk, Result, SamplingParams
 
 # Their asserts say as much as a test's own; only files named test_*.py are rewritten unasked.
 pytest.register_assert_rewrite("toy_drafts", "toy_engine", "toy_gguf", "toy_hooks", "toy_pipeline")
@@ -177,11 +177,36 @@ def requests_of(
 
 def run(engine: Engine, waiting: Sequence[Request]) -> list[Result]:
     """Every result, in order; `engine` may have fewer rows than there are requests."""
-    left, results = list(waiting), {}
-    while left or engine.running:
-        chunks = [engine.admit(left.pop(0))] if left and engine.num_free else engine.step()
-        results |= {chunk.index: chunk.result for chunk in chunks if chunk.result is not None}
+    results = {}
+    for request in waiting:
+        engine.submit(request)
+    while engine.has_work:
+        for chunk in step(engine):
+            if chunk.result is not None:
+                results[chunk.index] = chunk.result
     return [results[index] for index in sorted(results)]
+
+
+def step(engine: Engine) -> list[Chunk]:
+    """What a step gives; raises the error of a row that failed."""
+    chunks = engine.step()
+    for chunk in chunks:
+        if chunk.error is not None:
+            raise chunk.error
+    return chunks
+
+
+def admit(engine: Engine, request: Request) -> Chunk:
+    """Give a request a row at once and read its prompt; the others do not move."""
+    engine.submit(request)
+    engine._place()
+    chunks: list[Chunk] = []
+    while not chunks:
+        chunks = engine._read_prompts()
+    (chunk,) = chunks
+    if chunk.error is not None:
+        raise chunk.error
+    return chunk
 
 
 class Table:
@@ -201,11 +226,16 @@ class Table:
     def new_cache(self, rows: int, slots: int) -> SlotCache:
         return SlotCache(0, rows, slots)
 
-    def prefill(
-        self, cache: SlotCache, slot: int, tokens: Tensor, layers: Sequence[int]
-    ) -> tuple[Tensor, None]:
-        cache.keep(slot, range(len(tokens)))
-        return self.logits[tokens[-1]], None
+    def read(
+        self, cache: SlotCache, slots: Sequence[int], texts: Sequence[Tensor], layers: Sequence[int]
+    ) -> tuple[list[Tensor], None]:
+        """A token is its own state."""
+        for slot, text in zip(slots, texts, strict=True):
+            cache.keep(slot, range(len(text)))
+        return list(texts), None
+
+    def lm_head(self, states: Tensor) -> Tensor:
+        return self.logits[states]
 
     def forward(
         self, cache: SlotCache, slots: Any, tokens: Tensor, parents: Any, sizes: Any, layers: Any

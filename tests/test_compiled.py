@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EOS, SHAPE, VOCAB, LetterTokenizer, tiny_drafter, tiny_model
+from conftest import EOS, SHAPE, VOCAB, LetterTokenizer, admit, tiny_drafter, tiny_model
 from elsewhere import DEVICE, Elsewhere, moved
 from test_target import CLOSE, FAR, LEAN_CLOSE, own_model, worst_after_all
 from torch import Tensor
@@ -233,7 +233,7 @@ def texts(
         requests.append(
             Request(list(prompt), params, TextDecoder(LetterTokenizer(), ()), frozenset({EOS}), i)
         )
-        engine.admit(requests[-1])
+        admit(engine, requests[-1])
     while engine.running:
         engine.step()
     return [request.history for request in requests]

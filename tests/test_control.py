@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_drafter, tiny_target
+from conftest import admit, tiny_drafter, tiny_target
 from torch import Tensor
 
 import flashdraft.decoding.control
@@ -393,7 +393,7 @@ def finished(
             temperature=temperature, seed=index, max_new_tokens=tokens, ignore_eos=True
         )
         requests.append(Request(prompt, params, TextDecoder(Silent()), index=index))
-        engine.admit(requests[-1])
+        admit(engine, requests[-1])
     while engine.running:
         engine.step()
     return requests

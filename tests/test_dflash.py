@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EOS, requests_of, run, tiny_target
+from conftest import EOS, admit, requests_of, run, tiny_target
 from torch import Tensor
 from toy_folders import ZLAB, zlab_tensors
 
@@ -474,7 +474,7 @@ def traces(kind: type[Led]) -> Iterator[float]:
     drafter = led(kind)
     engine = Engine(the_target(), drafter, max_rows=4)
     for request in requests(PROMPTS):
-        engine.admit(request)
+        admit(engine, request)
     yield trace_of_rejected_drafts(engine, drafter)
     for _ in range(6):
         engine.step()
@@ -493,7 +493,7 @@ def test_drafts_after_partial_acceptance_are_those_of_a_fresh_drafter() -> None:
     drafter = led()
     engine = Engine(the_target(), drafter, max_rows=4)
     for request in requests(PROMPTS):
-        engine.admit(request)
+        admit(engine, request)
     for _ in range(5):
         engine.step()
         histories = [request.history for request in engine.running.values()]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SHAPE, VOCAB, Table, requests_of, run, tiny_model, tiny_target
+from conftest import SHAPE, VOCAB, Table, admit, requests_of, run, tiny_model, tiny_target
 from scipy import stats
 from torch import Tensor
 from toy_folders import letter_tokenizer
@@ -185,7 +185,7 @@ class Uncut(DraftModelDrafter):
 def stepped(drafter: DraftModelDrafter, params: Sequence[SamplingParams]) -> Iterator[Engine]:
     engine = Engine(tiny_target("llama"), drafter, max_rows=4)
     for request in requests_of(PROMPTS, [replace(own, max_new_tokens=60) for own in params]):
-        engine.admit(request)
+        admit(engine, request)
     yield engine
     for _ in range(6):
         engine.step()
@@ -314,7 +314,7 @@ def test_no_token_is_read_twice_and_a_drafted_one_costs_one_pass(
     drafter = kind(counting)  # type: ignore[arg-type]
     engine = Engine(tiny_target("llama"), drafter, max_rows=4)
     for request in requests_of(PROMPTS, KINDS["mixed"]):
-        engine.admit(request)
+        admit(engine, request)
     assert [len(drafter._read.get(slot, [])) for slot in range(4)][1:3] == [
         len(PROMPTS[1]) - 1,
         len(PROMPTS[2]) - 1,
@@ -360,7 +360,7 @@ def test_a_draft_that_failed_can_be_asked_again(monkeypatch: pytest.MonkeyPatch)
     drafter = DraftModelDrafter(network())
     engine = Engine(tiny_target("llama"), drafter, max_rows=4)
     for request in requests_of(PROMPTS, KINDS["greedy"]):
-        engine.admit(request)
+        admit(engine, request)
     forward, calls = HFTarget.forward, [0]
 
     def fails_once(self: HFTarget, *args: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_drafter, tiny_model
+from conftest import admit, step, tiny_drafter, tiny_model
 from toy_folders import letter_tokenizer, save_target
 from toy_training import language_model
 
@@ -300,14 +300,14 @@ def test_logits_without_a_law_are_named_and_leave_the_row_clean(
     own = replace(params, max_new_tokens=6)
     expected = lm.generate([5, 6, 7], own).tokens
     with pytest.raises(UnusableLogits, match=r"`poisoned` \(transformers float64\) are NaN"):
-        engine.admit(lm.request([5, 6, 7, POISON] + [8] * 80, own))
+        admit(engine, lm.request([5, 6, 7, POISON] + [8] * 80, own))
     assert not engine.running
     assert all(
         bool(tensor.isfinite().all())
         for tensor in (*engine._cache.keys, *engine._cache.values)
         if tensor is not None
     )
-    chunks = [engine.admit(lm.request([5, 6, 7], own))]
+    chunks = [admit(engine, lm.request([5, 6, 7], own))]
     while chunks[-1].result is None:
         chunks += engine.step()
     assert chunks[-1].result.tokens == expected
@@ -318,12 +318,12 @@ def test_row_that_goes_wrong_later_is_forgotten_and_the_others_go_on() -> None:
     engine = Engine(lm.target, Autoregressive(), max_rows=2)
     params = SamplingParams(max_new_tokens=6, ignore_eos=True)
     expected = lm.generate([5, 6, 7], params).tokens
-    engine.admit(lm.request([5, 6, 7], params, index=0))
-    engine.admit(lm.request([8, 6], params, index=1))
+    admit(engine, lm.request([5, 6, 7], params, index=0))
+    admit(engine, lm.request([8, 6], params, index=1))
     bad = next(request for request in engine.running.values() if request.index == 1)
     bad.history[-1] = POISON
     with pytest.raises(UnusableLogits):
-        engine.step()
+        step(engine)
     assert [request.index for request in engine.running.values()] == [0]
     chunks: list[Any] = []
     while engine.running:

@@ -38,7 +38,7 @@ from flashdraft.decoding.text import TextDecoder
 from flashdraft.engine import Engine, Request
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.models.cache import SlotCache
-from flashdraft.types import Proposal, Rows, SamplingParams, Stats, Verdict
+from flashdraft.types import Proposal, Rows, SamplingParams, Verdict
 
 # The law.
 
@@ -171,8 +171,8 @@ def roll_features(patch: pytest.MonkeyPatch) -> None:
 def count_what_was_cut(patch: pytest.MonkeyPatch) -> None:
     account = flashdraft.engine._account
 
-    def whole(stats: Stats, num_drafted: int, num_committed: int, parts: dict[str, float]) -> None:
-        account(stats, num_drafted, num_drafted + 1, parts)
+    def whole(request: Request, num_drafted: int, num_committed: int) -> None:
+        account(request, num_drafted, num_drafted + 1)
 
     patch.setattr(flashdraft.engine, "_account", whole)
 
@@ -272,14 +272,14 @@ def chi_square() -> tuple[float, int]:
         )
         for seed in range(NUM_TEXTS)
     ]
-    while waiting or engine.running:
-        while waiting and engine.num_free:
-            engine.admit(waiting.pop())
+    for request in waiting:
+        engine.submit(request)
+    while engine.has_work:
         engine.step()
         for request in [request for request in engine.running.values() if len(request.history) > 3]:
             a, b, c = request.history[1:4]
             counts[16 * a + 4 * b + c] += 1
-            engine.abort(request.index)
+            engine.cancel(request.index)
     expected = target.law(SamplingParams(temperature=1.0), 3) * NUM_TEXTS
     assert float(expected.min()) > 5
     return float(((counts - expected) ** 2 / expected).sum()), len(expected) - 1

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import VOCAB, requests_of, tiny_drafter, tiny_model
-from torch import Tensor
+from conftest import VOCAB, admit, requests_of, tiny_drafter, tiny_model
 from toy_engine import (
     BLOCKS,
     GREEDY,
@@ -98,7 +97,7 @@ def test_a_text_ends_where_it_must_at_every_offset_of_a_block(
 
 
 def whole_block(
-    self: Request, tokens: Sequence[int], num_drafted: int, logits: Sequence[Tensor]
+    self: Request, tokens: Sequence[int], num_drafted: int, *others: Sequence[Any]
 ) -> Chunk:
     """Looks for the end after the block, not in it."""
     chunks = [commit(self, [token], int(i < num_drafted)) for i, token in enumerate(tokens)]
@@ -116,7 +115,7 @@ commit = Request.commit
 
 
 def pushes_eos(
-    self: Request, tokens: Sequence[int], num_drafted: int, logits: Sequence[Tensor]
+    self: Request, tokens: Sequence[int], num_drafted: int, *others: Sequence[Any]
 ) -> Chunk:
     """The end-of-text token's own text leaks."""
     chunk = commit(self, tokens, num_drafted)
@@ -211,7 +210,7 @@ def test_tau_counts_committed_tokens_per_pass_and_nothing_that_was_cut() -> None
 def test_an_empty_prompt_is_refused() -> None:
     engine = Engine(made("llama"), Autoregressive())
     with pytest.raises(InvalidPrompt, match="the prompt is empty"):
-        engine.admit(requests_of([()], [GREEDY])[0])
+        admit(engine, requests_of([()], [GREEDY])[0])
     assert engine.num_free == 1
 
 
@@ -221,7 +220,7 @@ def test_a_text_beyond_the_context_is_refused(length: int, asked: int) -> None:
     with pytest.raises(
         ContextLengthError, match=f"{length} tokens and {asked} new .* holds 256"
     ) as raised:
-        engine.admit(requests_of([(5,) * length], [replace(GREEDY, max_new_tokens=asked)])[0])
+        admit(engine, requests_of([(5,) * length], [replace(GREEDY, max_new_tokens=asked)])[0])
     room = 256 - length
     assert (f"at most {room} new" if room > 0 else f"by {1 - room} tokens") in str(
         raised.value.hint
@@ -276,6 +275,6 @@ def test_a_faulty_proposal_is_an_error_and_not_a_text() -> None:
             return Proposal(tokens, torch.tensor([[-1, 0, -1]]), torch.tensor([3]))
 
     engine = Engine(made("llama"), TwoRoots([]))
-    engine.admit(requests_of([PROMPT], [GREEDY])[0])
+    admit(engine, requests_of([PROMPT], [GREEDY])[0])
     with pytest.raises(AssertionError, match="a second root"):
         engine.step()

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from conftest import requests_of, tiny_drafter
+from conftest import admit, requests_of, tiny_drafter
 from toy_engine import (
     CHOSEN,
     GREEDY,
@@ -113,9 +113,9 @@ def test_the_caches_grow_while_rows_run() -> None:
     params = [GREEDY, replace(GREEDY, max_new_tokens=36)]
     engine = Engine(made("llama"), tiny_drafter(made("llama")), max_rows=2)
     short, late = requests_of([PROMPTS[0], long], params)
-    chunks = [engine.admit(short), *engine.step()]
+    chunks = [admit(engine, short), *engine.step()]
     before = engine._cache.slots
-    engine.admit(late)
+    admit(engine, late)
     assert engine._cache.slots > before
     while engine.running:
         chunks += engine.step()
@@ -134,21 +134,21 @@ def test_an_aborted_row_is_free_at_once_and_leaves_the_others_alone(method: str)
     engine = Engine(made("llama"), drafter, max_rows=2)
     gone, stays, comes = requests_of(PROMPTS, (GREEDY,) * 3)
     for request in (gone, stays):
-        engine.admit(request)
+        admit(engine, request)
     engine.step()
-    engine.abort(77)  # nobody's number
+    engine.cancel(77)  # nobody's number
     assert engine.num_free == 0
-    engine.abort(gone.index)
+    engine.cancel(gone.index)
     assert engine.num_free == 1
     assert engine._cache.lengths[0] == 0
     assert all(cache.lengths[0] == 0 for cache in drafter.caches)
-    engine.admit(comes)
+    admit(engine, comes)
     while engine.running:
         assert gone.index not in [chunk.index for chunk in engine.step()]
     for request, prompt in ((stays, PROMPTS[1]), (comes, PROMPTS[2])):
         assert tuple(request.history[len(prompt) :]) == plain("llama", prompt)
     assert len(gone.history) < len(PROMPTS[0]) + NEW
-    engine.abort(stays.index)  # finished already
+    engine.cancel(stays.index)  # finished already
 
 
 @pytest.mark.parametrize("where", ["observe", "propose"])
@@ -157,7 +157,7 @@ def test_a_failure_leaves_nothing_behind(where: str, monkeypatch: pytest.MonkeyP
     drafter = tiny_drafter(made("llama"))
     engine = Engine(made("llama"), drafter, max_rows=2)
     first, second = requests_of(PROMPTS[:2], (GREEDY,) * 2)
-    engine.admit(first)
+    admit(engine, first)
 
     def fails(*_: Any) -> None:
         raise MemoryError
@@ -165,10 +165,10 @@ def test_a_failure_leaves_nothing_behind(where: str, monkeypatch: pytest.MonkeyP
     with monkeypatch.context() as patch:
         patch.setattr(type(drafter), where, fails)
         with pytest.raises(MemoryError):
-            engine.admit(second) if where == "observe" else engine.step()
+            admit(engine, second) if where == "observe" else engine.step()
     assert engine._cache.lengths == [len(PROMPTS[0]), 0]
     assert drafter.cache.lengths[1:] in ([], [0])
-    engine.admit(requests_of(PROMPTS[1:2], [GREEDY], first=1)[0])
+    admit(engine, requests_of(PROMPTS[1:2], [GREEDY], first=1)[0])
     rows = dict(engine.running)
     while engine.running:
         engine.step()

@@ -140,11 +140,12 @@ def sibling_states(
     logits: Tensor,
     histories: Sequence[list[int]],
     readings: Sequence[Reading | None],
+    errors: dict[int, Exception],
 ) -> Tensor:
     """The walk with the state of the node before instead of the parent's."""
     as_chain = torch.arange(-1, proposal.num_nodes - 1).expand_as(proposal.parents)
     wrong = replace(proposal, parents=as_chain)
-    return adjusted_nodes(wrong, logits, histories, readings)
+    return adjusted_nodes(wrong, logits, histories, readings, errors)
 
 
 def test_the_state_of_a_sibling_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +166,7 @@ def test_only_nodes_that_a_text_can_reach_are_changed() -> None:
     parents = torch.tensor([[-1, 0, 0, 1, 0, 2]])
     proposal = Proposal(tokens, parents, torch.tensor([5]))
     logits = torch.randn(1, 6, VOCAB, generator=torch.Generator().manual_seed(0))
-    wanted = adjusted_nodes(proposal, logits, [history], [reading])
+    wanted = adjusted_nodes(proposal, logits, [history], [reading], {})
     changed = [node for node in range(6) if not torch.equal(wanted[0, node], logits[0, node])]
     assert changed == [0, 2]
     behind_seven = by_residue(18, 2, frozenset({EOS}))
@@ -175,7 +176,7 @@ def test_only_nodes_that_a_text_can_reach_are_changed() -> None:
 def test_a_row_without_a_reading_keeps_its_logits() -> None:
     proposal = Proposal(torch.tensor([[5]]), torch.tensor([[-1]]), torch.tensor([1]))
     logits = torch.randn(1, 1, VOCAB)
-    assert torch.equal(adjusted_nodes(proposal, logits, [[5]], [None]), logits)
+    assert torch.equal(adjusted_nodes(proposal, logits, [[5]], [None], {}), logits)
 
 
 def test_a_hook_with_a_memory_changes_nothing_where_its_state_is_not_known() -> None:

@@ -19,7 +19,7 @@ LEVELS = {
             "decoding.* hub pretrained diffusion.coupling",
             "models.*",
             "formats.* methods.*",
-            "engine scheduler",
+            "engine scheduler request",
             "loading generate feed __init__",
             "train.* bench.* export offline serve.* diffusion.*",
             "cli.* __main__",

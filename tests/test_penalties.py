@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EOS, SHAPE, VOCAB, Table, tiny_model, uniform
+from conftest import EOS, SHAPE, VOCAB, Table, admit, tiny_model, uniform
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -243,7 +243,9 @@ def test_parameters_keep_their_own_bias_and_can_be_hashed() -> None:
 def test_a_bias_beyond_the_vocabulary_is_refused() -> None:
     engine = Engine(made("llama"), Autoregressive())
     with pytest.raises(InvalidParameter, match=f"logit_bias .*{VOCAB}"):
-        engine.admit(requests_of(PROMPTS[:1], [SamplingParams(logit_bias={VOCAB: 1.0, 3: 1.0})])[0])
+        admit(
+            engine, requests_of(PROMPTS[:1], [SamplingParams(logit_bias={VOCAB: 1.0, 3: 1.0})])[0]
+        )
     assert engine.num_free == 1
 
 
@@ -519,12 +521,12 @@ def test_a_hook_that_fails_frees_its_row_at_once_or_on_request() -> None:
         SamplingParams(logits_processor=late, max_new_tokens=9),
     )
     with pytest.raises(InvalidParameter, match="after 10 tokens"):
-        engine.admit(requests_of(PROMPTS[1:2], [params])[0])
+        admit(engine, requests_of(PROMPTS[1:2], [params])[0])
     assert engine.num_free == 2
-    engine.admit(requests_of(PROMPTS[:1], [params])[0])
+    admit(engine, requests_of(PROMPTS[:1], [params])[0])
     with pytest.raises(InvalidParameter, match="after 6 tokens"):
         [engine.step() for _ in range(4)]
-    engine.abort(0)
+    engine.cancel(0)
     assert engine.num_free == 2
 
 
@@ -643,16 +645,15 @@ def chi_square(
     ]
     for request in waiting:
         request.decoder.push = lambda token: ""  # type: ignore[method-assign]
-    while waiting or engine.running:
-        while waiting and engine.num_free:
-            engine.admit(waiting.pop())
+        engine.submit(request)
+    while engine.has_work:
         engine.step()
         for request in [
             request for request in engine.running.values() if len(request.history) >= len(SHORT) + 3
         ]:
             a, b, c = request.history[len(SHORT) :][:3]
             counts[16 * a + 4 * b + c] += 1
-            engine.abort(request.index)
+            engine.cancel(request.index)
     expected = joint(target, params) * NUM_TEXTS
     likely = expected >= 5
     assert float(expected.sum()) == pytest.approx(NUM_TEXTS)
@@ -716,7 +717,7 @@ def exact_logprobs(drafter: Callable[[list[Any]], Any]) -> list[Any]:
     params = [replace(own, logprobs=True) for own in rows_of("all", 0.9)]
     requests = requests_of(PROMPTS, params)
     engine, chunks = Engine(target, drafter(PROMPTS), max_rows=3), []
-    chunks += [engine.admit(request) for request in requests]
+    chunks += [admit(engine, request) for request in requests]
     while engine.running:
         chunks += engine.step()
     pieces = [[p.logprob for c in chunks if c.index == i for p in c.pieces] for i in range(3)]
@@ -742,7 +743,7 @@ def test_logprobs_are_equal_bit_for_bit_on_row_exact_kernels() -> None:
 def test_logprobs_of_the_wrong_nodes_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     commit = Request.commit
     monkeypatch.setattr(
-        Request, "commit", lambda self, tokens, n, logits: commit(self, tokens, n, logits[::-1])
+        Request, "commit", lambda self, tokens, n, logits, *_: commit(self, tokens, n, logits[::-1])
     )
     with pytest.raises(AssertionError):
         test_logprobs_are_those_of_the_target_before_anything_changed_its_law("cheater")
@@ -758,7 +759,7 @@ def test_logprobs_of_half_precision_are_computed_in_float32() -> None:
 def test_nothing_is_computed_where_no_logprobs_were_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(flashdraft.engine, "logprob", None)
+    monkeypatch.setattr("flashdraft.request.logprob", None)
     check_texts("llama", "cheater", rows_of("all", 0.9))
 
 
@@ -856,7 +857,7 @@ def test_penalties_of_a_step_do_not_walk_the_whole_text() -> None:
     params = SamplingParams(max_new_tokens=400, repetition_penalty=1.2, frequency_penalty=0.1)
     request = Request(SHORT, params, TextDecoder(None))
     request.decoder.push = lambda token: ""  # type: ignore[method-assign]
-    engine.admit(request)
+    admit(engine, request)
     request.history = Walked(request.history)
     for _ in range(300):
         engine.step()

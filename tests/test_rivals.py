@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EOS, VOCAB, requests_of, run, tiny_target
+from conftest import EOS, VOCAB, admit, requests_of, run, tiny_target
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from toy_folders import letter_tokenizer, save_target
@@ -331,7 +331,7 @@ def test_drafts_while_decoding_are_those_of_a_fresh_drafter(method: str) -> None
     drafter = network(method).drafters(the_target())(tree_nodes=9)
     engine = Engine(the_target(), drafter, max_rows=1)
     for request in requests_of(PROMPTS[:2], [GREEDY] * 2, {EOS}):
-        engine.admit(request)
+        admit(engine, request)
         for _ in range(4):
             engine.step()
             (request,) = engine.running.values()
@@ -341,7 +341,7 @@ def test_drafts_while_decoding_are_those_of_a_fresh_drafter(method: str) -> None
             )
             assert got.tokens.tolist() == fresh.tokens.tolist()
             torch.testing.assert_close(got.scores, fresh.scores, rtol=0, atol=1e-5)
-        engine.abort(request.index)
+        engine.cancel(request.index)
 
 
 @pytest.mark.parametrize("limit", [1, 8, 22, 40])

@@ -20,6 +20,7 @@ from conftest import (
     VOCAB,
     LetterTokenizer,
     requests_of,
+    step,
     tiny_drafter,
     tiny_target,
     uniform,
@@ -302,15 +303,13 @@ CHOSEN = [method for method in METHODS if method != "drawn"]
 def run(engine: Engine, requests: Sequence[Request]) -> list[Result]:
     """All requests, each as soon as a row is free; every chunk is checked on the way."""
     chunks: dict[int, list[Chunk]] = {request.index: [] for request in requests}
-    waiting = list(requests)
-    while waiting or engine.running:
-        while waiting and engine.num_free:
-            first = engine.admit(waiting.pop(0))
-            chunks[first.index].append(first)
-        if engine.running:
-            for chunk in engine.step():
-                chunks[chunk.index].append(chunk)
+    for request in requests:
+        engine.submit(request)
+    while engine.has_work:
+        for chunk in step(engine):
+            chunks[chunk.index].append(chunk)
     assert engine.num_free == engine.max_rows
+    engine.forget_kept()
     assert engine._cache.lengths == [0] * engine.max_rows
     return [checked(request, chunks[request.index]) for request in requests]
 

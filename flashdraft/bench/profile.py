@@ -82,7 +82,8 @@ def profile(
     prompt = torch.randint(lean.vocab_size, (context,), generator=generator, **INTS).tolist()
     most = (steps + _WARM_UP + 1) * nodes + nodes
     params = SamplingParams(max_new_tokens=most, ignore_eos=True)
-    engine.admit(model.request(prompt, params))
+    engine.submit(model.request(prompt, params))
+    engine.step()
     times = _times(engine, lean, steps)
 
     milliseconds = {}

@@ -64,10 +64,12 @@ def adjusted_nodes(
     logits: Tensor,
     histories: Sequence[list[int]],
     readings: Sequence[Reading | None],
+    errors: dict[int, Exception],
 ) -> Tensor:
     """`adjusted` at every node of the rows that have a reading: [rows, nodes, vocab], a new tensor.
 
-    histories: of each row, prompt and committed tokens; the last one is the anchor.
+    histories: of each row, prompt and committed tokens; the last one is the anchor. errors: takes
+    by row what a hook raises; the others go on.
     """
     wanted = logits.to(precision(logits), copy=True)
     sizes = proposal.sizes.tolist()
@@ -76,7 +78,10 @@ def adjusted_nodes(
             nodes = slice(sizes[row])
             tokens = proposal.tokens[row, nodes].tolist()
             parents = proposal.parents[row, nodes].tolist()
-            _adjust(wanted[row, nodes], tokens, parents, histories[row], reading)
+            try:
+                _adjust(wanted[row, nodes], tokens, parents, histories[row], reading)
+            except Exception as error:
+                errors[row] = error
     return wanted
 
 

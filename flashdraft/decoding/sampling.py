@@ -33,6 +33,7 @@ __all__ = [
     "precision",
     "probabilities",
     "target_probs",
+    "top_logprobs",
     "total",
     "uniforms",
 ]
@@ -197,6 +198,15 @@ def logprob(logits: Tensor, token: int) -> float:
     One token at a time, so that company changes no bit.
     """
     return float(logits.to(precision(logits)).log_softmax(-1)[token])
+
+
+def top_logprobs(logits: Tensor, count: int) -> tuple[tuple[int, float], ...]:
+    """The `count` likeliest tokens by the model's own logits [vocab], and their logprobs."""
+    if count == 0:
+        return ()
+    laws = logits.to(precision(logits)).log_softmax(-1)
+    best = laws.topk(min(count, len(laws)))
+    return tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
 
 
 def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:

@@ -28,6 +28,7 @@ __all__ = [
     "depths",
     "independent",
     "planted",
+    "spread",
 ]
 
 
@@ -163,6 +164,42 @@ def planted(anchors: Sequence[int], grown: Sequence[Nodes]) -> Proposal:
         sizes=torch.tensor(sizes, **INTS),
         scores=torch.tensor(padded_scores, **FLOATS),
     )
+
+
+def spread(proposal: Proposal, places: Sequence[int], anchors: Sequence[int]) -> Proposal:
+    """The same for more rows: those at `places` have what was proposed, the others their anchors.
+
+    anchors: of all rows.
+    """
+    if len(places) == len(anchors):
+        return proposal
+
+    num_rows = len(anchors)
+    width = proposal.num_nodes
+    tokens = torch.zeros(num_rows, width, **INTS)
+    tokens[:, 0] = torch.tensor(anchors, **INTS)
+    tokens[places] = proposal.tokens
+    parents = chain(width).repeat(num_rows, 1)
+    parents[places] = proposal.parents
+    sizes = torch.ones(num_rows, **INTS)
+    sizes[places] = proposal.sizes
+    return Proposal(
+        tokens=tokens,
+        parents=parents,
+        sizes=sizes,
+        scores=_placed(proposal.scores, places, num_rows),
+        probs=_placed(proposal.probs, places, num_rows),
+        drawn=_placed(proposal.drawn, places, num_rows),
+    )
+
+
+def _placed(values: Tensor | None, places: Sequence[int], num_rows: int) -> Tensor | None:
+    """Zeros in all rows but those at `places`."""
+    if values is None:
+        return None
+    placed = values.new_zeros(num_rows, *values.shape[1:])
+    placed[places] = values
+    return placed
 
 
 def check(proposal: Proposal) -> None:

@@ -11,3 +11,6 @@ class Autoregressive(Drafter):
 
     def propose(self, rows: Rows, max_nodes: int) -> Proposal:
         return alone(rows.anchors)
+
+    def resume(self, source: int, slot: int, count: int) -> int:
+        return count

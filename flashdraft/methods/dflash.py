@@ -459,6 +459,9 @@ class DFlashDrafter:
             states, _ = network.decoder(self.cache, slots, embedded, layout, ())
         return states
 
+    def resume(self, source: int, slot: int, count: int) -> int:
+        return self.cache.resume(slot, source, count)
+
     def end(self, rows: Rows) -> None:
         for slot in rows.slots:
             if slot < self.cache.rows:  # others were never observed

@@ -217,6 +217,15 @@ class DraftModelDrafter(Drafter):
                 last,
             )
 
+    def resume(self, source: int, slot: int, count: int) -> int:
+        """Whatever the network has not read of them, or has read otherwise, it reads later."""
+        known = self._read.get(source, [])[:count]
+        self.cache.reserve(0, rows=max(source, slot) + 1)
+        self.cache.take(slot, source, min(len(known), self.cache.lengths[source]))
+        self._read[slot] = known[: self.cache.lengths[slot]]
+        self._shared.pop(slot, None)
+        return count
+
     def end(self, rows: Rows) -> None:
         for slot in rows.slots:
             if slot in self._read:

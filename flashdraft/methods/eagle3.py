@@ -303,6 +303,12 @@ class Eagle3Drafter(Drafter):
             grown.append(self._grow(slot, anchor, depth, budget))
         return planted(rows.anchors, grown)
 
+    def resume(self, source: int, slot: int, count: int) -> int:
+        """The pair of a text's last token waits for the next one: here it is known."""
+        held = self.cache.resume(slot, source, count)
+        self._states.pop(slot, None)
+        return held
+
     def end(self, rows: Rows) -> None:
         for slot in rows.slots:
             if slot < self.cache.rows:  # others were never observed

@@ -70,6 +70,10 @@ class PromptLookup(Drafter):
         proposal = planted(rows.anchors, chains)
         return replace(proposal, scores=None)  # how sure they are is not known
 
+    def resume(self, source: int, slot: int, count: int) -> int:
+        self._indices.pop(slot, None)  # the new text is read from its history
+        return count
+
     def end(self, rows: Rows) -> None:
         for slot in rows.slots:
             self._indices.pop(slot, None)

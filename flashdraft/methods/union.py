@@ -64,6 +64,15 @@ class Union(Drafter):
                 own.append(by_layer[:, columns].flatten(1))
             drafter.observe(rows, tokens, own)
 
+    def resume(self, source: int, slot: int, count: int) -> int:
+        """As much as both can take over."""
+        first, second = self.drafters
+        by_first = first.resume(source, slot, count)
+        by_both = second.resume(source, slot, by_first)
+        if by_both < by_first:
+            first.resume(slot, slot, by_both)
+        return by_both
+
     def end(self, rows: Rows) -> None:
         for drafter in self.drafters:
             drafter.end(rows)

@@ -2,16 +2,22 @@
 
 Rollback is a smaller integer. Whatever lies beyond a row's length is garbage: nobody may read it,
 and the next pass overwrites it. A chain that was accepted in part only grows the length by the
-accepted tokens; a tree also moves the slots of the kept path into place.
+accepted tokens; a tree also moves the slots of the kept path into place. A row that begins as
+another one did takes over what that one holds.
+
+On the CPU large tensors lie in maps of memory: what was never written takes no room, and a row can
+give its room back. So a server may have slots for the longest text in every row and pay for the
+tokens that there are.
 
 Knows nothing of tokens, models or who proposed what.
 """
 
+import math
+import mmap
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from flashdraft.process import INTS
@@ -19,6 +25,8 @@ from flashdraft.process import INTS
 __all__ = ["SLOT_STEP", "SlotCache", "round_up"]
 
 SLOT_STEP = 64  # slots come, and are read, in multiples of this
+_BLOCKED_DIMS = 5  # of keys that lie in blocks
+_LARGE = 2**20  # bytes from which on a tensor lies in a map of its own
 
 
 def round_up(slots: int) -> int:
@@ -46,15 +54,22 @@ class SlotCache:
         self.lengths = [0] * rows
         self.keys: list[Tensor | None] = [None] * num_layers
         self.values: list[Tensor | None] = [None] * num_layers
+        self._maps: dict[int, mmap.mmap] = {}  # by the address of the tensor that lies in it
         # What a reader of every layer's keys and values has prepared; void when a tensor moves.
         self.addresses: Sequence[Any] | None = None
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all slots, written or not."""
         total = 0
         for tensor in self._tensors():
             total += tensor.numel() * tensor.element_size()
         return total
+
+    @property
+    def slot_nbytes(self) -> int:
+        """Bytes of one slot of a row in all layers that were written so far."""
+        return self.nbytes // (self.rows * self.slots)
 
     def reserve(self, slots: int, rows: int = 0, *, later: int = 0) -> None:
         """Make room for at least `slots` slots a row, and for `rows` rows; what is stored stays.
@@ -83,9 +98,32 @@ class SlotCache:
             values = self.values[index]
             if keys is None or values is None:
                 continue
-            self.keys[index] = _grown(keys, more_rows, more_keys)
-            self.values[index] = _grown(values, more_rows, more_slots)
+            self.keys[index] = self._grown(keys, more_rows, more_keys)
+            del keys
+            self.values[index] = self._grown(values, more_rows, more_slots)
+            del values
         self.addresses = None
+
+    def _grown(self, tensor: Tensor, more_rows: int, more_slots: int) -> Tensor:
+        """[rows, heads, slots or blocks of slots, ...] with zeros behind its rows and its slots."""
+        rows, heads, slots, *inner = tensor.shape
+        larger = self._zeros(tensor, rows + more_rows, heads, slots + more_slots, *inner)
+        for row, length in enumerate(self.lengths[:rows]):
+            held = round_up(length) // SLOT_STEP if tensor.ndim == _BLOCKED_DIMS else length
+            larger[row, :, :held] = tensor[row, :, :held]
+        self._maps.pop(tensor.data_ptr(), None)
+        return larger
+
+    def _zeros(self, like: Tensor, *shape: int) -> Tensor:
+        """Zeros of this shape; large ones on the CPU in a map of their own."""
+        nbytes = math.prod(shape) * like.element_size()
+        if nbytes < _LARGE or like.device.type != "cpu" or self.static:
+            return like.new_zeros(*shape)
+
+        room = _map(nbytes)
+        tensor = torch.frombuffer(room, dtype=like.dtype).view(*shape)
+        self._maps[tensor.data_ptr()] = room
+        return tensor
 
     def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer.
@@ -99,12 +137,12 @@ class SlotCache:
 
         heads = like.shape[-3]
         head_dim = like.shape[-1]
-        values = like.new_zeros(self.rows, heads, self.slots, head_dim)
+        values = self._zeros(like, self.rows, heads, self.slots, head_dim)
         if self.blocked:
             blocks = self.slots // SLOT_STEP
-            keys = like.new_zeros(self.rows, heads, blocks, head_dim, SLOT_STEP)
+            keys = self._zeros(like, self.rows, heads, blocks, head_dim, SLOT_STEP)
         else:
-            keys = torch.zeros_like(values)
+            keys = self._zeros(like, *values.shape)
         self.keys[index] = keys
         self.values[index] = values
         return keys, values
@@ -148,6 +186,23 @@ class SlotCache:
             else:
                 keys[row][:, target] = keys[row][:, source]
 
+    @torch.inference_mode()
+    def take(self, row: int, source: int, count: int) -> None:
+        """Let `row` begin with the first `count` tokens that row `source`, maybe itself, holds."""
+        assert count <= self.lengths[source], "a row cannot give more than it holds"
+        if row != source and count > 0:
+            for tensor in self._tensors():
+                held = round_up(count) // SLOT_STEP if tensor.ndim == _BLOCKED_DIMS else count
+                tensor[row, :, :held] = tensor[source, :, :held]
+        self.lengths[row] = count
+
+    def resume(self, row: int, source: int, count: int) -> int:
+        """`take` as many of these tokens as the source holds; returns how many."""
+        self.reserve(0, rows=max(row, source) + 1)
+        held = min(count, self.lengths[source])
+        self.take(row, source, held)
+        return held
+
     def free(self, row: int) -> None:
         self.lengths[row] = 0
 
@@ -160,14 +215,26 @@ class SlotCache:
         for tensor in self._tensors():
             tensor[row].zero_()
 
+    def give_back(self, row: int) -> None:
+        """Return the room of a row that is free to the system, where it lies in maps."""
+        assert self.lengths[row] == 0, "the row is not free"
+        for tensor in self._tensors():
+            room = self._maps.get(tensor.data_ptr())
+            if room is None or not hasattr(room, "madvise"):
+                continue
+            nbytes = tensor[row].numel() * tensor.element_size()
+            first = -(-row * nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+            end = (row + 1) * nbytes // mmap.PAGESIZE * mmap.PAGESIZE
+            if end > first:
+                room.madvise(mmap.MADV_DONTNEED, first, end - first)
+
     def _tensors(self) -> list[Tensor]:
         """Every layer's keys, then every layer's values, of the layers that were written."""
         return [tensor for tensor in self.keys + self.values if tensor is not None]
 
 
-def _grown(tensor: Tensor, more_rows: int, more_slots: int) -> Tensor:
-    """[rows, heads, slots or blocks of slots, ...] with zeros behind its rows and its slots."""
-    # F.pad takes zeros before and after each dimension, the last dimension first.
-    inner_dims = (0, 0) * (tensor.ndim - 3)
-    heads = (0, 0)
-    return F.pad(tensor, (*inner_dims, 0, more_slots, *heads, 0, more_rows))
+def _map(nbytes: int) -> mmap.mmap:
+    """Zeros that take no room until they are written, and only this process sees."""
+    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
+        return mmap.mmap(-1, nbytes)
+    return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

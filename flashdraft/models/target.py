@@ -63,16 +63,39 @@ class Target(Protocol):
         """
         features = []
         for part in tokens.split(PREFILL_CHUNK):
-            count = len(part)
-            parents = chain(count)[None]
-            sizes = torch.tensor([count], **INTS)
-            hidden, feature = self._read(cache, [slot], part[None], parents, sizes, layers)
-            cache.keep(slot, range(count))
-            if feature is not None:
-                features.append(feature[0])
+            states, own = self.read(cache, [slot], [part], layers)
+            if own is not None:
+                features.append(own[0])
 
-        logits = self.lm_head(hidden[0, -1])
+        logits = self.lm_head(states[0][-1])
         return logits, torch.cat(features) if features else None
+
+    @undisturbed
+    @torch.inference_mode()
+    def read(
+        self, cache: SlotCache, slots: Indices, texts: Sequence[Tensor], layers: Indices
+    ) -> tuple[list[Tensor], list[Tensor] | None]:
+        """Read and commit a text of tokens [n] for each row, all in one pass.
+
+        Returns by row the final normed states [n, hidden] and the features [n, layers * hidden].
+        """
+        counts = [len(text) for text in texts]
+        width = max(counts)
+        tokens = torch.zeros(len(slots), width, **INTS)
+        for row, text in enumerate(texts):
+            tokens[row, : len(text)] = text
+
+        parents = chain(width).expand_as(tokens)
+        sizes = torch.tensor(counts, **INTS)
+        hidden, feature = self._read(cache, slots, tokens, parents, sizes, layers)
+        states = []
+        features = []
+        for row, (slot, count) in enumerate(zip(slots, counts, strict=True)):
+            cache.keep(slot, range(count))
+            states.append(hidden[row, :count])
+            if feature is not None:
+                features.append(feature[row, :count])
+        return states, None if feature is None else features
 
     @undisturbed
     @torch.inference_mode()

@@ -254,7 +254,7 @@ def _decoded(
                 continue
             yield request
 
-    lm = replace(model, new_drafter=lambda: keep) if keep else model
+    lm = replace(model, new_drafter=lambda: keep, keeps=False) if keep else model
     for chunk in feed(lm, requests()):
         while refused:
             yield refused.popleft()
@@ -299,6 +299,9 @@ class _Keeper(Autoregressive):
         assert features is not None
         for slot, new in zip(rows.slots, features, strict=True):
             self.seen.setdefault(slot, []).append(new.to(torch.bfloat16, copy=True))
+
+    def resume(self, source: int, slot: int, count: int) -> int:
+        return 0  # every token of a sample has to be seen
 
     def end(self, rows: Rows) -> None:
         for slot, history in zip(rows.slots, rows.histories, strict=True):
