@@ -12,6 +12,7 @@ from flashdraft.errors import FlashDraftError
 from flashdraft.types import Chunk, Result, SamplingParams, Stats
 
 if TYPE_CHECKING:
+    from flashdraft.decoding.grammar import Grammar
     from flashdraft.generate import Model
     from flashdraft.loading import load
     from flashdraft.methods.dflash import DFlashDraftModel
@@ -20,6 +21,7 @@ __all__ = [
     "Chunk",
     "DFlashDraftModel",
     "FlashDraftError",
+    "Grammar",
     "Model",
     "Result",
     "SamplingParams",
@@ -30,6 +32,7 @@ __version__ = "0.1.0"
 
 _HEAVY = {
     "DFlashDraftModel": "flashdraft.methods.dflash",
+    "Grammar": "flashdraft.decoding.grammar",
     "Model": "flashdraft.generate",
     "load": "flashdraft.loading",
 }

@@ -46,9 +46,9 @@ def run(
     return script
 
 
-def test_there_are_five_and_all_are_run_here() -> None:
+def test_there_are_six_and_all_are_run_here() -> None:
     own = Path(__file__).read_text(encoding="utf-8")
-    assert len(SCRIPTS) == 5
+    assert len(SCRIPTS) == 6
     for path in SCRIPTS:
         assert f'run("{path.name}"' in own
 
@@ -87,6 +87,15 @@ def test_a_chat_remembers_and_a_batch_answers_in_order(run: Run) -> None:
     ]
     assert len(lengths) == 3
     assert lengths[2] > lengths[1]
+
+
+@pytest.mark.real_model
+def test_a_record_keeps_to_its_schema_in_fewer_passes_than_tokens(run: Run) -> None:
+    printed = run("structured.py", "Tom Hill, 51, lives in Leeds and is single.")
+    record, cost = printed.splitlines()
+    assert list(json.loads(record)) == ["name", "age", "city", "is_married"]
+    (counts,) = re.findall(r"^(\d+) tokens in (\d+) passes", cost)
+    assert int(counts[1]) < int(counts[0]) / 2
 
 
 @pytest.mark.real_model

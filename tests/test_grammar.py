@@ -25,6 +25,8 @@ from flashdraft.decoding.grammar import Grammar, grammar_of
 from flashdraft.decoding.text import TextDecoder
 from flashdraft.engine import Engine, Request
 from flashdraft.errors import FlashDraftError, InvalidParameter
+from flashdraft.generate import Model
+from flashdraft.loading import Loaded, drafters, load_target
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.types import Result, SamplingParams, Steering
 
@@ -266,6 +268,12 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
     "too deep": ("json", DEEP, "no JSON"),
     "too many fields": ("json", {"properties": PROPERTIES, "type": "object"}, "20000 are allowed"),
     "too many bytes": ("json", {"description": "x" * 300_000}, "bytes; 262144 are allowed"),
+    "many optional fields": (
+        "json",
+        {"type": "object", "properties": dict(list(PROPERTIES.items())[:1500])},
+        "items; max is 2000",
+    ),
+    "a large choice": ("choice", [f"number {i} of many" for i in range(9999)], "too many"),
     "a large enum": ("json", {"enum": [f"number {i} of many" for i in range(9999)]}, "too big"),
     "half a character": ("json", {"const": "\ud800"}, "half a character"),
     "an open group": ("regex", "(abc", "unclosed group"),
@@ -305,11 +313,22 @@ def test_an_expression_that_explodes_takes_no_time(pattern: str) -> None:
 
 
 def test_a_grammar_that_grows_too_large_while_it_is_used_says_so() -> None:
-    optional = {"type": "object", "properties": dict(list(PROPERTIES.items())[:1500])}
-    state = Grammar.json_schema(byte_tokenizer(), optional).begin(ENDS)
-    with pytest.raises(InvalidParameter, match="the grammar cannot go on after 2 tokens of text"):
-        allowed(behind(Grammar.json_schema(byte_tokenizer(), optional), '{"'))
-    assert allowed(state)
+    texts = " | ".join(f'"number {i} of many"' for i in range(5000))
+    lark = f'start: NUMBER "x" many\nNUMBER: /[0-9]+/\nmany: {texts}'
+    grammar = Grammar.lark(byte_tokenizer(), lark)
+    assert tokens_of("x")[0] in allowed(behind(grammar, "1234567"))
+    state = behind(grammar, "1234567xn")
+    with pytest.raises(InvalidParameter, match="the grammar cannot go on after 9 tokens") as raised:
+        allowed(state)
+    assert "\n" not in raised.value.args[0]
+    assert state.forced() == ()
+
+
+def test_a_state_behind_a_forbidden_token_says_so() -> None:
+    state = schema_grammar().begin(ENDS).then(tokens_of("x")[0])
+    assert not state.allows(tokens_of("y")[0])
+    with pytest.raises(InvalidParameter, match="cannot go on after 1 tokens of text"):
+        allowed(state)
 
 
 def test_a_tokenizer_that_is_not_fast_is_refused() -> None:
@@ -425,3 +444,53 @@ def test_a_state_of_another_node_is_seen(
     monkeypatch.setattr(module._Matched, "_made", fault)
     with pytest.raises((AssertionError, InvalidParameter)):
         check_texts("tree", 0.9)
+
+
+# ---------------------------------------------------------------- the real model
+
+PEOPLE = (
+    "Anna Berg is 34, teaches in Oslo, and is married.",
+    "Tom Hill, a pilot of 51 from Leeds, lives alone.",
+    "Marie Blanc bakes bread in Lyon. She is 28, and single.",
+)
+RECORD = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 20},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "city": {"type": "string", "maxLength": 20},
+        "profession": {"enum": ["teacher", "pilot", "baker", "doctor"]},
+        "is_married": {"type": "boolean"},
+    },
+    "required": ["name", "age", "city", "profession", "is_married"],
+    "additionalProperties": False,
+}
+
+
+@functools.cache
+def real_model() -> Loaded:
+    return load_target("smollm2-135m")
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_records_of_the_real_model_are_valid_and_those_of_plain_decoding(
+    temperature: float,
+) -> None:
+    target, tokenizer, eos = real_model()
+    hook = Grammar.json_schema(tokenizer, RECORD)
+    params = SamplingParams(temperature=temperature, max_new_tokens=90, logits_processor=hook)
+    results = {}
+    for draft in ("autoregressive", "dflash"):
+        new_drafter = drafters(draft, target, "smollm2-135m")
+        model = Model(target, tokenizer, new_drafter, eos=eos, max_rows=3)
+        results[draft] = model.generate([f"Write a JSON record: {one}" for one in PEOPLE], params)
+
+    plain_tokens = [one.tokens for one in results["autoregressive"]]
+    assert [one.tokens for one in results["dflash"]] == plain_tokens
+    for one in results["autoregressive"]:
+        record = json.loads(one.text)
+        assert one.text == json.dumps(record, ensure_ascii=False)
+        assert list(record) == RECORD["required"]
+        assert record["profession"] in ["teacher", "pilot", "baker", "doctor"]
+        assert one.stats.target_passes < 0.7 * len(one.tokens)

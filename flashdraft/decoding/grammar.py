@@ -46,6 +46,7 @@ _ANY_SPACING = {"whitespace_flexible": True}
 _FIRST_FUEL = 50_000
 _STEP_FUEL = 50_000
 _MOST_STATES = 50_000
+_NUM_TRIED = 4  # tokens of a text that are tried when a grammar is made
 
 _LOCK = new_lock()
 _READERS: WeakKeyDictionary[Tokenizer, LLTokenizer] = WeakKeyDictionary()
@@ -297,13 +298,25 @@ def _compiled(reader: LLTokenizer, source: str) -> LLMatcher:
         verbose_errors=False,
     )
     matcher: LLMatcher = library.LLMatcher(reader, source, log_level=0, limits=limits)
-    if not matcher.is_error():
-        bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
-        if not matcher.is_error() and not bits.any():
-            raise _refused("no text of it begins with any token")
-    if matcher.is_error():
-        raise _refused(_in_one_line(matcher.get_error()))
+    _try(matcher.deep_copy())
     return matcher
+
+
+def _try(matcher: LLMatcher) -> None:
+    """Take the first tokens of some text. Raises InvalidParameter where that is too much.
+
+    What is too large mostly shows here already, and not to the engine.
+    """
+    for _ in range(_NUM_TRIED):
+        bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+        if matcher.is_error():
+            raise _refused(_in_one_line(matcher.get_error()))
+        allowed = np.unpackbits(bits, bitorder="little").nonzero()[0]
+        if not len(allowed):
+            raise _refused("no token can follow")
+        if matcher.is_stopped():
+            return
+        matcher.consume_token(int(allowed[0]))
 
 
 def _refused(why: str) -> InvalidParameter:
