@@ -362,7 +362,7 @@ def _spelled(told: _Told, template: _Template) -> list[int] | None:
         return None
 
     marks = Marks.absent_from(f"{told.text}\0{together}")
-    for spared in (frozenset[int](), spelling.read):
+    for spared in dict.fromkeys([frozenset[int](), spelling.read]):
         marked = _tell_marked(told.turns, template, _Pen(spelling, marks, spared))
         if isinstance(marked, str) and marks.removed(marked) == told.text:
             return None if spelling.is_harmless(marked, marks) else spelling.encode(marked, marks)

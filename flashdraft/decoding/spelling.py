@@ -93,6 +93,7 @@ class Spelling:
             self._begins |= {text[:length] for length in range(1, len(text))}
             self._ends |= {text[-length:] for length in range(1, len(text))}
         self._longest = max(map(len, self._text_of.values()), default=0)
+        self._together = "\0".join(self._text_of.values())
         self._finder, self._found = self._new_finder(added_tokens(tokenizer))
         self._own: _Renamed | None = None  # made when it is needed
 
@@ -120,16 +121,17 @@ class Spelling:
         for length in range(1, min(self._longest, len(core) + 1)):
             if core[:length] in self._ends or core[-length:] in self._begins:
                 return True
-        if not core or len(core) >= self._longest:
-            return False
-        return any(core in content for content in self._text_of.values())
+        return bool(core) and len(core) < self._longest and core in self._together
 
     def marked(self, text: str, marks: Marks, spared: Collection[int] = ()) -> str:
-        """A part of a conversation with its control tokens, and its ends, marked.
+        """A part of a conversation with its control tokens, and its ends, marked where it has to
+        be.
 
         spared: control tokens that get no marks, and the ends neither. White space at the ends
         stays outside: templates strip it.
         """
+        if not self.holds(text) and not self.may_join(text):
+            return text
         parts = []
         done = 0
         for match in self.find(text):
