@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # lm-eval against a running server: a generation task with drafting off and on, and a loglikelihood task, on GSM8K from a folder; the
-# scores and all texts must be equal. About 2 minutes with the built-in model on two cores, and as much once for the environment.
+# scores and all answers must be equal. About 2 minutes with the built-in model on two cores, and as much once for the environment.
 #   flashdraft serve & FLASHDRAFT_DATA=<folder with gsm8k/>  recipes/serve_lm_eval.sh http://127.0.0.1:8000 [FOLDER]
 # LIMIT: questions of each task (20). TOKENIZER: folder of the served model's tokenizer, by default the built-in model's.
 # A key, if the server wants one, is in OPENAI_API_KEY. VENV: an environment that has lm-eval already.
@@ -28,4 +28,4 @@ ask texts-on flashdraft_gsm8k_texts --gen_kwargs drafting=on
 ask choices-1 flashdraft_gsm8k_choices # a loglikelihood is of given tokens: nothing is drafted
 ask choices-2 flashdraft_gsm8k_choices
 "$python" "$here/serve_lm_eval.py" "$folder/texts-off" "$folder/texts-on"
-"$python" "$here/serve_lm_eval.py" "$folder/choices-1" "$folder/choices-2"
+"$python" "$here/serve_lm_eval.py" "$folder/choices-1" "$folder/choices-2" "$tokenizer" # and they are what transformers says
