@@ -214,10 +214,12 @@ def test_failure_is_told_in_words_and_keeps_the_text(
     assert page.locator(".said").count() == bool(written)
     if written:
         assert said(page) == written
+    page.get_by_role("radio", name="Off").check()
     page.get_by_role("button", name="Try again").click()
     wait_until(page, lambda: len(toy.bodies) == 2)
     expect(page.get_by_role("alert")).to_have_text(told)
-    assert toy.bodies[0] == toy.bodies[1]
+    assert toy.bodies[0]["messages"] == toy.bodies[1]["messages"]
+    assert [body["drafting"] for body in toy.bodies] == ["auto", "off"]
     ask(page, "Why?")
     kept = [message["role"] for message in toy.bodies[-1]["messages"]]
     assert kept == (["user", "assistant", "user"] if written else ["user"])

@@ -7,7 +7,7 @@ import re
 import pytest
 import toy_browser
 from playwright.sync_api import expect
-from toy_browser import Fresh, ask, is_wider_than_screen, said, wait_until
+from toy_browser import Fresh, ask, is_wider_than_screen, wait_until
 from toy_page import ToyChat
 
 # fixtures
@@ -171,7 +171,15 @@ def test_page_follows_the_text_until_the_reader_leaves_the_end(fresh: Fresh, toy
 def test_long_answer_is_laid_out_in_parts(fresh: Fresh) -> None:
     page = fresh()
     ask(page, "lines")
-    assert said(page).count("line") == 2000
+    lines = [f"line {number}" for number in range(2000)]
     blocks = page.locator(".said > span")
     assert blocks.count() > 5
-    assert page.locator(".said").inner_text().splitlines() == [f"line {n}" for n in range(2000)]
+    assert "\n".join(blocks.all_text_contents()).splitlines() == lines
+    visibility = "n => getComputedStyle(n).contentVisibility"
+    assert blocks.first.evaluate(visibility) == "auto"
+    assert blocks.last.evaluate(visibility) == "visible"
+
+    # what is copied is whole all the same
+    page.locator(".said").evaluate("n => getSelection().selectAllChildren(n)")
+    page.wait_for_timeout(100)
+    assert page.evaluate("getSelection().toString()").split("\n") == lines

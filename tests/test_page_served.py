@@ -8,7 +8,7 @@ import pytest
 import toy_browser
 from playwright.sync_api import expect
 from toy_browser import Fresh, ask, said
-from toy_server import Toy, running
+from toy_server import Toy, running, until
 
 import flashdraft
 from flashdraft.generate import Model
@@ -51,7 +51,7 @@ def test_page_shows_what_the_server_counts(fresh: Fresh, server: Toy, model: Mod
     assert said(page) == plain.text
     assert page.locator(".said .drafted").count() > 10
 
-    server.settle()
+    until(lambda: server.worker.is_idle)
     drafted = server.metric("drafted_tokens_total")
     accepted = server.metric("accepted_tokens_total")
     assert page.locator("#acceptance").inner_text() == f"{100 * accepted / drafted:.0f} %"
@@ -60,3 +60,6 @@ def test_page_shows_what_the_server_counts(fresh: Fresh, server: Toy, model: Mod
 
     page.get_by_role("button", name="Again without drafting").click()
     expect(page.locator(".verdict")).to_contain_text("The text is the same.")
+    assert page.locator("#tau").inner_text() == "1.00"
+    until(lambda: server.worker.is_idle)
+    assert server.metric("drafted_tokens_total") == drafted

@@ -177,10 +177,11 @@ class View {
 // --- Figures ---
 
 const decimals = (number, digits) => (number === null ? "–" : number.toFixed(digits));
+const rate = (speed) => decimals(speed, speed < 1000 ? 1 : 0);
 const percent = (share) => (share === null ? "–" : `${Math.round(100 * share)} %`);
 
 function showFigures(tally) {
-  find("speed").textContent = decimals(tally.speed, tally.speed < 1000 ? 1 : 0);
+  find("speed").textContent = rate(tally.speed);
   find("tau").textContent = decimals(tally.tau, 2);
   find("acceptance").textContent = percent(tally.acceptance);
   drawBars(tally.byPosition.slice(0, MOST_BARS));
@@ -235,7 +236,7 @@ function say(words) {
 function lineOf(run) {
   const { tally } = run;
   const words = [`Drafting ${run.drafting}`];
-  if (tally.speed !== null) words.push(`${decimals(tally.speed, 1)} tokens/s`);
+  if (tally.speed !== null) words.push(`${rate(tally.speed)} tokens/s`);
   if (tally.tau !== null) words.push(`tau ${decimals(tally.tau, 2)}`);
   words.push(`${tally.numTokens} tokens`);
   if (tally.wait !== null) words.push(`first after ${decimals(tally.wait, 2)} s`);
@@ -244,9 +245,13 @@ function lineOf(run) {
   return words.map((word) => word.replaceAll(" ", "\u00a0")).join(" · ");
 }
 
+function wholeRuns(turn) {
+  return turn.runs.filter((run) => ["stop", "length"].includes(run.reason));
+}
+
 /** What drafting changed, if the turn was answered with it and without it; else null. */
 function comparisonOf(turn) {
-  const whole = turn.runs.filter((run) => ["stop", "length"].includes(run.reason));
+  const whole = wholeRuns(turn);
   const plain = whole.findLast((run) => run.drafting === "off");
   const drafted = whole.findLast((run) => run.drafting !== "off");
   if (!plain?.tally.speed || !drafted?.tally.speed) return null;
@@ -358,7 +363,7 @@ function conclude(turn, run, error) {
     locked = { turn, drafting: run.drafting };
     askForKey();
   } else if (error !== null && !isStopped) {
-    view.fail(error.message, () => answer(turn, run.drafting));
+    view.fail(error.message, () => tryAgain(turn, run.drafting));
     say("Failed");
   } else {
     finishTurn(turn, run);
@@ -378,6 +383,13 @@ function finishTurn(turn, run) {
   const [other, offer] =
     run.drafting === "off" ? ["auto", "Again with drafting"] : ["off", "Again without drafting"];
   view.offer(offer, () => answer(turn, other));
+}
+
+/** What failed is asked again as the controls say now, unless it is to be compared. */
+function tryAgain(turn, drafting) {
+  const isCompared = wholeRuns(turn).length > 0;
+  if (!isCompared) turn.settings = settingsNow();
+  answer(turn, isCompared ? drafting : draftingNow());
 }
 
 /** Shows an answer at most once a frame, however fast it comes. */
