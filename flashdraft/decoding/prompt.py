@@ -365,14 +365,17 @@ def _spelled(told: _Told, template: _Template) -> list[int] | None:
     for spared in dict.fromkeys([frozenset[int](), spelling.read]):
         marked = _tell_marked(told.turns, template, _Pen(spelling, marks, spared))
         if isinstance(marked, str) and marks.removed(marked) == told.text:
-            return None if spelling.is_harmless(marked, marks) else spelling.encode(marked, marks)
+            return spelling.encode(marked, marks)
 
     # The template looks for what has marks now. It is told that there is none.
     if not holds_any:
         return None
     if isinstance(marked, InvalidPrompt):
         raise marked
-    return spelling.encode(marked, marks)
+    tokens = spelling.encode(marked, marks)
+    if tokens is None:
+        tokens = template.tokenizer.encode(marks.removed(marked), add_special_tokens=False)
+    return tokens
 
 
 def _spelling_of(template: _Template) -> Spelling:

@@ -130,11 +130,12 @@ class Spelling:
         spared: control tokens that get no marks, and the ends neither. White space at the ends
         stays outside: templates strip it.
         """
-        if not self.holds(text) and not self.may_join(text):
+        matches = list(self.find(text))
+        if not matches and not self.may_join(text):
             return text
         parts = []
         done = 0
-        for match in self.find(text):
+        for match in matches:
             if match.token in spared:
                 continue
             inside = text[match.start : match.end]
@@ -170,28 +171,31 @@ class Spelling:
         """Whether the tokenizer can be made not to see a token: one of the library `tokenizers`."""
         return self._backend is not None
 
-    def is_harmless(self, told: str, marks: Marks) -> bool:
-        """Whether the tokenizer itself may encode a text that a template made of marked parts.
+    def encode(self, told: str, marks: Marks) -> list[int] | None:
+        """The tokens of a text that a template made of marked parts. Needs `can_spell`.
 
-        No control token stands in those parts or across their ends.
+        None: the tokenizer itself may encode the text, without the marks. No control token stands
+        in those parts or across their ends.
         """
-        num_written = sum(not _is_marked(told, match, marks) for match in self.find(told))
-        return num_written == sum(1 for _ in self.find(marks.removed(told)))
+        matches = list(self.find(told))
+        written = [match for match in matches if not _is_marked(told, match, marks)]
+        if len(written) == len(matches) and self.is_harmless(told, marks, len(written)):
+            return None
 
-    def encode(self, told: str, marks: Marks) -> list[int]:
-        """The tokens of a text that a template made of marked parts. Needs `can_spell`."""
         assert self._backend is not None
         if self._own is None:
             self._own = _Renamed(self._backend, self._text_of)
-
         parts = []
         done = 0
-        for match in self.find(told):
-            if not _is_marked(told, match, marks):
-                parts += [told[done : match.start], self._own.name_of(match.token)]
-                done = match.end
+        for match in written:
+            parts += [told[done : match.start], self._own.name_of(match.token)]
+            done = match.end
         parts.append(told[done:])
         return self._own.encode(marks.removed("".join(parts)))
+
+    def is_harmless(self, told: str, marks: Marks, num_written: int) -> bool:
+        """Whether the same text without marks has as many control tokens."""
+        return num_written == sum(1 for _ in self.find(marks.removed(told)))
 
 
 def _is_marked(told: str, match: Match, marks: Marks) -> bool:
