@@ -289,6 +289,7 @@ def test_question_that_met_a_lock_is_asked_again_behind_it(fresh: Fresh, toy: To
     page = fresh()
     toy.key = "new key"
     ask(page, "Write it", ends="Locked")
+    expect(page.get_by_role("alert")).to_have_text("This question waits for an API key.")
     page.get_by_label("API key").fill("new key")
     page.get_by_label("API key").press("Enter")
     expect(page.get_by_role("status")).to_contain_text("Finished")

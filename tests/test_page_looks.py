@@ -39,6 +39,16 @@ def test_enter_sends_and_shift_enter_does_not(fresh: Fresh, toy: ToyChat) -> Non
     assert toy.bodies[0]["messages"][0]["content"] == "Write\nit"
 
 
+def test_focus_stays_with_who_asks_again_by_key(fresh: Fresh, toy: ToyChat) -> None:
+    page = fresh()
+    ask(page, "Write it")
+    toy.seconds = 0.01
+    page.get_by_role("button", name="Again without drafting").press("Enter")
+    expect(page.get_by_role("button", name="Stop")).to_be_focused()
+    expect(page.get_by_role("status")).to_contain_text("Finished")
+    expect(page.get_by_label("Message")).to_be_focused()
+
+
 def test_every_control_is_reached_by_tab_with_a_name_and_a_ring(fresh: Fresh) -> None:
     page = fresh()
     page.get_by_role("button", name="Settings").click()

@@ -320,9 +320,11 @@ async function answer(turn, drafting) {
   const tally = new Tally(performance.now());
   const run = { drafting, tally, text: "", reason: null };
   const page = new Painter(turn.view, tally);
+  const hadFocus = turn.view.foot.contains(document.activeElement); // on a button that goes
   running = controller;
   setBusy(true);
   turn.view.begin();
+  if (hadFocus) find("stop").focus();
   showFigures(tally);
 
   let error = null;
@@ -360,6 +362,7 @@ function conclude(turn, run, error) {
   nameBars(run.tally);
 
   if (error?.status === 401) {
+    view.fail("This question waits for an API key.");
     locked = { turn, drafting: run.drafting };
     askForKey();
   } else if (error !== null && !isStopped) {
@@ -536,7 +539,7 @@ async function unlock(event) {
   sessionStorage.setItem(KEY, find("key").value.trim());
   find("lock").hidden = true;
   find("forget").hidden = false;
-  find("prompt").focus();
+  focusPrompt();
   await greet();
   if (locked === null || model === null) return;
   const { turn, drafting } = locked;
@@ -567,9 +570,14 @@ function setBusy(isBusy) {
   const hadFocus = find("stop") === document.activeElement;
   find("send").hidden = isBusy;
   find("stop").hidden = !isBusy;
-  if (hadFocus && !isBusy) find("prompt").focus();
+  if (hadFocus && !isBusy) focusPrompt();
   if (isBusy) say("Reading the prompt");
   if (!isBusy) find("to-end").hidden = true;
+}
+
+function focusPrompt() {
+  const wouldRaiseKeyboard = matchMedia("(pointer: coarse)").matches; // over the answer, on a phone
+  if (!wouldRaiseKeyboard) find("prompt").focus();
 }
 
 function send(event) {
@@ -602,7 +610,7 @@ function restart() {
   showFigures(nothing);
   nameBars(nothing);
   say("Ready");
-  find("prompt").focus();
+  focusPrompt();
 }
 
 function onKey(event) {
