@@ -119,6 +119,7 @@ def test_a_chat_is_the_same_whole_and_streamed(model: Model, n: int) -> None:
 @pytest.mark.parametrize("echo", [False, True])
 def test_a_completion_is_the_same_whole_and_streamed(model: Model, echo: bool) -> None:
     fields = {"prompt": ["abc", "d"], "n": 2, "seed": 5, "echo": echo, "ignore_eos": True}
+    fields["logprobs"] = None if echo else 0
     call = completion(model, **fields)
     body = whole(reply_to(call, model), chunks_of(call, model))
     parsed = Completion.model_validate(body)
@@ -134,6 +135,10 @@ def test_a_completion_is_the_same_whole_and_streamed(model: Model, echo: bool) -
         own = [one for one in sent if one["index"] == choice.index]
         assert "".join(one["text"] for one in own) == choice.text
         assert [one["finish_reason"] for one in own] == [None] * (len(own) - 1) + ["length"]
+        for name in () if echo else ("tokens", "token_logprobs", "text_offset"):
+            parts = [part for one in own for part in one["logprobs"][name]]
+            assert parts == getattr(choice.logprobs, name)
+            assert len(parts) == 12
     assert events[-1]["usage"] == body["usage"]
 
 
@@ -199,6 +204,7 @@ TOOLED = (
         (CALL, "stop", {"content": None}, "tool_calls"),
         (f"hi{CALL}{CALL}", "stop", {"content": "hi"}, "tool_calls"),
         (CALL, "length", {"content": None}, "length"),
+        ("hi <tool_c", "length", {"content": "hi <tool_c"}, "length"),
     ],
 )
 @pytest.mark.parametrize("size", [1, 7, 1000])
@@ -233,7 +239,13 @@ def test_a_text_that_was_ended_says_so(model: Model) -> None:
 # --- log-probabilities ----------------------------------------------------------------------------
 
 
-def scored(model: Model, text: str, new: str, top: Sequence[tuple[str, float]]) -> Chunk:
+def scored(
+    model: Model,
+    text: str,
+    new: str,
+    top: Sequence[tuple[str, float]],
+    reason: FinishReason = "length",
+) -> Chunk:
     """The last chunk of a completion behind `text`, with log-probabilities of all tokens."""
     tokenizer = model.tokenizer
     prompt = tokenizer.encode(text, add_special_tokens=False)
@@ -242,7 +254,7 @@ def scored(model: Model, text: str, new: str, top: Sequence[tuple[str, float]]) 
     pieces = tuple(Piece(letter, drafted=False, logprob=-2.0, top=likeliest) for letter in new)
     of_prompt = (None, *(TokenLogprob(token, -3.0, likeliest) for token in prompt[1:]))
     stats = Stats(num_prompt_tokens=len(prompt), num_tokens=len(tokens))
-    result = Result(new, tuple(tokens), "length", stats, prompt_logprobs=of_prompt)
+    result = Result(new, tuple(tokens), reason, stats, prompt_logprobs=of_prompt)
     return Chunk(0, pieces, tuple(tokens), result)
 
 
@@ -266,21 +278,31 @@ def test_lm_eval_reads_the_likelihood_of_an_echoed_prompt(
     assert choice["text"] == "abcde"
     assert choice["logprobs"]["tokens"] == ["a", "b", "c", "d", "e"]
     assert choice["logprobs"]["token_logprobs"] == [None, -3.0, -3.0, -3.0, -2.0]
-    assert choice["logprobs"]["top_logprobs"][0] is None
+    assert choice["logprobs"]["top_logprobs"][:2] == [None, {"z": best, "b": -3.0}]
     assert choice["logprobs"]["text_offset"] == [0, 1, 2, 3, 4]
     assert lm_eval(choice, 2) == (-6.0, is_greedy)
 
 
 def test_a_prompt_may_be_scored_alone(model: Model) -> None:
     call = completion(model, prompt="abcd", max_tokens=0, echo=True, logprobs=0)
-    body = whole(reply_to(call, model), [scored(model, "abcd", "e", [])])
+    body = whole(reply_to(call, model), [scored(model, "abcd", "e", [], "stop")])
     (choice,) = body["choices"]
     assert choice["text"] == "abcd"
     assert choice["logprobs"]["token_logprobs"] == [None, -3.0, -3.0, -3.0]
     assert choice["logprobs"]["top_logprobs"] is None
-    assert choice["finish_reason"] == "length"
+    assert choice["finish_reason"] == "length"  # whatever the token was that is not shown
     assert body["usage"]["completion_tokens"] == 0
     assert body["usage"]["total_tokens"] == 4
+
+
+def test_the_engine_scores_a_prompt(model: Model) -> None:
+    call = completion(model, prompt="abcd", max_tokens=1, echo=True, logprobs=1, temperature=0)
+    (choice,) = whole(reply_to(call, model), chunks_of(call, model))["choices"]
+    assert choice["logprobs"]["tokens"][:4] == ["a", "b", "c", "d"]
+    first, *rest = choice["logprobs"]["token_logprobs"]
+    assert first is None
+    assert all(value < 0 for value in rest)
+    assert choice["logprobs"]["top_logprobs"][-1] == {choice["text"][4:]: rest[-1]}
 
 
 def test_a_chats_logprobs_have_bytes_and_rivals(model: Model) -> None:
