@@ -91,6 +91,11 @@ class Engine:
         return self.scheduler.running
 
     @property
+    def waiting(self) -> Sequence[Request]:
+        """Those that have no row yet, the next one first."""
+        return self.scheduler.waiting
+
+    @property
     def num_free(self) -> int:
         return self.scheduler.num_free
 
@@ -102,6 +107,11 @@ class Engine:
     def has_work(self) -> bool:
         """Whether requests wait or run."""
         return self.scheduler.has_work
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the target's cache holds, those of kept rows included."""
+        return sum(self._cache.lengths)
 
     @property
     def cache_nbytes(self) -> int:

@@ -92,13 +92,15 @@ class Scheduler(Generic[R]):
     """First come, first served.
 
     keeps: finished rows are kept for requests that begin alike. max_tokens: how many tokens all
-    rows together may hold, each counted as long as it may become; None: any number. chunk: how many
-    tokens of prompts are read between two decoding steps.
+    rows together may hold, each counted as long as it may become; None: any number. longest: the
+    same of a single row, where every row takes the room of the longest one. chunk: how many tokens
+    of prompts are read between two decoding steps.
     """
 
     max_rows: int = 1
     keeps: bool = False
     max_tokens: int | None = None
+    longest: int | None = None
     chunk: int = 512
     waiting: deque[R] = field(default_factory=deque)
     reading: dict[int, _Reading[R]] = field(default_factory=dict)  # by row, as they came
@@ -132,8 +134,10 @@ class Scheduler(Generic[R]):
     def submit(self, request: R) -> None:
         """Raises ContextLengthError for a request that would never fit."""
         most = request.most_tokens
-        if self.max_tokens is not None and most > self.max_tokens:
-            got = f"prompt and new tokens may come to {most}, but the cache holds {self.max_tokens}"
+        limits = [limit for limit in (self.max_tokens, self.longest) if limit is not None]
+        limit = min(limits, default=most)
+        if most > limit:
+            got = f"prompt and new tokens may come to {most}, but the cache holds {limit}"
             raise ContextLengthError(got, hint="ask for fewer new tokens, or give more memory")
         self.waiting.append(request)
 

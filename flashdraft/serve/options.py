@@ -23,6 +23,12 @@ class ServeOptions:
     max_rows: int = option(8, "requests decoded together, at most", least=1, most=1024)
     queue: int = option(64, "requests that wait for a row; more get 429", least=0, most=100_000)
     max_body_bytes: int = option(4 * 2**20, "a larger body gets 413", least=1024, most=2**30)
+    cache_bytes: int | None = option(
+        None,
+        "bytes for keys and values, the drafter's included; by default half of what is free",
+        least=2**20,
+        most=2**50,
+    )
     request_timeout: float = option(600.0, "seconds for a whole answer", above=0, most=86_400)
     drain_timeout: float = option(
         30.0, "seconds for what runs when the server is told to end", least=0, most=86_400

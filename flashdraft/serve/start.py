@@ -27,7 +27,12 @@ def serve(
     """
     listening = listen(options.host, options.port)
     writer = logs.start(options.log_level)
-    limits = Limits(options.max_rows, options.queue, timeout=options.request_timeout)
+    limits = Limits(
+        options.max_rows,
+        options.queue,
+        cache_bytes=options.cache_bytes,
+        timeout=options.request_timeout,
+    )
     worker = Worker(partial(load, max_rows=options.max_rows), limits)
     worker.metrics.lost_lines.set_function(lambda: writer.num_lost)
 

@@ -22,6 +22,7 @@ from typing import Literal, Self, cast
 from flashdraft.engine import Engine, Request
 from flashdraft.errors import FlashDraftError
 from flashdraft.generate import Model
+from flashdraft.serve import room
 from flashdraft.serve.metrics import Metrics
 from flashdraft.types import Chunk, FinishReason, Result
 
@@ -41,7 +42,6 @@ __all__ = [
 
 State = Literal["loading", "ready", "draining", "dead"]
 _LOG = logging.getLogger("flashdraft.serve")
-_WARM_UP = 4  # tokens of a text that nobody sees: kernels are built, step times measured
 
 
 class Overloaded(FlashDraftError):
@@ -81,6 +81,7 @@ class Limits:
 
     max_rows: int = 8  # requests decoded together
     queue: int = 64  # requests that wait for a row; the next one is refused
+    cache_bytes: int | None = None  # of keys and values; None: half of what is free
     buffer: int = 1024  # chunks of one stream that nobody has read yet
     timeout: float | None = 600.0  # seconds from the first byte of a request to its last
 
@@ -251,7 +252,7 @@ class Worker:
         self.failure: BaseException | None = None  # why the thread ended, if it did not have to
         self.changed = asyncio.Event()  # set whenever `state` or the number of requests changes
         self._load = load
-        self._new_engine = new_engine or partial(_engine, max_rows=self.limits.max_rows)
+        self._new_engine = new_engine or self._engine_with_room
         self._taken = 0  # places
         self._streams: dict[int, Stream] = {}  # by the engine's number of a request
         self._numbers = itertools.count()
@@ -260,6 +261,7 @@ class Worker:
         self._loop: asyncio.AbstractEventLoop | None = None
         self.metrics.running.set_function(lambda: self.num_running)
         self.metrics.waiting.set_function(lambda: self.num_waiting)
+        self.metrics.cache_tokens.set_function(lambda: self.num_tokens)
         self.metrics.ready.set_function(lambda: self.is_ready)
         # The thread's own:
         self._engine: Engine | None = None
@@ -388,7 +390,13 @@ class Worker:
     def num_running(self) -> int:
         """Requests that have a row."""
         engine = self._engine
-        return 0 if engine is None else len(engine.running)
+        return 0 if engine is None else engine.max_rows - engine.num_free
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose keys and values are held, for prompts to come as well."""
+        engine = self._engine
+        return 0 if engine is None else engine.num_tokens
 
     @property
     def num_waiting(self) -> int:
@@ -420,12 +428,12 @@ class Worker:
 
     def _on_load(self) -> None:
         model = self._load()
-        prompt = [1] * 4
-        for _ in model.stream(prompt, max_new_tokens=_WARM_UP, ignore_eos=True):
-            pass
         self._engine = self._new_engine(model)
         self.model = model
         self._tell(self._set_state, "ready")
+
+    def _engine_with_room(self, model: Model) -> Engine:
+        return room.new_engine(model, self.limits.max_rows, self.limits.cache_bytes)
 
     def _on_engine(self) -> Engine:
         assert self._engine is not None
@@ -507,11 +515,6 @@ class Worker:
         self._tell(self._fail, begun, EngineFault("the engine failed", hint=hint))
         self._gone_over = {request.index for request in untouched}
         self._on_submit(untouched)
-
-
-def _engine(model: Model, *, max_rows: int) -> Engine:
-    drafter = model.new_drafter()
-    return Engine(model.target, drafter, max_rows=max_rows, control=model.control)
 
 
 def _aborted(request: Request) -> Chunk:
