@@ -182,7 +182,7 @@ def chat(model: ModelOptions, params: SamplingParams) -> None:
         flashdraft chat
         flashdraft chat --target Qwen/Qwen3-8B --draft z-lab/Qwen3-8B-DFlash-b16
     """
-    lm = model.load(max_rows=1)
+    session = model.load(max_rows=1).session()  # what was read of the talk stays
     interactive = is_terminal(sys.stdin) and is_terminal(sys.stdout)
     turns: list[dict[str, str]] = []
     while True:
@@ -201,7 +201,7 @@ def chat(model: ModelOptions, params: SamplingParams) -> None:
         asked = [*turns, {"role": "user", "content": line}]
         said: list[str] = []
         try:
-            result = _show(lm.stream(asked, params), said=said)
+            result = _show(session.stream(asked, params), said=said)
         except ContextLengthError as error:
             if not interactive:
                 raise
