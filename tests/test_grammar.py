@@ -336,6 +336,14 @@ def test_a_tokenizer_that_is_not_fast_is_refused() -> None:
         Grammar.json_object(LetterTokenizer())  # type: ignore[arg-type]
 
 
+def test_a_server_may_read_any_tokenizer_in_advance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wrong shows with the first grammar."""
+    module.prepare(byte_tokenizer())
+    module.prepare(LetterTokenizer())  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    module.prepare(byte_tokenizer())
+
+
 def test_a_missing_extra_is_one_line_with_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(FlashDraftError, match="needs llguidance") as raised:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
@@ -154,9 +155,10 @@ def grammar_of(tokenizer: Tokenizer, kind: Kind, source: object) -> Grammar:
 def prepare(tokenizer: Tokenizer) -> None:
     """Read a tokenizer's vocabulary for the grammars to come, which holds up all threads a second.
 
-    A server does so before it answers anybody. Raises what a Grammar raises.
+    A server does so before it answers anybody. What is wrong with it shows when a grammar is made.
     """
-    _reader_of(tokenizer)
+    with suppress(FlashDraftError):
+        _reader_of(tokenizer)
 
 
 # ---- states --------------------------------------------------------------------------------------

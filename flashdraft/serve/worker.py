@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, Self, cast
 
+from flashdraft.decoding.grammar import prepare
 from flashdraft.engine import Engine, Request
 from flashdraft.errors import FlashDraftError
 from flashdraft.generate import Model
@@ -428,6 +429,7 @@ class Worker:
 
     def _on_load(self) -> None:
         model = self._load()
+        prepare(model.tokenizer)  # later it would hold up every stream
         self._engine = self._new_engine(model)
         self.model = model
         self._tell(self._set_state, "ready")
