@@ -20,8 +20,9 @@ import httpx2 as httpx
 from conftest import EOS, VOCAB, tiny_drafter, tiny_target
 from toy_folders import letter_tokenizer
 
-from flashdraft.engine import Engine
+from flashdraft.engine import Engine, Request
 from flashdraft.generate import Model
+from flashdraft.scheduler import Scheduler
 from flashdraft.serve.app import Options, make_app
 from flashdraft.serve.server import Server, listen, url_of
 from flashdraft.serve.worker import Limits, Worker
@@ -66,6 +67,12 @@ class Knobs:
 
         return made
 
+    @property
+    def num_in_engine(self) -> int:
+        """Requests that wait, are read or run in the engine."""
+        scheduler = self.engines[-1].scheduler
+        return len(scheduler.waiting) + len(scheduler.requests())
+
     @contextmanager
     def slow(self, seconds: float) -> Iterator[None]:
         self.seconds = seconds
@@ -86,7 +93,8 @@ class Knobs:
 
 class _Paced(Engine):
     def __init__(self, knobs: Knobs, model: Model, max_rows: int) -> None:
-        super().__init__(model.target, model.new_drafter(), max_rows=max_rows)
+        scheduler = Scheduler[Request](max_rows, keeps=True)
+        super().__init__(model.target, model.new_drafter(), scheduler=scheduler)
         self.knobs = knobs
 
     def step(self) -> list[Chunk]:
@@ -125,9 +133,7 @@ class Toy:
     def settle(self, seconds: float = 5.0) -> None:
         """Wait until nobody holds a place, and look that the engine holds nothing either."""
         until(lambda: self.worker.is_idle, seconds)
-        engine = self.knobs.engines[-1]
-        assert not engine.running
-        assert not engine.waiting
+        assert self.knobs.num_in_engine == 0
 
 
 def until(condition: Callable[[], bool], seconds: float = 5.0) -> float:
