@@ -79,7 +79,14 @@ def test_a_key_is_asked_for_and_taken_from_the_environment(
 def test_a_full_server_refuses_and_the_test_goes_on(
     config: LoadConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    crowd = LoadConfig(config.prompts, tmp_path / "crowd.jsonl", concurrency="8", drafting="auto")
+    crowd = LoadConfig(
+        config.prompts,
+        tmp_path / "crowd.jsonl",
+        concurrency="8",
+        drafting="auto",
+        repeats=1,
+        max_new_tokens=8,
+    )
     with running(Limits(max_rows=1, queue=1)) as toy, toy.knobs.slow(0.01):
         run_load(toy.url, crowd)
         until(lambda: toy.worker.is_idle)
