@@ -54,7 +54,7 @@ class SlotCache:
         self.lengths = [0] * rows
         self.keys: list[Tensor | None] = [None] * num_layers
         self.values: list[Tensor | None] = [None] * num_layers
-        self._maps: dict[int, mmap.mmap] = {}  # by the address of the tensor that lies in it
+        self._maps: dict[int, mmap.mmap] = {}  # by the identity of the tensor that lies in it
         # What a reader of every layer's keys and values has prepared; void when a tensor moves.
         self.addresses: Sequence[Any] | None = None
 
@@ -111,7 +111,7 @@ class SlotCache:
         for row, length in enumerate(self.lengths[:rows]):
             held = round_up(length) // SLOT_STEP if tensor.ndim == _BLOCKED_DIMS else length
             larger[row, :, :held] = tensor[row, :, :held]
-        self._maps.pop(tensor.data_ptr(), None)
+        self._maps.pop(id(tensor), None)
         return larger
 
     def _zeros(self, like: Tensor, *shape: int) -> Tensor:
@@ -122,7 +122,7 @@ class SlotCache:
 
         room = _map(nbytes)
         tensor = torch.frombuffer(room, dtype=like.dtype).view(*shape)
-        self._maps[tensor.data_ptr()] = room
+        self._maps[id(tensor)] = room
         return tensor
 
     def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -219,7 +219,7 @@ class SlotCache:
         """Return the room of a row that is free to the system, where it lies in maps."""
         assert self.lengths[row] == 0, "the row is not free"
         for tensor in self._tensors():
-            room = self._maps.get(tensor.data_ptr())
+            room = self._maps.get(id(tensor))
             if room is None or not hasattr(room, "madvise"):
                 continue
             nbytes = tensor[row].numel() * tensor.element_size()
