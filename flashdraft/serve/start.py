@@ -3,12 +3,9 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from flashdraft.decoding.grammar import prepare
-from flashdraft.errors import FlashDraftError
 from flashdraft.generate import Model
 from flashdraft.serve import logs
 from flashdraft.serve.app import Options, make_app
@@ -36,7 +33,7 @@ def serve(
         cache_bytes=options.cache_bytes,
         timeout=options.request_timeout,
     )
-    worker = Worker(partial(_loaded, load, options.max_rows), limits)
+    worker = Worker(partial(load, max_rows=options.max_rows), limits)
     worker.metrics.lost_lines.set_function(lambda: writer.num_lost)
 
     name = options.served_model_name or _name_of(target)
@@ -59,13 +56,6 @@ def serve(
     finally:
         listening.close()
         writer.finish()
-
-
-def _loaded(load: Callable[..., Model], max_rows: int) -> Model:
-    model = load(max_rows=max_rows)
-    with suppress(FlashDraftError):  # a tokenizer without grammars: requests for them are told
-        prepare(model.tokenizer)
-    return model
 
 
 def _name_of(target: str) -> str:
