@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from flashdraft.decoding.control import Control
-from flashdraft.decoding.forced import with_forced
+from flashdraft.decoding.forced import num_certain, with_forced
 from flashdraft.decoding.laws import Reading, adjusted_nodes
 from flashdraft.decoding.sampling import coins, draw, likeliest, target_probs, uniforms
 from flashdraft.decoding.tree import alone, spread
@@ -337,6 +337,7 @@ class Engine:
         proposal = _cut(with_forced(proposal, rows.steering), limits)
         if drafted and self.control is not None:
             pays = self.control.trim(proposal)
+            pays = torch.maximum(pays, num_certain(proposal, rows.steering))
             as_many_as_pay = [request.drafting == "auto" for request in requests]
             is_trimmed = torch.tensor(as_many_as_pay, **BOOLS)
             proposal = _cut(proposal, torch.where(is_trimmed, pays, proposal.sizes))

@@ -15,9 +15,9 @@ from toy_engine import METHODS, PROMPTS, made
 from toy_hooks import NUM_FREE, Sum, by_residue, by_script, plain, steered
 
 from flashdraft.decoding.control import Control
-from flashdraft.decoding.forced import MOST_FORCED, with_forced
+from flashdraft.decoding.forced import MOST_FORCED, num_certain, with_forced
 from flashdraft.decoding.tree import Nodes, alone, check, planted
-from flashdraft.engine import Engine
+from flashdraft.engine import Drafting, Engine
 from flashdraft.errors import InvalidParameter
 from flashdraft.methods.draft_model import DraftModelDrafter
 from flashdraft.types import Drafter, Proposal, Result, SamplingParams
@@ -134,10 +134,8 @@ def test_a_row_gets_no_more_than_its_room() -> None:
 # ---------------------------------------------------------------- texts
 
 
-def written(
-    drafter: Drafter, params: Sequence[SamplingParams], control: Control | None = None
-) -> list[Result]:
-    engine = Engine(made("llama"), drafter, max_rows=3, control=control)
+def written(drafter: Drafter, params: Sequence[SamplingParams]) -> list[Result]:
+    engine = Engine(made("llama"), drafter, max_rows=3)
     return run(engine, requests_of(PROMPTS, params, {EOS}))
 
 
@@ -179,15 +177,29 @@ def test_drawn_drafts_of_a_draft_model_go_with_forced_tokens() -> None:
             total += token
 
 
-@pytest.mark.parametrize("seconds", [{1: 1.0, 8: 1.1}, {1: 1.0, 8: 9.0}])
+@pytest.mark.parametrize("seconds", [{1: 1.0, 8: 1.1}, {1: 1.0, 8: 90.0}])
+@pytest.mark.parametrize("drafting", ["auto", "on", "off"])
 def test_forced_tokens_are_read_whatever_the_controller_thinks_of_drafts(
-    seconds: dict[int, float],
+    seconds: dict[int, float], drafting: Drafting
 ) -> None:
     params = steered(0.0, by_script)
     drafter = METHODS["dflash"](made("llama"), (), 4)
-    results = written(drafter, params, Control(seconds))
+    engine = Engine(made("llama"), drafter, max_rows=3, control=Control(seconds))
+    requests = requests_of(PROMPTS, params, {EOS})
+    for request in requests:
+        request.drafting = drafting
+    results = run(engine, requests)
     assert [one.tokens for one in results] == [one.tokens for one in plain(params)]
-    assert min(results[0].stats.num_accepted, results[2].stats.num_accepted) > 0
+    for result in results[::2]:
+        assert result.stats.target_passes <= 3
+
+
+def test_only_what_the_anchor_forces_is_certain() -> None:
+    drafted = planted([9, 4, 9], [Nodes([8], [0], [-0.3])] * 3)
+    steering = [state_behind(9), None, state_behind(1, 2, 3)]
+    proposal = with_forced(drafted, steering)
+    assert num_certain(proposal, steering).tolist() == [3, 1, 1]
+    assert num_certain(alone([9, 4, 9]), steering).tolist() == [1, 1, 1]
 
 
 # ---------------------------------------------------------------- planted faults
@@ -238,3 +250,12 @@ def test_the_toy_scripts_leave_free_and_forced_places() -> None:
     sizes = [len(by_script(17, length, ENDS)) for length in range(NUM_FREE + 1)]
     assert [size == 1 for size in sizes] == [*itertools.islice(itertools.cycle((0, 1, 1)), 9), True]
     assert by_residue(17, 3, ENDS) == by_script(17, 3, ENDS)
+
+
+def test_a_controller_that_drops_certain_nodes_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "flashdraft.engine.num_certain", lambda p, steering: torch.ones_like(p.sizes)
+    )
+    monkeypatch.setattr(Control, "wants_drafts", lambda self, rows: True)
+    with pytest.raises(AssertionError):
+        test_forced_tokens_are_read_whatever_the_controller_thinks_of_drafts({1: 1, 8: 90}, "auto")

@@ -15,7 +15,7 @@ from flashdraft.decoding.tree import Nodes
 from flashdraft.process import FLOATS, INTS
 from flashdraft.types import Proposal, Steering
 
-__all__ = ["MOST_FORCED", "with_forced"]
+__all__ = ["MOST_FORCED", "num_certain", "with_forced"]
 
 MOST_FORCED = 64  # nodes that a row may get beyond its drafter's
 
@@ -38,6 +38,19 @@ def with_forced(proposal: Proposal, steering: Sequence[Steering | None]) -> Prop
         else:
             rows.change(row, _grown(state, rows.nodes(row)))
     return rows.joined()
+
+
+def num_certain(proposal: Proposal, steering: Sequence[Steering | None]) -> Tensor:
+    """How many nodes of each row cannot be rejected: [rows], the anchor counted.
+
+    Of a proposal that `with_forced` gave, these are the first ones. Each brings a token for a node,
+    which is never less than plain decoding brings: a controller keeps them.
+    """
+    counts = torch.ones_like(proposal.sizes)
+    for row, state in enumerate(steering):
+        if state is not None:
+            counts[row] += len(state.forced())
+    return torch.minimum(counts, proposal.sizes)
 
 
 def _grown(state: Steering, drafted: Nodes) -> Nodes:
