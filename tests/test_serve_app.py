@@ -209,6 +209,7 @@ def test_a_prompt_beyond_the_context_is_told_both_numbers(client: httpx.Client) 
         assert "256" in error["message"]
 
 
+@pytest.mark.alone
 def test_a_billion_answers_are_refused_at_once(client: httpx.Client) -> None:
     took = []
     for _ in range(5):

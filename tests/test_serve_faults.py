@@ -89,6 +89,7 @@ def leave(toy: Toy, body: Json) -> float:
     return until(lambda: toy.knobs.num_in_engine <= num_before)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_gives_its_row_back_within_a_step(stream: bool, toy: Toy) -> None:
     before = toy.metric("cancelled_requests_total", reason="gone")
@@ -99,6 +100,7 @@ def test_a_client_that_leaves_gives_its_row_back_within_a_step(stream: bool, toy
     assert toy.metric("running_requests") == 0
 
 
+@pytest.mark.alone
 def test_all_answers_of_a_client_that_leaves_are_given_back(toy: Toy) -> None:
     before = toy.metric("cancelled_requests_total")
     with toy.knobs.slow(PACE):
@@ -107,6 +109,7 @@ def test_all_answers_of_a_client_that_leaves_are_given_back(toy: Toy) -> None:
     assert toy.metric("cancelled_requests_total") == before + 4
 
 
+@pytest.mark.alone
 def test_a_worker_that_forgets_to_cancel_is_seen(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     cancel = Worker._cancel
     forgotten: list[tuple[Any, ...]] = []
@@ -207,6 +210,7 @@ def test_the_queue_is_filled_and_the_rest_is_refused_before_it_is_tokenised(
             assert text == sequential[prompt]
 
 
+@pytest.mark.alone
 def test_a_refusal_of_a_full_server_takes_no_time(toy: Toy) -> None:
     with toy.knobs.held():
         sockets = [connected(toy) for _ in range(4)]
@@ -233,6 +237,7 @@ def hasty() -> Iterator[Toy]:
         yield made
 
 
+@pytest.mark.alone
 def test_a_request_that_takes_too_long_is_a_504_and_its_row_is_free(hasty: Toy) -> None:
     with hasty.knobs.slow(PACE), hasty.client() as client:
         answer = client.post(CHAT, json=long_body())
@@ -388,6 +393,7 @@ def test_a_server_that_loads_answers_and_takes_nothing_yet() -> None:
 # --- beside a long step ---------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_health_answers_while_the_engine_reads_a_long_prompt(
     toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -172,6 +172,7 @@ def test_places_come_back_one_by_one_as_answers_end() -> None:
 # --- ends -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_a_closed_stream_frees_its_row_within_a_step() -> None:
     async def body(worker: Worker, knobs: Knobs) -> None:
         knobs.seconds = 0.01
@@ -187,6 +188,7 @@ def test_a_closed_stream_frees_its_row_within_a_step() -> None:
     run(body)
 
 
+@pytest.mark.alone
 def test_a_worker_that_forgets_to_cancel_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     def forgets(worker: Worker, stream: Stream, numbers: list[int], reason: str) -> None:
         stream._have_left(len(numbers))
@@ -211,6 +213,7 @@ def test_one_that_waits_for_a_row_can_leave_too() -> None:
     run(body)
 
 
+@pytest.mark.alone
 def test_a_request_that_takes_too_long_ends_and_frees_its_row() -> None:
     async def body(worker: Worker, knobs: Knobs) -> None:
         knobs.seconds = 0.02
