@@ -62,7 +62,8 @@ def vllm(options, drafts):
     if drafts:
         drafter = {"method": "dflash", "model": str(plain), "num_speculative_tokens": 5}
         command += ["--speculative-config", json.dumps(drafter)]
-    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
+    os.environ["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"  # it would leave one core to its other code
     log = options.folder / f"vllm-{'on' if drafts else 'off'}.log"
     return another(command, f"http://127.0.0.1:{port}", log)
 
