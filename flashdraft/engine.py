@@ -79,7 +79,7 @@ class Engine:
         self.drafter = drafter
         self.control = control
         self.scheduler = scheduler or Scheduler[Request](max_rows)
-        self._cache = target.new_cache(self.scheduler.max_rows, 256)
+        self._cache = target.new_cache(self.scheduler.num_rows, 256)
         self._ended: dict[int, Request] = {}  # by row, those whose rows are kept
         self._unseen: dict[int, list[_Seen]] = {}  # by row, waiting for the drafter
         self._readings: dict[int, Reading] = {}  # by row, of those whose logits are changed
@@ -156,7 +156,7 @@ class Engine:
         """Make room for so many tokens in every row, so that no step has to stop for it."""
         self._cache.reserve(slots)
         for cache in self.drafter.caches:
-            cache.reserve(slots, rows=self.scheduler.max_rows)
+            cache.reserve(slots, rows=self.scheduler.num_rows)
 
     def forget_kept(self) -> None:
         """Give back the rows that are kept for requests that begin alike."""

@@ -102,9 +102,9 @@ class Model:
             check(self.target, request)
         return requests
 
-    def engine(self, max_rows: int) -> Engine:
-        """An engine of so many rows, with a drafter of its own."""
-        scheduler = Scheduler[Request](max_rows, keeps=self.keeps)
+    def engine(self, max_rows: int, *, spare: int = 0) -> Engine:
+        """An engine of so many rows, with a drafter of its own. spare: rows to keep texts in."""
+        scheduler = Scheduler[Request](max_rows, keeps=self.keeps, spare=spare)
         drafter = self.new_drafter()
         return Engine(self.target, drafter, control=self.control, scheduler=scheduler)
 

@@ -94,18 +94,24 @@ class Scheduler(Generic[R]):
     keeps: finished rows are kept for requests that begin alike. max_tokens: how many tokens all
     rows together may hold, each counted as long as it may become; None: any number. longest: the
     same of a single row, where every row takes the room of the longest one. chunk: how many tokens
-    of prompts are read between two decoding steps.
+    of prompts are read between two decoding steps. spare: rows beside those that may be in use, for
+    finished ones.
     """
 
     max_rows: int = 1
     keeps: bool = False
     max_tokens: int | None = None
     longest: int | None = None
+    spare: int = 0
     chunk: int = 512
     waiting: deque[R] = field(default_factory=deque)
     reading: dict[int, _Reading[R]] = field(default_factory=dict)  # by row, as they came
     running: dict[int, R] = field(default_factory=dict)  # by row
     kept: OrderedDict[int, _Kept] = field(default_factory=OrderedDict)  # by row, oldest first
+
+    @property
+    def num_rows(self) -> int:
+        return self.max_rows + self.spare
 
     @property
     def num_free(self) -> int:
@@ -180,7 +186,7 @@ class Scheduler(Generic[R]):
             return match.row
 
         used = self.reading.keys() | self.running.keys() | self.kept.keys()
-        for row in range(self.max_rows):
+        for row in range(self.num_rows):
             if row not in used:
                 return row
         others = [row for row in self.kept if row != match.row]

@@ -4,9 +4,9 @@ Knows bytes and seconds, both measured with the model that is served. Does not k
 clients, threads or HTTP.
 """
 
-import os
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -18,8 +18,11 @@ from flashdraft.types import SamplingParams
 
 __all__ = ["free_bytes", "new_engine"]
 
+_SPARE = 3  # rows for finished texts to one that may be in use, where they cost what they hold
 _SHARE = 0.5  # of the free memory that keys and values may take, where nobody says how much
 _UNKNOWN = 4 * 2**30  # bytes, where the system does not tell what is free
+_MEMORY = Path("/proc/meminfo")
+_CONTAINER = Path("/sys/fs/cgroup")
 _PAUSE = 0.08  # seconds that running rows may wait for a part of a prompt, behind a short context
 _PROBE = 64  # tokens of the prompts that are measured
 _STEP = 16  # a part of a prompt is a multiple of this
@@ -30,12 +33,13 @@ _BEHIND = 576  # slots behind the context: of a proposal, and of a part that lie
 def new_engine(model: Model, max_rows: int, cache_bytes: int | None = None) -> Engine:
     """An engine whose caches hold `cache_bytes` of keys and values; None: half of what is free.
 
-    It has run two texts already, so that kernels are built. Raises InvalidParameter where there is
+    It has run some texts already, so that kernels are built. Raises InvalidParameter where there is
     room for no text.
     """
-    engine = model.engine(max_rows)
-    _run(model, engine, token=1)
-    seconds = _run(model, engine, token=2)
+    in_memory = _lies_in_memory(model)
+    engine = model.engine(max_rows, spare=_SPARE * max_rows if in_memory else 0)
+    _run(model, engine, token=0)
+    seconds = min(_run(model, engine, token) for token in (1, 2, 3))  # the machine may be busy
     engine.forget_kept()
 
     wanted = int(_PAUSE / seconds) // _STEP * _STEP
@@ -49,8 +53,9 @@ def new_engine(model: Model, max_rows: int, cache_bytes: int | None = None) -> E
         raise InvalidParameter(got, hint=f"give {least} or more", option="cache_bytes")
 
     context = model.target.context_length
-    engine.scheduler.max_tokens = min(max_tokens, max_rows * (context + _BEHIND))
-    if _lies_in_memory(model):
+    num_rows = engine.scheduler.num_rows
+    engine.scheduler.max_tokens = min(max_tokens, num_rows * (context + _BEHIND))
+    if in_memory:
         engine.prepare(context + _BEHIND)  # takes room only as it is written
     else:
         engine.scheduler.longest = max_tokens // max_rows
@@ -63,10 +68,16 @@ def free_bytes(model: Model) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free
-    with suppress(OSError, ValueError, AttributeError):  # Windows and macOS do not tell
-        pages = os.sysconf("SC_AVPHYS_PAGES")
-        return pages * os.sysconf("SC_PAGE_SIZE")
-    return _UNKNOWN
+    free = _UNKNOWN
+    with suppress(OSError, ValueError, StopIteration):  # only Linux tells
+        lines = _MEMORY.read_text(encoding="ascii").splitlines()
+        available = next(line for line in lines if line.startswith("MemAvailable:"))
+        free = int(available.split()[1]) * 1024
+    with suppress(OSError, ValueError):  # a container may have less
+        limit = int((_CONTAINER / "memory.max").read_text(encoding="ascii"))
+        used = int((_CONTAINER / "memory.current").read_text(encoding="ascii"))
+        free = min(free, max(limit - used, 0))
+    return free
 
 
 def _lies_in_memory(model: Model) -> bool:
