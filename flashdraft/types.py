@@ -64,7 +64,7 @@ __all__ = [
     "take_numbers",
 ]
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "abort"]  # abort: ended from outside
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, Self, cast
+from typing import Literal, Self
 
 from flashdraft.decoding.grammar import prepare
 from flashdraft.engine import Engine, Request
@@ -25,7 +25,7 @@ from flashdraft.errors import FlashDraftError
 from flashdraft.generate import Model
 from flashdraft.serve import room
 from flashdraft.serve.metrics import Metrics
-from flashdraft.types import Chunk, FinishReason, Result
+from flashdraft.types import Chunk, Result
 
 __all__ = [
     "Draining",
@@ -525,6 +525,5 @@ def _aborted(request: Request) -> Chunk:
     stats.num_prompt_tokens = len(request.prompt)
     tokens = tuple(request.history[len(request.prompt) :])
     logprobs = tuple(request.logprobs) if request.params.logprobs else None
-    reason = cast(FinishReason, "abort")
-    result = Result(request.decoder.text, tokens, reason, stats, logprobs)
+    result = Result(request.decoder.text, tokens, "abort", stats, logprobs)
     return Chunk(request.index, (), (), result)
