@@ -228,3 +228,154 @@ def test_bytes_are_counted_as_they_are_held() -> None:
         1, 0, torch.zeros(1, 1, 8, dtype=torch.float64), torch.zeros(1, 1, 8, dtype=torch.float64)
     )
     assert cache.nbytes == 2 * (3 * 2 * SLOT_STEP * 4) * 4 + 2 * (3 * SLOT_STEP * 8) * 8
+
+
+# ---- rows that begin as others did, and room that comes and goes --------------------------------
+
+LARGE = (2, 32)  # heads and head size of caches that lie in maps
+
+
+def large(blocked: bool, rows: int = 3, slots: int = 2048) -> SlotCache:
+    cache = SlotCache(1, rows, slots, blocked=blocked)
+    fill(cache, 0, 0, 0)
+    assert len(cache._maps) == 2
+    return cache
+
+
+def numbers(seed: int, count: int) -> Tensor:
+    heads, size = LARGE
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(heads, count, size, generator=generator)
+
+
+def fill(cache: SlotCache, row: int, seed: int, count: int) -> None:
+    keys = numbers(seed, count)
+    cache.write(0, row, keys, -keys)
+    cache.keep(row, range(count))
+
+
+def held(cache: SlotCache, row: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of a row, as they were written."""
+    keys, values = cache.keys[0], cache.values[0]
+    assert keys is not None
+    assert values is not None
+    if cache.blocked:
+        keys = keys.transpose(-1, -2).flatten(2, 3)
+    length = cache.lengths[row]
+    return keys[row, :, :length], values[row, :, :length]
+
+
+def check_held(cache: SlotCache, row: int, seed: int, count: int, *, whole: int) -> None:
+    """It holds the first `count` of what `fill` wrote, `whole` numbers in all."""
+    wanted = numbers(seed, whole)[:, :count]
+    keys, values = held(cache, row)
+    assert torch.equal(keys, wanted)
+    assert torch.equal(values, -wanted)
+
+
+@pytest.mark.parametrize("blocked", [False, True])
+@pytest.mark.parametrize("count", [0, 1, 63, 64, 65, 100])
+def test_a_row_takes_what_another_holds_and_leaves_it(blocked: bool, count: int) -> None:
+    cache = large(blocked)
+    fill(cache, 1, 5, 100)
+    fill(cache, 2, 6, 130)
+    cache.take(2, 1, count)
+    check_held(cache, 1, 5, 100, whole=100)
+    check_held(cache, 2, 5, count, whole=100)
+    cache.take(1, 1, count)
+    check_held(cache, 1, 5, count, whole=100)
+    with pytest.raises(AssertionError, match="more than it holds"):
+        cache.take(2, 1, count + 1)
+
+
+def test_a_row_that_is_new_to_a_cache_can_be_resumed() -> None:
+    cache = large(True, rows=1, slots=4096)
+    fill(cache, 0, 5, 70)
+    assert cache.resume(3, 0, 66) == 66
+    assert cache.resume(1, 0, 900) == 70
+    assert cache.resume(2, 4, 9) == 0
+    assert cache.lengths == [70, 70, 0, 66, 0]
+    check_held(cache, 3, 5, 66, whole=70)
+
+
+@pytest.mark.parametrize("blocked", [False, True])
+def test_large_caches_grow_and_keep_what_is_held(blocked: bool) -> None:
+    cache = large(blocked, slots=2048)
+    counts = (1, 1000, 2048)
+    for row, count in enumerate(counts):
+        fill(cache, row, row, count)
+    cache.reserve(2049, rows=5)
+    assert (cache.rows, cache.slots, len(cache._maps)) == (5, 4096, 2)
+    for row, count in enumerate(counts):
+        check_held(cache, row, row, count, whole=count)
+    fill(cache, 4, 9, 4096)
+    check_held(cache, 4, 9, 4096, whole=4096)
+
+
+@pytest.mark.parametrize("blocked", [False, True])
+@pytest.mark.parametrize("slots", [2048, 2112])
+def test_room_that_is_given_back_is_zeros_and_the_neighbours_stay(
+    blocked: bool, slots: int
+) -> None:
+    """Also where rows end within a page of memory."""
+    cache = large(blocked, rows=4, slots=slots)
+    for row in range(4):
+        fill(cache, row, row, slots)
+    cache.free(1)
+    cache.give_back(1)
+    cache.wipe(1)
+    assert all(not bool(tensor[1].any()) for tensor in cache._tensors())
+    for row in (0, 2, 3):
+        check_held(cache, row, row, slots, whole=slots)
+    fill(cache, 1, 7, slots)
+    check_held(cache, 1, 7, slots, whole=slots)
+    with pytest.raises(AssertionError, match="not free"):
+        cache.give_back(1)
+
+
+def test_a_wiped_row_holds_nothing_that_is_no_number() -> None:
+    for slots in (64, 2112):
+        cache = SlotCache(1, 3, slots, blocked=True)
+        fill(cache, 0, 0, 1)
+        for tensor in cache._tensors():
+            tensor.fill_(torch.nan)
+        cache.wipe(1)
+        for tensor in cache._tensors():
+            assert not bool(tensor[1].any())
+            assert bool(tensor[0].isnan().all())
+            assert bool(tensor[2].isnan().all())
+
+
+@pytest.mark.parametrize("blocked", [False, True])
+@pytest.mark.parametrize("good", range(4))
+def test_a_cache_that_cannot_grow_stays_as_it_was(
+    blocked: bool, good: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`good` of its tensors have grown when memory is gone; the kernels must find all of a size."""
+    cache = SlotCache(2, 2, 2048, blocked=blocked)
+    for layer in range(2):
+        cache.write(layer, 1, numbers(3, 90), -numbers(3, 90))
+    cache.keep(1, range(90))
+    shapes = [tensor.shape for tensor in cache._tensors()]
+    right = SlotCache._zeros
+    left = [good]
+
+    def fails(self: SlotCache, like: Tensor, *shape: int) -> Tensor:
+        left[0] -= 1
+        if left[0] == -1:
+            raise MemoryError
+        return right(self, like, *shape)
+
+    cache.addresses = ["of what lies there now"]
+    with monkeypatch.context() as patch:
+        patch.setattr(SlotCache, "_zeros", fails)
+        with pytest.raises(MemoryError):
+            cache.reserve(2049, rows=3)
+    assert (cache.rows, cache.slots, cache.lengths) == (2, 2048, [0, 90])
+    assert [tensor.shape for tensor in cache._tensors()] == shapes
+    assert cache.addresses is None
+    assert cache._maps.keys() == {id(tensor) for tensor in cache._tensors()}
+    check_held(cache, 1, 3, 90, whole=90)
+    cache.reserve(2049, rows=3)
+    assert (cache.rows, cache.slots) == (3, 4096)
+    check_held(cache, 1, 3, 90, whole=90)

@@ -14,6 +14,7 @@ Knows nothing of tokens, models or who proposed what.
 
 import math
 import mmap
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -84,35 +85,50 @@ class SlotCache:
         if slots <= self.slots and rows <= self.rows:
             return
 
-        more_slots = 0
+        more_slots = self.slots
         if slots > self.slots:
-            more_slots = round_up(max(slots, 2 * self.slots)) - self.slots
-        more_rows = max(rows - self.rows, 0)
+            more_slots = round_up(max(slots, 2 * self.slots))
+        more_rows = max(rows, self.rows)
 
-        self.slots += more_slots
-        self.rows += more_rows
-        self.lengths = self.lengths + [0] * more_rows
-        more_keys = more_slots // SLOT_STEP if self.blocked else more_slots
-        for index in range(self.num_layers):
-            keys = self.keys[index]
-            values = self.values[index]
-            if keys is None or values is None:
-                continue
-            self.keys[index] = self._grown(keys, more_rows, more_keys)
-            del keys
-            self.values[index] = self._grown(values, more_rows, more_slots)
-            del values
         self.addresses = None
+        try:
+            self._resize(more_rows, more_slots)
+        except BaseException:  # no memory, say: what has grown is cut back
+            self._resize(self.rows, self.slots)
+            self._forget_maps()
+            raise
+        self.lengths = self.lengths + [0] * (more_rows - self.rows)
+        self.rows = more_rows
+        self.slots = more_slots
 
-    def _grown(self, tensor: Tensor, more_rows: int, more_slots: int) -> Tensor:
-        """[rows, heads, slots or blocks of slots, ...] with zeros behind its rows and its slots."""
-        rows, heads, slots, *inner = tensor.shape
-        larger = self._zeros(tensor, rows + more_rows, heads, slots + more_slots, *inner)
-        for row, length in enumerate(self.lengths[:rows]):
-            held = round_up(length) // SLOT_STEP if tensor.ndim == _BLOCKED_DIMS else length
-            larger[row, :, :held] = tensor[row, :, :held]
+    def _forget_maps(self) -> None:
+        """Those of tensors that are gone."""
+        known = {id(tensor) for tensor in self._tensors()}
+        for tensor_id in self._maps.keys() - known:
+            del self._maps[tensor_id]
+
+    def _resize(self, rows: int, slots: int) -> None:
+        """Give every layer tensors of this size."""
+        for index in range(self.num_layers):
+            self.keys[index] = self._resized(self.keys[index], rows, slots)
+            self.values[index] = self._resized(self.values[index], rows, slots)
+
+    def _resized(self, tensor: Tensor | None, rows: int, slots: int) -> Tensor | None:
+        """What is held of [rows, heads, slots or blocks of slots, ...], zeros behind it."""
+        if tensor is None:
+            return None
+        is_blocked = tensor.ndim == _BLOCKED_DIMS
+        old_rows, heads, old_places, *inner = tensor.shape
+        places = slots // SLOT_STEP if is_blocked else slots
+        if (rows, places) == (old_rows, old_places):
+            return tensor
+
+        resized = self._zeros(tensor, rows, heads, places, *inner)
+        for row, length in enumerate(self.lengths):
+            held = round_up(length) // SLOT_STEP if is_blocked else length
+            resized[row, :, :held] = tensor[row, :, :held]
         self._maps.pop(id(tensor), None)
-        return larger
+        return resized
 
     def _zeros(self, like: Tensor, *shape: int) -> Tensor:
         """Zeros of this shape; large ones on the CPU in a map of their own."""
@@ -213,20 +229,33 @@ class SlotCache:
         What is not finite would reach other texts through a mask, since 0 * NaN is NaN.
         """
         for tensor in self._tensors():
-            tensor[row].zero_()
+            flat = tensor[row].view(-1)
+            pages = self._give_back(tensor, row)
+            if sys.platform != "linux":  # elsewhere pages may come back as they were
+                pages = slice(0, 0)
+            flat[: pages.start].zero_()
+            flat[pages.stop :].zero_()
 
     def give_back(self, row: int) -> None:
         """Return the room of a row that is free to the system, where it lies in maps."""
         assert self.lengths[row] == 0, "the row is not free"
         for tensor in self._tensors():
-            room = self._maps.get(id(tensor))
-            if room is None or not hasattr(room, "madvise"):
-                continue
-            nbytes = tensor[row].numel() * tensor.element_size()
-            first = -(-row * nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
-            end = (row + 1) * nbytes // mmap.PAGESIZE * mmap.PAGESIZE
-            if end > first:
-                room.madvise(mmap.MADV_DONTNEED, first, end - first)
+            self._give_back(tensor, row)
+
+    def _give_back(self, tensor: Tensor, row: int) -> slice:
+        """Return the pages that lie within a row; which of its numbers these hold."""
+        room = self._maps.get(id(tensor))
+        if room is None or not hasattr(room, "madvise"):
+            return slice(0, 0)
+        size = tensor.element_size()
+        nbytes = tensor[row].numel() * size
+        start = row * nbytes
+        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (start + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if end <= first:
+            return slice(0, 0)
+        room.madvise(mmap.MADV_DONTNEED, first, end - first)
+        return slice((first - start) // size, (end - start) // size)
 
     def _tensors(self) -> list[Tensor]:
         """Every layer's keys, then every layer's values, of the layers that were written."""
