@@ -138,19 +138,50 @@ class Engine:
         """Forget the request with this number, waiting or running, if there is one."""
         self.scheduler.withdraw(index)
         row = self.scheduler.row_of(index)
-        if row is not None:
+        if row is None:
+            return
+        try:
             self._finish([row])
+        except Exception:  # of a drafter that cannot follow: nothing of the row is kept
+            self._drop([row])
 
     @undisturbed
     def step(self) -> list[Chunk]:
-        """Read a part of the prompts, and decode one step in the rows that ran before."""
+        """Read a part of the prompts, and decode one step in the rows that ran before.
+
+        Where it raises, as a drafter or an interrupt may, no row is left half done: those that it
+        had changed are forgotten, and the others stand where they stood.
+        """
+        before = {row: len(request.history) for row, request in self.running.items()}
+        try:
+            return self._stepped(list(before))
+        except BaseException:
+            self._drop(self._changed(before))
+            raise
+
+    def _stepped(self, ran: list[int]) -> list[Chunk]:
         self._part = {}
-        ran = list(self.running)
-        self._place()
-        chunks = self._read_prompts()
+        chunks = self._place()
+        chunks += self._read_prompts()
         if ran:
             chunks += self._decode(ran)
         return chunks
+
+    def _changed(self, before: Mapping[int, int]) -> list[int]:
+        """The rows that a broken step has changed. before: of those that ran, tokens of the text.
+
+        A row is whole where its cache holds what is read of its prompt, or all but its anchor.
+        """
+        changed = []
+        held = self._cache.lengths
+        for row, own in self.scheduler.reading.items():
+            if held[row] != own.num_read:
+                changed.append(row)
+        for row, request in self.running.items():
+            length = len(request.history)
+            if before.get(row) != length or held[row] != length - 1:
+                changed.append(row)
+        return changed
 
     def prepare(self, slots: int) -> None:
         """Make room for so many tokens in every row, so that no step has to stop for it."""
@@ -165,17 +196,26 @@ class Engine:
 
     # ---- prompts ---------------------------------------------------------------------------------
 
-    def _place(self) -> None:
+    def _place(self) -> list[Chunk]:
+        """Give rows to the requests whose turn it is; returns the ends of those that fail."""
+        failed = []
         while placement := self.scheduler.place():
+            request, row, source, _ = placement
+            request.begin()
             if self.control is not None and len(self.scheduler.requests()) == 1:
                 self.control.begin()
-            self._begin(placement)
+            if source is not None:
+                self._observe([source])
+            try:
+                self._begin(placement)
+            except Exception as error:  # no memory, or a drafter's: it is this request's alone
+                failed.append(self._failed(row, error))
         self._clear(self.scheduler.crowded_out())
+        return failed
 
     def _begin(self, placement: Placement[Request]) -> None:
-        """Give a request its row, and what another row has already read of its prompt."""
+        """Let a row begin with what another one has already read of its prompt."""
         request, row, source, num_wanted = placement
-        request.begin()
         num_prompt = len(request.prompt)
         self._cache.reserve(num_prompt + 64, later=request.params.max_new_tokens)
         if row != source:
@@ -183,7 +223,6 @@ class Engine:
 
         num_shared = 0
         if source is not None:
-            self._observe([source])
             num_shared = self.drafter.resume(source, row, num_wanted)
         if source is None or num_shared == 0:
             self._clear([row])
@@ -215,7 +254,9 @@ class Engine:
         chunks = []
         for part, request, own in zip(parts, requests, states, strict=True):
             request.stats.add("prefill", self._part["prefill"])
-            if self.scheduler.read(part):
+            if not bool(own.isfinite().all()):  # before others begin with it
+                chunks.append(self._failed(part.row, self._unusable(part.end)))
+            elif self.scheduler.read(part):
                 chunks.append(self._first(part.row, request, own[-1]))
         return chunks
 
@@ -494,8 +535,8 @@ class Engine:
         for slot in slots:
             request = self.scheduler.requests()[slot]
             tokens = request.history[: self._cache.lengths[slot]] if keeps else []
-            self.scheduler.finish(slot, tokens)
             self._ended[slot] = request
+            self.scheduler.finish(slot, tokens)
             self._unseen.pop(slot, None)
             self._readings.pop(slot, None)
             if not tokens:

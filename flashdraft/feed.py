@@ -4,10 +4,11 @@ The next request is taken as soon as there is room for it, so that a file of any
 stream. Knows engines and requests. Does not know where they are from, nor where answers go.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from flashdraft.engine import Engine, Request
+from flashdraft.errors import FlashDraftError
 from flashdraft.types import Chunk
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["feed", "run"]
 
 
-def feed(model: "Model", requests: Iterable[Request]) -> Iterator[Chunk]:
+def feed(model: "Model", requests: Iterable[Request]) -> Generator[Chunk]:
     """As `run`, by an engine of the model's own, with no more rows than there are requests."""
     rows = model.max_rows
     if isinstance(requests, Sequence):
@@ -28,13 +29,16 @@ def feed(model: "Model", requests: Iterable[Request]) -> Iterator[Chunk]:
         engine.forget_kept()
 
 
-def run(engine: Engine, requests: Iterable[Request]) -> Iterator[Chunk]:
+def run(engine: Engine, requests: Iterable[Request]) -> Generator[Chunk]:
     """Chunks of all requests, in the order in which they come; errors of single ones, too.
 
     Nothing else may wait or run in the engine. requests: their indices differ. They are taken one
     by one, never more than twice the rows ahead of what has ended, so that they may be without
     number. Raises what `Engine.submit` raises.
     """
+    if engine.has_work:
+        busy = "another stream of this engine has not ended"
+        raise FlashDraftError(busy, hint="read it to its end, or close it, before the next one")
     left = iter(requests)
     unfinished: set[int] = set()
     try:

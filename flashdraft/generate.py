@@ -4,7 +4,8 @@ The stream is the primitive: `generate` collects it, and the command line and th
 same records. All of them run on one loop: the engine's `step`, and the scheduler behind it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, NoReturn, Self, cast
@@ -169,12 +170,13 @@ class Session:
         return _without_errors(run(self._engine, requests))
 
 
-def _without_errors(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+def _without_errors(chunks: Generator[Chunk]) -> Iterator[Chunk]:
     """Raises the error of the first request that fails; the others end with it."""
-    for chunk in chunks:
-        if chunk.error is not None:
-            raise chunk.error
-        yield chunk
+    with closing(chunks):  # now: who holds the error holds this frame, too
+        for chunk in chunks:
+            if chunk.error is not None:
+                raise chunk.error
+            yield chunk
 
 
 def _params_of_prompts(params: Params, options: Options, count: int) -> list[SamplingParams]:

@@ -38,7 +38,9 @@ from flashdraft.models.target import Target
 from flashdraft.types import Chunk, Result, SamplingParams
 
 # Their asserts say as much as a test's own; only files named test_*.py are rewritten unasked.
-pytest.register_assert_rewrite("toy_drafts", "toy_engine", "toy_gguf", "toy_hooks", "toy_pipeline")
+pytest.register_assert_rewrite(
+    "toy_arrivals", "toy_drafts", "toy_engine", "toy_gguf", "toy_hooks", "toy_pipeline"
+)
 pytest.register_assert_rewrite("toy_browser", "toy_page", "toy_prompts", "toy_runs", "toy_training")
 
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # `make test` gives each one torch thread
