@@ -297,9 +297,10 @@ def broken(kind: type[BaseException]) -> Callable[..., Any]:
     return fails
 
 
-@pytest.mark.parametrize("kind", [MemoryError, KeyboardInterrupt])
 @pytest.mark.parametrize("where", ["resume", "observe", "propose", "forward", "keep", "lm_head"])
-@pytest.mark.parametrize("method", ["dflash", "union of two caches"])
+@pytest.mark.parametrize(
+    ("method", "kind"), [("dflash", KeyboardInterrupt), ("union of two caches", MemoryError)]
+)
 def test_a_step_that_breaks_off_leaves_no_row_half_done(
     method: str, where: str, kind: type[BaseException]
 ) -> None:
