@@ -107,7 +107,8 @@ class Scheduler(Generic[R]):
     waiting: deque[R] = field(default_factory=deque)
     reading: dict[int, _Reading[R]] = field(default_factory=dict)  # by row, as they came
     running: dict[int, R] = field(default_factory=dict)  # by row
-    kept: OrderedDict[int, _Kept] = field(default_factory=OrderedDict)  # by row, oldest first
+    # By row, those first that nobody has wanted for longest.
+    kept: OrderedDict[int, _Kept] = field(default_factory=OrderedDict)
 
     @property
     def num_rows(self) -> int:
@@ -174,6 +175,8 @@ class Scheduler(Generic[R]):
         source = match.row
         row = self._row_for(match)
         self.kept.pop(row, None)
+        if source in self.kept:
+            self.kept.move_to_end(source)  # such as a system prompt's: others will want it, too
         self.reading[row] = _Reading(request)
         return Placement(request, row, source, match.num_shared)
 

@@ -179,6 +179,15 @@ def test_a_new_text_takes_an_empty_row_and_then_the_oldest_kept_one() -> None:
     assert [(p.row, p.source) for p in placed(made)] == [(2, None), (0, None)]
 
 
+def test_what_others_begin_with_stays_longer_than_what_nobody_wants() -> None:
+    long = tuple(range(100, 200))
+    made = kept(long, (11, 12, 13), max_rows=4, max_tokens=150)
+    made.submit(asked(0, (*long[:20], 1), new=20))  # copied: most of the long one would be lost
+    (placement,) = placed(made)
+    assert (placement.row, placement.source, placement.num_shared) == (2, 0, 19)
+    assert list(made.kept) == [1, 0]
+
+
 def test_the_last_token_is_read_though_all_are_known() -> None:
     """Its logits are needed; and one token less than is alike is taken over."""
     made = kept((1, 2, 3, 4, 5))

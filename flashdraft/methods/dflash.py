@@ -407,7 +407,7 @@ class DFlashDrafter:
         together = torch.cat(list(features))
         keys, values = self.network.context(together, torch.cat(positions))
 
-        self.cache.reserve(longest)
+        self.cache.reserve(longest + 1)  # where rows that are not drafted may write padding
         parts = zip(rows.slots, keys.split(counts), values.split(counts), strict=True)
         for slot, own_keys, own_values in parts:
             for layer in range(self.cache.num_layers):
