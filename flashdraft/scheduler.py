@@ -175,7 +175,7 @@ class Scheduler(Generic[R]):
         source = match.row
         row = self._row_for(match)
         self.kept.pop(row, None)
-        if source in self.kept:
+        if source is not None and source in self.kept:
             self.kept.move_to_end(source)  # such as a system prompt's: others will want it, too
         self.reading[row] = _Reading(request)
         return Placement(request, row, source, match.num_shared)
