@@ -251,6 +251,8 @@ class Engine:
             self._drop(rows)  # what they have left in the caches would change other texts
             raise
 
+        num_read = sum(part.end - part.start for part in parts)
+        self.scheduler.took(num_read, self._part["prefill"])
         chunks = []
         for part, request, own in zip(parts, requests, states, strict=True):
             request.stats.add("prefill", self._part["prefill"])

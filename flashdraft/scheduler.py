@@ -19,6 +19,10 @@ from flashdraft.errors import ContextLengthError
 __all__ = ["Part", "Placement", "Scheduler"]
 
 _SHARED = 16  # tokens that must be the same before a request waits for another to read them
+_ALONE = 4  # parts of prompts that are read at once where nobody waits for the next step
+_STEP = 16  # where reading is timed, a part of the prompts has a multiple of so many tokens
+_LONGEST = 512  # and no more, however quick the machine
+_QUICK = 0.6  # of the time that it may take: then a part may be half as long again
 _LOSS = 64  # tokens of a kept row that may be lost where a request takes it as it is
 
 
@@ -94,14 +98,16 @@ class Scheduler(Generic[R]):
     keeps: finished rows are kept for requests that begin alike. max_tokens: how many tokens all
     rows together may hold, each counted as long as it may become; None: any number. longest: the
     same of a single row, where every row takes the room of the longest one. chunk: how many tokens
-    of prompts are read between two decoding steps. spare: rows beside those that may be in use, for
-    finished ones.
+    of prompts are read between two decoding steps. pause: seconds that reading them may take; where
+    it is given, `chunk` follows what reading has taken. spare: rows beside those that may be in
+    use, for finished ones.
     """
 
     max_rows: int = 1
     keeps: bool = False
     max_tokens: int | None = None
     longest: int | None = None
+    pause: float | None = None
     spare: int = 0
     chunk: int = 512
     waiting: deque[R] = field(default_factory=deque)
@@ -226,7 +232,8 @@ class Scheduler(Generic[R]):
     # ---- reading and running ---------------------------------------------------------------------
 
     def parts(self) -> list[Part]:
-        """What is read next of all prompts: `chunk` tokens in all.
+        """What is read next of all prompts: `chunk` tokens in all, a few times more where that is
+        timed and nobody runs meanwhile.
 
         Half of them are the oldest prompt's, so that it comes to its end; the others are the
         shortest prompts', so that these need not wait for long ones.
@@ -234,9 +241,11 @@ class Scheduler(Generic[R]):
         if not self.reading:
             return []
         oldest = next(iter(self.reading))
-        first_share = max(self.chunk // 2, 1)
+        is_hurried = self.pause is None or bool(self.running)
+        most = self.chunk if is_hurried else max(_ALONE * self.chunk, _LONGEST)
+        first_share = max(most // 2, 1)
         counts = {oldest: min(self.reading[oldest].num_left, first_share)}
-        left = self.chunk - counts[oldest]
+        left = most - counts[oldest]
         by_length = sorted(self.reading, key=lambda row: self.reading[row].num_left)
         for row in [*by_length, oldest]:
             given = counts.get(row, 0)
@@ -264,6 +273,20 @@ class Scheduler(Generic[R]):
         del self.reading[part.row]
         self.running[part.row] = own.request
         return True
+
+    def took(self, count: int, seconds: float) -> None:
+        """So many tokens of prompts were read in so many seconds: behind a long text it takes more.
+
+        `chunk` follows: at once where it takes too long, in steps where there is time left.
+        """
+        if self.pause is None or count > self.chunk:
+            return
+        if seconds > self.pause:
+            fits = int(count * self.pause / seconds)
+            self.chunk = max(fits // _STEP * _STEP, _STEP)
+        elif count == self.chunk and seconds < _QUICK * self.pause:
+            more = self.chunk // 2 // _STEP * _STEP + _STEP
+            self.chunk = min(self.chunk + more, _LONGEST)
 
     # ---- leaving ---------------------------------------------------------------------------------
 

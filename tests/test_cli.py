@@ -25,6 +25,7 @@ from flashdraft.cli import app, bench, decode, main
 from flashdraft.cli import options as cli_options
 from flashdraft.cli.table import COMMANDS
 from flashdraft.formats.config import DraftConfig
+from flashdraft.generate import Session
 from flashdraft.methods.dflash import DFlashDraftModel
 
 
@@ -511,7 +512,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_talk(
         yield from chunks
 
     first = next(iter(model.stream("hi", max_new_tokens=8))).text
-    monkeypatch.setattr(flashdraft.Model, "stream", interrupted)
+    monkeypatch.setattr(Session, "stream", interrupted)
     give_input(monkeypatch, "hi\ngo\n")
     for stream in (sys.stdin, sys.stdout):
         monkeypatch.setattr(stream, "isatty", lambda: True)
@@ -527,7 +528,7 @@ def test_ctrl_c_of_a_piped_chat_ends_it(run: Run, monkeypatch: pytest.MonkeyPatc
         raise KeyboardInterrupt
         yield
 
-    monkeypatch.setattr(flashdraft.Model, "stream", interrupted)
+    monkeypatch.setattr(Session, "stream", interrupted)
     give_input(monkeypatch, "hi\ngo\n")
     assert run("chat --target T")[0] == 130
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EOS, SHAPE, VOCAB, Table, admit, tiny_model, uniform
+from conftest import EOS, SHAPE, VOCAB, Table, admit, step, tiny_model, uniform
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -525,7 +525,7 @@ def test_a_hook_that_fails_frees_its_row_at_once_or_on_request() -> None:
     assert engine.num_free == 2
     admit(engine, requests_of(PROMPTS[:1], [params])[0])
     with pytest.raises(InvalidParameter, match="after 6 tokens"):
-        [engine.step() for _ in range(4)]
+        [step(engine) for _ in range(4)]
     engine.cancel(0)
     assert engine.num_free == 2
 

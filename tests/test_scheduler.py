@@ -599,3 +599,39 @@ def test_a_common_beginning_is_measured_exactly() -> None:
             same += 1
         assert module._num_shared(left, right) == same
         assert module._num_shared(right, left) == same
+
+
+def test_a_part_is_as_long_as_the_pause_allows() -> None:
+    made = Scheduler[Asked](2, chunk=64, pause=0.1)
+    made.took(64, 0.4)  # too long: at once
+    assert made.chunk == 16
+    made.took(16, 0.2)
+    assert made.chunk == 16  # no less than this is worth a pass
+    for chunk in (32, 64, 112):
+        made.took(made.chunk, 0.03)  # time is left: in steps
+        assert made.chunk == chunk
+    made.took(112, 0.08)
+    made.took(3, 0.02)  # the end of a prompt says nothing
+    made.took(400, 0.9)  # nor what was read while nobody waited
+    assert made.chunk == 112
+    for _ in range(9):
+        made.took(made.chunk, 0.01)
+    assert made.chunk == 512
+
+
+def test_a_part_without_a_clock_stays_as_it_is() -> None:
+    made = Scheduler[Asked](2, chunk=64)
+    made.took(64, 9.0)
+    assert made.chunk == 64
+
+
+def test_a_prompt_that_nobody_waits_beside_is_read_in_longer_parts() -> None:
+    made = Scheduler[Asked](2, chunk=16, pause=0.1)
+    made.submit(asked(0, tuple(range(1000))))
+    placed(made)
+    assert [part.end - part.start for part in made.parts()] == [512]
+    made.submit(asked(1, (5,)))
+    placed(made)
+    (short,) = [part for part in made.parts() if part.row == 1]
+    made.read(short)  # it runs, and waits for its next token
+    assert [part.end - part.start for part in made.parts()] == [16]

@@ -20,10 +20,10 @@ def test_tokens_are_counted_by_measured_bytes_of_target_and_drafter() -> None:
     assert not engine.scheduler.kept
 
 
-def test_a_prompt_is_read_in_parts_of_a_measured_size() -> None:
-    chunk = room.new_engine(language_model(), 1, 1_000_000).scheduler.chunk
-    assert 16 <= chunk <= 512
-    assert chunk % 16 == 0
+def test_prompts_are_read_in_parts_that_follow_the_clock() -> None:
+    scheduler = room.new_engine(language_model(), 1, 1_000_000).scheduler
+    assert scheduler.pause == 0.08
+    assert 16 <= scheduler.chunk <= 512
 
 
 def test_a_request_that_the_budget_never_holds_is_refused() -> None:

@@ -15,7 +15,6 @@ from flashdraft.cli.options import ModelOptions
 from flashdraft.errors import ContextLengthError, InvalidParameter, InvalidPrompt
 from flashdraft.files import say
 from flashdraft.methods.autoregressive import Autoregressive
-from flashdraft.offline import Job, answer_file
 from flashdraft.process import is_terminal
 from flashdraft.types import (
     COUNTS,
@@ -132,7 +131,7 @@ def generate(
             got = "prompts are given twice: by --prompts and as arguments"
             raise InvalidParameter(got, hint="leave out one of the two")
         require(not json, "json", json, "left out with --out, which is JSON Lines")
-        _answer_file(Job(*job, params), model, max_rows)
+        _answer_file(*job, params, model, max_rows)
         return
 
     if not asked:
@@ -157,7 +156,12 @@ def generate(
             print(result.text)
 
 
-def _answer_file(job: Job, model: ModelOptions, max_rows: int) -> None:
+def _answer_file(
+    prompts: Path, out: Path, params: SamplingParams, model: ModelOptions, max_rows: int
+) -> None:
+    from flashdraft.offline import Job, answer_file  # late: a single prompt needs none of it
+
+    job = Job(prompts, out, params)
     done = answer_file(
         job,
         model.target,

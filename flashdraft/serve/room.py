@@ -1,10 +1,9 @@
-"""An engine for a server: how much it may hold, and how much of a prompt it reads at a time.
+"""An engine for a server: how much it may hold, and how long it may read prompts at a time.
 
-Knows bytes and seconds, both measured with the model that is served. Does not know requests of
+Knows bytes, measured with the model that is served, and seconds. Does not know requests of
 clients, threads or HTTP.
 """
 
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,10 +22,9 @@ _SHARE = 0.5  # of the free memory that keys and values may take, where nobody s
 _UNKNOWN = 4 * 2**30  # bytes, where the system does not tell what is free
 _MEMORY = Path("/proc/meminfo")
 _CONTAINER = Path("/sys/fs/cgroup")
-_PAUSE = 0.08  # seconds that running rows may wait for a part of a prompt, behind a short context
-_PROBE = 64  # tokens of the prompts that are measured
-_STEP = 16  # a part of a prompt is a multiple of this
-_LONGEST = 512  # and no longer, however quick the machine
+_PAUSE = 0.08  # seconds that running rows may wait for a part of a prompt
+_PROBE = 64  # tokens of the prompts with which kernels are built
+_TEXTS = 2
 _BEHIND = 576  # slots behind the context: of a proposal, and of a part that lies beside others
 
 
@@ -38,12 +36,11 @@ def new_engine(model: Model, max_rows: int, cache_bytes: int | None = None) -> E
     """
     in_memory = _lies_in_memory(model)
     engine = model.engine(max_rows, spare=_SPARE * max_rows if in_memory else 0)
-    _run(model, engine, token=0)
-    seconds = min(_run(model, engine, token) for token in (1, 2, 3))  # the machine may be busy
+    engine.scheduler.pause = _PAUSE
+    engine.scheduler.chunk = _PROBE
+    for token in range(_TEXTS):
+        _run(model, engine, token)
     engine.forget_kept()
-
-    wanted = int(_PAUSE / seconds) // _STEP * _STEP
-    engine.scheduler.chunk = min(max(wanted, _STEP), _LONGEST)
 
     nbytes = int(free_bytes(model) * _SHARE) if cache_bytes is None else cache_bytes
     max_tokens = nbytes // engine.token_nbytes
@@ -89,15 +86,10 @@ def _device(model: Model) -> torch.device:
     return model.target.embed(one).device
 
 
-def _run(model: Model, engine: Engine, token: int) -> float:
-    """Let a text run that nobody sees; returns the seconds that a token of its prompt took."""
+def _run(model: Model, engine: Engine, token: int) -> None:
+    """Let a text run that nobody sees."""
     params = SamplingParams(max_new_tokens=4, ignore_eos=True)
     length = min(_PROBE, model.target.context_length - params.max_new_tokens)
-    prompt = [token] * length
-    engine.submit(Request(prompt, params, TextDecoder(model.tokenizer), drafting="on"))
-    started = time.perf_counter()
-    engine.step()
-    seconds = time.perf_counter() - started
+    engine.submit(Request([token] * length, params, TextDecoder(model.tokenizer), drafting="on"))
     while engine.has_work:
         engine.step()
-    return seconds / length
