@@ -56,6 +56,7 @@ class _Batch:
     def __init__(self) -> None:
         self.draft = 0.0  # seconds of drafting in a step
         self.since = -_FIRST  # drafted steps since the last plain one; below 0: plain ones to do
+        self.was_drafted = False  # the step before
         self.gain = 1.0  # tokens a second, to plain decoding: the mean
         self.unsure = _GAIN  # its variance
         self.spread = _SPREAD  # of single proposals around it
@@ -103,7 +104,7 @@ class _Batch:
         self.since += 1
         looks_at_plain = self.since >= _LOOK * max(self.gain, 1.0) ** 3
         if looks_at_plain:
-            self.since = -1
+            self.since = -_FIRST
 
 
 def _dot(left: Sequence[float], right: Sequence[float]) -> float:
@@ -236,7 +237,7 @@ class Control:
         Steps take more or less than the table says, in steps of the table: all of them (a longer
         context, a machine that slows down), drafted ones (several rows' caches) and each drafted
         node a row (a busy machine multiplies more slowly than it reads). No time counts for more
-        than twice what is usual: one step may be held up.
+        than a step of the table beyond what is usual: one step may be held up.
         """
         rows = len(paths)
         batch = self._batches[rows.bit_length()]
@@ -245,8 +246,14 @@ class Control:
         drafted_a_row = nodes / rows - 1
         target_seconds = seconds - (draft_seconds or 0.0)
         beyond = (target_seconds - self.cost(nodes)) / self.cost(rows)
-        beyond = min(max(beyond, -0.8), 1.0)
-        batch.took(beyond, 1.0, float(is_drafted), drafted_a_row)
+        parts = (1.0, float(is_drafted), drafted_a_row)
+        usual = _dot(batch.beyond, parts)
+        beyond = min(max(beyond, -0.8), usual + 1.0)
+        if batch.was_drafted and not is_drafted:
+            # Threads of the drafts before may still be spinning: it is no sign of a slow machine.
+            beyond = min(beyond, usual)
+        batch.was_drafted = is_drafted
+        batch.took(beyond, *parts)
         batch.unsure = min(batch.unsure + _GAIN_DRIFT, _GAIN)
         if draft_seconds is None:
             batch.since = min(batch.since + 1, 0)

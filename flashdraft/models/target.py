@@ -113,7 +113,19 @@ class Target(Protocol):
         Returns logits [rows, nodes, vocab], and features likewise.
         """
         hidden, features = self._read(cache, slots, tokens, parents, sizes, layers)
+        has_padding = int(sizes.min()) < tokens.shape[1]
+        if self.row_exact and has_padding:
+            return self._logits_of_nodes(hidden, sizes), features
         return self.lm_head(hidden), features
+
+    def _logits_of_nodes(self, hidden: Tensor, sizes: Tensor) -> Tensor:
+        """[rows, nodes, vocab]; those of padding are zero, and cost no lm_head."""
+        nodes = torch.arange(hidden.shape[1], **INTS)
+        real = (nodes < sizes[:, None]).to(hidden.device)
+        of_nodes = self.lm_head(hidden[real])
+        logits = of_nodes.new_zeros(*hidden.shape[:2], of_nodes.shape[-1])
+        logits[real] = of_nodes
+        return logits
 
     def _read(
         self,
