@@ -11,16 +11,20 @@ compact and 8 for float32 with 6 repeats; `--repeats 2 --streams 1,8` is a short
 
 import argparse
 import statistics
+import threading
+import time
 from pathlib import Path
 
 from serving import ours
 from step_times import medians
 
+from flashdraft.bench.client import Api
 from flashdraft.bench.load import LoadConfig, run_load
 from flashdraft.bench.load_report import read_load, show_load, summarise_load
 from flashdraft.loading import load_target
 
 TOKENS = 64  # of an answer
+BESIDE = 128  # of answers that run side by side
 CONTEXT = 160  # about what a row holds in the middle of its answer
 
 
@@ -31,6 +35,32 @@ def kernel_alone(name, kernel):
     for rows in (1, 8):
         steps += medians({kernel: target}, context=CONTEXT, rows=rows, repeats=30)
     return steps
+
+
+def side_by_side(url, count):
+    """Milliseconds between two tokens of so many streams, while no prompt is read."""
+    replies = []
+
+    def ask(number):
+        turns = [{"role": "user", "content": f"{number} {count}: tell me a long story."}]
+        body = {"messages": turns, "max_tokens": BESIDE, "ignore_eos": True, "temperature": 0}
+        body |= {"stream": True, "stream_options": {"include_usage": True}, "drafting": "off"}
+        started = time.perf_counter()
+        reply = Api(url).ask(body)
+        replies.append([started + arrival for arrival in reply.arrivals])
+
+    threads = [threading.Thread(target=ask, args=[number]) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    first = max(arrivals[0] for arrivals in replies)
+    last = min(arrivals[-1] for arrivals in replies)
+    num_steps = 0
+    for arrivals in replies:
+        num_steps += sum(first < arrival <= last for arrival in arrivals) / count
+    return 1000 * (last - first) / num_steps
 
 
 def measure(options, kernel):
@@ -54,9 +84,11 @@ def measure(options, kernel):
     arguments = ["--target", options.target, "--kernel", kernel, "--max-rows", rows]
     with ours(*arguments, log=options.folder / f"{kernel}.log") as served:
         run_load(served.url, config)
+        rounds = [[side_by_side(served.url, count) for count in (1, 8)] for _ in range(3)]
     after = kernel_alone(options.target, kernel)
 
     steps = [statistics.fmean(pair) for pair in zip(before, after, strict=True)]
+    steps += [statistics.median(several) for several in zip(*rounds, strict=True)]
     text = " ".join(map(str, steps))
     out.with_suffix(".steps").write_text(text)
     unfinished.rename(out)
@@ -65,8 +97,11 @@ def measure(options, kernel):
 
 def show(out):
     show_load(out)
-    one, eight = map(float, out.with_suffix(".steps").read_text().split())
+    one, eight, one_stream, streams = map(float, out.with_suffix(".steps").read_text().split())
     print(f"kernel alone: a step of 1 row {one:.2f} ms, of 8 rows {eight:.2f} ms")
+    print(f"side by side, drafting off: 1 stream {one_stream:.2f} ms a token, 8 {streams:.2f} ms")
+    print(f"  8 streams to 1: {one_stream / streams * eight / one:.1%} of the kernel's gain")
+    print(f"  8 streams: {eight / streams:.1%} of the kernel's tokens/s")
     rates = {}
     tokens = {}
     for row in summarise_load(read_load(out)[1]):
