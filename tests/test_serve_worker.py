@@ -77,7 +77,7 @@ async def results(stream: Stream) -> list[Result]:
 
 
 async def answered(worker: Worker, *prompts: str, params: SamplingParams = SHORT) -> list[Result]:
-    async with worker.open(len(prompts)) as stream:
+    async with worker.reserve(len(prompts)) as stream:
         stream.submit(requests(*prompts, params=params))
         return await results(stream)
 
@@ -110,7 +110,7 @@ def test_a_text_is_that_of_the_model_alone_whoever_runs_beside_it() -> None:
 
 def test_the_chunks_of_a_stream_make_its_text() -> None:
     async def body(worker: Worker, knobs: Knobs) -> None:
-        stream = worker.open()
+        stream = worker.reserve()
         stream.submit(requests(PROMPTS[1]))
         chunks = [chunk async for chunk in stream]
         result = chunks[-1].result
@@ -128,11 +128,11 @@ def test_the_chunks_of_a_stream_make_its_text() -> None:
 
 def test_as_many_are_admitted_as_there_are_places_and_no_more() -> None:
     async def body(worker: Worker, knobs: Knobs) -> None:
-        streams = [worker.open() for _ in range(6)]
+        streams = [worker.reserve() for _ in range(6)]
         with pytest.raises(Overloaded, match="6 requests run or wait, of 6 at most"):
-            worker.open()
+            worker.reserve()
         streams.pop().close()
-        worker.open().close()
+        worker.reserve().close()
         for stream in streams:
             stream.submit(requests(PROMPTS[0]))
         texts = [(await results(stream))[0].tokens for stream in streams]
@@ -145,24 +145,24 @@ def test_as_many_are_admitted_as_there_are_places_and_no_more() -> None:
 def test_answers_that_no_server_could_hold_are_refused_as_such() -> None:
     async def body(worker: Worker, knobs: Knobs) -> None:
         with pytest.raises(TooManyAnswers, match="holds 6"):
-            worker.open(7)
+            worker.reserve(7)
         with pytest.raises(TooManyAnswers):
-            worker.open(10**9)
-        worker.open(6).close()
+            worker.reserve(10**9)
+        worker.reserve(6).close()
 
     run(body)
 
 
 def test_places_come_back_one_by_one_as_answers_end() -> None:
     async def body(worker: Worker, knobs: Knobs) -> None:
-        stream = worker.open(6)
+        stream = worker.reserve(6)
         first = requests(PROMPTS[0], params=replace(SHORT, max_new_tokens=1))
         stream.submit([*first, *requests(*PROMPTS[:1] * 5, params=WHOLE)])
         knobs.seconds = 0.01
         async for chunk in stream:
             if chunk.result is not None:
                 break
-        worker.open().close()
+        worker.reserve().close()
         stream.close()
         await soon(lambda: is_free(worker, knobs))
 
@@ -176,7 +176,7 @@ def test_places_come_back_one_by_one_as_answers_end() -> None:
 def test_a_closed_stream_frees_its_row_within_a_step() -> None:
     async def body(worker: Worker, knobs: Knobs) -> None:
         knobs.seconds = 0.01
-        stream = worker.open()
+        stream = worker.reserve()
         stream.submit(requests(PROMPTS[0], params=WHOLE))
         await anext(stream)
         stream.close()
@@ -201,7 +201,7 @@ def test_a_worker_that_forgets_to_cancel_is_seen(monkeypatch: pytest.MonkeyPatch
 def test_one_that_waits_for_a_row_can_leave_too() -> None:
     async def body(worker: Worker, knobs: Knobs) -> None:
         with knobs.held():
-            streams = [worker.open() for _ in range(6)]
+            streams = [worker.reserve() for _ in range(6)]
             for stream in streams:
                 stream.submit(requests(PROMPTS[0]))
             streams.pop().close()
@@ -217,7 +217,7 @@ def test_one_that_waits_for_a_row_can_leave_too() -> None:
 def test_a_request_that_takes_too_long_ends_and_frees_its_row() -> None:
     async def body(worker: Worker, knobs: Knobs) -> None:
         knobs.seconds = 0.02
-        stream = worker.open()
+        stream = worker.reserve()
         stream.submit(requests(PROMPTS[0], params=WHOLE))
         with pytest.raises(TimedOut, match=r"longer than 0\.2 seconds"):
             await results(stream)
@@ -231,7 +231,7 @@ def test_a_request_that_takes_too_long_ends_and_frees_its_row() -> None:
 
 def test_a_stream_that_nobody_reads_is_dropped_and_its_neighbour_goes_on() -> None:
     async def body(worker: Worker, knobs: Knobs) -> None:
-        slow = worker.open()
+        slow = worker.reserve()
         slow.submit(requests(PROMPTS[0], params=MIDDLE))
         read = await answered(worker, PROMPTS[1], params=MIDDLE)
         assert [result.tokens for result in read] == alone(PROMPTS[1], params=MIDDLE)
@@ -250,7 +250,7 @@ def test_a_stream_that_nobody_reads_is_dropped_and_its_neighbour_goes_on() -> No
 def test_an_abort_ends_every_text_with_what_it_has() -> None:
     async def body(worker: Worker, knobs: Knobs) -> None:
         knobs.seconds = 0.01
-        stream = worker.open(3)
+        stream = worker.reserve(3)
         stream.submit(requests(*PROMPTS[:3], params=MIDDLE))
         await anext(stream)
         worker.abort()
@@ -270,7 +270,7 @@ def test_a_request_that_breaks_every_engine_before_it_begins_fails_at_last() -> 
     async def body(worker: Worker, knobs: Knobs) -> None:
         knobs.fault = MemoryError("planted")
         knobs.lasts = True
-        async with worker.open() as stream:
+        async with worker.reserve() as stream:
             stream.submit(requests(PROMPTS[0]))
             with pytest.raises(EngineFault):
                 await results(stream)
@@ -288,7 +288,7 @@ def test_a_request_that_breaks_every_engine_before_it_begins_fails_at_last() -> 
 def test_a_fault_of_the_engine_fails_what_ran_and_the_rest_goes_on() -> None:
     async def body(worker: Worker, knobs: Knobs) -> None:
         knobs.seconds = 0.01
-        streams = [worker.open() for _ in range(4)]
+        streams = [worker.reserve() for _ in range(4)]
         for stream, prompt in zip(streams, PROMPTS, strict=True):
             stream.submit(requests(prompt))
         await anext(streams[0])
@@ -311,7 +311,7 @@ def test_a_fault_of_the_engine_fails_what_ran_and_the_rest_goes_on() -> None:
 def test_the_failed_engine_and_its_caches_are_gone() -> None:
     async def body(worker: Worker, knobs: Knobs) -> None:
         knobs.seconds = 0.01
-        stream = worker.open()
+        stream = worker.reserve()
         stream.submit(requests(PROMPTS[0]))
         await anext(stream)
         old = weakref.ref(knobs.engines.pop())
@@ -327,7 +327,7 @@ def test_a_dead_thread_refuses_everything_and_leaves_nobody_waiting() -> None:
     async def body(worker: Worker, knobs: Knobs) -> None:
         knobs.fault = SystemExit(1)
         with knobs.held():
-            streams = [worker.open() for _ in range(3)]
+            streams = [worker.reserve() for _ in range(3)]
             for stream in streams:
                 stream.submit(requests(PROMPTS[0]))
         for stream in streams:
@@ -338,7 +338,7 @@ def test_a_dead_thread_refuses_everything_and_leaves_nobody_waiting() -> None:
         assert not worker.is_ready
         assert worker.is_idle
         with pytest.raises(NotReady, match="gone"):
-            worker.open()
+            worker.reserve()
 
     run(body)
 
@@ -351,19 +351,19 @@ def test_a_model_that_cannot_be_loaded_is_told() -> None:
         assert worker.state == "dead"
         assert isinstance(worker.failure, ModelNotFound)
         with pytest.raises(NotReady):
-            worker.open()
+            worker.reserve()
 
     run(body, load=nothing)
 
 
 def test_nothing_new_is_taken_while_draining_and_what_runs_ends() -> None:
     async def body(worker: Worker, knobs: Knobs) -> None:
-        early = worker.open()
-        running = worker.open()
+        early = worker.reserve()
+        running = worker.reserve()
         running.submit(requests(PROMPTS[0]))
         worker.drain()
         with pytest.raises(Draining):
-            worker.open()
+            worker.reserve()
         early.submit(requests(PROMPTS[1]))
         for stream, prompt in ((running, PROMPTS[0]), (early, PROMPTS[1])):
             assert (await results(stream))[0].tokens == alone(prompt)[0]

@@ -185,7 +185,7 @@ class _Api:
     ) -> Response:
         body = await self._body(request, kind)
         places = count_answers(body, self.options.settings)
-        stream = self.worker.open(places)  # before anything is tokenised
+        stream = self.worker.reserve(places)  # before anything is tokenised
         try:
             call = await self._translated(request, body)
             stream.submit(call.requests)

@@ -13,6 +13,7 @@ from flashdraft.decoding.text import TextDecoder
 from flashdraft.engine import Engine, Request
 from flashdraft.errors import InvalidParameter
 from flashdraft.generate import Model
+from flashdraft.process import INTS
 from flashdraft.types import SamplingParams
 
 __all__ = ["free_bytes", "new_engine"]
@@ -82,7 +83,7 @@ def _lies_in_memory(model: Model) -> bool:
 
 
 def _device(model: Model) -> torch.device:
-    one = torch.zeros(1, dtype=torch.int64)
+    one = torch.zeros(1, **INTS)
     return model.target.embed(one).device
 
 

@@ -299,7 +299,7 @@ class Worker:
         if not self.is_ready:
             raise NotReady("the engine is gone", hint="restart the server; its log says why")
 
-    def open(self, places: int = 1) -> Stream:
+    def reserve(self, places: int = 1) -> Stream:
         """A stream that holds so many places, one for each request.
 
         Raises NotReady, Overloaded or TooManyAnswers.
