@@ -25,6 +25,7 @@ from flashdraft.errors import DataError, FlashDraftError, InvalidParameter
 
 __all__ = [
     "Facts",
+    "Json",
     "appears_whole",
     "check_facts",
     "check_replaceable",
@@ -40,6 +41,8 @@ __all__ = [
     "write_own",
     "write_tensors",
 ]
+
+Json = dict[str, Any]  # a JSON object
 
 # What made an output, by name; a thing with weights is {"name": ..., "id": ... or None}.
 Facts = Mapping[str, Any]

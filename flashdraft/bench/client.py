@@ -16,13 +16,13 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from flashdraft.errors import FlashDraftError
-from flashdraft.files import parse_json
+from flashdraft.files import Json, parse_json
 from flashdraft.types import require
 
 __all__ = ["Api", "Body", "Event", "Reply", "ServerError"]
 
-Body = dict[str, Any]  # a request's fields
-Event = dict[str, Any]  # what one event of a stream says
+Body = Json  # a request's fields
+Event = Json  # what one event of a stream says
 _PIECE = 1 << 16  # bytes that are read at once, at most
 _END = b"[DONE]"
 _KEY = "OPENAI_API_KEY"
@@ -50,7 +50,7 @@ class Reply:
     num_prompt_tokens: int = 0
     num_cached: int = 0  # prompt tokens that the server had read before
     num_tokens: int = 0
-    drafts: dict[str, Any] | None = None  # vLLM's `metrics.speculative_decoding`, where it is sent
+    drafts: Json | None = None  # vLLM's `metrics.speculative_decoding`, where it is sent
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from uuid import uuid4
 
 from rich.console import Console
@@ -27,7 +27,7 @@ from flashdraft.bench.client import Api, Body, Reply, ServerError
 from flashdraft.bench.run import results_file
 from flashdraft.bench.tasks import BenchPrompt, read_prompts
 from flashdraft.errors import FlashDraftError, InvalidParameter
-from flashdraft.files import locked, output_file, say
+from flashdraft.files import Json, locked, output_file, say
 from flashdraft.process import is_terminal
 from flashdraft.provenance import provenance
 from flashdraft.types import HIGHEST, check_options, counted_on, option, require
@@ -39,7 +39,7 @@ NONE = "none"  # `drafting` of a server that has no such field
 MOST_STREAMS = 1024
 _WARM_TOKENS = 8
 
-Line = dict[str, Any]  # of the results file
+Line = Json  # of the results file
 
 
 @dataclass(frozen=True)

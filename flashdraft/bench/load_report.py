@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, geometric_mean, median, stdev
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from flashdraft.bench.report import grouped, print_table
 from flashdraft.errors import DataError
+from flashdraft.files import Json
 from flashdraft.train.prompts import read_jsonl
 
 __all__ = [
@@ -25,8 +26,8 @@ __all__ = [
     "summarise_load",
 ]
 
-Header = dict[str, Any]
-Line = dict[str, Any]  # one request
+Header = Json
+Line = Json  # one request
 Turn = tuple[int, str, int]  # streams, drafting, repeat
 Question = tuple[int, int, int]  # streams, repeat, prompt
 Rates = dict[Turn, float]  # tokens per second

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from time import time
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -21,6 +21,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 
 from flashdraft.errors import FlashDraftError
+from flashdraft.files import Json
 from flashdraft.generate import Model
 from flashdraft.serve.errors import ApiError
 from flashdraft.serve.limits import BodyLimit, HeaderLimit, Keys, refusal
@@ -227,7 +228,7 @@ class _Api:
         body = await self._body(request, TokenizeBody)
         tokens = await self._aside(tokenized, body, self._model)
         context = self._model.target.context_length
-        told: dict[str, Any] = {"count": len(tokens), "max_model_len": context, "tokens": tokens}
+        told: Json = {"count": len(tokens), "max_model_len": context, "tokens": tokens}
         told["token_strs"] = None
         if body.return_token_strs:
             name_of = self._model.tokenizer.convert_ids_to_tokens
@@ -251,7 +252,7 @@ class _Api:
         check_model(name, [self.options.model_name])
         return JSONResponse(self._card())
 
-    def _card(self) -> dict[str, Any]:
+    def _card(self) -> Json:
         model = self.worker.model
         return {
             "id": self.options.model_name,

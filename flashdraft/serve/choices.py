@@ -6,8 +6,9 @@ content, reasoning or a call, a TurnReader says.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Protocol
 
+from flashdraft.files import Json
 from flashdraft.serve.logprobs import (
     Scored,
     chat_logprobs,
@@ -20,8 +21,6 @@ from flashdraft.serve.turns import Delta, TurnReader
 from flashdraft.types import Chunk, Piece, Result
 
 __all__ = ["ChatChoice", "Choice", "CompletionChoice"]
-
-Json = dict[str, Any]
 
 
 class Choice(Protocol):

@@ -2,12 +2,11 @@
 
 from typing import Any, Literal, NamedTuple
 
+from flashdraft.files import Json
 from flashdraft.serve.fields import NamedTool, StructuredOutputs, Tool
 from flashdraft.serve.protocol import ChatBody, CompletionBody
 
 __all__ = ["Constraint", "constraint_of"]
-
-Json = dict[str, Any]
 
 
 class Constraint(NamedTuple):

@@ -4,7 +4,6 @@ Knows FlashDraft's errors and what they mean to a client. Does not know HTTP lib
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 from flashdraft.errors import (
     ContextLengthError,
@@ -13,6 +12,7 @@ from flashdraft.errors import (
     InvalidPrompt,
     first_line,
 )
+from flashdraft.files import Json
 
 __all__ = ["ApiError", "as_api_error"]
 
@@ -51,7 +51,7 @@ class ApiError(Exception):
         self.code = code
         self.headers = dict(headers or {})
 
-    def body(self) -> dict[str, Any]:
+    def body(self) -> Json:
         """The error in OpenAI's shape: a response's body, or the data of a stream's last event."""
         error = {
             "message": self.message,

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
+from flashdraft.files import Json
 from flashdraft.types import HIGHEST
 
 __all__ = [
@@ -42,7 +43,6 @@ MAX_STOP_LENGTH = 1000  # characters
 MAX_TOP_LOGPROBS = 20
 MAX_TOOLS = 128
 
-Json = dict[str, Any]  # a free object of the client's; what is inside is looked at by its reader
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 

@@ -4,8 +4,9 @@ Knows single tokens as text. A token without a log-probability (a prompt's first
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from flashdraft.files import Json
 from flashdraft.serve.tokens import TokenTexts
 from flashdraft.types import Piece, TokenLogprob
 
@@ -76,7 +77,7 @@ def _num_begun(part: bytes) -> int:
     return sum(byte & 0xC0 != 0x80 for byte in part)
 
 
-def chat_logprobs(scored: Sequence[Scored], num_top: int, texts: TokenTexts) -> dict[str, Any]:
+def chat_logprobs(scored: Sequence[Scored], num_top: int, texts: TokenTexts) -> Json:
     """In the shape of chats: one object a token."""
     content = []
     for one in scored:
@@ -85,7 +86,7 @@ def chat_logprobs(scored: Sequence[Scored], num_top: int, texts: TokenTexts) -> 
     return {"content": content, "refusal": None}
 
 
-def _chat_token(token: int, logprob: float | None, texts: TokenTexts) -> dict[str, Any]:
+def _chat_token(token: int, logprob: float | None, texts: TokenTexts) -> Json:
     return {
         "token": texts.text_of(token),
         "logprob": _told(logprob),
@@ -93,9 +94,7 @@ def _chat_token(token: int, logprob: float | None, texts: TokenTexts) -> dict[st
     }
 
 
-def completion_logprobs(
-    scored: Sequence[Scored], num_top: int, texts: TokenTexts
-) -> dict[str, Any]:
+def completion_logprobs(scored: Sequence[Scored], num_top: int, texts: TokenTexts) -> Json:
     """In the shape of completions: one list a fact. top_logprobs is null where none is wanted."""
     tokens = []
     token_logprobs = []

@@ -14,11 +14,12 @@ import time
 import uuid
 from collections.abc import Container
 from datetime import UTC, datetime
-from typing import IO, Any
+from typing import IO
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from flashdraft.files import Json
 from flashdraft.serve.errors import ApiError
 from flashdraft.serve.metrics import Metrics
 
@@ -37,7 +38,7 @@ class JsonLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         at = datetime.fromtimestamp(record.created, UTC)
-        line: dict[str, Any] = {
+        line: Json = {
             "time": at.isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,

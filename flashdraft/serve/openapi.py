@@ -1,16 +1,16 @@
 """What /openapi.json says of the routes: their bodies, and every status that can occur."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from flashdraft.files import Json
 from flashdraft.serve.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 
 __all__ = ["described", "responses"]
 
-Json = dict[str, Any]
 Mode = Literal["validation", "serialization"]
 _BODIES: list[tuple[type[BaseModel], Mode]] = [
     (ChatBody, "validation"),

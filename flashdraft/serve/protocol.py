@@ -5,11 +5,12 @@ names the field. Knows JSON and pydantic. Does not know models, tokens or HTTP l
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 from pydantic import Field, GetJsonSchemaHandler, ValidationError, field_validator
 from pydantic_core import CoreSchema
 
+from flashdraft.files import Json
 from flashdraft.serve.errors import ApiError
 from flashdraft.serve.faults import invalid, refused, unknown, wrong
 from flashdraft.serve.fields import (
@@ -67,9 +68,7 @@ class Body(Strict):
     model: str | None = None  # None: the one that is served
 
     @classmethod
-    def __get_pydantic_json_schema__(
-        cls, core: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> dict[str, Any]:
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> Json:
         """The fields that are refused by name belong to what /openapi.json says."""
         schema = handler(core)
         properties = handler.resolve_ref_schema(schema)["properties"]

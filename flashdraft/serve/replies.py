@@ -6,8 +6,8 @@ Knows Chunks, and what was asked for. Does not know HTTP, models or the engine's
 import secrets
 import time
 from dataclasses import dataclass
-from typing import Any
 
+from flashdraft.files import Json
 from flashdraft.serve.choices import ChatChoice, Choice, CompletionChoice
 from flashdraft.serve.protocol import ChatBody
 from flashdraft.serve.tokens import TokenTexts
@@ -16,8 +16,6 @@ from flashdraft.serve.usage import Speculation, Usage
 from flashdraft.types import Chunk, Stats
 
 __all__ = ["Head", "Reply", "new_head"]
-
-Json = dict[str, Any]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from flashdraft.files import Json
 from flashdraft.serve.errors import ApiError, as_api_error
 from flashdraft.serve.limits import refusal
 from flashdraft.serve.replies import Reply
@@ -30,7 +31,6 @@ from flashdraft.serve.worker import (
 
 __all__ = ["EventStream", "Whole", "as_refusal"]
 
-Json = dict[str, Any]
 _LOG = logging.getLogger("flashdraft.serve")
 _GONE = 499  # nginx's status for a client that did not wait; nobody sees it but the log
 _RETRY = {"retry-after": "1"}

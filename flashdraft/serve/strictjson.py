@@ -9,6 +9,7 @@ import json
 import math
 from typing import Any, NamedTuple
 
+from flashdraft.files import Json
 from flashdraft.serve.errors import ApiError
 from flashdraft.serve.faults import shown, wrong
 
@@ -24,7 +25,7 @@ class _Repeated(Exception):
     """The name that an object has twice."""
 
 
-def read_object(raw: bytes) -> dict[str, Any]:
+def read_object(raw: bytes) -> Json:
     """The JSON object that these bytes are. Its numbers may be NaN or infinite."""
     if not raw.strip():
         raise _no_json("the body is empty")
@@ -48,7 +49,7 @@ def read_object(raw: bytes) -> dict[str, Any]:
     return value
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> Json:
     made = dict(pairs)
     if len(made) == len(pairs):
         return made
@@ -73,7 +74,7 @@ def _no_json(message: str) -> ApiError:
 class _Inside(NamedTuple):
     """A list or an object in a field, so many others around it."""
 
-    value: list[Any] | dict[str, Any]
+    value: list[Any] | Json
     depth: int
 
     @property

@@ -10,7 +10,7 @@ from typing import Any, cast
 from flashdraft.decoding.prompt import as_asked, encoded
 from flashdraft.decoding.text import TextDecoder
 from flashdraft.errors import InvalidParameter, InvalidPrompt
-from flashdraft.files import parse_json
+from flashdraft.files import Json, parse_json
 from flashdraft.generate import Model
 from flashdraft.serve.turns import MARKS, THINK, THOUGHT, TurnReader
 
@@ -115,7 +115,7 @@ def _no_tools(name: str) -> InvalidParameter:
 
 
 def _tokens(model: Model, turns: Sequence[Message], switches: Mapping[str, object]) -> list[int]:
-    conversation = cast(list[dict[str, Any]], as_asked(turns))
+    conversation = cast(list[Json], as_asked(turns))
     tokens = encoded(model.tokenizer, model.target.name, conversation, **switches)
     return model.encode(tokens)  # which are checked against the vocabulary
 
@@ -142,7 +142,7 @@ def _turn(message: Message, source: str) -> Message:
     return {**turn, "tool_calls": told}
 
 
-def _arguments(function: Mapping[str, Any]) -> dict[str, Any]:
+def _arguments(function: Mapping[str, Any]) -> Json:
     try:
         arguments = parse_json(function["arguments"] or "{}")
     except ValueError:

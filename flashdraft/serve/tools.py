@@ -9,7 +9,8 @@ import re
 import secrets
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+
+from flashdraft.files import Json
 
 __all__ = ["Call", "ObjectEnd", "could_be_call", "read_call"]
 
@@ -28,7 +29,7 @@ class Call:
     name: str
     arguments: str  # a JSON object
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """As a message holds it; a stream's delta has its `index`, too."""
         function = {"name": self.name, "arguments": self.arguments}
         return {"id": self.id, "type": "function", "function": function}
@@ -121,7 +122,7 @@ def read_call(text: str, names: Collection[str], index: int) -> Call | None:
     return Call(index, f"call_{secrets.token_hex(12)}", name, written)
 
 
-def _object(text: str) -> dict[str, Any] | None:
+def _object(text: str) -> Json | None:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -129,7 +130,7 @@ def _object(text: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _written(arguments: dict[str, Any]) -> str | None:
+def _written(arguments: Json) -> str | None:
     """As JSON that every reader takes; None: there is none, for NaN and infinity."""
     try:
         text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)

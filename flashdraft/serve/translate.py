@@ -8,11 +8,12 @@ import json
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from flashdraft.decoding.grammar import Grammar, grammar_of
 from flashdraft.engine import Drafting, Request, check
 from flashdraft.errors import FlashDraftError, InvalidParameter, InvalidPrompt
+from flashdraft.files import Json
 from flashdraft.generate import Model
 from flashdraft.pretrained import Tokenizer
 from flashdraft.serve.constraint import Constraint, constraint_of
@@ -36,8 +37,6 @@ __all__ = [
     "tokenized",
     "translate",
 ]
-
-Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -282,7 +281,7 @@ def _params(
     hook: Grammar | None,
 ) -> SamplingParams:
     """The first answer's parameters. Without a seed in the body it is drawn."""
-    given: dict[str, Any] = {
+    given: Json = {
         "temperature": settings.temperature if body.temperature is None else body.temperature,
         "seed": secrets.randbelow(int(SEEDS.most or 0)) if body.seed is None else body.seed,
         "stop": body.stops,
@@ -314,7 +313,7 @@ def _max_new_tokens(
     return max(asked, 1)
 
 
-def _logprobs(body: ChatBody | CompletionBody) -> dict[str, Any]:
+def _logprobs(body: ChatBody | CompletionBody) -> Json:
     if isinstance(body, ChatBody):
         return {"logprobs": bool(body.logprobs), "top_logprobs": body.top_logprobs or 0}
 

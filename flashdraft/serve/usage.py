@@ -1,8 +1,8 @@
 """What a call cost, as sums over its answers. Knows Chunks and Stats, and no text."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
+from flashdraft.files import Json
 from flashdraft.types import Chunk, Stats
 
 __all__ = ["Speculation", "Usage"]
@@ -27,7 +27,7 @@ class Usage:
         self.num_accepted += stats.num_accepted
         self.num_drafted += stats.num_drafted
 
-    def sums(self) -> dict[str, Any]:
+    def sums(self) -> Json:
         """In OpenAI's shape, without the details."""
         return {
             "prompt_tokens": self.num_prompt,
@@ -35,7 +35,7 @@ class Usage:
             "total_tokens": self.num_prompt + self.num_new,
         }
 
-    def body(self) -> dict[str, Any]:
+    def body(self) -> Json:
         """In OpenAI's shape. Rejected drafts are told, but are no part of a sum."""
         return {
             **self.sums(),
@@ -64,7 +64,7 @@ class Speculation:
             self.accepted.append(num_accepted)
             self.most = max(self.most, num_drafted)
 
-    def body(self) -> dict[str, Any]:
+    def body(self) -> Json:
         """In the shape of vLLM's `metrics.speculative_decoding`.
 
         A step's bonus token counts for its length, as there.
