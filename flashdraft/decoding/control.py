@@ -29,10 +29,21 @@ R = TypeVar("R")
 
 _MEMORY = 0.98  # what a calibration keeps of its past at every observation
 _SMOOTH = 0.8  # the same for drafting's times
-_WORTH = 1.02  # what drafting might gain at least, to plain decoding, to be done
+
+# What drafting might gain at least, to plain decoding, to be done: more where rows that leave a
+# batch early gain nobody anything.
+_WORTH = {1: 1.02, 2: 1.05, 3: 1.05}
+_WORTH_OF_MANY = 1.12
 _FIRST = 2  # plain steps before the first drafts: what those are compared with
 _LOOK = 16  # drafted steps until a plain one is looked at, where drafts hardly pay; else more
 _NOISE = 1e-2  # variance of one step's time, in plain steps
+
+# What drafting may lose, in plain steps: at first (by the number of rows: a step of many rows tells
+# as much as many steps), more for every plain step, and no more than so many at once.
+_FIRST_CREDIT = {1: 4.0, 2: 2.0, 3: 2.0}
+_CREDIT_OF_MANY = 1.0
+_ALLOWED = 0.01
+_CREDIT = 6.0
 
 # The Kalman filter of what steps take beyond the table (see `learn`): its three numbers' variances
 # before any step was seen, and how these grow with every step.
@@ -51,15 +62,19 @@ _FADE = 0.9
 
 
 class _Batch:
-    """What is known of steps of about as many rows: 1, 2 or 3, 4 to 7, and so on."""
+    """What is known of steps of about as many rows: 1, 2, 3, 4 or 5, 6 or 7, 8 to 11, and so on."""
 
-    def __init__(self) -> None:
+    def __init__(self, rows: int) -> None:
+        """rows: the least number of them."""
+        self.rows = rows
         self.draft = 0.0  # seconds of drafting in a step
         self.since = -_FIRST  # drafted steps since the last plain one; below 0: plain ones to do
         self.was_drafted = False  # the step before
         self.gain = 1.0  # tokens a second, to plain decoding: the mean
         self.unsure = _GAIN  # its variance
         self.spread = _SPREAD  # of single proposals around it
+        # Plain steps that drafting may still lose, see `weighed`.
+        self.credit = _FIRST_CREDIT.get(rows, _CREDIT_OF_MANY)
         self.beyond = [0.0] * len(_UNSURE)  # what steps take beyond the table, see `learn`
         self.doubt: list[list[float]] = []  # its covariances
         for i, variance in enumerate(_UNSURE):
@@ -91,6 +106,16 @@ class _Batch:
         weight = self.unsure / (self.unsure + self.spread / share)
         self.gain += weight * (gain - self.gain)
         self.unsure *= 1 - weight
+
+    def weighed(self, tokens_a_row: float, plain_steps: float) -> None:
+        """What a drafted step brought, against the time of so many plain ones: the promises above
+        may be too good, and this is what bounds their cost.
+
+        A gain is put aside, a loss is paid from that; with nothing left, nothing is drafted until
+        plain steps have earned another try.
+        """
+        credit = self.credit + tokens_a_row - plain_steps
+        self.credit = min(max(credit, -_CREDIT), _CREDIT)
 
     def drafted(self, seconds: float, plain: float) -> None:
         """What drafting took in a step. plain: seconds of a step that drafts nothing.
@@ -164,7 +189,7 @@ class Control:
         self._lock = new_lock()  # streams of several threads may share it
         self._known = sorted(seconds.items())
         self._calibrations: dict[int, _Calibration] = defaultdict(_Calibration)  # by parent's depth
-        self._batches: dict[int, _Batch] = defaultdict(_Batch)  # by the bits of the number of rows
+        self._batches: dict[int, _Batch] = {}  # by the least number of their rows
 
     @_one_at_a_time
     def begin(self) -> None:
@@ -174,8 +199,10 @@ class Control:
         """
         for calibration in self._calibrations.values():
             calibration.shrink()
-        for bits, batch in self._batches.items():
-            batch.unsure = max(batch.unsure, _GAIN / 2 ** (bits - 1))
+        for batch in self._batches.values():
+            if batch.rows == 1:
+                batch.credit = max(batch.credit, _FIRST_CREDIT[1])
+            batch.unsure = max(batch.unsure, _GAIN / batch.rows)
 
     @_one_at_a_time
     def wants_drafts(self, rows: int) -> bool:
@@ -184,17 +211,19 @@ class Control:
         What is not tried grows less sure with every step, and is tried again: soon where little was
         lost, seldom where much was.
         """
-        batch = self._batches[rows.bit_length()]
+        batch = self._batch(rows)
         has_plain_steps_to_do = batch.since < 0
+        if has_plain_steps_to_do or batch.credit <= 0:
+            return False
         hoped_gain = batch.gain + batch.unsure**0.5
-        return not has_plain_steps_to_do and hoped_gain > _WORTH
+        return hoped_gain > _WORTH.get(batch.rows, _WORTH_OF_MANY)
 
     @_one_at_a_time
     def trim(self, proposal: Proposal) -> Tensor:
         """How many nodes of each row pay: [rows], 1 or more and no more than there are."""
         chances = self._chances(proposal)
         rows = len(proposal.sizes)
-        batch = self._batches[rows.bit_length()]
+        batch = self._batch(rows)
         always, when_drafting, a_node = batch.beyond
         step = self.cost(rows)
         plain = step * (1 + always)
@@ -240,7 +269,7 @@ class Control:
         than a step of the table beyond what is usual: one step may be held up.
         """
         rows = len(paths)
-        batch = self._batches[rows.bit_length()]
+        batch = self._batch(rows)
         nodes = int(proposal.sizes.sum())
         is_drafted = draft_seconds is not None
         drafted_a_row = nodes / rows - 1
@@ -257,10 +286,22 @@ class Control:
         batch.unsure = min(batch.unsure + _GAIN_DRIFT, _GAIN)
         if draft_seconds is None:
             batch.since = min(batch.since + 1, 0)
+            batch.credit = min(batch.credit + _ALLOWED, _CREDIT)
             return
 
+        plain = self.cost(rows) * (1 + batch.beyond[0])
+        took = self.cost(nodes) + beyond * self.cost(rows) + draft_seconds
+        batch.weighed(sum(len(path) for path in paths) / rows, took / plain)
         batch.drafted(draft_seconds, plain=self.cost(rows))
         self._calibrate(proposal, paths)
+
+    def _batch(self, rows: int) -> _Batch:
+        """What is known of so many rows: two leading bits of their number tell it."""
+        lower_bits = max(rows.bit_length() - 2, 0)
+        least = rows >> lower_bits << lower_bits
+        if least not in self._batches:
+            self._batches[least] = _Batch(least)
+        return self._batches[least]
 
     def cost(self, tokens: int) -> float:
         """Seconds of a step of so many tokens.
