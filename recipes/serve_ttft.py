@@ -31,7 +31,7 @@ WORDS = ("red", "green", "blue", "one", "two", "three", "cat", "dog", "sun", "mo
 SHARE = 0.2  # of a fresh prompt's time, at most
 GAP = 0.250  # seconds
 HEALTH = 0.100
-BESIDE = 400  # tokens of a stream beside the long prompt: it must run until that is read
+BESIDE = 1200  # tokens of a stream beside the long prompt: it must run until that is read
 
 
 def words(tokenizer, count, draw):
@@ -71,14 +71,19 @@ def second_turn(api, tokenizer, repeats=5):
 
 
 class Running:
-    """A stream beside the long prompt; `arrivals` are clock times of its pieces."""
+    """A stream beside the long prompt; `arrivals` are clock times of its pieces.
+
+    It counts, greedily: every token of that is a piece of text that can be sent. (A story has
+    tokens that are parts of one letter, and special ones.)
+    """
 
     def __init__(self, url, number):
         self.api = Api(url)
         self.arrivals = []
         self.body = {
-            "messages": [{"role": "user", "content": f"Tell a long story, number {number}."}],
+            "prompt": ", ".join(str(100 * number + i) for i in range(20)),
             "max_tokens": BESIDE,
+            "temperature": 0,
             "ignore_eos": True,
             "stream": True,
         }
@@ -86,7 +91,7 @@ class Running:
         self.thread.start()
 
     def read(self):
-        for event in self.api.events("/chat/completions", self.body):
+        for event in self.api.events("/completions", self.body):
             if event["choices"]:
                 self.arrivals.append(time.perf_counter())
         self.api.close()
