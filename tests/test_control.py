@@ -280,10 +280,8 @@ def test_texts_mix_in_a_batch_so_that_a_new_one_changes_less() -> None:
         dear.trim(made)
         dear.learn(made, [[0]] * 16, 0.6, 0.6 + dear.cost(32))
         counts.append(pause(dear, 16))
-    assert [count for count in counts if not count] == [
-        0
-    ] * 5  # as often as it took to know, and no more
-    assert 50 < counts[-1] < 500
+    assert counts.count(0) == 1  # a try that cost little is followed by another one at once
+    assert 50 < counts[-1] < 1000
 
 
 def test_a_slow_first_draft_does_not_condemn_the_drafter() -> None:
@@ -319,6 +317,32 @@ def test_what_was_accepted_corrects_what_is_claimed() -> None:
         modest.learn(proposal([0.2, 0.2]), [[0, 1, 2]], 0.0, 1.6)
     assert boaster.trim(proposal([0.9, 0.9])).tolist() == [1]
     assert modest.trim(proposal([0.2, 0.2])).tolist() == [3]
+
+
+def losses(control: Control, steps: int) -> float:
+    """What drafting loses in so many steps, in plain ones, where each promises much and brings
+    nothing."""
+    made = proposal(*[[0.9] * 3] * 8)
+    lost = 0.0
+    for _ in range(steps):
+        if control.wants_drafts(8):
+            control.trim(made)
+            control.learn(made, [[0]] * 8, 1.0, 3.0)
+            lost += 2.0
+        else:
+            control.learn(proposal(*[[]] * 8), [[0]] * 8, None, 1.0)
+    return lost
+
+
+def test_what_drafting_lost_must_be_earned_before_the_next_try(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However much the proposals promise, a batch loses one per cent and what it had at first."""
+    monkeypatch.setattr(flashdraft.decoding.control._Batch, "promised", lambda *_: None)
+    seconds = {8: 1.0, 32: 1.9}
+    assert 2.0 <= losses(Control(seconds), 1000) <= 1.0 + 10.0 + 2.0
+    monkeypatch.setattr(flashdraft.decoding.control, "_ALLOWED", 10.0)
+    assert losses(Control(seconds), 1000) > 500
 
 
 def test_a_drafter_without_scores_is_judged_by_its_acceptance() -> None:
@@ -407,9 +431,9 @@ def text_of(engine: Engine, prompt: list[int]) -> list[int]:
 def test_texts_are_plain_and_the_drafter_misses_nothing(
     seconds: Mapping[int, float], drafted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        flashdraft.decoding.control, "_GAIN_DRIFT", 4e-3
-    )  # so that it is tried again after some 25 steps
+    # So that it is tried again after some 25 steps.
+    monkeypatch.setattr(flashdraft.decoding.control, "_GAIN_DRIFT", 4e-3)
+    monkeypatch.setattr(flashdraft.decoding.control, "_ALLOWED", 0.2)
     prompt = [3, 7, 11, 5]
     plain = text_of(Engine(tiny_target("llama", lean=True), Autoregressive()), prompt)
     target: object = Timed(seconds)
@@ -452,12 +476,12 @@ def test_what_one_text_teaches_serves_the_next() -> None:
         max_rows=1,
         adaptive=True,
     )  # type: ignore[arg-type]
-    counts = []
+    first_drafts = []
     for _ in range(4):
         drafter.seen.clear()
         drafter.calls.clear()
         model.generate([3, 7, 11, 5], max_new_tokens=30, ignore_eos=True)
-        counts.append(len(drafter.calls))
+        first_drafts.append(drafter.calls[0])
     assert model.control is model.control
-    assert max(counts[1:]) < counts[0]
+    assert max(first_drafts[1:]) < first_drafts[0]  # what a plain step takes is known
     assert replace(model, new_drafter=Autoregressive).control is not model.control

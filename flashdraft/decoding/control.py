@@ -33,7 +33,7 @@ _SMOOTH = 0.8  # the same for drafting's times
 # What drafting might gain at least, to plain decoding, to be done: more where rows that leave a
 # batch early gain nobody anything.
 _WORTH = {1: 1.02, 2: 1.05, 3: 1.05}
-_WORTH_OF_MANY = 1.12
+_WORTH_OF_MANY = 1.08
 _FIRST = 2  # plain steps before the first drafts: what those are compared with
 _LOOK = 16  # drafted steps until a plain one is looked at, where drafts hardly pay; else more
 _NOISE = 1e-2  # variance of one step's time, in plain steps
@@ -117,8 +117,9 @@ class _Batch:
         credit = self.credit + tokens_a_row - plain_steps
         self.credit = min(max(credit, -_CREDIT), _CREDIT)
 
-    def drafted(self, seconds: float, plain: float) -> None:
-        """What drafting took in a step. plain: seconds of a step that drafts nothing.
+    def drafted(self, seconds: float, plain: float) -> float:
+        """What drafting took in a step; returns what of it counts. plain: seconds of a step that
+        drafts nothing.
 
         No time counts for more than twice what is usual, the first one's for no more than a step:
         one may be held up.
@@ -130,6 +131,7 @@ class _Batch:
         looks_at_plain = self.since >= _LOOK * max(self.gain, 1.0) ** 3
         if looks_at_plain:
             self.since = -_FIRST
+        return counted
 
 
 def _dot(left: Sequence[float], right: Sequence[float]) -> float:
@@ -289,10 +291,11 @@ class Control:
             batch.credit = min(batch.credit + _ALLOWED, _CREDIT)
             return
 
+        counted = batch.drafted(draft_seconds, plain=self.cost(rows))
         plain = self.cost(rows) * (1 + batch.beyond[0])
-        took = self.cost(nodes) + beyond * self.cost(rows) + draft_seconds
-        batch.weighed(sum(len(path) for path in paths) / rows, took / plain)
-        batch.drafted(draft_seconds, plain=self.cost(rows))
+        took = self.cost(nodes) + beyond * self.cost(rows) + counted
+        tokens = sum(len(path) for path in paths)
+        batch.weighed(tokens / rows, took / plain)
         self._calibrate(proposal, paths)
 
     def _batch(self, rows: int) -> _Batch:
