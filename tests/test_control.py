@@ -319,6 +319,19 @@ def test_what_was_accepted_corrects_what_is_claimed() -> None:
     assert modest.trim(proposal([0.2, 0.2])).tolist() == [3]
 
 
+def test_no_plain_step_is_believed_to_take_no_time() -> None:
+    """The filter may be led below nothing, as by a machine that was busy while it was measured."""
+    control = Control({1: 1.0, 8: 1.7})
+    made = proposal([0.9] * 3)
+    control._batch(1).beyond = [-1.5, 0.5, 0.0]
+    for _ in range(50):
+        control.trim(made)
+        control.learn(made, [[0, 1]], 0.1, 0.2)
+        control._batch(1).beyond[0] = -1.5
+        assert isinstance(control.wants_drafts(1), bool)
+        assert control._batch(1).unsure > 0
+
+
 def losses(control: Control, steps: int) -> float:
     """What drafting loses in so many steps, in plain ones, where each promises much and brings
     nothing."""

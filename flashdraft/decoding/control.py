@@ -37,6 +37,7 @@ _WORTH_OF_MANY = 1.08
 _FIRST = 2  # plain steps before the first drafts: what those are compared with
 _LOOK = 16  # drafted steps until a plain one is looked at, where drafts hardly pay; else more
 _NOISE = 1e-2  # variance of one step's time, in plain steps
+_LEAST_TIME = 0.2  # of what the table says, that a plain step is believed to take
 
 # What drafting may lose, in plain steps: at first (by the number of rows: a step of many rows tells
 # as much as many steps), more for every plain step, and no more than so many at once.
@@ -228,7 +229,7 @@ class Control:
         batch = self._batch(rows)
         always, when_drafting, a_node = batch.beyond
         step = self.cost(rows)
-        plain = step * (1 + always)
+        plain = self._plain(batch, rows)
         spent = batch.draft + step * (always + when_drafting)
 
         anchors = _Chance(float(rows), 0)  # every row commits one token, whatever it drafts
@@ -279,7 +280,7 @@ class Control:
         beyond = (target_seconds - self.cost(nodes)) / self.cost(rows)
         parts = (1.0, float(is_drafted), drafted_a_row)
         usual = _dot(batch.beyond, parts)
-        beyond = min(max(beyond, -0.8), usual + 1.0)
+        beyond = min(max(beyond, _LEAST_TIME - 1), usual + 1.0)
         if batch.was_drafted and not is_drafted:
             # Threads of the drafts before may still be spinning: it is no sign of a slow machine.
             beyond = min(beyond, usual)
@@ -292,7 +293,7 @@ class Control:
             return
 
         counted = batch.drafted(draft_seconds, plain=self.cost(rows))
-        plain = self.cost(rows) * (1 + batch.beyond[0])
+        plain = self._plain(batch, rows)
         took = self.cost(nodes) + beyond * self.cost(rows) + counted
         tokens = sum(len(path) for path in paths)
         batch.weighed(tokens / rows, took / plain)
@@ -305,6 +306,10 @@ class Control:
         if least not in self._batches:
             self._batches[least] = _Batch(least)
         return self._batches[least]
+
+    def _plain(self, batch: _Batch, rows: int) -> float:
+        """Seconds of a step that drafts nothing. What the filter believes may be below nothing."""
+        return self.cost(rows) * max(1 + batch.beyond[0], _LEAST_TIME)
 
     def cost(self, tokens: int) -> float:
         """Seconds of a step of so many tokens.
