@@ -9,6 +9,7 @@ trimming changes no law; chosen nodes may go for any reason.
 from __future__ import annotations
 
 import functools
+import math
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -218,7 +219,7 @@ class Control:
         has_plain_steps_to_do = batch.since < 0
         if has_plain_steps_to_do or batch.credit <= 0:
             return False
-        hoped_gain = batch.gain + batch.unsure**0.5
+        hoped_gain = batch.gain + math.sqrt(batch.unsure)
         return hoped_gain > _WORTH.get(batch.rows, _WORTH_OF_MANY)
 
     @_one_at_a_time
