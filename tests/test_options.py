@@ -28,6 +28,7 @@ from flashdraft.cli.table import COMMANDS, function_of
 from flashdraft.engine import check
 from flashdraft.errors import ContextLengthError, InvalidParameter
 from flashdraft.loading import drafters
+from flashdraft.serve.options import ServeOptions
 from flashdraft.train.config import TrainConfig
 from flashdraft.train.regenerate import mixed
 from flashdraft.types import HIGHEST, SEEDS, Allowed, SamplingParams, counted_on, kind_of, option
@@ -48,6 +49,7 @@ GROUPS = (
     train.SourceOptions,
     train.FeatureOptions,
     train.AnswerOptions,
+    ServeOptions,
 )
 Option = tuple[str, type | None, Allowed]  # name, kind, range
 
@@ -97,6 +99,19 @@ def outside(kind: type | None, allowed: Allowed) -> list[Any]:
 NUMBERS = [
     (group, *each) for group in GROUPS for each in options_of(group) if each[1] in (int, float)
 ]
+
+
+@pytest.mark.parametrize("origin", ["*", "https://example.org", "http://[::1]:8000"])
+def test_an_origin_is_taken_as_browsers_send_it(origin: str) -> None:
+    assert ServeOptions(cors_origin=(origin,)).cors_origin == (origin,)
+
+
+@pytest.mark.parametrize(
+    "origin", ["", "example.org", "https://example.org/", "https://Example.org", "https://a b"]
+)
+def test_an_origin_that_no_browser_sends_is_refused(origin: str) -> None:
+    with pytest.raises(InvalidParameter, match="cors_origin"):
+        ServeOptions(cors_origin=(origin,))
 
 
 @pytest.mark.parametrize("name", COMMANDS)

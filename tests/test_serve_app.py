@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 import httpx2 as httpx
 import pytest
+from starlette.types import Message, Receive, Scope, Send
 from toy_server import (
     NAME,
     Toy,
@@ -30,7 +32,7 @@ from toy_server import (
 from flashdraft.errors import FlashDraftError
 from flashdraft.serve import app as app_module
 from flashdraft.serve.app import OPEN, Options
-from flashdraft.serve.limits import MAX_HEADER_BYTES, read_keys
+from flashdraft.serve.limits import MAX_HEADER_BYTES, BodyLimit, read_keys
 
 CHAT = "/v1/chat/completions"
 KEYS = (b"first-key", b"second-key")
@@ -321,6 +323,28 @@ def test_a_body_at_the_limit_is_read(client: httpx.Client) -> None:
     as_json = {"content-type": "application/json"}
     assert client.post(CHAT, content=content, headers=as_json).status_code == 200
     assert client.post(CHAT, content=content + b" ", headers=as_json).status_code == 413
+
+
+def test_a_body_is_not_held_while_it_is_answered() -> None:
+    held = []
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b" " * LIMIT, "more_body": False}
+
+    async def send(message: Message) -> None: ...
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        message = await receive()
+        assert len(message.pop("body")) == LIMIT
+        held.append(tracemalloc.get_traced_memory()[0])
+
+    scope: Scope = {"type": "http", "headers": []}
+    tracemalloc.start()
+    try:
+        asyncio.run(BodyLimit(app, LIMIT)(scope, receive, send))
+    finally:
+        tracemalloc.stop()
+    assert held[0] < LIMIT // 2
 
 
 @pytest.mark.parametrize("size", [MAX_HEADER_BYTES, 3 * MAX_HEADER_BYTES, 2**20])

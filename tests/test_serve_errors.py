@@ -17,6 +17,7 @@ from flashdraft.types import SamplingParams
         (errors.InvalidParameter("a", option="top_p"), 400, "top_p", "invalid_value"),
         (errors.InvalidParameter("a", option="max_new_tokens"), 400, "max_tokens", "invalid_value"),
         (errors.InvalidParameter("a"), 400, None, "invalid_value"),
+        (errors.InvalidParameter("a", option="logits_processor"), 400, None, "invalid_value"),
         (errors.UnusableLogits("a"), 500, None, "internal_error"),
         (errors.FlashDraftError("a"), 500, None, "internal_error"),
         (MemoryError(), 503, None, "out_of_memory"),

@@ -129,6 +129,12 @@ def test_what_no_field_can_hold_is_named(raw: bytes, what: str) -> None:
     assert what in told["message"]
 
 
+def test_an_error_repeats_the_beginning_of_a_long_name() -> None:
+    for value in (b"1", b"NaN", b'"\\ud800"'):
+        told = refused(CompletionBody, b'{"' + b"a" * 100_000 + b'": ' + value + b"}")
+        assert told["param"] == "a" * 200
+
+
 def test_a_schema_may_be_as_deep_as_allowed() -> None:
     schema: dict[str, Any] = {"type": "object"}
     for _ in range(25):
@@ -490,6 +496,11 @@ STREAM = {"stream": True, "stream_options": {"include_usage": True, "continuous_
 )
 def test_fields_that_go_together(fields: dict[str, Any]) -> None:
     read(ChatBody, {**CHAT, **fields})
+
+
+def test_special_tokens_are_asked_for_where_one_prompt_is_text() -> None:
+    body = read(CompletionBody, {"prompt": [[5], "a"], "add_special_tokens": False})
+    assert body.prompt == [[5], "a"]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import tracemalloc
 from dataclasses import replace
 from typing import Any
 
@@ -217,6 +218,17 @@ def test_more_answers_than_are_granted_are_refused_at_once(
     assert refusal(model, **fields).param == param
 
 
+def test_the_answers_to_a_long_prompt_are_counted_without_a_copy_of_it() -> None:
+    body = body_of(CompletionBody, {"prompt": [5] * 1_000_000})
+    tracemalloc.start()
+    try:
+        assert count_answers(body, Settings()) == 1
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most < 100_000
+
+
 def test_the_most_answers_are_granted(model: Model) -> None:
     body = body_of(CompletionBody, {"prompt": ["a"] * 64, "n": 16})
     assert count_answers(body, Settings()) == 1024
@@ -420,6 +432,14 @@ def test_references_inside_a_schema_move_with_it() -> None:
     for part in pointer.removeprefix("#/").split("/"):
         found = found[int(part)] if isinstance(found, list) else found[part]
     assert found is arguments["$defs"]["a"]
+    assert grammar_of(byte_tokenizer(), constraint.kind, constraint.source)
+
+
+def test_a_schema_with_an_id_keeps_its_references() -> None:
+    parameters = {**SCHEMA, "$id": "https://example.org/f.json"}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    constraint = constraint_of(body_of(ChatBody, {"tools": [G, tool], "tool_choice": "required"}))
+    assert constraint is not None
     assert grammar_of(byte_tokenizer(), constraint.kind, constraint.source)
 
 

@@ -75,10 +75,13 @@ def _call(tool: Tool, place: str) -> Json:
 
 
 def _moved(schema: Any, place: str) -> Any:
-    """A JSON schema, or a part of one, whose root is now at that place of another."""
+    """A JSON schema, or a part of one, whose root is now at that place of another.
+
+    What has an `$id` stays the root of its own references.
+    """
     if isinstance(schema, list):
         return [_moved(part, place) for part in schema]
-    if not isinstance(schema, dict):
+    if not isinstance(schema, dict) or isinstance(schema.get("$id"), str):
         return schema
 
     moved = {}

@@ -22,8 +22,13 @@ _TYPES = {
     403: "permission_error",
     429: "rate_limit_error",
 }
-# fields of SamplingParams that are called otherwise in a body
-_PARAMS = {"max_new_tokens": "max_tokens", "prompt_logprobs": "echo", "params": None}
+# fields of SamplingParams that are called otherwise in a body, or come from one of several
+_PARAMS = {
+    "max_new_tokens": "max_tokens",
+    "prompt_logprobs": "echo",
+    "logits_processor": None,
+    "params": None,
+}
 
 
 class ApiError(Exception):

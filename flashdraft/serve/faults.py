@@ -47,6 +47,7 @@ def _missing(places: list[int | str], last: str) -> ApiError:
 
 def wrong(param: str, what: str) -> ApiError:
     """what: goes on behind the field's name."""
+    param = param[:MAX_NAME]
     space = "" if what.startswith(":") else " "
     return ApiError(400, f"`{param}`{space}{what}", param=param, code="invalid_value")
 

@@ -145,21 +145,27 @@ def _is_prompt(value: object) -> bool:
 def _are_token_ids(value: object) -> bool:
     if not isinstance(value, list) or not value:
         return False
-    return all(type(token) is int and 0 <= token <= HIGHEST for token in value)
+    for token in value:
+        is_id = type(token) is int and 0 <= token <= HIGHEST
+        if not is_id:
+            return False
+    return True
 
 
 def _checked_prompt(value: Any) -> Any:
-    """One prompt, or a list of them. One look at each token: pydantic would try all four forms."""
-    is_list = isinstance(value, list) and bool(value)
-    if _is_prompt(value) or (is_list and all(_is_prompt(one) for one in value)):
+    """One prompt, or a list of them. One look at each token: pydantic would try every form."""
+    if _is_prompt(value):
         return value
-    forms = "text, token ids, or a list of texts or of lists of token ids, none empty"
+    is_list = isinstance(value, list) and bool(value)
+    if is_list and all(_is_prompt(one) for one in value):
+        return value
+    forms = "text, token ids, or a list of texts and of lists of token ids; no list is empty"
     raise ValueError(f"must be {forms}")
 
 
-_Prompts = str | list[str] | list[TokenId] | list[list[TokenId]]
+_Prompts = str | list[TokenId] | list[str | list[TokenId]]
 Prompt = Annotated[
-    str | list[str] | list[int] | list[list[int]],
+    str | list[int] | list[str | list[int]],
     PlainValidator(_checked_prompt, json_schema_input_type=_Prompts),
 ]
 

@@ -1,7 +1,7 @@
 """What is refused before a request is looked at: without a key, with headers or a body too large.
 
-Plain ASGI, from outside in: `Keys`, `HeaderLimit`, `BodyLimit`. Paths are compared whole, as they
-came over the wire; never by a prefix, and never through a URL that a Host header has a part in.
+Plain ASGI, from outside in: `Keys`, `HeaderLimit`, `BodyLimit`. Paths are compared whole, as the
+router compares them; never by a prefix, and never through a URL that a Host header has a part in.
 """
 
 import hashlib
@@ -119,7 +119,8 @@ class HeaderLimit:
 class BodyLimit:
     """Reads the whole body before the app is asked, and refuses one that is too large.
 
-    Whether a Content-Length says so or not, no more than the limit and one network chunk is held.
+    Whether a Content-Length says so or not, of one that is too large no more than the limit and one
+    network chunk is held; of any other nothing, once it was handed on.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
@@ -131,22 +132,33 @@ class BodyLimit:
             await self.app(scope, receive, send)
             return
 
-        if _content_length(scope) > self.max_bytes:
-            await refusal(self._too_large())(scope, receive, send)
+        try:
+            replayed = await self._read(scope, receive)
+        except ApiError as error:
+            await refusal(error)(scope, receive, send)
             return
+        if replayed is not None:
+            await self.app(scope, replayed, send)
+
+    async def _read(self, scope: Scope, receive: Receive) -> Receive | None:
+        """What gives the body to the app; None where the client left. Raises ApiError.
+
+        Whoever waits for the app, maybe for minutes, has no reference to the body.
+        """
+        if _content_length(scope) > self.max_bytes:
+            raise self._too_large()
+
         body = bytearray()
         is_whole = False
         while not is_whole:
             message = await receive()
             if message["type"] == "http.disconnect":
-                return
+                return None
             body += message.get("body", b"")
             is_whole = not message.get("more_body", False)
             if len(body) > self.max_bytes:
-                body.clear()
-                await refusal(self._too_large())(scope, receive, send)
-                return
-        await self.app(scope, _Replayed(bytes(body), receive), send)
+                raise self._too_large()
+        return _Replayed(bytes(body), receive)
 
     def _too_large(self) -> ApiError:
         told = f"the body is larger than {self.max_bytes} bytes"

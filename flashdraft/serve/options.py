@@ -3,13 +3,15 @@
 Imports nothing of the extra `serve`, so that the command's help needs none.
 """
 
+import re
 from dataclasses import dataclass
 
-from flashdraft.types import check_options, option
+from flashdraft.types import check_options, option, require
 
 __all__ = ["KEY", "ServeOptions"]
 
 KEY = "FLASHDRAFT_API_KEY"  # the environment variable that holds API keys, one a line
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9.:\[\]-]+")  # nothing behind the host and port
 
 
 @dataclass(frozen=True)
@@ -52,3 +54,7 @@ class ServeOptions:
     def __post_init__(self) -> None:
         object.__setattr__(self, "cors_origin", tuple(self.cors_origin))  # typer gives a list
         check_options(self)
+        for origin in self.cors_origin:
+            is_origin = origin == "*" or _ORIGIN.fullmatch(origin) is not None
+            wanted = "as browsers send it, like https://example.org, with nothing behind it"
+            require(is_origin, "cors_origin", origin, wanted)

@@ -294,9 +294,15 @@ def _check_completion(body: CompletionBody) -> None:
         raise wrong("stream", "cannot be true with `echo` and `logprobs` together")
     if body.max_tokens == 0 and not body.echo:
         raise wrong("max_tokens", "must be 1 or more without `echo`")
-    has_text = isinstance(body.prompt, str) or isinstance(body.prompt[0], str)
-    if body.add_special_tokens is not None and not has_text:
+    if body.add_special_tokens is not None and not _has_text(body.prompt):
         raise wrong("add_special_tokens", "needs a `prompt` that is text")
+
+
+def _has_text(prompt: Prompt) -> bool:
+    """Whether it is text, or one of several that are."""
+    if isinstance(prompt, str):
+        return True
+    return any(isinstance(one, str) for one in prompt)
 
 
 def _check_tokenize(body: TokenizeBody) -> None:

@@ -26,7 +26,7 @@ from flashdraft.serve.protocol import (
 )
 from flashdraft.serve.talk import decoder, reader, render
 from flashdraft.serve.turns import TurnReader
-from flashdraft.types import SEEDS, SamplingParams, counted_on
+from flashdraft.types import HIGHEST, SamplingParams, counted_on
 
 __all__ = [
     "Call",
@@ -106,7 +106,9 @@ def translate(
     """
     count_answers(body, settings)
     constraint = constraint_of(body)
-    hook = None if constraint is None else _hook(constraint, model.tokenizer)
+    hook = None
+    if constraint is not None:
+        hook = _hook(constraint, model.tokenizer)
     source = "messages" if isinstance(body, ChatBody) else "prompt"
     try:
         prompts = _read(body, model)
@@ -184,13 +186,13 @@ class _Prompt(NamedTuple):
 
 
 def _prompts_of(body: CompletionBody) -> Sequence[str | list[int]]:
-    """One or several prompts, as a list."""
+    """One or several prompts, as a list. Millions of tokens are not copied: the event loop asks."""
     given = body.prompt
     if isinstance(given, str):
         return [given]
     if isinstance(given[0], int):
-        return [[token for token in given if isinstance(token, int)]]
-    return [prompt for prompt in given if not isinstance(prompt, int)]
+        return [given]
+    return given
 
 
 def _read(body: ChatBody | CompletionBody, model: Model) -> list[_Prompt]:
@@ -211,13 +213,15 @@ def _conversation(body: ChatBody | TokenizeBody, model: Model) -> list[int]:
     messages = []
     for message in body.messages or []:
         messages.append(message.model_dump(exclude_none=True, exclude={"type"}))
-    switches = body.chat_template_kwargs
+    switches = {}
+    if body.chat_template_kwargs is not None:
+        switches = body.chat_template_kwargs.model_dump(exclude_none=True)
     return render(
         model,
         messages,
         tools=_tools(body),
         tool_choice=_tool_choice(body),
-        template_kwargs={} if switches is None else switches.model_dump(exclude_none=True),
+        template_kwargs=switches,
     )
 
 
@@ -262,6 +266,17 @@ def _decoded(tokens: list[int], model: Model) -> str:
 
 # --- parameters -----------------------------------------------------------------------------------
 
+# fields of the body that SamplingParams has as well
+_AS_THEY_COME = (
+    "temperature",
+    "seed",
+    "top_p",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+)
+
 
 def _answers(prompt: list[int], params: SamplingParams, count: int, model: Model) -> list[Request]:
     """The requests for so many answers to one prompt; their seeds count on."""
@@ -282,18 +297,19 @@ def _params(
 ) -> SamplingParams:
     """The first answer's parameters. Without a seed in the body it is drawn."""
     given: Json = {
-        "temperature": settings.temperature if body.temperature is None else body.temperature,
-        "seed": secrets.randbelow(int(SEEDS.most or 0)) if body.seed is None else body.seed,
+        "temperature": settings.temperature,
         "stop": body.stops,
         "ignore_eos": bool(body.ignore_eos),
         "max_new_tokens": _max_new_tokens(body, model, prompt, settings),
         "logits_processor": hook,
         **_logprobs(body),
     }
-    for name in ("top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"):
+    for name in _AS_THEY_COME:
         value = getattr(body, name)
         if value is not None:
             given[name] = value
+    if body.seed is None:
+        given["seed"] = secrets.randbelow(HIGHEST)
     if body.top_k is not None:
         given["top_k"] = max(body.top_k, 0)
     if body.logit_bias is not None:
