@@ -19,7 +19,14 @@ from flashdraft.decoding.prompt import as_asked
 from flashdraft.engine import Request, check
 from flashdraft.errors import DataError, InvalidParameter, InvalidPrompt
 from flashdraft.feed import feed
-from flashdraft.files import check_facts, locked, output_file, read_note, write_note
+from flashdraft.files import (
+    check_facts,
+    locked,
+    output_file,
+    parse_json,
+    read_note,
+    write_note,
+)
 from flashdraft.generate import Model
 from flashdraft.growing import GrowingFile, HeldLine
 from flashdraft.train.facts import named_target, target_facts
@@ -272,11 +279,13 @@ class _Answers:
     def _take(self, line: HeldLine) -> None:
         where = f"line {line.number}"
         try:
-            row = json.loads(line.content)
+            row = parse_json(line.content)
         except ValueError as error:
             raise self._damaged(where, f"not valid JSON ({error})") from None
         if not isinstance(row, dict) or not {"number", "text", "tokens"} <= row.keys():
             raise self._damaged(where, "not an answer")
+        if type(row["number"]) is not int:
+            raise self._damaged(where, "not an answer: its `number` is no whole number")
         asked = {name: row[name] for name in (*_OWN, *_SAMPLING) if name in row}
         self.asked[row["number"]] = _digest(asked)
 

@@ -144,28 +144,31 @@ free = measured(plain, None, dataclasses.replace(params, max_new_tokens=100))
 print(f"without the schema {count_valid(free)} of {len(free)} are valid")
 reference = measured(plain, Unforced(grammar), params)
 
+
+def cells(name, results, passes, saved):
+    """A line of the table."""
+    texts_equal = [one.tokens for one in results] == [one.tokens for one in reference]
+    tokens = sum(result.stats.num_tokens for result in results)
+    seconds = sum(result.stats.decode_seconds for result in results)
+    tau = statistics.mean(result.stats.tau for result in results)
+    valid = f"{count_valid(results)} of {len(results)}"
+    same = "yes" if texts_equal else "NO"
+    speed = f"{tokens / seconds:.0f}"
+    return [name, valid, same, str(tokens), str(passes), saved, f"{tau:.2f}", speed]
+
+
 rows = []
 for model in models.values():
-    passes = {}
-    for is_forced in (False, True):
-        results = measured(model, grammar if is_forced else Unforced(grammar), params)
-        texts_equal = [one.tokens for one in results] == [one.tokens for one in reference]
-        passes[is_forced] = sum(result.stats.target_passes for result in results)
-        tokens = sum(result.stats.num_tokens for result in results)
-        seconds = sum(result.stats.decode_seconds for result in results)
-        saved = 100 * (1 - passes[True] / passes[False]) if is_forced else 0.0
-        rows.append(
-            [
-                model.new_drafter().name + (" + forced" if is_forced else ""),
-                f"{count_valid(results)} of {len(results)}",
-                "yes" if texts_equal else "NO",
-                str(tokens),
-                str(passes[is_forced]),
-                f"{saved:.1f} %" if is_forced else "",
-                f"{statistics.mean(result.stats.tau for result in results):.2f}",
-                f"{tokens / seconds:.0f}",
-            ]
-        )
+    name = model.new_drafter().name
+    unforced = measured(model, Unforced(grammar), params)
+    all_passes = sum(result.stats.target_passes for result in unforced)
+    rows.append(cells(name, unforced, all_passes, ""))
+
+    forced = measured(model, grammar, params)
+    passes = sum(result.stats.target_passes for result in forced)
+    saved = 100 * (1 - passes / all_passes)
+    rows.append(cells(f"{name} + forced", forced, passes, f"{saved:.1f} %"))
+
 head = ("method", "valid", "plain text", "tokens", "passes", "saved", "tau", "tokens/s")
 print_table(head, rows)
 print(

@@ -2,9 +2,9 @@
 
     python recipes/serve_lm_eval.py RUN OTHER_RUN [MODEL_FOLDER]
 
-Prints the scores; the exit status is 1 where anything differs. With a model's folder, the run's
-loglikelihoods are held against transformers' in float32, too: they may differ by what the server's
-kernel rounds, but not by more than FAR.
+Prints the scores; the exit status is 1 where anything differs, or nothing is there. With a model's
+folder, the run's loglikelihoods are held against transformers' in float32, too: they may differ by
+what the server's kernel rounds, but not by more than FAR.
 """
 
 import json
@@ -65,7 +65,7 @@ def main():
     again = samples(other)
     same = sum(asked[number]["resps"] == again[number]["resps"] for number in asked)
     print(f"{one.name}, {other.name}: {same} of {len(asked)} answers are the same")
-    is_wrong = left != right or same < len(asked)
+    is_wrong = not left or not asked or left != right or same < len(asked)
     for folder in sys.argv[3:]:
         difference = farthest(one, folder)
         print(f"loglikelihoods differ from transformers' by {difference:.4f} at most")

@@ -109,7 +109,8 @@ def measure(options):
         for weights in ("q4_1", "q8_0"):
             others[weights] = stack.enter_context(llama(options, weights))
         for repeat in range(options.repeats):
-            ask(options, our_server, "ours", repeat, "off,auto")
+            modes = "off,auto" if repeat % 2 == 0 else "auto,off"  # one turn each goes first
+            ask(options, our_server, "ours", repeat, modes)
             for weights, served in others.items():
                 ask(options, served, f"llama-{weights}", repeat)
 

@@ -76,6 +76,8 @@ class Soak:
                 self._ask(draw, api)
             except (ServerError, requests.RequestException) as error:
                 self._fail(f"no answer: {error}")
+            except Exception as error:  # a thread that dies in silence would ask and find nothing
+                self._fail(f"no answer that can be read: {error!r}")
         api.close()
 
     def _ask(self, draw, api):
@@ -150,8 +152,10 @@ def made_cases(path, target, kernel):
     draw = random.Random(0)
     asked = []
     for number, prompt in enumerate(prompts):
-        is_long = number % 8 == 7
-        text = "\n\n".join(one.text for one in draw.sample(prompts, 8)) if is_long else prompt.text
+        text = prompt.text
+        if number % 8 == 7:  # a long one
+            several = [one.text for one in draw.sample(prompts, 8)]
+            text = "\n\n".join(several)
         is_chat = number % 4 != 3
         made = [{"role": "user", "content": text}] if is_chat else text
         if is_chat and number % 4 == 2:  # a second turn
@@ -171,10 +175,13 @@ def made_cases(path, target, kernel):
     for (made, params), result in zip(asked, results, strict=True):
         body = {"max_tokens": params.max_new_tokens, "temperature": params.temperature}
         body["seed"] = params.seed
-        is_chat = isinstance(made, list)
-        body["messages" if is_chat else "prompt"] = made
-        path = "/chat/completions" if is_chat else "/completions"
-        cases.append(Case(path, body, result.text, result.finish_reason))
+        if isinstance(made, list):
+            route = "/chat/completions"
+            body["messages"] = made
+        else:
+            route = "/completions"
+            body["prompt"] = made
+        cases.append(Case(route, body, result.text, result.finish_reason))
     return cases
 
 

@@ -11,6 +11,7 @@ compact and 8 for float32 with 6 repeats; `--repeats 2 --streams 1,8` is a short
 
 import argparse
 import statistics
+import sys
 import threading
 import time
 from pathlib import Path
@@ -25,6 +26,7 @@ from flashdraft.loading import load_target
 
 TOKENS = 64  # of an answer
 BESIDE = 128  # of answers that run side by side
+SIDE_BY_SIDE = (1, 8)  # streams
 CONTEXT = 160  # about what a row holds in the middle of its answer
 
 
@@ -54,6 +56,8 @@ def side_by_side(url, count):
         thread.start()
     for thread in threads:
         thread.join()
+    if len(replies) < count:
+        sys.exit(f"{count - len(replies)} of {count} streams side by side have failed")
 
     first = max(arrivals[0] for arrivals in replies)
     last = min(arrivals[-1] for arrivals in replies)
@@ -80,11 +84,13 @@ def measure(options, kernel):
         ignore_eos=True,
         reuse=options.reuse,
     )
-    rows = max(config.levels)
+    rows = max(*config.levels, *SIDE_BY_SIDE)
     arguments = ["--target", options.target, "--kernel", kernel, "--max-rows", rows]
     with ours(*arguments, log=options.folder / f"{kernel}.log") as served:
         run_load(served.url, config)
-        rounds = [[side_by_side(served.url, count) for count in (1, 8)] for _ in range(3)]
+        rounds = []
+        for _ in range(3):
+            rounds.append([side_by_side(served.url, count) for count in SIDE_BY_SIDE])
     after = kernel_alone(options.target, kernel)
 
     steps = [statistics.fmean(pair) for pair in zip(before, after, strict=True)]

@@ -109,6 +109,8 @@ def long_prompt(url, tokenizer):
     """Seconds: the prompt of 4,000 tokens, the longest gap of the streams, the slowest /health."""
     streams = [Running(url, number) for number in range(3)]
     while min(len(stream.arrivals) for stream in streams) < 10:
+        if not all(stream.thread.is_alive() for stream in streams):
+            sys.exit("a stream has ended before the long prompt was sent")
         time.sleep(0.01)
 
     healths = []
@@ -133,6 +135,10 @@ def long_prompt(url, tokenizer):
     api.close()
     for stream in streams:
         stream.thread.join()
+    for stream in streams:
+        if stream.arrivals[-1] < ended:
+            print("WRONG: a stream has ended before the long prompt was read; BESIDE is too small")
+            return seconds, float("inf"), max(healths)
     gap = max(stream.longest_gap(started, ended) for stream in streams)
     return seconds, gap, max(healths)
 

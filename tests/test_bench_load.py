@@ -427,7 +427,11 @@ def test_no_server_is_one_line(config: LoadConfig, capsys: pytest.CaptureFixture
     assert not config.out.exists()
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://host", "http://", "http://h:99999", ""])
+URLS = ["127.0.0.1:8000", "ftp://host", "http://", "http://h:99999", "http://h:0", "http://[::1"]
+URLS += ["http://me:key@h", "http://h/v1?key=1", "http://h/v1#x", "http://h\u00e9", "http://h/a b"]
+
+
+@pytest.mark.parametrize("url", [*URLS, ""])
 def test_no_url_is_refused_by_name(url: str, config: LoadConfig) -> None:
     with pytest.raises(InvalidParameter, match=r"^url is ") as error:
         run_load(url, config)
@@ -440,6 +444,21 @@ def test_a_missing_key_is_hinted_at(server: FakeServer, config: LoadConfig) -> N
         run_load(server.url, config)
     assert "OPENAI_API_KEY" in str(error.value.hint)
     assert not config.out.exists()
+
+
+@pytest.mark.parametrize("key", ["s3cret\nother", "s3cr\u00e9t", "s3cr\u4e00t"])
+def test_a_key_that_no_header_carries_is_refused_and_not_shown(
+    server: FakeServer, api: Api, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    error = failing(api)
+    assert "OPENAI_API_KEY" in error.args[0]
+    assert key not in f"{error.args[0]} {error.hint}"
+
+
+def test_a_host_that_has_no_name_is_one_line() -> None:
+    with closing(Api("http://a..b")) as api, pytest.raises(ServerError, match="no answer from"):
+        api.get("/models")
 
 
 def test_a_model_must_be_one_of_those_that_it_serves(
@@ -574,6 +593,20 @@ def test_results_are_not_overwritten(server: FakeServer, config: LoadConfig) -> 
     assert server.bodies == []
 
 
+def test_results_that_another_run_wrote_meanwhile_are_not_overwritten(
+    server: FakeServer, config: LoadConfig
+) -> None:
+    def meanwhile(body: Body) -> Iterator[Body | bytes]:
+        config.out.write_text("mine\n")
+        yield from events(body)
+
+    server.answer = meanwhile
+    with pytest.raises(InvalidParameter, match="exists"):
+        run_load(server.url, config)
+    assert config.out.read_text() == "mine\n"
+    assert len(server.bodies) == 3  # those that warm up
+
+
 # --- the commands -------------------------------------------------------------------------------
 
 
@@ -600,6 +633,10 @@ def test_the_command_prints_a_table_that_report_and_plot_make_again(
 
 def test_another_file_is_no_load_test(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
-    path.write_text(json.dumps({"header": {"kind": "load"}}) + '\n{"task": "chat"}\n')
-    with pytest.raises(DataError, match="is no load test's results file"):
-        read_load(path)
+    lacking = line()
+    del lacking["num_tokens"]
+    for other in ({"task": "chat"}, lacking):
+        rows = [{"header": {"kind": "load"}}, other]
+        path.write_text("\n".join(map(json.dumps, rows)))
+        with pytest.raises(DataError, match="is no load test's results file"):
+            read_load(path)

@@ -357,7 +357,12 @@ def test_an_output_of_another_command_is_refused(tmp_path: Path, prompts: Path) 
         answered(tmp_path, prompts)
 
 
-@pytest.mark.parametrize("damage", [b"not json\n", b'{"number": 1}\n', b"[]\n"])
+DAMAGES = [b"not json\n", b'{"number": 1}\n', b"[]\n", b"[" * 100_000 + b"\n"]
+DAMAGES += [b'{"number": [1], "text": "", "tokens": []}\n']
+DAMAGES += [b'{"number": "1", "text": "", "tokens": []}\n']
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_line_is_named(
     tmp_path: Path, prompts: Path, undisturbed: Path, damage: bytes
 ) -> None:

@@ -64,21 +64,11 @@ class Api:
     timeout: float = 600.0  # seconds without a byte
 
     def __post_init__(self) -> None:
-        is_url = self.url.startswith(("http://", "https://"))
-        has_host = is_url and bool(self._address.hostname)
-        require(has_host and self._has_port, "url", self.url, "like http://127.0.0.1:8000")
+        require(_is_address(self.url), "url", self.url, "like http://127.0.0.1:8000")
 
     @property
     def _address(self) -> SplitResult:
         return urlsplit(self.url)
-
-    @property
-    def _has_port(self) -> bool:
-        """Whether the port is a number that ports have, or left out."""
-        try:
-            return self._address.port != 0
-        except ValueError:
-            return False
 
     @cached_property
     def _connection(self) -> HTTPConnection:
@@ -184,7 +174,7 @@ class Api:
         content = None if body is None else json.dumps(body).encode()
         try:
             response = self._exchange(method, path, content)
-        except (OSError, HTTPException) as error:
+        except (OSError, HTTPException, UnicodeError) as error:  # the last: no name of a host
             raise self._lost(error) from None
 
         if response.status != 200:
@@ -213,8 +203,14 @@ class Api:
     def _headers(self) -> dict[str, str]:
         headers = {"Content-Type": "application/json"}
         key = os.environ.get(_KEY, "").strip()
-        if key:
-            headers["Authorization"] = f"Bearer {key}"
+        if not key:
+            return headers
+
+        is_sendable = key.isascii() and key.isprintable()
+        if not is_sendable:
+            got = f"{_KEY} holds a character that no header can carry"
+            raise ServerError(got, hint="it must be one key alone")
+        headers["Authorization"] = f"Bearer {key}"
         return headers
 
     def _rest(self, response: HTTPResponse) -> bytes:
@@ -249,6 +245,21 @@ _HINTS = {
     429: "it is full: fewer requests at a time, or a longer queue of the server",
     503: "it loads, drains or is full: wait, or see its log",
 }
+
+
+def _is_address(url: str) -> bool:
+    """Whether it is an address and no more: names, keys and queries in it would be passed over."""
+    if not url.isascii() or not url.isprintable() or any(mark in url for mark in " ?#"):
+        return False
+    try:
+        address = urlsplit(url)
+        port = address.port
+    except ValueError:
+        return False
+
+    is_web = address.scheme in ("http", "https")
+    has_host = bool(address.hostname) and address.username is None
+    return is_web and has_host and port != 0
 
 
 def _note(reply: Reply, event: Event) -> bool:

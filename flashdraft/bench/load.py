@@ -132,20 +132,26 @@ def run_load(url: str, config: LoadConfig) -> int:
     its line, too, and one message tells how many did.
     """
     prompts = read_prompts(config.prompts)
-    if config.out.is_file() and config.out.stat().st_size:
-        raise InvalidParameter(
-            f"`{config.out}` exists", hint="name another file; results are not overwritten"
-        )
+    _check_new(config.out)
     out = output_file(config.out, inputs=[config.prompts])
 
     apis = [Api(url, config.timeout) for _ in range(max(config.levels))]
     try:
         model = apis[0].model(config.model)
         _warm_up(config, apis[0], model, prompts[0])
-        return _measure(config, prompts, out, apis, model)
+        with locked(out):
+            _check_new(out)  # another run may have ended since
+            return _measure(config, prompts, out, apis, model)
     finally:
         for api in apis:
             api.close()
+
+
+def _check_new(path: Path) -> None:
+    """Raises InvalidParameter for a file that holds something."""
+    if path.is_file() and path.stat().st_size:
+        hint = "name another file; results are not overwritten"
+        raise InvalidParameter(f"`{path}` exists", hint=hint)
 
 
 def _measure(
@@ -160,7 +166,7 @@ def _measure(
     failures: list[ServerError] = []
     console = Console(stderr=True)
     progress = track(plan, "bench", console=console, disable=not is_terminal(sys.stderr))
-    with locked(out), results_file(out) as file:
+    with results_file(out) as file:
         file.write(json.dumps({"header": header}, default=str) + "\n")
         for turn in progress:
             for ended in _answers(config, turn, apis, model):

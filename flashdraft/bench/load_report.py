@@ -49,7 +49,8 @@ LOAD_COLUMNS = [
     "tau",
     "same text",
 ]
-_FIELDS = ("task", "prompt", "streams", "drafting", "repeat", "started", "seconds", "arrivals")
+_FIELDS = ["task", "prompt", "streams", "drafting", "repeat"]
+_FIELDS += ["started", "seconds", "arrivals", "num_tokens"]
 # Student's t, one-sided 95 %, by degrees of freedom from 1
 _STUDENT = [6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812]
 _STUDENT += [1.796, 1.782, 1.771, 1.761, 1.753, 1.746, 1.740, 1.734, 1.729, 1.725]
