@@ -212,6 +212,21 @@ def test_a_prompt_beyond_the_context_is_told_both_numbers(client: httpx.Client) 
 
 
 @pytest.mark.alone
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_text_that_no_cache_can_hold_is_named_where_it_came_in(
+    stream: bool, toy: Toy, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(toy.knobs.engines[-1].scheduler, "longest", 5)
+    for path, body, param in (
+        (CHAT, chat_body(), "messages"),
+        ("/v1/completions", {"prompt": [5, 6], "max_tokens": 9}, "prompt"),
+    ):
+        answer = client.post(path, json={**body, "stream": stream})
+        assert answer.status_code == 400
+        error = error_of(answer)
+        assert (error["code"], error["param"]) == ("context_length_exceeded", param)
+
+
 def test_a_billion_answers_are_refused_at_once(client: httpx.Client) -> None:
     took = []
     for _ in range(5):

@@ -92,7 +92,7 @@ class Whole(Response):
                 self._reply.take(chunk)
             response = JSONResponse(self._reply.whole())
         except Exception as error:
-            return refusal(as_refusal(error))
+            return refusal(as_refusal(error, prompt=self._reply.call.prompt_field))
         self._on_end()
         return response
 
@@ -139,7 +139,7 @@ class EventStream(EventSourceResponse):
             async for piece in self._pieces():
                 await self._write(send, piece)
         except Exception as error:
-            refused = as_refusal(error)
+            refused = as_refusal(error, prompt=self._reply.call.prompt_field)
             if not self._is_begun:
                 await refusal(refused)(scope, receive, send)
                 return

@@ -65,6 +65,11 @@ class Call:
     prompts: list[str] = field(default_factory=list)
 
     @property
+    def prompt_field(self) -> str:
+        """Where the prompt came in, for an error to name."""
+        return _prompt_field(self.body)
+
+    @property
     def is_scoring(self) -> bool:
         """Whether nothing new is wanted; the engine's one token is not shown."""
         return self.body.max_tokens == 0
@@ -109,7 +114,6 @@ def translate(
     hook = None
     if constraint is not None:
         hook = _hook(constraint, model.tokenizer)
-    source = "messages" if isinstance(body, ChatBody) else "prompt"
     try:
         prompts = _read(body, model)
         requests = []
@@ -117,7 +121,7 @@ def translate(
             params = _params(body, model, prompt.tokens, settings, hook)
             requests += _answers(prompt.tokens, params, body.num_answers, model)
     except FlashDraftError as error:
-        raise as_api_error(error, prompt=source) from None
+        raise as_api_error(error, prompt=_prompt_field(body)) from None
 
     for index, request in enumerate(requests):
         request.index = index
@@ -130,6 +134,10 @@ def translate(
     elif body.echo:
         call.prompts = [_text_of(prompt, model) for prompt in prompts]
     return call
+
+
+def _prompt_field(body: ChatBody | CompletionBody) -> str:
+    return "messages" if isinstance(body, ChatBody) else "prompt"
 
 
 def _readers(body: ChatBody, model: Model, requests: Sequence[Request]) -> list[TurnReader]:
