@@ -248,6 +248,17 @@ def test_equal_grammars_are_compiled_once() -> None:
     assert other._start is not first._start
 
 
+def test_threads_may_ask_one_grammar_at_once() -> None:
+    grammar = schema_grammar()
+    first = grammar.begin(ENDS)
+    second = grammar.begin(ENDS)
+    assert isinstance(first, module._Matched)
+    assert isinstance(second, module._Matched)
+    # The library raises where a matcher that one thread asks is asked by another.
+    assert first._matcher is not second._matcher
+    assert first._matcher is not grammar._start
+
+
 # ---------------------------------------------------------------- what is refused
 
 DEEP: Any = {"type": "string"}

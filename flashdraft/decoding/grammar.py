@@ -130,7 +130,8 @@ class Grammar:
 
     def begin(self, ends: frozenset[int], /) -> Steering:
         """The state before a text. ends: the tokens that end a text of this model."""
-        return _Matched(self._start, self._reader, ends)
+        # A copy: a matcher that one thread asks is locked to all others.
+        return _Matched(self._start.deep_copy(), self._reader, ends)
 
 
 def grammar_of(tokenizer: Tokenizer, kind: Kind, source: object) -> Grammar:
