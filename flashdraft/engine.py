@@ -246,7 +246,7 @@ class Engine:
             with self._timed("prefill"):
                 states = self._read(parts, requests)
         except Exception as error:  # of a drafter, or no memory: it is these requests' alone
-            return [self._failed(row, error) for row in rows]
+            return self._all_failed(dict.fromkeys(rows, error))
         except BaseException:
             self._drop(rows)  # what they have left in the caches would change other texts
             raise
@@ -272,8 +272,8 @@ class Engine:
             histories.append(request.prompt[: part.end + 1])
 
         slots = [part.row for part in parts]
-        held = max(self._cache.lengths[slot] for slot in slots)
-        self._cache.reserve(held + max(len(text) for text in texts))
+        longest = max(len(text) for text in texts)
+        self._make_room(slots, longest)
         states, features = self.target.read(self._cache, slots, texts, self.drafter.layers)
         rows = replace(self._rows(slots), histories=histories)
         self.drafter.observe(rows, texts, features)
@@ -281,6 +281,11 @@ class Engine:
             if request.params.prompt_logprobs:
                 self._score(request, part.start, own_states)
         return states
+
+    def _make_room(self, slots: Sequence[int], count: int) -> None:
+        """For so many tokens behind what each of these rows holds."""
+        held = max(self._cache.lengths[slot] for slot in slots)
+        self._cache.reserve(held + count)
 
     def _score(self, request: Request, start: int, states: Tensor) -> None:
         """The log-probabilities of the prompt's tokens behind these states [n, hidden]."""
@@ -325,8 +330,7 @@ class Engine:
 
         with self._timed("draft"):
             proposal = self._propose(rows, requests, drafted)
-            held = max(self._cache.lengths[slot] for slot in slots)
-            self._cache.reserve(held + proposal.num_nodes)
+            self._make_room(slots, proposal.num_nodes)
             check_proposal(proposal)  # a faulty drafter would change the law in silence
         with self._timed("target"):
             tree = proposal.tokens, proposal.parents, proposal.sizes
@@ -335,7 +339,7 @@ class Engine:
             try:
                 verdict = self._judge(proposal, logits, rows)
             except _Failed as failed:
-                return [self._failed(slot, error) for slot, error in failed.errors.items()]
+                return self._all_failed(failed.errors)
             paths = [_without_padding(path) for path in verdict.path.tolist()]
             chunks = self._commit(requests, proposal, paths, verdict, logits)
             kept = self._keep(slots, paths)
@@ -346,13 +350,15 @@ class Engine:
 
         if self.control is not None:
             draft_seconds = self._part["draft"] if drafted else None
-            self.control.learn(proposal, paths, draft_seconds, sum(self._part.values()))
+            step_seconds = sum(self._part.values())
+            self.control.learn(proposal, paths, draft_seconds, step_seconds)
         num_drafted = (proposal.sizes - 1).tolist()
         for request, count, chunk in zip(requests, num_drafted, chunks, strict=True):
             _account(request, count, len(chunk.tokens))
             for part, seconds in self._part.items():
                 request.stats.add(part, seconds)
-        self._finish([slot for slot in slots if self.running[slot].finish_reason is not None])
+        ended = [slot for slot in slots if self.running[slot].finish_reason is not None]
+        self._finish(ended)
         return chunks
 
     def _drafted(self, requests: Sequence[Request]) -> list[int]:
@@ -360,9 +366,10 @@ class Engine:
         places = [place for place, request in enumerate(requests) if request.drafting != "off"]
         if self.control is None or not places:
             return places
-        if any(request.drafting == "on" for request in requests):
+        is_asked_for = any(request.drafting == "on" for request in requests)
+        if is_asked_for or self.control.wants_drafts(len(requests)):
             return places
-        return places if self.control.wants_drafts(len(requests)) else []
+        return []
 
     def _propose(self, rows: Rows, requests: Sequence[Request], drafted: Sequence[int]) -> Proposal:
         """What the drafter proposes and what hooks force, cut to what each row has left and to what
@@ -370,21 +377,26 @@ class Engine:
         limits = torch.tensor([request.num_left for request in requests], **INTS)
         proposal = alone(rows.anchors)
         if drafted:
-            some = [rows.slots[place] for place in drafted]
-            self._observe(some)
-            own = self._rows(some)
-            own.steering = [rows.steering[place] for place in drafted]
-            of_some = self.drafter.propose(own, int(limits[drafted].max()))
+            most = int(limits[drafted].max())
+            of_some = self._propose_some(rows, drafted, most)
             proposal = spread(of_some, drafted, rows.anchors)
-
         proposal = _cut(with_forced(proposal, rows.steering), limits)
-        if drafted and self.control is not None:
-            pays = self.control.trim(proposal)
-            pays = torch.maximum(pays, num_certain(proposal, rows.steering))
-            as_many_as_pay = [request.drafting == "auto" for request in requests]
-            is_trimmed = torch.tensor(as_many_as_pay, **BOOLS)
-            proposal = _cut(proposal, torch.where(is_trimmed, pays, proposal.sizes))
-        return proposal
+        if not drafted or self.control is None:
+            return proposal
+
+        pays = self.control.trim(proposal)
+        pays = torch.maximum(pays, num_certain(proposal, rows.steering))
+        as_many_as_pay = [request.drafting == "auto" for request in requests]
+        is_trimmed = torch.tensor(as_many_as_pay, **BOOLS)
+        return _cut(proposal, torch.where(is_trimmed, pays, proposal.sizes))
+
+    def _propose_some(self, rows: Rows, drafted: Sequence[int], most: int) -> Proposal:
+        """The drafter's own for the rows in these places, of at most so many nodes each."""
+        slots = [rows.slots[place] for place in drafted]
+        self._observe(slots)
+        some = self._rows(slots)
+        some.steering = [rows.steering[place] for place in drafted]
+        return self.drafter.propose(some, most)
 
     def _commit(
         self,
@@ -401,11 +413,9 @@ class Engine:
         for i, (request, nodes, path, bonus) in enumerate(rows):
             drafts = [nodes[node] for node in path[1:]]
             own = list(logits[i, path]) if request.params.logprobs else []
-            rejected = []
-            if sizes[i] > len(path):
-                accepted = set(path)
-                rejected = [nodes[node] for node in range(1, sizes[i]) if node not in accepted]
-            chunks.append(request.commit([*drafts, bonus], len(drafts), own, rejected))
+            rejected = _rejected(nodes[: sizes[i]], path)
+            chunk = request.commit([*drafts, bonus], len(drafts), own, rejected)
+            chunks.append(chunk)
         return chunks
 
     def _keep(self, slots: Sequence[int], paths: Sequence[list[int]]) -> list[list[int]]:
@@ -424,14 +434,9 @@ class Engine:
         try:
             return self._verdict(proposal, logits, rows)
         except UnusableLogits:
-            bad = []
-            is_finite = logits.amax(-1).isfinite().tolist()
-            sizes = proposal.sizes.tolist()
-            for slot, of_nodes, size in zip(rows.slots, is_finite, sizes, strict=True):
-                if not all(of_nodes[:size]):
-                    bad.append(slot)
+            blamed = _not_finite(proposal, logits, rows) or rows.slots
             errors: dict[int, Exception] = {}
-            for slot in bad or rows.slots:
+            for slot in blamed:
                 errors[slot] = self._unusable(len(self.running[slot].history))
             raise _Failed(errors) from None
 
@@ -460,7 +465,8 @@ class Engine:
         errors: dict[int, Exception] = {}
         wanted = adjusted_nodes(proposal, logits, rows.histories, readings, errors)
         if errors:
-            raise _Failed({rows.slots[row]: error for row, error in errors.items()})
+            by_slot = {rows.slots[row]: error for row, error in errors.items()}
+            raise _Failed(by_slot)
         return wanted
 
     def _steering(self, slot: int) -> Steering | None:
@@ -517,6 +523,10 @@ class Engine:
         self._drop([slot])
         return Chunk(index, (), (), error=error)
 
+    def _all_failed(self, errors: Mapping[int, Exception]) -> list[Chunk]:
+        """errors: by row."""
+        return [self._failed(slot, error) for slot, error in errors.items()]
+
     def _drop(self, slots: Sequence[int]) -> None:
         """Forget these rows. What they have left in the caches may be no numbers: it is wiped."""
         for slot in slots:
@@ -536,7 +546,9 @@ class Engine:
             self._observe(slots)
         for slot in slots:
             request = self.scheduler.requests()[slot]
-            tokens = request.history[: self._cache.lengths[slot]] if keeps else []
+            tokens: list[int] = []
+            if keeps:
+                tokens = request.history[: self._cache.lengths[slot]]
             self._ended[slot] = request
             self.scheduler.finish(slot, tokens)
             self._unseen.pop(slot, None)
@@ -589,8 +601,31 @@ def _rows_of(requests: Mapping[int, Request]) -> Rows:
     )
 
 
+def _not_finite(proposal: Proposal, logits: Tensor, rows: Rows) -> list[int]:
+    """The slots of the rows with a node whose logits give no law."""
+    bad = []
+    is_finite = logits.amax(-1).isfinite().tolist()
+    sizes = proposal.sizes.tolist()
+    for slot, of_nodes, size in zip(rows.slots, is_finite, sizes, strict=True):
+        if not all(of_nodes[:size]):
+            bad.append(slot)
+    return bad
+
+
 def _without_padding(path: Sequence[int]) -> list[int]:
     return [node for node in path if node >= 0]
+
+
+def _rejected(nodes: Sequence[int], path: Sequence[int]) -> list[int]:
+    """The tokens of the nodes that are not on the path."""
+    if len(path) == len(nodes):
+        return []
+    accepted = set(path)
+    rejected = []
+    for node, token in enumerate(nodes):
+        if node not in accepted:
+            rejected.append(token)
+    return rejected
 
 
 def _cut(proposal: Proposal, limits: Tensor) -> Proposal:
