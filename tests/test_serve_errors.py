@@ -71,3 +71,9 @@ def test_a_status_has_openais_word(status: int, kind: str) -> None:
     error = ApiError(status, "a", headers={"retry-after": "1"})
     assert error.body()["error"] == {"message": "a", "type": kind, "param": None, "code": None}
     assert error.headers == {"retry-after": "1"}
+
+
+def test_without_memory_a_client_is_told_to_come_back() -> None:
+    made = as_api_error(MemoryError())
+    assert made.status == 503
+    assert made.headers == {"retry-after": "1"}

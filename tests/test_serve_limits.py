@@ -46,6 +46,9 @@ def test_keys_come_from_the_environment_and_from_a_file(tmp_path: Path) -> None:
     file.write_text("\n")
     with pytest.raises(FlashDraftError, match="holds no key"):
         read_keys(None, file)
+    for empty in ("", " \n"):  # a variable that is there is meant
+        with pytest.raises(FlashDraftError, match="holds no key"):
+            read_keys(empty, None)
     for bad in ("has a space", "schlüssel", "x" * 2000):
         with pytest.raises(FlashDraftError, match="API key"):
             read_keys(bad, None)

@@ -82,7 +82,8 @@ def as_api_error(error: Exception, *, prompt: str = "prompt") -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, MemoryError):
-        return ApiError(503, "out of memory; try again later", code="out_of_memory")
+        message = "out of memory; try again later"
+        return ApiError(503, message, code="out_of_memory", headers={"retry-after": "1"})
     if not isinstance(error, FlashDraftError):
         return ApiError(500, "the server failed at this request", code="internal_error")
 

@@ -29,9 +29,13 @@ def refusal(error: ApiError) -> JSONResponse:
 def read_keys(from_environment: str | None, file: Path | None) -> list[bytes]:
     """Keys, one a line: of the environment variable's text and of a file.
 
-    Raises FlashDraftError for a key that no header can carry, and for a file without keys.
+    Raises FlashDraftError for a key that no header can carry, and for a variable or a file that is
+    there and holds none: whoever set it does not want to be open.
     """
     lines = (from_environment or "").split("\n")
+    if from_environment is not None and not from_environment.strip():
+        refused = "FLASHDRAFT_API_KEY is set and holds no key"
+        raise FlashDraftError(refused, hint="give it one, or unset it")
     if file is not None:
         own = file.read_text(encoding="utf-8").split("\n")
         if not any(line.strip() for line in own):
