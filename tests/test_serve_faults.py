@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -427,3 +427,33 @@ def test_health_answers_while_the_engine_reads_a_long_prompt(
         assert answer_from(sock).status == 200
     assert len(took) > 5
     assert sorted(took)[-2] < 0.1  # the very last may meet the step's end
+
+
+def test_what_is_long_is_written_beside_the_event_loop(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names of a million tokens, their log-probabilities: /health answers meanwhile."""
+    writing = []
+
+    def noted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            writing.append(threading.get_ident())
+            return function(*arguments)
+
+        return call
+
+    assert toy.worker.model is not None
+    tokenizer = toy.worker.model.tokenizer
+    named = noted(tokenizer.convert_ids_to_tokens)
+    with toy.client() as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(tokenizer, "convert_ids_to_tokens", named)
+            client.post("/tokenize", json={"prompt": "abc", "return_token_strs": True})
+        monkeypatch.setattr(Reply, "whole", noted(Reply.whole))
+        answer = client.post(CHAT, json=chat_body(logprobs=True))
+    assert answer.status_code == 200
+    assert len(writing) == 4
+
+    ran: Future[int] = Future()
+    toy.loop.call_soon_threadsafe(lambda: ran.set_result(threading.get_ident()))
+    assert ran.result(5) not in writing

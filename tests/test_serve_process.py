@@ -282,6 +282,17 @@ def test_a_port_in_use_is_told_before_anything_is_loaded(
 
 
 @pytest.mark.usefixtures("_loggers")
+@pytest.mark.parametrize("host", ["a..b", "a" * 70])
+def test_a_host_that_is_no_name_is_told(
+    host: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLASHDRAFT_API_KEY", "key")
+    error, hint = complaint(capsys, "--host", host, "--port", "0")
+    assert host in error
+    assert "--host" in hint
+
+
+@pytest.mark.usefixtures("_loggers")
 def test_a_model_that_cannot_be_read_ends_the_server_with_its_reason(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, folder: Path
 ) -> None:

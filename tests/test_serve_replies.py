@@ -295,6 +295,12 @@ def test_a_prompt_may_be_scored_alone(model: Model) -> None:
     assert body["usage"]["total_tokens"] == 4
 
 
+def test_a_prompt_whose_scoring_was_ended_says_so(model: Model) -> None:
+    call = completion(model, prompt="abcd", max_tokens=0, echo=True, logprobs=0)
+    (choice,) = whole(reply_to(call, model), [told("", reason="abort")])["choices"]
+    assert choice["finish_reason"] == "abort"
+
+
 def test_the_engine_scores_a_prompt(model: Model) -> None:
     call = completion(model, prompt="abcd", max_tokens=1, echo=True, logprobs=1, temperature=0)
     (choice,) = whole(reply_to(call, model), chunks_of(call, model))["choices"]

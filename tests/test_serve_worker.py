@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 from toy_server import LONG, Knobs, toy_model
 
-from flashdraft.engine import Request
+from flashdraft.engine import Engine, Request
 from flashdraft.errors import ModelNotFound
 from flashdraft.generate import Model
 from flashdraft.serve.worker import (
@@ -266,6 +266,20 @@ def test_an_abort_ends_every_text_with_what_it_has() -> None:
     run(body)
 
 
+def test_what_is_sent_behind_an_abort_ends_at_once() -> None:
+    async def body(worker: Worker, knobs: Knobs) -> None:
+        stream = worker.reserve()  # it is still being tokenised
+        worker.drain()
+        worker.abort()
+        stream.submit(requests(PROMPTS[0], params=WHOLE))
+        (ended,) = await results(stream)
+        assert ended.finish_reason == "abort"
+        assert ended.tokens == ()
+        assert is_free(worker, knobs)
+
+    run(body)
+
+
 def test_a_request_that_breaks_every_engine_before_it_begins_fails_at_last() -> None:
     async def body(worker: Worker, knobs: Knobs) -> None:
         knobs.fault = MemoryError("planted")
@@ -304,6 +318,26 @@ def test_a_fault_of_the_engine_fails_what_ran_and_the_rest_goes_on() -> None:
         assert [result.tokens for result in after] == alone(PROMPTS[0])
         assert is_free(worker, knobs)
         assert worker.is_ready
+
+    run(body)
+
+
+def test_an_engine_that_cannot_cancel_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Engine, index: int) -> None:
+        raise MemoryError("planted")
+
+    async def body(worker: Worker, knobs: Knobs) -> None:
+        knobs.seconds = 0.01
+        stream = worker.reserve()
+        stream.submit(requests(PROMPTS[0], params=WHOLE))
+        await anext(stream)
+        with monkeypatch.context() as patch:
+            patch.setattr(Engine, "cancel", broken)
+            stream.close()
+            await soon(lambda: len(knobs.engines) == 2)
+        after = await answered(worker, PROMPTS[0])
+        assert [result.tokens for result in after] == alone(PROMPTS[0])
+        assert is_free(worker, knobs)
 
     run(body)
 

@@ -226,14 +226,7 @@ class _Api:
         """Tokens of a prompt, or of a conversation as the chat template tells it."""
         self.worker.check_ready()
         body = await self._body(request, TokenizeBody)
-        tokens = await self._aside(tokenized, body, self._model)
-        context = self._model.target.context_length
-        told: Json = {"count": len(tokens), "max_model_len": context, "tokens": tokens}
-        told["token_strs"] = None
-        if body.return_token_strs:
-            name_of = self._model.tokenizer.convert_ids_to_tokens
-            told["token_strs"] = [name_of(token) for token in tokens]
-        return JSONResponse(told)
+        return await self._aside(_tokens_told, body, self._model)
 
     async def detokenize(self, request: Request) -> Response:
         """The text of tokens, special ones included."""
@@ -300,6 +293,17 @@ class _Api:
         """Have it done by one of the two threads that are there for it."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self.pool, partial(work, *args, **kwargs))
+
+
+def _tokens_told(body: TokenizeBody, model: Model) -> Response:
+    tokens = tokenized(body, model)
+    context = model.target.context_length
+    told: Json = {"count": len(tokens), "max_model_len": context, "tokens": tokens}
+    told["token_strs"] = None
+    if body.return_token_strs:
+        name_of = model.tokenizer.convert_ids_to_tokens
+        told["token_strs"] = [name_of(token) for token in tokens]
+    return JSONResponse(told)
 
 
 def _check_type(request: Request) -> None:

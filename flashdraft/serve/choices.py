@@ -162,7 +162,9 @@ class CompletionChoice:
     def _told(self, text: str, logprobs: Json | None) -> Json:
         reason: str | None = None
         if self.result is not None:
-            reason = "length" if self.is_scoring else self.result.finish_reason
+            reason = self.result.finish_reason
+        if self.is_scoring and reason == "stop":
+            reason = "length"  # the token that ended the text is not shown
         return {"index": self.index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
     def _logprobs(self, scored: list[Scored]) -> Json | None:

@@ -94,6 +94,11 @@ class Reply:
         return made | self._costs()
 
     @property
+    def is_large(self) -> bool:
+        """Whether `whole` takes long: log-probabilities may be a million of figures."""
+        return any(request.params.logprobs for request in self.call.requests)
+
+    @property
     def usage(self) -> Usage:
         """Of what has come so far: an answer counts when it is finished."""
         usage = Usage()

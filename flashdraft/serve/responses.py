@@ -90,11 +90,17 @@ class Whole(Response):
         try:
             async for chunk in self._stream:
                 self._reply.take(chunk)
-            response = JSONResponse(self._reply.whole())
+            if self._reply.is_large:  # the event loop has others to serve meanwhile
+                response = await asyncio.to_thread(self._told)
+            else:
+                response = self._told()
         except Exception as error:
             return refusal(as_refusal(error, prompt=self._reply.call.prompt_field))
         self._on_end()
         return response
+
+    def _told(self) -> Response:
+        return JSONResponse(self._reply.whole())
 
 
 class EventStream(EventSourceResponse):

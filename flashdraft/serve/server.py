@@ -37,10 +37,10 @@ def listen(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-    except OSError as error:
-        raise FlashDraftError(
-            f"cannot listen at `{host}`: {error.strerror}", hint="--host 127.0.0.1 is this machine"
-        ) from None
+    except (OSError, UnicodeError) as error:  # UnicodeError: no name that there could be
+        why = error.strerror if isinstance(error, OSError) else "this is no name of a machine"
+        got = f"cannot listen at `{host}`: {why}"
+        raise FlashDraftError(got, hint="--host 127.0.0.1 is this machine") from None
 
     made = socket.socket(family, kind, protocol)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

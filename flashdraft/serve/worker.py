@@ -269,6 +269,7 @@ class Worker:
         self._requests: dict[int, Request] = {}
         self._gone_over: set[int] = set()  # that waited when an engine failed
         self._stopping = False
+        self._aborted = False
 
     # --- on the event loop ------------------------------------------------------------------------
 
@@ -322,7 +323,7 @@ class Worker:
             self._set_state("draining")
 
     def abort(self) -> None:
-        """End every text where it is, with the finish reason `abort`."""
+        """End every text where it is, with the finish reason `abort`; also what still comes."""
         self._commands.put(self._on_abort)
 
     async def stop(self, seconds: float = 10.0) -> bool:
@@ -451,6 +452,9 @@ class Worker:
             command()
 
     def _on_submit(self, requests: list[Request]) -> None:
+        if self._aborted:
+            self._tell(self._deliver, [_aborted(request) for request in requests])
+            return
         for request in requests:
             try:
                 self._on_engine().submit(request)
@@ -460,16 +464,24 @@ class Worker:
                 self._requests[request.index] = request
 
     def _on_cancel(self, stream: Stream, numbers: list[int], reason: str) -> None:
+        fault = ""
         for number in numbers:
             request = self._requests.pop(number, None)
-            if request is not None:
+            if request is None or fault:
+                continue
+            try:
                 self._on_engine().cancel(number)
+            except Exception as error:  # the row is neither free nor in use
+                fault = "".join(traceback.format_exception(error))
+        if fault:
+            self._on_fault(fault)
         self._tell(self._cancelled, stream, len(numbers), reason)
 
     def _on_stop(self) -> None:
         self._stopping = True
 
     def _on_abort(self) -> None:
+        self._aborted = True
         chunks = []
         for number, request in self._requests.items():
             self._on_engine().cancel(number)
