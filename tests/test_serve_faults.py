@@ -335,7 +335,14 @@ def test_an_error_of_one_row_ends_that_request_alone(
     assert last["error"]["code"] == "out_of_memory"
 
 
-def test_an_engine_that_fails_costs_what_ran_and_nothing_after_it(toy: Toy) -> None:
+class Panic(BaseException):
+    """What a library in Rust raises where it gives up."""
+
+
+@pytest.mark.parametrize("fault", [MemoryError("planted"), Panic("planted")])
+def test_an_engine_that_fails_costs_what_ran_and_nothing_after_it(
+    toy: Toy, fault: BaseException
+) -> None:
     alone = said(toy, chat_body())
     faults = toy.metric("engine_faults_total")
     with toy.knobs.slow(PACE), toy.client() as client:
@@ -344,7 +351,7 @@ def test_an_engine_that_fails_costs_what_ran_and_nothing_after_it(toy: Toy) -> N
             whole = pool.submit(client.post, CHAT, json=long_body())
             next(events)
             until(lambda: len(toy.knobs.engines[-1].running) == 2)
-            toy.knobs.fault = MemoryError("planted")
+            toy.knobs.fault = fault
             *_, last = events
             answer = whole.result()
     assert last["error"]["code"] == "engine_fault"

@@ -4,6 +4,7 @@ shapes that OpenAI's client, lm-eval and vLLM's tools read.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -14,15 +15,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from starlette.types import Message, Scope
 from toy_prompts import language_model
 
 from flashdraft.engine import Engine
 from flashdraft.generate import Model
+from flashdraft.serve import responses
 from flashdraft.serve.protocol import ChatBody, CompletionBody, read_body
 from flashdraft.serve.replies import Head, Reply, new_head
 from flashdraft.serve.tokens import TokenTexts
 from flashdraft.serve.translate import Call, Settings, translate
 from flashdraft.serve.usage import Speculation
+from flashdraft.serve.worker import TooSlow
 from flashdraft.types import Chunk, FinishReason, Piece, Result, Stats, TokenLogprob
 
 HEAD = Head("chatcmpl-1", 1_700_000_000, "toy", "fp")
@@ -423,3 +427,53 @@ def test_a_stream_shows_what_was_drafted(model: Model) -> None:
     quiet = reply.take(Chunk(0, (Piece("", False),), (7,)))
     assert quiet is not None
     assert quiet["choices"] == []
+
+
+class StalledStream:
+    """A worker's stream with one chunk, whose client reads nothing."""
+
+    def __init__(self, chunk: Chunk) -> None:
+        self.overflowed = asyncio.Event()
+        self.is_closed = False
+        self._chunks = [chunk]
+
+    async def news(self, seconds: float) -> bool:
+        return True
+
+    async def __anext__(self) -> Chunk:
+        if not self._chunks:
+            raise StopAsyncIteration
+        return self._chunks.pop()
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def test_a_client_that_leaves_its_stream_unread_is_dropped(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(responses, "_PATIENCE", 0.05)
+    call = chat(model, stream=True)
+    stream: Any = StalledStream(chunks_of(call, model)[0])
+    dropped: list[bool] = []
+
+    async def receive() -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()  # the connection's buffer is full
+
+    async def run() -> Scope:
+        reply = reply_to(call, model)
+        answer = responses.EventStream(stream, reply, lambda: None, keep_alive=1.0)
+        scope: Scope = {"type": "http", "state": {"abort": lambda: dropped.append(True)}}
+        async with asyncio.timeout(10):
+            await answer(scope, receive, send)
+        return scope
+
+    scope = asyncio.run(run())
+    assert dropped == [True]
+    assert stream.is_closed
+    assert scope["state"]["status"] == responses._STATUSES[TooSlow][0]

@@ -34,6 +34,7 @@ __all__ = ["EventStream", "Whole", "as_refusal"]
 _LOG = logging.getLogger("flashdraft.serve")
 _GONE = 499  # nginx's status for a client that did not wait; nobody sees it but the log
 _RETRY = {"retry-after": "1"}
+_PATIENCE = 60.0  # seconds that a client may leave a piece of its stream unread
 _DONE = format_sse_event(data_str="[DONE]")
 _STATUSES: dict[type[Exception], tuple[int, str]] = {
     Overloaded: (429, "overloaded"),
@@ -175,7 +176,13 @@ class EventStream(EventSourceResponse):
             self._is_begun = True
             start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
             await send(start)
-        await send({"type": "http.response.body", "body": piece, "more_body": True})
+        body = {"type": "http.response.body", "body": piece, "more_body": True}
+        try:
+            async with asyncio.timeout(_PATIENCE):
+                await send(body)
+        except TimeoutError:
+            self._stream.overflowed.set()
+            await asyncio.Event().wait()  # until `__call__`, which drops the client, cancels us
 
 
 def _event(data: Json) -> bytes:

@@ -493,7 +493,9 @@ class Worker:
         fault = ""
         try:
             chunks = self._on_engine().step()
-        except Exception as error:
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # a library's panic in Rust is no Exception
             fault = "".join(traceback.format_exception(error))
         if fault:  # behind the `except`, where the error's frames hold no engine any more
             self._on_fault(fault)
