@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # guidellm beside `flashdraft bench serve`: the same prompts of a file, 64 tokens an answer, the same numbers of streams, in turn. Both
-# throughputs should agree within 10 %, where guidellm has cores of its own: on two it took 15 to 18 % off. About 3 minutes with the built-in model on two cores, and some more once for the environment (6 GB: it wants torch).
+# throughputs should agree within 10 %, where guidellm has cores of its own: on two it took 15 to 18 % off. About 3 minutes with the
+# built-in model on two cores, and some more once for the environment (6 GB: it wants torch).
 #   flashdraft serve & recipes/serve_guidellm.sh http://127.0.0.1:8000 PROMPTS.jsonl [FOLDER]
 # PROMPTS: lines with `prompt`, as flashdraft tasks writes them, and 100 of them by default: no request's prompt was asked before.
 # STREAMS ("1 8"), REPEATS (2), REQUESTS a stream (4), TOKENIZER (a folder), MODEL, VENV: an environment that has guidellm already.
