@@ -1,0 +1,1 @@
+"""Block speculation for image diffusion models."""

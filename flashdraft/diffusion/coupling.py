@@ -1,0 +1,88 @@
+"""Two Gaussians of one covariance, drawn so that they are the same point as often as can be.
+
+A draft draws x from N(m_p, s^2 I); the target wants a draw of N(m_q, s^2 I). The reflection-maximal
+coupling keeps x where that is allowed and reflects its noise where not: what comes out is a draw of
+the target's law whatever the draft's mean was, and it is x with the highest chance that any
+coupling has (De Bortoli et al. 2501.05370, section 3.2; Bou-Rabee, Eberle and Zimmer 1805.00452).
+The
+condition: both means are functions of what was known before x's noise was drawn.
+
+Knows tensors. Does not know models, schedules or drafts.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Coupled", "acceptance", "couple", "distance"]
+
+SMALLEST = 1e-8  # a deviation below this is none: the step is deterministic
+
+
+class Coupled(NamedTuple):
+    """sample: [n, ...], a draw of the target's law; accepted: [n] bool, where it is the draft's."""
+
+    sample: Tensor
+    accepted: Tensor
+
+
+def distance(draft_mean: Tensor, target_mean: Tensor, deviation: Tensor) -> Tensor:
+    """How far apart the means [n, ...] are, in deviations [n]: [n], float64.
+
+    Infinite where the deviation is none and the means differ.
+    """
+    gaps = _norm(draft_mean.double() - target_mean.double())
+    scaled = gaps / deviation.double().clamp(min=SMALLEST)
+    is_none = deviation < SMALLEST
+    apart = torch.where(gaps > 0, torch.inf, 0.0)
+    return torch.where(is_none, apart, scaled)
+
+
+def acceptance(distances: Tensor) -> Tensor:
+    """The chance that a draft is accepted: 2 Phi(-d / 2), the overlap of the two laws."""
+    chances: Tensor = torch.special.erfc(distances / 8**0.5)
+    return chances
+
+
+def couple(
+    noise: Tensor, draft_mean: Tensor, target_mean: Tensor, deviation: Tensor, uniforms: Tensor
+) -> Coupled:
+    """The target's draw, from the noise that the draft's was made of.
+
+    noise, draft_mean, target_mean: [n, ...]; deviation, uniforms: [n], uniforms in [0, 1). The
+    draft is draft_mean + deviation * noise. Sums run over all of a row, in float64. Where the
+    deviation is none the target's mean is its draw.
+    """
+    wide = _wide(deviation.double(), noise)
+    shift = (draft_mean.double() - target_mean.double()) / wide.clamp(min=SMALLEST)
+    inner = _sum(noise.double() * shift)
+    length = _norm(shift)
+
+    # log of the target's density over the draft's, at the draft
+    log_ratio = -(inner + length**2 / 2)
+    accepted = torch.log1p(-uniforms.double()) <= log_ratio
+    accepted &= (deviation >= SMALLEST) | (length == 0)
+
+    direction = shift / _wide(length, noise).clamp(min=torch.finfo(torch.float64).tiny)
+    along = _wide(_sum(noise.double() * direction), noise)
+    reflected = noise.double() - 2 * along * direction
+    is_random = _wide(deviation >= SMALLEST, noise)
+    rejected_sample = target_mean.double() + torch.where(is_random, wide * reflected, 0.0)
+    accepted_sample = draft_mean.double() + torch.where(is_random, wide * noise.double(), 0.0)
+    sample = torch.where(_wide(accepted, noise), accepted_sample, rejected_sample)
+    return Coupled(sample.to(target_mean.dtype), accepted)
+
+
+def _sum(values: Tensor) -> Tensor:
+    return values.flatten(1).sum(1)
+
+
+def _norm(values: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(values.flatten(1), dim=1)
+    return norms
+
+
+def _wide(values: Tensor, like: Tensor) -> Tensor:
+    """[n] as [n, 1, ...]."""
+    return values.view(-1, *[1] * (like.dim() - 1))
