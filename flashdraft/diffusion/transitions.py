@@ -172,13 +172,28 @@ def _refusal(got: str, hint: str) -> InvalidParameter:
 
 
 def _refuse_unknown_settings(scheduler: Any) -> None:
-    kind = scheduler.config.get("variance_type")
+    config = scheduler.config
+    kind = config.get("variance_type")
     if kind in ("learned", "learned_range"):
         got = f"variance_type is {kind!r}: the target's own variances are not the draft's"
         raise _refusal(got, "block speculation needs variances that the schedule fixes")
-    if scheduler.config.prediction_type not in ("epsilon", "v_prediction", "sample"):
-        got = f"prediction_type is {scheduler.config.prediction_type!r}"
+    if config.prediction_type not in ("epsilon", "v_prediction", "sample"):
+        got = f"prediction_type is {config.prediction_type!r}"
         raise _refusal(got, "it takes epsilon, v_prediction or sample")
+    if config.get("algorithm_type") is not None:
+        _refuse_other_solvers(config)
+
+
+def _refuse_other_solvers(config: Any) -> None:
+    kind = config.algorithm_type
+    if kind not in ("dpmsolver++", "sde-dpmsolver++"):
+        raise _refusal(f"algorithm_type is {kind!r}", "it takes dpmsolver++ or sde-dpmsolver++")
+    most = 1 if kind == "sde-dpmsolver++" else 2
+    if config.solver_order > most:
+        got = f"solver_order is {config.solver_order} with {kind}"
+        raise _refusal(got, f"it takes solver_order={most}")
+    if config.use_flow_sigmas:
+        raise _refusal("use_flow_sigmas is set", "flow matching's schedule is not known here")
 
 
 # ---- variance-preserving schedules ---------------------------------------------------------------
@@ -254,16 +269,6 @@ def _dpm_solver(scheduler: Any, eta: float) -> Transitions:
     del eta
     config = scheduler.config
     is_random = config.algorithm_type == "sde-dpmsolver++"
-    if config.algorithm_type not in ("dpmsolver++", "sde-dpmsolver++"):
-        got = f"algorithm_type is {config.algorithm_type!r}"
-        raise _refusal(got, "it takes dpmsolver++ or sde-dpmsolver++")
-    most = 1 if is_random else 2
-    if config.solver_order > most:
-        got = f"solver_order is {config.solver_order} with {config.algorithm_type}"
-        raise _refusal(got, f"it takes solver_order={most}")
-    if config.use_flow_sigmas:
-        raise _refusal("use_flow_sigmas is set", "flow matching's schedule is not known here")
-
     ratios = scheduler.sigmas.to(**_DOUBLES)  # noise to signal, one more than there are steps
     alphas = 1 / (ratios**2 + 1).sqrt()
     sigmas = ratios * alphas
