@@ -246,7 +246,6 @@ def deterministic(order: int) -> Transitions:
     return transitions(scheduler)
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("order", [1, 2])
 def test_tolerance_zero_is_the_sequential_sampler(order: int) -> None:
     table = deterministic(order)
@@ -256,7 +255,6 @@ def test_tolerance_zero_is_the_sequential_sampler(order: int) -> None:
     assert sum(image.defect for image in got.images) == 0.0
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("order", [1, 2])
 def test_tolerance_trades_rounds_for_a_defect_that_is_told(order: int) -> None:
     table = deterministic(order)

@@ -17,9 +17,6 @@ from diffusers import (
 from flashdraft.diffusion.transitions import Transitions, check, transitions
 from flashdraft.errors import InvalidParameter
 
-# diffusers hands tensors to numpy 2 in the way of numpy 1.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
 SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("linspace", "leading", "trailing")
