@@ -13,7 +13,7 @@ from torch import Tensor
 from flashdraft.diffusion import sampler as sampler_module
 from flashdraft.diffusion.coupling import Coupled
 from flashdraft.diffusion.drafts import Draft, ExtrapolatedDraft, FrozenDraft, Past
-from flashdraft.diffusion.sampler import BlockSampler, Decision, Evaluate, Image
+from flashdraft.diffusion.sampler import Answer, BlockSampler, Decision, Evaluate, Image
 from flashdraft.diffusion.transitions import Prediction, Transitions, transitions
 
 WIDTH = 6
@@ -24,7 +24,7 @@ SPREAD = 0.05  # variance around each centre
 def mixture(table: Transitions) -> Evaluate:
     """The exact noise prediction for data that are Gaussians around CENTRES."""
 
-    def evaluate(places: list[int], steps: Tensor, points: Tensor) -> Tensor:
+    def evaluate(places: list[int], steps: Tensor, points: Tensor) -> Answer:
         alpha = table.alpha[steps].float()[:, None]
         sigma = table.sigma[steps].float()[:, None]
         variance = alpha**2 * SPREAD + sigma**2
@@ -32,7 +32,7 @@ def mixture(table: Transitions) -> Evaluate:
         weights = (-(gaps**2).sum(-1) / (2 * variance)).softmax(1)
         likely = CENTRES + (alpha * SPREAD / variance)[..., None] * gaps
         clean = (weights[..., None] * likely).sum(1)
-        return (points - alpha * clean) / sigma
+        return Answer((points - alpha * clean) / sigma)
 
     return evaluate
 
@@ -82,8 +82,9 @@ class Adversary:
     """Draws every point far off, to a side that turns with the step."""
 
     name = "adversary"
+    needs_features = False
 
-    def block(self, table: Transitions, past: Past, noises: Tensor) -> Any:
+    def block(self, table: Transitions, past: Past, point: Tensor, noises: Tensor) -> Any:
         def predict(lag: int, step: int, point: Tensor) -> Prediction:
             turned = past.said.clean.roll(step)[None] * (1.0 + 0.2 * lag)
             return table.implied(torch.tensor([step]), point, turned)
@@ -95,13 +96,14 @@ class Perfect:
     """Knows what the target will say."""
 
     name = "perfect"
+    needs_features = False
 
-    def block(self, table: Transitions, past: Past, noises: Tensor) -> Any:
+    def block(self, table: Transitions, past: Past, point: Tensor, noises: Tensor) -> Any:
         evaluate = mixture(table)
 
         def predict(lag: int, step: int, point: Tensor) -> Prediction:
             steps = torch.tensor([step])
-            return table.predicted(steps, point, evaluate([0], steps, point))
+            return table.predicted(steps, point, evaluate([0], steps, point).outputs)
 
         return predict
 
@@ -110,9 +112,10 @@ class Peeking:
     """Planted: its mean has seen the step's own noise."""
 
     name = "peeking"
+    needs_features = False
 
-    def block(self, table: Transitions, past: Past, noises: Tensor) -> Any:
-        frozen = FrozenDraft().block(table, past, noises)
+    def block(self, table: Transitions, past: Past, point: Tensor, noises: Tensor) -> Any:
+        frozen = FrozenDraft().block(table, past, point, noises)
 
         def predict(lag: int, step: int, point: Tensor) -> Prediction:
             said = frozen(lag, step, point)
@@ -176,7 +179,7 @@ def test_a_block_of_one_step_is_the_sampler() -> None:
         point = image.point
         for step in range(STEPS):
             steps = torch.tensor([step])
-            said = table.predicted(steps, point[None], evaluate([0], steps, point[None]))
+            said = table.predicted(steps, point[None], evaluate([0], steps, point[None]).outputs)
             mean = table.mean(steps, point[None], said)[0]
             point = mean + float(table.deviation[step]) * image.noise_of(step)
         torch.testing.assert_close(own, point, rtol=1e-5, atol=1e-5)
@@ -227,8 +230,9 @@ def test_a_mean_knows_nothing_of_its_own_and_later_noises(draft: Draft) -> None:
     for changed in range(5):
         other = noises.clone()
         other[changed] += 1.0
-        blocks = [draft.block(table, past, own) for own in (noises, other)]
-        point = CENTRES[4][None]
+        start = CENTRES[4]
+        blocks = [draft.block(table, past, start, own) for own in (noises, other)]
+        point = start[None]
         for lag in range(changed + 1):
             means = [block(lag, 3 + lag, point) for block in blocks]
             assert torch.equal(means[0].clean, means[1].clean)

@@ -111,13 +111,13 @@ def test_a_faulty_table_is_seen(name: str) -> None:
 
 def test_the_weight_of_clean_latents_is_the_gain_in_signal_to_noise() -> None:
     """2501.05370, section 4: |D|^2 = (SNR' - SNR) |x0 - x0'|^2, of DDPM and of DDIM(1)."""
-    from flashdraft.diffusion.lengths import _weights
+    from flashdraft.diffusion.lengths import weights_of
 
     for scheduler, eta in ((DDPMScheduler(**SCHEDULE), 0.0), (DDIMScheduler(**SCHEDULE), 1.0)):
         scheduler.set_timesteps(50)
         table = transitions(scheduler, eta=eta)
         ratio = (table.alpha / table.sigma) ** 2
-        torch.testing.assert_close(_weights(table)[:-1], ratio[1:] - ratio[:-1])
+        torch.testing.assert_close(weights_of(table)[:-1], ratio[1:] - ratio[:-1])
 
 
 @pytest.mark.parametrize(

@@ -21,16 +21,20 @@ __all__ = ["Block", "Draft", "ExtrapolatedDraft", "FrozenDraft", "Past"]
 
 @dataclass(frozen=True)
 class Past:
-    """What the target said of the last two points of one image that it has read and kept. [...]"""
+    """What the target said of the last two points of one image that it has read and kept. [...]
+
+    features: [channels, h, w], its hidden state at the last of them, where a draft needs that.
+    """
 
     step: int
     said: Prediction
     step_before: int | None = None
     said_before: Prediction | None = None
+    features: Tensor | None = None
 
-    def then(self, step: int, said: Prediction) -> "Past":
+    def then(self, step: int, said: Prediction, features: Tensor | None = None) -> "Past":
         """After one point more."""
-        return Past(step, said, self.step, self.said)
+        return Past(step, said, self.step, self.said, features)
 
 
 class Block(Protocol):
@@ -44,10 +48,12 @@ class Draft(Protocol):
     """Something that predicts blocks."""
 
     name: str
+    needs_features: bool  # of the target, in `Past`
 
-    def block(self, table: Transitions, past: Past, noises: Tensor) -> Block:
-        """The block behind this past. noises: [lags, ...], which its steps will take: a lag's
-        prediction must not depend on its own, nor on later ones."""
+    def block(self, table: Transitions, past: Past, point: Tensor, noises: Tensor) -> Block:
+        """The block that begins at this point [...], a step behind its past. noises: [lags, ...],
+        which its steps will take: a lag's prediction must not depend on its own, nor on later
+        ones."""
 
 
 class FrozenDraft:
@@ -55,9 +61,10 @@ class FrozenDraft:
     last. Free of charge."""
 
     name = "frozen-x0"
+    needs_features = False
 
-    def block(self, table: Transitions, past: Past, noises: Tensor) -> Block:
-        del noises
+    def block(self, table: Transitions, past: Past, point: Tensor, noises: Tensor) -> Block:
+        del point, noises
         clean = past.said.clean[None]
 
         def predict(lag: int, step: int, point: Tensor) -> Prediction:
@@ -72,9 +79,10 @@ class ExtrapolatedDraft:
     of the noise level: for samplers without noise (tolerance mode)."""
 
     name = "extrapolated"
+    needs_features = False
 
-    def block(self, table: Transitions, past: Past, noises: Tensor) -> Block:
-        del noises
+    def block(self, table: Transitions, past: Past, point: Tensor, noises: Tensor) -> Block:
+        del point, noises
         log_level = (table.sigma / table.alpha).log()
         start = past.said.noise
         slope = torch.zeros_like(start)

@@ -13,7 +13,7 @@ from flashdraft.diffusion.coupling import SMALLEST, acceptance
 from flashdraft.diffusion.sampler import Decision
 from flashdraft.diffusion.transitions import Transitions
 
-__all__ = ["Costs", "Lengths"]
+__all__ = ["Costs", "Lengths", "weights_of"]
 
 _KEPT = 0.8  # of what is known, at every decision
 _HOPELESS = 0.02  # chance of a step to be reached: no block is longer
@@ -53,7 +53,7 @@ class Lengths:
         """What became of drafted steps."""
         for one in decisions:
             if exact:
-                weight = float(_weights(table)[one.step])
+                weight = float(weights_of(table)[one.step])
                 gap = _distance(one.predicted) ** 2 / max(weight, _TINY)
                 _fade(self._gaps, one.lag, gap)
             else:
@@ -88,11 +88,11 @@ class Lengths:
         if not exact:
             return known[nearest]
         gap = known[nearest] * max((lag + 1) / (nearest + 1), 1.0)
-        length = float(_weights(table)[step]) * gap
+        length = float(weights_of(table)[step]) * gap
         return float(acceptance(torch.tensor(length, dtype=torch.float64).sqrt()))
 
 
-def _weights(table: Transitions) -> torch.Tensor:
+def weights_of(table: Transitions) -> torch.Tensor:
     """By step: what a squared distance of clean latents is taken times, to be one of the means, in
     deviations. Of DDPM it is what the step adds to the signal-to-noise ratio."""
     share = table.clean - table.noise * table.alpha / table.sigma

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,12 +28,15 @@ from torch import Tensor
 
 from flashdraft.diffusion import transitions as tables
 from flashdraft.diffusion.drafts import Draft, ExtrapolatedDraft, FrozenDraft
+from flashdraft.diffusion.learned import LearnedDraft
 from flashdraft.diffusion.lengths import Costs, Lengths
-from flashdraft.diffusion.sampler import BlockSampler, Committed, Decision, Image
+from flashdraft.diffusion.sampler import Answer, BlockSampler, Committed, Decision, Image
 from flashdraft.diffusion.transitions import Transitions
-from flashdraft.errors import InvalidParameter, UnusableLogits
+from flashdraft.errors import CheckpointError, InvalidParameter, UnusableLogits
 
 __all__ = ["SpeculativeDiffusion", "Stats"]
+
+Watch = Callable[[int, Image, int, Tensor], None]  # an image's place, itself, step and point
 
 _VOIDS = 2  # blocks in a row that a callback has changed: then blocks have one step
 
@@ -81,7 +85,7 @@ class Stats:
 class SpeculativeDiffusion:
     """A pipe whose steps are drafted in blocks. Used as a context, or called like the pipe.
 
-    draft: "frozen-x0", "extrapolated", or a Draft. mode: "exact" (a sampler with noise; every image
+    draft: "frozen-x0", "extrapolated", the folder of a trained one, or a Draft. mode: "exact" (a sampler with noise; every image
     is drawn from its law) or "tolerance" (one without; steps within `tol` of the target's, relative
     to the latents' norm). block: steps, or "auto": as many as pay by `costs`, the seconds of a UNet
     call by its number of rows; None: every call costs the same.
@@ -91,7 +95,7 @@ class SpeculativeDiffusion:
         self,
         pipe: Any,
         *,
-        draft: str | Draft | None = None,
+        draft: str | Path | Draft | None = None,
         mode: str = "exact",
         block: int | str = "auto",
         tol: float = 0.005,
@@ -118,6 +122,12 @@ class SpeculativeDiffusion:
         self.last_stats: Stats | None = None
         self._run: _Run | None = None
         self._is_entered = False
+        self._hidden: Tensor | None = None  # of the UNet's last call, before its last layer
+        self._hook: Any = None
+        self.watch: Watch | None = None  # of every committed step of blocks of one
+        if isinstance(self.draft, LearnedDraft):
+            self.draft.check(pipe.unet)
+            self.draft.model.to(pipe.unet.device)
 
     def __enter__(self) -> "SpeculativeDiffusion":
         unet, scheduler = self.pipe.unet, self.pipe.scheduler
@@ -134,6 +144,8 @@ class SpeculativeDiffusion:
             _Patch(scheduler, "scale_model_input", self._scale_model_input),
             _Patch(scheduler, "step", self._step),
         ]
+        if self.draft.needs_features:
+            self._hook = unet.conv_out.register_forward_pre_hook(self._keep_hidden)
         unet.__dict__["_flashdraft"] = self
         scheduler.__dict__["_flashdraft"] = self
         self._is_entered = True
@@ -144,8 +156,20 @@ class SpeculativeDiffusion:
             patch.undo()
         for one in (self._patched[0].owner, self._patched[1].owner):
             del one.__dict__["_flashdraft"]
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        self._hidden = None
         self._run = None
         self._is_entered = False
+
+    def _keep_hidden(self, module: Any, inputs: tuple[Tensor, ...]) -> None:
+        del module
+        self._hidden = inputs[0]
+
+    def features(self, count: int) -> Tensor | None:
+        """The UNet's hidden states [count, ...] of its last call, of the branch with the text."""
+        return None if self._hidden is None else self._hidden[-count:]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the pipe returns."""
@@ -341,14 +365,15 @@ class _Run:
         self._guidance = self._guidance_now()
         raw_of_rows: list[Tensor] = []
 
-        def evaluate(rows: list[int], steps: Tensor, points: Tensor) -> Tensor:
+        def evaluate(rows: list[int], steps: Tensor, points: Tensor) -> Answer:
             scale = table.scale[steps].to(points).view(-1, *[1] * (points.dim() - 1))
             times = table.times[steps].to(call.sample.device)
             scaled = (points * scale).to(call.sample.dtype)
             own = [places[row] for row in rows]
             raw = call.of_points(own, len(self._images), scaled, times)
             raw_of_rows.extend(raw.unbind(1))
-            return _finite(self._guided(raw)).float()
+            outputs = _finite(self._guided(raw)).float()
+            return Answer(outputs, self._owner.features(len(rows)))
 
         images = [self._images[place] for place in places]
         branches = len(call.sample) // len(self._images)
@@ -367,6 +392,8 @@ class _Run:
                 self._done[place][committed.step] = committed
                 lag = committed.step - starts[own_place]
                 self._raw[place][committed.step] = raw_of_rows[row + lag]
+                if self._owner.watch is not None:
+                    self._owner.watch(place, self._images[place], committed.step, committed.point)
             row += lengths[own_place]
 
     def _length(self, step: int, rows_a_step: int) -> int:
@@ -457,16 +484,19 @@ class _Run:
         self._stats.images = num_images
         self._guidance = self._guidance_now()
 
-        def evaluate(rows: list[int], steps: Tensor, points: Tensor) -> Tensor:
+        def evaluate(rows: list[int], steps: Tensor, points: Tensor) -> Answer:
             del rows, steps, points
-            return _finite(output).float()
+            return Answer(_finite(output).float(), self._owner.features(num_images))
 
         sampler = BlockSampler(self._table, self._owner.draft, self._owner.tol)
         done = sampler.round(self._images, [1] * num_images, evaluate)
         self._stats.defects = [0.0] * num_images
         branches = self._first_output.view(-1, num_images, *output.shape[1:])
         for place in range(num_images):
-            self._done[place][0] = done.committed[place][0]
+            committed = done.committed[place][0]
+            self._done[place][0] = committed
+            if self._owner.watch is not None:
+                self._owner.watch(place, self._images[place], 0, committed.point)
             self._raw[place][0] = branches[:, place]
 
     def _check_call(self, call: _Call, num_images: int, output: Tensor) -> None:
@@ -587,19 +617,24 @@ def _check_mode(scheduler: Any, table: Transitions, is_exact: bool) -> None:
         raise InvalidParameter(got, hint='give mode="exact"', option="mode")
 
 
-def _draft(draft: str | Draft | None, mode: str) -> Draft:
+def _draft(draft: str | Path | Draft | None, mode: str) -> Draft:
     if draft is None:
         return FrozenDraft() if mode == "exact" else ExtrapolatedDraft()
-    if not isinstance(draft, str):
+    if not isinstance(draft, str | Path):
         return draft
     known: dict[str, Callable[[], Draft]] = {
         "frozen-x0": FrozenDraft,
         "extrapolated": ExtrapolatedDraft,
     }
-    if draft not in known:
-        hint = f"it is one of {', '.join(known)}, or a draft"
-        raise InvalidParameter(f"draft is {draft!r}", hint=hint, option="draft")
-    return known[draft]()
+    if draft in known:
+        return known[str(draft)]()
+    try:
+        return LearnedDraft.from_pretrained(draft)
+    except CheckpointError:
+        if Path(draft).exists() or "/" in str(draft):
+            raise
+        hint = f"it is one of {', '.join(known)}, or a trained draft's folder"
+        raise InvalidParameter(f"draft is {draft!r}", hint=hint, option="draft") from None
 
 
 def _first_step(scheduler: Any, timestep: Any) -> int:

@@ -23,12 +23,21 @@ from flashdraft.diffusion.coupling import Coupled, acceptance, couple, distance
 from flashdraft.diffusion.drafts import Draft, Past
 from flashdraft.diffusion.transitions import Prediction, Transitions
 
-__all__ = ["BlockSampler", "Committed", "Decision", "Evaluate", "Image", "Round"]
+__all__ = ["Answer", "BlockSampler", "Committed", "Decision", "Evaluate", "Image", "Round"]
 
 _TINY = 1e-12
 
-# (places of images [m], steps [m], points [m, ...]) to the target's outputs [m, ...].
-Evaluate = Callable[[list[int], Tensor, Tensor], Tensor]
+
+class Answer(NamedTuple):
+    """What the target says of points: outputs [m, ...], and its hidden states [m, channels, h, w]
+    there, where a draft needs them."""
+
+    outputs: Tensor
+    features: Tensor | None = None
+
+
+# Of places of images [m], steps [m] and points [m, ...].
+Evaluate = Callable[[list[int], Tensor, Tensor], Answer]
 
 
 @dataclass
@@ -106,8 +115,8 @@ class BlockSampler:
         for place, (image, length) in enumerate(zip(images, lengths, strict=True)):
             self._add(block, place, image, self.length(image, length))
         points = torch.stack(block.points)
-        outputs = evaluate(block.places, torch.tensor(block.steps, dtype=torch.int64), points)
-        return self._walk(images, block, points, outputs)
+        answer = evaluate(block.places, torch.tensor(block.steps, dtype=torch.int64), points)
+        return self._walk(images, block, points, answer)
 
     def length(self, image: Image, wanted: int) -> int:
         """Of the block that `round` makes where so many points are wanted."""
@@ -123,7 +132,8 @@ class BlockSampler:
         noises = [image.noise_of(image.step + lag) for lag in range(length)]
         predict = None
         if image.past is not None and length > 1:
-            predict = self.draft.block(self.table, image.past, torch.stack(noises[:-1]))
+            own = torch.stack(noises[:-1])
+            predict = self.draft.block(self.table, image.past, image.point, own)
 
         point = image.point
         before = None if image.past is None else image.past.said.clean[None]
@@ -147,10 +157,11 @@ class BlockSampler:
     # ---- verifying -------------------------------------------------------------------------------
 
     def _walk(
-        self, images: Sequence[Image], block: _Block, points: Tensor, outputs: Tensor
+        self, images: Sequence[Image], block: _Block, points: Tensor, answer: Answer
     ) -> Round:
         """All steps are judged at once; an image keeps those before its first refusal, and that."""
         steps = torch.tensor(block.steps, dtype=torch.int64)
+        outputs, features = answer
         said = self.table.predicted(steps, points, outputs)
         means = self.table.mean(steps, points, said, self._before(images, block, said))
         drafted = means.clone()  # the last step of a block is the target's own
@@ -177,7 +188,8 @@ class BlockSampler:
             committed = Committed(image.step, points[row], outputs[row], result)
             done.committed[place].append(committed)
             verified = Prediction(said.clean[row], said.noise[row])
-            image.past = _past(image.past, image.step, verified)
+            hidden = None if features is None else features[row]
+            image.past = _past(image.past, image.step, verified, hidden)
             image.point = result
             image.step += 1
             has_ended[place] = is_last or not stood[row]
@@ -235,5 +247,7 @@ def _norm(values: Tensor) -> Tensor:
     return norms
 
 
-def _past(past: Past | None, step: int, said: Prediction) -> Past:
-    return Past(step, said) if past is None else past.then(step, said)
+def _past(past: Past | None, step: int, said: Prediction, features: Tensor | None) -> Past:
+    if past is None:
+        return Past(step, said, features=features)
+    return past.then(step, said, features)
