@@ -143,4 +143,6 @@ def test_what_is_not_known_is_refused_by_name(scheduler: Any, words: str) -> Non
 @pytest.mark.filterwarnings("ignore:.*algorithm_type dpmsolver is deprecated")
 def test_an_older_solver_is_refused_by_name() -> None:
     with pytest.raises(InvalidParameter, match="algorithm_type"):
-        check(DPMSolverMultistepScheduler(algorithm_type="dpmsolver"))
+        check(
+            DPMSolverMultistepScheduler(algorithm_type="dpmsolver", final_sigmas_type="sigma_min")
+        )

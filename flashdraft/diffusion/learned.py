@@ -1,11 +1,11 @@
 """A learned draft of a block: a small network that corrects the frozen clean latents.
 
 One forward for the whole block. For every lag it reads the point to which the frozen draft would
-come with the block's noises before that lag (and no other: that is what keeps the exact mode exact),
-the clean latents that the target saw last, the target's features at that point, and the noise levels
-of both; what it says is added to the clean latents. Its last layer is zero at first, so that it
-begins as the frozen draft (De Bortoli et al. 2501.05370, section 3.3, with the target's features in
-place of a second model).
+come with the block's noises before that lag (and no other: that is what keeps the exact mode
+exact), the clean latents that the target saw last, the target's features at that point, and the
+noise levels of both; what it says is added to the clean latents. Its last layer is zero at first,
+so that it begins as the frozen draft (De Bortoli et al. 2501.05370, section 3.3, with the target's
+features in place of a second model).
 
 Knows the target's UNet by its config and by the features' width. Does not know pipelines.
 """
@@ -68,7 +68,7 @@ class BlockDraftModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.levels_in = nn.Sequential(
             nn.Linear(4 * _FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width)
         )
-        self.blocks = nn.ModuleList(_Residual(width, groups) for _ in range(blocks))
+        self.residuals = nn.ModuleList(_Residual(width, groups) for _ in range(blocks))
         self.norm_out = nn.GroupNorm(groups, width)
         self.conv_out = nn.Conv2d(width, latent_channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
@@ -79,7 +79,8 @@ class BlockDraftModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
     ) -> Tensor:
         """What to add to the clean latents: [n, channels, h, w].
 
-        points: [n, ...], where the frozen draft comes to, in units of variance one; clean: [n, ...],
+        points: [n, ...], where the frozen draft comes to, in units of variance one; clean: [n,
+        ...],
         what the target saw last, features: [n, feature_channels, h, w], there; level, seen_level:
         [n], logarithms of the noise to the signal at the points, and where the target saw last.
         """
@@ -87,7 +88,7 @@ class BlockDraftModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         states = self.points_in(torch.cat([points, clean, moved], dim=1))
         states = states + self.features_in(features)
         levels = self.levels_in(torch.cat([_waves(level), _waves(level - seen_level)], dim=1))
-        for block in self.blocks:
+        for block in self.residuals:
             states = block(states, levels)
         added: Tensor = self.conv_out(nn.functional.silu(self.norm_out(states)))
         return added
@@ -166,7 +167,9 @@ class LearnedDraft:
         unit = unit_scale(table, steps).to(points).view(-1, 1, 1, 1)
         level = log_level(table, steps).to(points)
         seen = log_level(table, torch.tensor([past.step], dtype=torch.int64)).to(points)
-        said: Tensor = model((points * unit).to(model.dtype), clean, features, level, seen.expand(count))
+        said: Tensor = model(
+            (points * unit).to(model.dtype), clean, features, level, seen.expand(count)
+        )
         return said.float()
 
 

@@ -85,10 +85,10 @@ class Stats:
 class SpeculativeDiffusion:
     """A pipe whose steps are drafted in blocks. Used as a context, or called like the pipe.
 
-    draft: "frozen-x0", "extrapolated", the folder of a trained one, or a Draft. mode: "exact" (a sampler with noise; every image
-    is drawn from its law) or "tolerance" (one without; steps within `tol` of the target's, relative
-    to the latents' norm). block: steps, or "auto": as many as pay by `costs`, the seconds of a UNet
-    call by its number of rows; None: every call costs the same.
+    draft: "frozen-x0", "extrapolated", the folder of a trained one, or a Draft. mode: "exact" (a
+    sampler with noise; every image is drawn from its law) or "tolerance" (one without; steps within
+    `tol` of the target's, relative to the latents' norm). block: steps, or "auto": as many as pay
+    by `costs`, the seconds of a UNet call by its number of rows; None: every call costs the same.
     """
 
     def __init__(

@@ -14,7 +14,7 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from rich.progress import Progress
@@ -77,9 +77,7 @@ class _Blocks(NamedTuple):
     exists: Tensor  # [n, lags], bool: the sampler has that step
 
 
-def train_draft(
-    data: Path, out: Path, options: DraftTrainOptions, *, quiet: bool = False
-) -> Held:
+def train_draft(data: Path, out: Path, options: DraftTrainOptions, *, quiet: bool = False) -> Held:
     """Train on a recorded folder; the draft with the best held-out acceptance is in out/best.
 
     Raises DataError, and InvalidParameter for a folder of another run.
