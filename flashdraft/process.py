@@ -23,6 +23,7 @@ import torch
 
 __all__ = [
     "BOOLS",
+    "DOUBLES",
     "FLOATS",
     "INTS",
     "is_terminal",
@@ -36,6 +37,7 @@ __all__ = [
 Kind = dict[str, Any]  # the `dtype` and `device` of a new tensor, as torch's functions take them
 INTS: Kind = {"dtype": torch.int64, "device": "cpu"}  # ids, positions, counts
 FLOATS: Kind = {"dtype": torch.float32, "device": "cpu"}
+DOUBLES: Kind = {"dtype": torch.float64, "device": "cpu"}
 BOOLS: Kind = {"dtype": torch.bool, "device": "cpu"}
 
 

@@ -215,7 +215,8 @@ class Run:
                 saved = self.spent
                 recent = sum(losses) / len(losses)
                 losses.clear()
-                print(f"step {self.steps}, {self.spent:.0f} s: loss {recent:.4f}{look()}", flush=True)
+                where = f"step {self.steps}, {self.spent:.0f} s"
+                print(f"{where}: loss {recent:.4f}{look()}", flush=True)
                 self.save()
         self.save()
 
@@ -309,16 +310,18 @@ def main():
         print(f"{name}: {count / 1e6:.2f} M weights")
 
     scheduler = DDPMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        steps_offset=1,
     )
     seconds = 60 * options.minutes
     vae = train_vae(options.folder, vae, pictures, VAE_SHARE * seconds)
     latents, scale = encoded(vae, pictures)
     vae.register_to_config(scaling_factor=scale)
     rest = (1 - VAE_SHARE) * seconds
-    text, unet = train_unet(
-        options.folder, text, unet, tokenizer, latents, parts, scheduler, rest
-    )
+    text, unet = train_unet(options.folder, text, unet, tokenizer, latents, parts, scheduler, rest)
     pipe = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text,

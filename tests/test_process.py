@@ -83,7 +83,7 @@ FACTORIES = {
     "randperm",
 }
 FACTORIES |= {"as_tensor", "scalar_tensor", "tensor", "zeros"}
-KINDS = {"INTS", "FLOATS", "BOOLS"}  # of flashdraft.process
+KINDS = {"INTS", "FLOATS", "DOUBLES", "BOOLS"}  # of flashdraft.process
 MODULES = {"Embedding", "LayerNorm", "Linear"}
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from flashdraft.diffusion.drafts import Block, FrozenDraft, Past
 from flashdraft.diffusion.transitions import Prediction, Transitions
 from flashdraft.errors import CheckpointError, DraftMismatch
+from flashdraft.process import FLOATS, INTS
 
 __all__ = ["BlockDraftModel", "LearnedDraft", "unet_identity"]
 
@@ -34,11 +35,11 @@ class _Residual(nn.Module):
 
     def __init__(self, width: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, width)
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
-        self.modulation = nn.Linear(width, 2 * width)
-        self.norm2 = nn.GroupNorm(groups, width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.norm1 = nn.GroupNorm(groups, width, **FLOATS)
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, **FLOATS)
+        self.modulation = nn.Linear(width, 2 * width, **FLOATS)
+        self.norm2 = nn.GroupNorm(groups, width, **FLOATS)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, **FLOATS)
 
     def forward(self, states: Tensor, levels: Tensor) -> Tensor:
         hidden = self.conv1(nn.functional.silu(self.norm1(states)))
@@ -51,7 +52,7 @@ class _Residual(nn.Module):
 class BlockDraftModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """The network. unet: `unet_identity` of the target that it was trained for."""
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self,
         latent_channels: int = 4,
@@ -63,15 +64,18 @@ class BlockDraftModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         flashdraft_format: int = 1,
     ) -> None:
         super().__init__()
-        self.features_in = nn.Conv2d(feature_channels, width, 1)
-        self.points_in = nn.Conv2d(3 * latent_channels, width, 3, padding=1)
+        self.features_in = nn.Conv2d(feature_channels, width, 1, **FLOATS)
+        self.points_in = nn.Conv2d(3 * latent_channels, width, 3, padding=1, **FLOATS)
         self.levels_in = nn.Sequential(
-            nn.Linear(4 * _FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width)
+            nn.Linear(4 * _FREQUENCIES, width, **FLOATS),
+            nn.SiLU(),
+            nn.Linear(width, width, **FLOATS),
         )
         self.residuals = nn.ModuleList(_Residual(width, groups) for _ in range(blocks))
-        self.norm_out = nn.GroupNorm(groups, width)
-        self.conv_out = nn.Conv2d(width, latent_channels, 3, padding=1)
+        self.norm_out = nn.GroupNorm(groups, width, **FLOATS)
+        self.conv_out = nn.Conv2d(width, latent_channels, 3, padding=1, **FLOATS)
         nn.init.zeros_(self.conv_out.weight)
+        assert self.conv_out.bias is not None
         nn.init.zeros_(self.conv_out.bias)
 
     def forward(
@@ -80,9 +84,9 @@ class BlockDraftModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """What to add to the clean latents: [n, channels, h, w].
 
         points: [n, ...], where the frozen draft comes to, in units of variance one; clean: [n,
-        ...],
-        what the target saw last, features: [n, feature_channels, h, w], there; level, seen_level:
-        [n], logarithms of the noise to the signal at the points, and where the target saw last.
+        ...], what the target saw last, features: [n, feature_channels, h, w], there; level,
+        seen_level: [n], logarithms of the noise to the signal at the points, and where the target
+        saw last.
         """
         moved = points - clean
         states = self.points_in(torch.cat([points, clean, moved], dim=1))
@@ -134,12 +138,12 @@ class LearnedDraft:
         assert past.features is not None, "the target's features were not kept"
         first = past.step + 1
         points = self.frozen_points(table, past, point, noises)
-        steps = torch.arange(first, first + len(noises), dtype=torch.int64)
+        steps = torch.arange(first, first + len(noises), **INTS)
         added = self.added(table, past, steps, points)
         clean = past.said.clean + added
 
         def predict(lag: int, step: int, point: Tensor) -> Prediction:
-            return table.implied(torch.tensor([step], dtype=torch.int64), point, clean[lag, None])
+            return table.implied(torch.tensor([step], **INTS), point, clean[lag, None])
 
         return predict
 
@@ -151,7 +155,7 @@ class LearnedDraft:
         points = [point]
         for lag in range(len(noises) - 1):
             step = past.step + 1 + lag
-            steps = torch.tensor([step], dtype=torch.int64)
+            steps = torch.tensor([step], **INTS)
             said = predict(lag, step, points[-1][None])
             mean = table.mean(steps, points[-1][None], said, None)[0]
             points.append(mean + float(table.deviation[step]) * noises[lag])
@@ -166,7 +170,7 @@ class LearnedDraft:
         clean = past.said.clean[None].to(model.dtype).expand(count, -1, -1, -1)
         unit = unit_scale(table, steps).to(points).view(-1, 1, 1, 1)
         level = log_level(table, steps).to(points)
-        seen = log_level(table, torch.tensor([past.step], dtype=torch.int64)).to(points)
+        seen = log_level(table, torch.tensor([past.step], **INTS)).to(points)
         said: Tensor = model(
             (points * unit).to(model.dtype), clean, features, level, seen.expand(count)
         )

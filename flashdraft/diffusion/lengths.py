@@ -12,6 +12,7 @@ import torch
 from flashdraft.diffusion.coupling import SMALLEST, acceptance
 from flashdraft.diffusion.sampler import Decision
 from flashdraft.diffusion.transitions import Transitions
+from flashdraft.process import DOUBLES
 
 __all__ = ["Costs", "Lengths", "weights_of"]
 
@@ -89,7 +90,7 @@ class Lengths:
             return known[nearest]
         gap = known[nearest] * max((lag + 1) / (nearest + 1), 1.0)
         length = float(weights_of(table)[step]) * gap
-        return float(acceptance(torch.tensor(length, dtype=torch.float64).sqrt()))
+        return float(acceptance(torch.tensor(length, **DOUBLES).sqrt()))
 
 
 def weights_of(table: Transitions) -> torch.Tensor:
@@ -101,7 +102,7 @@ def weights_of(table: Transitions) -> torch.Tensor:
 
 def _distance(chance: float) -> float:
     """Of two means whose draws are the same with this chance."""
-    known = torch.tensor(chance, dtype=torch.float64).clamp(min=_TINY)
+    known = torch.tensor(chance, **DOUBLES).clamp(min=_TINY)
     return float(torch.special.erfinv(1 - known)) * 8**0.5
 
 

@@ -33,6 +33,7 @@ from flashdraft.diffusion.lengths import Costs, Lengths
 from flashdraft.diffusion.sampler import Answer, BlockSampler, Committed, Decision, Image
 from flashdraft.diffusion.transitions import Transitions
 from flashdraft.errors import CheckpointError, InvalidParameter, UnusableLogits
+from flashdraft.process import DOUBLES, INTS
 
 __all__ = ["SpeculativeDiffusion", "Stats"]
 
@@ -444,7 +445,7 @@ class _Run:
         for own in self._raw:
             own.pop(index)
         latents = torch.stack([one.result for one in done]).to(output.dtype)
-        steps = torch.full([len(done)], index, dtype=torch.int64)
+        steps = torch.full([len(done)], index, **INTS)
         points = torch.stack([one.point for one in done])
         outputs = torch.stack([one.output for one in done])
         clean = self._table.predicted(steps, points, outputs).clean.to(output.dtype)
@@ -522,9 +523,7 @@ class _Noises:
         uniforms = []
         for seed in seeds:
             own = torch.Generator("cpu").manual_seed(seed)
-            uniforms.append(
-                torch.rand(table.num_steps, generator=own, dtype=torch.float64, device="cpu")
-            )
+            uniforms.append(torch.rand(table.num_steps, generator=own, **DOUBLES))
         self._uniforms = torch.stack(uniforms)
 
     def of(self, step: int, place: int) -> Tensor:
@@ -641,8 +640,8 @@ def _first_step(scheduler: Any, timestep: Any) -> int:
     begin = getattr(scheduler, "_begin_index", None)
     if begin is not None:
         return int(begin)
-    places = (scheduler.timesteps.cpu() == torch.as_tensor(timestep).cpu()).nonzero()
-    return int(places[0])
+    times: list[float] = scheduler.timesteps.tolist()
+    return times.index(float(timestep))
 
 
 def _finite(output: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor
 from flashdraft.diffusion.coupling import Coupled, acceptance, couple, distance
 from flashdraft.diffusion.drafts import Draft, Past
 from flashdraft.diffusion.transitions import Prediction, Transitions
+from flashdraft.process import INTS
 
 __all__ = ["Answer", "BlockSampler", "Committed", "Decision", "Evaluate", "Image", "Round"]
 
@@ -115,7 +116,7 @@ class BlockSampler:
         for place, (image, length) in enumerate(zip(images, lengths, strict=True)):
             self._add(block, place, image, self.length(image, length))
         points = torch.stack(block.points)
-        answer = evaluate(block.places, torch.tensor(block.steps, dtype=torch.int64), points)
+        answer = evaluate(block.places, torch.tensor(block.steps, **INTS), points)
         return self._walk(images, block, points, answer)
 
     def length(self, image: Image, wanted: int) -> int:
@@ -147,7 +148,7 @@ class BlockSampler:
             if predict is None or lag + 1 == length:
                 block.drafted.append(None)
                 continue
-            steps = torch.tensor([step], dtype=torch.int64)
+            steps = torch.tensor([step], **INTS)
             said = predict(lag, step, point[None])
             mean = self.table.mean(steps, point[None], said, before)[0]
             before = said.clean
@@ -160,7 +161,7 @@ class BlockSampler:
         self, images: Sequence[Image], block: _Block, points: Tensor, answer: Answer
     ) -> Round:
         """All steps are judged at once; an image keeps those before its first refusal, and that."""
-        steps = torch.tensor(block.steps, dtype=torch.int64)
+        steps = torch.tensor(block.steps, **INTS)
         outputs, features = answer
         said = self.table.predicted(steps, points, outputs)
         means = self.table.mean(steps, points, said, self._before(images, block, said))
@@ -212,7 +213,7 @@ class BlockSampler:
         self, images: Sequence[Image], block: _Block, drafted: Tensor, means: Tensor
     ) -> "_Judged":
         noises = torch.stack(block.noises)
-        steps = torch.tensor(block.steps, dtype=torch.int64)
+        steps = torch.tensor(block.steps, **INTS)
         deviation = self.table.deviation[steps].to(means.device)
         if self.tol is None:
             uniforms = []

@@ -136,13 +136,14 @@ class _Run:
     def _new_model(self) -> BlockDraftModel:
         facts = self.facts["data"]
         options = self.options
-        return BlockDraftModel(
+        model: BlockDraftModel = BlockDraftModel(
             latent_channels=facts["channels"],
             feature_channels=facts["features"],
             width=options.width,
             blocks=options.blocks,
             unet=facts["unet"],
         )
+        return model
 
     # ---- a step ----------------------------------------------------------------------------------
 
@@ -159,7 +160,7 @@ class _Run:
             got = f"the loss is {float(loss)} at step {self.step + 1}"
             raise FlashDraftError(got, hint="lower the learning rate")
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1
@@ -202,7 +203,7 @@ class _Run:
         unit = unit_scale(self.table, steps).float().view(-1, 1, 1, 1)
         level = log_level(self.table, steps).float()
         seen_level = log_level(self.table, blocks.last).float().repeat_interleave(lags)
-        said = model(
+        said: Tensor = model(
             blocks.points.flatten(0, 1) * unit,
             blocks.seen.repeat_interleave(lags, 0),
             blocks.features.repeat_interleave(lags, 0),
@@ -219,7 +220,8 @@ class _Run:
         scale = weights_of(self.table).sqrt()[blocks.steps].float()
         is_random = self.table.deviation[blocks.steps] >= SMALLEST
         distances = torch.where(is_random, scale * lengths, 0.0)
-        return math.log(2.0) + torch.special.log_ndtr(-distances / 2)
+        chances: Tensor = math.log(2.0) + torch.special.log_ndtr(-distances / 2)
+        return chances
 
     # ---- what is measured ------------------------------------------------------------------------
 

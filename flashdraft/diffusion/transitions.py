@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from flashdraft.errors import InvalidParameter
+from flashdraft.process import DOUBLES
 
 __all__ = ["Prediction", "Transitions", "check", "transitions"]
 
-_DOUBLES: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
 _RUNS = (
     "DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler or EulerAncestralDiscreteScheduler"
 )
@@ -202,9 +202,9 @@ def _refuse_other_solvers(config: Any) -> None:
 def _ddpm(scheduler: Any, eta: float) -> Transitions:
     del eta
     times = scheduler.timesteps.cpu()
-    total = scheduler.alphas_cumprod.to(**_DOUBLES)
+    total = scheduler.alphas_cumprod.to(**DOUBLES)
     own = total[times]
-    later = torch.cat([own[1:], torch.ones(1, **_DOUBLES)])
+    later = torch.cat([own[1:], torch.ones(1, **DOUBLES)])
     kept = own / later
     clean = later.sqrt() * (1 - kept) / (1 - own)
     state = kept.sqrt() * (1 - later) / (1 - own)
@@ -238,12 +238,12 @@ def _ddpm(scheduler: Any, eta: float) -> Transitions:
 
 def _ddim(scheduler: Any, eta: float) -> Transitions:
     times = scheduler.timesteps.cpu()
-    total = scheduler.alphas_cumprod.to(**_DOUBLES)
+    total = scheduler.alphas_cumprod.to(**DOUBLES)
     own = total[times]
     # As `step` has it: so many training steps earlier, wherever the next one really is.
     stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
     targets = times - stride
-    final = scheduler.final_alpha_cumprod.to(**_DOUBLES)
+    final = scheduler.final_alpha_cumprod.to(**DOUBLES)
     later = torch.where(targets >= 0, total[targets.clamp(min=0)], final)
     variance = (1 - later) / (1 - own) * (1 - own / later)
     deviation = eta * variance.clamp(min=0).sqrt()
@@ -269,7 +269,7 @@ def _dpm_solver(scheduler: Any, eta: float) -> Transitions:
     del eta
     config = scheduler.config
     is_random = config.algorithm_type == "sde-dpmsolver++"
-    ratios = scheduler.sigmas.to(**_DOUBLES)  # noise to signal, one more than there are steps
+    ratios = scheduler.sigmas.to(**DOUBLES)  # noise to signal, one more than there are steps
     alphas = 1 / (ratios**2 + 1).sqrt()
     sigmas = ratios * alphas
     alpha, sigma = alphas[1:], sigmas[1:]
@@ -326,7 +326,7 @@ def _second_order(config: Any, gain: Tensor, alpha: Tensor, steps: int) -> Tenso
 
 def _euler_ancestral(scheduler: Any, eta: float) -> Transitions:
     del eta
-    sigmas = scheduler.sigmas.to(**_DOUBLES)
+    sigmas = scheduler.sigmas.to(**DOUBLES)
     start, end = sigmas[:-1], sigmas[1:]
     deviation = (end**2 * (start**2 - end**2) / start**2).sqrt()
     down = (end**2 - deviation**2).clamp(min=0).sqrt()
