@@ -56,6 +56,7 @@ __all__ = [
     "push",
     "read_config",
     "resolve",
+    "why_unreachable",
 ]
 
 
@@ -420,7 +421,7 @@ def _from_hub(name: str, wanted: Sequence[str]) -> Path:
             local_files_only=is_offline,
         )
     except Exception as error:
-        advice = _why_unreachable(error if unreachable is None else unreachable)
+        advice = why_unreachable(error if unreachable is None else unreachable)
         got = f"no folder `{name}`, and as a hub id: {advice.cause}"
         raise ModelNotFound(got, hint=advice.hint) from None
 
@@ -430,7 +431,7 @@ def _from_hub(name: str, wanted: Sequence[str]) -> Path:
     if has_config and has_weights:
         return folder
     if unreachable is not None:
-        advice = _why_unreachable(unreachable)
+        advice = why_unreachable(unreachable)
         got = f"hub model `{name}` holds no model that can be read in the cache, and {advice.cause}"
         raise ModelNotFound(got, hint=f"{advice.hint}; {_READABLE}")
     got = f"hub model `{name}` holds no model that can be read"
@@ -440,7 +441,7 @@ def _from_hub(name: str, wanted: Sequence[str]) -> Path:
     raise ModelNotFound(f"{got}: it is {kind.found}", hint=kind.hint)
 
 
-def _why_unreachable(error: Exception) -> Advice:
+def why_unreachable(error: Exception) -> Advice:
     """What kept a hub model away, and what helps against it."""
     offline = "what was fetched before works offline"
     if isinstance(error, GatedRepoError):
