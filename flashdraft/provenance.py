@@ -14,7 +14,7 @@ import transformers
 
 from flashdraft import __version__
 
-__all__ = ["provenance"]
+__all__ = ["processor", "provenance"]
 
 
 def provenance() -> dict[str, Any]:
@@ -39,10 +39,10 @@ def provenance() -> dict[str, Any]:
 def _device() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{processor()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def _processor() -> str:
+def processor() -> str:
     """The name that the system has for it."""
     facts = Path("/proc/cpuinfo")
     if os.access(facts, os.R_OK):

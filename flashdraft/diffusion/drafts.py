@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from flashdraft.diffusion.transitions import Prediction, Transitions
-from flashdraft.process import INTS
 
 __all__ = ["Block", "Draft", "ExtrapolatedDraft", "FrozenDraft", "Past"]
 
@@ -70,7 +69,7 @@ class FrozenDraft:
 
         def predict(lag: int, step: int, point: Tensor) -> Prediction:
             del lag
-            return table.implied(torch.tensor([step], **INTS), point, clean)
+            return table.implied(step, point, clean)
 
         return predict
 
@@ -95,6 +94,6 @@ class ExtrapolatedDraft:
             del lag
             ahead = float(log_level[step] - log_level[past.step])
             noise = (start + ahead * slope)[None]
-            return table.from_noise(torch.tensor([step], **INTS), point, noise)
+            return table.from_noise(step, point, noise)
 
         return predict

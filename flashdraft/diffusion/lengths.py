@@ -1,96 +1,148 @@
 """How many steps a block should have: as many as bring most steps a second, down to one.
 
-How far a draft's clean latents are from the target's grows with the lag; what that makes of the
-chance to stand, the schedule says. Knows distances, chances and seconds. Does not know models.
+How far a draft's clean latents are from the target's grows with the lag and changes along the
+schedule; what that makes of the chance to stand, the schedule says. Only decisions teach: what the
+target said of points behind a refusal hangs on noises that are still to be used, and a length that
+hung on them would not leave the law of the images alone.
+
+Knows distances, defects, chances and seconds. Does not know models, nor where seconds are from.
 """
 
-from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from statistics import NormalDist
 
 import torch
 
-from flashdraft.diffusion.coupling import SMALLEST, acceptance
+from flashdraft.diffusion.coupling import SMALLEST
 from flashdraft.diffusion.sampler import Decision
 from flashdraft.diffusion.transitions import Transitions
-from flashdraft.process import DOUBLES
 
-__all__ = ["Costs", "Lengths", "weights_of"]
+__all__ = ["Lengths", "weights_of"]
 
-_KEPT = 0.8  # of what is known, at every decision
+_PHASES = 8  # parts of the schedule that are learned apart
+_FADING = 0.05  # share of what is known that a decision replaces at least
 _HOPELESS = 0.02  # chance of a step to be reached: no block is longer
-_TINY = 1e-12
 _FIRST = 4  # lags that are tried before anything is known
-
-
-class Costs:
-    """Seconds of a call of the target, by its number of rows: on lines between what is known."""
-
-    def __init__(self, seconds: Mapping[int, float]) -> None:
-        self._known = sorted(seconds.items())
-
-    def __call__(self, rows: int) -> float:
-        known = self._known
-        if len(known) == 1 or rows <= known[0][0]:
-            return known[0][1]
-        above = min(max(bisect_left(known, (rows,)), 1), len(known) - 1)
-        low, first = known[above - 1]
-        high, second = known[above]
-        return first + (second - first) * (rows - low) / (high - low)
+_WORTH = 1.03  # steps a second of a block over single ones': less is noise of the measuring
+_PERIOD = 32  # single steps until a block of two is tried
+_SPREAD = 0.5  # of the logarithms of one lag's defects
+_SLOPE = 2.0  # power of the lag that a defect grows with, where nothing is known
+_SMALLEST_DEFECT = 1e-9
+_SMALLEST_CHANCE = 1e-12
+_NORMAL = NormalDist()
 
 
 class Lengths:
     """Of one target, draft and schedule; what one image teaches serves the next.
 
-    costs: None stands for calls that cost the same whatever their rows. most: steps of a block.
+    tol: of tolerance mode, None in exact mode. most: steps of a block.
     """
 
-    def __init__(self, costs: Costs | None, *, most: int = 32) -> None:
-        self._costs = costs
+    def __init__(self, table: Transitions, tol: float | None, *, most: int = 32) -> None:
+        self._num_steps = table.num_steps
+        self._weights: list[float] = weights_of(table).tolist()
+        self._is_random: list[bool] = (table.deviation >= SMALLEST).tolist()
+        self._tol = tol
         self._most = most
-        self._gaps: dict[int, float] = {}  # by lag: squared distance of clean latents, expected
-        self._stood: dict[int, float] = {}  # by lag, of a mode without chances
+        self._known: list[dict[int, _Mean]] = [{} for _ in range(_PHASES)]
+        self._singles = 0
 
-    def learn(self, table: Transitions, decisions: Iterable[Decision], *, exact: bool) -> None:
+    def learn(self, decisions: Iterable[Decision]) -> None:
         """What became of drafted steps."""
         for one in decisions:
-            if exact:
-                weight = float(weights_of(table)[one.step])
-                gap = _distance(one.predicted) ** 2 / max(weight, _TINY)
-                _fade(self._gaps, one.lag, gap)
-            else:
-                _fade(self._stood, one.lag, float(one.stood))
+            value = self._value(one)
+            if value is not None:
+                known = self._known[self._phase(one.step)]
+                known.setdefault(one.lag, _Mean()).take(value)
 
-    def best(self, table: Transitions, step: int, rows_a_step: int, *, exact: bool) -> int:
-        """For a block from this step on. rows_a_step: of the target's call, for one step of it."""
-        left = table.num_steps - step
-        hoped = 0.0
-        chance = 1.0
-        best_rate = 0.0
+    def choose(self, step: int, seconds: Callable[[int], float]) -> int:
+        """`best`, but that now and then a block is tried where single steps seem to be better."""
+        best = self.best(step, seconds)
+        if best > 1 or step + 1 >= self._num_steps:
+            return best
+        self._singles += 1
+        could_pay = 2 * seconds(1) > _WORTH * seconds(2)
+        return 2 if could_pay and self._singles % _PERIOD == 0 else 1
+
+    def best(self, step: int, seconds: Callable[[int], float]) -> int:
+        """Of a block from this step on: with most committed steps expected a second.
+
+        seconds: of a round, by the length of its blocks; it does not fall with it.
+        """
+        most = min(self._num_steps - step, self._most)
+        single_rate = 1 / seconds(1)
         best = 1
-        for length in range(1, min(left, self._most) + 1):
-            hoped += chance
-            rate = hoped / self._seconds(rows_a_step * length)
+        best_rate = single_rate * _WORTH
+        hoped = 1.0
+        reached = 1.0
+        for length in range(2, most + 1):
+            reached *= self.chance(step + length - 2, length - 2)
+            if reached < _HOPELESS:
+                break
+            hoped += reached
+            takes = seconds(length)
+            rate = hoped / takes
             if rate > best_rate:
                 best_rate = rate
                 best = length
-            chance *= self._chance(table, step + length - 1, length - 1, exact=exact)
-            if chance < _HOPELESS:
-                break
+            if hoped + reached * (most - length) < best_rate * takes:
+                break  # no longer one can be better
         return best
 
-    def _seconds(self, rows: int) -> float:
-        return 1.0 if self._costs is None else self._costs(rows)
-
-    def _chance(self, table: Transitions, step: int, lag: int, *, exact: bool) -> float:
-        known = self._gaps if exact else self._stood
-        if not known:
+    def chance(self, step: int, lag: int) -> float:
+        """That a draft of this step stands, so many steps behind its block's first point."""
+        known = self._nearest(self._phase(step))
+        if known is None:
             return 1.0 if lag < _FIRST else 0.0
         nearest = min(known, key=lambda other: abs(other - lag))
-        if not exact:
-            return known[nearest]
-        gap = known[nearest] * max((lag + 1) / (nearest + 1), 1.0)
-        length = float(weights_of(table)[step]) * gap
-        return float(acceptance(torch.tensor(length, **DOUBLES).sqrt()))
+        value = known[nearest].value
+        growth = (lag + 1) / (nearest + 1)
+        if self._tol is not None:
+            return self._within_tol(value + _SLOPE * math.log(growth))
+        gap = value * max(growth, 1.0)
+        distance = math.sqrt(self._weights[step] * gap)
+        return math.erfc(distance / math.sqrt(8))
+
+    def _within_tol(self, log_defect: float) -> float:
+        assert self._tol is not None
+        room = math.log(max(self._tol, _SMALLEST_DEFECT)) - log_defect
+        return _NORMAL.cdf(room / _SPREAD)
+
+    def _value(self, one: Decision) -> float | None:
+        """What is learned: the squared distance of the clean latents, or the logarithm of the
+        defect."""
+        if self._tol is not None:
+            return math.log(max(one.defect, _SMALLEST_DEFECT))
+        if not self._is_random[one.step] or self._weights[one.step] == 0:
+            return None
+        distance = -2 * _NORMAL.inv_cdf(max(one.predicted, _SMALLEST_CHANCE) / 2)
+        return distance**2 / self._weights[one.step]
+
+    def _phase(self, step: int) -> int:
+        return step * _PHASES // self._num_steps
+
+    def _nearest(self, phase: int) -> "dict[int, _Mean] | None":
+        """What is known of the nearest phase that anything is known of, the earlier of two."""
+        for away in range(_PHASES):
+            for other in (phase - away, phase + away):
+                if 0 <= other < _PHASES and self._known[other]:
+                    return self._known[other]
+        return None
+
+
+@dataclass
+class _Mean:
+    """Of all values at first, then of the last ones more."""
+
+    value: float = 0.0
+    count: int = 0
+
+    def take(self, value: float) -> None:
+        self.count += 1
+        share = max(1 / self.count, _FADING)
+        self.value += share * (value - self.value)
 
 
 def weights_of(table: Transitions) -> torch.Tensor:
@@ -98,13 +150,3 @@ def weights_of(table: Transitions) -> torch.Tensor:
     deviations. Of DDPM it is what the step adds to the signal-to-noise ratio."""
     share = table.clean - table.noise * table.alpha / table.sigma
     return (share / table.deviation.clamp(min=SMALLEST)) ** 2
-
-
-def _distance(chance: float) -> float:
-    """Of two means whose draws are the same with this chance."""
-    known = torch.tensor(chance, **DOUBLES).clamp(min=_TINY)
-    return float(torch.special.erfinv(1 - known)) * 8**0.5
-
-
-def _fade(known: dict[int, float], lag: int, value: float) -> None:
-    known[lag] = _KEPT * known.get(lag, value) + (1 - _KEPT) * value

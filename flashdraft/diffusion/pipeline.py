@@ -27,9 +27,10 @@ import torch
 from torch import Tensor
 
 from flashdraft.diffusion import transitions as tables
+from flashdraft.diffusion.costs import Costs, KeptCosts, OwnSeconds, facts_of, given_costs
 from flashdraft.diffusion.drafts import Draft, ExtrapolatedDraft, FrozenDraft
 from flashdraft.diffusion.learned import LearnedDraft
-from flashdraft.diffusion.lengths import Costs, Lengths
+from flashdraft.diffusion.lengths import Lengths, weights_of
 from flashdraft.diffusion.sampler import Answer, BlockSampler, Committed, Decision, Image
 from flashdraft.diffusion.transitions import Transitions
 from flashdraft.errors import CheckpointError, InvalidParameter, UnusableLogits
@@ -49,7 +50,8 @@ class Stats:
     steps: of the sampler; rounds: calls of the target, one after the other; rows: that it read in
     them, both branches of guidance counted. accepted_by_lag: (drafted, accepted) by steps since a
     block's first point. predicted: mean chance that a drafted step would stand. defects: by image,
-    of tolerance mode. voids: blocks that a callback has changed.
+    of tolerance mode. voids: blocks that a callback has changed. measuring: seconds in which the
+    target's costs were measured, in the first loop that asks for them; `seconds` are the others.
     """
 
     exact: bool
@@ -62,6 +64,7 @@ class Stats:
     defects: list[float] = field(default_factory=list)
     voids: int = 0
     seconds: float = 0.0
+    measuring: float = 0.0
     decisions: list[Decision] = field(default_factory=list, repr=False)
 
     @property
@@ -77,10 +80,22 @@ class Stats:
         for one in decisions:
             drafted, accepted = self.accepted_by_lag.get(one.lag, (0, 0))
             self.accepted_by_lag[one.lag] = drafted + 1, accepted + one.stood
-        self.decisions += decisions
-        if self.decisions:
-            total = sum(one.predicted for one in self.decisions)
-            self.predicted = total / len(self.decisions)
+            before = len(self.decisions)
+            self.predicted = (self.predicted * before + one.predicted) / (before + 1)
+            self.decisions.append(one)
+
+    def __str__(self) -> str:
+        """One line for a terminal."""
+        kind = "exact" if self.exact else "tolerance"
+        told = f"{kind}: {self.steps} steps, {self.rounds} rounds, {self.rows} rows"
+        if self.drafted:
+            told += f", {self.accepted} of {self.drafted} drafted steps stood"
+        if self.defects and not self.exact:
+            told += f", defect {max(self.defects):.3f}"
+        told += f", {self.seconds:.2f} s"
+        if self.measuring:
+            told += f"; {self.measuring:.2f} s more for measuring the target's costs, once"
+        return told
 
 
 class SpeculativeDiffusion:
@@ -88,8 +103,12 @@ class SpeculativeDiffusion:
 
     draft: "frozen-x0", "extrapolated", the folder of a trained one, or a Draft. mode: "exact" (a
     sampler with noise; every image is drawn from its law) or "tolerance" (one without; steps within
-    `tol` of the target's, relative to the latents' norm). block: steps, or "auto": as many as pay
-    by `costs`, the seconds of a UNet call by its number of rows; None: every call costs the same.
+    `tol` of the target's, relative to the latents' norm). block: steps, or "auto": as many as bring
+    most steps a second by `costs`, down to one where no block pays. costs: "measured" (seconds of
+    a UNet call by its number of rows: measured in the first loop, kept in the cache folder);
+    "flat": every call costs the same, so that rounds are few whatever they take; or seconds by
+    number of rows, as {1: 0.02, 8: 0.03}. What a seed gives in exact mode hangs on where blocks
+    end: a number as `block` makes it the same everywhere, "auto" learns from image to image.
     """
 
     def __init__(
@@ -100,7 +119,7 @@ class SpeculativeDiffusion:
         mode: str = "exact",
         block: int | str = "auto",
         tol: float = 0.005,
-        costs: Mapping[int, float] | None = None,
+        costs: Mapping[int, float] | str = "measured",
     ) -> None:
         """Raises InvalidParameter for a pipe or an option that is not known here."""
         _check_pipe(pipe)
@@ -119,7 +138,7 @@ class SpeculativeDiffusion:
         self.block = block
         self.tol = tol if mode == "tolerance" else None
         self.draft = _draft(draft, mode)
-        self.lengths = Lengths(None if costs is None else Costs(costs))
+        self.pace = _Pace(given_costs(costs))
         self.last_stats: Stats | None = None
         self._run: _Run | None = None
         self._is_entered = False
@@ -180,7 +199,8 @@ class SpeculativeDiffusion:
         started = time.perf_counter()
         output = self.pipe(*args, **kwargs)
         if self.last_stats is not None:
-            self.last_stats.seconds = time.perf_counter() - started
+            seconds = time.perf_counter() - started
+            self.last_stats.seconds = seconds - self.last_stats.measuring
         return output
 
     # ---- what the pipe's loop calls --------------------------------------------------------------
@@ -316,6 +336,9 @@ class _Run:
         self._done: list[dict[int, Committed]] = []  # by image and step, not given to the loop yet
         self._raw: list[dict[int, Tensor]] = []  # [branches, ...], of those
         self._call: _Call | None = None  # the last that read anything
+        self._is_asked = False  # that call was the loop's own: its step is a single one
+        self._lengths: Lengths | None = None
+        self._known_costs: Costs | None = None
         self._guidance: tuple[float, float] = (1.0, 0.0)
         self._given: Tensor | None = None  # the latents that the loop has from us
         self._voids = 0  # blocks in a row
@@ -325,10 +348,7 @@ class _Run:
     def on_model(self, call: _Call) -> Tensor:
         """The output that the loop asks for; a block is read where it is not known."""
         if self._table is None:
-            self._call = call
-            self._first_output = call.as_asked()
-            self._stats.rounds += 1
-            self._stats.rows += len(call.sample)
+            self._first_output = self._as_asked(call)
             return self._first_output
 
         num_images = len(self._images)
@@ -336,9 +356,21 @@ class _Run:
         self._void_if_changed(call, self.incoming[:num_images])
         lacking = [place for place in range(num_images) if self._index not in self._done[place]]
         if lacking:
-            self._read(call, lacking)
+            lengths = self._planned(call, lacking)
+            if len(lengths) == num_images and max(lengths.values()) == 1:
+                return self._as_asked(call)
+            self._read(call, lengths)
         raw = torch.stack([self._raw[place][self._index] for place in range(num_images)], dim=1)
         return raw.flatten(0, 1)
+
+    def _as_asked(self, call: _Call) -> Tensor:
+        """The pipe's own call, for a step that all images take alone."""
+        self._call = call
+        self._guidance = self._guidance_now()
+        self._is_asked = True
+        self._stats.rounds += 1
+        self._stats.rows += len(call.sample)
+        return call.as_asked()
 
     def _void_if_changed(self, call: _Call, latents: Tensor) -> None:
         """A callback may have changed latents, prompts or guidance: what was read of later steps is
@@ -358,15 +390,90 @@ class _Run:
             self._done[place].clear()
             self._raw[place].clear()
 
-    def _read(self, call: _Call, places: list[int]) -> None:
+    def _planned(self, call: _Call, lacking: list[int]) -> dict[int, int]:
+        """Points of the next round, by image: blocks of all that have steps to do, so that batches
+        stay whole; or one step of those that lack theirs."""
+        lengths = {}
+        for place, image in enumerate(self._images):
+            if image.step < self._sampler.table.num_steps:
+                lengths[place] = image.step
+        branches = len(call.sample) // len(self._images)
+        wanted = self._length_of(call, branches, len(lengths))
+        for place, step in lengths.items():
+            lengths[place] = self._sampler.length(self._images[place], wanted(step))
+        if max(lengths.values()) > 1:
+            return lengths
+        return dict.fromkeys(lacking, 1)
+
+    def _length_of(self, call: _Call, branches: int, num_images: int) -> Callable[[int], int]:
+        """Of a block, by the step that it begins with."""
+        block = self._owner.block
+        if self._voids >= _VOIDS:
+            return lambda step: 1
+        if isinstance(block, int):
+            return lambda step: block
+        pace = self._owner.pace
+        if self._lengths is None:
+            self._lengths = pace.lengths(self._sampler, self._guidance_now())
+        costs = self._costs(call)
+        own = pace.own
+
+        def seconds(length: int) -> float:
+            points = num_images * length
+            besides = own(points) if pace.is_measured and length > 1 else 0.0
+            return costs(branches * points) + besides
+
+        chosen = self._lengths
+        return lambda step: chosen.choose(step, seconds)
+
+    def _costs(self, call: _Call) -> Costs:
+        """Of the target, measured now where nothing is known of such calls."""
+        pace = self._owner.pace
+        rows_a_step = len(call.sample)
+        if pace.given is not None:
+            return pace.given
+        if self._known_costs is None:
+            unet = self._owner.pipe.unet
+            tensors = [one for one in call.conditions.values() if isinstance(one, Tensor)]
+            kept = KeptCosts(facts_of(unet, call.sample, tensors))
+            self._known_costs = kept.read(rows_a_step)
+        if self._known_costs is None:
+            started = time.perf_counter()
+            self._known_costs = kept.measure(self._calls_of(call), rows_a_step)
+            self._stats.measuring += time.perf_counter() - started
+        return self._known_costs
+
+    def _calls_of(self, call: _Call) -> Callable[[int], object]:
+        """The loop's call with any number of rows, done when it returns."""
+        num_images = len(self._images)
+        branches = len(call.sample) // num_images
+        some = call.sample[:num_images, : self._images[0].point.shape[0]]
+        device = call.sample.device
+
+        def run(rows: int) -> None:
+            places = [row % num_images for row in range(rows // branches)]
+            points = some[torch.tensor(places, dtype=torch.int64, device=device)]
+            times = self._sampler.table.times[torch.full([len(places)], self._index, **INTS)]
+            call.of_points(places, num_images, points, times.to(device))
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
+        return run
+
+    def _read(self, call: _Call, lengths: dict[int, int]) -> None:
         """One call of the UNet for these images' next blocks."""
-        assert self._table is not None
-        table = self._table
+        started = time.perf_counter()
+        reading = 0.0
+        table = self._sampler.table
         self._call = call
+        self._is_asked = False
         self._guidance = self._guidance_now()
         raw_of_rows: list[Tensor] = []
+        places = list(lengths)
 
         def evaluate(rows: list[int], steps: Tensor, points: Tensor) -> Answer:
+            nonlocal reading
+            begun = time.perf_counter()
             scale = table.scale[steps].to(points).view(-1, *[1] * (points.dim() - 1))
             times = table.times[steps].to(call.sample.device)
             scaled = (points * scale).to(call.sample.dtype)
@@ -374,15 +481,13 @@ class _Run:
             raw = call.of_points(own, len(self._images), scaled, times)
             raw_of_rows.extend(raw.unbind(1))
             outputs = _finite(self._guided(raw)).float()
+            reading = time.perf_counter() - begun
             return Answer(outputs, self._owner.features(len(rows)))
 
         images = [self._images[place] for place in places]
         branches = len(call.sample) // len(self._images)
-        length = self._length(min(image.step for image in images), branches * len(images))
-        sampler = BlockSampler(table, self._owner.draft, self._owner.tol)
         starts = [image.step for image in images]
-        lengths = [sampler.length(image, length) for image in images]
-        done = sampler.round(images, lengths, evaluate)
+        done = self._sampler.round(images, list(lengths.values()), evaluate)
         self._stats.rounds += 1
         self._stats.rows += done.num_points * branches
         self._note(done.decisions)
@@ -395,23 +500,15 @@ class _Run:
                 self._raw[place][committed.step] = raw_of_rows[row + lag]
                 if self._owner.watch is not None:
                     self._owner.watch(place, self._images[place], committed.step, committed.point)
-            row += lengths[own_place]
-
-    def _length(self, step: int, rows_a_step: int) -> int:
-        if self._voids >= _VOIDS:
-            return 1
-        block = self._owner.block
-        if isinstance(block, int):
-            return block
-        assert self._table is not None
-        is_exact = self._owner.tol is None
-        return self._owner.lengths.best(self._table, step, rows_a_step, exact=is_exact)
+            row += lengths[place]
+        own_seconds = time.perf_counter() - started - reading
+        self._owner.pace.own.take(done.num_points, own_seconds)
 
     def _note(self, decisions: list[Decision]) -> None:
-        assert self._table is not None
         self._stats.count(decisions)
         self._stats.defects = [image.defect for image in self._images]
-        self._owner.lengths.learn(self._table, decisions, exact=self._owner.tol is None)
+        if self._lengths is not None:
+            self._lengths.learn(decisions)
 
     def _guidance_now(self) -> tuple[float, float]:
         pipe = self._owner.pipe
@@ -439,17 +536,7 @@ class _Run:
         output: Tensor = asked["model_output"]
         if self._table is None:
             self._begin(asked)
-        assert self._table is not None
-        index = self._index
-        done = [own.pop(index) for own in self._done]
-        for own in self._raw:
-            own.pop(index)
-        latents = torch.stack([one.result for one in done]).to(output.dtype)
-        steps = torch.full([len(done)], index, **INTS)
-        points = torch.stack([one.point for one in done])
-        outputs = torch.stack([one.output for one in done])
-        clean = self._table.predicted(steps, points, outputs).clean.to(output.dtype)
-
+        latents, clean = self._single(output) if self._is_asked else self._popped(output)
         self._given = latents
         self._index += 1
         self._stats.steps = self._index
@@ -485,20 +572,27 @@ class _Run:
         self._stats.images = num_images
         self._guidance = self._guidance_now()
 
-        def evaluate(rows: list[int], steps: Tensor, points: Tensor) -> Answer:
-            del rows, steps, points
-            return Answer(_finite(output).float(), self._owner.features(num_images))
-
-        sampler = BlockSampler(self._table, self._owner.draft, self._owner.tol)
-        done = sampler.round(self._images, [1] * num_images, evaluate)
+        self._sampler = BlockSampler(self._table, self._owner.draft, self._owner.tol)
         self._stats.defects = [0.0] * num_images
-        branches = self._first_output.view(-1, num_images, *output.shape[1:])
-        for place in range(num_images):
-            committed = done.committed[place][0]
-            self._done[place][0] = committed
-            if self._owner.watch is not None:
-                self._owner.watch(place, self._images[place], 0, committed.point)
-            self._raw[place][0] = branches[:, place]
+
+    def _single(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        """The step behind a call that was the loop's own."""
+        answer = Answer(_finite(output).float(), self._owner.features(len(output)))
+        points = torch.stack([image.point for image in self._images])
+        done = self._sampler.single(self._images, points, answer)
+        if self._owner.watch is not None:
+            for place, image in enumerate(self._images):
+                self._owner.watch(place, image, self._index, points[place])
+        return done.results.to(output.dtype), done.clean.to(output.dtype)
+
+    def _popped(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        """A step that was done in a block."""
+        done = [own.pop(self._index) for own in self._done]
+        for own in self._raw:
+            own.pop(self._index)
+        latents = torch.stack([one.result for one in done])
+        clean = torch.stack([one.clean for one in done])
+        return latents.to(output.dtype), clean.to(output.dtype)
 
     def _check_call(self, call: _Call, num_images: int, output: Tensor) -> None:
         """Whether guidance is what we take it for."""
@@ -509,6 +603,26 @@ class _Run:
             raise _unsupported(f"its guidance has {len(raw)} branches")
         if not torch.allclose(self._guided(raw), _finite(output), rtol=1e-3, atol=1e-4):
             raise _unsupported("its guidance is not the one of Stable Diffusion")
+
+
+class _Pace:
+    """What is known of seconds and of lengths, from call to call of the pipe."""
+
+    def __init__(self, given: Costs | None) -> None:
+        self.given = given
+        self.own = OwnSeconds()
+        self._lengths: dict[tuple[object, ...], Lengths] = {}
+
+    @property
+    def is_measured(self) -> bool:
+        return self.given is None
+
+    def lengths(self, sampler: BlockSampler, guidance: tuple[float, float]) -> Lengths:
+        """Of one schedule and guidance."""
+        key = (*guidance, *weights_of(sampler.table).tolist())
+        if key not in self._lengths:
+            self._lengths[key] = Lengths(sampler.table, sampler.tol)
+        return self._lengths[key]
 
 
 class _Noises:

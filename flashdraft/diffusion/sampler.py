@@ -24,7 +24,16 @@ from flashdraft.diffusion.drafts import Draft, Past
 from flashdraft.diffusion.transitions import Prediction, Transitions
 from flashdraft.process import INTS
 
-__all__ = ["Answer", "BlockSampler", "Committed", "Decision", "Evaluate", "Image", "Round"]
+__all__ = [
+    "Answer",
+    "BlockSampler",
+    "Committed",
+    "Decision",
+    "Evaluate",
+    "Image",
+    "Round",
+    "Singles",
+]
 
 _TINY = 1e-12
 
@@ -58,13 +67,21 @@ class Image:
 
 
 class Committed(NamedTuple):
-    """A step that is done: the points before and behind it, and what the target said of the
-    first."""
+    """A step that is done: the points before and behind it, and the clean latents that the target
+    saw in the first."""
 
     step: int
     point: Tensor
-    output: Tensor
+    clean: Tensor
     result: Tensor
+
+
+class Singles(NamedTuple):
+    """One step of many images, [n, ...]: the points behind it, and the clean latents that the
+    target saw before it."""
+
+    results: Tensor
+    clean: Tensor
 
 
 class Decision(NamedTuple):
@@ -119,6 +136,38 @@ class BlockSampler:
         answer = evaluate(block.places, torch.tensor(block.steps, **INTS), points)
         return self._walk(images, block, points, answer)
 
+    def single(self, images: Sequence[Image], points: Tensor, answer: Answer) -> Singles:
+        """One step of images that are all before the same, without a draft: the sampler itself.
+
+        points: [n, ...], theirs. What `round` does for blocks of one step, in few operations: where
+        a call of the target takes milliseconds, they count.
+        """
+        table = self.table
+        step = images[0].step
+        said = table.predicted(step, points, answer.outputs)
+        results = table.mean(step, points, said, self._clean_before(images, step))
+        if table.draws[step]:
+            noises = torch.stack([image.noise_of(step) for image in images])
+            results = results + float(table.deviation[step]) * noises
+
+        for place, image in enumerate(images):
+            own = Prediction(said.clean[place], said.noise[place])
+            features = None if answer.features is None else answer.features[place]
+            image.past = _past(image.past, step, own, features)
+            image.point = results[place]
+            image.step = step + 1
+        return Singles(results, said.clean)
+
+    def _clean_before(self, images: Sequence[Image], step: int) -> Tensor | None:
+        """What the target saw in the step before this one, [n, ...], where the sampler asks."""
+        if float(self.table.before[step]) == 0:
+            return None
+        seen = []
+        for image in images:
+            past = image.past
+            seen.append(torch.zeros_like(image.point) if past is None else past.said.clean)
+        return torch.stack(seen)
+
     def length(self, image: Image, wanted: int) -> int:
         """Of the block that `round` makes where so many points are wanted."""
         if image.past is None:  # nothing to draft from
@@ -148,9 +197,8 @@ class BlockSampler:
             if predict is None or lag + 1 == length:
                 block.drafted.append(None)
                 continue
-            steps = torch.tensor([step], **INTS)
             said = predict(lag, step, point[None])
-            mean = self.table.mean(steps, point[None], said, before)[0]
+            mean = self.table.mean(step, point[None], said, before)[0]
             before = said.clean
             block.drafted.append(mean)
             point = mean + float(self.table.deviation[step]) * noises[lag]
@@ -186,7 +234,7 @@ class BlockSampler:
                 decision = judged.decision(block, row, stood[row])
                 done.decisions.append(decision)
                 image.defect += decision.defect if stood[row] else 0.0
-            committed = Committed(image.step, points[row], outputs[row], result)
+            committed = Committed(image.step, points[row], said.clean[row], result)
             done.committed[place].append(committed)
             verified = Prediction(said.clean[row], said.noise[row])
             hidden = None if features is None else features[row]

@@ -42,6 +42,8 @@ class Prediction(NamedTuple):
 class Transitions:
     """The steps of a sampler. All tensors are [steps], float64, on the CPU.
 
+    Where a method takes `steps`, they are those of the points, [n], or one number for all points.
+
     A point before step k is alpha * x0 + sigma * eps; the model reads scale times the point, and
     the time. draws: whether the sampler draws noise in the step, even if its deviation is none.
     """
@@ -68,8 +70,8 @@ class Transitions:
         """Whether any step has noise."""
         return bool((self.deviation > 0).any())
 
-    def predicted(self, steps: Tensor, points: Tensor, outputs: Tensor) -> Prediction:
-        """What the model's outputs say. steps: [n]; points, outputs: [n, ...]."""
+    def predicted(self, steps: Tensor | int, points: Tensor, outputs: Tensor) -> Prediction:
+        """What the model's outputs say. points, outputs: [n, ...]."""
         alpha, sigma, scale = self._of(points, steps, self.alpha, self.sigma, self.scale)
         if self.predicts == "epsilon":
             clean = (points - sigma * outputs) / alpha
@@ -85,12 +87,12 @@ class Transitions:
             clean = self.limited(clean)
         return Prediction(clean, noise)
 
-    def implied(self, steps: Tensor, points: Tensor, clean: Tensor) -> Prediction:
+    def implied(self, steps: Tensor | int, points: Tensor, clean: Tensor) -> Prediction:
         """What it would be to predict these clean latents [n, ...] of the points."""
         alpha, sigma = self._of(points, steps, self.alpha, self.sigma)
         return Prediction(clean, (points - alpha * clean) / sigma)
 
-    def from_noise(self, steps: Tensor, points: Tensor, noise: Tensor) -> Prediction:
+    def from_noise(self, steps: Tensor | int, points: Tensor, noise: Tensor) -> Prediction:
         """What it would be to predict this noise [n, ...] in the points."""
         alpha, sigma = self._of(points, steps, self.alpha, self.sigma)
         clean = (points - sigma * noise) / alpha
@@ -99,7 +101,11 @@ class Transitions:
         return Prediction(clean, noise)
 
     def mean(
-        self, steps: Tensor, points: Tensor, said: Prediction, before: Tensor | None = None
+        self,
+        steps: Tensor | int,
+        points: Tensor,
+        said: Prediction,
+        before: Tensor | None = None,
     ) -> Tensor:
         """Where the step leads without its noise, [n, ...], float32 or wider.
 
@@ -108,13 +114,15 @@ class Transitions:
         """
         names = (self.state, self.clean, self.noise, self.before)
         state, clean, noise, earlier = self._of(points, steps, *names)
-        mean = state * points + clean * said.clean + noise * said.noise
+        mean: Tensor = state * points + clean * said.clean + noise * said.noise
         if before is not None:
             mean = mean + earlier * before
         return mean
 
-    def _of(self, points: Tensor, steps: Tensor, *tables: Tensor) -> list[Tensor]:
-        """Entries of tables, as wide as the points."""
+    def _of(self, points: Tensor, steps: Tensor | int, *tables: Tensor) -> list[Any]:
+        """Entries of tables, as wide as the points; numbers where all points are of one step."""
+        if isinstance(steps, int):
+            return [float(table[steps]) for table in tables]
         shape = (-1, *[1] * (points.dim() - 1))
         return [table[steps.cpu()].to(points).view(shape) for table in tables]
 
