@@ -1,9 +1,9 @@
 """Which commands there are, and their help.
 
-Every public function of `decode`, `serve`, `bench` and `train` is a command, and its docstring is
-its help; `bench_serve` is the command of two words, `bench serve`. Those files import torch, and
-`flashdraft --help` shall answer at once: docstrings are read from the source, and a file is
-imported when one of its commands was asked for.
+Every public function of `decode`, `serve`, `image`, `bench` and `train` is a command, and its
+docstring is its help; `bench_serve` is the command of two words, `bench serve`. Those files import
+torch, and `flashdraft --help` shall answer at once: docstrings are read from the source, and a file
+is imported when one of its commands was asked for.
 """
 
 import ast
@@ -16,7 +16,7 @@ from pathlib import Path
 __all__ = ["COMMANDS", "Command", "function_of"]
 
 # each with its panel's title
-_FILES = {"decode": "Use", "serve": "Use", "bench": "Measure", "train": "Train"}
+_FILES = {"decode": "Use", "serve": "Use", "image": "Use", "bench": "Measure", "train": "Train"}
 
 
 @dataclass(frozen=True)

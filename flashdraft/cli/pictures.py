@@ -1,0 +1,239 @@
+"""Pictures into files, and words about them: what `flashdraft image` does.
+
+Needs the extra `image`.
+"""
+
+import io
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from PIL.Image import Image
+from rich.progress import Progress
+
+from flashdraft.bench.report import print_table
+from flashdraft.cli.image import LOOKABLE, TOL, ImageOptions
+from flashdraft.diffusion import drawing
+from flashdraft.diffusion.drawing import Asked, Compared, Drawn, Way
+from flashdraft.diffusion.models import eta_of, load_pipe
+from flashdraft.diffusion.pipeline import SpeculativeDiffusion
+from flashdraft.diffusion.sheet import SheetRow, contact_sheet, enlarged
+from flashdraft.files import locked, say, write_own
+from flashdraft.process import is_terminal
+
+__all__ = ["draw_pictures", "draw_sheet"]
+
+_UNDRAFTED = 2  # steps: the first one has nothing to draft from, the last one is the model's own
+_WAYS = 5  # of `compare`
+
+
+def draw_pictures(
+    prompt: str, files: Sequence[Path], options: ImageOptions, draft: str | Path | None
+) -> None:
+    """One by one, each written as it is done."""
+    pipe, asked = _loaded(prompt, options)
+    way = _way(pipe, options, draft)
+    done: list[Drawn] = []
+    with _progress(options.steps * len(files)) as on_step:
+        for seed, file in zip(options.seeds, files, strict=True):
+            drawn = drawing.draw(way, asked, seed, on_step)
+            _write(file, _shown(drawn.picture, options), _facts(asked, options, drawn))
+            done.append(drawn)
+
+    assert way.fast is not None
+    print(f"{_told_sampler(way)}, {options.mode} mode, draft {way.fast.draft.name}\n")
+    _print_stats(done, files)
+    _print_notes(done, options)
+
+
+def draw_sheet(prompt: str, out: Path, options: ImageOptions, draft: str | Path | None) -> None:
+    """The ways to draw, side by side."""
+    pipe, asked = _loaded(prompt, options)
+    exact = _drafted(pipe, options, "exact", draft)
+    tolerant = _drafted(pipe, options, "tolerance", None)
+    with _progress(_WAYS * options.steps * len(options.seeds)) as on_step:
+        compared = drawing.compare(exact, tolerant, asked, options.seeds, on_step)
+
+    rows = []
+    is_exact = True
+    for way in compared:
+        pictures = [drawn.picture for drawn in way.drawn]
+        starts_group = way.is_exact != is_exact
+        is_exact = way.is_exact
+        rows.append(SheetRow(way.name, _notes(way), pictures, starts_group))
+    columns = [f"seed {seed}" for seed in options.seeds]
+    title = f"{asked.prompt}: DDIM, guidance {asked.guidance:g}"
+    sheet = contact_sheet(title, columns, rows)
+    _write(out, sheet, {"prompt": asked.prompt, "options": _given(options)})
+    _print_compared(compared)
+    print(f"\n{out}: {len(rows)} ways by {len(columns)} seeds")
+
+
+def _loaded(prompt: str, options: ImageOptions) -> tuple[Any, Asked]:
+    """The pipe, and what it is asked for; what it would refuse or cut is refused here."""
+    pipe = load_pipe(
+        options.model, dtype=options.dtype, device=options.device, scheduler=_scheduler(options)
+    )
+    asked = Asked(prompt, options.steps, options.guidance, options.negative, options.pixels)
+    drawing.check_asked(pipe, asked)
+    unknown = drawing.unknown_words(pipe, prompt)
+    if unknown:
+        named = ", ".join(f"`{word}`" for word in unknown)
+        say(f"note: this model does not know {named}; its words are:")
+        say(f"      {' '.join(drawing.known_words(pipe))}")
+    return pipe, asked
+
+
+def _scheduler(options: ImageOptions) -> str | None:
+    if options.compare:
+        return "ddim"
+    if options.scheduler is None and options.mode == "tolerance":
+        return "ddim"
+    return options.scheduler
+
+
+def _drafted(
+    pipe: Any, options: ImageOptions, mode: str, draft: str | Path | None
+) -> SpeculativeDiffusion:
+    usual = "flat" if options.compare else "measured"
+    return SpeculativeDiffusion(
+        pipe,
+        draft=draft,
+        mode=mode,
+        block=options.block_size,
+        tol=TOL if options.tol is None else options.tol,
+        costs=options.costs or usual,
+    )
+
+
+# ---- pictures one by one -------------------------------------------------------------------------
+
+
+def _way(pipe: Any, options: ImageOptions, draft: str | Path | None) -> Way:
+    is_exact = options.mode == "exact"
+    eta = eta_of(pipe.scheduler, options.eta, is_exact=is_exact)
+    drawing.check_way(pipe, eta, is_exact=is_exact)
+    return Way(pipe, eta, _drafted(pipe, options, options.mode, draft))
+
+
+def _told_sampler(way: Way) -> str:
+    name = type(way.pipe.scheduler).__name__.removesuffix("Scheduler")
+    return name if way.eta is None else f"{name} with eta {way.eta:g}"
+
+
+def _shown(picture: Image, options: ImageOptions) -> Image:
+    """As it is written: a thumbnail of a model is enlarged."""
+    width = LOOKABLE if options.scale is None else picture.width * options.scale
+    return enlarged(picture, width)
+
+
+def _print_stats(done: Sequence[Drawn], files: Sequence[Path]) -> None:
+    is_exact = done[0].stats.exact
+    last = "predicted" if is_exact else "summed defect"
+    head = ["picture", "seed", "steps", "rounds", "rows", "drafted", "accepted", last, "seconds"]
+    rows = []
+    for drawn, file in zip(done, files, strict=True):
+        stats = drawn.stats
+        share, predicted = "-", "-"
+        if stats.drafted:
+            share = f"{stats.accepted / stats.drafted:.2f}"
+            predicted = f"{stats.predicted:.2f}"
+        if not is_exact:
+            predicted = f"{sum(stats.defects):.4f}"
+        counts = [drawn.seed, stats.steps, stats.rounds, stats.rows, stats.drafted]
+        figures = [str(count) for count in counts]
+        rows.append([str(file), *figures, share, predicted, f"{stats.seconds:.2f}"])
+    print_table(head, rows)
+
+
+def _print_notes(done: Sequence[Drawn], options: ImageOptions) -> None:
+    could_draft = options.block == "auto" and options.steps > _UNDRAFTED
+    if could_draft and all(drawn.stats.drafted == 0 for drawn in done):
+        print("\nnothing was drafted: no block of steps pays here; --block N drafts anyway")
+    measuring = sum(drawn.stats.measuring for drawn in done)
+    if measuring:
+        print(f"\n{measuring:.2f} s more for measuring what calls cost here, once")
+    for drawn in done:
+        if drawn.is_hidden:
+            say(f"note: the model's safety checker has blackened the picture of seed {drawn.seed}")
+
+
+# ---- contact sheets ------------------------------------------------------------------------------
+
+
+class _Means(NamedTuple):
+    """Of one way's pictures."""
+
+    steps: int
+    rounds: float
+    rows: float
+    seconds: float
+    accepted: float | None  # share of the drafted steps; None: none were drafted
+
+
+def _means(way: Compared) -> _Means:
+    stats = [drawn.stats for drawn in way.drawn]
+    drafted = sum(one.drafted for one in stats)
+    accepted = sum(one.accepted for one in stats)
+    return _Means(
+        steps=stats[0].steps,
+        rounds=fmean(one.rounds for one in stats),
+        rows=fmean(one.rows for one in stats),
+        seconds=fmean(one.seconds for one in stats),
+        accepted=accepted / drafted if drafted else None,
+    )
+
+
+def _notes(way: Compared) -> list[str]:
+    means = _means(way)
+    notes = [f"{means.steps} steps, {means.rounds:.3g} rounds"]
+    if way.error is not None:
+        notes.append(f"pixels {way.error:.1%} off plain")
+    elif means.accepted is not None:
+        notes.append("drawn from the same law")
+    return notes
+
+
+def _print_compared(compared: Sequence[Compared]) -> None:
+    head = ["way", "steps", "rounds", "rows", "accepted", "off plain", "seconds"]
+    rows = []
+    for way in compared:
+        means = _means(way)
+        accepted = "-" if means.accepted is None else f"{means.accepted:.2f}"
+        error = "-" if way.error is None else f"{way.error:.1%}"
+        counts = [str(means.steps), f"{means.rounds:.1f}", f"{means.rows:.1f}"]
+        rows.append([way.name, *counts, accepted, error, f"{means.seconds:.2f}"])
+    print_table(head, rows)
+
+
+# ---- files and bars ------------------------------------------------------------------------------
+
+
+def _write(path: Path, picture: Image, facts: dict[str, Any]) -> None:
+    content = io.BytesIO()
+    picture.save(content, "PNG")
+    with locked(path):
+        write_own(path, {path.name: content.getvalue()}, "image", facts)
+
+
+def _given(options: ImageOptions) -> dict[str, Any]:
+    return {name: value for name, value in vars(options).items() if value is not None}
+
+
+def _facts(asked: Asked, options: ImageOptions, drawn: Drawn) -> dict[str, Any]:
+    """What the note beside a picture says: enough to draw it again."""
+    stats = drawn.stats
+    given = _given(options) | {"seed": drawn.seed, "count": 1}
+    taken = {"steps": stats.steps, "rounds": stats.rounds, "rows": stats.rows}
+    return {"prompt": asked.prompt, "options": given, "taken": taken}
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[], None]]:
+    """A bar over so many steps, where somebody looks."""
+    with Progress(transient=True, disable=not is_terminal(sys.stdout)) as bar:
+        task = bar.add_task("steps", total=total)
+        yield lambda: bar.advance(task)
