@@ -212,7 +212,8 @@ class BlockSampler:
         steps = torch.tensor(block.steps, **INTS)
         outputs, features = answer
         said = self.table.predicted(steps, points, outputs)
-        means = self.table.mean(steps, points, said, self._before(images, block, said))
+        before = self._before(images, block, said, steps)
+        means = self.table.mean(steps, points, said, before)
         drafted = means.clone()  # the last step of a block is the target's own
         for row, mean in enumerate(block.drafted):
             if mean is not None:
@@ -244,8 +245,13 @@ class BlockSampler:
             has_ended[place] = is_last or not stood[row]
         return done
 
-    def _before(self, images: Sequence[Image], block: _Block, said: Prediction) -> Tensor:
-        """What the target said of the clean latents a step before each point: [m, ...]."""
+    def _before(
+        self, images: Sequence[Image], block: _Block, said: Prediction, steps: Tensor
+    ) -> Tensor | None:
+        """What the target said of the clean latents a step before each point: [m, ...], where the
+        sampler asks."""
+        if not bool(self.table.before[steps].any()):
+            return None
         before = []
         for row, lag in enumerate(block.lags):
             past = images[block.places[row]].past
