@@ -60,6 +60,7 @@ class Transitions:
     draws: list[bool]
     predicts: str  # "epsilon", "v_prediction" or "sample"
     limited: Callable[[Tensor], Tensor] | None  # of x0: clipped, or by its own quantile
+    noise_dtype: torch.dtype | None = None  # in which noise is drawn; None: the latents' own
 
     @property
     def num_steps(self) -> int:
@@ -308,6 +309,7 @@ def _dpm_solver(scheduler: Any, eta: float) -> Transitions:
         draws=[is_random] * len(state),
         predicts=config.prediction_type,
         limited=scheduler._threshold_sample if config.thresholding else None,
+        noise_dtype=torch.float32,
     )
 
 

@@ -1,0 +1,212 @@
+"""What a pipe's loop asks of its UNet, and the same question of other points.
+
+A UNet reads rows: every image once, or once for each branch of its guidance. A row of a block is an
+image's row with another point and another time; what else the row was asked with (prompt, sizes,
+masks, an adapter's pictures) goes with it. What cannot be told by rows is refused by name.
+
+Knows the arguments of diffusers' UNet2DConditionModel. Does not know samplers.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashdraft.errors import InvalidParameter
+
+__all__ = ["Call", "settings_of", "unsupported"]
+
+# Of `cross_attention_kwargs`: by row; one for all rows.
+_BY_ROW = ("gligen",)
+_FOR_ALL = ("ip_adapter_masks",)
+
+
+def unsupported(got: str) -> InvalidParameter:
+    hint = "Stable Diffusion's pipelines work: text to image, image to image, inpainting, XL"
+    return InvalidParameter(f"this pipe can't be drafted: {got}", hint=hint, option="pipe")
+
+
+class Call:
+    """One call of the UNet, for all images of the loop and all branches of guidance."""
+
+    def __init__(self, own: Callable[..., Any], asked: Mapping[str, Any]) -> None:
+        """own: the UNet's forward; asked: its arguments by name.
+
+        Raises InvalidParameter for one that cannot be told by rows.
+        """
+        self.own = own
+        self.sample: Tensor = asked["sample"]
+        self.timestep = asked["timestep"]
+        self.wants_dict: bool = asked.get("return_dict", True)
+        self.conditions = dict(asked)
+        for name in ("sample", "timestep", "return_dict"):
+            self.conditions.pop(name, None)
+        self._kept: Any = None
+        for name, value in self.conditions.items():
+            if "residual" in name and value is not None:
+                got = f"the pipe gives its UNet `{name}`: those are of one point, not of a block"
+                raise unsupported(got)
+        _check_attention(self.conditions.get("cross_attention_kwargs"))
+        is_tensor = isinstance(self.timestep, Tensor)
+        times = self.timestep.flatten().tolist() if is_tensor else [self.timestep]
+        if min(times) != max(times):
+            raise InvalidParameter(
+                "the images of a batch are at different steps of the sampler",
+                hint="a block has one schedule: draw them one by one",
+                option="timestep",
+            )
+        self.time = float(times[0])
+
+    @classmethod
+    def bound(cls, own: Callable[..., Any], *args: Any, **kwargs: Any) -> "Call":
+        """Of a UNet's arguments as they came. Raises InvalidParameter for unknown ones."""
+        from diffusers import UNet2DConditionModel
+
+        signature = inspect.signature(UNet2DConditionModel.forward)
+        try:
+            asked = signature.bind(None, *args, **kwargs).arguments
+        except TypeError as error:
+            raise unsupported(f"its call of the UNet: {error}") from None
+        del asked["self"]
+        return cls(own, asked)
+
+    def as_asked(self) -> Tensor:
+        """The UNet's output for the call as it is."""
+        said = self.own(self.sample, self.timestep, **self.conditions, return_dict=False)
+        output: Tensor = said[0]
+        return output
+
+    def of_points(
+        self, places: list[int], num_images: int, points: Tensor, times: Tensor
+    ) -> Tensor:
+        """The outputs [branches, m, ...] for other points [m, ...] of its images."""
+        branches = len(self.sample) // num_images
+        rows = []
+        for branch in range(branches):
+            rows += [branch * num_images + place for place in places]
+        own = torch.tensor(rows, dtype=torch.int64, device=self.sample.device)
+        samples = torch.cat([points] * branches)
+        further = self.sample[own, points.shape[1] :]  # a mask's channels, of an inpainting UNet
+        samples = torch.cat([samples, further], dim=1)
+
+        conditions = self._of_rows(own)
+        said = self.own(samples, torch.cat([times] * branches), **conditions, return_dict=False)
+        output: Tensor = said[0]
+        return output.view(branches, len(places), *output.shape[1:])
+
+    def _of_rows(self, own: Tensor) -> dict[str, Any]:
+        """The conditions of these rows [m] of the call."""
+        count = len(self.sample)
+        conditions = {}
+        for name, value in self.conditions.items():
+            if name == "cross_attention_kwargs" and value is not None:
+                value = dict(value)
+                for part in _BY_ROW:
+                    if part in value:
+                        value[part] = _gathered(value[part], own, count)
+                conditions[name] = value
+            else:
+                conditions[name] = _gathered(value, own, count)
+        return conditions
+
+    def keep(self, num_channels: int) -> None:
+        """Remembers what it was asked under, which a callback may change in place."""
+        self._kept = _copied(self._under(num_channels))
+
+    def is_like(self, kept: "Call", num_channels: int) -> bool:
+        """Whether it asks under the conditions of a call that was kept."""
+        if len(self.sample) != len(kept.sample):
+            return False
+        return _are_equal(self._under(num_channels), kept._kept)
+
+    def _under(self, num_channels: int) -> dict[str, Any]:
+        return self.conditions | {"further": self.sample[:, num_channels:]}
+
+
+def _check_attention(options: Any) -> None:
+    if options is None:
+        return
+    for name, value in options.items():
+        if name not in (*_BY_ROW, *_FOR_ALL) and _has_tensors(value):
+            got = f"`cross_attention_kwargs` has a tensor {name!r}, whose rows are not known"
+            raise unsupported(got)
+
+
+def _has_tensors(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(_has_tensors(part) for part in value.values())
+    if isinstance(value, list | tuple):
+        return any(_has_tensors(part) for part in value)
+    return isinstance(value, Tensor)
+
+
+def _gathered(value: Any, own: Tensor, count: int) -> Any:
+    """The rows of every tensor that has so many."""
+    if isinstance(value, Tensor):
+        has_rows = value.dim() > 0 and len(value) == count
+        return value[own.to(value.device)] if has_rows else value
+    if isinstance(value, dict):
+        return {name: _gathered(part, own, count) for name, part in value.items()}
+    if isinstance(value, list | tuple):  # of several adapters
+        return [_gathered(part, own, count) for part in value]
+    return value
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {name: _copied(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_copied(part) for part in value]
+    return value
+
+
+def _are_equal(left: Any, right: Any) -> bool:
+    if isinstance(left, Tensor) and isinstance(right, Tensor):
+        return left.shape == right.shape and bool(torch.equal(left, right))
+    if isinstance(left, dict) and isinstance(right, dict):
+        if left.keys() != right.keys():
+            return False
+        return all(_are_equal(part, right[name]) for name, part in left.items())
+    if isinstance(left, list | tuple) and isinstance(right, list | tuple):
+        if len(left) != len(right):
+            return False
+        pairs = zip(left, right, strict=True)
+        return all(_are_equal(one, other) for one, other in pairs)
+    return left is right or bool(left == right)
+
+
+# ---- what a UNet is set to -----------------------------------------------------------------------
+
+_NO_SETTINGS = frozenset(nn.Module().__dict__) - {"training"} | {"_internal_dict"}
+
+
+def settings_of(unet: Any) -> list[Any]:
+    """Whatever may change what the UNet says beside its weights: adapters' scales, attention
+    processors, FreeU's numbers, whether GLIGEN's layers are in."""
+    settings: list[Any] = []
+    for module in unet.modules():
+        if type(module).__module__.startswith("torch.nn."):
+            continue
+        values = vars(module)
+        for name, value in values.items():
+            if name not in _NO_SETTINGS:
+                settings.append(_plain(value))
+        processor = values.get("processor")
+        if processor is not None and hasattr(processor, "__dict__"):
+            settings += [_plain(value) for value in vars(processor).values()]
+    return settings
+
+
+def _plain(value: Any) -> Any:
+    """A number, or numbers, as they are now; of anything else its identity."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, dict):
+        return [(name, _plain(part)) for name, part in value.items()]
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return id(value)

@@ -1,0 +1,31 @@
+"""How long the blocks of a loop are, by what is known of seconds and of chances.
+
+Knows costs and lengths. Does not know pipelines.
+"""
+
+from flashdraft.diffusion.costs import Costs, OwnSeconds
+from flashdraft.diffusion.lengths import Lengths, weights_of
+from flashdraft.diffusion.sampler import BlockSampler
+
+__all__ = ["Pace"]
+
+
+class Pace:
+    """What is known of seconds and of lengths, from call to call of the pipe. given: costs that
+    are not measured."""
+
+    def __init__(self, given: Costs | None) -> None:
+        self.given = given
+        self.own = OwnSeconds()
+        self._lengths: dict[tuple[object, ...], Lengths] = {}
+
+    @property
+    def is_measured(self) -> bool:
+        return self.given is None
+
+    def lengths(self, sampler: BlockSampler, guidance: tuple[float, float]) -> Lengths:
+        """Of one schedule and guidance."""
+        key = (*guidance, *weights_of(sampler.table).tolist())
+        if key not in self._lengths:
+            self._lengths[key] = Lengths(sampler.table, sampler.tol)
+        return self._lengths[key]
