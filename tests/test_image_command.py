@@ -98,7 +98,7 @@ def test_tolerance_mode_takes_ddim_and_tells_the_defect(run: Run) -> None:
     assert out.startswith("DDIM with eta 0, tolerance mode, draft extrapolated\n")
     (row,) = table_of(out)
     assert int(row["rounds"]) < 12
-    assert float(row["summed defect"]) > 0
+    assert float(row["defect"]) > 0
 
 
 def test_a_seed_makes_its_picture_alone_and_among_others(run: Run, tmp_path: Path) -> None:
@@ -141,12 +141,14 @@ def test_nothing_drafted_and_a_blackened_picture_are_said(
     picture = Image.new("RGB", (8, 8))
     drawn = Drawn(3, picture, Stats(exact=True, steps=100, rounds=100), is_hidden=True)
     drawn.stats.measuring = 0.5
-    pictures._print_notes([drawn], ImageOptions())
+    told = pictures._Told()
+    told.add(Path("one.png"), drawn)
+    told.show(ImageOptions())
     said = capsys.readouterr()
     assert "--block N" in said.out
     assert "0.50 s more for measuring" in said.out
     assert "seed 3" in said.err
-    pictures._print_notes([drawn], ImageOptions(block="1"))
+    told.show(ImageOptions(block="1"))
     assert "--block" not in capsys.readouterr().out
 
 

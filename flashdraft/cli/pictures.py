@@ -7,6 +7,7 @@ import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -36,17 +37,16 @@ def draw_pictures(
     """One by one, each written as it is done."""
     pipe, asked = _loaded(prompt, options)
     way = _way(pipe, options, draft)
-    done: list[Drawn] = []
+    told = _Told()
     with _progress(options.steps * len(files)) as on_step:
         for seed, file in zip(options.seeds, files, strict=True):
             drawn = drawing.draw(way, asked, seed, on_step)
             _write(file, _shown(drawn.picture, options), _facts(asked, options, drawn))
-            done.append(drawn)
+            told.add(file, drawn)
 
     assert way.fast is not None
-    print(f"{_told_sampler(way)}, {options.mode} mode, draft {way.fast.draft.name}\n")
-    _print_stats(done, files)
-    _print_notes(done, options)
+    print(f"{_name_of_sampler(way)}, {options.mode} mode, draft {way.fast.draft.name}\n")
+    told.show(options)
 
 
 def draw_sheet(prompt: str, out: Path, options: ImageOptions, draft: str | Path | None) -> None:
@@ -79,7 +79,7 @@ def _loaded(prompt: str, options: ImageOptions) -> tuple[Any, Asked]:
     )
     asked = Asked(prompt, options.steps, options.guidance, options.negative, options.pixels)
     drawing.check_asked(pipe, asked)
-    unknown = drawing.unknown_words(pipe, prompt)
+    unknown = drawing.unknown_words(pipe, f"{prompt} {options.negative or ''}")
     if unknown:
         named = ", ".join(f"`{word}`" for word in unknown)
         say(f"note: this model does not know {named}; its words are:")
@@ -119,7 +119,7 @@ def _way(pipe: Any, options: ImageOptions, draft: str | Path | None) -> Way:
     return Way(pipe, eta, _drafted(pipe, options, options.mode, draft))
 
 
-def _told_sampler(way: Way) -> str:
+def _name_of_sampler(way: Way) -> str:
     name = type(way.pipe.scheduler).__name__.removesuffix("Scheduler")
     return name if way.eta is None else f"{name} with eta {way.eta:g}"
 
@@ -130,35 +130,42 @@ def _shown(picture: Image, options: ImageOptions) -> Image:
     return enlarged(picture, width)
 
 
-def _print_stats(done: Sequence[Drawn], files: Sequence[Path]) -> None:
-    is_exact = done[0].stats.exact
-    last = "predicted" if is_exact else "summed defect"
-    head = ["picture", "seed", "steps", "rounds", "rows", "drafted", "accepted", last, "seconds"]
-    rows = []
-    for drawn, file in zip(done, files, strict=True):
+@dataclass
+class _Told:
+    """What is said of pictures that are written; they themselves are not kept."""
+
+    rows: list[list[str]] = field(default_factory=list)
+    hidden: list[int] = field(default_factory=list)  # seeds
+    drafted: int = 0
+    measuring: float = 0.0
+
+    def add(self, file: Path, drawn: Drawn) -> None:
         stats = drawn.stats
-        share, predicted = "-", "-"
+        share, last = "-", "-"
         if stats.drafted:
             share = f"{stats.accepted / stats.drafted:.2f}"
-            predicted = f"{stats.predicted:.2f}"
-        if not is_exact:
-            predicted = f"{sum(stats.defects):.4f}"
-        counts = [drawn.seed, stats.steps, stats.rounds, stats.rows, stats.drafted]
+            last = f"{stats.predicted:.2f}"
+        if not stats.exact:
+            last = f"{sum(stats.defects):.4f}"
+        counts = [drawn.seed, stats.steps, stats.rounds, stats.rows]
         figures = [str(count) for count in counts]
-        rows.append([str(file), *figures, share, predicted, f"{stats.seconds:.2f}"])
-    print_table(head, rows)
-
-
-def _print_notes(done: Sequence[Drawn], options: ImageOptions) -> None:
-    could_draft = options.block == "auto" and options.steps > _UNDRAFTED
-    if could_draft and all(drawn.stats.drafted == 0 for drawn in done):
-        print("\nnothing was drafted: no block of steps pays here; --block N drafts anyway")
-    measuring = sum(drawn.stats.measuring for drawn in done)
-    if measuring:
-        print(f"\n{measuring:.2f} s more for measuring what calls cost here, once")
-    for drawn in done:
+        self.rows.append([str(file), *figures, share, last, f"{stats.seconds:.2f}"])
+        self.drafted += stats.drafted
+        self.measuring += stats.measuring
         if drawn.is_hidden:
-            say(f"note: the model's safety checker has blackened the picture of seed {drawn.seed}")
+            self.hidden.append(drawn.seed)
+
+    def show(self, options: ImageOptions) -> None:
+        last = "predicted" if options.mode == "exact" else "defect"
+        head = ["picture", "seed", "steps", "rounds", "rows", "accepted", last, "seconds"]
+        print_table(head, self.rows)
+        if self.measuring:
+            print(f"\n{self.measuring:.2f} s more for measuring what calls cost here, once")
+        could_draft = options.block == "auto" and options.steps > _UNDRAFTED
+        if could_draft and self.drafted == 0:
+            print("\nnothing was drafted: no block of steps pays here; --block N drafts anyway")
+        for seed in self.hidden:
+            say(f"note: the model's safety checker has blackened the picture of seed {seed}")
 
 
 # ---- contact sheets ------------------------------------------------------------------------------
