@@ -163,9 +163,9 @@ def test_a_target_that_compiles_each_shape_is_asked_for_two(
 def test_seconds_of_ours_are_learned_by_point() -> None:
     own = OwnSeconds()
     assert own(8) == 0.0
-    for _ in range(40):
-        own.take(4, 0.004)
-    assert own(8) == pytest.approx(0.008)
+    for points in (2, 4, 8) * 20:
+        own.take(points, 0.001 * (points + 5))
+    assert own(16) == pytest.approx(0.021)
 
 
 # ---- kept ----------------------------------------------------------------------------------------

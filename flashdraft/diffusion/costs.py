@@ -38,6 +38,7 @@ _PASS = 8.0  # single calls that one pass over all numbers of rows may cost
 _ENOUGH = 2.0  # seconds after which no further pass is made
 _SLOW = 0.5  # seconds of a call that needs no warming up
 _COMPILING = 30.0  # times what a call takes: what its first takes where each shape is compiled
+_ROUND = 5  # points that take as long as what a round takes whatever its points are
 _FADING = 0.1  # share of what is known of our own seconds that a round replaces at least
 
 
@@ -243,8 +244,8 @@ def _says(costs: Costs, rows_a_step: int) -> bool:
 
 @dataclass
 class OwnSeconds:
-    """What a round takes besides the target's call, by the points of its blocks: a line that is
-    learned from every round. None is known at first, and none is thought of."""
+    """What a round of blocks takes besides the target's call, by the points of its blocks. Nothing
+    is known at first, and none is thought of."""
 
     a_point: float = 0.0
     rounds: int = 0
@@ -252,7 +253,7 @@ class OwnSeconds:
     def take(self, points: int, seconds: float) -> None:
         self.rounds += 1
         share = max(1 / self.rounds, _FADING)
-        self.a_point += share * (seconds / points - self.a_point)
+        self.a_point += share * (seconds / (points + _ROUND) - self.a_point)
 
     def __call__(self, points: int) -> float:
-        return self.a_point * points
+        return self.a_point * (points + _ROUND)
