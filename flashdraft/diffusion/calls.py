@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from flashdraft.errors import InvalidParameter
 
-__all__ = ["Call", "settings_of", "unsupported"]
+__all__ = ["Call", "Settings", "unsupported"]
 
 # Of `cross_attention_kwargs`: by row; one for all rows.
 _BY_ROW = ("gligen",)
@@ -181,32 +181,56 @@ def _are_equal(left: Any, right: Any) -> bool:
 
 # ---- what a UNet is set to -----------------------------------------------------------------------
 
-_NO_SETTINGS = frozenset(nn.Module().__dict__) - {"training"} | {"_internal_dict"}
+_NO_SETTINGS = frozenset(nn.Module().__dict__) - {"training", "_modules"} | {"_internal_dict"}
+_OURS = ("forward", "_compiled_call_impl", "_flashdraft")  # patched while a context lasts
 
 
-def settings_of(unet: Any) -> list[Any]:
-    """Whatever may change what the UNet says beside its weights: adapters' scales, attention
-    processors, FreeU's numbers, whether GLIGEN's layers are in."""
-    settings: list[Any] = []
-    for module in unet.modules():
-        if type(module).__module__.startswith("torch.nn."):
-            continue
-        values = vars(module)
-        for name, value in values.items():
-            if name not in _NO_SETTINGS:
-                settings.append(_plain(value))
-        processor = values.get("processor")
-        if processor is not None and hasattr(processor, "__dict__"):
-            settings += [_plain(value) for value in vars(processor).values()]
-    return settings
+class Settings:
+    """Whatever may change what a UNet says beside its weights, as it is now: adapters' scales,
+    attention processors, FreeU's numbers, whether GLIGEN's layers are in.
+
+    Looked through once; whether all is as it was is asked at every step, and takes no longer than
+    one look at each value.
+    """
+
+    def __init__(self, unet: Any) -> None:
+        self._seen: list[tuple[Any, Any, Any]] = []  # container, key, value
+        self._sizes: list[tuple[Any, int]] = []
+        for module in unet.modules():
+            if type(module).__module__.startswith("torch.nn."):
+                continue
+            self._look_at(vars(module))
+            processor = vars(module).get("processor")
+            if processor is not None and hasattr(processor, "__dict__"):
+                self._look_at(vars(processor))
+
+    def are_now(self) -> bool:
+        """Whether nothing has changed: numbers are what they were, and things the same."""
+        for container, size in self._sizes:
+            if len(container) != size:
+                return False
+        for container, key, value in self._seen:
+            try:
+                now = container[key]
+            except (KeyError, IndexError):
+                return False
+            if now is not value and not _is_same_number(now, value):
+                return False
+        return True
+
+    def _look_at(self, container: Any) -> None:
+        """All that a dictionary, a list or a tuple holds."""
+        is_named = isinstance(container, dict)
+        entries = list(container.items() if is_named else enumerate(container))
+        self._sizes.append((container, len(container)))
+        for key, value in entries:
+            if key in _NO_SETTINGS or key in _OURS:
+                continue
+            self._seen.append((container, key, value))
+            if isinstance(value, dict | list | tuple):
+                self._look_at(value)
 
 
-def _plain(value: Any) -> Any:
-    """A number, or numbers, as they are now; of anything else its identity."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, dict):
-        return [(name, _plain(part)) for name, part in value.items()]
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    return id(value)
+def _is_same_number(left: Any, right: Any) -> bool:
+    is_number = isinstance(left, bool | int | float | str)
+    return is_number and type(left) is type(right) and bool(left == right)

@@ -21,7 +21,7 @@ from flashdraft.diffusion.transitions import Transitions
 
 __all__ = ["Lengths", "weights_of"]
 
-_PHASES = 8  # parts of the schedule that are learned apart
+_PHASES = 16  # parts of the schedule that are learned apart
 _FADING = 0.05  # share of what is known that a decision replaces at least
 _HOPELESS = 0.02  # chance of a step to be reached: no block is longer
 _FIRST = 4  # lags that are tried before anything is known

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from flashdraft.diffusion import transitions as tables
-from flashdraft.diffusion.calls import Call, settings_of, unsupported
+from flashdraft.diffusion.calls import Call, Settings, unsupported
 from flashdraft.diffusion.costs import Costs, KeptCosts, facts_of
 from flashdraft.diffusion.drafts import Past
 from flashdraft.diffusion.guidance import Guidance, are_close, number
@@ -75,7 +75,7 @@ class Run:
         self._known_costs: Costs | None = None
         self._guidance = Guidance(owner.pipe)
         self._scales: tuple[float, float] = (1.0, 0.0)  # of guidance, and the UNet's settings,
-        self._settings: list[Any] = []  # under which the known steps were read
+        self._settings: Settings | None = None  # under which the known steps were read
         self._given: Tensor  # a copy of the latents that the loop has from us
         self._results: list[Tensor] = []  # the same, by image, as wide as they are computed
         self._pasts: list[Past | None] = []  # behind the last step that the loop took
@@ -168,7 +168,8 @@ class Run:
         assert self._call is not None
         is_like = call.is_like(self._call, self._num_channels)
         has_guidance = self._scales == self._guidance.now()
-        if not is_like or not has_guidance or self._settings != self._settings_now():
+        has_settings = self._settings is not None and self._settings.are_now()
+        if not is_like or not has_guidance or not has_settings:
             self._void(None)
 
     def _void(self, latents: Tensor | None) -> None:
@@ -264,16 +265,21 @@ class Run:
 
         return run
 
-    def _settings_now(self) -> list[Any]:
-        return settings_of(self._owner.pipe.unet)
+    def _settings_now(self) -> Settings:
+        """What the UNet is set to, looked through only where it has changed."""
+        if self._settings is None or not self._settings.are_now():
+            self._settings = Settings(self._owner.pipe.unet)
+        return self._settings
 
     def _check_rows(self, call: Call) -> None:
         """A row's output must hang on nothing but the row: not on the rest of its batch (attention
         over images), nor on the calls before (a cache of features). Seen once, for a UNet as it is
         set: what it says of the loop's point alone, and beside two others of another step."""
-        setting = self._owner.forward_of_unet(), self._settings_now()
-        if self._owner.checked == setting:
-            return
+        forward = self._owner.forward_of_unet()
+        if self._owner.checked is not None:
+            checked_forward, checked = self._owner.checked
+            if checked_forward == forward and checked.are_now():
+                return
         point = self._images[0].point
         places = [0, 0]
         steps = torch.tensor([self._index, self._table.num_steps - 1], **INTS)
@@ -292,7 +298,7 @@ class Run:
             raise unsupported(
                 "what its UNet says of a point hangs on the rest of the batch or on earlier calls"
             )
-        self._owner.checked = setting
+        self._owner.checked = forward, self._settings_now()
 
     def _of_points(self, call: Call, places: list[int], steps: Tensor, points: Tensor) -> Tensor:
         """The UNet's outputs [branches, m, ...] at points [m, ...] before these steps [m]."""
@@ -326,7 +332,7 @@ class Run:
         branches = len(call.sample) // len(self._images)
         starts = [image.step for image in images]
         done = self._sampler.round(images, list(lengths.values()), evaluate)
-        self._settings = self._settings_now()
+        self._settings_now()
         self._stats.rounds += 1
         self._stats.rows += done.num_points * branches
         self._note(done.decisions)
