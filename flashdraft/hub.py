@@ -142,6 +142,7 @@ _TITLES = {
     "eagle3": "EAGLE-3",
     "medusa": "Medusa",
     "draft_model": "draft model",
+    "image_block": "image draft",
 }
 
 

@@ -25,6 +25,7 @@ from toy_training import CONFIG, LAYERS, language_model, network, one_line_and_h
 import flashdraft
 from flashdraft import DFlashDraftModel, hub
 from flashdraft.cli import main
+from flashdraft.diffusion.learned import BlockDraftModel, DraftShape, Identity
 from flashdraft.errors import ModelNotFound
 from flashdraft.provenance import provenance
 from flashdraft.train.config import TrainConfig, model_card
@@ -169,6 +170,21 @@ def test_command_pushes_drafters_of_every_method_and_names_it(
     assert len(said) == 1
     assert title in said[0]
     assert method == "dflash" or "DFlash" not in said[0]
+
+
+def test_image_draft_is_pushed_like_a_drafter(
+    fake: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = BlockDraftModel(DraftShape(width=8, blocks=1), Identity("0", [0.5]))
+    model.save_pretrained(tmp_path, readme="# Mine\n")
+    assert main(["push", str(tmp_path), REPO]) == 0
+    assert capsys.readouterr().out == f"{ADDRESS}\n"
+    assert sorted(fake.files) == ["README.md", *WEIGHTS]
+    cut(tmp_path)
+    fake.calls.clear()
+    assert main(["push", str(tmp_path), REPO]) == 1
+    assert "is damaged" in capsys.readouterr().err
+    assert fake.calls == []
 
 
 def test_language_model_is_not_pushed(

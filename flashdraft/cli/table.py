@@ -1,13 +1,14 @@
 """Which commands there are, and their help.
 
-Every public function of `decode`, `serve`, `image`, `bench` and `train` is a command, and its
-docstring is its help; `bench_serve` is the command of two words, `bench serve`. Those files import
-torch, and `flashdraft --help` shall answer at once: docstrings are read from the source, and a file
-is imported when one of its commands was asked for.
+Every public function of the files below is a command, and its docstring is its help; `bench_serve`
+is the command of two words, `bench serve`, and `image_train` is `image-train`: what follows `image`
+is a text. Those files import torch, and `flashdraft --help` shall answer at once: docstrings are
+read from the source, and a file is imported when one of its commands was asked for.
 """
 
 import ast
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -16,7 +17,15 @@ from pathlib import Path
 __all__ = ["COMMANDS", "Command", "function_of"]
 
 # each with its panel's title
-_FILES = {"decode": "Use", "serve": "Use", "image": "Use", "bench": "Measure", "train": "Train"}
+_FILES = {
+    "decode": "Use",
+    "serve": "Use",
+    "image": "Use",
+    "bench": "Measure",
+    "train": "Train",
+    "image_train": "Train",
+}
+_TWO_WORDS = "bench_"  # begins the functions whose commands are two words
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,8 @@ def _read_commands() -> dict[str, Command]:
             docstring = ast.get_docstring(node) or ""
             text, _, examples = docstring.partition("\n\nExamples:\n")
             lines = inspect.cleandoc(examples).splitlines()
-            name = node.name.replace("_", " ")
+            joint = " " if node.name.startswith(_TWO_WORDS) else "-"
+            name = node.name.replace("_", joint)
             commands[name] = Command(file, panel, " ".join(text.split()), tuple(lines))
     return commands
 
@@ -48,5 +58,5 @@ COMMANDS = _read_commands()
 def function_of(name: str) -> Callable[..., None]:
     """A command's function; imports its file, and what is heavy with it."""
     module = import_module(f"flashdraft.cli.{COMMANDS[name].file}")
-    function: Callable[..., None] = getattr(module, name.replace(" ", "_"))
+    function: Callable[..., None] = getattr(module, re.sub("[ -]", "_", name))
     return function

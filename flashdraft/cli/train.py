@@ -22,6 +22,8 @@ from flashdraft.cli.options import (
     TargetOptions,
     refuse_given,
 )
+from flashdraft.diffusion.learned import METHOD as IMAGE_METHOD
+from flashdraft.diffusion.learned import BlockDraftModel, is_image_draft
 from flashdraft.engine import check
 from flashdraft.errors import FlashDraftError, InvalidParameter
 from flashdraft.formats.config import DraftConfig
@@ -484,11 +486,16 @@ def push(
     repo: Annotated[str, Argument(help="the model repository on the hub, owner/name")],
     private: Annotated[bool, Option("--private", help="make a private one")] = False,
 ) -> None:
-    """Upload a drafter's folder to the hub.
+    """Upload a drafter's folder to the hub, or an image draft's.
 
     Examples:
         flashdraft push run/best my-name/my-drafter
         flashdraft push run/best my-name/my-drafter --private
     """
-    network = open_network(folder)  # whole, or it says what is wrong
-    print(hub.push(folder, repo, what=network.method, private=private))
+    # Whole, or they say what is wrong.
+    if is_image_draft(folder):
+        BlockDraftModel.from_pretrained(folder)
+        what = IMAGE_METHOD
+    else:
+        what = open_network(folder).method
+    print(hub.push(folder, repo, what=what, private=private))

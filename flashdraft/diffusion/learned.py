@@ -34,6 +34,7 @@ from flashdraft.pretrained import read_config
 from flashdraft.process import FLOATS, INTS
 
 __all__ = [
+    "METHOD",
     "BlockDraftModel",
     "DraftShape",
     "Identity",
@@ -127,8 +128,7 @@ class Seen(NamedTuple):
 
 
 class _Residual(nn.Module):
-    """Two convolutions. Between them, what was seen says what of the states counts, here and in all
-    of the image."""
+    """Two convolutions. Between them, what was seen says what of the states counts, and where."""
 
     def __init__(self, width: int, groups: int) -> None:
         super().__init__()
@@ -137,19 +137,12 @@ class _Residual(nn.Module):
         self.norm2 = nn.GroupNorm(groups, width, **FLOATS)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, **FLOATS)
         self.modulation = nn.Conv2d(width, 2 * width, 1, **FLOATS)
-        self.asked = nn.Conv2d(width, width, 1, **FLOATS)
-        self.mixed = nn.Linear(width, width, **FLOATS)
-        self.told = nn.Conv2d(width, width, 1, **FLOATS)
 
     def forward(self, states: Tensor, context: Tensor) -> Tensor:
         """states, context: [m, width, h, w]."""
         hidden = self.conv1(nn.functional.silu(self.norm1(states)))
         scale, shift = self.modulation(nn.functional.silu(context)).chunk(2, dim=1)
         hidden = self.norm2(hidden) * (1 + scale) + shift
-        # A covariance is of low rank: how much of each of its parts lies in the innovation is a
-        # sum over the image.
-        amounts = self.mixed((hidden * self.asked(context)).mean(dim=(2, 3)))
-        hidden = hidden + self.told(context) * amounts[..., None, None]
         changed: Tensor = self.conv2(nn.functional.silu(hidden))
         return states + changed
 

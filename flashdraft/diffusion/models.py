@@ -110,6 +110,7 @@ def load_pipe(
             got = f"cannot load `{name}`: {first_line(error)}"
             raise CheckpointError(got, hint="fetch or write its folder again") from None
         _move(pipe, device)
+    pipe.register_to_config(_name_or_path=name)  # not the place of a hub's files on this disk
     pipe.set_progress_bar_config(disable=True)
     return pipe if scheduler is None else with_scheduler(pipe, scheduler)
 

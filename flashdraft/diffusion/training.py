@@ -40,7 +40,7 @@ from flashdraft.diffusion.options import DraftTrainOptions
 from flashdraft.diffusion.trajectories import Trajectories
 from flashdraft.errors import DataError, FlashDraftError, InvalidParameter
 from flashdraft.files import locked, write_file
-from flashdraft.process import INTS
+from flashdraft.process import BOOLS, INTS
 from flashdraft.provenance import provenance
 from flashdraft.train.config import (
     check_run_folder,
@@ -74,14 +74,15 @@ class Split(NamedTuple):
 
     @classmethod
     def of(cls, count: int, share: float) -> "Split":
-        """Raises DataError where nothing is left for one of them."""
-        every = max(round(1 / share), 2)
-        numbers = torch.arange(count, **INTS)
-        is_held = numbers % every == 0
+        """Those that are held out lie evenly among all. Raises DataError for a single image."""
         if count < 2:
             got = "one image cannot be trained on and measured on"
             raise DataError(got, hint="record more")
-        return cls(numbers[~is_held], numbers[is_held])
+        num_held = min(max(round(count * share), 1), count - 1)
+        held = (2 * torch.arange(num_held, **INTS) + 1) * count // (2 * num_held)
+        is_held = torch.zeros(count, **BOOLS)
+        is_held[held] = True
+        return cls((~is_held).nonzero()[:, 0], held)
 
 
 class _Blocks(NamedTuple):
@@ -230,7 +231,7 @@ class DraftTrainer:
         if not bool(value.isfinite()):
             place = f"at step {self.step + 1}, in `{self.data[source].folder}`"
             hint = "look at that data, or lower the learning rate; the last checkpoint is whole"
-            raise FlashDraftError(f"the {what} is {float(value)} {place}", hint=hint)
+            raise FlashDraftError(f"the {what} is {float(value.detach())} {place}", hint=hint)
 
     @torch.no_grad()
     def _take_average(self) -> None:

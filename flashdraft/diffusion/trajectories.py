@@ -160,7 +160,7 @@ def _facts(pipe: Any, prompts: Sequence[str], options: RecordOptions) -> dict[st
     own = asdict(options) | {"eta": eta_of(pipe.scheduler, options.eta)}
     return {
         "pipe": {
-            "name": getattr(pipe, "name_or_path", None) or type(pipe).__name__,
+            "name": str(getattr(pipe, "name_or_path", None) or type(pipe).__name__),
             "id": hashlib.sha256(weights).hexdigest()[:16],
         },
         "unet": identity._asdict(),
@@ -168,8 +168,8 @@ def _facts(pipe: Any, prompts: Sequence[str], options: RecordOptions) -> dict[st
         "features": feature_channels(pipe.unet),
         "channels": pipe.unet.conv_out.out_channels,
         "scheduler": {"name": type(pipe.scheduler).__name__, "config": schedule},
-        "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16],
         "num_images": len(prompts),
+        "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16],
         "options": own,
     }
 
