@@ -146,3 +146,11 @@ def test_an_older_solver_is_refused_by_name() -> None:
         check(
             DPMSolverMultistepScheduler(algorithm_type="dpmsolver", final_sigmas_type="sigma_min")
         )
+
+
+def test_what_is_left_of_another_schedulers_config_is_no_setting() -> None:
+    """`from_config` keeps entries that are not the scheduler's own."""
+    solver = DPMSolverMultistepScheduler(algorithm_type="dpmsolver++", solver_order=3)
+    ddim = DDIMScheduler.from_config(solver.config)
+    assert ddim.config.get("algorithm_type") == "dpmsolver++"
+    check(ddim)

@@ -7,6 +7,7 @@ masks, an adapter's pictures) goes with it. What cannot be told by rows is refus
 Knows the arguments of diffusers' UNet2DConditionModel. Does not know samplers.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from flashdraft.errors import InvalidParameter
 
-__all__ = ["Call", "Settings", "unsupported"]
+__all__ = ["Call", "Settings", "signature_of", "unsupported"]
 
 # Of `cross_attention_kwargs`: by row; one for all rows.
 _BY_ROW = ("gligen",)
@@ -26,6 +27,12 @@ _FOR_ALL = ("ip_adapter_masks",)
 def unsupported(got: str) -> InvalidParameter:
     hint = "Stable Diffusion's pipelines work: text to image, image to image, inpainting, XL"
     return InvalidParameter(f"this pipe can't be drafted: {got}", hint=hint, option="pipe")
+
+
+@functools.lru_cache(maxsize=32)
+def signature_of(function: Callable[..., Any]) -> inspect.Signature:
+    """Of a function or of a class's method, looked at once: that takes longer than some steps."""
+    return inspect.signature(function)
 
 
 class Call:
@@ -64,7 +71,7 @@ class Call:
         """Of a UNet's arguments as they came. Raises InvalidParameter for unknown ones."""
         from diffusers import UNet2DConditionModel
 
-        signature = inspect.signature(UNet2DConditionModel.forward)
+        signature = signature_of(UNet2DConditionModel.forward)
         try:
             asked = signature.bind(None, *args, **kwargs).arguments
         except TypeError as error:

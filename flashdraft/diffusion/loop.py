@@ -265,12 +265,6 @@ class Run:
 
         return run
 
-    def _settings_now(self) -> Settings:
-        """What the UNet is set to, looked through only where it has changed."""
-        if self._settings is None or not self._settings.are_now():
-            self._settings = Settings(self._owner.pipe.unet)
-        return self._settings
-
     def _check_rows(self, call: Call) -> None:
         """A row's output must hang on nothing but the row: not on the rest of its batch (attention
         over images), nor on the calls before (a cache of features). Seen once, for a UNet as it is
@@ -279,6 +273,7 @@ class Run:
         if self._owner.checked is not None:
             checked_forward, checked = self._owner.checked
             if checked_forward == forward and checked.are_now():
+                self._settings = checked
                 return
         point = self._images[0].point
         places = [0, 0]
@@ -298,7 +293,8 @@ class Run:
             raise unsupported(
                 "what its UNet says of a point hangs on the rest of the batch or on earlier calls"
             )
-        self._owner.checked = forward, self._settings_now()
+        self._settings = Settings(self._owner.pipe.unet)
+        self._owner.checked = forward, self._settings
 
     def _of_points(self, call: Call, places: list[int], steps: Tensor, points: Tensor) -> Tensor:
         """The UNet's outputs [branches, m, ...] at points [m, ...] before these steps [m]."""
@@ -332,7 +328,6 @@ class Run:
         branches = len(call.sample) // len(self._images)
         starts = [image.step for image in images]
         done = self._sampler.round(images, list(lengths.values()), evaluate)
-        self._settings_now()
         self._stats.rounds += 1
         self._stats.rows += done.num_points * branches
         self._note(done.decisions)

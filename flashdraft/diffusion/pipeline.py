@@ -14,7 +14,6 @@ was.
 Knows diffusers pipelines with a UNet. Does not know what a draft or a coupling is made of.
 """
 
-import inspect
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -24,7 +23,7 @@ from typing import Any
 from torch import Tensor
 
 from flashdraft.diffusion import transitions as tables
-from flashdraft.diffusion.calls import Call, unsupported
+from flashdraft.diffusion.calls import Call, signature_of, unsupported
 from flashdraft.diffusion.costs import given_costs
 from flashdraft.diffusion.drafts import Draft, ExtrapolatedDraft, FrozenDraft
 from flashdraft.diffusion.learned import LearnedDraft
@@ -226,7 +225,8 @@ class SpeculativeDiffusion:
     def _step(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._run is None:
             return own(*args, **kwargs)
-        asked = inspect.signature(own).bind(*args, **kwargs).arguments
+        method = type(self.pipe.scheduler).step
+        asked = signature_of(method).bind(None, *args, **kwargs).arguments
         latents, clean = self._run.on_step(asked)
         is_solver = hasattr(self.pipe.scheduler, "dpm_solver_first_order_update")
         if not asked.get("return_dict", True):
