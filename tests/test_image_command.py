@@ -308,9 +308,18 @@ def test_without_the_extra_one_line_says_what_to_install(
     assert err == "error: images need diffusers\nhint: pip install 'flashdraft[image]'\n"
 
 
-def test_no_memory_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_no_memory_is_one_line(
+    run: Run, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
+) -> None:
     def full(*_: object, **__: object) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(drawing.SpeculativeDiffusion, "__call__", full)
     status, _, err = run("abc --out one.png --steps 2 --scheduler ddpm")

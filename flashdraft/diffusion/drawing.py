@@ -184,7 +184,9 @@ def draw(way: Way, asked: Asked, seed: int, on_step: Callable[[], None] | None =
     started = time.perf_counter()
     try:
         output = (way.pipe if way.fast is None else way.fast)(**options)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:  # torch's own is one; a CPU's allocator has no other
+        if "memory" not in str(error):
+            raise
         got = f"{way.pipe.device} has no memory for this picture"
         hint = "a smaller --size, --dtype float16, or a shorter --block"
         raise FlashDraftError(got, hint=hint) from None
