@@ -37,6 +37,7 @@ ONLY_IN = {
     "prometheus_client": "serve.",
     "matplotlib": "bench.plot",
     "diffusers": "diffusion.",
+    "torchmetrics": "bench.image_judges",
     "llguidance": "decoding.grammar",
 }
 

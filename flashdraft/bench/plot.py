@@ -13,7 +13,7 @@ from html import escape
 from io import StringIO
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 from zlib import crc32
 
 import matplotlib
@@ -23,6 +23,14 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from flashdraft.bench.image_report import (
+    IMAGE_COLUMNS,
+    image_origin,
+    image_settings,
+    is_image,
+    read_images,
+    summarise_images,
+)
 from flashdraft.bench.load_report import (
     LOAD_COLUMNS,
     LoadSummary,
@@ -31,6 +39,7 @@ from flashdraft.bench.load_report import (
     read_load,
     summarise_load,
 )
+from flashdraft.bench.plot_image import Drawing, image_pictures
 from flashdraft.bench.report import (
     COLUMNS,
     Header,
@@ -58,12 +67,6 @@ _TINTS: dict[str, float] = _LOOK["tints"]  # how much lighter a kernel makes a m
 Values = dict[Any, float]  # a bar's parts by name ("": it has one), or a curve's points
 Panel = dict[str, Values]  # by method
 Panels = dict[str, Panel]  # by title
-
-
-class _Picture(NamedTuple):
-    name: str
-    title: str
-    svg: str
 
 
 def draw(files: Sequence[Path], out: Path) -> list[Path]:
@@ -107,6 +110,9 @@ class _Report:
         if is_load(path):
             self._add_load(path)
             return
+        if is_image(path):
+            self._add_images(path)
+            return
         header, lines = read_results(path)
         self._add_head(path.stem, origin(header))
         for setting, own in settings(lines).items():
@@ -124,6 +130,16 @@ class _Report:
         self._add_table(LOAD_COLUMNS, [row.cells for row in rows])
         self._add_pictures(path.stem, _load_pictures(header, rows))
 
+    def _add_images(self, path: Path) -> None:
+        """The same of images, with a table for every number of steps."""
+        results = read_images(path)
+        self._add_head(path.stem, image_origin(results.header))
+        for setting, own in image_settings(summarise_images(results)).items():
+            self.markdown.append(f"### {setting}")
+            self.html.append(f"<h3>{escape(setting)}</h3>")
+            self._add_table(IMAGE_COLUMNS, [row.cells for row in own])
+        self._add_pictures(path.stem, image_pictures(results))
+
     def _add_head(self, name: str, origin: Sequence[str]) -> None:
         facts = "\n".join(origin)
         self.markdown.append(f"## {name}")
@@ -134,7 +150,7 @@ class _Report:
         self.markdown.append(_markdown_table(columns, cells))
         self.html.append(_html_table(columns, cells))
 
-    def _add_pictures(self, name: str, pictures: Iterable[_Picture]) -> None:
+    def _add_pictures(self, name: str, pictures: Iterable[Drawing]) -> None:
         for picture in pictures:
             file = f"{name}-{picture.name}.svg"
             self.pictures[file] = picture.svg
@@ -175,7 +191,7 @@ def _html_row(cells: Sequence[str], tag: str) -> str:
 # --- figures ------------------------------------------------------------------------------------
 
 
-def _pictures(header: Header, lines: Sequence[Line]) -> Iterator[_Picture]:
+def _pictures(header: Header, lines: Sequence[Line]) -> Iterator[Drawing]:
     """Those that the lines have figures for."""
     by_setting = settings(lines)
     panels = _panels_by_task(by_setting)
@@ -189,17 +205,17 @@ def _pictures(header: Header, lines: Sequence[Line]) -> Iterator[_Picture]:
         if any(own.values()):
             tasks = len(own) // len(by_setting)
             columns = tasks if 1 < tasks < 6 else 4  # a setting's tasks in a row of their own
-            yield _Picture(name, labels[0], _svg(own, labels, about, columns))
+            yield Drawing(name, labels[0], _svg(own, labels, about, columns))
 
 
-def _load_pictures(header: Header, rows: Sequence[LoadSummary]) -> Iterator[_Picture]:
+def _load_pictures(header: Header, rows: Sequence[LoadSummary]) -> Iterator[Drawing]:
     """Throughput, waiting times and ratios over the number of streams, a curve for every mode."""
     panels = _load_panels(rows)
     about = f"{header['model']}, {header['config']['max_new_tokens']} tokens an answer at most"
     for name, labels in _LOAD_LABELS.items():
         own = {title: panel for title, panel in panels[name].items() if panel}
         if own:
-            yield _Picture(name, labels[0], _svg(own, labels, about))
+            yield Drawing(name, labels[0], _svg(own, labels, about))
 
 
 def _load_panels(rows: Sequence[LoadSummary]) -> dict[str, Panels]:

@@ -9,6 +9,8 @@ from typer import Argument, Option
 
 from flashdraft.bench.compare import run_peers
 from flashdraft.bench.config import BenchConfig
+from flashdraft.bench.image_config import ImageConfig
+from flashdraft.bench.image_report import is_image, show_images
 from flashdraft.bench.load import LoadConfig, run_load
 from flashdraft.bench.load_report import is_load, show_load
 from flashdraft.bench.profile import calibrate
@@ -18,6 +20,7 @@ from flashdraft.bench.roofline import RooflineConfig, named, predict, shape, ver
 from flashdraft.bench.run import run_bench
 from flashdraft.bench.tasks import TASKS, read_ids, write_tasks
 from flashdraft.cli.options import KERNEL_HELP, TARGET_HELP, Out
+from flashdraft.diffusion.models import check_extra
 from flashdraft.errors import InvalidParameter
 from flashdraft.files import output_folder
 from flashdraft.loading import KERNELS, MOST_NODES
@@ -60,6 +63,19 @@ def bench_serve(
     show_load(config.out)
 
 
+def bench_image(config: ImageConfig) -> None:
+    """Measure ways to an image side by side; write results, show tables.
+
+    Examples:
+        flashdraft bench image --out images.jsonl --steps 50,100
+        flashdraft bench image --model runwayml/stable-diffusion-v1-5 --prompts p.txt --out sd.jsonl
+    """
+    check_extra()
+    bench = import_module("flashdraft.bench.image")  # needs diffusers
+    bench.run_image_bench(config)
+    show_images(config.out)
+
+
 def report(
     results: Results,
     base: Annotated[
@@ -78,8 +94,17 @@ def report(
             print()
         if is_load(path):
             show_load(path, base)
+        elif is_image(path):
+            _refuse_base(base)
+            show_images(path)
         else:
             show(path, base)
+
+
+def _refuse_base(base: str | None) -> None:
+    if base is not None:
+        got = f"base is {base!r}, but images have their own: the sequential sampler's"
+        raise InvalidParameter(got, hint="leave it out")
 
 
 def plot(
