@@ -40,7 +40,7 @@ from flashdraft.diffusion.options import DraftTrainOptions
 from flashdraft.diffusion.trajectories import Trajectories
 from flashdraft.errors import DataError, FlashDraftError, InvalidParameter
 from flashdraft.files import locked, write_file
-from flashdraft.process import BOOLS, INTS
+from flashdraft.process import BOOLS, DOUBLES, INTS
 from flashdraft.provenance import provenance
 from flashdraft.train.config import (
     check_run_folder,
@@ -132,9 +132,13 @@ class DraftTrainer:
         self.options = options
         self.device = torch.device(device)
         self.origin = provenance() | {"config": asdict(options)}
-        self.origin["inputs"] = {"data": [one.identity for one in data]}
+        identities = []
+        self.splits = []
+        for one in data:
+            identities.append(one.identity)
+            self.splits.append(Split.of(len(one), options.held_out))
+        self.origin["inputs"] = {"data": identities}
         self._check_folder()
-        self.splits = [Split.of(len(one), options.held_out) for one in data]
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
@@ -314,8 +318,7 @@ class DraftTrainer:
 
     def _measure_and_log(self, loss: float) -> None:
         by_source = self.measure()
-        learned = sum(held.learned for held in by_source) / len(by_source)
-        frozen = sum(held.frozen for held in by_source) / len(by_source)
+        learned, frozen = torch.tensor(by_source, **DOUBLES).mean(0).tolist()
         is_best = not self.measured or learned > self.best.learned
         self.measured.append((self.step, Held(learned, frozen)))
         if is_best:
@@ -338,7 +341,9 @@ class DraftTrainer:
         measured = []
         for step, held in self.measured:
             measured.append(f"| {step} | {held.learned:.2f} | {held.frozen:.2f} |")
-        settings = [f"{name} {value}" for name, value in asdict(self.options).items()]
+        settings = []
+        for name, value in asdict(self.options).items():
+            settings.append(f"{name} {value}")
         where = "the mean over the rows above" if len(self.data) > 1 else "at random steps"
         facts: dict[str, Any] = {
             "pipe": Path(self.data[0].facts["pipe"]["name"]).name,
