@@ -98,8 +98,9 @@ def _asked(file: Path | None, prompts: list[str] | None, images: int | None) -> 
     known = list(prompts or ())
     if file is not None:
         known = _read(file)
-    if any(not prompt.strip() for prompt in known):
-        raise InvalidParameter("a prompt is empty", hint="say what to draw")
+    for prompt in known:
+        if not prompt.strip():
+            raise InvalidParameter("a prompt is empty", hint="say what to draw")
     count = len(known) if images is None else images
     if count < len(known):
         got = f"images is {count}, and there are {len(known)} prompts"
@@ -113,8 +114,11 @@ def _read(file: Path) -> list[str]:
     except UnicodeDecodeError as error:
         got = f"`{file}` is no UTF-8 text: {first_line(error)}"
         raise DataError(got, hint="give a text file with a prompt a line") from None
-    lines = [line.strip() for line in text.splitlines()]
-    prompts = [line for line in lines if line]
+    prompts = []
+    for line in text.splitlines():
+        prompt = line.strip()
+        if prompt:
+            prompts.append(prompt)
     if not prompts:
         raise DataError(f"`{file}` holds no prompts", hint="a line is a prompt")
     return prompts

@@ -190,8 +190,13 @@ class Trajectories:
         self.options = RecordOptions(**self.facts["options"])
         self.unet = Identity(**self.facts["unet"])
         count = -(-len(self) // self.options.batch)
-        self._shards = [_shard(folder, number) for number in range(count)]
-        missing = [shard.name for shard in self._shards if not shard.exists()]
+        self._shards = []
+        missing = []
+        for number in range(count):
+            shard = _shard(folder, number)
+            self._shards.append(shard)
+            if not shard.exists():
+                missing.append(shard.name)
         if missing:
             got = f"`{folder}` lacks {len(missing)} of {count} shards, {missing[0]} first"
             raise DataError(got, hint="record again into this folder: it goes on")
