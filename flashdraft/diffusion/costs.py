@@ -8,6 +8,7 @@ is thought to lie on a line.
 Knows seconds, rows and files. Does not know what a call is, nor what blocks are.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -156,6 +157,9 @@ def _seconds(call: Callable[[int], object], rows: int) -> float:
 # ---- kept on disk --------------------------------------------------------------------------------
 
 
+_processor = functools.cache(processor)  # read from a file that is long where cores are many
+
+
 def facts_of(unet: Any, sample: Tensor, conditions: Iterable[Tensor]) -> Facts:
     """All that the seconds of a call hang on, but its rows."""
     config = {}
@@ -174,7 +178,7 @@ def facts_of(unet: Any, sample: Tensor, conditions: Iterable[Tensor]) -> Facts:
         "conditions": [list(one.shape[1:]) for one in conditions],
         "dtype": str(sample.dtype),
         "device": torch.cuda.get_device_name(device) if is_cuda else device.type,
-        "processor": processor(),
+        "processor": _processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "machine": [platform.node(), platform.machine(), os.cpu_count()],
