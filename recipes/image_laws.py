@@ -12,6 +12,7 @@ table, FOLDER/laws.json, and pictures, FOLDER/*.svg. Costs are flat: a batch cos
 """
 
 import argparse
+import hashlib
 import json
 import os
 import time
@@ -22,6 +23,7 @@ from pathlib import Path
 import matplotlib
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 from rich.console import Console
 from rich.progress import track
 from safetensors.torch import load_file
@@ -32,6 +34,7 @@ from flashdraft.bench.judge import Judge
 from flashdraft.bench.report import print_table
 from flashdraft.diffusion import sampler
 from flashdraft.diffusion.coupling import SMALLEST, Coupled, acceptance
+from flashdraft.diffusion.learned import LearnedDraft
 from flashdraft.diffusion.models import builtin_draft, eta_of, load_pipe, with_scheduler
 from flashdraft.diffusion.pipeline import SpeculativeDiffusion
 from flashdraft.diffusion.transitions import transitions
@@ -481,9 +484,9 @@ DARK = "#3d4650"
 
 @contextmanager
 def drawn(path, columns, title, about):
-    """Axes in a row; written when done."""
+    """Axes in a row, with room for a legend beside them; written when done."""
     with matplotlib.rc_context(fname=ASSETS / "plot.mplstyle"):
-        figure = Figure(figsize=(1.2 + 3.2 * columns, 3.6))
+        figure = Figure(figsize=(2.4 + 3.2 * columns, 3.6))
         figure.suptitle(title, x=0.01, ha="left")
         figure.supxlabel(about, x=0.01, ha="left", fontsize=8, color="#5b6570")
         yield figure.subplots(1, columns, squeeze=False)[0]
@@ -501,8 +504,8 @@ def draw_images(work, spreads):
             axis.hist(plain, 30, color="#c9ced4", label="plain, swapped")
             for name, own in spreads.items():
                 colour = COLOURS[name]
-                axis.axvline(own[kind].value, color=colour, label=name, linewidth=1.6)
-            axis.set(title=kind, xlabel="distance", xlim=(0, None))
+                axis.axvline(own[kind].value, color=colour, label=name, linewidth=1.6, marker="")
+            axis.set(title=kind, xlabel="distance")
             axis.set_yticks([])
         handles, labels = axes[0].get_legend_handles_labels()
         axes[0].figure.legend(handles, labels, loc="outside right upper")
@@ -526,7 +529,7 @@ def draw_acceptance(work, rows):
         errors = [2 * row["error"] for row in full]
         apart_by = [row["measured"] - row["predicted"] for row in full]
         gaps.axhspan(-0.03, 0.03, color="#eef1f4")
-        gaps.axhline(0, color="#8c939c", linewidth=1)
+        gaps.axhline(0, color="#8c939c", linewidth=1, marker="")
         gaps.errorbar(predicted, apart_by, errors, fmt="o", color="#1f6fd6", linewidth=1)
         gaps.set(xlabel="predicted acceptance", ylabel="measured - predicted")
         gaps.set(ylim=(-0.045, 0.045), xlim=(0, 1), title="two standard errors; band: 0.03")
@@ -534,7 +537,7 @@ def draw_acceptance(work, rows):
 
 def draw_tolerance(work, found):
     about = f"digits model, {SHORT} steps, {ALONE} images, one a call"
-    title = f"Rounds against distance from the {SHORT}-step image of the same seed"
+    title = f"Rounds, and how far from the {SHORT}-step image of the same seed"
     looks = {
         ("fewer", "1"): ("#8c939c", "--", "fewer steps"),
         ("fewer", "3"): ("#3d4650", "--", "fewer steps, guidance 3"),
@@ -551,9 +554,12 @@ def draw_tolerance(work, found):
                     own = [row for row in rows if row["way"] == way]
                     xs = [row["rounds"] for row in own]
                     ys = [row["gap"] for row in own]
-                    axis.plot(xs, ys, style, color=colour, label=label)
+                    axis.plot(xs, ys, linestyle=style, color=colour, label=label)
             axis.set(title=sampler_name, xlabel="rounds an image", xlim=(0, None))
             axis.set(yscale="log")
+            axis.yaxis.set_major_locator(FixedLocator([0.001, 0.003, 0.01, 0.03, 0.1, 0.3]))
+            axis.yaxis.set_minor_locator(NullLocator())
+            axis.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes[0].set(ylabel="relative L2 of the latents")
         handles, labels = axes[0].get_legend_handles_labels()
         axes[0].figure.legend(handles, labels, loc="outside right upper")
@@ -568,16 +574,22 @@ def drafts(options):
     return ["frozen"] if options.learned is None else ["frozen", "learned"]
 
 
+def weights_of(module):
+    """A digest."""
+    digest = hashlib.sha256()
+    for weight in module.state_dict().values():
+        digest.update(weight.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def identity(model, learned):
     """What must not change between two runs into one folder."""
-    from flashdraft.diffusion.learned import LearnedDraft, unet_identity
-
     pipe = load_pipe(model)
-    facts = {"model": unet_identity(pipe.unet), "learned": None}
+    facts = {"unet": weights_of(pipe.unet), "vae": weights_of(pipe.vae), "learned": None}
     if learned is not None:
         draft = LearnedDraft.from_pretrained(learned)
         draft.check(pipe.unet)
-        facts["learned"] = unet_identity(draft.model)
+        facts["learned"] = weights_of(draft.model)
     return facts
 
 

@@ -30,7 +30,8 @@ __all__ = ["Drawing", "image_pictures"]
 
 _ASSETS = Path(__file__).parents[1] / "assets"
 _LOOK = json.loads((_ASSETS / "plot.json").read_text(encoding="utf-8"))
-_COLOURS: dict[str, str] = _LOOK["image_colours"]  # of variants
+# of the variants that are drawn; those whose rounds say nothing new stand in the table alone
+_COLOURS: dict[str, str] = _LOOK["image_colours"]
 _GREY = "#8c939c"
 _FEW = 20  # decisions of a bin: with fewer it says nothing
 
@@ -45,7 +46,7 @@ def image_pictures(results: Results) -> Iterator[Drawing]:
     """Those that there are figures for."""
     rows = [row for row in summarise_images(results) if row.variant in _COLOURS]
     about = _about(results.header)
-    if any(row.variant != "plain" for row in rows):
+    if rows:
         title = "Sequential rounds, and speed here, over steps"
         yield Drawing("rounds", title, _rounds(rows, title, about))
 
@@ -91,7 +92,7 @@ def _rounds(rows: Sequence[ImageSummary], title: str, about: str) -> str:
 def _scale(axis: Axes, steps: Sequence[int]) -> None:
     """Both axes in logarithms, with a line where nothing is gained."""
     axis.set(xscale="log", yscale="log")
-    axis.axhline(1.0, color=_GREY, linewidth=1)
+    axis.axhline(1.0, color=_GREY, linewidth=1, marker="")
     axis.xaxis.set_major_locator(FixedLocator(list(steps)))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_major_locator(FixedLocator([0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50]))

@@ -64,7 +64,7 @@ def bench_serve(
 
 
 def bench_image(config: ImageConfig) -> None:
-    """Measure ways to an image side by side; write results, show tables.
+    """Measure ways to an image; write results, show tables.
 
     Examples:
         flashdraft bench image --out images.jsonl --steps 50,100
