@@ -109,6 +109,34 @@ def test_a_faulty_coupling_is_seen(fault: Callable[..., Tensor]) -> None:
     assert worst_p_value(sample) < 1e-6
 
 
+@pytest.mark.parametrize("nonsense", [float("nan"), float("inf"), -float("inf"), 1e308])
+def test_a_draft_that_is_no_number_is_refused_and_leaves_the_law(nonsense: float) -> None:
+    noise, uniforms = drawn(COUNT)
+    _, target = means(0.0)
+    draft = target.clone()
+    draft[1] = nonsense
+    deviation = torch.full([COUNT], 0.5, dtype=torch.float64, device="cpu")
+    got = couple(noise, draft.expand(COUNT, -1), target.expand(COUNT, -1), deviation, uniforms)
+    assert not bool(got.accepted.any())
+    assert worst_p_value(got.sample) > 1e-3
+    still = couple(
+        noise, draft.expand(COUNT, -1), target.expand(COUNT, -1), 0 * deviation, uniforms
+    )
+    assert torch.equal(still.sample, target.expand(COUNT, -1))
+
+
+def test_a_target_that_is_no_number_is_never_the_draft() -> None:
+    """The draft's point must not stand for what is unknown."""
+    noise, uniforms = drawn(100)
+    draft, target = means(0.0)
+    deviation = torch.full([100], 0.5, dtype=torch.float64, device="cpu")
+    got = couple(
+        noise, draft.expand(100, -1), target.expand(100, -1) * torch.nan, deviation, uniforms
+    )
+    assert not bool(got.accepted.any())
+    assert bool(got.sample.isnan().all())
+
+
 def test_equal_means_are_always_accepted() -> None:
     got = coupled(0.0)
     assert bool(got.accepted.all())

@@ -1,5 +1,6 @@
 """The tables of steps against diffusers' own `scheduler.step`, one step after the other."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -54,7 +55,9 @@ def worst_gap(scheduler: Any, table: Transitions, eta: float | None, first: int 
         ours = mean + float(table.deviation[step]) * noise
         drew = bool((own.get_state() != torch.Generator().manual_seed(step).get_state()).any())
         assert drew == table.draws[step]
-        worst = max(worst, float((ours - later).abs().max() / later.abs().max()))
+        gap = float((ours - later).abs().max() / later.abs().max())
+        assert math.isfinite(gap)  # `max` would pass over it
+        worst = max(worst, gap)
         before = said.clean
         point = later
     return worst
@@ -77,6 +80,36 @@ def test_every_step_is_the_schedulers(prediction: str, spacing: str, steps: int)
         table = transitions(scheduler, eta=eta or 0.0)
         gap = worst_gap(scheduler, table, eta)
         assert gap < CLOSE, (scheduler, eta)
+
+
+RARE: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "ddpm": lambda own: DDPMScheduler(clip_sample=False, **own),
+    "ddpm in logarithms": lambda own: DDPMScheduler(variance_type="fixed_small_log", **own),
+    "ddim": lambda own: DDIMScheduler(clip_sample=False, **own),
+    "ddim, clipped": lambda own: DDIMScheduler(clip_sample_range=0.5, **own),
+    "2m": lambda own: DPMSolverMultistepScheduler(**own),
+    "2m by exponents": lambda own: DPMSolverMultistepScheduler(use_exponential_sigmas=True, **own),
+    "2m, ends of higher order": lambda own: DPMSolverMultistepScheduler(
+        lower_order_final=False, lambda_min_clipped=-5.1, **own
+    ),
+    "sde by Lu's steps": lambda own: DPMSolverMultistepScheduler(use_lu_lambdas=True, **own | SDE),
+    "euler": lambda own: EulerAncestralDiscreteScheduler(**own),
+}
+
+
+@pytest.mark.parametrize("has_no_signal", [False, True])
+@pytest.mark.parametrize("name", RARE)
+def test_one_step_two_steps_and_a_start_without_signal(name: str, has_no_signal: bool) -> None:
+    """rescale_betas_zero_snr: the first point is noise alone. (With eta=1 DDIM's own step is NaN
+    there.)"""
+    for steps in (1, 2, 6):
+        for spacing in SPACINGS:
+            own = SCHEDULE | {"prediction_type": "v_prediction", "timestep_spacing": spacing}
+            scheduler = RARE[name](own | {"rescale_betas_zero_snr": has_no_signal})
+            scheduler.set_timesteps(steps)
+            eta = 0.5 if name.startswith("ddim") else None
+            table = transitions(scheduler, eta=eta or 0.0)
+            assert worst_gap(scheduler, table, eta) < 3 * CLOSE, (spacing, steps)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +165,8 @@ def test_the_weight_of_clean_latents_is_the_gain_in_signal_to_noise() -> None:
             DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
             "flow",
         ),
+        (DDPMScheduler(variance_type="fixed_large_log"), "variance_type"),
+        (EulerAncestralDiscreteScheduler(prediction_type="sample"), "prediction_type"),
         (object(), "object"),
     ],
 )

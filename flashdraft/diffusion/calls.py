@@ -9,6 +9,7 @@ Knows the arguments of diffusers' UNet2DConditionModel. Does not know samplers.
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -239,5 +240,8 @@ class Settings:
 
 
 def _is_same_number(left: Any, right: Any) -> bool:
-    is_number = isinstance(left, bool | int | float | str)
+    """A LoRA's scale is multiplied and divided again in every call, and so rounded."""
+    if isinstance(left, float) and isinstance(right, float):
+        return math.isclose(left, right, rel_tol=1e-6)
+    is_number = isinstance(left, bool | int | str)
     return is_number and type(left) is type(right) and bool(left == right)

@@ -5,7 +5,8 @@ coupling keeps x where that is allowed and reflects its noise where not: what co
 the target's law whatever the draft's mean was, and it is x with the highest chance that any
 coupling has (De Bortoli et al. 2501.05370, section 3.2; Bou-Rabee, Eberle and Zimmer 1805.00452).
 The
-condition: both means are functions of what was known before x's noise was drawn.
+condition: both means are functions of what was known before x's noise was drawn. A draft's mean
+that is no number is refused, and nothing is reflected: there is no direction to do it in.
 
 Knows tensors. Does not know models, schedules or drafts.
 """
@@ -30,9 +31,10 @@ class Coupled(NamedTuple):
 def distance(draft_mean: Tensor, target_mean: Tensor, deviation: Tensor) -> Tensor:
     """How far apart the means [n, ...] are, in deviations [n]: [n], float64.
 
-    Infinite where the deviation is none and the means differ.
+    Infinite where the deviation is none and the means differ, and where one is no number.
     """
     gaps = _norm(draft_mean.double() - target_mean.double())
+    gaps = torch.where(gaps.isnan(), torch.inf, gaps)
     scaled = gaps / deviation.double().clamp(min=SMALLEST)
     is_none = deviation < SMALLEST
     apart = torch.where(gaps > 0, torch.inf, 0.0)
@@ -58,11 +60,14 @@ def couple(
     shift = (draft_mean.double() - target_mean.double()) / wide.clamp(min=SMALLEST)
     inner = _sum(noise.double() * shift)
     length = _norm(shift)
+    is_far = ~length.isfinite()  # no point is nearer to one mean than to the other
+    shift = torch.where(_wide(is_far, noise), 0.0, shift)
+    length = torch.where(is_far, 0.0, length)
 
     # log of the target's density over the draft's, at the draft
     log_ratio = -(inner + length**2 / 2)
     accepted = torch.log1p(-uniforms.double()) <= log_ratio
-    accepted &= (deviation >= SMALLEST) | (length == 0)
+    accepted &= ((deviation >= SMALLEST) | (length == 0)) & ~is_far
 
     direction = shift / _wide(length, noise).clamp(min=torch.finfo(torch.float64).tiny)
     along = _wide(_sum(noise.double() * direction), noise)

@@ -8,6 +8,7 @@ section 3).
 Knows predictions and transitions. Does not know targets, pipelines or couplings.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -93,6 +94,8 @@ class ExtrapolatedDraft:
         def predict(lag: int, step: int, point: Tensor) -> Prediction:
             del lag
             ahead = float(log_level[step] - log_level[past.step])
+            if math.isinf(ahead):  # from noise alone, where the line has no slope yet
+                ahead = 0.0
             noise = (start + ahead * slope)[None]
             return table.from_noise(step, point, noise)
 

@@ -53,7 +53,7 @@ class Lengths:
         """What became of drafted steps."""
         for one in decisions:
             value = self._value(one)
-            if value is not None:
+            if value is not None and math.isfinite(value):
                 known = self._known[self._phase(one.step)]
                 known.setdefault(one.lag, _Mean()).take(value)
 

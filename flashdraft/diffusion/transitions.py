@@ -186,9 +186,17 @@ def _refuse_unknown_settings(scheduler: Any) -> None:
     if kind in ("learned", "learned_range"):
         got = f"variance_type is {kind!r}: the target's own variances are not the draft's"
         raise _refusal(got, "block speculation needs variances that the schedule fixes")
+    is_ddpm = "variance_type" in vars(scheduler)
+    if is_ddpm and kind not in ("fixed_small", "fixed_small_log", "fixed_large"):
+        raise _refusal(f"variance_type is {kind!r}", "it takes fixed_small or fixed_large")
     if config.prediction_type not in ("epsilon", "v_prediction", "sample"):
         got = f"prediction_type is {config.prediction_type!r}"
         raise _refusal(got, "it takes epsilon, v_prediction or sample")
+    if config.prediction_type == "sample" and "is_scale_input_called" in vars(scheduler):
+        raise _refusal(
+            "prediction_type is 'sample', which Euler's ancestral scheduler has not",
+            "it takes epsilon or v_prediction",
+        )
     # Of another scheduler's config there may be more entries than the scheduler has settings.
     if hasattr(scheduler, "dpm_solver_first_order_update"):
         _refuse_other_solvers(config)
@@ -221,12 +229,7 @@ def _ddpm(scheduler: Any, eta: float) -> Transitions:
     small = ((1 - later) / (1 - own) * (1 - kept)).clamp(min=1e-20)
 
     kind = scheduler.config.variance_type
-    if kind in ("fixed_small", "fixed_small_log"):
-        deviation = small.sqrt()
-    elif kind == "fixed_large":
-        deviation = (1 - kept).sqrt()
-    else:
-        raise _refusal(f"variance_type is {kind!r}", "it takes fixed_small or fixed_large")
+    deviation = (1 - kept).sqrt() if kind == "fixed_large" else small.sqrt()
     draws = times > 0
     deviation = torch.where(draws, deviation, 0.0)
     none = torch.zeros_like(state)
