@@ -22,6 +22,7 @@ from flashdraft.diffusion.learned import (
     identity_of,
     is_image_draft,
 )
+from flashdraft.diffusion.models import builtin_draft, load_pipe
 from flashdraft.diffusion.pipeline import SpeculativeDiffusion
 from flashdraft.diffusion.transitions import Prediction, Transitions, transitions
 from flashdraft.errors import CheckpointError, DraftMismatch, InvalidParameter, ModelNotFound
@@ -255,6 +256,16 @@ def test_folder_that_is_no_image_draft_is_one_line(
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])
     refused(folder, CheckpointError, "is damaged")
+
+
+def test_shipped_draft_is_of_the_shipped_pipe() -> None:
+    folder = builtin_draft("digits")
+    assert folder is not None
+    draft = LearnedDraft.from_pretrained(folder)
+    draft.check(load_pipe("digits").unet)
+    assert draft.model.conv_out.weight.abs().max() > 0
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    assert size < 1e6
 
 
 def test_tensors_of_a_network_state_their_dtype() -> None:
