@@ -171,12 +171,12 @@ def _summary(
     lines: Sequence[Line], speeds: Sequence[float], distance: float | None
 ) -> ImageSummary:
     steps = lines[0]["steps"]
-    rounds = fmean(line["rounds"] for line in lines)
-    drafted = sum(line["drafted"] or 0 for line in lines)
+    rounds = fmean(_column(lines, "rounds"))
+    drafted = sum(_column(lines, "drafted"))
     accepted = None
     predicted = None
     if drafted:
-        accepted = sum(line["accepted"] or 0 for line in lines) / drafted
+        accepted = sum(_column(lines, "accepted")) / drafted
     told = [line for line in lines if line["predicted"] is not None]
     if drafted and told:
         predicted = sum(line["predicted"] * line["drafted"] for line in told) / drafted
@@ -186,8 +186,8 @@ def _summary(
         images=len(lines),
         rounds=rounds,
         fewer=steps / rounds,
-        rows=fmean(line["rows"] for line in lines),
-        seconds=fmean(line["seconds"] for line in lines),
+        rows=fmean(_column(lines, "rows")),
+        seconds=fmean(_column(lines, "seconds")),
         speed=_known(median, speeds),
         accepted=accepted,
         predicted=predicted,

@@ -74,12 +74,15 @@ def _rounds(rows: Sequence[ImageSummary], title: str, about: str) -> str:
         figure.supxlabel(about, x=0.01, ha="left", fontsize=8, color="#5b6570")
         left, right = figure.subplots(1, 2)
         for variant, own in grouped(rows, lambda row: row.variant).items():
-            steps = [row.steps for row in own]
-            fewer = [row.fewer for row in own]
-            left.plot(steps, fewer, color=_COLOURS[variant], label=variant)
-            timed = [row for row in own if row.speed is not None]
-            speeds = [row.speed or 0.0 for row in timed]
-            right.plot([row.steps for row in timed], speeds, color=_COLOURS[variant])
+            fewer = {}
+            speeds = {}
+            for row in own:
+                fewer[row.steps] = row.fewer
+                if row.speed is not None:
+                    speeds[row.steps] = row.speed
+            colour = _COLOURS[variant]
+            left.plot(list(fewer), list(fewer.values()), color=colour, label=variant)
+            right.plot(list(speeds), list(speeds.values()), color=colour)
         left.set(title="how many times fewer rounds", xlabel="steps asked for")
         right.set(title="how many times faster (median of pairs)", xlabel="steps asked for")
         all_steps = sorted({row.steps for row in rows})
