@@ -58,7 +58,7 @@ SWAPS = 500
 BINS = 20
 ENOUGH = 5000  # decisions of a bin
 FEW_STEPS = (6, 8, 12, 16, 24)  # fill the bins of low acceptance
-ROUNDS_OF_FEW = 12  # the most times that they are gone through
+ROUNDS_OF_FEW = 40  # the most times that they are gone through
 TOLS = (0.001, 0.002, 0.005, 0.01, 0.02)
 FEWER = (10, 20, 25, 40)  # steps of the sampler alone: divisors of its 1,000
 STILL = {"ddim": "DDIM", "dpm++": "DPM++ 2M"}
@@ -368,7 +368,7 @@ def acceptance_law(workers):
             for path in workers.measured(jobs):
                 bins += load_file(path)["bins"]
     number = 0
-    while bins[:, 0].min() < ENOUGH and number < ROUNDS_OF_FEW * len(FEW_STEPS):
+    while bins[:, 0].min() < ENOUGH and number < ROUNDS_OF_FEW:
         jobs = []
         for steps in FEW_STEPS:
             path = work / f"acceptance-{steps}-{number:03d}.safetensors"
