@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from flashdraft.errors import InvalidParameter
+from flashdraft.process import INTS
 
 __all__ = ["Call", "Settings", "signature_of", "unsupported"]
 
@@ -80,6 +81,14 @@ class Call:
         del asked["self"]
         return cls(own, asked)
 
+    def tensors(self) -> list[Tensor]:
+        """The conditions that are one tensor."""
+        tensors = []
+        for value in self.conditions.values():
+            if isinstance(value, Tensor):
+                tensors.append(value)
+        return tensors
+
     def as_asked(self) -> Tensor:
         """The UNet's output for the call as it is."""
         said = self.own(self.sample, self.timestep, **self.conditions, return_dict=False)
@@ -91,32 +100,39 @@ class Call:
     ) -> Tensor:
         """The outputs [branches, m, ...] for other points [m, ...] of its images."""
         branches = len(self.sample) // num_images
+        places_of_rows = torch.tensor(places, **INTS)
         rows = []
         for branch in range(branches):
-            rows += [branch * num_images + place for place in places]
-        own = torch.tensor(rows, dtype=torch.int64, device=self.sample.device)
-        samples = torch.cat([points] * branches)
+            rows.append(places_of_rows + branch * num_images)
+        own = torch.cat(rows).to(self.sample.device)
         further = self.sample[own, points.shape[1] :]  # a mask's channels, of an inpainting UNet
+        samples = torch.cat([points] * branches)
         samples = torch.cat([samples, further], dim=1)
+        all_times = torch.cat([times] * branches)
 
         conditions = self._of_rows(own)
-        said = self.own(samples, torch.cat([times] * branches), **conditions, return_dict=False)
+        said = self.own(samples, all_times, **conditions, return_dict=False)
         output: Tensor = said[0]
         return output.view(branches, len(places), *output.shape[1:])
 
     def _of_rows(self, own: Tensor) -> dict[str, Any]:
         """The conditions of these rows [m] of the call."""
         count = len(self.sample)
+
+        def gathered(tensor: Tensor) -> Tensor:
+            has_rows = tensor.dim() > 0 and len(tensor) == count
+            return tensor[own.to(tensor.device)] if has_rows else tensor
+
         conditions = {}
         for name, value in self.conditions.items():
-            if name == "cross_attention_kwargs" and value is not None:
-                value = dict(value)
-                for part in _BY_ROW:
-                    if part in value:
-                        value[part] = _gathered(value[part], own, count)
-                conditions[name] = value
-            else:
-                conditions[name] = _gathered(value, own, count)
+            if name != "cross_attention_kwargs" or value is None:
+                conditions[name] = _mapped(value, gathered)
+                continue
+            options = dict(value)
+            for part in _BY_ROW:
+                if part in options:
+                    options[part] = _mapped(options[part], gathered)
+            conditions[name] = options
         return conditions
 
     def keep(self, num_channels: int) -> None:
@@ -143,48 +159,49 @@ def _check_attention(options: Any) -> None:
 
 
 def _has_tensors(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(_has_tensors(part) for part in value.values())
-    if isinstance(value, list | tuple):
-        return any(_has_tensors(part) for part in value)
-    return isinstance(value, Tensor)
-
-
-def _gathered(value: Any, own: Tensor, count: int) -> Any:
-    """The rows of every tensor that has so many."""
     if isinstance(value, Tensor):
-        has_rows = value.dim() > 0 and len(value) == count
-        return value[own.to(value.device)] if has_rows else value
+        return True
+    return any(_has_tensors(part) for _, part in _parts_of(value))
+
+
+def _parts_of(value: Any) -> list[tuple[Any, Any]]:
+    """The entries of a dictionary, a list or a tuple, with their keys or places."""
     if isinstance(value, dict):
-        return {name: _gathered(part, own, count) for name, part in value.items()}
+        return list(value.items())
     if isinstance(value, list | tuple):  # of several adapters
-        return [_gathered(part, own, count) for part in value]
+        return list(enumerate(value))
+    return []
+
+
+def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The same with every tensor in it changed; containers are new."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {name: _mapped(part, function) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_mapped(part, function) for part in value]
     return value
 
 
 def _copied(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return {name: _copied(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_copied(part) for part in value]
-    return value
+    return _mapped(value, torch.clone)
 
 
 def _are_equal(left: Any, right: Any) -> bool:
     if isinstance(left, Tensor) and isinstance(right, Tensor):
         return left.shape == right.shape and bool(torch.equal(left, right))
-    if isinstance(left, dict) and isinstance(right, dict):
-        if left.keys() != right.keys():
+    is_named = isinstance(left, dict) and isinstance(right, dict)
+    is_listed = isinstance(left, list | tuple) and isinstance(right, list | tuple)
+    if not is_named and not is_listed:
+        return left is right or bool(left == right)
+    if len(left) != len(right):
+        return False
+    others = dict(_parts_of(right))
+    for name, part in _parts_of(left):
+        if name not in others or not _are_equal(part, others[name]):
             return False
-        return all(_are_equal(part, right[name]) for name, part in left.items())
-    if isinstance(left, list | tuple) and isinstance(right, list | tuple):
-        if len(left) != len(right):
-            return False
-        pairs = zip(left, right, strict=True)
-        return all(_are_equal(one, other) for one, other in pairs)
-    return left is right or bool(left == right)
+    return True
 
 
 # ---- what a UNet is set to -----------------------------------------------------------------------
@@ -228,10 +245,8 @@ class Settings:
 
     def _look_at(self, container: Any) -> None:
         """All that a dictionary, a list or a tuple holds."""
-        is_named = isinstance(container, dict)
-        entries = list(container.items() if is_named else enumerate(container))
         self._sizes.append((container, len(container)))
-        for key, value in entries:
+        for key, value in _parts_of(container):
             if key in _NO_SETTINGS or key in _OURS:
                 continue
             self._seen.append((container, key, value))

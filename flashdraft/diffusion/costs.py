@@ -55,6 +55,15 @@ class Costs:
         self.most = most
         self._rows = list(self.known)
 
+    def with_news(self, other: "Costs") -> "Costs":
+        """What is known of either; of the other where both know it."""
+        most = other.most
+        if most is None:
+            most = self.most
+        elif self.most is not None:
+            most = min(most, self.most)
+        return Costs(self.known | other.known, most)
+
     def __call__(self, rows: int) -> float:
         if self.most is not None and rows > self.most:
             return math.inf
@@ -64,13 +73,16 @@ class Costs:
         if len(known) == 1:  # each row costs what the others do
             return self.known[known[0]] * rows / known[0]
 
-        above = min(bisect_left(known, rows), len(known) - 1)
-        low, high = known[above - 1], known[above]
-        first, second = self.known[low], self.known[high]
-        rise = (second - first) / (high - low)
+        above = bisect_left(known, rows)
+        above = min(above, len(known) - 1)
+        low = known[above - 1]
+        high = known[above]
+        at_low = self.known[low]
+        at_high = self.known[high]
+        rise = (at_high - at_low) / (high - low)
         if rows > high:
-            return second + max(rise, 0.0) * (rows - high)
-        return first + rise * (rows - low)
+            return at_high + max(rise, 0.0) * (rows - high)
+        return at_low + rise * (rows - low)
 
 
 FLAT = Costs({1: 1.0, 2: 1.0})  # every call costs the same: rounds are counted, not seconds
@@ -133,19 +145,25 @@ def measure(call: Callable[[int], object], rows_a_step: int) -> Costs:
         if first > _COMPILING * again + _ENOUGH:
             break
 
-    spent = sum(own[0] for own in takes.values())
-    passes = min(_PASSES, max(int(_ENOUGH / spent), 1))
+    pass_takes = sum(_firsts(takes).values())
+    worth = max(int(_ENOUGH / pass_takes), 1)
+    passes = min(_PASSES, worth)
     for _ in range(passes - 1):
         for rows, own in takes.items():
             own.append(_seconds(call, rows))
     return Costs({rows: median(own) for rows, own in takes.items()}, most)
 
 
+def _firsts(takes: Mapping[int, Sequence[float]]) -> dict[int, float]:
+    return {rows: own[0] for rows, own in takes.items()}
+
+
 def _costs_too_much(takes: Mapping[int, Sequence[float]], rows: int) -> bool:
     """Whether a turn with these rows, too, would cost more than it may."""
-    known = {other: own[0] for other, own in takes.items()}
+    known = _firsts(takes)
     single = known[min(known)]
-    return sum(known.values()) + Costs(known)(rows) > _PASS * single
+    expected = Costs(known)(rows)
+    return sum(known.values()) + expected > _PASS * single
 
 
 def _seconds(call: Callable[[int], object], rows: int) -> float:
@@ -167,7 +185,8 @@ def facts_of(unet: Any, sample: Tensor, conditions: Iterable[Tensor]) -> Facts:
         if not name.startswith("_"):
             config[name] = value
     text = json.dumps(config, sort_keys=True, default=str)
-    kinds = {type(one).__name__ for one in getattr(unet, "attn_processors", {}).values()}
+    processors = getattr(unet, "attn_processors", {})
+    kinds = {type(one).__name__ for one in processors.values()}
     device = sample.device
     is_cuda = device.type == "cuda"
     return {
@@ -211,8 +230,7 @@ class KeptCosts:
         costs = measure(call, rows_a_step)
         before = self._held.get(self.path) or self._read()
         if before is not None:
-            limits = [one.most for one in (before, costs) if one.most is not None]
-            costs = Costs(before.known | costs.known, min(limits, default=None))
+            costs = before.with_news(costs)
         self._held[self.path] = costs
         seconds = {str(rows): value for rows, value in costs.known.items()}
         content = {"facts": self._facts, "seconds": seconds, "most": costs.most}
@@ -225,7 +243,9 @@ class KeptCosts:
         """None where there is no file, or one that nothing like this could have written."""
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
-            facts, seconds, most = content["facts"], content["seconds"], content["most"]
+            facts = content["facts"]
+            seconds = content["seconds"]
+            most = content["most"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
         if facts != self._facts or not isinstance(seconds, dict):

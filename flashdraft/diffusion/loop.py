@@ -9,6 +9,7 @@ Knows what diffusers' loops do around a UNet and a scheduler. Does not know what
 coupling is made of.
 """
 
+import functools
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -24,7 +25,15 @@ from flashdraft.diffusion.drafts import Past
 from flashdraft.diffusion.guidance import Guidance, are_close, number
 from flashdraft.diffusion.lengths import Lengths
 from flashdraft.diffusion.noises import Noises
-from flashdraft.diffusion.sampler import Answer, BlockSampler, Committed, Decision, Image
+from flashdraft.diffusion.sampler import (
+    Answer,
+    BlockSampler,
+    Committed,
+    Decision,
+    Image,
+    Round,
+    past_behind,
+)
 from flashdraft.diffusion.stats import Stats
 from flashdraft.diffusion.transitions import Prediction, Transitions
 from flashdraft.errors import InvalidParameter, UnusableLogits
@@ -115,16 +124,24 @@ class Run:
         if latents is None:  # somebody asks of something else
             return self._as_asked(call)
         self._void_if_changed(call, latents)
-        num_images = len(self._images)
-        lacking = [place for place in range(num_images) if self._index not in self._known[place]]
+        lacking = self._lacking()
         if lacking:
             lengths = self._planned(call, lacking)
-            if len(lengths) == num_images and max(lengths.values()) == 1:
+            has_all = len(lengths) == len(self._images)
+            if has_all and max(lengths.values()) == 1:
                 return self._as_asked(call)
             self._check_rows(call)
             self._read(call, lengths)
         raw = torch.stack([own[self._index].raw for own in self._known], dim=1)
         return raw.flatten(0, 1)
+
+    def _lacking(self) -> list[int]:
+        """Images of whose present step nothing is known."""
+        lacking = []
+        for place, known in enumerate(self._known):
+            if self._index not in known:
+                lacking.append(place)
+        return lacking
 
     def _check_thread(self) -> None:
         if threading.get_ident() != self._thread:
@@ -193,7 +210,7 @@ class Run:
         stay whole; or one step of those that lack theirs."""
         lengths = {}
         for place, image in enumerate(self._images):
-            if image.step < self._sampler.table.num_steps:
+            if image.step < self._table.num_steps:
                 lengths[place] = image.step
         branches = len(call.sample) // len(self._images)
         wanted = self._length_of(call, branches, len(lengths))
@@ -239,8 +256,7 @@ class Run:
             return pace.given
         if self._known_costs is None:
             unet = self._owner.pipe.unet
-            tensors = [one for one in call.conditions.values() if isinstance(one, Tensor)]
-            kept = KeptCosts(facts_of(unet, call.sample, tensors))
+            kept = KeptCosts(facts_of(unet, call.sample, call.tensors()))
             self._known_costs = kept.read(rows_a_step)
         if self._known_costs is None:
             started = time.perf_counter()
@@ -252,14 +268,15 @@ class Run:
         """The loop's call with any number of rows, done when it returns."""
         num_images = len(self._images)
         branches = len(call.sample) // num_images
-        some = call.sample[:num_images, : self._images[0].point.shape[0]]
+        some = call.sample[:num_images, : self._num_channels]
         device = call.sample.device
+        time_now = self._table.times[self._index].to(device)
 
         def run(rows: int) -> None:
-            places = [row % num_images for row in range(rows // branches)]
-            points = some[torch.tensor(places, dtype=torch.int64, device=device)]
-            times = self._sampler.table.times[torch.full([len(places)], self._index, **INTS)]
-            call.of_points(places, num_images, points, times.to(device))
+            places = torch.arange(rows // branches, **INTS) % num_images
+            points = some[places.to(device)]
+            times = time_now.expand(len(places))
+            call.of_points(places.tolist(), num_images, points, times)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
 
@@ -326,18 +343,24 @@ class Run:
 
         images = [self._images[place] for place in places]
         branches = len(call.sample) // len(self._images)
-        starts = [image.step for image in images]
         done = self._sampler.round(images, list(lengths.values()), evaluate)
         self._stats.rounds += 1
         self._stats.rows += done.num_points * branches
         self._note(done.decisions)
+        self._keep(done, lengths, said[0])
+        own_seconds = time.perf_counter() - started - reading
+        self._owner.pace.own.take(done.num_points, own_seconds)
 
-        raw, outputs, features = said[0]
+    def _keep(
+        self, done: Round, lengths: dict[int, int], said: tuple[Tensor, Tensor, Tensor | None]
+    ) -> None:
+        """What a round has brought. said: of its points, image by image and lag by lag: the UNet's
+        outputs [branches, m, ...], the loop's [m, ...], and features."""
+        raw, outputs, features = said
         decisions = iter(done.decisions)
         row_of_image = 0
-        for own_place, place in enumerate(places):
-            for committed in done.committed[own_place]:
-                lag = committed.step - starts[own_place]
+        for place, steps in zip(lengths, done.committed, strict=True):
+            for lag, committed in enumerate(steps):
                 row = row_of_image + lag
                 defect = 0.0
                 if lag + 1 < lengths[place]:  # drafted, and judged
@@ -350,8 +373,6 @@ class Run:
                 if self._owner.watch is not None:
                     self._owner.watch(place, self._images[place], committed.step, committed.point)
             row_of_image += lengths[place]
-        own_seconds = time.perf_counter() - started - reading
-        self._owner.pace.own.take(done.num_points, own_seconds)
 
     def _note(self, decisions: list[Decision]) -> None:
         self._stats.count(decisions)
@@ -378,21 +399,25 @@ class Run:
             latents, clean = self._single(output)
         latents = latents.to(output.dtype)
         self._given = latents.clone()  # the loop's own may be changed in place
-        self._stats.defects = []
-        for image, own in zip(self._images, self._known, strict=True):
-            ahead = sum(one.defect for one in own.values())
-            self._stats.defects.append(image.defect - ahead)
+        self._stats.defects = self._defects()
         self._noises.forget(self._index)
-        self._incoming = self._scaled = None
+        self._incoming = None
+        self._scaled = None
         self._is_asked = False
         self._index += 1
         self._stats.steps = self._index
-        scheduler = self._owner.pipe.scheduler
-        if hasattr(scheduler, "_step_index"):
-            if scheduler._step_index is None:
-                scheduler._init_step_index(asked["timestep"])
-            scheduler._step_index += 1
+        _count_step(self._owner.pipe.scheduler, asked["timestep"])
         return latents, clean.to(output.dtype)
+
+    def _defects(self) -> list[float]:
+        """Of the images, without those of steps that the loop has not come to."""
+        defects = []
+        for image, known in zip(self._images, self._known, strict=True):
+            defect = image.defect
+            for ahead in known.values():
+                defect -= ahead.defect
+            defects.append(defect)
+        return defects
 
     def _check_order(self, asked: Mapping[str, Any]) -> None:
         """Whether a further step is the scheduler's next."""
@@ -406,31 +431,40 @@ class Run:
 
     def _is_known(self, asked: Mapping[str, Any]) -> bool:
         """Whether the loop asks for the very step that was read."""
-        if any(self._index not in own for own in self._known):
-            return False
-        if not _is_same(asked["sample"], self._given):
+        if self._lacking() or not _is_same(asked["sample"], self._given):
             return False
         outputs = [own[self._index].output for own in self._known]
         return are_close(torch.stack(outputs), asked["model_output"])
 
     def _popped(self) -> tuple[Tensor, Tensor]:
         """A step that was done in a block."""
-        index = self._index
-        known = [own.pop(index) for own in self._known]
-        self._results = [one.committed.result for one in known]
-        if any(self._known):  # their past has seen what is ahead
-            points = torch.stack([one.committed.point for one in known])
-            outputs = torch.stack([one.output for one in known]).float()
-            said = self._table.predicted(index, points, outputs)
-            before = self._pasts
-            self._pasts = []
-            for place, one in enumerate(known):
-                own = Prediction(said.clean[place], said.noise[place])
-                self._pasts.append(_past(before[place], index, own, one.features))
+        known = [own.pop(self._index) for own in self._known]
+        self._results = []
+        cleans = []
+        for one in known:
+            self._results.append(one.committed.result)
+            cleans.append(one.committed.clean)
+        if any(self._known):  # the images' own pasts have seen what is ahead
+            self._pasts = self._pasts_behind(known)
         else:
             self._pasts = [image.past for image in self._images]
-        clean = torch.stack([one.committed.clean for one in known])
-        return torch.stack(self._results), clean
+        return torch.stack(self._results), torch.stack(cleans)
+
+    def _pasts_behind(self, known: list[_Known]) -> list[Past | None]:
+        """Of the images, once their present step, which was done in a block, is taken."""
+        points = []
+        outputs = []
+        for one in known:
+            points.append(one.committed.point)
+            outputs.append(one.output.float())
+        said = self._table.predicted(self._index, torch.stack(points), torch.stack(outputs))
+
+        pasts: list[Past | None] = []
+        for place, one in enumerate(known):
+            own = Prediction(said.clean[place], said.noise[place])
+            past = past_behind(self._pasts[place], self._index, own, one.features)
+            pasts.append(past)
+        return pasts
 
     def _single(self, output: Tensor) -> tuple[Tensor, Tensor]:
         """The step by the output [images, ...] that the loop itself has made."""
@@ -460,11 +494,9 @@ class Run:
 
         noises = Noises(table.draws, output, self._generator, table.noise_dtype)
         for place in range(len(latents)):
-            image = Image(
-                latents[place].float(),
-                lambda step, place=place: noises.of(step, place),  # type: ignore[misc]
-                lambda step, place=place: noises.uniform(step, place),  # type: ignore[misc]
-            )
+            noise_of = functools.partial(noises.of, place=place)
+            uniform_of = functools.partial(noises.uniform, place=place)
+            image = Image(latents[place].float(), noise_of, uniform_of)
             self._images.append(image)
             self._known.append({})
         self._noises = noises
@@ -497,12 +529,6 @@ class Run:
             raise unsupported("its guidance is not the one of Stable Diffusion")
 
 
-def _past(past: Past | None, step: int, said: Prediction, features: Tensor | None) -> Past:
-    if past is None:
-        return Past(step, said, features=features)
-    return past.then(step, said, features)
-
-
 def _is_same(left: Tensor, right: Tensor) -> bool:
     return left.shape == right.shape and bool(torch.equal(left, right))
 
@@ -513,9 +539,11 @@ def _eta(asked: Mapping[str, Any]) -> float:
 
 
 def _is_generator(one: Any, other: Any) -> bool:
-    if isinstance(one, list) and isinstance(other, list):
-        return [id(part) for part in one] == [id(part) for part in other]
-    return one is other
+    if not isinstance(one, list) or not isinstance(other, list):
+        return one is other
+    if len(one) != len(other):
+        return False
+    return all(left is right for left, right in zip(one, other, strict=True))
 
 
 def _check_step(asked: Mapping[str, Any]) -> None:
@@ -548,6 +576,15 @@ def _first_step(scheduler: Any, timestep: Any) -> int:
     if float(timestep) not in times:
         raise unsupported(f"its loop begins at {float(timestep)}, which is no timestep of its own")
     return times.index(float(timestep))
+
+
+def _count_step(scheduler: Any, timestep: Any) -> None:
+    """As the scheduler's own step does."""
+    if not hasattr(scheduler, "_step_index"):
+        return
+    if scheduler._step_index is None:
+        scheduler._init_step_index(timestep)
+    scheduler._step_index += 1
 
 
 def _check_finite(output: Tensor) -> None:

@@ -47,7 +47,8 @@ class Noises:
         uniforms = []
         for seed in _seeds(self._own, len(like)):
             coins = torch.Generator("cpu").manual_seed(seed)
-            uniforms.append(torch.rand(len(draws), generator=coins, **DOUBLES))
+            own = torch.rand(len(draws), generator=coins, **DOUBLES)
+            uniforms.append(own)
         self._uniforms = torch.stack(uniforms)
 
     def of(self, step: int, place: int) -> Tensor:
@@ -133,5 +134,6 @@ def _seeds(generators: list[torch.Generator], count: int) -> list[int]:
         state = own.get_state().cpu().numpy().tobytes()
         digest = hashlib.sha256(state + seen[state].to_bytes(8, "little"))
         seen[state] += 1
-        seeds.append(int.from_bytes(digest.digest()[:7], "little"))
+        key = digest.digest()[:7]
+        seeds.append(int.from_bytes(key, "little"))
     return seeds

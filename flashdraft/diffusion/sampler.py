@@ -33,6 +33,7 @@ __all__ = [
     "Image",
     "Round",
     "Singles",
+    "past_behind",
 ]
 
 _TINY = 1e-12
@@ -130,10 +131,12 @@ class BlockSampler:
     def round(self, images: Sequence[Image], lengths: Sequence[int], evaluate: Evaluate) -> Round:
         """One call of the target, of at most `lengths` points of every image, and at least one."""
         block = _Block()
-        for place, (image, length) in enumerate(zip(images, lengths, strict=True)):
-            self._add(block, place, image, self.length(image, length))
+        for place, image in enumerate(images):
+            length = self.length(image, lengths[place])
+            self._add(block, place, image, length)
         points = torch.stack(block.points)
-        answer = evaluate(block.places, torch.tensor(block.steps, **INTS), points)
+        steps = torch.tensor(block.steps, **INTS)
+        answer = evaluate(block.places, steps, points)
         return self._walk(images, block, points, answer)
 
     def single(self, images: Sequence[Image], points: Tensor, answer: Answer) -> Singles:
@@ -145,7 +148,8 @@ class BlockSampler:
         table = self.table
         step = images[0].step
         said = table.predicted(step, points, answer.outputs)
-        results = table.mean(step, points, said, self._clean_before(images, step))
+        before = self._clean_before(images, step)
+        results = table.mean(step, points, said, before)
         if table.draws[step]:
             noises = torch.stack([image.noise_of(step) for image in images])
             results = results + float(table.deviation[step]) * noises
@@ -153,7 +157,7 @@ class BlockSampler:
         for place, image in enumerate(images):
             own = Prediction(said.clean[place], said.noise[place])
             features = None if answer.features is None else answer.features[place]
-            image.past = _past(image.past, step, own, features)
+            image.past = past_behind(image.past, step, own, features)
             image.point = results[place]
             image.step = step + 1
         return Singles(results, said.clean)
@@ -164,8 +168,10 @@ class BlockSampler:
             return None
         seen = []
         for image in images:
-            past = image.past
-            seen.append(torch.zeros_like(image.point) if past is None else past.said.clean)
+            if image.past is None:
+                seen.append(torch.zeros_like(image.point))
+            else:
+                seen.append(image.past.said.clean)
         return torch.stack(seen)
 
     def length(self, image: Image, wanted: int) -> int:
@@ -198,10 +204,12 @@ class BlockSampler:
                 block.drafted.append(None)
                 continue
             said = predict(lag, step, point[None])
-            mean = self.table.mean(step, point[None], said, before)[0]
+            means = self.table.mean(step, point[None], said, before)
+            mean = means[0]
             before = said.clean
             block.drafted.append(mean)
-            point = mean + float(self.table.deviation[step]) * noises[lag]
+            deviation = float(self.table.deviation[step])
+            point = mean + deviation * noises[lag]
 
     # ---- verifying -------------------------------------------------------------------------------
 
@@ -239,7 +247,7 @@ class BlockSampler:
             done.committed[place].append(committed)
             verified = Prediction(said.clean[row], said.noise[row])
             hidden = None if features is None else features[row]
-            image.past = _past(image.past, image.step, verified, hidden)
+            image.past = past_behind(image.past, image.step, verified, hidden)
             image.point = result
             image.step += 1
             has_ended[place] = is_last or not stood[row]
@@ -275,14 +283,18 @@ class BlockSampler:
                 uniforms.append(images[place].uniform_of(step))
             drawn = torch.tensor(uniforms, dtype=torch.float64, device=means.device)
             coupled = couple(noises, drafted, means, deviation, drawn)
-            chances = acceptance(distance(drafted, means, deviation))
+            apart = distance(drafted, means, deviation)
+            chances = acceptance(apart)
             return _Judged(coupled, chances.tolist(), [0.0] * len(means))
 
-        gaps = _norm(drafted - means) / _norm(means).clamp(min=_TINY)
+        size = _norm(means).clamp(min=_TINY)
+        gaps = _norm(drafted - means) / size
         accepted = gaps <= self.tol
-        shape = (-1, *[1] * (means.dim() - 1))
-        sample = torch.where(accepted.view(shape), drafted, means)
-        return _Judged(Coupled(sample, accepted), [0.0] * len(means), gaps.tolist())
+        num_further = means.dim() - 1
+        is_kept = accepted.view(-1, *[1] * num_further)
+        sample = torch.where(is_kept, drafted, means)
+        coupled = Coupled(sample, accepted)
+        return _Judged(coupled, [0.0] * len(means), gaps.tolist())
 
 
 class _Judged(NamedTuple):
@@ -293,16 +305,22 @@ class _Judged(NamedTuple):
     defects: list[float]
 
     def decision(self, block: _Block, row: int, stood: bool) -> Decision:
-        where = block.steps[row], block.lags[row]
-        return Decision(*where, stood, self.chances[row], self.defects[row])
+        return Decision(
+            step=block.steps[row],
+            lag=block.lags[row],
+            stood=stood,
+            predicted=self.chances[row],
+            defect=self.defects[row],
+        )
 
 
 def _norm(values: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(values.double().flatten(1), dim=1)
+    rows = values.double().flatten(1)
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
     return norms
 
 
-def _past(past: Past | None, step: int, said: Prediction, features: Tensor | None) -> Past:
+def past_behind(past: Past | None, step: int, said: Prediction, features: Tensor | None) -> Past:
     if past is None:
         return Past(step, said, features=features)
     return past.then(step, said, features)

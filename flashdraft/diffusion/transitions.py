@@ -30,6 +30,19 @@ _RUNS = (
     "DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler or EulerAncestralDiscreteScheduler"
 )
 
+_BY_STEP = (
+    "alpha",
+    "sigma",
+    "scale",
+    "state",
+    "clean",
+    "noise",
+    "before",
+    "deviation",
+    "times",
+    "draws",
+)
+
 
 class Prediction(NamedTuple):
     """What a model says of points: the clean latents x0 and the noise eps in them, [n, ...]."""
@@ -59,7 +72,7 @@ class Transitions:
     times: Tensor  # of the scheduler's own type
     draws: list[bool]
     predicts: str  # "epsilon", "v_prediction" or "sample"
-    limited: Callable[[Tensor], Tensor] | None  # of x0: clipped, or by its own quantile
+    limited: Callable[[Tensor], Tensor] | None = None  # of x0: clipped, or by its own quantile
     noise_dtype: torch.dtype | None = None  # in which noise is drawn; None: the latents' own
 
     @property
@@ -69,37 +82,43 @@ class Transitions:
     @property
     def is_random(self) -> bool:
         """Whether any step has noise."""
-        return bool((self.deviation > 0).any())
+        has_noise = self.deviation > 0
+        return bool(has_noise.any())
 
     def predicted(self, steps: Tensor | int, points: Tensor, outputs: Tensor) -> Prediction:
         """What the model's outputs say. points, outputs: [n, ...]."""
-        alpha, sigma, scale = self._of(points, steps, self.alpha, self.sigma, self.scale)
         if self.predicts == "epsilon":
-            clean = (points - sigma * outputs) / alpha
-            noise = outputs
-        elif self.predicts == "sample":
-            clean = outputs
-            noise = (points - alpha * outputs) / sigma
+            return self.from_noise(steps, points, outputs)
+        if self.predicts == "sample":
+            said = self.implied(steps, points, outputs)
         else:
-            alpha, sigma = alpha * scale, sigma * scale  # as the model's own schedule has them
-            clean = alpha * scale * points - sigma * outputs
-            noise = sigma * scale * points + alpha * outputs
-        if self.limited is not None:
-            clean = self.limited(clean)
+            said = self._from_velocity(steps, points, outputs)
+        return Prediction(self._as_limited(said.clean), said.noise)
+
+    def _from_velocity(self, steps: Tensor | int, points: Tensor, velocity: Tensor) -> Prediction:
+        """Salimans and Ho 2202.00512, appendix D: v = alpha * eps - sigma * x0, of the point as the
+        model reads it."""
+        scale = self._of(points, steps, self.scale)
+        alpha = self._of(points, steps, self.alpha) * scale
+        sigma = self._of(points, steps, self.sigma) * scale
+        read = scale * points
+        clean = alpha * read - sigma * velocity
+        noise = sigma * read + alpha * velocity
         return Prediction(clean, noise)
 
     def implied(self, steps: Tensor | int, points: Tensor, clean: Tensor) -> Prediction:
         """What it would be to predict these clean latents [n, ...] of the points."""
-        alpha, sigma = self._of(points, steps, self.alpha, self.sigma)
-        return Prediction(clean, (points - alpha * clean) / sigma)
+        alpha = self._of(points, steps, self.alpha)
+        sigma = self._of(points, steps, self.sigma)
+        noise = (points - alpha * clean) / sigma
+        return Prediction(clean, noise)
 
     def from_noise(self, steps: Tensor | int, points: Tensor, noise: Tensor) -> Prediction:
         """What it would be to predict this noise [n, ...] in the points."""
-        alpha, sigma = self._of(points, steps, self.alpha, self.sigma)
+        alpha = self._of(points, steps, self.alpha)
+        sigma = self._of(points, steps, self.sigma)
         clean = (points - sigma * noise) / alpha
-        if self.limited is not None:
-            clean = self.limited(clean)
-        return Prediction(clean, noise)
+        return Prediction(self._as_limited(clean), noise)
 
     def mean(
         self,
@@ -113,19 +132,24 @@ class Transitions:
         before: the clean latents that were predicted a step earlier, [n, ...]; None where no step
         asks for them.
         """
-        names = (self.state, self.clean, self.noise, self.before)
-        state, clean, noise, earlier = self._of(points, steps, *names)
-        mean: Tensor = state * points + clean * said.clean + noise * said.noise
+        of_point = self._of(points, steps, self.state) * points
+        of_clean = self._of(points, steps, self.clean) * said.clean
+        of_noise = self._of(points, steps, self.noise) * said.noise
+        mean: Tensor = of_point + of_clean + of_noise
         if before is not None:
-            mean = mean + earlier * before
+            mean = mean + self._of(points, steps, self.before) * before
         return mean
 
-    def _of(self, points: Tensor, steps: Tensor | int, *tables: Tensor) -> list[Any]:
-        """Entries of tables, as wide as the points; numbers where all points are of one step."""
+    def _as_limited(self, clean: Tensor) -> Tensor:
+        return clean if self.limited is None else self.limited(clean)
+
+    def _of(self, points: Tensor, steps: Tensor | int, table: Tensor) -> Any:
+        """Entries of a table, as wide as the points; a number where all points are of one step."""
         if isinstance(steps, int):
-            return [float(table[steps]) for table in tables]
-        shape = (-1, *[1] * (points.dim() - 1))
-        return [table[steps.cpu()].to(points).view(shape) for table in tables]
+            return float(table[steps])
+        entries = table[steps.cpu()].to(points)
+        num_further = points.dim() - 1
+        return entries.view(-1, *[1] * num_further)
 
 
 def transitions(scheduler: Any, *, eta: float = 0.0, first: int = 0) -> Transitions:
@@ -136,24 +160,19 @@ def transitions(scheduler: Any, *, eta: float = 0.0, first: int = 0) -> Transiti
     """
     read = _reader(scheduler)
     table = read(scheduler, eta)
+    cut: dict[str, Any] = {}
+    for name in _BY_STEP:
+        entries = getattr(table, name)
+        cut[name] = entries[first:]
+
     # Nothing is known of a step before the first.
-    clean = table.clean[first:].clone()
-    before = table.before[first:].clone()
+    clean = cut["clean"].clone()
+    before = cut["before"].clone()
     clean[0] += before[0]
     before[0] = 0.0
-    return replace(
-        table,
-        alpha=table.alpha[first:],
-        sigma=table.sigma[first:],
-        scale=table.scale[first:],
-        state=table.state[first:],
-        clean=clean,
-        noise=table.noise[first:],
-        before=before,
-        deviation=table.deviation[first:],
-        times=table.times[first:],
-        draws=table.draws[first:],
-    )
+    cut["clean"] = clean
+    cut["before"] = before
+    return replace(table, **cut)
 
 
 def check(scheduler: Any) -> None:
@@ -161,19 +180,22 @@ def check(scheduler: Any) -> None:
     _reader(scheduler)
 
 
-def _reader(scheduler: Any) -> "Callable[[Any, float], Transitions]":
-    name = type(scheduler).__name__
-    readers: dict[str, Callable[[Any, float], Transitions]] = {
+_Reader = Callable[[Any, float], Transitions]  # of a scheduler and eta
+
+
+def _reader(scheduler: Any) -> _Reader:
+    readers: dict[str, _Reader] = {
         "DDPMScheduler": _ddpm,
         "DDIMScheduler": _ddim,
         "DPMSolverMultistepScheduler": _dpm_solver,
         "EulerAncestralDiscreteScheduler": _euler_ancestral,
     }
-    for kind in type(scheduler).__mro__:
+    own = type(scheduler)
+    for kind in own.__mro__:
         if kind.__name__ in readers:
             _refuse_unknown_settings(scheduler)
             return readers[kind.__name__]
-    raise _refusal(f"the scheduler is a {name}", f"it takes {_RUNS}")
+    raise _refusal(f"the scheduler is a {own.__name__}", f"it takes {_RUNS}")
 
 
 def _refusal(got: str, hint: str) -> InvalidParameter:
@@ -214,155 +236,152 @@ def _refuse_other_solvers(config: Any) -> None:
         raise _refusal("use_flow_sigmas is set", "flow matching's schedule is not known here")
 
 
+def _blank(scheduler: Any, alpha: Tensor, sigma: Tensor) -> Transitions:
+    """As many steps as there are entries: all coefficients are none, and nothing is drawn."""
+    none = torch.zeros_like(alpha)
+    return Transitions(
+        alpha=alpha,
+        sigma=sigma,
+        scale=torch.ones_like(alpha),
+        state=none,
+        clean=none,
+        noise=none,
+        before=none,
+        deviation=none,
+        times=scheduler.timesteps.cpu(),
+        draws=[False] * len(alpha),
+        predicts=scheduler.config.prediction_type,
+    )
+
+
 # ---- variance-preserving schedules ---------------------------------------------------------------
 
 
 def _ddpm(scheduler: Any, eta: float) -> Transitions:
+    """Equations 6 and 7: mean and variance of q(x_(t-1) | x_t, x0), a_bar the signal's power."""
     del eta
     times = scheduler.timesteps.cpu()
-    total = scheduler.alphas_cumprod.to(**DOUBLES)
-    own = total[times]
-    later = torch.cat([own[1:], torch.ones(1, **DOUBLES)])
-    kept = own / later
-    clean = later.sqrt() * (1 - kept) / (1 - own)
-    state = kept.sqrt() * (1 - later) / (1 - own)
-    small = ((1 - later) / (1 - own) * (1 - kept)).clamp(min=1e-20)
+    powers = scheduler.alphas_cumprod.to(**DOUBLES)
+    a_bar = powers[times]
+    behind_last = torch.ones(1, **DOUBLES)
+    a_bar_later = torch.cat([a_bar[1:], behind_last])
+    a = a_bar / a_bar_later
+    beta = 1 - a
 
-    kind = scheduler.config.variance_type
-    deviation = (1 - kept).sqrt() if kind == "fixed_large" else small.sqrt()
+    power_of_noise = 1 - a_bar
+    share = (1 - a_bar_later) / power_of_noise
+    clean = a_bar_later.sqrt() * beta / power_of_noise
+    state = a.sqrt() * share
+    variance = beta
+    if scheduler.config.variance_type != "fixed_large":
+        posterior = share * beta
+        variance = posterior.clamp(min=1e-20)
+
     draws = times > 0
-    deviation = torch.where(draws, deviation, 0.0)
-    none = torch.zeros_like(state)
-    return Transitions(
-        alpha=own.sqrt(),
-        sigma=(1 - own).sqrt(),
-        scale=torch.ones_like(state),
+    deviation = torch.where(draws, variance.sqrt(), 0.0)
+    table = _blank(scheduler, a_bar.sqrt(), power_of_noise.sqrt())
+    return replace(
+        table,
         state=state,
         clean=clean,
-        noise=none,
-        before=none,
         deviation=deviation,
-        times=times,
         draws=draws.tolist(),
-        predicts=scheduler.config.prediction_type,
         limited=_limit(scheduler),
     )
 
 
 def _ddim(scheduler: Any, eta: float) -> Transitions:
+    """Equations 12 and 16, a_bar the signal's power (alpha in the paper)."""
     times = scheduler.timesteps.cpu()
-    total = scheduler.alphas_cumprod.to(**DOUBLES)
-    own = total[times]
+    powers = scheduler.alphas_cumprod.to(**DOUBLES)
+    a_bar = powers[times]
     # As `step` has it: so many training steps earlier, wherever the next one really is.
     stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
     targets = times - stride
-    final = scheduler.final_alpha_cumprod.to(**DOUBLES)
-    later = torch.where(targets >= 0, total[targets.clamp(min=0)], final)
-    variance = (1 - later) / (1 - own) * (1 - own / later)
-    deviation = eta * variance.clamp(min=0).sqrt()
-    noise = (1 - later - deviation**2).clamp(min=0).sqrt()
-    none = torch.zeros_like(own)
-    return Transitions(
-        alpha=own.sqrt(),
-        sigma=(1 - own).sqrt(),
-        scale=torch.ones_like(own),
-        state=none,
-        clean=later.sqrt(),
+    a_bar_final = scheduler.final_alpha_cumprod.to(**DOUBLES)
+    a_bar_target = powers[targets.clamp(min=0)]
+    a_bar_later = torch.where(targets >= 0, a_bar_target, a_bar_final)
+
+    power_of_noise = 1 - a_bar
+    power_later = 1 - a_bar_later
+    variance = power_later / power_of_noise * (1 - a_bar / a_bar_later)
+    variance = variance.clamp(min=0)
+    deviation = eta * variance.sqrt()
+    power_of_direction = power_later - deviation**2
+    noise = power_of_direction.clamp(min=0).sqrt()
+    table = _blank(scheduler, a_bar.sqrt(), power_of_noise.sqrt())
+    return replace(
+        table,
+        clean=a_bar_later.sqrt(),
         noise=noise,
-        before=none,
         deviation=deviation,
-        times=times,
         draws=[eta > 0] * len(times),
-        predicts=scheduler.config.prediction_type,
         limited=_limit(scheduler),
     )
 
 
 def _dpm_solver(scheduler: Any, eta: float) -> Transitions:
+    """h: the gain of a step in log(alpha / sigma), lambda in the paper."""
     del eta
     config = scheduler.config
     is_random = config.algorithm_type == "sde-dpmsolver++"
-    ratios = scheduler.sigmas.to(**DOUBLES)  # noise to signal, one more than there are steps
-    alphas = 1 / (ratios**2 + 1).sqrt()
+    ratios = scheduler.sigmas.to(**DOUBLES)  # sigma / alpha, one more than there are steps
+    powers = ratios**2 + 1
+    alphas = 1 / powers.sqrt()
     sigmas = ratios * alphas
-    alpha, sigma = alphas[1:], sigmas[1:]
-    log_snr = -ratios.log()  # half of it; infinite behind the last step
-    gain = log_snr[1:] - log_snr[:-1]
-    powers = 2.0 if is_random else 1.0
-    clean = alpha * (1 - torch.exp(-powers * gain))
-    state = sigma / sigmas[:-1]
+    alpha_later = alphas[1:]
+    sigma_later = sigmas[1:]
+    log_ratios = ratios.log()
+    h = log_ratios[:-1] - log_ratios[1:]  # infinite where the last noise is none
+
+    state = sigma_later / sigmas[:-1]
     deviation = torch.zeros_like(state)
     if is_random:
-        state = state * torch.exp(-gain)
-        deviation = sigma * (1 - torch.exp(-2 * gain)).sqrt()
+        decay = torch.exp(-2 * h)
+        state = state * torch.exp(-h)
+        deviation = sigma_later * (1 - decay).sqrt()
+    else:
+        decay = torch.exp(-h)
+    clean = alpha_later * (1 - decay)
 
     before = torch.zeros_like(state)
     if config.solver_order == 2:
-        before = _second_order(config, gain, alpha, len(scheduler.timesteps))
+        before = _second_order(config, h, alpha_later)
         clean = clean - before
-    return Transitions(
-        alpha=alphas[:-1],
-        sigma=sigmas[:-1],
-        scale=torch.ones_like(state),
+    table = _blank(scheduler, alphas[:-1], sigmas[:-1])
+    return replace(
+        table,
         state=state,
         clean=clean,
-        noise=torch.zeros_like(state),
         before=before,
         deviation=deviation,
-        times=scheduler.timesteps.cpu(),
         draws=[is_random] * len(state),
-        predicts=config.prediction_type,
         limited=scheduler._threshold_sample if config.thresholding else None,
         noise_dtype=torch.float32,
     )
 
 
-def _second_order(config: Any, gain: Tensor, alpha: Tensor, steps: int) -> Tensor:
+def _second_order(config: Any, h: Tensor, alpha: Tensor) -> Tensor:
     """What the prediction of the step before is taken times: [steps]; that of the step itself is
-    taken times as much less."""
-    ratio = torch.ones_like(gain)
-    ratio[1:] = gain[:-1] / gain[1:]
-    decay = torch.exp(-gain) - 1
+    taken times as much less. h, alpha: [steps], alpha of the points behind them."""
+    r = torch.ones_like(h)
+    r[1:] = h[:-1] / h[1:]
+    fall = torch.exp(-h) - 1
+    weight = alpha * (fall / h + 1)
     if config.solver_type == "midpoint":
-        weight = -0.5 * alpha * decay
-    else:
-        weight = alpha * (decay / gain + 1)
-    before = -weight / ratio
+        weight = -0.5 * alpha * fall
+    before = -weight / r
     before[0] = 0.0  # nothing is known of a step before
-    few = config.lower_order_final and steps < 15
-    if config.euler_at_final or few or config.final_sigmas_type == "zero":
+
+    has_few = config.lower_order_final and len(h) < 15
+    ends_clean = config.final_sigmas_type == "zero"
+    if config.euler_at_final or has_few or ends_clean:
         before[-1] = 0.0
     return before
 
 
-# ---- variance-exploding schedules ----------------------------------------------------------------
-
-
-def _euler_ancestral(scheduler: Any, eta: float) -> Transitions:
-    del eta
-    sigmas = scheduler.sigmas.to(**DOUBLES)
-    start, end = sigmas[:-1], sigmas[1:]
-    deviation = (end**2 * (start**2 - end**2) / start**2).sqrt()
-    down = (end**2 - deviation**2).clamp(min=0).sqrt()
-    none = torch.zeros_like(start)
-    return Transitions(
-        alpha=torch.ones_like(start),
-        sigma=start,
-        scale=1 / (start**2 + 1).sqrt(),
-        state=down / start,
-        clean=1 - down / start,
-        noise=none,
-        before=none,
-        deviation=deviation,
-        times=scheduler.timesteps.cpu(),
-        draws=[True] * len(start),
-        predicts=scheduler.config.prediction_type,
-        limited=None,
-    )
-
-
 def _limit(scheduler: Any) -> Callable[[Tensor], Tensor] | None:
-    """What the scheduler does to predicted clean latents."""
+    """What DDPM's and DDIM's schedulers do to predicted clean latents."""
     config = scheduler.config
     if config.thresholding:
         threshold: Callable[[Tensor], Tensor] = scheduler._threshold_sample
@@ -371,3 +390,29 @@ def _limit(scheduler: Any) -> Callable[[Tensor], Tensor] | None:
         return None
     reach = config.clip_sample_range
     return lambda clean: clean.clamp(-reach, reach)
+
+
+# ---- variance-exploding schedules ----------------------------------------------------------------
+
+
+def _euler_ancestral(scheduler: Any, eta: float) -> Transitions:
+    del eta
+    sigmas = scheduler.sigmas.to(**DOUBLES)
+    sigma = sigmas[:-1]
+    sigma_later = sigmas[1:]
+    power = sigma**2
+    power_later = sigma_later**2
+    power_up = power_later * (power - power_later) / power
+    power_down = power_later - power_up
+    sigma_down = power_down.clamp(min=0).sqrt()
+    state = sigma_down / sigma
+    scale = 1 / (power + 1).sqrt()
+    table = _blank(scheduler, torch.ones_like(sigma), sigma)
+    return replace(
+        table,
+        scale=scale,
+        state=state,
+        clean=1 - state,
+        deviation=power_up.sqrt(),
+        draws=[True] * len(sigma),
+    )
