@@ -272,7 +272,7 @@ def test_help_imports_nothing_heavy_and_groups_the_commands() -> None:
     for line in text:
         if title := re.match(r"\W+ (Use|Measure|Train) \W+$", line):
             panel = title[1]
-        elif command := re.match(r"\W+ (\w+(?: \w+)?)  +(\w.*\w\S?) +\W$", line):
+        elif command := re.match(r"\W+ (\w+(?:[ -]\w+)?)  +(\w.*\w\S?) +\W$", line):
             found[command[1]] = (panel, command[2])
     assert {name: found[name] for name in COMMANDS} == {
         name: (command.panel, command.help) for name, command in COMMANDS.items()

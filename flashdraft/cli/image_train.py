@@ -49,7 +49,7 @@ def image_record(
         int | None, Option(help="how many, the prompts in turn; by default one a prompt"), COUNTS
     ] = None,
 ) -> None:
-    """Training of an image draft 1: what a sampler does; run again to resume.
+    """Image draft 1: what a sampler does; run again to resume.
 
     Examples:
         flashdraft image-record digits --prompts captions.txt --out data --images 400
@@ -75,7 +75,7 @@ def image_train(
     options: DraftTrainOptions,
     device: Annotated[str, Option(help="cpu, cuda, cuda:1, mps")] = "cpu",
 ) -> None:
-    """Training of an image draft 2: the draft; run again to resume.
+    """Image draft 2: the draft; run again to resume.
 
     Examples:
         flashdraft image-train data --out run
