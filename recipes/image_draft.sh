@@ -2,7 +2,7 @@
 # The learned image draft of the digits: what the model's own sampler does, without guidance and with it, and a draft of that.
 #   recipes/image_draft.sh [MODEL] [FOLDER]
 # MODEL: digits, or the folder that recipes/image_digits.py made. The draft lies in FOLDER/run/best, its figures in FOLDER/run/metrics.jsonl.
-# About 20 minutes of one core; started again, it goes on. (The shipped one had less: 160 images without guidance, 700 steps; see its card.)
+# About 15 minutes of one core; started again, it goes on. It made the shipped one.
 # IMAGES: of each of the two recordings; STEPS: of the training. Seeds are from 1,000,000 on, so that no image of a figure is among them.
 set -euo pipefail
 model=${1:-digits} folder=${2:-runs/image-draft}
