@@ -109,8 +109,11 @@ def test_a_faulty_coupling_is_seen(fault: Callable[..., Tensor]) -> None:
     assert worst_p_value(sample) < 1e-6
 
 
-@pytest.mark.parametrize("nonsense", [float("nan"), float("inf"), -float("inf"), 1e308])
-def test_a_draft_that_is_no_number_is_refused_and_leaves_the_law(nonsense: float) -> None:
+NONSENSE = [float("nan"), float("inf"), -float("inf"), 1e308]
+
+
+def check_refused(nonsense: float) -> None:
+    """A draft that is no number, and that the law is the target's."""
     noise, uniforms = drawn(COUNT)
     _, target = means(0.0)
     draft = target.clone()
@@ -123,6 +126,25 @@ def test_a_draft_that_is_no_number_is_refused_and_leaves_the_law(nonsense: float
         noise, draft.expand(COUNT, -1), target.expand(COUNT, -1), 0 * deviation, uniforms
     )
     assert torch.equal(still.sample, target.expand(COUNT, -1))
+
+
+@pytest.mark.parametrize("nonsense", NONSENSE)
+def test_a_draft_that_is_no_number_is_refused_and_leaves_the_law(nonsense: float) -> None:
+    check_refused(nonsense)
+
+
+def narrow_norm(values: Tensor) -> Tensor:
+    """Planted: what is no number passes for a distance."""
+    return torch.linalg.vector_norm(values, dim=1).nan_to_num(0.0, 1.0)
+
+
+@pytest.mark.parametrize("nonsense", NONSENSE)
+def test_a_coupling_that_takes_it_for_a_number_is_seen(
+    nonsense: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coupling, "_norm", narrow_norm)
+    with pytest.raises(AssertionError):
+        check_refused(nonsense)
 
 
 def test_a_target_that_is_no_number_is_never_the_draft() -> None:

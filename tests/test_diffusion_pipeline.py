@@ -2,6 +2,7 @@
 nothing missed that a callback or an option changes."""
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from PIL import Image as Picture
 from torch import Tensor
 from toy_diffusion import CLEAN, SCHEDULE, toy_pipe
 
-from flashdraft.diffusion import loop
+from flashdraft.diffusion import loop, sampler
+from flashdraft.diffusion.noises import Noises
 from flashdraft.diffusion.pipeline import SpeculativeDiffusion
+from flashdraft.diffusion.transitions import Transitions, transitions
 from flashdraft.errors import InvalidParameter, UnusableLogits
 
 SAMPLERS: dict[str, tuple[Any, dict[str, Any], str]] = {
@@ -65,8 +68,52 @@ def test_a_block_of_one_step_is_the_stock_pipe(pipe: Any, name: str, guidance: f
     assert stats.rows == 12 * 2 * (2 if guidance > 1 else 1)
 
 
-@pytest.mark.parametrize("name", ["ddim0", "2m"])
-def test_tolerance_zero_is_the_stock_pipe(pipe: Any, name: str) -> None:
+def wrong_coefficient(name: str) -> Any:
+    """Planted."""
+
+    def read(*args: Any, **kwargs: Any) -> Transitions:
+        table = transitions(*args, **kwargs)
+        return replace(table, **{name: 1.01 * getattr(table, name)})
+
+    return read
+
+
+def noise_of_another_step(noises: Noises, step: int, place: int) -> Tensor:
+    """Planted."""
+    return own_noise(noises, (step + 1) % 12, place)
+
+
+def noise_of_another_image(noises: Noises, step: int, place: int) -> Tensor:
+    """Planted."""
+    return own_noise(noises, step, 1 - place)
+
+
+own_noise = Noises.of
+
+FAULTS: dict[str, tuple[Any, str, Any]] = {
+    "clean": (loop.tables, "transitions", wrong_coefficient("clean")),
+    "deviation": (loop.tables, "transitions", wrong_coefficient("deviation")),
+    "another step's noise": (Noises, "of", noise_of_another_step),
+    "another image's noise": (Noises, "of", noise_of_another_image),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_single_steps_that_are_not_the_pipes_are_seen(
+    pipe: Any, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler, options, mode = SAMPLERS["ddim"]
+    pipe.scheduler = scheduler
+    options = options | {"num_images_per_prompt": 2}
+    stock = drawn(pipe, **options)
+    monkeypatch.setattr(*FAULTS[fault])
+    ours = drawn(SpeculativeDiffusion(pipe, mode=mode, block=1), **options)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
+
+
+def check_tolerance_zero(pipe: Any, name: str) -> None:
+    """Against the stock pipe."""
     scheduler, options, mode = SAMPLERS[name]
     pipe.scheduler = scheduler
     stock = drawn(pipe, **options)
@@ -74,6 +121,21 @@ def test_tolerance_zero_is_the_stock_pipe(pipe: Any, name: str) -> None:
     torch.testing.assert_close(drawn(fast, **options), stock, rtol=1e-5, atol=1e-5)
     assert fast.last_stats is not None
     assert fast.last_stats.defects == [0.0]
+
+
+@pytest.mark.parametrize("name", ["ddim0", "2m"])
+def test_tolerance_zero_is_the_stock_pipe(pipe: Any, name: str) -> None:
+    check_tolerance_zero(pipe, name)
+
+
+@pytest.mark.parametrize("name", ["ddim0", "2m"])
+def test_a_tolerance_that_accepts_everything_is_seen(
+    pipe: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted."""
+    monkeypatch.setattr(sampler, "_norm", lambda values: torch.zeros(len(values)))
+    with pytest.raises(AssertionError):
+        check_tolerance_zero(pipe, name)
 
 
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "euler"])

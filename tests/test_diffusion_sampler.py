@@ -10,8 +10,9 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from scipy import stats
 from torch import Tensor
 
+from flashdraft.diffusion import coupling as coupling_module
 from flashdraft.diffusion import sampler as sampler_module
-from flashdraft.diffusion.coupling import Coupled
+from flashdraft.diffusion.coupling import Coupled, couple
 from flashdraft.diffusion.drafts import Draft, ExtrapolatedDraft, FrozenDraft, Past
 from flashdraft.diffusion.sampler import Answer, BlockSampler, Decision, Evaluate, Image
 from flashdraft.diffusion.transitions import Prediction, Transitions, transitions
@@ -155,9 +156,14 @@ def plain() -> Tensor:
     return points
 
 
-@pytest.mark.parametrize("draft", [FrozenDraft(), Adversary(), Perfect()])
-def test_exact_mode_draws_from_the_samplers_law(draft: Draft, plain: Tensor) -> None:
-    got = ran(table_of(STEPS), draft, 6, COUNT)
+@pytest.mark.parametrize(
+    ("draft", "block", "count"),
+    [(FrozenDraft(), 6, COUNT), (Adversary(), 3, COUNT), (Perfect(), 6, COUNT // 2)],
+)
+def test_exact_mode_draws_from_the_samplers_law(
+    draft: Draft, block: int, count: int, plain: Tensor
+) -> None:
+    got = ran(table_of(STEPS), draft, block, count)
     assert least_p_value(got.points, plain) > 1e-3
     if draft.name == "frozen-x0":
         assert got.rounds < STEPS / 1.5
@@ -230,10 +236,44 @@ def test_single_steps_are_rounds_of_blocks_of_one(name: str) -> None:
     assert [image.step for image in short] == [table.num_steps] * 3
 
 
-def test_a_perfect_draft_is_always_accepted() -> None:
+def is_always_accepted() -> bool:
+    """A perfect draft."""
     got = ran(table_of(STEPS), Perfect(), STEPS, 50)
-    assert all(one.stood for one in got.decisions)
-    assert got.rounds == 2.0  # the first step has nothing to draft from
+    has_stood = all(one.stood for one in got.decisions)
+    assert has_stood == (got.rounds == 2.0)  # the first step has nothing to draft from
+    return has_stood
+
+
+def test_a_perfect_draft_is_always_accepted() -> None:
+    assert is_always_accepted()
+
+
+def judged_by_another_row(noise: Tensor, draft: Tensor, target: Tensor, *rest: Tensor) -> Coupled:
+    """Planted."""
+    return couple(noise, draft, target.roll(1, dims=0), *rest)
+
+
+def mean_of_another_step(
+    table: Transitions, steps: Any, points: Tensor, said: Prediction, before: Any = None
+) -> Tensor:
+    """Planted: where points are of different steps their coefficients are those of a later one."""
+    if isinstance(steps, Tensor):
+        steps = (steps + 1).clamp(max=table.num_steps - 1)
+    return own_mean(table, steps, points, said, before)
+
+
+own_mean = Transitions.mean
+
+
+@pytest.mark.parametrize("fault", [judged_by_another_row, mean_of_another_step])
+def test_a_round_in_disorder_is_seen_by_a_perfect_draft(
+    fault: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if fault is judged_by_another_row:
+        monkeypatch.setattr(sampler_module, "couple", fault)
+    else:
+        monkeypatch.setattr(Transitions, "mean", fault)
+    assert not is_always_accepted()
 
 
 def test_every_round_commits_a_step_of_every_image() -> None:
@@ -265,35 +305,105 @@ def test_acceptance_is_what_the_formula_says() -> None:
     assert seen >= 3
 
 
-@pytest.mark.parametrize("draft", [FrozenDraft(), ExtrapolatedDraft()])
-def test_a_mean_knows_nothing_of_its_own_and_later_noises(draft: Draft) -> None:
-    """Causality: another noise of step k changes no mean up to that of step k."""
+class Nonsense:
+    """Says NaN."""
+
+    name = "nonsense"
+    needs_features = False
+
+    def block(self, table: Transitions, past: Past, point: Tensor, noises: Tensor) -> Any:
+        def predict(lag: int, step: int, point: Tensor) -> Prediction:
+            nothing = torch.full_like(point, torch.nan)
+            return Prediction(nothing, nothing)
+
+        return predict
+
+
+def check_nonsense(tol: float | None) -> None:
+    """Refused in every round, without a trace: what is left is the sampler alone."""
+    table = table_of(STEPS) if tol is None else table_of(STEPS, DDIMScheduler)
+    alone = ran(table, FrozenDraft(), 1, 20, tol=tol)
+    got = ran(table, Nonsense(), 6, 20, tol=tol)
+    assert got.rounds == STEPS
+    torch.testing.assert_close(got.points, alone.points, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tol", [None, 0.1])
+def test_a_draft_that_says_nan_is_the_sampler_alone(
+    tol: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_nonsense(tol)
+
+    # Planted: NaN passes for a small distance.
+    for module in (sampler_module, coupling_module):
+        monkeypatch.setattr(module, "_norm", lambda values: values.norm(dim=1).nan_to_num(0.0))
+    with pytest.raises(AssertionError):
+        check_nonsense(tol)
+
+
+def changed_predictions(draft: Draft, changed: int) -> list[int]:
+    """Lags of whose points something else is predicted where the noise of one lag is another."""
     table = table_of(STEPS)
     said = Prediction(CENTRES[0], CENTRES[1])
     past = Past(2, said, 1, Prediction(CENTRES[2], CENTRES[3]))
     noises = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(0))
-    for changed in range(5):
-        other = noises.clone()
-        other[changed] += 1.0
-        start = CENTRES[4]
-        blocks = [draft.block(table, past, start, own) for own in (noises, other)]
-        point = start[None]
-        for lag in range(changed + 1):
-            means = [block(lag, 3 + lag, point) for block in blocks]
-            assert torch.equal(means[0].clean, means[1].clean)
-            assert torch.equal(means[0].noise, means[1].noise)
+    others = noises.clone()
+    others[changed] -= 2 * noises[changed]
+    start = CENTRES[4]
+    block = draft.block(table, past, start, noises)
+    other_block = draft.block(table, past, start, others)
+    lags = []
+    for lag in range(5):
+        own = block(lag, 3 + lag, start[None])
+        other = other_block(lag, 3 + lag, start[None])
+        is_same = torch.equal(own.clean, other.clean) and torch.equal(own.noise, other.noise)
+        if not is_same:
+            lags.append(lag)
+    return lags
+
+
+@pytest.mark.parametrize("changed", range(5))
+def test_a_mean_knows_nothing_of_its_own_and_later_noises(changed: int) -> None:
+    """Causality: another noise of step k changes no mean up to that of step k."""
+    for draft in (FrozenDraft(), ExtrapolatedDraft()):
+        assert changed_predictions(draft, changed) == []
+    assert changed_predictions(Peeking(), changed) == [changed]
 
 
 # ---- tolerance mode ------------------------------------------------------------------------------
 
 
+def check_sequential(order: int) -> None:
+    """Tolerance 0, against the sampler alone."""
+    table = deterministic(order)
+    points = torch.stack([image.point for image in images(10, 0, 50)])
+    evaluate = mixture(table)
+    before = torch.zeros_like(points)
+    for step in range(50):
+        said = table.predicted(step, points, evaluate([], torch.tensor([step]), points).outputs)
+        points = table.mean(step, points, said, before)
+        before = said.clean
+    got = ran(table, ExtrapolatedDraft(), 8, 10, tol=0.0)
+    torch.testing.assert_close(got.points, points, rtol=1e-5, atol=1e-5)
+    assert sum(image.defect for image in got.images) == 0.0
+
+
 @pytest.mark.parametrize("order", [1, 2])
 def test_tolerance_zero_is_the_sequential_sampler(order: int) -> None:
-    table = deterministic(order)
-    alone = ran(table, FrozenDraft(), 1, 10).points
-    got = ran(table, ExtrapolatedDraft(), 8, 10, tol=0.0)
-    torch.testing.assert_close(got.points, alone, rtol=1e-5, atol=1e-5)
-    assert sum(image.defect for image in got.images) == 0.0
+    check_sequential(order)
+
+
+@pytest.mark.parametrize("fault", ["accepts", "forgets"])
+def test_a_tolerance_that_is_none_is_seen(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: any defect is within it; the prediction of the step before is not known."""
+    order = 1
+    if fault == "accepts":
+        monkeypatch.setattr(sampler_module, "_norm", lambda values: torch.zeros(len(values)))
+    else:
+        order = 2
+        monkeypatch.setattr(BlockSampler, "_before", lambda *_: None)
+    with pytest.raises(AssertionError):
+        check_sequential(order)
 
 
 @pytest.mark.parametrize("order", [1, 2])
