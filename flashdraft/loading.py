@@ -18,7 +18,7 @@ from flashdraft.decoding.ending import end_tokens
 from flashdraft.errors import CheckpointError, InvalidParameter, ModelNotFound, first_line
 from flashdraft.files import parse_json
 from flashdraft.formats.config import DraftConfig
-from flashdraft.formats.foreign import is_draft
+from flashdraft.formats.foreign import IMAGE_METHOD, is_draft
 from flashdraft.generate import Model
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.methods.network import DraftNetwork
@@ -391,9 +391,18 @@ def _network_drafters(
 
 
 def _config_of(name: str) -> Json:
-    """The config.json of a folder or hub id; nothing of a GGUF file, which is no drafter."""
+    """The config.json of a folder or hub id; nothing of a GGUF file, which is no drafter.
+
+    Raises CheckpointError for a draft of images.
+    """
     files = hub.resolve(name)
-    return hub.read_config(files) if isinstance(files, Path) else {}
+    if not isinstance(files, Path):
+        return {}
+    config = hub.read_config(files)
+    if config.get("method") == IMAGE_METHOD:
+        got = f"`{name}` drafts images, not text"
+        raise CheckpointError(got, hint="`flashdraft image --draft` takes it")
+    return config
 
 
 def shipped(draft: str, target_name: str) -> str:

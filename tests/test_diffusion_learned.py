@@ -26,6 +26,7 @@ from flashdraft.diffusion.models import builtin_draft, load_pipe
 from flashdraft.diffusion.pipeline import SpeculativeDiffusion
 from flashdraft.diffusion.transitions import Prediction, Transitions, transitions
 from flashdraft.errors import CheckpointError, DraftMismatch, InvalidParameter, ModelNotFound
+from flashdraft.loading import open_network
 from flashdraft.process import FLOATS
 
 LAGS = 5
@@ -213,6 +214,8 @@ def test_folder_gives_back_what_was_saved(pipe: Any, tmp_path: Path) -> None:
         assert torch.equal(weight, again.state_dict()[name])
     assert is_image_draft(tmp_path / "draft")
     assert not is_image_draft(tmp_path)
+    with pytest.raises(CheckpointError, match="drafts images, not text"):
+        open_network(tmp_path / "draft")
 
 
 def test_folder_that_is_no_image_draft_is_one_line(

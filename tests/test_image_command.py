@@ -128,6 +128,13 @@ def test_words_that_the_model_does_not_know_are_named(run: Run) -> None:
     assert err == "note: this model does not know `b`, `7`; its words are:\n      abc xyz\n"
 
 
+def test_the_built_in_model_knows_its_words(run: Run) -> None:
+    """Its name is no folder where the command runs."""
+    pipe = models.load_pipe("digits")
+    assert models.known_words(pipe)[-1] == "nine"
+    assert drawing.unknown_words(pipe, "a thick 7") == ["7"]
+
+
 def test_a_model_without_a_list_of_words_knows_any(run: Run) -> None:
     status, _, err = run("cat --out one.png --steps 2 --model pndm --scheduler ddim")
     assert (status, err) == (0, "")
@@ -266,8 +273,10 @@ SLIPS = [
     ("abc --out one.png --compare --mode tolerance", "shows both", "--mode"),
     ("abc --out one.png --compare --scheduler ddpm", "DDIM", "--scheduler"),
     ("abc --out one.png --compare --count 17", "17 columns", "16 or fewer"),
-    ("abc --out one.png --compare --steps 1", "no noise", "tolerance"),
-    ("abc --out one.png --model nan --scheduler ddim", "NaN", "bfloat16"),
+    ("abc --out one.png --compare --steps 1", "a single step of DDIM", "--steps must be 2"),
+    ("abc --out one.png --device meta", "device is 'meta'", "holds numbers"),
+    ("abc --out one.png --model nan --scheduler ddim", "NaN", "the UNet's weights"),
+    ("abc --out one.png --model nan --scheduler ddim --dtype float16", "NaN", "bfloat16"),
 ]
 
 

@@ -14,8 +14,8 @@ import pytest
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from flashdraft.diffusion.drawing import known_words, unknown_words
-from flashdraft.diffusion.models import load_pipe
+from flashdraft.diffusion.drawing import unknown_words
+from flashdraft.diffusion.models import known_words, load_pipe
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "image_digits.py"
 

@@ -19,7 +19,7 @@ from flashdraft.bench.report import print_table
 from flashdraft.cli.image import LOOKABLE, TOL, ImageOptions
 from flashdraft.diffusion import drawing
 from flashdraft.diffusion.drawing import Asked, Compared, Drawn, Way
-from flashdraft.diffusion.models import eta_of, load_pipe
+from flashdraft.diffusion.models import eta_of, known_words, load_pipe
 from flashdraft.diffusion.pipeline import SpeculativeDiffusion
 from flashdraft.diffusion.sheet import SheetRow, contact_sheet, enlarged
 from flashdraft.files import locked, say, write_own
@@ -83,7 +83,7 @@ def _loaded(prompt: str, options: ImageOptions) -> tuple[Any, Asked]:
     if unknown:
         named = ", ".join(f"`{word}`" for word in unknown)
         say(f"note: this model does not know {named}; its words are:")
-        say(f"      {' '.join(drawing.known_words(pipe))}")
+        say(f"      {' '.join(known_words(pipe))}")
     return pipe, asked
 
 

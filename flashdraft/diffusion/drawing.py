@@ -10,7 +10,6 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +17,7 @@ import torch
 from PIL import Image
 
 from flashdraft.diffusion import transitions as tables
+from flashdraft.diffusion.models import known_words
 from flashdraft.diffusion.pipeline import SpeculativeDiffusion, Stats
 from flashdraft.errors import (
     ContextLengthError,
@@ -25,7 +25,6 @@ from flashdraft.errors import (
     InvalidParameter,
     InvalidPrompt,
 )
-from flashdraft.files import parse_json
 
 __all__ = [
     "Asked",
@@ -36,11 +35,9 @@ __all__ = [
     "check_way",
     "compare",
     "draw",
-    "known_words",
     "unknown_words",
 ]
 
-WORDS = "words.json"  # of a pipe's folder: a list of all words that it was trained on
 _SIDE = 8  # of a picture in pixels: a multiple of it
 
 
@@ -145,6 +142,9 @@ def check_way(pipe: Any, eta: float | None, *, is_exact: bool) -> None:
         got = f"this model's sampler can't be drafted: {error.args[0]}"
         raise InvalidParameter(got, hint="--scheduler ddim takes another one") from None
     name = type(scheduler).__name__
+    if is_exact and not table.is_random and table.num_steps == 1:
+        got = f"a single step of {name} draws no noise, so that there is nothing to draft"
+        raise InvalidParameter(got, hint="steps must be 2 or more", option="steps")
     if is_exact and not table.is_random:
         got = f"{name} as it is set draws no noise, so that no drafted step could be exact"
         hint = "--scheduler ddim draws some, with --eta 1; or give --mode tolerance"
@@ -152,18 +152,6 @@ def check_way(pipe: Any, eta: float | None, *, is_exact: bool) -> None:
     if not is_exact and table.is_random:
         got = f"{name} as it is set draws noise, and tolerance mode is for samplers without"
         raise InvalidParameter(got, hint="--scheduler ddim with --eta 0 draws none")
-
-
-def known_words(pipe: Any) -> list[str]:
-    """All words that the model was trained on, as its folder's words.json says; none: any."""
-    path = Path(str(pipe.config.get("_name_or_path", ""))) / WORDS
-    if not path.is_file():
-        return []
-    try:
-        words = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return []
-    return [str(word) for word in words] if isinstance(words, list) else []
 
 
 def unknown_words(pipe: Any, text: str) -> list[str]:

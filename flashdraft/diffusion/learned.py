@@ -30,6 +30,7 @@ from flashdraft.diffusion.drafts import Block, Past
 from flashdraft.diffusion.transitions import Prediction, Transitions
 from flashdraft.errors import CheckpointError, DraftMismatch, InvalidParameter, first_line
 from flashdraft.files import write_file, write_tensors
+from flashdraft.formats.foreign import IMAGE_METHOD
 from flashdraft.pretrained import read_config
 from flashdraft.process import FLOATS, INTS
 
@@ -46,7 +47,7 @@ __all__ = [
     "is_image_draft",
 ]
 
-METHOD = "image_block"  # what a draft's config.json says that it is
+METHOD = IMAGE_METHOD  # what a draft's config.json says that it is
 _FORMAT = 1
 _WEIGHTS = "model.safetensors"
 _TRAINED = "give the folder that `flashdraft image-train` wrote"

@@ -589,5 +589,7 @@ def _count_step(scheduler: Any, timestep: Any) -> None:
 
 def _check_finite(output: Tensor) -> None:
     if not bool(output.isfinite().all()):
-        hint = "float16 is too narrow for some UNets: load it with torch_dtype=torch.bfloat16"
+        hint = "look at the UNet's weights, and at what it is given"
+        if output.dtype == torch.float16:
+            hint = "float16 is too narrow for some UNets: give bfloat16 as its dtype"
         raise UnusableLogits("the UNet's output is NaN or infinite", hint=hint)

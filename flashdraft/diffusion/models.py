@@ -36,6 +36,7 @@ __all__ = [
     "builtin_draft",
     "check_extra",
     "eta_of",
+    "known_words",
     "load_pipe",
     "with_scheduler",
 ]
@@ -45,6 +46,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 _ASSETS = Path(flashdraft.__file__).with_name("assets")
 _PACKAGES = ("diffusers", "PIL")  # of the extra `image`
 _INDEX = "model_index.json"
+WORDS = "words.json"  # of a pipe's folder: a list of all words that it was trained on
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _HINT = f"give {', '.join(BUILTIN_PIPES)}, a folder with {_INDEX}, or a hub id such as owner/name"
 
@@ -155,6 +157,20 @@ def builtin_draft(pipe: str) -> Path | None:
     return folder if is_shipped else None
 
 
+def known_words(pipe: Any) -> list[str]:
+    """All words that the model was trained on, as its folder's words.json says; none: any."""
+    name = str(pipe.config.get("_name_or_path", ""))
+    folder = _ASSETS / name if name in BUILTIN_PIPES else Path(name).expanduser()
+    path = folder / WORDS
+    if not path.is_file():
+        return []
+    try:
+        words = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [str(word) for word in words] if isinstance(words, list) else []
+
+
 def _check_scheduler(name: str) -> None:
     require(name in SCHEDULERS, "scheduler", name, f"one of {', '.join(SCHEDULERS)}")
 
@@ -261,7 +277,9 @@ def _read_index(name: str, path: Path) -> dict[str, Any]:
 
 def _move(pipe: Any, device: str) -> None:
     try:
-        pipe.to(torch.device(device))
+        place = torch.device(device)
+        require(place.type != "meta", "device", device, "one that holds numbers")
+        pipe.to(place)
     except (RuntimeError, AssertionError) as error:  # torch was built without it, or has no room
         hint = "device must be one that torch can use: cpu, cuda, cuda:1, mps"
         got = f"device is {device!r}: {first_line(error)}"

@@ -59,7 +59,8 @@ class Stats:
             told += f", {self.accepted} of {self.drafted} drafted steps stood"
         if self.defects and not self.exact:
             told += f", defect {max(self.defects):.3f}"
-        told += f", {self.seconds:.2f} s"
+        if self.seconds:  # nothing, where the pipe itself was called
+            told += f", {self.seconds:.2f} s"
         if self.measuring:
             told += f"; {self.measuring:.2f} s more for measuring the target's costs, once"
         return told

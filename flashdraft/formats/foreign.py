@@ -11,9 +11,10 @@ from typing import Any, NamedTuple, TypeAlias
 
 from flashdraft.errors import CheckpointError
 
-__all__ = ["Json", "is_draft", "refuse_config", "refuse_files", "refuse_tensors"]
+__all__ = ["IMAGE_METHOD", "Json", "is_draft", "refuse_config", "refuse_files", "refuse_tensors"]
 
 Json: TypeAlias = Mapping[str, Any]  # a config.json, or a part of it
+IMAGE_METHOD = "image_block"  # of an image draft's config.json, which drafts no text
 
 
 class _Format(NamedTuple):
