@@ -261,6 +261,29 @@ def test_folder_that_is_no_image_draft_is_one_line(
     refused(folder, CheckpointError, "is damaged")
 
 
+def test_a_unet_that_came_in_between_leaves_nothing_patched(tmp_path: Path) -> None:
+    own = toy_pipe(tmp_path)
+    own.scheduler = DDPMScheduler(clip_sample=False, **CLEAN)
+    fast = SpeculativeDiffusion(own, draft=LearnedDraft(network(own.unet, trained=False)))
+    with torch.no_grad():
+        own.unet.conv_in.weight.add_(1.0)
+    before = dict(vars(own.scheduler)), dict(vars(own.unet))
+    with pytest.raises(DraftMismatch), fast:
+        pass
+    assert (vars(own.scheduler), vars(own.unet)) == before
+
+
+def test_the_network_goes_where_the_latents_are(pipe: Any) -> None:
+    """A pipe that is moved later, or whose models wait in another place than they work in."""
+    draft = LearnedDraft(network(pipe.unet, trained=False))
+    there = torch.device("meta")
+    said = Prediction(torch.empty(4, 8, 8, device=there), torch.empty(4, 8, 8, device=there))
+    elsewhere = Past(3, said, features=torch.empty(8, 8, 8, device=there))
+    noises = torch.empty(2, 4, 8, 8, device=there)
+    block = draft.block(table(), elsewhere, said.clean, noises)
+    assert block(0, 4, said.clean[None]).clean.device == there
+
+
 def test_shipped_draft_is_of_the_shipped_pipe() -> None:
     folder = builtin_draft("digits")
     assert folder is not None

@@ -26,6 +26,7 @@ from flashdraft.diffusion import lengths as lengths_module
 from flashdraft.diffusion.costs import Costs
 from flashdraft.diffusion.drafts import Draft, ExtrapolatedDraft, FrozenDraft
 from flashdraft.diffusion.lengths import Lengths
+from flashdraft.diffusion.pace import Pace
 from flashdraft.diffusion.sampler import BlockSampler, Decision, Image
 from flashdraft.diffusion.transitions import Transitions
 
@@ -243,6 +244,14 @@ def test_lengths_that_hang_on_the_past_leave_the_law_alone(plain: Tensor) -> Non
 
 def test_lengths_that_hang_on_noises_to_come_are_seen(plain: Tensor) -> None:
     assert least_p_value(drawn_with(peeking, Adversary(), COUNT // 2), plain) < 1e-3
+
+
+def test_a_scale_that_is_fitted_to_outputs_is_one_scale() -> None:
+    pace = Pace(None)
+    sampler = BlockSampler(table_of(20), FrozenDraft(), None)
+    known = pace.lengths(sampler, (6.50000001, 0.0))
+    assert pace.lengths(sampler, (6.4999999, 0.0)) is known
+    assert pace.lengths(sampler, (6.51, 0.0)) is not known
 
 
 def test_a_perfect_draft_has_the_longest_blocks() -> None:

@@ -156,6 +156,13 @@ def test_the_weight_of_clean_latents_is_the_gain_in_signal_to_noise() -> None:
         torch.testing.assert_close(weights_of(table)[:-1], ratio[1:] - ratio[:-1])
 
 
+class OwnStep(DDIMScheduler):
+    """A user's, which does something else in its steps."""
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        return (super().step(*args, **kwargs)[0] * 2,)
+
+
 @pytest.mark.parametrize(
     ("scheduler", "words"),
     [
@@ -173,6 +180,7 @@ def test_the_weight_of_clean_latents_is_the_gain_in_signal_to_noise() -> None:
         ),
         (DDPMScheduler(variance_type="fixed_large_log"), "variance_type"),
         (EulerAncestralDiscreteScheduler(prediction_type="sample"), "prediction_type"),
+        (OwnStep(), "a `step` of its own"),
         (object(), "object"),
     ],
 )

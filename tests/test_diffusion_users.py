@@ -3,7 +3,7 @@ is, or one line that says why not."""
 
 import copy
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from toy_diffusion import CLEAN, toy_pipe, toy_unet
 from toy_diffusion_xl import toy_xl_pipe
 
 from flashdraft.diffusion import calls
+from flashdraft.diffusion.lengths import Lengths
 from flashdraft.diffusion.pipeline import SpeculativeDiffusion
+from flashdraft.diffusion.sampler import Decision
 from flashdraft.errors import InvalidParameter, UnusableLogits
 
 STEPS = 6
@@ -243,6 +245,51 @@ def test_a_change_that_is_not_looked_for_is_seen_by_these_tests(
     pipe.disable_freeu()
     assert loose.last_stats is not None
     assert loose.last_stats.voids == 0
+
+
+def changing_at(*steps: int) -> Callable[..., dict[str, Any]]:
+    def change(own: Any, step: int, time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        return {"latents": tensors["latents"] * 1.01} if step in steps else {}
+
+    return change
+
+
+def test_only_blocks_in_a_row_that_become_void_end_them(pipe: Any) -> None:
+    own = fast(pipe, mode="tolerance", block=4, tol=0.5)
+    rounds = []
+    for steps in ((2, 9, 16), range(24)):  # now and then, and every step
+        drawn(own, num_inference_steps=24, callback_on_step_end=changing_at(*steps))
+        assert own.last_stats is not None
+        rounds.append(own.last_stats.rounds)
+    assert rounds[0] <= 11
+    assert rounds[1] == 24
+    assert own.last_stats is not None
+    assert own.last_stats.voids == 2
+
+
+def test_lengths_learn_of_no_step_that_may_still_become_void(
+    pipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its noise and its coin are used again where it is done anew."""
+    change = changing_at(3)
+    learned: list[int] = []
+    learn = Lengths.learn
+
+    def seen(self: Lengths, decisions: Iterable[Decision]) -> None:
+        own = list(decisions)
+        learned.extend(one.step for one in own)
+        learn(self, own)
+
+    def check(own: Any, step: int, time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        assert all(other <= step for other in learned)
+        return change(own, step, time, tensors)
+
+    monkeypatch.setattr(Lengths, "learn", seen)
+    own = fast(pipe)
+    drawn(own, eta=1.0, num_inference_steps=12, callback_on_step_end=check)
+    assert own.last_stats is not None
+    assert own.last_stats.voids == 1
+    assert len(learned) > 4
 
 
 def test_whoever_draws_from_the_generator_voids_the_noises_seen_ahead(pipe: Any) -> None:

@@ -293,6 +293,7 @@ class LearnedDraft:
     @torch.no_grad()
     def block(self, table: Transitions, past: Past, point: Tensor, noises: Tensor) -> Block:
         assert past.features is not None, "the target's features were not kept"
+        self.model.to(point.device)  # a pipe goes to another one, or its models lie elsewhere
         lags = len(noises)
         last = torch.tensor([past.step], **INTS)
         steps = past.step + 1 + torch.arange(lags, **INTS)[None]

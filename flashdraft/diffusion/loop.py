@@ -53,13 +53,20 @@ _BESIDE = 0.1  # and from that of a batch of as many rows
 
 class _Known(NamedTuple):
     """A step that the loop has not come to. raw: [branches, ...], the UNet's own outputs; output:
-    the loop's, of them; features: of the point, where the draft needs them."""
+    the loop's, of them; features: of the point, where the draft needs them; decision: of the step,
+    where it was drafted."""
 
     committed: Committed
     raw: Tensor
     output: Tensor
     features: Tensor | None
-    defect: float
+    decision: Decision | None
+
+    @property
+    def defect(self) -> float:
+        if self.decision is None or not self.decision.stood:
+            return 0.0
+        return self.decision.defect
 
 
 class Run:
@@ -90,6 +97,7 @@ class Run:
         self._pasts: list[Past | None] = []  # behind the last step that the loop took
         self._is_asked = False  # the UNet has read this step's own points, as the loop asked
         self._voids = 0  # blocks in a row
+        self._read_at = 0  # step at which the last block was read
 
     @property
     def _sampler(self) -> BlockSampler:
@@ -326,6 +334,7 @@ class Run:
         reading = 0.0
         call.keep(self._num_channels)
         self._call = call
+        self._read_at = self._index
         self._scales = self._guidance.now()
         places = list(lengths)
         said: list[tuple[Tensor, Tensor, Tensor | None]] = []
@@ -346,7 +355,7 @@ class Run:
         done = self._sampler.round(images, list(lengths.values()), evaluate)
         self._stats.rounds += 1
         self._stats.rows += done.num_points * branches
-        self._note(done.decisions)
+        self._stats.count(done.decisions)
         self._keep(done, lengths, said[0])
         own_seconds = time.perf_counter() - started - reading
         self._owner.pace.own.take(done.num_points, own_seconds)
@@ -362,22 +371,16 @@ class Run:
         for place, steps in zip(lengths, done.committed, strict=True):
             for lag, committed in enumerate(steps):
                 row = row_of_image + lag
-                defect = 0.0
+                decision = None
                 if lag + 1 < lengths[place]:  # drafted, and judged
                     decision = next(decisions)
-                    defect = decision.defect if decision.stood else 0.0
                 _check_finite(outputs[row])
                 hidden = None if features is None else features[row]
-                known = _Known(committed, raw[:, row], outputs[row], hidden, defect)
+                known = _Known(committed, raw[:, row], outputs[row], hidden, decision)
                 self._known[place][committed.step] = known
                 if self._owner.watch is not None:
                     self._owner.watch(place, self._images[place], committed.step, committed.point)
             row_of_image += lengths[place]
-
-    def _note(self, decisions: list[Decision]) -> None:
-        self._stats.count(decisions)
-        if self._lengths is not None:
-            self._lengths.learn(decisions)
 
     # ---- the scheduler's step --------------------------------------------------------------------
 
@@ -439,6 +442,9 @@ class Run:
     def _popped(self) -> tuple[Tensor, Tensor]:
         """A step that was done in a block."""
         known = [own.pop(self._index) for own in self._known]
+        self._learn(known)
+        if self._index > self._read_at:
+            self._voids = 0  # the last block was worth reading
         self._results = []
         cleans = []
         for one in known:
@@ -449,6 +455,14 @@ class Run:
         else:
             self._pasts = [image.past for image in self._images]
         return torch.stack(self._results), torch.stack(cleans)
+
+    def _learn(self, known: list[_Known]) -> None:
+        """Of a step that is over. What is ahead may become void, and is then done anew with its own
+        noises and coins: no block's length may hang on what they made of it before."""
+        if self._lengths is None:
+            return
+        decisions = [one.decision for one in known if one.decision is not None]
+        self._lengths.learn(decisions)
 
     def _pasts_behind(self, known: list[_Known]) -> list[Past | None]:
         """Of the images, once their present step, which was done in a block, is taken."""

@@ -9,6 +9,8 @@ from flashdraft.diffusion.sampler import BlockSampler
 
 __all__ = ["Pace"]
 
+_DIGITS = 4  # of a scale of guidance: one that is fitted to outputs is never twice the same
+
 
 class Pace:
     """What is known of seconds and of lengths, from call to call of the pipe. given: costs that
@@ -25,7 +27,8 @@ class Pace:
 
     def lengths(self, sampler: BlockSampler, guidance: tuple[float, float]) -> Lengths:
         """Of one schedule and guidance."""
-        key = (*guidance, *weights_of(sampler.table).tolist())
+        rounded = [round(one, _DIGITS) for one in guidance]
+        key = (*rounded, *weights_of(sampler.table).tolist())
         if key not in self._lengths:
             self._lengths[key] = Lengths(sampler.table, sampler.tol)
         return self._lengths[key]

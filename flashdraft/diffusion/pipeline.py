@@ -96,8 +96,8 @@ class SpeculativeDiffusion:
         self._take_scheduler()
         try:
             self._take_unet()
-        except InvalidParameter:
-            self._leave(self._scheduler)
+        except BaseException:
+            self.__exit__()
             raise
         self._is_entered = True
         return self

@@ -190,9 +190,12 @@ def _reader(scheduler: Any) -> _Reader:
         "DPMSolverMultistepScheduler": _dpm_solver,
         "EulerAncestralDiscreteScheduler": _euler_ancestral,
     }
-    own = type(scheduler)
+    own: Any = type(scheduler)
     for kind in own.__mro__:
         if kind.__name__ in readers:
+            if own.step is not kind.step:
+                got = f"{own.__name__} has a `step` of its own"
+                raise _refusal(got, f"what is done is {kind.__name__}'s")
             _refuse_unknown_settings(scheduler)
             return readers[kind.__name__]
     raise _refusal(f"the scheduler is a {own.__name__}", f"it takes {_RUNS}")
