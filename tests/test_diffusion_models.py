@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, PNDMSchedu
 from toy_diffusion import SCHEDULE, toy_pipe
 
 from flashdraft.diffusion import models
-from flashdraft.diffusion.models import SCHEDULERS, eta_of, load_pipe, with_scheduler
+from flashdraft.diffusion.models import SCHEDULERS, eta_of, load_pipe, set_steps, with_scheduler
 from flashdraft.diffusion.transitions import transitions
 from flashdraft.errors import CheckpointError, FlashDraftError, InvalidParameter, ModelNotFound
 
@@ -98,6 +98,18 @@ def test_code_of_a_folder_never_runs(
     with pytest.raises(CheckpointError) as error:
         load_pipe(written(tmp_path, index | change))
     assert said in error.value.args[0]
+
+
+def test_part_that_is_missing_is_named(index: dict[str, Any], tmp_path: Path) -> None:
+    """Of a folder that is not there some tokenizers make an empty one."""
+    (tmp_path / "tokenizer").unlink()
+    with pytest.raises(CheckpointError, match="lacks its tokenizer"):
+        load_pipe(written(tmp_path, index))
+
+
+def test_steps_that_a_scheduler_refuses_are_one_line() -> None:
+    with pytest.raises(InvalidParameter, match="steps is 3, which PNDMScheduler refuses"):
+        set_steps(PNDMScheduler(), 3)
 
 
 def test_pickled_weights_are_never_read(index: dict[str, Any], tmp_path: Path) -> None:

@@ -337,6 +337,8 @@ def test_another_scheduler_is_refused_before_anything_runs(pipe: Any) -> None:
         ({"mode": "fast"}, "mode"),
         ({"block": 0}, "block"),
         ({"block": "long"}, "block"),
+        ({"block": True}, "block"),
+        ({"tol": float("inf")}, "tol"),
         ({"tol": -1.0}, "tol"),
         ({"tol": float("nan")}, "tol"),
         ({"draft": "nonsense"}, "draft"),

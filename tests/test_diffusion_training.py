@@ -211,6 +211,13 @@ def test_folder_of_something_else_is_left_alone(pipe: Any, tmp_path: Path) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.txt", "recorded.json"]
 
 
+def test_steps_that_no_schedule_has_leave_no_folder(pipe: Any, tmp_path: Path) -> None:
+    too_many = replace(RECORDED, steps=1001)
+    with pytest.raises(InvalidParameter, match="more than the model's schedule has"):
+        record(pipe, PROMPTS, tmp_path / "data", too_many, quiet=True)
+    assert not (tmp_path / "data").exists()
+
+
 # ---- training ------------------------------------------------------------------------------------
 
 

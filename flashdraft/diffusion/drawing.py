@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from flashdraft.diffusion import transitions as tables
-from flashdraft.diffusion.models import known_words
+from flashdraft.diffusion.models import known_words, set_steps
 from flashdraft.diffusion.pipeline import SpeculativeDiffusion, Stats
 from flashdraft.errors import (
     ContextLengthError,
@@ -106,7 +106,7 @@ def check_asked(pipe: Any, asked: Asked) -> None:
         raise InvalidPrompt("the prompt is empty", hint="say what to draw")
     for text in (asked.prompt, asked.negative or ""):
         _check_length(pipe, text)
-    _check_steps(pipe.scheduler, asked.steps)
+    set_steps(pipe.scheduler, asked.steps)
 
 
 def _check_length(pipe: Any, text: str) -> None:
@@ -117,19 +117,6 @@ def _check_length(pipe: Any, text: str) -> None:
         words = known_words(pipe)
         hint = f"its words are: {' '.join(words)}" if words else "say it in fewer words"
         raise ContextLengthError(got, hint=hint)
-
-
-def _check_steps(scheduler: Any, steps: int) -> None:
-    """The scheduler is set to them."""
-    trained = scheduler.config.num_train_timesteps
-    fits = steps <= trained
-    if fits:
-        scheduler.set_timesteps(steps)
-        fits = float(scheduler.timesteps.max()) < trained
-    if not fits:
-        most = trained if steps > trained else steps - 1
-        got = f"steps is {steps}, more than the model's schedule has"
-        raise InvalidParameter(got, hint=f"steps is {most} or fewer", option="steps")
 
 
 def check_way(pipe: Any, eta: float | None, *, is_exact: bool) -> None:

@@ -150,6 +150,23 @@ def eta_of(scheduler: Any, eta: float | None, *, is_exact: bool = True) -> float
     return None
 
 
+def set_steps(scheduler: Any, steps: int) -> None:
+    """`scheduler.set_timesteps(steps)`. Raises InvalidParameter for more or fewer of them than its
+    schedule allows."""
+    trained = scheduler.config.num_train_timesteps
+    got = f"steps is {steps}, more than the model's schedule has"
+    if steps > trained:
+        raise InvalidParameter(got, hint=f"steps is {trained} or fewer", option="steps")
+    try:
+        scheduler.set_timesteps(steps)
+    except (ValueError, IndexError) as error:
+        name = type(scheduler).__name__
+        got = f"steps is {steps}, which {name} refuses: {first_line(error)}"
+        raise InvalidParameter(got, hint="take more steps", option="steps") from None
+    if float(scheduler.timesteps.max()) >= trained:
+        raise InvalidParameter(got, hint=f"steps is {steps - 1} or fewer", option="steps")
+
+
 def builtin_draft(pipe: str) -> Path | None:
     """The folder of the learned draft shipped for a built-in pipe, or None."""
     folder = _ASSETS / f"{pipe}-draft"
@@ -230,6 +247,7 @@ def _options_of(name: str, folder: Path) -> dict[str, Any]:
         got = f"`{name}` is no diffusers pipe: it has no {_INDEX}"
         raise CheckpointError(got, hint=_HINT)
     index = _check_index(name, path)
+    _check_parts(name, folder, index)
     options: dict[str, Any] = {}
     checker = index.get("safety_checker", [None])
     if checker[0] is not None and not (folder / "safety_checker").is_dir():
@@ -261,6 +279,16 @@ def _check_index(name: str, path: Path) -> dict[str, Any]:
             hint = "a folder's code never runs here; take one of diffusers' and transformers' parts"
             raise CheckpointError(got, hint=hint)
     return index
+
+
+def _check_parts(name: str, folder: Path, index: dict[str, Any]) -> None:
+    """Raises CheckpointError for a part that the index names and the folder lacks: some readers
+    make an empty one of it."""
+    for part, held in index.items():
+        is_part = isinstance(held, list) and held[:1] != [None]
+        if is_part and part != "safety_checker" and not (folder / part).is_dir():
+            got = f"`{name}` lacks its {part}"
+            raise CheckpointError(got, hint="fetch or write its folder again")
 
 
 def _read_index(name: str, path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ was.
 Knows diffusers pipelines with a UNet. Does not know what a draft or a coupling is made of.
 """
 
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -65,11 +66,12 @@ class SpeculativeDiffusion:
             raise InvalidParameter(
                 f"mode is {mode!r}", hint="it is exact or tolerance", option="mode"
             )
-        if block != "auto" and (not isinstance(block, int) or block < 1):
+        is_count = isinstance(block, int) and not isinstance(block, bool) and block > 0
+        if block != "auto" and not is_count:
             raise InvalidParameter(
                 f"block is {block!r}", hint='a number of steps, or "auto"', option="block"
             )
-        if not tol >= 0:
+        if not 0 <= tol < math.inf:
             raise InvalidParameter(f"tol is {tol!r}", hint="0 or more", option="tol")
         self.pipe = pipe
         self.mode = mode

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from flashdraft.diffusion.drafts import Block, Past
 from flashdraft.diffusion.learned import Identity, feature_channels, identity_of
-from flashdraft.diffusion.models import eta_of
+from flashdraft.diffusion.models import eta_of, set_steps
 from flashdraft.diffusion.options import RecordOptions
 from flashdraft.diffusion.pipeline import SpeculativeDiffusion
 from flashdraft.diffusion.sampler import Image
@@ -69,6 +69,7 @@ def record(
         raise DataError("there are no prompts to record", hint="give some")
     SpeculativeDiffusion(pipe, draft=_Watching())  # or it says what is wrong with the pipe
     feature_channels(pipe.unet)
+    set_steps(pipe.scheduler, options.steps)
     out = check_recorded(out)
     facts = _facts(pipe, prompts, options)
     with locked(out):
