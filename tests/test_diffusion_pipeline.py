@@ -145,7 +145,8 @@ def test_blocks_take_fewer_rounds_and_as_many_noises(pipe: Any, name: str) -> No
     pipe.scheduler = scheduler
     stock, ours = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
     drawn(pipe, generator=stock, **options)
-    fast = SpeculativeDiffusion(pipe, mode=mode, block=6, tol=0.5)
+    tol = 0.5 if mode == "tolerance" else None
+    fast = SpeculativeDiffusion(pipe, mode=mode, block=6, tol=tol)
     drawn(fast, generator=ours, **options)
     assert torch.equal(stock.get_state(), ours.get_state())
     stats = fast.last_stats
@@ -339,6 +340,7 @@ def test_another_scheduler_is_refused_before_anything_runs(pipe: Any) -> None:
         ({"block": "long"}, "block"),
         ({"block": True}, "block"),
         ({"tol": float("inf")}, "tol"),
+        ({"tol": 0.005}, "exact mode has none"),
         ({"tol": -1.0}, "tol"),
         ({"tol": float("nan")}, "tol"),
         ({"draft": "nonsense"}, "draft"),

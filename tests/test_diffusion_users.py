@@ -521,6 +521,18 @@ def test_unequal_settings_in_a_batch_are_refused(pipe: Any) -> None:
     asked: dict[str, Any] = {"prompt": ["abc", "xyz"], "guidance_scale": 3.0}
     with pytest.raises((InvalidParameter, RuntimeError), match=r"not one number|Boolean value"):
         drawn(fast(pipe, block=4), eta=1.0, callback_on_step_end=by_image, **asked)
+    del pipe._guidance_scale  # the pipe is other tests', too
+
+
+def test_a_scheduler_whose_step_was_replaced_is_refused(pipe: Any) -> None:
+    """What somebody has put around it would not be called."""
+    own = pipe.scheduler.step
+    pipe.scheduler.step = lambda *args, **kwargs: own(*args, **kwargs)
+    try:
+        with pytest.raises(InvalidParameter, match="has replaced its DDIMScheduler's `step`"):
+            drawn(fast(pipe))
+    finally:
+        del pipe.scheduler.step
 
 
 @pytest.mark.parametrize(

@@ -304,7 +304,7 @@ class _Bench:
                 draft=self._draft if variant.draft == "learned" else None,
                 mode=variant.mode,
                 block=self.config.block_size,
-                tol=self.config.tol,
+                tol=self.config.tol if variant.mode == "tolerance" else None,
                 costs=variant.costs,
             )
         return self._fast[name, steps]

@@ -86,7 +86,7 @@ class ImageOptions:
     compare: bool = option(
         False, "a contact sheet: plain, exact, tolerance and fewer steps at equal seeds"
     )
-    device: str = option("cpu", "cpu, cuda, cuda:1, mps")
+    device: str = option("cpu", "cpu, cuda, cuda:1")
     dtype: str = option("float32", ", ".join(models.DTYPES), choices=models.DTYPES)
 
     def __post_init__(self) -> None:

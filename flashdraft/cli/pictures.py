@@ -16,7 +16,7 @@ from PIL.Image import Image
 from rich.progress import Progress
 
 from flashdraft.bench.report import print_table
-from flashdraft.cli.image import LOOKABLE, TOL, ImageOptions
+from flashdraft.cli.image import LOOKABLE, ImageOptions
 from flashdraft.diffusion import drawing
 from flashdraft.diffusion.drawing import Asked, Compared, Drawn, Way
 from flashdraft.diffusion.models import eta_of, known_words, load_pipe
@@ -104,7 +104,7 @@ def _drafted(
         draft=draft,
         mode=mode,
         block=options.block_size,
-        tol=TOL if options.tol is None else options.tol,
+        tol=options.tol if mode == "tolerance" else None,
         costs=options.costs or usual,
     )
 

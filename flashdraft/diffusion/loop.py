@@ -524,6 +524,8 @@ class Run:
         call = self._call
         if call is None:
             raise unsupported("its loop takes a step without its UNet")
+        if latents.device.type == "mps":
+            raise unsupported("it is on mps, which has no float64 to judge drafts in")
         num_images = len(latents)
         said = self._first_output
         if len(said) % num_images != 0:

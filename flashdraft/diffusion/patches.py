@@ -51,13 +51,18 @@ def called_name(module: Any) -> str:
     return "_compiled_call_impl" if is_compiled else "forward"
 
 
+def is_marked(owner: Any) -> bool:
+    """Whether its methods are patched."""
+    return _MARK in owner.__dict__
+
+
 class Mark:
     """Says in an object's `__dict__` that its methods are patched. A copy would call the methods of
     what it was copied from: making one is refused."""
 
     def __init__(self, owner: Any) -> None:
         """Raises InvalidParameter where one is already there."""
-        if _MARK in owner.__dict__:
+        if is_marked(owner):
             raise InvalidParameter(
                 "this pipe is in another SpeculativeDiffusion context",
                 hint="leave that one first",

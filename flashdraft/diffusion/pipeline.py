@@ -30,11 +30,13 @@ from flashdraft.diffusion.drafts import Draft, ExtrapolatedDraft, FrozenDraft
 from flashdraft.diffusion.learned import LearnedDraft
 from flashdraft.diffusion.loop import Run, Watch
 from flashdraft.diffusion.pace import Pace
-from flashdraft.diffusion.patches import Mark, Patch, called_name
+from flashdraft.diffusion.patches import Mark, Patch, called_name, is_marked
 from flashdraft.diffusion.stats import Stats
 from flashdraft.errors import CheckpointError, InvalidParameter
 
-__all__ = ["SpeculativeDiffusion", "Stats"]
+__all__ = ["TOL", "SpeculativeDiffusion", "Stats"]
+
+TOL = 0.005  # of tolerance mode, where none is given
 
 
 class SpeculativeDiffusion:
@@ -42,12 +44,13 @@ class SpeculativeDiffusion:
 
     draft: "frozen-x0", "extrapolated", the folder of a trained one, or a Draft. mode: "exact" (a
     sampler with noise; every image is drawn from its law) or "tolerance" (one without; steps within
-    `tol` of the target's, relative to the latents' norm). block: steps, or "auto": as many as bring
-    most steps a second by `costs`, down to one where no block pays. costs: "measured" (seconds of
-    a UNet call by its number of rows: measured in the first loop, kept in the cache folder);
-    "flat": every call costs the same, so that rounds are few whatever they take; or seconds by
-    number of rows, as {1: 0.02, 8: 0.03}. What a seed gives in exact mode hangs on where blocks
-    end: a number as `block` makes it the same everywhere, "auto" learns from image to image.
+    `tol` of the target's, relative to the latents' norm, 0.005 by default). block: steps, or
+    "auto": as many as bring most steps a second by `costs`, down to one where no block pays. costs:
+    "measured" (seconds of a UNet call by its number of rows: measured in the first loop, kept in
+    the cache folder); "flat": every call costs the same, so that rounds are few whatever they take;
+    or seconds by number of rows, as {1: 0.02, 8: 0.03}. What a seed gives in exact mode hangs on
+    where blocks end: a number as `block` makes it the same everywhere, "auto" learns from image to
+    image.
     """
 
     def __init__(
@@ -57,7 +60,7 @@ class SpeculativeDiffusion:
         draft: str | Path | Draft | None = None,
         mode: str = "exact",
         block: int | str = "auto",
-        tol: float = 0.005,
+        tol: float | None = None,
         costs: Mapping[int, float] | str = "measured",
     ) -> None:
         """Raises InvalidParameter for a pipe or an option that is not known here."""
@@ -71,12 +74,18 @@ class SpeculativeDiffusion:
             raise InvalidParameter(
                 f"block is {block!r}", hint='a number of steps, or "auto"', option="block"
             )
-        if not 0 <= tol < math.inf:
+        if tol is not None and not 0 <= tol < math.inf:
             raise InvalidParameter(f"tol is {tol!r}", hint="0 or more", option="tol")
+        if tol is not None and mode == "exact":
+            got = f"tol is {tol:g}, but exact mode has none"
+            hint = 'leave it out, or give mode="tolerance"'
+            raise InvalidParameter(got, hint=hint, option="tol")
         self.pipe = pipe
         self.mode = mode
         self.block = block
-        self.tol = tol if mode == "tolerance" else None
+        self.tol = None
+        if mode == "tolerance":
+            self.tol = TOL if tol is None else tol
         self.draft = _draft(draft, mode)
         self.pace = Pace(given_costs(costs))
         self.last_stats: Stats | None = None
@@ -121,6 +130,10 @@ class SpeculativeDiffusion:
         if scheduler is self._patched[1]:
             return
         tables.check(scheduler)
+        is_wrapped = "step" in vars(scheduler) and not is_marked(scheduler)
+        if is_wrapped:
+            name = type(scheduler).__name__
+            raise unsupported(f"somebody has replaced its {name}'s `step`, which is not called")
         self._leave(self._scheduler)
         self._scheduler = [
             Mark(scheduler),
