@@ -23,7 +23,7 @@ from pathlib import Path
 import matplotlib
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, PercentFormatter
 from rich.console import Console
 from rich.progress import track
 from safetensors.torch import load_file
@@ -502,6 +502,7 @@ def draw_images(work, spreads):
         for axis, kind in zip(axes, kinds, strict=True):
             plain = spreads["plain B"][kind].swapped.numpy()
             axis.hist(plain, 30, color="#c9ced4", label="plain, swapped")
+            axis.xaxis.set_major_locator(MaxNLocator(4))
             for name, own in spreads.items():
                 colour = COLOURS[name]
                 axis.axvline(own[kind].value, color=colour, label=name, linewidth=1.6, marker="")

@@ -87,7 +87,7 @@ class ImageConfig:
     )
     guidance: float = option(3.0, "towards the prompt; 1 is none", least=0, most=1000)
     block: str = option("auto", "steps of a block, or auto: as many as pay")
-    tol: float = option(0.005, "of tolerance mode, relative", least=0)
+    tol: float = option(0.001, "of tolerance mode, relative", least=0)
     seed: int = option(0, "of the first image; the others count on", least=0, most=HIGHEST)
     features: str = option(
         "auto",

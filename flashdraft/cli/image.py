@@ -21,7 +21,7 @@ _MOST_COLUMNS = 16
 _COLUMNS = 6  # of a contact sheet, by default
 _DRAFTS = ("frozen-x0", "extrapolated")
 LOOKABLE = 256  # pixels: smaller pictures are enlarged
-TOL = 0.005
+TOL = 0.001
 
 OutPicture = Annotated[
     Path, Option(help="PNG to write; of several pictures NAME-1.png, NAME-2.png and so on")

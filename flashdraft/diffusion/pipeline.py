@@ -36,7 +36,7 @@ from flashdraft.errors import CheckpointError, InvalidParameter
 
 __all__ = ["TOL", "SpeculativeDiffusion", "Stats"]
 
-TOL = 0.005  # of tolerance mode, where none is given
+TOL = 0.001  # of tolerance mode, where none is given
 
 
 class SpeculativeDiffusion:
@@ -44,7 +44,7 @@ class SpeculativeDiffusion:
 
     draft: "frozen-x0", "extrapolated", the folder of a trained one, or a Draft. mode: "exact" (a
     sampler with noise; every image is drawn from its law) or "tolerance" (one without; steps within
-    `tol` of the target's, relative to the latents' norm, 0.005 by default). block: steps, or
+    `tol` of the target's, relative to the latents' norm, 0.001 by default). block: steps, or
     "auto": as many as bring most steps a second by `costs`, down to one where no block pays. costs:
     "measured" (seconds of a UNet call by its number of rows: measured in the first loop, kept in
     the cache folder); "flat": every call costs the same, so that rounds are few whatever they take;
