@@ -15,7 +15,9 @@ from torch import Tensor
 from torchmetrics.image.fid import FrechetInceptionDistance
 from toy_diffusion import CLEAN, toy_pipe
 
+from flashdraft.bench import image
 from flashdraft.bench.image_config import VARIANTS, ImageConfig
+from flashdraft.bench.image_judges import load_judges
 from flashdraft.bench.image_report import acceptance_bins, read_images, summarise_images
 from flashdraft.bench.image_sets import frechet, frechet_spread, mmd_spread
 from flashdraft.bench.judge import Judge
@@ -184,6 +186,12 @@ def test_refusals_are_one_line(
     assert told in complaint[0]
     assert complaint[1].startswith("hint: ")
     assert not out.exists()
+
+
+def test_default_steps_are_within_the_built_in_models_schedule(tmp_path: Path) -> None:
+    config = ImageConfig(out=tmp_path / "out.jsonl", features="none")
+    assert max(config.numbers) == 1000
+    image._Bench(config, load_judges("none", None, config.model, config.device))
 
 
 def test_results_are_not_overwritten(

@@ -235,7 +235,7 @@ class _Bench:
         """Raises InvalidParameter for more than there are; DPM-Solver's spacing takes one more."""
         wanted = max(self.config.numbers)
         noisy = self.config.noisy(self._own)
-        most = self._total - 1 if "dpm" in noisy else self._total
+        most = self._total - 1 if "dpm++" in noisy else self._total
         if wanted > most:
             got = f"steps is {wanted}, and the model was trained on {self._total}"
             hint = f"steps are at most {most} with {noisy}"
