@@ -254,6 +254,17 @@ def test_a_scale_that_is_fitted_to_outputs_is_one_scale() -> None:
     assert pace.lengths(sampler, (6.51, 0.0)) is not known
 
 
+def test_what_is_known_is_bounded() -> None:
+    """A server sees ever other scales of guidance."""
+    pace = Pace(None)
+    sampler = BlockSampler(table_of(20), FrozenDraft(), None)
+    first = pace.lengths(sampler, (1.0, 0.0))
+    for scale in range(2, 67):
+        last = pace.lengths(sampler, (float(scale), 0.0))
+    assert pace.lengths(sampler, (66.0, 0.0)) is last
+    assert pace.lengths(sampler, (1.0, 0.0)) is not first
+
+
 def test_a_perfect_draft_has_the_longest_blocks() -> None:
     table = table_of(40)
     lengths, _ = learned(table, Perfect(), 8, 3)

@@ -20,6 +20,7 @@ from toy_diffusion_xl import toy_xl_pipe
 
 from flashdraft.diffusion import calls
 from flashdraft.diffusion.lengths import Lengths
+from flashdraft.diffusion.patches import Mark
 from flashdraft.diffusion.pipeline import SpeculativeDiffusion
 from flashdraft.diffusion.sampler import Decision
 from flashdraft.errors import InvalidParameter, UnusableLogits
@@ -358,6 +359,24 @@ def test_parts_may_be_swapped_within_a_context(pipe: Any) -> None:
             drawn(pipe)
     assert "forward" not in pipe.unet.__dict__
     pipe.unet = unet
+
+
+def test_the_old_scheduler_is_taken_again_where_another_was_refused(pipe: Any) -> None:
+    first = pipe.scheduler
+    other = DDPMScheduler(clip_sample=False, **CLEAN)
+    Mark(other)
+    with fast(pipe, block=5) as own:
+        drawn(pipe, eta=1.0)
+        before = own.last_stats
+        pipe.scheduler = other
+        with pytest.raises(InvalidParameter, match="another SpeculativeDiffusion context"):
+            drawn(pipe)
+        pipe.scheduler = first
+        drawn(pipe, eta=1.0)
+        assert own.last_stats is not None
+        assert own.last_stats is not before
+        assert own.last_stats.rounds < STEPS
+    assert "step" not in first.__dict__
 
 
 def test_copies_are_refused_in_a_context_and_saving_works(pipe: Any, tmp_path: Path) -> None:

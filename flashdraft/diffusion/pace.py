@@ -9,6 +9,7 @@ from flashdraft.diffusion.sampler import BlockSampler
 
 __all__ = ["Pace"]
 
+_MOST = 64  # schedules and guidances that are known at a time
 _DIGITS = 4  # of a scale of guidance: one that is fitted to outputs is never twice the same
 
 
@@ -30,5 +31,8 @@ class Pace:
         rounded = [round(one, _DIGITS) for one in guidance]
         key = (*rounded, *weights_of(sampler.table).tolist())
         if key not in self._lengths:
+            if len(self._lengths) == _MOST:
+                oldest = next(iter(self._lengths))
+                del self._lengths[oldest]
             self._lengths[key] = Lengths(sampler.table, sampler.tol)
         return self._lengths[key]

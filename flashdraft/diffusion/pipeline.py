@@ -135,6 +135,7 @@ class SpeculativeDiffusion:
             name = type(scheduler).__name__
             raise unsupported(f"somebody has replaced its {name}'s `step`, which is not called")
         self._leave(self._scheduler)
+        self._patched = self._patched[0], None  # should the next lines refuse
         self._scheduler = [
             Mark(scheduler),
             Patch(scheduler, "set_timesteps", self._set_timesteps),
