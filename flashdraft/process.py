@@ -11,11 +11,13 @@ import atexit
 import ctypes
 import functools
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import IO, Any, ParamSpec, Protocol, TypeVar, cast
 from weakref import WeakSet
 
@@ -30,6 +32,7 @@ __all__ = [
     "new_lock",
     "num_threads",
     "serial",
+    "signals_told",
     "threads_set",
     "undisturbed",
 ]
@@ -195,6 +198,31 @@ def new_lock() -> RLock:
     lock = cast(RLock, threading.RLock())
     _locks.add(lock)
     return lock
+
+
+@contextmanager
+def signals_told(tell: Callable[[int], None]) -> Iterator[None]:
+    """SIGTERM and SIGINT are told by their number, and let what runs go on to its end.
+
+    In another thread than the main one they are not ours to handle.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        tell(number)
+
+    old = {}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        old[number] = signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            if handler is None:  # it was not one of Python's
+                handler = signal.SIG_DFL
+            signal.signal(number, handler)
 
 
 def is_terminal(stream: IO[str] | None) -> bool:

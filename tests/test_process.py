@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count, zip_longest
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -45,7 +44,7 @@ from flashdraft.models import native
 from flashdraft.models.decoder import Layout
 from flashdraft.models.lean import LeanTarget
 from flashdraft.pretrained import without_bars
-from flashdraft.process import threads_set
+from flashdraft.process import signals_told, threads_set
 from flashdraft.train import trainer
 from flashdraft.train.config import TrainConfig
 from flashdraft.train.features import FeatureSet, Sample, ShardWriter
@@ -923,12 +922,11 @@ def test_a_run_knows_its_folders_when_the_working_folder_changes(
     assert data[0].tokens.tolist() == [0, 1, 2, 3]
 
 
-def test_training_outside_the_main_thread_leaves_signals_alone(tmp_path: Path) -> None:
+def test_training_outside_the_main_thread_leaves_signals_alone() -> None:
     held = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    stop: Any = SimpleNamespace(stopped=0)
 
     def inside() -> list[Any]:
-        with trainer.Trainer._stoppable(stop):
+        with signals_told(lambda number: None):
             return [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
 
     with ThreadPoolExecutor(1) as pool:

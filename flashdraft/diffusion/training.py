@@ -12,13 +12,9 @@ weights. Knows recorded trajectories and the network. Does not know pipelines.
 
 import json
 import math
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -40,7 +36,7 @@ from flashdraft.diffusion.options import DraftTrainOptions
 from flashdraft.diffusion.trajectories import Trajectories
 from flashdraft.errors import DataError, FlashDraftError, InvalidParameter
 from flashdraft.files import locked, write_file
-from flashdraft.process import BOOLS, DOUBLES, INTS
+from flashdraft.process import BOOLS, DOUBLES, INTS, signals_told
 from flashdraft.provenance import provenance
 from flashdraft.train.config import (
     check_run_folder,
@@ -167,7 +163,7 @@ class DraftTrainer:
         options = self.options
         self._begin()
         full_disk = full_disk_named(self.out / "checkpoints", f"a file of `{self.out}`")
-        with Progress(disable=quiet) as bar, _stoppable(self), full_disk:
+        with Progress(disable=quiet) as bar, signals_told(self._stop), full_disk:
             task = bar.add_task("train", total=options.steps, completed=self.step)
             while self.step < options.steps:
                 loss = self.train_step()
@@ -184,6 +180,10 @@ class DraftTrainer:
                 if self.stopped:
                     raise SystemExit(128 + self.stopped)
         return self.best
+
+    def _stop(self, number: int) -> None:
+        """The step ends first."""
+        self.stopped = number
 
     def _new_model(self) -> BlockDraftModel:
         facts = self.data[0].facts
@@ -426,29 +426,6 @@ def _check_alike(data: Sequence[Trajectories]) -> None:
         if not first.unet.is_like(other.unet):
             got = f"`{other.folder}` was recorded with another UNet than `{first.folder}`"
             raise DataError(got, hint="a draft is of one UNet")
-
-
-@contextmanager
-def _stoppable(run: DraftTrainer) -> Iterator[None]:
-    """SIGTERM and SIGINT let the step end. In another thread than the main one they are not ours to
-    handle."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, _frame: FrameType | None) -> None:
-        run.stopped = number
-
-    old = {}
-    for number in (signal.SIGTERM, signal.SIGINT):
-        old[number] = signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            if handler is None:  # it was not one of Python's
-                handler = signal.SIG_DFL
-            signal.signal(number, handler)
 
 
 # ---- chances -------------------------------------------------------------------------------------

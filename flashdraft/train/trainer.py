@@ -10,15 +10,12 @@ import hashlib
 import json
 import math
 import os
-import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from types import FrameType
 from typing import Any, NotRequired
 
 import torch
@@ -38,7 +35,7 @@ from flashdraft.files import check_facts, locked, say, write_file, write_tensors
 from flashdraft.generate import Model, Prompt
 from flashdraft.methods.dflash import DFlashDraftModel
 from flashdraft.methods.network import DraftNetwork
-from flashdraft.process import FLOATS, INTS, undisturbed
+from flashdraft.process import FLOATS, INTS, signals_told, undisturbed
 from flashdraft.provenance import provenance
 from flashdraft.train.batch import Batch, make_batch, why_no_anchor
 from flashdraft.train.config import (
@@ -180,7 +177,7 @@ class Trainer:
         self.net.train()
 
         full_disk = full_disk_named(self.out / "checkpoints", f"a file of `{self.out}`")
-        with Progress(disable=quiet or not is_main) as bar, self._stoppable(), full_disk:
+        with Progress(disable=quiet or not is_main) as bar, signals_told(self._stop), full_disk:
             task = bar.add_task("train", total=config.steps, completed=self.step)
             while self.step < config.steps:
                 figures = self._counted_step()
@@ -619,29 +616,9 @@ class Trainer:
 
     # Signals.
 
-    @contextmanager
-    def _stoppable(self) -> Iterator[None]:
-        """SIGTERM and SIGINT let the step end.
-
-        In another thread than the main one they are not ours to handle.
-        """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def stop(number: int, _frame: FrameType | None) -> None:
-            self.stopped = number
-
-        old = {}
-        for number in (signal.SIGTERM, signal.SIGINT):
-            old[number] = signal.signal(number, stop)
-        try:
-            yield
-        finally:
-            for number, handler in old.items():
-                if handler is None:  # it was not one of Python's
-                    handler = signal.SIG_DFL
-                signal.signal(number, handler)
+    def _stop(self, number: int) -> None:
+        """The step ends first."""
+        self.stopped = number
 
     def _stopped_by(self) -> int:
         """The signal that any of the processes got; 0: none."""
