@@ -24,8 +24,9 @@ from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 from flashdraft.decoding.tree import ancestors
 from flashdraft.errors import InvalidParameter
 from flashdraft.models import native
+from flashdraft.models.heads import SwigluHead
 from flashdraft.models.hf import HFTarget
-from flashdraft.models.layers import SwigluHead, TorchLinear, pack
+from flashdraft.models.layers import TorchLinear, pack
 from flashdraft.models.lean import LeanTarget, fastest
 from flashdraft.models.native import NativeLinear
 from flashdraft.process import num_threads, serial

@@ -32,7 +32,7 @@ from flashdraft.generate import Model
 from flashdraft.loading import DTYPES, MOST_NODES, NETWORKS, load, open_network
 from flashdraft.methods.dflash import DFlashDraftModel
 from flashdraft.methods.network import DraftNetwork
-from flashdraft.models.layers import HEADS
+from flashdraft.models.heads import TRAINED_HEADS
 from flashdraft.models.target import Target
 from flashdraft.process import is_terminal
 from flashdraft.train.answers import check_origin
@@ -112,7 +112,7 @@ class DraftOptions:
         most=HIGHEST,
     )
     head: str | None = option(
-        None, "add a sequential head: swiglu (not in the plain format)", choices=HEADS
+        None, "add a sequential head: swiglu (not in the plain format)", choices=TRAINED_HEADS
     )
     head_rank: int = option(64, "its inner size", least=1, most=1 << 16)
 

@@ -73,7 +73,7 @@ class DraftConfig:
     num_key_value_heads: int
     head_dim: int
     vocab_size: int
-    block_size: int  # anchor and masks
+    block_size: int  # nodes of a proposal: the anchor, and a draft for each row that predicts
     mask_token_id: int
     target_layer_ids: tuple[int, ...]  # 0-based: these layers' outputs are the features
     num_target_layers: int  # 0: not said
@@ -95,9 +95,17 @@ class DraftConfig:
     attention_bias: bool = False
     draft_vocab_size: int | None = None  # rows of the reduced vocabulary d2t, if there is one
     dtype: str = "bfloat16"
-    # An addition of ours, not in the plain format: `swiglu` (models/layers.py).
-    sequential_head: str | None = None
-    head_rank: int = 64
+    # Row k of a block predicts the token at its own place + 1, the anchor's row too (DeepSpec,
+    # DSpark); else the token at its own place, and the anchor's row nothing (z-lab, DFlash 2).
+    anchor_first: bool = False
+    conv_kernel_size: int = 0  # taps of DFlash 2's convolutions along a block; 0: it has none
+    conv_group_size: int = 0  # channels that share a dynamic kernel
+    sequential_head: str | None = None  # one of HEADS (models/heads.py)
+    head_rank: int = 64  # its inner size; domino: the width of its second embedding
+    head_choices: int = 16  # selector: candidates of a row
+    head_states: int = 0  # domino: the size of its GRU's state
+    confidence_head: bool = False  # DSpark: of how likely a row is accepted
+    confidence_with_markov: bool = False  # it reads the embedding of the token before, too
     method: str = "dflash"
 
     @classmethod
@@ -118,6 +126,19 @@ class DraftConfig:
         except (AttributeError, TypeError, ValueError) as error:
             hint = "mend its config.json, or fetch it again"
             raise _garbled(method, error, where, hint=hint) from None
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of a block: the anchor and masks. Where the anchor's row predicts, they are one
+        fewer than the nodes of a proposal; Domino feeds one more, whose guess nobody takes."""
+        if self.anchor_first and self.sequential_head != "domino":
+            return self.block_size - 1
+        return self.block_size
+
+    @property
+    def first_row(self) -> int:
+        """The first row of a block that predicts; `block_size` - 1 rows from here on do."""
+        return 0 if self.anchor_first else 1
 
     @property
     def masks(self) -> tuple[Mask, ...]:
@@ -252,9 +273,58 @@ class DraftConfig:
             return shapes
 
         shapes["hidden_norm.weight"] = (hidden,)
-        if self.sequential_head:
-            shapes["sequential_head.gate_up.weight"] = (2 * self.head_rank, 2 * hidden)
-            shapes["sequential_head.down.weight"] = (hidden, self.head_rank)
+        shapes |= self._convolution_shapes()
+        shapes |= self._head_shapes()
+        return shapes
+
+    def _convolution_shapes(self) -> dict[str, Shape]:
+        """DFlash 2's, two a layer: around the attention and around the MLP."""
+        taps = self.conv_kernel_size
+        if not taps:
+            return {}
+
+        groups = self.hidden_size // self.conv_group_size
+        shapes: dict[str, Shape] = {}
+        for index in range(self.num_hidden_layers):
+            for name in ("attention_conv", "mlp_conv"):
+                place = f"layers.{index}.{name}"
+                shapes[f"{place}.base_kernel"] = (2, taps, self.hidden_size)
+                shapes[f"{place}.kernel_projection.weight"] = (2 * taps * groups, self.hidden_size)
+        return shapes
+
+    def _head_shapes(self) -> dict[str, Shape]:
+        """The sequential head's under the names of its format, and the confidence head's."""
+        kind = self.sequential_head
+        hidden = self.hidden_size
+        rank = self.head_rank
+        vocab_size = self.vocab_size
+        shapes: dict[str, Shape] = {}
+        if kind == "swiglu":
+            shapes["sequential_head.gate_up.weight"] = (2 * rank, 2 * hidden)
+            shapes["sequential_head.down.weight"] = (hidden, rank)
+        elif kind == "selector":
+            shapes["candidate_selector.predecessor_codebook"] = (vocab_size, rank)
+            shapes["candidate_selector.successor_codebook"] = (vocab_size, rank)
+            shapes["candidate_selector.hidden_projection.weight"] = (rank, hidden)
+        elif kind in ("markov", "markov_gated", "markov_rnn"):
+            shapes["markov_head.markov_w1.weight"] = (vocab_size, rank)
+            shapes["markov_head.markov_w2.weight"] = (self.draft_vocab_size or vocab_size, rank)
+        elif kind == "domino":
+            states = self.head_states
+            shapes["prefix_gru.weight_ih_l0"] = (3 * states, hidden)
+            shapes["prefix_gru.weight_hh_l0"] = (3 * states, states)
+            shapes["embed_proj.0.weight"] = (rank, hidden + states)
+            shapes["embed_proj.2.weight"] = (vocab_size, rank)
+        if kind == "markov_gated":
+            shapes["markov_head.gate_proj.weight"] = (rank, hidden + rank)
+            shapes["markov_head.gate_proj.bias"] = (rank,)
+        if kind == "markov_rnn":
+            shapes["markov_head.joint_proj.weight"] = (3 * rank, 2 * rank + hidden)
+            shapes["markov_head.joint_proj.bias"] = (3 * rank,)
+        if self.confidence_head:
+            width = hidden + rank if self.confidence_with_markov else hidden
+            shapes["confidence_head.proj.weight"] = (1, width)
+            shapes["confidence_head.proj.bias"] = (1,)
         return shapes
 
     def _layer_names(self) -> list[str]:

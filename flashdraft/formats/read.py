@@ -18,7 +18,7 @@ from flashdraft.formats.config import DraftConfig
 from flashdraft.formats.foreign import Json, refuse_files, refuse_tensors
 from flashdraft.formats.parse import KINDS
 from flashdraft.hub import read_config
-from flashdraft.models.layers import HEADS
+from flashdraft.models.heads import HEADS
 from flashdraft.pretrained import foreign_file
 from flashdraft.process import INTS
 

@@ -40,14 +40,13 @@ from flashdraft.models.blocks import Block
 from flashdraft.models.cache import SlotCache
 from flashdraft.models.compiled import CompiledStep
 from flashdraft.models.decoder import Decoder, Layout
+from flashdraft.models.heads import SwigluHead, swiglu
 from flashdraft.models.layers import (
     Linear,
     RMSNorm,
     Rotary,
-    SwigluHead,
     apply_rotary,
     pack,
-    swiglu,
 )
 from flashdraft.models.modules import MLP, Attention
 from flashdraft.models.target import Target

@@ -27,11 +27,11 @@ from flashdraft.formats.parse import Fields
 from flashdraft.formats.read import read_draft
 from flashdraft.formats.write import write_draft
 from flashdraft.models import native
+from flashdraft.models.heads import SwigluHead
 from flashdraft.models.layers import (
     ROPE_TYPES,
     Linear,
     Rotary,
-    SwigluHead,
     pack,
     rotary_of,
     rotary_table,

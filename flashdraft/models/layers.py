@@ -1,4 +1,4 @@
-"""What draft networks and targets are made of: linears, RMSNorm, rotary positions, drafting heads.
+"""What draft networks and targets are made of: linears, RMSNorm, rotary positions.
 
 Knows tensors only.
 """
@@ -15,13 +15,11 @@ from flashdraft.process import FLOATS, new_lock
 
 __all__ = [
     "GROWING",
-    "HEADS",
     "ROPE_TYPES",
     "CosSin",
     "Linear",
     "RMSNorm",
     "Rotary",
-    "SwigluHead",
     "TorchLinear",
     "apply_rotary",
     "pack",
@@ -29,10 +27,8 @@ __all__ = [
     "rotary_of",
     "rotary_table",
     "scaled_length",
-    "swiglu",
 ]
 
-HEADS = ("swiglu",)
 # Static kinds: a position's angles do not depend on the length of the text.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 GROWING = new_lock()  # a pass of another thread must not find a table shorter than it asked for
@@ -187,35 +183,3 @@ def scaled_length(limit: int, rope: Mapping[str, Any] | None) -> int:
         factor = float(rope.get("factor") or 1.0)
         return max(limit, int(original * factor))
     return limit
-
-
-# ---- sequential heads ----------------------------------------------------------------------------
-
-
-class SwigluHead(nn.Module):
-    """A sequential head, left to right: each position's state is corrected by the token before it.
-
-    h_k += W_down (silu(W_gate [h_k ; e]) * W_up [h_k ; e]), where e is the embedding of x_(k-1).
-    The network's marginals are independent per position; so the drafts of a block come to depend
-    on each other (as in TreeFlash). An addition to DFlash v1, in tensors of its own; a new one
-    changes nothing.
-    """
-
-    def __init__(self, hidden_size: int, rank: int) -> None:
-        super().__init__()
-        self.gate_up = nn.Linear(2 * hidden_size, 2 * rank, bias=False, **FLOATS)
-        self.down = nn.Linear(rank, hidden_size, bias=False, **FLOATS)
-        nn.init.zeros_(self.down.weight)
-
-    def forward(self, states: Tensor, embedded: Tensor) -> Tensor:
-        """states [n, hidden], embedded [n, hidden] -> [n, hidden]."""
-        return swiglu(states, embedded, self.gate_up, self.down)
-
-
-def swiglu(
-    states: Tensor, embedded: Tensor, gate_up: Linear | nn.Module, down: Linear | nn.Module
-) -> Tensor:
-    """What SwigluHead does, by any linears."""
-    inputs = torch.cat((states, embedded.to(states.dtype)), dim=-1)
-    gate, up = gate_up(inputs).chunk(2, dim=-1)
-    return states + down(F.silu(gate) * up)

@@ -1,0 +1,143 @@
+"""Sequential heads and DFlash 2's convolutions: what makes a block's drafts depend on each other.
+
+A block-diffusion network's marginals are independent per position. A sequential head goes over a
+block from left to right and corrects each position by the tokens that were chosen before it. Every
+head is a module under its published tensor names, and a new one changes nothing yet. Knows tensors
+and token ids. Does not know blocks' layouts, nor how drafts are chosen.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flashdraft.models.layers import Linear
+from flashdraft.process import FLOATS
+
+__all__ = [
+    "HEADS",
+    "TRAINED_HEADS",
+    "BlockConvolution",
+    "CandidateSelector",
+    "MarkovHead",
+    "SwigluHead",
+    "swiglu",
+]
+
+# swiglu is ours; selector is DFlash 2's; the three of markov are DSpark's: vanilla, gated, rnn.
+HEADS = ("swiglu", "selector", "markov", "markov_gated", "markov_rnn", "domino")
+TRAINED_HEADS = ("swiglu",)  # those that `flashdraft train` adds
+
+
+class SwigluHead(nn.Module):
+    """h_k += W_down (silu(W_gate [h_k ; e]) * W_up [h_k ; e]), where e is the embedding of x_(k-1).
+
+    An addition of ours to DFlash v1 (as in TreeFlash), in tensors of its own.
+    """
+
+    def __init__(self, hidden_size: int, rank: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(2 * hidden_size, 2 * rank, bias=False, **FLOATS)
+        self.down = nn.Linear(rank, hidden_size, bias=False, **FLOATS)
+        nn.init.zeros_(self.down.weight)
+
+    def forward(self, states: Tensor, embedded: Tensor) -> Tensor:
+        """states [n, hidden], embedded [n, hidden] -> [n, hidden]."""
+        return swiglu(states, embedded, self.gate_up, self.down)
+
+
+def swiglu(
+    states: Tensor, embedded: Tensor, gate_up: Linear | nn.Module, down: Linear | nn.Module
+) -> Tensor:
+    """What SwigluHead does, by any linears."""
+    inputs = torch.cat((states, embedded.to(states.dtype)), dim=-1)
+    gate, up = gate_up(inputs).chunk(2, dim=-1)
+    return states + down(F.silu(gate) * up)
+
+
+class CandidateSelector(nn.Module):
+    """DFlash 2's pair scores: what is added to the logit of token b behind token a in a row with
+    state h is sum_j A[a, j] (P h)[j] B[b, j].
+
+    A and B, the predecessor and the successor codebook, have a row for each of the target's tokens.
+    """
+
+    def __init__(self, hidden_size: int, rank: int, vocab_size: int) -> None:
+        super().__init__()
+        self.predecessor_codebook = nn.Parameter(torch.randn(vocab_size, rank, **FLOATS))
+        self.successor_codebook = nn.Parameter(torch.zeros(vocab_size, rank, **FLOATS))
+        self.hidden_projection = nn.Linear(hidden_size, rank, bias=False, **FLOATS)
+
+    def bias(self, states: Tensor, previous: Tensor, tokens: Tensor) -> Tensor:
+        """states [n, hidden] and the tokens before them [n] -> for target ids [m]: [n, m]."""
+        projected: Tensor = self.hidden_projection(states)
+        rows = self.predecessor_codebook[previous] * projected
+        return rows @ self.successor_codebook[tokens].mT
+
+
+class MarkovHead(nn.Module):
+    """DSpark's vanilla head: what is added to the logits behind token a is W2 W1[a].
+
+    W1 has a row for each of the target's tokens, W2 for each of the draft's.
+    """
+
+    def __init__(self, rank: int, vocab_size: int, draft_vocab_size: int) -> None:
+        super().__init__()
+        self.markov_w1 = _Table(vocab_size, rank)
+        self.markov_w2 = _Table(draft_vocab_size, rank)
+        nn.init.zeros_(self.markov_w2.weight)
+
+    def bias(self, previous: Tensor, drafts: Tensor) -> Tensor:
+        """The tokens before [n] -> for draft ids [m]: [n, m]."""
+        before: Tensor = self.markov_w1(previous)
+        behind: Tensor = self.markov_w2(drafts)
+        return before @ behind.mT
+
+
+class _Table(nn.Module):
+    """A row a token."""
+
+    def __init__(self, num_rows: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(num_rows, width, **FLOATS))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight)
+
+
+class BlockConvolution(nn.Module):
+    """DFlash 2's grouped dynamic convolution along a block's rows, before and behind a sublayer.
+
+    The kernels of both sides are made of the sublayer's normed input u: for each tap a fixed value
+    a channel, and one that u gives to every group of channels. Taps never leave the block.
+    """
+
+    def __init__(self, hidden_size: int, taps: int, group_size: int) -> None:
+        super().__init__()
+        self.taps = taps
+        self.groups = hidden_size // group_size
+        identity = torch.zeros(2, taps, hidden_size, **FLOATS)
+        identity[:, 0] = 1
+        self.base_kernel = nn.Parameter(identity)
+        width = 2 * taps * self.groups
+        self.kernel_projection = nn.Linear(hidden_size, width, bias=False, **FLOATS)
+        nn.init.zeros_(self.kernel_projection.weight)
+
+    def kernels(self, normed: Tensor) -> Tensor:
+        """u [..., hidden] -> what it adds to the kernels: [..., 2, taps, groups]."""
+        projected: Any = self.kernel_projection(normed)
+        added: Tensor = projected.unflatten(-1, (2, self.taps, self.groups))
+        return added
+
+    def forward(self, x: Tensor, kernels: Tensor, side: int) -> Tensor:
+        """x [blocks, rows, hidden], kernels of `kernels`; side 0 before the sublayer, 1 behind."""
+        group_size = x.shape[-1] // self.groups
+        added = kernels[..., side, :, :]
+        base = self.base_kernel[side]
+        out = torch.zeros_like(x)
+        for tap in range(self.taps):
+            before = F.pad(x, (0, 0, tap, 0))[:, : x.shape[1]]
+            dynamic = added[..., tap, :].repeat_interleave(group_size, -1)
+            out = out + base[tap] * before + dynamic * before
+        return out
