@@ -8,12 +8,12 @@ is the one that the big engines serve. Knows keys, names and shapes; does not kn
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Self
 
 from flashdraft.errors import CheckpointError
 from flashdraft.formats.foreign import Json, refuse_config
-from flashdraft.formats.parse import KINDS, Fields, fields_of, method_of
+from flashdraft.formats.parse import KINDS, OWN_FIELDS, Fields, fields_of, method_of
 from flashdraft.models.attention import Mask
 from flashdraft.models.layers import scaled_length
 
@@ -127,6 +127,19 @@ class DraftConfig:
             hint = "mend its config.json, or fetch it again"
             raise _garbled(method, error, where, hint=hint) from None
 
+    def without_heads(self) -> Self:
+        """The same network without its heads, drafting the whole vocabulary."""
+        return replace(
+            self,
+            draft_vocab_size=None,
+            sequential_head=None,
+            head_rank=64,
+            head_choices=16,
+            head_states=0,
+            confidence_head=False,
+            confidence_with_markov=False,
+        )
+
     @property
     def block_rows(self) -> int:
         """Rows of a block: the anchor and masks. Where the anchor's row predicts, they are one
@@ -207,11 +220,9 @@ class DraftConfig:
         if is_dflash:
             config["use_sliding_window"] = self.sliding_window is not None
             config["dflash_config"] = reads | self._scales_json()
-            if self.sequential_head is not None:
-                config["flashdraft_config"] = {
-                    "sequential_head": self.sequential_head,
-                    "head_rank": self.head_rank,
-                }
+            own = self._own_json()
+            if own:
+                config["flashdraft_config"] = own
             return config
 
         config |= self._scales_json()
@@ -225,6 +236,19 @@ class DraftConfig:
             "method": self.method,
         }
         return config
+
+    def _own_json(self) -> Fields:
+        """Of blocks and heads: what z-lab's keys do not say, where it is not as in DFlash."""
+        own: Fields = {}
+        if self.sequential_head is not None:
+            own["sequential_head"] = self.sequential_head
+            own["head_rank"] = self.head_rank
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in OWN_FIELDS:
+            value = getattr(self, name)
+            if value != defaults[name]:
+                own[name] = value
+        return own
 
     def _rope_json(self) -> Fields:
         ropes = self.ropes

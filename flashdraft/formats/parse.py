@@ -16,12 +16,21 @@ from typing import Any, TypeAlias
 from flashdraft.errors import CheckpointError
 from flashdraft.formats.foreign import Json
 
-__all__ = ["KINDS", "Fields", "fields_of", "method_of", "spread_layers"]
+__all__ = ["KINDS", "OWN_FIELDS", "Fields", "fields_of", "method_of", "spread_layers"]
 
 Fields: TypeAlias = dict[str, Any]  # by name, of a DraftConfig or of a config.json
 Value: TypeAlias = Any  # whatever JSON can hold
 
 KINDS = ("full_attention", "sliding_attention")
+OWN_FIELDS = {  # of flashdraft_config, with the least that a number may be; None: true or false
+    "anchor_first": None,
+    "conv_kernel_size": 1,
+    "conv_group_size": 1,
+    "head_choices": 1,
+    "head_states": 1,
+    "confidence_head": None,
+    "confidence_with_markov": None,
+}
 
 _SIZES = (
     "hidden_size",
@@ -90,6 +99,13 @@ def fields_of(config: Json, method: str, where: str) -> Fields:
     fields["dtype"] = _dtype(config)
     fields["sequential_head"] = own.get("sequential_head")
     fields["head_rank"] = _count("head_rank", own.get("head_rank", 64))
+    for name, least in OWN_FIELDS.items():
+        if name not in own:
+            continue
+        if least is None:
+            fields[name] = bool(_flag(own, name))
+        else:
+            fields[name] = _count(name, own[name], least)
     fields["method"] = method
     return fields
 

@@ -40,8 +40,8 @@ def read_draft(folder: Path) -> tuple[DraftConfig, dict[str, Tensor]]:
         raise CheckpointError(got, hint="a block is the anchor and 1 mask or more")
 
     tensors = _read_tensors(folder, pickled=config.method == "eagle3")
-    refuse_tensors(tensors, str(folder))
     config = _completed(config, written, tensors)
+    refuse_tensors(set(tensors) - set(config.shapes()), str(folder))
     _check_tied_head(config, tensors, folder)
     _check_layers(config, folder)
     _check_shapes(config, tensors, folder)

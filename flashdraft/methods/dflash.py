@@ -40,7 +40,16 @@ from flashdraft.models.blocks import Block
 from flashdraft.models.cache import SlotCache
 from flashdraft.models.compiled import CompiledStep
 from flashdraft.models.decoder import Decoder, Layout
-from flashdraft.models.heads import SwigluHead, swiglu
+from flashdraft.models.heads import (
+    CandidateSelector,
+    ConfidenceHead,
+    GatedMarkovHead,
+    MarkovHead,
+    RecurrentMarkovHead,
+    SwigluHead,
+    domino_projection,
+    swiglu,
+)
 from flashdraft.models.layers import (
     Linear,
     RMSNorm,
@@ -116,13 +125,42 @@ class DFlashDraftModel(DraftNetwork):
         self.add_rotary()
         self.layers = nn.ModuleList(_Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(hidden, config.rms_norm_eps)
+
+        self.candidate_selector: CandidateSelector | None = None
+        self.markov_head: MarkovHead | None = None
+        self.prefix_gru: nn.GRU | None = None
+        self.embed_proj: nn.Sequential | None = None
+        self.confidence_head: ConfidenceHead | None = None
         if config.sequential_head is not None:
             self.add_head(config.sequential_head, config.head_rank)
+        if config.confidence_head:
+            rank = config.head_rank if config.confidence_with_markov else 0
+            self.confidence_head = ConfidenceHead(hidden, rank)
 
     def add_head(self, kind: str, rank: int) -> None:
-        """A sequential head that changes nothing yet."""
-        self.config = replace(self.config, sequential_head=kind, head_rank=rank)
-        self.sequential_head = SwigluHead(self.config.hidden_size, rank)
+        """A sequential head that changes nothing yet; kind: of HEADS (models/heads.py)."""
+        config = replace(self.config, sequential_head=kind, head_rank=rank)
+        self.config = config
+        hidden = config.hidden_size
+        vocab_size = config.vocab_size
+        draft_size = config.draft_vocab_size or vocab_size
+        match kind:
+            case "swiglu":
+                self.sequential_head = SwigluHead(hidden, rank)
+            case "selector":
+                self.candidate_selector = CandidateSelector(hidden, rank, vocab_size)
+            case "markov":
+                self.markov_head = MarkovHead(rank, vocab_size, draft_size)
+            case "markov_gated":
+                self.markov_head = GatedMarkovHead(hidden, rank, vocab_size, draft_size)
+            case "markov_rnn":
+                self.markov_head = RecurrentMarkovHead(hidden, rank, vocab_size, draft_size)
+            case "domino":
+                states = config.head_states
+                self.prefix_gru = nn.GRU(hidden, states, bias=False, batch_first=True, **FLOATS)
+                self.embed_proj = domino_projection(hidden, states, rank, vocab_size)
+            case _:
+                raise AssertionError(f"no head {kind!r}")
 
     def context(self, features: Tensor) -> Tensor:
         """features [n, F * hidden] -> C [n, hidden], from which every layer makes its context keys

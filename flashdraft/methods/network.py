@@ -127,7 +127,7 @@ class DraftNetwork(nn.Module):
         """
         config = self.config
         if plain:
-            config = replace(config, draft_vocab_size=None, sequential_head=None)
+            config = config.without_heads()
 
         tensors = {}
         known = config.shapes()

@@ -20,8 +20,12 @@ __all__ = [
     "TRAINED_HEADS",
     "BlockConvolution",
     "CandidateSelector",
+    "ConfidenceHead",
+    "GatedMarkovHead",
     "MarkovHead",
+    "RecurrentMarkovHead",
     "SwigluHead",
+    "domino_projection",
     "swiglu",
 ]
 
@@ -93,6 +97,43 @@ class MarkovHead(nn.Module):
         before: Tensor = self.markov_w1(previous)
         behind: Tensor = self.markov_w2(drafts)
         return before @ behind.mT
+
+
+class GatedMarkovHead(MarkovHead):
+    """DSpark's gated head: W2 (g * W1[a]), where g = sigmoid(G [h ; W1[a]]) and h is the row's
+    state."""
+
+    def __init__(self, hidden_size: int, rank: int, vocab_size: int, draft_vocab_size: int) -> None:
+        super().__init__(rank, vocab_size, draft_vocab_size)
+        self.gate_proj = nn.Linear(hidden_size + rank, rank, **FLOATS)
+
+
+class RecurrentMarkovHead(MarkovHead):
+    """DSpark's rnn head: W2 tanh(o), where z = [s ; W1[a] ; h] and (g, c, o) are the thirds of
+    J z, and s becomes sigmoid(g) s + (1 - sigmoid(g)) tanh(c); it begins at zero."""
+
+    def __init__(self, hidden_size: int, rank: int, vocab_size: int, draft_vocab_size: int) -> None:
+        super().__init__(rank, vocab_size, draft_vocab_size)
+        self.joint_proj = nn.Linear(2 * rank + hidden_size, 3 * rank, **FLOATS)
+
+
+class ConfidenceHead(nn.Module):
+    """DSpark's: the chance that a row's draft is accepted if all before it were is
+    sigmoid(w [h ; W1[a]] + b), or without W1[a] (`rank` 0)."""
+
+    def __init__(self, hidden_size: int, rank: int = 0) -> None:
+        super().__init__()
+        self.proj = nn.Linear(hidden_size + rank, 1, **FLOATS)
+
+
+def domino_projection(
+    hidden_size: int, num_states: int, rank: int, vocab_size: int
+) -> nn.Sequential:
+    """Domino's correction E2 silu(E0 [h ; g]) of the logits, g its GRU's state; a new one is 0."""
+    inner = nn.Linear(hidden_size + num_states, rank, bias=False, **FLOATS)
+    outer = nn.Linear(rank, vocab_size, bias=False, **FLOATS)
+    nn.init.zeros_(outer.weight)
+    return nn.Sequential(inner, nn.SiLU(), outer)
 
 
 class _Table(nn.Module):
