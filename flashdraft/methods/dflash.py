@@ -39,6 +39,7 @@ from flashdraft.models import native
 from flashdraft.models.blocks import Block
 from flashdraft.models.cache import SlotCache
 from flashdraft.models.compiled import CompiledStep
+from flashdraft.models.convolution import BlockConvolution, Kernels, convolved
 from flashdraft.models.decoder import Decoder, Layout
 from flashdraft.models.heads import (
     CandidateSelector,
@@ -92,6 +93,8 @@ class _Layer(nn.Module):
         self.mlp = MLP(config.hidden_size, config.intermediate_size)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention_conv = _convolution(config)
+        self.mlp_conv = _convolution(config)
 
     def queries(self, x: Tensor, rotary: CosSin) -> Tensor:
         """[n, hidden] -> [n, heads, head_dim]"""
@@ -107,6 +110,20 @@ class _Layer(nn.Module):
     def _heads(self, projected: Tensor) -> Tensor:
         """[n, heads * head_dim] -> [n, heads, head_dim]"""
         return projected.view(len(projected), -1, self.self_attn.head_dim)
+
+
+def _convolution(config: DraftConfig) -> BlockConvolution | None:
+    """DFlash 2's, around one sublayer."""
+    if not config.conv_kernel_size:
+        return None
+    return BlockConvolution(config.hidden_size, config.conv_kernel_size, config.conv_group_size)
+
+
+def _kernels(convolution: nn.Module | None, normed: Tensor) -> Kernels:
+    if convolution is None:
+        return None, None
+    kernels: Kernels = convolution(normed)
+    return kernels
 
 
 class DFlashDraftModel(DraftNetwork):
@@ -172,23 +189,31 @@ class DFlashDraftModel(DraftNetwork):
     ) -> Tensor:
         """The whole network on packed rows.
 
-        context: C [n, hidden]; block: embeddings [m, hidden]; positions: absolute ones of both, [n]
-        and [m]; attend(layer, q, context_kv, block_kv) -> [m, heads * head_dim], where q is
-        [m, heads, head_dim] and each kv is a pair of [., kv_heads, head_dim].
+        context: C [n, hidden]; block: embeddings [m, hidden], block by block, `block_rows` each;
+        positions: absolute ones of both, [n] and [m]; attend(layer, q, context_kv, block_kv) -> [m,
+        heads * head_dim], where q is [m, heads, head_dim] and each kv is a pair of [., kv_heads,
+        head_dim].
         Returns the normed states [m, hidden], for the target's lm_head.
         """
         rotaries = self._rotaries_by_layer(positions)
+        places = torch.arange(len(block), **INTS).to(block.device) % self.config.block_rows
         x = block
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, _Layer)
             context_rotary, block_rotary = rotaries[index]
             normed = layer.input_layernorm(x)
+            before, behind = _kernels(layer.attention_conv, normed)
+            inputs = convolved(normed, before, places)
             context_kv = layer.keys_values(context, context_rotary)
-            block_kv = layer.keys_values(normed, block_rotary)
-            queries = layer.queries(normed, block_rotary)
+            block_kv = layer.keys_values(inputs, block_rotary)
+            queries = layer.queries(inputs, block_rotary)
             attended = attend(index, queries, context_kv, block_kv)
-            x = x + layer.self_attn.o_proj(attended)
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
+            x = x + convolved(layer.self_attn.o_proj(attended), behind, places)
+
+            normed = layer.post_attention_layernorm(x)
+            before, behind = _kernels(layer.mlp_conv, normed)
+            inputs = convolved(normed, before, places)
+            x = x + convolved(layer.mlp(inputs), behind, places)
         return self.norm(x)  # type: ignore[no-any-return]
 
     def _rotaries_by_layer(self, positions: tuple[Tensor, Tensor]) -> list[tuple[CosSin, CosSin]]:

@@ -1,12 +1,10 @@
-"""Sequential heads and DFlash 2's convolutions: what makes a block's drafts depend on each other.
+"""Sequential heads: what makes a block's drafts depend on each other.
 
 A block-diffusion network's marginals are independent per position. A sequential head goes over a
 block from left to right and corrects each position by the tokens that were chosen before it. Every
 head is a module under its published tensor names, and a new one changes nothing yet. Knows tensors
 and token ids. Does not know blocks' layouts, nor how drafts are chosen.
 """
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +16,6 @@ from flashdraft.process import FLOATS
 __all__ = [
     "HEADS",
     "TRAINED_HEADS",
-    "BlockConvolution",
     "CandidateSelector",
     "ConfidenceHead",
     "GatedMarkovHead",
@@ -145,40 +142,3 @@ class _Table(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.weight)
-
-
-class BlockConvolution(nn.Module):
-    """DFlash 2's grouped dynamic convolution along a block's rows, before and behind a sublayer.
-
-    The kernels of both sides are made of the sublayer's normed input u: for each tap a fixed value
-    a channel, and one that u gives to every group of channels. Taps never leave the block.
-    """
-
-    def __init__(self, hidden_size: int, taps: int, group_size: int) -> None:
-        super().__init__()
-        self.taps = taps
-        self.groups = hidden_size // group_size
-        identity = torch.zeros(2, taps, hidden_size, **FLOATS)
-        identity[:, 0] = 1
-        self.base_kernel = nn.Parameter(identity)
-        width = 2 * taps * self.groups
-        self.kernel_projection = nn.Linear(hidden_size, width, bias=False, **FLOATS)
-        nn.init.zeros_(self.kernel_projection.weight)
-
-    def kernels(self, normed: Tensor) -> Tensor:
-        """u [..., hidden] -> what it adds to the kernels: [..., 2, taps, groups]."""
-        projected: Any = self.kernel_projection(normed)
-        added: Tensor = projected.unflatten(-1, (2, self.taps, self.groups))
-        return added
-
-    def forward(self, x: Tensor, kernels: Tensor, side: int) -> Tensor:
-        """x [blocks, rows, hidden], kernels of `kernels`; side 0 before the sublayer, 1 behind."""
-        group_size = x.shape[-1] // self.groups
-        added = kernels[..., side, :, :]
-        base = self.base_kernel[side]
-        out = torch.zeros_like(x)
-        for tap in range(self.taps):
-            before = F.pad(x, (0, 0, tap, 0))[:, : x.shape[1]]
-            dynamic = added[..., tap, :].repeat_interleave(group_size, -1)
-            out = out + base[tap] * before + dynamic * before
-        return out

@@ -155,8 +155,8 @@ def random_weights(config: DraftConfig, seed: int) -> DraftNetwork:
     if config.method == "medusa":
         return model
     generator = torch.Generator("cpu").manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 and "_conv." not in name:  # new convolutions change nothing
             torch.nn.init.normal_(parameter, 0.0, 0.02, generator=generator)
     return model
 
