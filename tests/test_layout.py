@@ -21,7 +21,7 @@ LEVELS = {
             "formats.* methods.*",
             "engine scheduler request",
             "loading generate feed __init__",
-            "train.* bench.* export offline serve.* diffusion.*",
+            "train.* bench.* export.* offline serve.* diffusion.*",
             "cli.* __main__",
         )
     )

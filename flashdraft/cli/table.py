@@ -23,6 +23,7 @@ _FILES = {
     "image": "Use",
     "bench": "Measure",
     "train": "Train",
+    "export": "Train",
     "image_train": "Train",
 }
 _TWO_WORDS = "bench_"  # begins the functions whose commands are two words

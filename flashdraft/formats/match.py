@@ -1,13 +1,27 @@
 """Whether a drafter and a target belong together, as far as their shapes tell."""
 
+from typing import Protocol
+
 from flashdraft.errors import DraftMismatch
 from flashdraft.formats.config import DraftConfig
-from flashdraft.models.target import Target
 
-__all__ = ["check_target"]
+__all__ = ["Shape", "check_target"]
 
 
-def check_target(config: DraftConfig, target: Target, *, num_embeddings: int | None = None) -> None:
+class Shape(Protocol):
+    """What of a target has to fit: a loaded one, or its config.json alone."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+
+
+def check_target(config: DraftConfig, target: Shape, *, num_embeddings: int | None = None) -> None:
     """Raises DraftMismatch where this drafter cannot have been made for this target.
 
     Vocabularies of two lengths fit where their common ids do: one is cut or padded.

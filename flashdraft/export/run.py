@@ -1,0 +1,114 @@
+"""`flashdraft export`: a drafter's folder -> the folder that another engine reads, whole or not at
+all.
+
+Knows folders and which exporters there are. Does not know any engine's keys.
+"""
+
+import hashlib
+import shutil
+import tempfile
+from importlib import import_module
+from pathlib import Path
+from typing import Protocol
+
+from flashdraft import hub
+from flashdraft.errors import InvalidParameter
+from flashdraft.export.order import Exported, Order, TargetShape, read_target
+from flashdraft.files import appears_whole, locked, output_folder, read_note, write_note
+from flashdraft.formats.match import check_target
+from flashdraft.formats.read import read_draft
+from flashdraft.loading import open_network, shipped
+
+__all__ = ["ENGINES", "export_draft"]
+
+ENGINES = ("zlab",)  # each has a file here
+_MADE_BY = "export"
+_BUILTIN = "smollm2-135m"  # whose drafter a method's name means, where no target is named
+
+
+class _Exporter(Protocol):
+    """Every file of an engine has this function."""
+
+    def export(self, order: Order, folder: Path) -> Exported:
+        """Write the engine's files into `folder`, which is empty.
+
+        Raises CheckpointError for a drafter that the engine cannot have.
+        """
+
+
+def export_draft(draft: str, engine: str, out: Path, target: str | None = None) -> Exported:
+    """Write what `engine` reads into the folder `out`.
+
+    draft, target: as `flashdraft.load` takes them. Raises InvalidParameter where `out` holds
+    anything that no export wrote, and CheckpointError for a drafter that is damaged, does not fit
+    the target, or that the engine cannot have.
+    """
+    name = shipped(draft, target or _BUILTIN)
+    if target is None and name != draft:
+        target = _BUILTIN
+    source = hub.resolve(name)
+    out = output_folder(out, inputs=[source] if isinstance(source, Path) else [])
+    _check_own(out)
+
+    order = _order(name, out, None if target is None else read_target(target))
+    exporter: _Exporter = import_module(f"flashdraft.export.{engine}")
+    with locked(out):
+        _check_own(out)
+        return _written(exporter, order, engine)
+
+
+def _order(name: str, out: Path, target: TargetShape | None) -> Order:
+    open_network(name)  # it loads, or says what is wrong
+    folder = hub.resolve(name)
+    assert isinstance(folder, Path)  # GGUF files are no drafters: open_network says so
+    config, tensors = read_draft(folder)
+    if target is not None:
+        embedding = tensors.get("embed_tokens.weight")
+        num_embeddings = None if embedding is None else len(embedding)
+        check_target(config, target, num_embeddings=num_embeddings)
+    return Order(name, config, tensors, target, out)
+
+
+def _written(exporter: _Exporter, order: Order, engine: str) -> Exported:
+    """Made in a scratch folder beside `out`; what an earlier export left there goes at the end."""
+    out = order.out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(dir=out.parent, prefix=".tmp-") as aside,
+        appears_whole(out) as made,
+    ):
+        made.mkdir()
+        exported = exporter.export(order, made)
+        sums = {path.name: _sha256(path) for path in made.iterdir()}
+        if out.exists():
+            shutil.move(out, aside)
+
+    facts = {
+        "engine": engine,
+        "draft": {"name": order.draft, "id": hub.identity(order.draft)},
+        "files": sums,
+    }
+    write_note(out, _MADE_BY, facts)
+    return exported
+
+
+def _check_own(out: Path) -> None:
+    """Raises InvalidParameter for a folder that holds anything but an earlier export, unchanged."""
+    if not out.exists():
+        return
+    found = sorted(out.iterdir())
+    if not found:
+        return
+
+    note = read_note(out) or {}
+    sums = note.get("files", {}) if note.get("made_by") == _MADE_BY else {}
+    for path in found:
+        is_ours = path.is_file() and path.name in sums
+        if not is_ours or _sha256(path) != sums[path.name]:
+            got = f"`{path}` was not written by `flashdraft export`, and would be gone"
+            raise InvalidParameter(got, hint="name another folder")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
