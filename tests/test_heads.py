@@ -34,7 +34,7 @@ from flashdraft.decoding.tree import best_first
 from flashdraft.errors import CheckpointError, InvalidParameter
 from flashdraft.formats.read import read_draft
 from flashdraft.generate import Model
-from flashdraft.methods import dflash
+from flashdraft.methods import sequential
 from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDraft
 from flashdraft.models.heads import TRAINED_HEADS
 from flashdraft.models.target import Target
@@ -186,7 +186,7 @@ def test_drafts_with_a_head_are_those_of_the_slow_loop(kind: str, vocabulary: st
 def test_swiglu_head_chooses_among_the_likeliest(
     monkeypatch: pytest.MonkeyPatch, vocabulary: str
 ) -> None:
-    monkeypatch.setattr(dflash, "_LIKELY", 4)
+    monkeypatch.setattr(sequential, "_LIKELY", 4)
     model, (hidden, anchors) = model_with("swiglu", vocabulary), hidden_states()
     bare = DFlashDraftModel(replace(model.config, sequential_head=None))
     bare.extras = model.extras
@@ -252,7 +252,7 @@ def test_trees_go_on_from_the_likeliest_paths(monkeypatch: pytest.MonkeyPatch, p
     """The planted faults follow the first path alone, or forget how likely a path was up to its
     last token.
     """
-    monkeypatch.setattr(dflash, "_PATHS", paths)
+    monkeypatch.setattr(sequential, "_PATHS", paths)
     model, (hidden, anchors) = model_with("swiglu", "reduced"), hidden_states(8)
     whole, first, forgetful = (
         [

@@ -88,7 +88,7 @@ def check(name: str, source: str) -> Iterator[str]:
                 f"{name}: imports {imported} of level {level_of(below)} from level {level_of(name)}"
             )
         is_method = f"{imported}.".startswith("flashdraft.methods.") and not below.startswith(
-            "methods.network"
+            ("methods.network", "methods.sequential")
         )
         if is_method and knows_no_method:
             yield f"{name}: imports a method, {imported}"

@@ -33,8 +33,8 @@ from flashdraft.methods.dflash import PackedDraft
             "the draft wants hidden states of layer 4, but `llama` has 4 layers",
         ),
         (
-            {"target_layer_ids": (-1, 2)},
-            "the draft wants hidden states of layer -1, but `llama` has 4 layers",
+            {"target_layer_ids": (-2, 2)},
+            "the draft wants hidden states of layer -2, but `llama` has 4 layers",
         ),
         (
             {"num_target_layers": 5},

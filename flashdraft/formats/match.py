@@ -38,8 +38,9 @@ def check_target(config: DraftConfig, target: Shape, *, num_embeddings: int | No
     last = target.num_layers  # its output is the final normed state, which DFlash does not read
     if config.method == "dflash":
         last -= 1
+    first = -1 if config.method == "dflash" else 0  # -1: the embeddings
     for layer in config.target_layer_ids:
-        if not 0 <= layer <= last:
+        if not first <= layer <= last:
             got = f"the draft wants hidden states of layer {layer}"
             raise DraftMismatch(f"{got}, {but} {target.num_layers} layers", hint=hint)
 

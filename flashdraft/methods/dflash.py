@@ -11,6 +11,8 @@ position is a:
 Output row k predicts the token AT position a + k: a row guesses its own place, not the next one.
 The anchor's row guesses nothing. Every row sees the whole context and the whole block, in both
 directions. The context ends strictly before the anchor, which the target has not read yet.
+Of anchor-first blocks (DeepSpec's) row k predicts the token at a + k + 1, the anchor's row x[a+1]:
+B - 1 rows are enough for the same B - 1 drafts.
 
 The context is what the target thought of the text: the outputs of a few of its layers (features),
 fused once, C = RMSNorm(fc(features)). C bypasses everything but the key and value projections of
@@ -26,7 +28,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +35,16 @@ from torch import Tensor, nn
 
 from flashdraft.decoding.tree import NOTHING, Laws, best_first, independent, planted
 from flashdraft.formats.config import DraftConfig
-from flashdraft.methods.network import DRAFT_KERNEL, DraftHead, DraftNetwork, Likely, top
-from flashdraft.models import native
+from flashdraft.methods.network import DRAFT_KERNEL, DraftHead, DraftNetwork, Likely
+from flashdraft.methods.sequential import (
+    BRANCHES,
+    Confidence,
+    Domino,
+    Selector,
+    SequentialHead,
+    Swiglu,
+    markov_of,
+)
 from flashdraft.models.blocks import Block
 from flashdraft.models.cache import SlotCache
 from flashdraft.models.compiled import CompiledStep
@@ -49,7 +58,6 @@ from flashdraft.models.heads import (
     RecurrentMarkovHead,
     SwigluHead,
     domino_projection,
-    swiglu,
 )
 from flashdraft.models.layers import (
     Linear,
@@ -65,9 +73,7 @@ from flashdraft.types import Drafter, Proposal, Rows
 
 __all__ = ["DFlashDraftModel", "DFlashDrafter"]
 
-_BRANCHES = 8  # tokens of a position that a tree may hold
-_LIKELY = 64  # tokens among which a corrected state chooses
-_PATHS = 3  # of a depth whose tokens a tree goes on from, where each token sees the one before it
+EMBEDDING = -1  # the layer id of the target's embeddings
 
 CosSin = tuple[Tensor, Tensor]  # what `apply_rotary` takes
 KeysValues = tuple[Tensor, Tensor]  # [n, kv_heads, head_dim] each
@@ -235,14 +241,6 @@ class DFlashDraftModel(DraftNetwork):
 # --- The network beside a target
 
 
-class _Depth(NamedTuple):
-    """What a sequential head says of one masked position."""
-
-    before: Tensor  # [rows, m] last tokens of the paths that were followed to it
-    tokens: Tensor  # [rows, m, n] the likeliest tokens behind each of them
-    scores: Tensor  # [rows, m, n] their log-probabilities
-
-
 class PackedDraft(DraftHead):
     """A draft network's weights, packed for decoding beside one target; shared by all drafters made
     from it."""
@@ -265,23 +263,34 @@ class PackedDraft(DraftHead):
 
         self.step: CompiledStep | None = None
         if self.decoder.kernel == "compiled":
-            weights = [self.embedding]  # the target pins its own
-            length = target.context_length + config.block_size
+            weights = [self.embedding, self.mask_row]  # the target pins its own
+            length = target.context_length + config.block_rows
             self.step = CompiledStep(
                 self.decoder, self.embed, nn.Identity(), weights, num_positions=length
             )
 
-        head: list[Tensor] = []
-        if model.sequential_head is not None:
-            for weight in model.sequential_head.parameters():
-                head.append(weight.detach().to(self.probe))
-        self.sequential = [self.packed(weight) for weight in head]
-        self.tables = self._chain_tables(head)
+        self.sequential = self._sequential(model)
+        self.confidence: Confidence | None = None  # None: laws alone tell what is likely
+        if model.confidence_head is not None:
+            self.confidence = Confidence(self, model.confidence_head, self.sequential)
 
-        for part in (self.decoder, self.fc, self.context_kv, *self.sequential):
+        for part in (self.decoder, self.fc, self.context_kv):
             self.nbytes += part.nbytes
-        for table in dict.fromkeys(self.tables):  # the first two may be the same one
-            self.nbytes += table.nbytes
+        if self.sequential is not None:
+            self.nbytes += self.sequential.nbytes
+
+    def _sequential(self, model: DFlashDraftModel) -> SequentialHead | None:
+        """The head that the model has, if any."""
+        if model.sequential_head is not None:
+            return Swiglu(self, model.sequential_head)
+        if model.candidate_selector is not None:
+            return Selector(self, model.candidate_selector)
+        if model.markov_head is not None:
+            return markov_of(self, model.markov_head)
+        if model.prefix_gru is not None:
+            assert model.embed_proj is not None
+            return Domino(self, model.prefix_gru, model.embed_proj)
+        return None
 
     def _blocks(self, model: DFlashDraftModel, rotaries: dict[str, Rotary]) -> list[Block]:
         config = model.config
@@ -312,20 +321,6 @@ class PackedDraft(DraftHead):
         bias = torch.cat(biases) if biases else None
         return pack(torch.cat(weights), bias, kernel=DRAFT_KERNEL)
 
-    def _chain_tables(self, head: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """What `native.chain` reads: the lm_head's rows and embeddings of every draft id, and the
-        sequential head's weights. Empty where the kernel cannot be used."""
-        if not head or self.vocabulary is None:
-            return ()
-        if not self.plain or not native.usable(self.probe):
-            return ()
-
-        rows = self.head_rows(torch.arange(len(self.vocabulary), **INTS))
-        embedded = self.embed(self.vocabulary)
-        if torch.equal(rows, embedded):
-            embedded = rows
-        return rows, embedded, *head
-
     def context(self, features: Tensor, positions: Tensor) -> KeysValues:
         """Keys and values of every layer for features [n, F * hidden] at positions [n]:
         [n, layers, kv_heads, head_dim] each."""
@@ -349,79 +344,61 @@ class PackedDraft(DraftHead):
         return apply_rotary(normed, cos, sin), values
 
     def scored(self, hidden: Tensor, anchors: Tensor) -> Likely:
-        """Chains: the likeliest token of every masked position, [rows, n, 1].
+        """Chains: the likeliest token of every position that predicts, [rows, n, 1].
 
         hidden: the positions' states [rows, n, hidden]; anchors: [rows]. With a sequential head
         from left to right, each position seeing the likeliest token before it.
         """
-        if not self.sequential:
-            return self.likely(hidden, 1)
+        if self.sequential is None:
+            tokens, scores = self.likely(hidden, 1)
+        else:
+            tokens, scores = self.sequential.chain(hidden, anchors)
 
-        if not self.tables:
-            depths = list(self._beam(hidden, anchors, 1))
-            tokens = torch.cat([depth.tokens for depth in depths], dim=1)
-            scores = torch.cat([depth.scores for depth in depths], dim=1)
-            return Likely(tokens, scores)
-
-        candidates = self._candidates(hidden)
-        embedded = self.embed(anchors)
-        laws = native.chain(hidden, embedded, self.tables, candidates)
-        best = laws.max(-1, keepdim=True)
-        drafts = candidates.gather(-1, best.indices)
-        return Likely(self.ids(drafts), best.values)
+        if self.confidence is not None:
+            chosen = tokens[:, :-1, 0]
+            before = torch.cat((anchors[:, None].to(chosen.device), chosen), dim=1)
+            scores = self.confidence.reweighed(scores, hidden, before)
+        return Likely(tokens, scores)
 
     def laws(self, hidden: Tensor, anchors: Tensor, *, trees: bool) -> list[list[Laws]]:
         """By row, the laws of every depth, for `best_first`: of chains the likeliest tokens alone.
 
         Of trees with a sequential head, those behind the tokens of the likeliest paths.
         """
-        if trees and self.sequential:
-            return self._laws_behind_paths(hidden, anchors)
+        if trees and self.sequential is not None:
+            return self._laws_behind_paths(self.sequential, hidden, anchors)
 
-        likely = self.likely(hidden, _BRANCHES) if trees else self.scored(hidden, anchors)
+        likely = self._independent(hidden) if trees else self.scored(hidden, anchors)
         tokens, scores = likely
         rows = zip(anchors.tolist(), tokens.tolist(), scores.tolist(), strict=True)
         return [independent(*row) for row in rows]
 
-    def _laws_behind_paths(self, hidden: Tensor, anchors: Tensor) -> list[list[Laws]]:
-        depths = list(self._beam(hidden, anchors, _PATHS))  # all of them, before the first is read
+    def _independent(self, hidden: Tensor) -> Likely:
+        """The likeliest tokens of positions that do not see each other."""
+        tokens, scores = self.likely(hidden, BRANCHES)
+        if self.confidence is not None:
+            scores = self.confidence.reweighed(scores, hidden, None)
+        return Likely(tokens, scores)
+
+    def _laws_behind_paths(
+        self, head: SequentialHead, hidden: Tensor, anchors: Tensor
+    ) -> list[list[Laws]]:
+        depths = list(head.depths(hidden, anchors, head.num_paths))  # all, before one is read
+        if self.confidence is not None:
+            for k, depth in enumerate(depths):
+                own = hidden[:, k, None].expand(-1, depth.before.shape[1], -1)
+                scores = self.confidence.reweighed(depth.scores, own, depth.before)
+                depths[k] = depth._replace(scores=scores)
+
         laws: list[list[Laws]] = [[] for _ in range(len(anchors))]
         for depth in depths:
             before = depth.before.tolist()
             tokens = depth.tokens.tolist()
-            scores = depth.scores.tolist()
-            for row, own in enumerate(laws):
-                behind = zip(tokens[row], scores[row], strict=True)
-                own.append(dict(zip(before[row], behind, strict=True)))
+            log_law = depth.scores.tolist()
+            for row, of_row in enumerate(laws):
+                behind = zip(tokens[row], log_law[row], strict=True)
+                of_row.append(dict(zip(before[row], behind, strict=True)))
         return laws
-
-    def _beam(self, hidden: Tensor, anchors: Tensor, num_paths: int) -> Iterator[_Depth]:
-        """The sequential head from left to right along the `num_paths` likeliest paths."""
-        candidates = self._candidates(hidden)
-        head_rows = self.head_rows(candidates)
-        num_best = _BRANCHES if num_paths > 1 else 1
-        before = anchors[:, None]
-        reached = hidden.new_zeros(1, 1, 1)  # log-probabilities of the paths [rows, paths, 1]
-        for k in range(hidden.shape[1]):
-            own = hidden[:, k].repeat_interleave(before.shape[1], 0)
-            embedded = self.embed(before.flatten())
-            states = swiglu(own, embedded, *self.sequential).view(*before.shape, -1)
-            logits = self.transformed(states @ head_rows[:, k].mT)
-            laws = logits.log_softmax(-1)  # [rows, paths, candidates]
-            ids = self.ids(candidates[:, k])
-            best = top(laws, num_best)
-            tokens = ids[:, None].expand_as(laws).gather(-1, best.indices)
-            yield _Depth(before, tokens, best.values)
-
-            ways = (reached + laws).amax(1)  # to each candidate by the likeliest path
-            likeliest = top(ways, num_paths)
-            before = ids.gather(-1, likeliest.indices)
-            reached = likeliest.values[..., None]
-
-    def _candidates(self, hidden: Tensor) -> Tensor:
-        """Draft ids [..., n] that the sequential head is asked about: to ask it about all would
-        cost a second lm_head."""
-        return top(self.logits(hidden), _LIKELY).indices
 
 
 # --- The drafter
@@ -444,7 +421,10 @@ class DFlashDrafter:
         self.network = network
         self.tree_nodes = tree_nodes
         self.block_size = config.block_size if block_size is None else block_size
-        self.layers = config.target_layer_ids
+        shape = replace(config, block_size=self.block_size)
+        self.block_rows = shape.block_rows
+        self.first_row = shape.first_row  # that predicts
+        self.layers = tuple(layer for layer in config.target_layer_ids if layer != EMBEDDING)
         self.cache = SlotCache(config.num_hidden_layers, 1, 256, blocked=network.decoder.native)
         self.caches: tuple[SlotCache, ...] = (self.cache,)
 
@@ -454,7 +434,7 @@ class DFlashDrafter:
         self, rows: Rows, tokens: Sequence[Tensor], features: Sequence[Tensor] | None
     ) -> None:
         """Turn new features into context keys and values, once."""
-        assert features is not None
+        features = self._read(tokens, features)
         self.cache.reserve(0, rows=max(rows.slots) + 1)
         counts = [len(own) for own in features]
         if not any(counts):
@@ -478,6 +458,27 @@ class DFlashDrafter:
                 self.cache.write(layer, slot, layer_keys, layer_values)
             self.cache.keep(slot, range(len(own_keys)))
 
+    def _read(
+        self, tokens: Sequence[Tensor], features: Sequence[Tensor] | None
+    ) -> Sequence[Tensor]:
+        """What the network reads of these tokens: among the layers' outputs their embeddings,
+        where it was trained on them."""
+        ids = self.network.config.target_layer_ids
+        if EMBEDDING not in ids:
+            assert features is not None
+            return features
+
+        network = self.network
+        read = []
+        for row, own_tokens in enumerate(tokens):
+            embedded = network.target.embed(own_tokens).to(network.probe)
+            outputs: Iterator[Tensor] = iter(())
+            if features is not None:
+                outputs = iter(features[row].to(network.probe).chunk(len(self.layers), dim=-1))
+            columns = [embedded if layer == EMBEDDING else next(outputs) for layer in ids]
+            read.append(torch.cat(columns, dim=-1))
+        return read
+
     @undisturbed
     @serial(lambda self: self.network.decoder.native)
     @torch.inference_mode()
@@ -488,9 +489,10 @@ class DFlashDrafter:
         if width <= 1:
             return planted(anchors, [NOTHING] * len(rows))
 
-        self.network.tell(max(rows.positions) + self.block_size)
+        self.network.tell(max(rows.positions) + self.block_rows)
         ids = torch.tensor(anchors, **INTS)
-        hidden = self._states(rows.slots, ids)[:, 1:width]
+        end = self.first_row + width - 1
+        hidden = self._states(rows.slots, ids)[:, self.first_row : end]
         laws = self.network.laws(hidden, ids, trees=self.tree_nodes is not None)
         num_nodes = self.block_size if self.tree_nodes is None else self.tree_nodes
         count = min(num_nodes, max_nodes) - 1
@@ -500,11 +502,11 @@ class DFlashDrafter:
         return planted(anchors, grown)
 
     def _states(self, slots: list[int], anchors: Tensor) -> Tensor:
-        """States of the rows' blocks [rows, block, hidden]; a block is always fed whole, as in
+        """States of the rows' blocks [rows, block rows, hidden]; a block is always fed whole, as in
         training."""
         network = self.network
         num_rows = len(slots)
-        size = self.block_size
+        size = self.block_rows
         longest = max(self.cache.lengths[slot] for slot in slots)
         self.cache.reserve(longest + size)
 

@@ -237,20 +237,25 @@ class DraftHead:
         self.probe = target.embed(torch.zeros(1, **INTS))  # the dtype and device of everything here
         self.native = native.usable(self.probe)  # whether our kernels do the heavy work
         self.embedding = self._own_embedding(embedding)
+        self.mask_row = self._own_mask_row(model.extras.get("mask_embedding"))
 
         # The lm_head: the file's own, or its embedding, or (None) the target's. The vocabulary:
         # target ids of the draft ids; None: they are the target's own.
         stored = model.extras.get("lm_head.weight")
         weight = embedding if stored is None and config.tied_head else stored
         self.vocabulary: Tensor | None = None
+        self.num_drafts = target.vocab_size  # draft ids: what there are logits of
+        self._known: Tensor | None = None  # which of the file's draft ids lead to the target's
         offsets = model.extras.get("d2t")
         if offsets is not None:
             ids = offsets.long() + torch.arange(len(offsets), **INTS)
-            known = self._known(ids)
-            self.vocabulary = ids[known].to(self.probe.device)
-            weight = target.head_weight(self.vocabulary) if weight is None else weight[known]
+            self._known = self._leading_to_target(ids)
+            self.vocabulary = ids[self._known].to(self.probe.device)
+            self.num_drafts = len(self.vocabulary)
+            weight = target.head_weight(self.vocabulary) if weight is None else weight[self._known]
         elif weight is not None:
             weight = weight[: target.vocab_size]
+            self.num_drafts = len(weight)
         self.head: Linear | None = None if weight is None else self.packed(weight)
 
         self.own_head: Tensor | None = None  # as it is, for rows that a sequential head asks for
@@ -275,10 +280,7 @@ class DraftHead:
         A family that scales its embedding (Gemma) trained its drafters on the scaled one.
         """
         target = self.target
-        some = torch.arange(min(target.vocab_size, 8), **INTS)
-        target_scales = not torch.equal(
-            target.embed(some), target.embedding_rows(some).to(self.probe)
-        )
+        target_scales = self._target_scales()
         draft_scales = self.config.input_embedding_scale != 1
         if stored is None:
             if target_scales and draft_scales:
@@ -307,7 +309,24 @@ class DraftHead:
         num_missing = max(target.vocab_size - len(stored), 0)
         return F.pad(stored, (0, 0, 0, num_missing)).to(self.probe)
 
-    def _known(self, ids: Tensor) -> Tensor:
+    def _target_scales(self) -> bool:
+        """Whether its embedding is more than the rows of a table."""
+        some = torch.arange(min(self.target.vocab_size, 8), **INTS)
+        rows = self.target.embedding_rows(some).to(self.probe)
+        return not torch.equal(self.target.embed(some), rows)
+
+    def _own_mask_row(self, stored: Tensor | None) -> Tensor | None:
+        """The mask token's row [hidden] where it has one of its own; None: as all tokens."""
+        if stored is None:
+            return None
+
+        if self._target_scales() and self.embedding is None:
+            got = f"the mask token has a row of its own, beside `{self.target.name}`"
+            hint = "which scales its embedding: readers differ in whether the row is scaled, too"
+            raise DraftMismatch(got, hint=hint)
+        return stored.detach().flatten().to(self.probe)
+
+    def _leading_to_target(self, ids: Tensor) -> Tensor:
         """Which of these ids the target has: what it lacks is never proposed."""
         known = ids < self.target.vocab_size
         if not bool(known.any()):
@@ -318,8 +337,29 @@ class DraftHead:
             raise DraftMismatch(got, hint="the two must share their tokenizer")
         return known
 
-    def packed(self, weight: Tensor) -> Linear:
-        return pack(weight.detach().to(self.probe), kernel=DRAFT_KERNEL)
+    def packed(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        if bias is not None:
+            bias = bias.detach().to(self.probe)
+        return pack(weight.detach().to(self.probe), bias, kernel=DRAFT_KERNEL)
+
+    def of_targets(self, table: Tensor) -> Tensor:
+        """A file's rows of target ids, as many as the target has: those that it lacks are zero."""
+        num_missing = max(self.target.vocab_size - len(table), 0)
+        return F.pad(table[: self.target.vocab_size], (0, 0, 0, num_missing))
+
+    def of_drafts(self, table: Tensor) -> Tensor:
+        """A file's rows of its draft ids: those of the draft ids here."""
+        if self._known is not None:
+            return table[self._known.to(table.device)]
+        num_missing = max(self.num_drafts - len(table), 0)
+        return F.pad(table[: self.num_drafts], (0, 0, 0, num_missing))
+
+    @property
+    def all_ids(self) -> Tensor:
+        """Target ids of all draft ids [n]."""
+        if self.vocabulary is not None:
+            return self.vocabulary
+        return torch.arange(self.num_drafts, dtype=torch.int64, device=self.probe.device)
 
     def tell(self, end: int) -> None:
         """Say once where drafts go on beyond what the network was trained on.
@@ -335,11 +375,15 @@ class DraftHead:
             )
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """The target's embedding, or the drafter's own if its file holds one."""
+        """The target's embedding, or the drafter's own if its file holds one; of the mask token the
+        row that the file may have for it."""
         if self.embedding is None:
             rows = self.target.embed(tokens)
         else:
             rows = F.embedding(tokens.to(self.embedding.device), self.embedding)
+        if self.mask_row is not None:
+            is_mask = (tokens == self.config.mask_token_id).to(rows.device)
+            rows = torch.where(is_mask[..., None], self.mask_row, rows)
         scale = self.config.input_embedding_scale
         return rows if scale == 1 else rows * scale
 
