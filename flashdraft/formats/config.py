@@ -1,34 +1,40 @@
-"""What a drafter's config.json says: the shape of its network, and what it reads from its target.
+"""What a drafter is: the shape of its network, and what it reads from its target.
 
-DFlash: z-lab's config.json (Qwen3's keys, `block_size`, `dflash_config`) and model.safetensors
-(11 tensors a layer and 3 more). EAGLE-3: SafeAILab's and SpecForge's names; their configs say
-nothing of the target's depth, which ours add. Medusa: heads alone. The format that training writes
-is the one that the big engines serve. Knows keys, names and shapes; does not know files
-(`read`, `write`), what else published folders may say (`parse`), nor how a drafter runs.
+One description for all published formats; each has a file of its own that reads it (`zlab`,
+`dflash2`, `dspark`, `domino`, `speculators`) and, where we write it, dresses config.json so. The
+format that training writes is the one that the big engines serve. EAGLE-3: SafeAILab's and
+SpecForge's names; their configs say nothing of the target's depth, which ours add. Medusa: heads
+alone. Knows tensors' names and shapes; does not know files (`read`, `write`), nor how a drafter
+runs.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 from flashdraft.errors import CheckpointError
-from flashdraft.formats.foreign import Json, refuse_config
-from flashdraft.formats.parse import KINDS, OWN_FIELDS, Fields, fields_of, method_of
+from flashdraft.formats import dflash2, domino, dspark, parse, speculators, zlab
+from flashdraft.formats.foreign import Json, refuse_switches
+from flashdraft.formats.parse import KINDS, Fields
+from flashdraft.formats.recognise import TITLES, Format, recognise
+from flashdraft.formats.weights import MASK_ROW, Shapes, told_by_shapes
 from flashdraft.models.attention import Mask
 from flashdraft.models.layers import scaled_length
 
 __all__ = ["OPTIONAL", "DraftConfig"]
 
-OPTIONAL = ("embed_tokens.weight", "lm_head.weight", "d2t", "t2d")  # tensors that a file may hold
+# Tensors that a folder may hold; the last is a file of its own there.
+OPTIONAL = ("embed_tokens.weight", "lm_head.weight", "d2t", "t2d", MASK_ROW)
 
 Shape = tuple[int, ...]
 
-_TITLES = {
-    "dflash": "DFlash",
-    "eagle3": "EAGLE-3",
-    "medusa": "Medusa",
-    "draft_model": "draft_model",
+_READERS = {  # of block drafters: kind -> the fields of its flat config.json
+    "dflash": zlab.read,
+    "dflash2": dflash2.read,
+    "dspark": dspark.read,
+    "domino": domino.read,
 }
+_SILENT = ("num_key_value_heads", "head_dim")  # what z-lab's folders may leave out
 _FIXED = {  # by method: what its config.json always says
     "dflash": {
         "architectures": ["DFlashDraftModel"],
@@ -106,26 +112,38 @@ class DraftConfig:
     head_states: int = 0  # domino: the size of its GRU's state
     confidence_head: bool = False  # DSpark: of how likely a row is accepted
     confidence_with_markov: bool = False  # it reads the embedding of the token before, too
+    # speculators: the target's embedding and lm_head as they lie in its file, without the scale and
+    # the cap of its family (Gemma).
+    raw_tables: bool = False
     method: str = "dflash"
 
     @classmethod
-    def from_json(cls, config: Json, where: str) -> Self:
-        """Read config.json. Raises CheckpointError naming the missing or foreign key."""
-        refuse_config(config, where)
+    def from_json(cls, config: Json, where: str, shapes: Shapes | None = None) -> Self:
+        """Read config.json; shapes: of the tensors beside it, which tell what it leaves out.
 
-        method = "dflash"
+        Raises CheckpointError naming the missing or foreign key.
+        """
+        kind = "dflash"
+        shapes = shapes or {}
         try:
-            method = method_of(config)
-            return cls(**fields_of(config, method, where))
+            form = recognise(config, shapes, where)
+            kind = form.kind
+            if kind in _READERS:
+                return cls(**_block_fields(config, form, shapes, where))
+            flat = config
+            if form.publisher == "speculators":
+                flat = speculators.unwrapped(config, shapes, where)
+            refuse_switches(flat, where)
+            return cls(**parse.other_fields(flat, kind, where))
         except KeyError as error:
             hint = (
                 "a drafter's config.json has block_size and dflash_config with mask_token_id "
                 "and target_layer_ids"
             )
-            raise _garbled(method, error, where, hint=hint) from None
+            raise _garbled(kind, error, where, hint=hint) from None
         except (AttributeError, TypeError, ValueError) as error:
             hint = "mend its config.json, or fetch it again"
-            raise _garbled(method, error, where, hint=hint) from None
+            raise _garbled(kind, error, where, hint=hint) from None
 
     def without_heads(self) -> Self:
         """The same network without its heads, drafting the whole vocabulary."""
@@ -220,9 +238,7 @@ class DraftConfig:
         if is_dflash:
             config["use_sliding_window"] = self.sliding_window is not None
             config["dflash_config"] = reads | self._scales_json()
-            own = self._own_json()
-            if own:
-                config["flashdraft_config"] = own
+            _dress(self, config)
             return config
 
         config |= self._scales_json()
@@ -236,19 +252,6 @@ class DraftConfig:
             "method": self.method,
         }
         return config
-
-    def _own_json(self) -> Fields:
-        """Of blocks and heads: what z-lab's keys do not say, where it is not as in DFlash."""
-        own: Fields = {}
-        if self.sequential_head is not None:
-            own["sequential_head"] = self.sequential_head
-            own["head_rank"] = self.head_rank
-        defaults = {field.name: field.default for field in fields(self)}
-        for name in OWN_FIELDS:
-            value = getattr(self, name)
-            if value != defaults[name]:
-                own[name] = value
-        return own
 
     def _rope_json(self) -> Fields:
         ropes = self.ropes
@@ -389,7 +392,40 @@ class DraftConfig:
         return shapes
 
 
+def _block_fields(config: Json, form: Format, shapes: Shapes, where: str) -> Fields:
+    """Of the config.json of a block drafter."""
+    flat = dict(config)
+    if form.publisher == "speculators":
+        flat = speculators.flat(config, form.anchor_first, shapes, where)
+    told = told_by_shapes(shapes)
+    for name in _SILENT:
+        if flat.get(name) is None and name in told:
+            flat[name] = told[name]
+
+    refuse_switches(flat, where)
+    if form.publisher == "FlashDraft":  # flashdraft_config has the layout
+        return zlab.read(flat, where)
+    return _READERS[form.kind](flat, where, anchor_first=form.anchor_first)
+
+
+def _dress(draft: DraftConfig, config: Fields) -> None:
+    """Make z-lab's config.json, which is of version 1, the one of the drafter's own format; what
+    none of them says stands in `flashdraft_config`."""
+    is_told = True
+    if dflash2.fits(draft):
+        dflash2.dress(draft, config)
+    elif dspark.fits(draft):
+        dspark.dress(draft, config)
+    elif domino.fits(draft):
+        domino.dress(draft, config)
+    else:
+        is_told = False
+    own = zlab.own_json(draft, heads=not is_told)
+    if own:
+        config["flashdraft_config"] = own
+
+
 def _garbled(method: str, error: Exception, where: str, *, hint: str) -> CheckpointError:
-    title = _TITLES.get(method, method)
+    title = TITLES.get(method, method)
     got = f"`{where}` is not a {title} drafter: its config lacks or garbles {error}"
     return CheckpointError(got, hint=hint)

@@ -11,53 +11,117 @@ from typing import Any, NamedTuple, TypeAlias
 
 from flashdraft.errors import CheckpointError
 
-__all__ = ["IMAGE_METHOD", "Json", "is_draft", "refuse_config", "refuse_files", "refuse_tensors"]
+__all__ = [
+    "IMAGE_METHOD",
+    "Json",
+    "is_draft",
+    "names_of",
+    "part_of",
+    "refuse_files",
+    "refuse_format",
+    "refuse_switches",
+    "refuse_tensors",
+    "says_any",
+    "wrapped_kind",
+]
 
 Json: TypeAlias = Mapping[str, Any]  # a config.json, or a part of it
 IMAGE_METHOD = "image_block"  # of an image draft's config.json, which drafts no text
 
 
-class _Format(NamedTuple):
-    """A kind of drafter that is not read, and how it is known."""
+class _Foreigner(NamedTuple):
+    """A kind of drafter that is not read, how it is known, and who runs it."""
 
     name: str
-    words: tuple[str, ...]  # in the name of its class
+    runs: str  # who runs it, as far as their sources say
+    words: tuple[str, ...] = ()  # in the names of its classes
     keys: tuple[str, ...] = ()  # that only its config.json has
+    tensors: tuple[str, ...] = ()  # parts of names that only its tensors have
 
 
-_FORMATS = (
-    _Format(
-        "dflash2",
-        ("dflash2",),
-        ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k"),
+_BOTH = "vLLM and SGLang run it"
+_VLLM = "vLLM runs it"
+_SGLANG = "SGLang runs it"
+_FOREIGNERS = (
+    _Foreigner(
+        "LiLiCorr",
+        _BOTH,
+        ("lilicorr",),
+        ("lilicorr_config", "lilicorr_candidate_topk"),
+        ("lilicorr",),
     ),
-    _Format(
-        "dspark",
-        ("dspark",),
-        (
-            "dspark_config",
-            "markov_rank",
-            "markov_head_type",
-            "num_anchors",
-            "enable_confidence_head",
-        ),
+    _Foreigner("xPress", _VLLM, ("xpress",), ("xpress_rank", "xpress_topc"), ("xpress_head.",)),
+    _Foreigner("Laguna DFlash", _BOTH, ("laguna",), (), ("aux_hidden_norms", ".g_proj.")),
+    _Foreigner("DFlare", "AngelSlim, which made it, runs it", ("dflare",)),
+    _Foreigner("DFly", "AngelSlim, which made it, runs it", ("dfly",)),
+    _Foreigner("TreeFlash", "its authors' own code runs it", ("treeflash",)),
+    _Foreigner(
+        "Muse Glimmer assistant",
+        "transformers, vLLM and SGLang run it",
+        ("museglimmer",),
+        (),
+        ("encoder.fc", "encoder.output_norm_enc"),
     ),
-    _Format("domino", ("domino",), ("domino_config", "shift_label", "pure_draft_prefix_len")),
-    _Format("LiLiCorr", ("lilicorr",), ("lilicorr_config", "lilicorr_candidate_topk")),
-    _Format("xPress", ("xpress",), ("xpress_rank", "xpress_topc")),
-    _Format("Laguna DFlash", ("laguna",)),
-    _Format("DFlare", ("dflare",)),
-    _Format("DFly", ("dfly",)),
-    _Format("TreeFlash", ("treeflash",)),
-    _Format("Muse Glimmer", ("museglimmer",)),
-    _Format(
-        "P-EAGLE", ("peagle",), ("pard_token", "parallel_drafting", "mask_hidden", "num_depths")
+    _Foreigner(
+        "P-EAGLE",
+        _VLLM,
+        ("peagle",),
+        ("pard_token", "parallel_drafting", "mask_hidden", "num_depths"),
+        ("mask_hidden",),
     ),
-    _Format("DeepSpec EAGLE-3", ("qwen3eagle3", "gemma4eagle3")),
-    _Format("published Medusa", (), ("medusa_num_heads",)),
-    _Format("MLP speculator", ("mlp_speculator", "mlpspeculator")),
+    _Foreigner(
+        "Gemma 4 DSpark",
+        _VLLM,
+        ("gemma4dspark",),
+        (),
+        ("layer_scalar", "pre_feedforward_layernorm"),
+    ),
+    _Foreigner("Kimi K3 DSpark", _VLLM, ("k3dspark",), (), ("kv_a_proj",)),
+    _Foreigner("Muse Spark DSpark", _VLLM, ("musesparkdspark",)),
+    _Foreigner("Qwen3-Omni DSpark", _VLLM, ("qwen3omnidspark",)),
+    _Foreigner("Ling DSpark", _SGLANG, ("lingdspark",)),
+    _Foreigner("LFM2 DSpark", "its card says which engine runs it", ("lfm2",)),
+    _Foreigner("Nemotron 3.5", _SGLANG, ("nemotron",), ("has_embed_tokens",)),
+    _Foreigner(
+        "Ornith DSpark",
+        "its card says which engine runs it",
+        ("ornith",),
+        ("enable_qwen35_gated_q_proj",),
+    ),
+    _Foreigner("Bonsai DSpark", "its card says which engine runs it", ("bonsai",), ("log_snr",)),
+    _Foreigner(
+        "DeepSeek-V4 DSpark",
+        _VLLM,
+        ("deepseekv4", "deepseek_v4"),
+        ("dspark_config", "dspark_target_layer_ids", "dspark_block_size"),
+    ),
+    _Foreigner("DeepSpec EAGLE-3", "DeepSpec's own code runs it", ("qwen3eagle3", "gemma4eagle3")),
+    _Foreigner("published Medusa", _VLLM, (), ("medusa_num_heads",)),
+    _Foreigner("MLP speculator", _VLLM, ("mlp_speculator", "mlpspeculator")),
+    _Foreigner("MTP", _VLLM, ("mtpspeculator", "mtpdraft")),
+    _Foreigner(
+        "quantised",
+        "vLLM and SGLang run many of them; its unquantised original is read here",
+        (),
+        ("quantization_config", "compression_config", "quantization"),
+        ("weight_packed", "weight_scale", "qweight", ".scales"),
+    ),
+    _Foreigner(
+        "attention-sink",
+        _BOTH,
+        (),
+        ("attention_sink_bias",),
+        ("attn_sinks", "attention_sink_bias", ".sinks"),
+    ),
 )
-_ANCHOR_FIRST = ("sample_from_anchor", "query_zero_predicts_next")
+_WRAPPED = {  # speculators_model_type -> what is not read of it
+    "peagle": "P-EAGLE",
+    "xpress": "xPress",
+    "mtp": "MTP",
+    "mlp_speculator": "MLP speculator",
+}
+_WRAPPED_READ = ("dflash", "dflash2", "dspark", "eagle3")
+_PROJECTORS = (None, "", "dflash", "dspark", "domino")
 _WORDS = (
     "dflash",
     "dspark",
@@ -82,6 +146,7 @@ _KEYS = (
     "num_target_layers",
     "eagle_aux_hidden_state_layer_ids",
     "medusa_num_heads",
+    "markov_rank",
     *_SPECULATORS,
 )
 # Switches of a network that is ours in all else: what each may say, besides nothing, without
@@ -89,11 +154,8 @@ _KEYS = (
 _SWITCHES: dict[str, tuple[bool | int, ...]] = {
     "use_gemma_norm": (False,),
     "attention_value_scale": (1,),
-    "attention_sink_bias": (False,),
     "h_mup_width_multiplier": (1,),
     "logits_mup_width_multiplier": (1,),
-    "enable_qwen35_gated_q_proj": (False,),
-    "log_snr": (False,),
     "rope_is_neox_style": (True,),
     "is_neox_style": (True,),
     "rope_interleave": (False,),
@@ -101,35 +163,11 @@ _SWITCHES: dict[str, tuple[bool | int, ...]] = {
     "use_aux_norm": (False,),
     "fc_norm": (False,),
     "use_aux_hidden_state": (True,),
-    "quantization_config": (),
-    "compression_config": (),
 }
 _NORM_OFFSETS = ("qwen3_5", "qwen3_next", "gemma")  # families whose norms multiply by 1 + weight
-_TENSORS = {  # part of a tensor's name -> whose it is
-    "candidate_selector.": "DFlash 2",
-    "attention_conv.": "DFlash 2",
-    "mlp_conv.": "DFlash 2",
-    "markov_head.": "DSpark",
-    "confidence_head.": "DSpark",
-    "logit_head.": "DSpark",
-    "prefix_gru.": "Domino",
-    "embed_proj.": "Domino",
-    "lilicorr": "LiLiCorr",
-    "xpress_head.": "xPress",
-    "aux_hidden_norms": "Laguna DFlash",
-    ".g_proj.": "Laguna DFlash",
-    "encoder.fc": "Muse Glimmer",
-    "attn_sinks": "drafters with attention sinks",
-    "attention_sink_bias": "drafters with attention sinks",
-    "weight_packed": "quantised drafters",
-    "weight_scale": "quantised drafters",
-    "qweight": "quantised drafters",
-    "fc_norm.": "EAGLE-3 with norms before fc",
-    "input_norm.": "EAGLE-3 with norms before fc",
-}
 _READ = (
-    "DFlash v1 in z-lab's format, EAGLE-3 in SafeAILab's and SpecForge's, "
-    "and FlashDraft's own folders are read"
+    "read are DFlash, DFlash 2, DSpark, Domino and EAGLE-3 in the folders of z-lab, DeepSpec, "
+    "SpecForge, SafeAILab and speculators, and FlashDraft's own"
 )
 
 
@@ -138,24 +176,36 @@ def is_draft(config: Json) -> bool:
     return _has_word(config, _WORDS) or any(config.get(key) is not None for key in _KEYS)
 
 
-def refuse_config(config: Json, where: str) -> None:
-    """Raises CheckpointError for the config.json of a drafter that is not read here, or not
-    exactly, naming what it is."""
-    _refuse_speculators(config, where)
-    _refuse_formats(config, where)
-    _refuse_anchor_first(config, where)
-    _refuse_switches(config, where)
-    _refuse_shapes(config, where)
+def refuse_format(config: Json, where: str) -> None:
+    """Raises CheckpointError for the config.json of a drafter that is not read here, naming what it
+    is and what would run it."""
+    kind = wrapped_kind(config)
+    if kind is not None and kind not in _WRAPPED_READ:
+        name = _WRAPPED.get(kind, kind)
+        raise _unsupported(f"{name} (speculators)", where, f"{_VLLM}; {_READ}")
+
+    projector = part_of(config, "dflash_config").get("projector_type")
+    if projector not in _PROJECTORS:
+        raise _unsupported(f"{projector}", where, _READ)
+    for foreigner in _FOREIGNERS:
+        if _has_word(config, foreigner.words) or says_any(config, foreigner.keys):
+            raise _unsupported(foreigner.name, where, f"{foreigner.runs}; {_READ}")
+
+    named = names_of(config)
+    is_ours = bool(part_of(config, "flashdraft_config"))
+    if "eagle" in named and "eagle3" not in named and kind is None and not is_ours:
+        got = f"`{where}` is an EAGLE-1 or EAGLE-2 drafter, which is not supported"
+        raise CheckpointError(got, hint=f"{_BOTH}; {_READ}")
 
 
 def refuse_tensors(names: Iterable[str], where: str) -> None:
     """Raises CheckpointError where a tensor's name is known to be another drafter's."""
     known = set(names)
     for name in sorted(known):
-        for part, owner in _TENSORS.items():
-            if part in name:
-                got = f"`{where}` holds {name}: a tensor of {owner}, not supported"
-                raise CheckpointError(got, hint=_READ)
+        for foreigner in _FOREIGNERS:
+            if any(part in name for part in foreigner.tensors):
+                got = f"`{where}` is a {foreigner.name} drafter, which is not supported: it holds"
+                raise CheckpointError(f"{got} {name}", hint=f"{foreigner.runs}; {_READ}")
         is_of_layers = name.startswith("layers.0.self_attn.")
         if is_of_layers and "midlayer.self_attn.q_proj.weight" in known:
             got = f"`{where}` holds {name} beside midlayer, which is not supported"
@@ -164,62 +214,16 @@ def refuse_tensors(names: Iterable[str], where: str) -> None:
 
 def refuse_files(folder: Path) -> None:
     """Raises CheckpointError for a companion file that changes what the network reads."""
-    mask = "mask_embedding.pt"
-    if (folder / mask).exists():
-        hint = (
-            "its mask token has an embedding of its own, pickled, which is not read; "
-            "a drafter without that file works"
-        )
-        raise CheckpointError(f"`{folder}` holds {mask}, which is not supported", hint=hint)
-
     if (folder / "adapter_config.json").exists():
         got = f"`{folder}` holds an adapter (adapter_config.json), which would be left out"
         hint = "merge it into the drafter, or take adapter_config.json out of the folder"
         raise CheckpointError(got, hint=hint)
 
 
-def _refuse_speculators(config: Json, where: str) -> None:
-    if all(config.get(key) is None for key in _SPECULATORS):
-        return
-
-    wrapper = config.get("speculators_config")
-    algorithm = wrapper.get("algorithm") if isinstance(wrapper, Mapping) else None
-    kind = config.get("speculators_model_type") or algorithm or "draft"
-    got = f"`{where}` is a {kind} drafter in the speculators format, which is not read yet"
-    hint = f"speculators (vLLM's library) wraps a drafter in keys of its own; {_READ}"
-    raise CheckpointError(got, hint=hint)
-
-
-def _refuse_formats(config: Json, where: str) -> None:
-    special = config.get("dflash_config")
-    projector = special.get("projector_type") if isinstance(special, Mapping) else None
-    if projector not in (None, "", "dflash"):
-        raise _unsupported(f"{projector}", where)
-
-    for kind in _FORMATS:
-        if _has_word(config, kind.words) or _says_any(config, kind.keys):
-            name = kind.name
-            if name == "dspark" and config.get("markov_rank") == 0:
-                name = "DeepSpec DFlash (anchor-first)"
-            raise _unsupported(name, where)
-
-    is_ours = isinstance(config.get("flashdraft_config"), Mapping)
-    named = _named(config)
-    if "eagle" in named and "eagle3" not in named and not is_ours:
-        raise CheckpointError(
-            f"`{where}` is an EAGLE-1 or EAGLE-2 drafter, which is not supported", hint=_READ
-        )
-
-
-def _refuse_anchor_first(config: Json, where: str) -> None:
-    places = _places(config)
-    for key in _ANCHOR_FIRST:
-        if any(place.get(key) for place in places):
-            hint = (
-                "row k of its blocks predicts the token at anchor + k + 1; "
-                "those whose row k predicts anchor + k are read"
-            )
-            raise _unsupported(key, where, hint=hint)
+def refuse_switches(config: Json, where: str) -> None:
+    """Raises CheckpointError for a switch of a network that is ours in all else. config: flat."""
+    _refuse_switches(config, where)
+    _refuse_shapes(config, where)
 
 
 def _refuse_switches(config: Json, where: str) -> None:
@@ -256,7 +260,7 @@ def _refuse_shapes(config: Json, where: str) -> None:
         raise CheckpointError(got, hint="drafters as wide as their target are read")
 
 
-def _named(config: Json) -> str:
+def names_of(config: Json) -> str:
     """The names of its classes and its model type, in small letters."""
     classes = config.get("architectures") or ()
     if not isinstance(classes, list | tuple):
@@ -266,7 +270,7 @@ def _named(config: Json) -> str:
 
 
 def _has_word(config: Json, words: Iterable[str]) -> bool:
-    named = _named(config)
+    named = names_of(config)
     return any(word in named for word in words)
 
 
@@ -280,7 +284,7 @@ def _places(config: Json) -> list[Json]:
     return places
 
 
-def _says_any(config: Json, keys: Iterable[str]) -> bool:
+def says_any(config: Json, keys: Iterable[str]) -> bool:
     """Whether one of these keys stands somewhere, and says more than no."""
     places = _places(config)
     for key in keys:
@@ -291,5 +295,28 @@ def _says_any(config: Json, keys: Iterable[str]) -> bool:
     return False
 
 
-def _unsupported(kind: str, where: str, *, hint: str = _READ) -> CheckpointError:
+def part_of(config: Json, name: str) -> Json:
+    """A part of config.json; an empty one where it is not there, or none.
+
+    Raises ValueError for what is no part.
+    """
+    part = config.get(name)
+    if part is None:
+        return {}
+    if not isinstance(part, Mapping):
+        raise ValueError(f"{name!r}: {part!r}")
+    return part
+
+
+def wrapped_kind(config: Json) -> str | None:
+    """What the speculators wrapper says the drafter is; None: there is no wrapper."""
+    if all(config.get(key) is None for key in _SPECULATORS):
+        return None
+    kind = config.get("speculators_model_type")
+    if kind is None:
+        kind = part_of(config, "speculators_config").get("algorithm")
+    return str(kind or "draft").lower()
+
+
+def _unsupported(kind: str, where: str, hint: str) -> CheckpointError:
     return CheckpointError(f"`{where}` is a {kind} drafter, which is not supported", hint=hint)

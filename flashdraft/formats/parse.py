@@ -16,21 +16,27 @@ from typing import Any, TypeAlias
 from flashdraft.errors import CheckpointError
 from flashdraft.formats.foreign import Json
 
-__all__ = ["KINDS", "OWN_FIELDS", "Fields", "fields_of", "method_of", "spread_layers"]
+__all__ = [
+    "KINDS",
+    "Fields",
+    "count_of",
+    "dtype_of",
+    "flag_of",
+    "given",
+    "layer_ids_of",
+    "masks_of",
+    "number_of",
+    "other_fields",
+    "rope_of",
+    "scales_of",
+    "sizes_of",
+    "spread_layers",
+]
 
 Fields: TypeAlias = dict[str, Any]  # by name, of a DraftConfig or of a config.json
 Value: TypeAlias = Any  # whatever JSON can hold
 
 KINDS = ("full_attention", "sliding_attention")
-OWN_FIELDS = {  # of flashdraft_config, with the least that a number may be; None: true or false
-    "anchor_first": None,
-    "conv_kernel_size": 1,
-    "conv_group_size": 1,
-    "head_choices": 1,
-    "head_states": 1,
-    "confidence_head": None,
-    "confidence_with_markov": None,
-}
 
 _SIZES = (
     "hidden_size",
@@ -65,47 +71,15 @@ _ROPE_NUMBERS = {
 }
 
 
-def method_of(config: Json) -> str:
-    """The method whose folder this is: ours say so, EAGLE-3's are known by class or by shape."""
-    own = config.get("flashdraft_config") or {}
-    classes = config.get("architectures") or ()
-    named = " ".join(map(str, classes)).lower()
-    looks_like_eagle3 = (
-        config.get("model_type") == "llama"
-        and config.get("num_hidden_layers") == 1
-        and "draft_vocab_size" in config
-    )
-
-    told = own.get("method")
-    if told:
-        return str(told)
-    if looks_like_eagle3 or "eagle3" in named:
-        return "eagle3"
-    return "dflash"
-
-
-def fields_of(config: Json, method: str, where: str) -> Fields:
-    """The fields of this config's DraftConfig."""
-    own = config.get("flashdraft_config") or {}
-    fields = _sizes(config, method)
-    fields |= _masks(config, method, where)
+def other_fields(config: Json, method: str, where: str) -> Fields:
+    """The fields of a drafter that fills no blocks."""
+    fields = sizes_of(config, method)
+    fields |= masks_of(config, method, where)
     kinds = fields["layer_types"] or ("full_attention",)
-    fields["rope_parameters"] = _rope(config, kinds, where)
-    if method == "dflash":
-        fields |= _dflash_reads(config, where)
-    else:
-        fields |= _other_reads(config, where)
-    fields |= _scales(config, method, where)
-    fields["dtype"] = _dtype(config)
-    fields["sequential_head"] = own.get("sequential_head")
-    fields["head_rank"] = _count("head_rank", own.get("head_rank", 64))
-    for name, least in OWN_FIELDS.items():
-        if name not in own:
-            continue
-        if least is None:
-            fields[name] = bool(_flag(own, name))
-        else:
-            fields[name] = _count(name, own[name], least)
+    fields["rope_parameters"] = rope_of(config, kinds, where)
+    fields |= _other_reads(config, where)
+    fields |= scales_of(config, method, where)
+    fields["dtype"] = dtype_of(config)
     fields["method"] = method
     return fields
 
@@ -113,7 +87,7 @@ def fields_of(config: Json, method: str, where: str) -> Fields:
 # --- One value
 
 
-def _given(config: Json, name: str, default: Value = None) -> Value:
+def given(config: Json, name: str, default: Value = None) -> Value:
     """z-lab's rule: a key stands in dflash_config, else at the top, else it has its default."""
     special = config.get("dflash_config") or {}
     nested = special.get(name)
@@ -123,14 +97,14 @@ def _given(config: Json, name: str, default: Value = None) -> Value:
     return default if top is None else top
 
 
-def _flag(config: Json, name: str) -> bool | None:
+def flag_of(config: Json, name: str) -> bool | None:
     value = config.get(name)
     if value is not None and not isinstance(value, bool):
         raise ValueError(f"{name!r}: {value!r}")
     return value
 
 
-def _number(name: str, value: Value) -> float:
+def number_of(name: str, value: Value) -> float:
     """A finite number, which may be written as text. Raises ValueError naming the key."""
     wrong = ValueError(f"{name!r}: {value!r}")
     try:
@@ -142,22 +116,22 @@ def _number(name: str, value: Value) -> float:
     return number
 
 
-def _count(name: str, value: Value, least: int = 1) -> int:
+def count_of(name: str, value: Value, least: int = 1) -> int:
     """A whole number from `least` on."""
-    number = _number(name, value)
+    number = number_of(name, value)
     if number != int(number) or number < least:
         raise ValueError(f"{name!r}: {value!r}")
     return int(number)
 
 
-def _layer_ids(value: Value) -> tuple[int, ...]:
-    """-1 stands for the embeddings, which are refused by name where they are read."""
+def layer_ids_of(value: Value) -> tuple[int, ...]:
+    """-1 stands for the embeddings."""
     if not isinstance(value, list | tuple):
         raise ValueError(f"'target_layer_ids': {value!r}")
-    return tuple(_count("target_layer_ids", layer, least=-1) for layer in value)
+    return tuple(count_of("target_layer_ids", layer, least=-1) for layer in value)
 
 
-def _dtype(config: Json) -> str:
+def dtype_of(config: Json) -> str:
     """In which its weights are written again."""
     told = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
     name = str(told).removeprefix("torch.")
@@ -169,31 +143,31 @@ def _dtype(config: Json) -> str:
 # --- The network's shape
 
 
-def _sizes(config: Json, method: str) -> Fields:
+def sizes_of(config: Json, method: str) -> Fields:
     """Widths, heads and the like; what is absent has the default of the folder's own class."""
     sizes: Fields = {}
     for name in _SIZES:
-        sizes[name] = _count(name, config[name])
+        sizes[name] = count_of(name, config[name])
     for name in ("max_position_embeddings", "draft_vocab_size"):
         if config.get(name) is not None:
-            sizes[name] = _count(name, config[name])
+            sizes[name] = count_of(name, config[name])
     if config.get("rms_norm_eps") is not None:
-        sizes["rms_norm_eps"] = _number("rms_norm_eps", config["rms_norm_eps"])
+        sizes["rms_norm_eps"] = number_of("rms_norm_eps", config["rms_norm_eps"])
         if sizes["rms_norm_eps"] < 0:
             raise ValueError(f"'rms_norm_eps': {config['rms_norm_eps']!r}")
-    sizes["attention_bias"] = bool(_flag(config, "attention_bias"))
+    sizes["attention_bias"] = bool(flag_of(config, "attention_bias"))
 
     defaults = _QWEN3 if method == "dflash" else {}
     heads = sizes["num_attention_heads"]
     groups = config.get("num_key_value_heads", defaults.get("num_key_value_heads"))
-    sizes["num_key_value_heads"] = _count("num_key_value_heads", groups or heads)
+    sizes["num_key_value_heads"] = count_of("num_key_value_heads", groups or heads)
     head_dim = config.get("head_dim", defaults.get("head_dim"))
-    sizes["head_dim"] = _count("head_dim", head_dim or sizes["hidden_size"] // heads)
+    sizes["head_dim"] = count_of("head_dim", head_dim or sizes["hidden_size"] // heads)
     sizes.setdefault("max_position_embeddings", defaults.get("max_position_embeddings", 2048))
     return sizes
 
 
-def _masks(config: Json, method: str, where: str) -> Fields:
+def masks_of(config: Json, method: str, where: str) -> Fields:
     """Which layers have a window, and which are causal inside a block: z-lab's and vLLM's rules."""
     types = tuple(config.get("layer_types") or ())
     if method != "dflash":
@@ -202,16 +176,16 @@ def _masks(config: Json, method: str, where: str) -> Fields:
             raise CheckpointError(f"`{where}` has sliding layers", hint=hint)
         return {"layer_types": types}
 
-    num_layers = _count("num_hidden_layers", config["num_hidden_layers"])
+    num_layers = count_of("num_hidden_layers", config["num_hidden_layers"])
     special = config.get("dflash_config") or {}
     window = None
-    if _flag(config, "use_sliding_window"):
+    if flag_of(config, "use_sliding_window"):
         window = config.get("sliding_window", 4096)
         if not types and window is not None:
             types = _types_by_depth(config, num_layers)
     causal = _causal(config, special)
 
-    use_swa = _flag(special, "use_swa")
+    use_swa = flag_of(special, "use_swa")
     if use_swa is None and special.get("swa_window_size") is not None:
         hint = "say in dflash_config whether use_swa is true or false"
         raise CheckpointError(f"`{where}` has swa_window_size without use_swa", hint=hint)
@@ -227,14 +201,14 @@ def _masks(config: Json, method: str, where: str) -> Fields:
         types = ("sliding_attention",) * num_layers
 
     if window is not None:
-        window = _count("sliding_window", window)
+        window = count_of("sliding_window", window)
     return {"layer_types": types, "sliding_window": window, "causal": causal}
 
 
 def _types_by_depth(config: Json, num_layers: int) -> tuple[str, ...]:
     """Qwen3Config's rule: layers have windows from `max_window_layers` on, by default 28."""
     first = config.get("max_window_layers")
-    first = 28 if first is None else _count("max_window_layers", first, least=0)
+    first = 28 if first is None else count_of("max_window_layers", first, least=0)
     num_full = min(first, num_layers)
     return ("full_attention",) * num_full + ("sliding_attention",) * (num_layers - num_full)
 
@@ -242,9 +216,9 @@ def _types_by_depth(config: Json, num_layers: int) -> tuple[str, ...]:
 def _causal(config: Json, special: Json) -> bool | None:
     """`is_causal` at the top holds before what `special`, dflash_config, says."""
     flags = (
-        _flag(config, "is_causal"),
-        _flag(special, "causal"),
-        _flag(special, "is_causal"),
+        flag_of(config, "is_causal"),
+        flag_of(special, "causal"),
+        flag_of(special, "is_causal"),
     )
     for flag in flags:
         if flag is not None:
@@ -255,7 +229,7 @@ def _causal(config: Json, special: Json) -> bool | None:
 # --- Rotary positions
 
 
-def _rope(config: Json, kinds: Iterable[str], where: str) -> Json:
+def rope_of(config: Json, kinds: Iterable[str], where: str) -> Json:
     """Rotary parameters, flat; by kind of layer where two kinds that are there differ."""
     new = config.get("rope_parameters") or {}
     old = config.get("rope_scaling") or {}
@@ -294,16 +268,16 @@ def _contradict(new: Json, old: Json) -> bool:
     return bool(new_type != old_type)
 
 
-def _one_rope(given: Json, config: Json, where: str) -> Fields:
+def _one_rope(told: Json, config: Json, where: str) -> Fields:
     """Rotary parameters with their defaults, numbers as numbers.
 
     Raises CheckpointError for a rotation of another form.
     """
-    rope = {name: value for name, value in given.items() if value is not None}
+    rope = {name: value for name, value in told.items() if value is not None}
     theta = config.get("rope_theta")
     rope.setdefault("rope_theta", 10000.0 if theta is None else theta)
     for name in _ROPE_NUMBERS & rope.keys():
-        number = _number(name, rope[name])
+        number = number_of(name, rope[name])
         if isinstance(rope[name], str):
             rope[name] = number
     for name in _ROPE_POSITIVE & rope.keys():
@@ -333,52 +307,16 @@ def _one_rope(given: Json, config: Json, where: str) -> Fields:
 # --- What is read from the target, and what is done to it
 
 
-def _dflash_reads(config: Json, where: str) -> Fields:
-    """The block, its mask token, and the target's layers whose outputs are features."""
-    mask = _given(config, "mask_token_id")
-    layers = _given(config, "target_layer_ids")
-    num_target_layers = _count("num_target_layers", config.get("num_target_layers") or 0, least=0)
-    if mask is None and _given(config, "mask_token") is not None:
-        token = _given(config, "mask_token")
-        got = f"`{where}` names its mask token {token!r}, but not its id"
-        hint = "put the token's id into its config.json: mask_token_id in dflash_config"
-        raise CheckpointError(got, hint=hint)
-    if mask is None:
-        raise KeyError("mask_token_id")
-    if layers is None and not num_target_layers:
-        raise KeyError("target_layer_ids")
-
-    if layers is None:
-        num_layers = _count("num_hidden_layers", config["num_hidden_layers"])
-        layer_ids = spread_layers(num_target_layers, num_layers)
-    else:
-        layer_ids = _layer_ids(layers)
-    if layer_ids and min(layer_ids) < 0:
-        got = (
-            f"`{where}` reads layer {min(layer_ids)}, the target's embeddings, "
-            "which is not supported"
-        )
-        hint = "the outputs of the target's layers are read, from 0 on"
-        raise CheckpointError(got, hint=hint)
-
-    return {
-        "block_size": _count("block_size", _given(config, "block_size", 16), least=0),
-        "num_target_layers": num_target_layers,
-        "mask_token_id": _count("mask_token_id", mask, least=0),
-        "target_layer_ids": layer_ids,
-    }
-
-
 def _other_reads(config: Json, where: str) -> Fields:
-    """The same of all other methods, whose own formats have no place for it."""
+    """What drafters without blocks read, whose own formats have no place for it."""
     own = config.get("flashdraft_config") or {}
     layers = own.get("target_layer_ids")
     if layers is None:
         layers = _eagle_layers(config, where)
     reads: Fields = {}
     for name, usual in _USUAL.items():
-        reads[name] = _count(name, own.get(name, usual), least=0)
-    reads["target_layer_ids"] = _layer_ids(layers)
+        reads[name] = count_of(name, own.get(name, usual), least=0)
+    reads["target_layer_ids"] = layer_ids_of(layers)
     return reads
 
 
@@ -395,9 +333,9 @@ def _eagle_layers(config: Json, where: str) -> Sequence[int]:
     from_states: tuple[int, ...] = ()
     outputs: tuple[int, ...] = ()
     if top is not None:
-        from_states = tuple(layer - 1 for layer in _layer_ids(top))
+        from_states = tuple(layer - 1 for layer in layer_ids_of(top))
     if nested is not None:
-        outputs = _layer_ids(nested)
+        outputs = layer_ids_of(nested)
     if from_states and outputs and from_states != outputs:
         got = f"`{where}` names its layers twice and differently: {top} and {nested}"
         hint = (
@@ -413,12 +351,12 @@ def _eagle_layers(config: Json, where: str) -> Sequence[int]:
     return layers
 
 
-def _scales(config: Json, method: str, where: str) -> Fields:
+def scales_of(config: Json, method: str, where: str) -> Fields:
     """What is done to embeddings and logits around the network, and EAGLE-3's switches."""
-    multiplier = _number("output_multiplier", _given(config, "output_multiplier", 1.0))
-    multiplier *= _number("logit_scale", _given(config, "logit_scale", 1.0))
-    scale = _number("input_embedding_scale", _given(config, "input_embedding_scale", 1.0))
-    cap = _number("final_logit_softcapping", _given(config, "final_logit_softcapping", 0.0))
+    multiplier = number_of("output_multiplier", given(config, "output_multiplier", 1.0))
+    multiplier *= number_of("logit_scale", given(config, "logit_scale", 1.0))
+    scale = number_of("input_embedding_scale", given(config, "input_embedding_scale", 1.0))
+    cap = number_of("final_logit_softcapping", given(config, "final_logit_softcapping", 0.0))
     changes_something = multiplier != 1 or scale != 1 or cap != 0
     if method == "draft_model" and changes_something:
         got = f"`{where}` scales its embeddings or logits"
@@ -435,11 +373,11 @@ def _scales(config: Json, method: str, where: str) -> Fields:
 
     nested = config.get("eagle_config") or {}
     for name in ("norm_before_residual", "norm_output"):
-        told = _flag(config, name)
+        told = flag_of(config, name)
         if told is None:
-            told = _flag(nested, name)
+            told = flag_of(nested, name)
         scales[name] = bool(told)
-    scales["tied_head"] = bool(_flag(config, "tie_word_embeddings"))
+    scales["tied_head"] = bool(flag_of(config, "tie_word_embeddings"))
     return scales
 
 

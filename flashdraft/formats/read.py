@@ -7,24 +7,25 @@ Knows files, and which tensors belong to which config. Does not know what a key 
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flashdraft.errors import CheckpointError
 from flashdraft.formats.config import DraftConfig
-from flashdraft.formats.foreign import Json, refuse_files, refuse_tensors
+from flashdraft.formats.foreign import refuse_files
 from flashdraft.formats.parse import KINDS
+from flashdraft.formats.recognise import recognise
+from flashdraft.formats.weights import MASK_ROW, read_mask_row, read_tensors, shapes_of
 from flashdraft.hub import read_config
 from flashdraft.models.heads import HEADS
-from flashdraft.pretrained import foreign_file
 from flashdraft.process import INTS
 
 __all__ = ["read_draft"]
 
 Tensors = Mapping[str, Tensor]
+
+_COPIES = ("embed_tokens.weight", "lm_head.weight")  # of the target's, frozen, in DeepSpec's files
 
 
 def read_draft(folder: Path) -> tuple[DraftConfig, dict[str, Tensor]]:
@@ -33,97 +34,32 @@ def read_draft(folder: Path) -> tuple[DraftConfig, dict[str, Tensor]]:
     Every tensor is there with its shape, or CheckpointError says which is not.
     """
     refuse_files(folder)
+    where = str(folder)
     written = read_config(folder)
-    config = DraftConfig.from_json(written, str(folder))
+    shapes = shapes_of(folder)
+    config = DraftConfig.from_json(written, where, shapes)
     if config.block_size < 2:
         got = f"`{folder}` has block_size {config.block_size}"
         raise CheckpointError(got, hint="a block is the anchor and 1 mask or more")
 
-    tensors = _read_tensors(folder, pickled=config.method == "eagle3")
-    config = _completed(config, written, tensors)
-    refuse_tensors(set(tensors) - set(config.shapes()), str(folder))
+    tensors = read_tensors(folder, pickled=config.method == "eagle3")
+    if config.tied_head and "lm_head.weight" in tensors:
+        config = replace(config, tied_head=False)
+    if config.method == "dflash":
+        row = read_mask_row(folder, config.mask_token_id, config.hidden_size)
+        if row is not None:
+            tensors[MASK_ROW] = row
     _check_tied_head(config, tensors, folder)
     _check_layers(config, folder)
     _check_shapes(config, tensors, folder)
     _check_numbers(tensors, folder)
     _check_heads(config, folder)
     _check_vocabulary(config, tensors, folder)
+
+    if recognise(written, shapes, where).publisher == "DeepSpec":
+        for name in _COPIES:
+            tensors.pop(name, None)
     return config, tensors
-
-
-# --- What the files hold
-
-
-def _read_tensors(folder: Path, *, pickled: bool) -> dict[str, Tensor]:
-    """All tensors of a folder, without the prefix `model.`
-
-    pickled: SafeAILab's .bin files are read, too, tensors only.
-    """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files and pickled:
-        files = sorted(folder.glob("pytorch_model*.bin"))
-    if not files:
-        hint = "pickled weights are not read; convert them"
-        raise CheckpointError(f"`{folder}` holds no .safetensors file", hint=hint)
-
-    tensors: dict[str, Tensor] = {}
-    for path in files:
-        for name, tensor in _tensors_of(path).items():
-            bare = name.removeprefix("model.")
-            if bare in tensors:
-                got = f"`{folder}` holds {bare} twice, the second time in {path.name}"
-                raise CheckpointError(got, hint="move the weights that are old out of the folder")
-            tensors[bare] = tensor
-    return tensors
-
-
-def _tensors_of(path: Path) -> dict[str, Tensor]:
-    found = foreign_file(path)
-    if found is not None:
-        what, hint = found
-        raise CheckpointError(f"`{path}` is {what}", hint=hint)
-
-    try:
-        if path.suffix == ".bin":
-            return _unpickled(path)
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, RuntimeError) as error:
-        hint = "it may be cut short; fetch or write it again"
-        raise CheckpointError(f"`{path}` is damaged: {error}", hint=hint) from None
-
-
-def _unpickled(path: Path) -> dict[str, Tensor]:
-    """Tensors by name, and nothing else: what would run code is refused by torch."""
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError:  # its own words recommend to run the code
-        got = f"`{path}` holds more than tensors, or is no pickle"
-        hint = "pickles can run code, which never runs here: take the drafter as safetensors"
-        raise CheckpointError(got, hint=hint) from None
-
-    is_dict = isinstance(loaded, dict)
-    if not is_dict or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
-        got = f"`{path}` is no dictionary of tensors by name"
-        raise CheckpointError(got, hint="save its state_dict, or safetensors")
-    return dict(loaded)
-
-
-def _completed(config: DraftConfig, written: Json, tensors: Tensors) -> DraftConfig:
-    """What config.json leaves out and the tensors' shapes say: heads, and whether the lm_head is
-    tied to the embedding after all."""
-    norm = tensors.get("layers.0.self_attn.q_norm.weight")
-    if written.get("head_dim") is None and norm is not None and norm.ndim == 1:
-        config = replace(config, head_dim=len(norm))
-
-    keys = tensors.get("layers.0.self_attn.k_proj.weight")
-    is_silent = config.method == "dflash" and written.get("num_key_value_heads") is None
-    if is_silent and keys is not None and keys.ndim == 2:
-        config = replace(config, num_key_value_heads=len(keys) // config.head_dim)
-
-    if config.tied_head and "lm_head.weight" in tensors:
-        config = replace(config, tied_head=False)
-    return config
 
 
 # --- Whether it belongs together
@@ -169,6 +105,7 @@ def _check_shapes(config: DraftConfig, tensors: Tensors, folder: Path) -> None:
         "lm_head.weight": (rows, config.hidden_size),
         "d2t": (rows,),
         "t2d": (vocab_size,),
+        MASK_ROW: (config.hidden_size,),
     }
 
     expected = dict(required)

@@ -25,6 +25,7 @@ from flashdraft.formats.foreign import Json
 from flashdraft.formats.match import check_target
 from flashdraft.formats.parse import Fields
 from flashdraft.formats.read import read_draft
+from flashdraft.formats.weights import MASK_ROW
 from flashdraft.formats.write import write_draft
 from flashdraft.models import native
 from flashdraft.models.heads import SwigluHead
@@ -237,7 +238,7 @@ class DraftHead:
         self.probe = target.embed(torch.zeros(1, **INTS))  # the dtype and device of everything here
         self.native = native.usable(self.probe)  # whether our kernels do the heavy work
         self.embedding = self._own_embedding(embedding)
-        self.mask_row = self._own_mask_row(model.extras.get("mask_embedding"))
+        self.mask_row = self._own_mask_row(model.extras.get(MASK_ROW))
 
         # The lm_head: the file's own, or its embedding, or (None) the target's. The vocabulary:
         # target ids of the draft ids; None: they are the target's own.
@@ -263,9 +264,9 @@ class DraftHead:
             self.own_head = weight.to(self.probe)
 
         cap = config.final_logit_softcapping
-        if not cap:
+        if not cap and not config.raw_tables:
             cap = getattr(target.config, "final_logit_softcapping", None)
-        self.cap = None if cap is None else float(cap)
+        self.cap = float(cap) if cap else None
 
         self.nbytes = 0
         for table in (self.embedding, self.head):
@@ -310,7 +311,9 @@ class DraftHead:
         return F.pad(stored, (0, 0, 0, num_missing)).to(self.probe)
 
     def _target_scales(self) -> bool:
-        """Whether its embedding is more than the rows of a table."""
+        """Whether the embedding that the draft reads is more than the rows of a table."""
+        if self.config.raw_tables:
+            return False
         some = torch.arange(min(self.target.vocab_size, 8), **INTS)
         rows = self.target.embedding_rows(some).to(self.probe)
         return not torch.equal(self.target.embed(some), rows)
@@ -377,10 +380,12 @@ class DraftHead:
     def embed(self, tokens: Tensor) -> Tensor:
         """The target's embedding, or the drafter's own if its file holds one; of the mask token the
         row that the file may have for it."""
-        if self.embedding is None:
-            rows = self.target.embed(tokens)
-        else:
+        if self.embedding is not None:
             rows = F.embedding(tokens.to(self.embedding.device), self.embedding)
+        elif self.config.raw_tables:
+            rows = self.target.embedding_rows(tokens).to(self.probe)
+        else:
+            rows = self.target.embed(tokens)
         if self.mask_row is not None:
             is_mask = (tokens == self.config.mask_token_id).to(rows.device)
             rows = torch.where(is_mask[..., None], self.mask_row, rows)
