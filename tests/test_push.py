@@ -337,7 +337,7 @@ def test_card_names_the_head() -> None:
     card = model_card(
         replace(CONFIG, sequential_head="swiglu", head_rank=7), "t", RUN, FIGURES, num_samples=1
     )
-    assert "| sequential head | swiglu, inner size 7 |" in card
+    assert "| sequential head | swiglu (FlashDraft's own), inner size 7 |" in card
     assert "| draft vocabulary | 61 of 61 tokens |" in card
 
 

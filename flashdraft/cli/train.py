@@ -48,6 +48,8 @@ from flashdraft.train.features import (
     write_features,
 )
 from flashdraft.train.initialise import (
+    HEAD_RANKS,
+    Head,
     copied_from_target,
     draft_config,
     layers_read,
@@ -69,6 +71,7 @@ from flashdraft.types import (
     require,
 )
 
+_LAYOUTS = {"fill-in": False, "anchor-first": True}  # by name: whether the anchor's row predicts
 SETS_HELP = ".jsonl and .json files, or hub data sets as name:split or name:config:split"
 _MOST = 2**31 - 1
 _STEPS = Allowed(0, _MOST)
@@ -112,9 +115,20 @@ class DraftOptions:
         most=HIGHEST,
     )
     head: str | None = option(
-        None, "add a sequential head: swiglu (not in the plain format)", choices=TRAINED_HEADS
+        None,
+        "add a sequential head: selector (DFlash 2, with its convolutions), markov (DSpark) or "
+        "swiglu (ours: no other engine reads it)",
+        choices=TRAINED_HEADS,
     )
-    head_rank: int = option(64, "its inner size", least=1, most=1 << 16)
+    head_rank: int | None = option(
+        None, "its inner size; by default 64, selector and markov 256", least=1, most=1 << 16
+    )
+    layout: str | None = option(
+        None,
+        "row k of a block predicts the token at anchor + k (fill-in) or behind it (anchor-first); "
+        "by default what a new --head has, markov anchor-first, or else what --init-from has",
+        choices=tuple(_LAYOUTS),
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -125,7 +139,7 @@ class DraftOptions:
         Raises InvalidParameter for options that mean nothing beside each other.
         """
         if self.method != "dflash":
-            fixed = ["num_features", "mask_token_id", "head", "head_rank"]
+            fixed = ["num_features", "mask_token_id", "head", "head_rank", "layout"]
             if self.method != "draft_model":
                 fixed.append("num_layers")
             refuse_given(self, f"{self.method} has no such thing", *fixed)
@@ -133,9 +147,11 @@ class DraftOptions:
             refuse_given(self, "no head is added without --head", "head_rank")
 
         wanted: dict[str, int] = {}
+        anchor_first = False
         if self.init_from is not None:
             refuse_given(self, "--init-from has the first weights", "init")
             first = self._first(target).config
+            anchor_first = first.anchor_first
             wanted["num_layers"] = first.num_hidden_layers
             wanted["block_size"] = first.block_size
             wanted["num_features"] = len(first.target_layer_ids)
@@ -144,7 +160,22 @@ class DraftOptions:
             given = getattr(self, name)
             if given is not None:
                 wanted[name] = given
-        return draft_config(target, method=self.method, **wanted)
+        if self.head is not None:
+            anchor_first = self.head == "markov"
+        if self.layout is not None:
+            anchor_first = _LAYOUTS[self.layout]
+        config = draft_config(target, method=self.method, **wanted)
+        return replace(config, anchor_first=anchor_first)
+
+    def new_head(self, network: DraftNetwork) -> Head | None:
+        """The head to add; None where none is wanted, or where --init-from has brought it along."""
+        if self.head is None:
+            return None
+        held = network.config
+        is_held = self.head == held.sequential_head
+        if is_held and self.head_rank in (None, held.head_rank):
+            return None
+        return self.head, self.head_rank or HEAD_RANKS[self.head]
 
     def _first(self, target: Target) -> DraftNetwork:
         """The drafter of --init-from."""
@@ -396,8 +427,7 @@ def train(
     _check_mask(shape, lm)
     data.only(shape.target_layer_ids)
     network = draft.network(shape, lm.target, data, config.seed)
-    head = None if draft.head is None else (draft.head, draft.head_rank)
-    trainer = Trainer(network, lm, data, out, config, head=head)
+    trainer = Trainer(network, lm, data, out, config, head=draft.new_head(network))
     if profile:
         print_table(["part", "ms a step", "share"], profile_training(trainer, profile))
         return

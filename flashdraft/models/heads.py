@@ -28,7 +28,7 @@ __all__ = [
 
 # swiglu is ours; selector is DFlash 2's; the three of markov are DSpark's: vanilla, gated, rnn.
 HEADS = ("swiglu", "selector", "markov", "markov_gated", "markov_rnn", "domino")
-TRAINED_HEADS = ("swiglu",)  # those that `flashdraft train` adds
+TRAINED_HEADS = ("swiglu", "selector", "markov")  # those that `flashdraft train` adds
 
 
 class SwigluHead(nn.Module):

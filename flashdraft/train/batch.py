@@ -1,8 +1,10 @@
 """What one step trains on: random anchors in the answers, and the blocks behind them.
 
 Sequences are packed one behind the other and isolated by masks. A block is an anchor and the
-positions behind it. What stands in a block's first row, the anchor's, is never looked at. All
-methods have the same blocks and labels, so that they can be compared.
+positions behind it. Where blocks are filled in, a row's label is the token at its own position, and
+what stands in a block's first row, the anchor's, is never looked at; in anchor-first blocks it is
+the token one position behind, for the anchor's row too. All methods have the same anchors and
+labels, so that they can be compared.
 Does not know draft networks, losses, optimizers or the order of the samples.
 """
 
@@ -59,7 +61,7 @@ def anchor_bounds(sizes: Sizes, config: DraftConfig, min_context: int = 0) -> tu
     """First and end: anchors lie from the first on; the token before the end is the last label."""
     first = max(sizes.num_prompt, min_context)
     # No block ends beyond the positions that the network is made for.
-    room = config.trained_length - config.block_size + 2
+    room = config.trained_length - config.block_rows + 2
     end = min(sizes.num_tokens, room)
     if sizes.num_final is not None:  # a label needs the state before it
         end = min(end, sizes.num_final + 1)
@@ -84,28 +86,28 @@ def why_no_anchor(sizes: Sizes, config: DraftConfig, min_context: int = 0) -> st
 # Positions and masks of blocks.
 
 
-def block_positions(anchors: Tensor, block_size: int) -> Tensor:
-    """[anchors] -> [anchors * block_size] absolute positions.
+def block_positions(anchors: Tensor, block_rows: int) -> Tensor:
+    """[anchors] -> [anchors * block_rows] absolute positions.
 
     Those past the sequence's end are masked out by the loss.
     """
-    return (anchors[:, None] + torch.arange(block_size, **INTS)).flatten()
+    return (anchors[:, None] + torch.arange(block_rows, **INTS)).flatten()
 
 
-def block_mask(anchors: Tensor, num_context: int, block_size: int) -> Tensor:
+def block_mask(anchors: Tensor, num_context: int, block_rows: int) -> Tensor:
     """What each block row may attend to: the context strictly before its anchor, and its own block.
 
-    The block both ways, and nothing else. bool [anchors * block_size, num_context + anchors *
-    block_size]; keys are the context, then all blocks.
+    The block both ways, and nothing else. bool [anchors * block_rows, num_context + anchors *
+    block_rows]; keys are the context, then all blocks.
     """
     in_context = torch.arange(num_context, **INTS) < anchors[:, None]
-    in_own_block = torch.eye(len(anchors), **BOOLS).repeat_interleave(block_size, 1)
+    in_own_block = torch.eye(len(anchors), **BOOLS).repeat_interleave(block_rows, 1)
     mask_by_block = torch.cat((in_context, in_own_block), dim=1)
-    return mask_by_block.repeat_interleave(block_size, 0)
+    return mask_by_block.repeat_interleave(block_rows, 0)
 
 
 def flex_mask(
-    anchors: Sequence[Tensor], num_context: Sequence[int], block_size: int, device: torch.device
+    anchors: Sequence[Tensor], num_context: Sequence[int], block_rows: int, device: torch.device
 ) -> BlockMask:
     """The same mask for several isolated sequences packed behind each other, for FlexAttention.
 
@@ -121,12 +123,12 @@ def flex_mask(
     end = first + torch.cat(list(anchors)).to(device)
 
     def is_seen(_batch: Tensor, _head: Tensor, row: Tensor, key: Tensor) -> Tensor:
-        block = row // block_size
+        block = row // block_rows
         in_context = (first[block] <= key) & (key < end[block])
-        in_own_block = (key >= num_keys) & ((key - num_keys) // block_size == block)
+        in_own_block = (key >= num_keys) & ((key - num_keys) // block_rows == block)
         return in_context | in_own_block
 
-    num_rows = len(first) * block_size
+    num_rows = len(first) * block_rows
     return create_block_mask(is_seen, None, None, num_rows, num_keys + num_rows, device=device)
 
 
@@ -156,29 +158,29 @@ class Span(NamedTuple):
     def rows(self) -> slice:
         return slice(self.row_start, self.row_end)
 
-    def blocks(self, block_size: int) -> slice:
-        return slice(self.row_start // block_size, self.row_end // block_size)
+    def blocks(self, block_rows: int) -> slice:
+        return slice(self.row_start // block_rows, self.row_end // block_rows)
 
 
 @dataclass(frozen=True)
 class Batch:
     """Block rows are [anchor, mask, mask, ...] per block.
 
-    A row's label is the token at its own position.
+    A row's label is the token at its own position, or in anchor-first blocks at the next one.
     """
 
     features: Tensor  # [context, F * hidden]
     block_tokens: Tensor  # [rows]: anchor and masks of every block
     positions: Positions
-    labels: Tensor  # [rows]; -1 at anchors and past the end
-    previous: Tensor  # [rows]: the token one position before
+    labels: Tensor  # [rows]; -1 past the end, and where the anchor's row predicts nothing
+    previous: Tensor  # [rows]: the token one position before the label
     tokens: Tensor  # [context]
     next_tokens: Tensor  # [context]: the one after each of them, up to the last anchor
-    offsets: Tensor  # [rows]: distance from the anchor
+    offsets: Tensor  # [rows]: the label's distance from the anchor
     spans: list[Span]  # one per sequence
     masks: list[Tensor]  # per sequence: block_mask; empty where `flex` is there
     numbers: list[int]  # per sequence: its sample's global number
-    # [rows, hidden]: the target's state before each row's position, of which its law is made
+    # [rows, hidden]: the target's state before each row's label, of which its law is made
     final: Tensor | None = None
     flex: BlockMask | None = None
 
@@ -222,19 +224,19 @@ def make_batch(
         packed[name] = torch.cat([part[name] for part in parts])
     positions = Positions(context=packed.pop("context_positions"), rows=packed.pop("row_positions"))
 
-    block_size = config.block_size
+    num_rows = config.block_rows
     num_context = [int(drawn[-1]) for drawn in anchors]  # nothing sees beyond the last anchor
     masks = []
     sparse_mask = None
     if flex is None:
         for drawn, count in zip(anchors, num_context, strict=True):
-            masks.append(block_mask(drawn, count, block_size))
+            masks.append(block_mask(drawn, count, num_rows))
     else:
-        sparse_mask = flex_mask(anchors, num_context, block_size, flex)
+        sparse_mask = flex_mask(anchors, num_context, num_rows, flex)
     return Batch(
         **packed,
         positions=positions,
-        spans=_spans(anchors, num_context, block_size),
+        spans=_spans(anchors, num_context, num_rows),
         masks=masks,
         numbers=numbers,
         flex=sparse_mask,
@@ -243,18 +245,21 @@ def make_batch(
 
 def _part(sample: Sample, anchors: Tensor, config: DraftConfig) -> dict[str, Tensor]:
     """One sequence's share of a batch's tensors, by their names."""
-    block_size = config.block_size
+    num_rows = config.block_rows
     num_context = int(anchors[-1])
-    positions = block_positions(anchors, block_size)
-    offsets = torch.arange(block_size, **INTS).repeat(len(anchors))
-    is_anchor = offsets == 0
-    padded = F.pad(sample.tokens, (0, block_size), value=-1)
-    own_tokens = padded[positions]
+    positions = block_positions(anchors, num_rows)
+    is_anchor = (torch.arange(num_rows, **INTS) == 0).repeat(len(anchors))
+
+    # Where the labels stand: at the rows' own positions, or one behind them.
+    shift = 1 if config.anchor_first else 0
+    places = positions + shift
+    offsets = (torch.arange(num_rows, **INTS) + shift).repeat(len(anchors))
+    padded = F.pad(sample.tokens, (0, config.block_size), value=-1)
     part = {
         "features": sample.features[:num_context],
-        "block_tokens": torch.where(is_anchor, own_tokens, config.mask_token_id),
-        "labels": torch.where(is_anchor, -1, own_tokens),
-        "previous": padded[positions - 1].clamp(min=0),
+        "block_tokens": torch.where(is_anchor, padded[positions], config.mask_token_id),
+        "labels": torch.where(offsets == 0, -1, padded[places]),
+        "previous": padded[places - 1].clamp(min=0),
         "tokens": sample.tokens[:num_context],
         "next_tokens": sample.tokens[1 : num_context + 1],
         "context_positions": torch.arange(num_context, **INTS),
@@ -264,18 +269,18 @@ def _part(sample: Sample, anchors: Tensor, config: DraftConfig) -> dict[str, Ten
     if sample.final is not None:
         # What was recorded while decoding lacks the last tokens' states: no label without a law.
         num_final = len(sample.final)
-        part["final"] = sample.final[(positions - 1).clamp(max=num_final - 1)]
-        part["labels"] = part["labels"].masked_fill(positions > num_final, -1)
+        part["final"] = sample.final[(places - 1).clamp(max=num_final - 1)]
+        part["labels"] = part["labels"].masked_fill(places > num_final, -1)
     return part
 
 
-def _spans(anchors: Sequence[Tensor], num_context: Sequence[int], block_size: int) -> list[Span]:
+def _spans(anchors: Sequence[Tensor], num_context: Sequence[int], block_rows: int) -> list[Span]:
     spans = []
     context_start = 0
     row_start = 0
     for own_anchors, own_context in zip(anchors, num_context, strict=True):
         context_end = context_start + own_context
-        row_end = row_start + block_size * len(own_anchors)
+        row_end = row_start + block_rows * len(own_anchors)
         spans.append(Span(context_start, context_end, row_start, row_end))
         context_start = context_end
         row_start = row_end

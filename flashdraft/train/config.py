@@ -80,6 +80,13 @@ _METHODS = {
 }
 
 
+_HEADS = {  # by kind of sequential head
+    "swiglu": "swiglu (FlashDraft's own)",
+    "selector": "DFlash 2's candidate selector",
+    "markov": "DSpark's vanilla Markov head",
+}
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """How one run trains. A default exists here once; the command line reads the help from here."""
@@ -357,17 +364,19 @@ def model_card(
     pairs of step and measured tau.
     """
     method = _METHODS[config.method]
-    head = "none"
-    if config.sequential_head is not None:
-        head = f"{config.sequential_head}, inner size {config.head_rank}"
-    masks = f"; mask token {config.mask_token_id}" if config.method == "dflash" else ""
+    masks = ""
+    if config.method == "dflash":
+        layout = "filled in: row k predicts the token at anchor + k"
+        if config.anchor_first:
+            layout = "anchor-first: row k predicts the token at anchor + k + 1"
+        masks = f"; mask token {config.mask_token_id}; {layout}"
     settings = [f"{name} {value}" for name, value in run["config"].items()]
     measured = [f"| {step} | {tau:.2f} |" for step, tau in figures["taus"]]
     facts = {
         "title": method.title,
         "what": method.what,
         "target": target,
-        "head": head,
+        "head": _head_told(config),
         "masks": masks,
         "layers": ", ".join(map(str, config.target_layer_ids)),
         "num_drafts": config.block_size - 1,
@@ -377,3 +386,16 @@ def model_card(
         "measured": "\n".join(measured),
     }
     return _CARD.format_map(vars(config) | facts | dict(figures) | run["versions"] | run)
+
+
+def _head_told(config: DraftConfig) -> str:
+    kind = config.sequential_head
+    if kind is None:
+        return "none"
+    told = f"{_HEADS.get(kind, kind)}, inner size {config.head_rank}"
+    if kind == "selector":
+        told = f"{told}, among {config.head_choices} candidates"
+    if config.conv_kernel_size:
+        taps = f"{config.conv_kernel_size} rows and groups of {config.conv_group_size} channels"
+        told = f"{told}; convolutions along a block over {taps}"
+    return told

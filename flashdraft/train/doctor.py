@@ -28,6 +28,8 @@ _DRAFTED = 64  # tokens of every answer that are drafted and decoded
 _SEARCHED = 512  # answers in which the mask token is looked for
 _LAW_ROWS = 128  # positions whose laws are alive at a time
 _DRAFT_ROWS = 16  # blocks whose draft laws are alive at a time
+_ANCHOR_FIRST = "row k predicts the token at anchor + k + 1, as in DeepSpec's folders"
+_FILL_IN = "row k predicts the token at anchor + k, as in z-lab's folders"
 _SAID = "FlashDraftAsks"  # what the user says where the chat template is looked at
 _DATE = re.compile(r"\d{1,2} [A-Z][a-z]+ \d{4}|\d{4}-\d\d-\d\d")  # some templates tell today's
 
@@ -65,7 +67,7 @@ def diagnose(
 
     generator = torch.Generator("cpu").manual_seed(seed)
     order = torch.randperm(len(data), generator=generator, **INTS).tolist()
-    room = min(config.trained_length - config.block_size + 2, lm.target.context_length)
+    room = min(config.trained_length - config.block_rows + 2, lm.target.context_length)
     samples = _first_usable(data, order, num_samples, lm.target.context_length, room)
     if not samples:
         none = "no answer has two tokens that could be drafted"
@@ -397,13 +399,14 @@ def _drafts(model: DFlashDraftModel, network: PackedDraft, samples: list[Sample]
     """
     weight = model.norm.weight
     like = network.hidden_norm
-    block_size = model.config.block_size
+    num_rows = model.config.block_rows
+    first = model.config.first_row
     blocks = Pass(model, lambda tokens: network.embed(tokens).to(weight))
     drafts = []
     for sample in samples:
         batch = make_batch([(0, sample)], model.config, len(sample.tokens), 0).to(weight.device)
-        states = blocks(batch).unflatten(0, (-1, block_size))[:, 1:].to(like)
-        anchors = batch.block_tokens[::block_size].to(like.device)
+        states = blocks(batch).unflatten(0, (-1, num_rows))[:, first:].to(like)
+        anchors = batch.block_tokens[::num_rows].to(like.device)
         drafted = []
         for rows, own in zip(states.split(_DRAFT_ROWS), anchors.split(_DRAFT_ROWS), strict=True):
             tokens, _ = network.scored(rows, own)
@@ -442,11 +445,13 @@ def _labels(
     """
     own = _share(samples, drafts)
     shares = {"": own}  # by what the drafts are
+    is_first = model.config.anchor_first
     for shift, token, feature in ((-1, "before", "later"), (1, "behind", "earlier")):
         cause = "the labels were shifted"
-        if shift == 1:
-            layout = "row k predicts the token at anchor + k + 1, as in DeepSpec's folders"
-            cause = f"{cause}, or its blocks are anchor-first ({layout}): off by one"
+        if shift == 1 and not is_first:
+            cause = f"{cause}, or its blocks are anchor-first ({_ANCHOR_FIRST}): off by one"
+        if shift == -1 and is_first:
+            cause = f"{cause}, or its blocks are filled in ({_FILL_IN}): off by one"
         shifted = f"those one position {token}: {cause}"
         shares[shifted] = _share(samples, drafts, shift)
 
@@ -456,9 +461,11 @@ def _labels(
 
     best = max(shares, key=shares.__getitem__)
     text = f"{own:.0%} of the drafts are the tokens at their own positions"
-    rule = "row k of a block predicts the token AT anchor + k, of the features before the anchor"
+    rule = "row k of a block predicts the token AT anchor + k"
+    if is_first:
+        rule = "row k of its blocks predicts the token at anchor + k + 1"
     passed = shares[best] <= 1.5 * own + 0.1
-    hint = f"{rule}; train again without a shift"
+    hint = f"{rule}, of the features before the anchor; train again without a shift"
     return _finding("labels", passed, text, f", {shares[best]:.0%} {best}", hint)
 
 

@@ -2,7 +2,8 @@
 
 A copy starts with the target's own attention keys: fc passes the last feature through, so that the
 context's keys and values are those of the copied layer, and the draft's norms take over the scale
-that the target's heads had. Does not know how a network is trained.
+that the target's heads had. A new sequential head changes nothing yet. Does not know how a network
+is trained.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from flashdraft import hub
 from flashdraft.errors import CheckpointError, InvalidParameter
@@ -21,16 +22,30 @@ from flashdraft.loading import NETWORKS
 from flashdraft.methods.dflash import DFlashDraftModel
 from flashdraft.methods.eagle3 import Eagle3DraftModel
 from flashdraft.methods.network import DraftNetwork
+from flashdraft.models.heads import TRAINED_HEADS
 from flashdraft.models.layers import ROPE_TYPES
 from flashdraft.models.target import Target
-from flashdraft.process import FLOATS, undisturbed
+from flashdraft.process import FLOATS, INTS, undisturbed
 from flashdraft.train.config import Json
 from flashdraft.train.features import Sample
 from flashdraft.types import require
 
-__all__ = ["copied_from_target", "draft_config", "layers_read", "random_weights", "taken_from"]
+__all__ = [
+    "HEAD_RANKS",
+    "Head",
+    "copied_from_target",
+    "draft_config",
+    "draft_only",
+    "layers_read",
+    "random_weights",
+    "taken_from",
+    "with_head",
+]
 
 MASK_TOKENS = {"smollm2-135m": 16}  # unused ids of the built-in targets' vocabularies
+HEAD_RANKS = {"swiglu": 64, "selector": 256, "markov": 256}  # of new heads; published, but swiglu's
+_CONV_TAPS = 2  # of DFlash 2's published convolutions
+_CONV_GROUP = 16
 _BLOCKS = {"dflash": 4, "eagle3": 6, "medusa": 5, "draft_model": 2}
 _SHAPE = (  # of the target's config, that the draft network takes over
     "hidden_size",
@@ -40,6 +55,7 @@ _SHAPE = (  # of the target's config, that the draft network takes over
     "head_dim",
     "rms_norm_eps",
 )
+Head = tuple[str, int]  # kind and rank of a sequential head
 
 
 # The shape.
@@ -145,18 +161,20 @@ def layers_read(num_target_layers: int, method: str, num_features: int) -> tuple
 
 
 @undisturbed
-@torch.random.fork_rng(devices=[])  # what modules draw for themselves is drawn again, by `seed`
+@torch.random.fork_rng(devices=[])
 def random_weights(config: DraftConfig, seed: int) -> DraftNetwork:
     """Of the config's method: matrices from N(0, 0.02), norms at one.
 
-    Medusa's heads are at zero, as in its paper.
+    Medusa's heads are at zero, as in its paper; what is new in DFlash changes nothing yet.
     """
+    torch.default_generator.manual_seed(seed)
     model = NETWORKS[config.method](config)
     if config.method == "medusa":
         return model
     generator = torch.Generator("cpu").manual_seed(seed)
+    drawn = replace(config.without_heads(), conv_kernel_size=0).shapes()
     for name, parameter in model.named_parameters():
-        if parameter.ndim > 1 and "_conv." not in name:  # new convolutions change nothing
+        if parameter.ndim > 1 and name in drawn:
             torch.nn.init.normal_(parameter, 0.0, 0.02, generator=generator)
     return model
 
@@ -165,17 +183,25 @@ def random_weights(config: DraftConfig, seed: int) -> DraftNetwork:
 def taken_from(config: DraftConfig, donor: DraftNetwork, seed: int) -> DraftNetwork:
     """A network for one target that starts from another one's drafter.
 
-    Every tensor of the same shape is taken, the others are random. A sequential head comes along
-    where the vocabulary is the same. Raises InvalidParameter where no layer fits.
+    Every tensor of the same shape is taken, the others are random. Convolutions come along, and
+    where the vocabulary is the same a sequential head, too. The layout of blocks is the config's.
+    Raises InvalidParameter where no layer fits, or for a head that is not trained here.
     """
     theirs = donor.config
+    config = replace(
+        config,
+        conv_kernel_size=theirs.conv_kernel_size,
+        conv_group_size=theirs.conv_group_size,
+    )
     if theirs.sequential_head is not None and theirs.vocab_size == config.vocab_size:
         config = replace(
             config,
             draft_vocab_size=theirs.draft_vocab_size,
             sequential_head=theirs.sequential_head,
             head_rank=theirs.head_rank,
+            head_choices=theirs.head_choices,
         )
+    _check_heads(theirs)
     model = random_weights(config, seed)
     if config.draft_vocab_size is not None:
         model.extras = {name: donor.extras[name] for name in ("d2t", "t2d")}
@@ -192,6 +218,79 @@ def taken_from(config: DraftConfig, donor: DraftNetwork, seed: int) -> DraftNetw
     for name, tensor in fitting.items():
         state[name].copy_(tensor)
     return model
+
+
+def _check_heads(config: DraftConfig) -> None:
+    kind = config.sequential_head
+    odd = "" if kind in (None, *TRAINED_HEADS) else kind
+    if config.confidence_head:
+        odd = "confidence"
+    if odd:
+        got = f"that drafter has a {odd} head, which is not trained here"
+        plain = "DFlashDraftModel.from_pretrained(folder).save_pretrained(other, plain=True)"
+        raise InvalidParameter(got, hint=f"start from a copy without heads: {plain}")
+
+
+# Sequential heads.
+
+
+@undisturbed
+def with_head(model: DraftNetwork, head: Head, seed: int) -> DFlashDraftModel:
+    """The same network with a new sequential head, drawn by `seed`, that changes nothing yet.
+
+    A selector comes with DFlash 2's convolutions. Raises InvalidParameter where it has a head, or
+    where these do not divide its width.
+    """
+    assert isinstance(model, DFlashDraftModel), "only dflash has a sequential head"
+    config = model.config
+    held = config.sequential_head
+    if held is not None:
+        got = f"the drafter has a {held} head of inner size {config.head_rank} already"
+        raise InvalidParameter(got, hint="leave out --head and --head-rank")
+
+    kind, rank = head
+    config = replace(config, sequential_head=kind, head_rank=rank)
+    if kind == "selector" and not config.conv_kernel_size:
+        if config.hidden_size % _CONV_GROUP:
+            got = f"a selector's convolutions have groups of {_CONV_GROUP} channels"
+            hint = "add a markov or a swiglu head"
+            raise InvalidParameter(f"{got}, the drafter {config.hidden_size} channels", hint=hint)
+        config = replace(config, conv_kernel_size=_CONV_TAPS, conv_group_size=_CONV_GROUP)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        made = DFlashDraftModel(config)
+    state = made.state_dict()
+    for name, tensor in model.state_dict().items():
+        state[name].copy_(tensor)
+    made.extras = dict(model.extras)
+    return made
+
+
+@undisturbed
+@torch.no_grad()
+def draft_only(model: DraftNetwork, tokens: Tensor | None) -> None:
+    """Draft these tokens [n] alone, ascending, or all of the target's: None.
+
+    A Markov head keeps the rows that it has for them; new ones are zero.
+    """
+    vocab_size = model.config.vocab_size
+    head = getattr(model, "markov_head", None)
+    if head is not None:
+        old = head.markov_w2.weight
+        ids = torch.arange(len(old), **INTS)
+        if "d2t" in model.extras:
+            ids = ids + model.extras["d2t"]
+        by_target = old.new_zeros(vocab_size, old.shape[1])
+        by_target[ids] = old
+        head.markov_w2.weight = nn.Parameter(by_target if tokens is None else by_target[tokens])
+
+    if tokens is None:
+        model.extras.pop("d2t", None)
+        model.extras.pop("t2d", None)
+        model.config = replace(model.config, draft_vocab_size=None)
+    else:
+        model.reduce_vocabulary(tokens)
 
 
 # The target's own layers.

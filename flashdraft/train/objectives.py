@@ -19,6 +19,7 @@ from flashdraft.process import INTS
 from flashdraft.train.batch import Batch
 from flashdraft.train.config import TrainConfig
 from flashdraft.train.features import Data
+from flashdraft.train.heads import Chosen, step_head
 
 __all__ = [
     "Accuracy",
@@ -171,34 +172,47 @@ class Loss:
         """The weighted sum over a micro-batch, and `hit`, `loss`, `row` of its labelled rows."""
         config = self.config
         labelled = (batch.labels >= 0).nonzero()[:, 0]
-        block_size = self.model.config.block_size
-        blocks = labelled // block_size
+        num_rows = self.model.config.block_rows
+        blocks = labelled // num_rows
         candidates, labels = self._candidates(batch.labels[labelled], step)
         lm_head = self.head[candidates].to(states.dtype)
         final = batch.final if config.kl + config.tv else None
-        sequential = self.model.sequential_head
+        previous = batch.previous[labelled]
+        head = step_head(self.model, self.target.embed, self.vocabulary, previous, candidates)
 
         def part(hidden: Tensor, chunk: slice) -> tuple[Tensor, Figures]:
             rows = labelled[chunk]
             wanted = labels[chunk]
-            if sequential is not None:
-                hidden = sequential(hidden, self.target.embed(batch.previous[rows]))
+            hidden = head.states(hidden, chunk)
             logits = F.linear(hidden, lm_head).float()
             target_logits = None
             if final is not None:
                 target_logits = F.linear(final[rows].to(lm_head.dtype), lm_head).float()
 
-            losses = self._row_losses(logits, wanted, target_logits)
-            log_q = -F.cross_entropy(logits.detach(), wanted, reduction="none")
+            chosen = head.chosen(hidden, logits, wanted, chunk)
+            losses = self._head_losses(chosen, target_logits)
+            if chosen.columns is not None:  # that the label is among them is learned, too
+                losses = losses + self._row_losses(logits, wanted, target_logits)
+
+            law = chosen.logits.detach()
+            log_q = -F.cross_entropy(law, chosen.labels, reduction="none")
             weights = position_weights(
                 config.weights, log_q, batch.offsets[rows], blocks[chunk], gamma=config.gamma
             )
-            hit = (logits.detach().argmax(-1) == wanted).float()
-            figures = {"hit": hit, "loss": losses.detach(), "row": rows}
+            hit = law.argmax(-1) == chosen.labels
+            if chosen.is_there is not None:
+                hit = hit & chosen.is_there
+            figures = {"hit": hit.float(), "loss": losses.detach(), "row": rows}
             return (losses * weights).sum(), figures
 
-        parameters = [] if sequential is None else list(sequential.parameters())
-        return chunked_loss(states[labelled], parameters, _chunks(blocks, block_size), part)
+        chunks = _chunks(blocks, num_rows)
+        return chunked_loss(states[labelled], head.parameters, chunks, part)
+
+    def _head_losses(self, chosen: Chosen, target_logits: Tensor | None) -> Tensor:
+        """[n]: of the law by which drafts are chosen; the target's law over the same columns."""
+        if target_logits is not None and chosen.columns is not None:
+            target_logits = target_logits.gather(1, chosen.columns)
+        return self._row_losses(chosen.logits, chosen.labels, target_logits)
 
     def _row_losses(self, logits: Tensor, labels: Tensor, target_logits: Tensor | None) -> Tensor:
         """[n]: cross-entropy, KL and total variation, each by its share."""
@@ -228,12 +242,12 @@ class Loss:
         return candidates, torch.searchsorted(candidates, labels)
 
 
-def _chunks(blocks: Tensor, block_size: int) -> list[slice]:
+def _chunks(blocks: Tensor, num_rows: int) -> list[slice]:
     """Slices of rows: whole blocks, as many as _CHUNK rows hold, or one.
 
-    blocks: [n] which block a row belongs to, ascending.
+    blocks: [n] which block a row belongs to, ascending. num_rows: of a block.
     """
-    blocks_a_chunk = max(1, _CHUNK // block_size)
+    blocks_a_chunk = max(1, _CHUNK // num_rows)
     end = int(blocks[-1]) + 1
     firsts = torch.arange(0, end, blocks_a_chunk, dtype=torch.int64, device=blocks.device)
     starts = torch.searchsorted(blocks, firsts).tolist()
@@ -255,7 +269,7 @@ def common_tokens(data: Data, count: int) -> tuple[Tensor, float]:
 
 
 def accuracy(hits: Tensor, size: int) -> Accuracy:
-    """hits: [n, 2], hit and offset of the labelled rows, blocks of `size` rows in order."""
+    """hits: [n, 2], hit and offset of the labelled rows, blocks of `size` nodes in order."""
     hit = hits[:, 0]
     offset = hits[:, 1].long()
     block = (offset == 1).cumsum(0) - 1

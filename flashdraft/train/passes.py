@@ -1,6 +1,6 @@
 """Every method's training pass: a state for every block row of a batch.
 
-The lm_head turns a state into a guess of the row's own token. Does not know losses or optimizers.
+The lm_head turns a state into a guess of the row's label. Does not know losses or optimizers.
 """
 
 from __future__ import annotations

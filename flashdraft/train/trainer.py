@@ -33,7 +33,6 @@ from flashdraft.engine import check
 from flashdraft.errors import DataError, FlashDraftError, InvalidParameter, first_line
 from flashdraft.files import check_facts, locked, say, write_file, write_tensors
 from flashdraft.generate import Model, Prompt
-from flashdraft.methods.dflash import DFlashDraftModel
 from flashdraft.methods.network import DraftNetwork
 from flashdraft.process import FLOATS, INTS, signals_told, undisturbed
 from flashdraft.provenance import provenance
@@ -51,6 +50,7 @@ from flashdraft.train.config import (
 from flashdraft.train.facts import target_facts
 from flashdraft.train.features import Data, Sample
 from flashdraft.train.flops import FlopCount
+from flashdraft.train.initialise import Head, draft_only, with_head
 from flashdraft.train.objectives import Accuracy, Figures, Loss, accuracy, common_tokens
 from flashdraft.train.passes import Pass
 from flashdraft.train.rows import LeftOut
@@ -67,7 +67,7 @@ _NOT_OURS = (
     "ACCELERATE_USE_PARALLELISM_CONFIG",
 )
 _FREE = ("steps", "eval_every", "save_every", "tracker")  # what may change when a run goes on
-Head = tuple[str, int] | None  # kind and rank of a sequential head to add
+_TABLES = ("codebook", "markov_w1.weight", "markov_w2.weight", "base_kernel")  # do not decay
 
 
 class StepFigures(Accuracy):
@@ -96,8 +96,11 @@ class Trainer:
         out: Path,
         config: TrainConfig,
         *,
-        head: Head = None,
+        head: Head | None = None,
     ) -> None:
+        """head: a new one for the network, which is then a copy."""
+        if head is not None:
+            model = with_head(model, head, config.seed)
         self.model = model
         self.lm = lm
         self.target = lm.target
@@ -124,9 +127,7 @@ class Trainer:
         self.coverage: float | None = None  # share of the answers' tokens in the draft vocabulary
         self.vocabulary: Tensor | None = None  # where it is new
         vocabulary = self._draft_vocabulary()
-        if head is not None:
-            _add_head(model, head, config.seed)
-        if model.sequential_head is not None and self.acc.distributed_type == "FSDP":
+        if model.config.sequential_head is not None and self.acc.distributed_type == "FSDP":
             raise InvalidParameter(
                 "a sequential head cannot be trained under FSDP",
                 hint="use recipes/accelerate/ddp.yaml",
@@ -521,6 +522,7 @@ class Trainer:
         """The tokens that are drafted: the answers' commonest ones when the run began."""
         vocab_size = self.target.vocab_size
         if self.config.vocab == 0 or self.config.vocab >= vocab_size:
+            draft_only(self.model, None)
             return torch.arange(vocab_size, **INTS)
 
         path = self.out / "vocabulary.safetensors"
@@ -530,7 +532,7 @@ class Trainer:
         else:
             tokens, self.coverage = common_tokens(self.data, self.config.vocab)
             self.vocabulary = tokens
-        self.model.reduce_vocabulary(tokens)
+        draft_only(self.model, tokens)
         return tokens
 
     def _save(self) -> None:
@@ -626,25 +628,22 @@ class Trainer:
         return int(max(self.acc.gather(own).tolist()))
 
 
-def _add_head(model: DraftNetwork, head: tuple[str, int], seed: int) -> None:
-    """A new sequential head, drawn by `seed`."""
-    assert isinstance(model, DFlashDraftModel), "only dflash has a sequential head"
-    held = model.config.sequential_head
-    if held is not None:
-        raise InvalidParameter(f"the drafter has a {held} head already", hint="leave out --head")
-    kind, rank = head
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        model.add_head(kind, rank)
-
-
 def _parameter_groups(model: DraftNetwork, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's: matrices decay, norms and biases do not."""
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    """AdamW's: matrices decay, norms and biases do not.
+
+    Nor do tables with a row a token, which would fade where a token is rare, nor kernels that begin
+    at the identity.
+    """
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 and not name.endswith(_TABLES):
+            matrices.append(parameter)
+        else:
+            others.append(parameter)
     return [
         {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": others, "weight_decay": 0.0},
     ]
 
 
