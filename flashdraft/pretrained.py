@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from flashdraft.decoding import ending
 from flashdraft.errors import CheckpointError, FlashDraftError, UnsupportedTarget, first_line
 from flashdraft.process import new_lock
+from flashdraft.wrappers import LEFT_OUT, WRAPPERS, TextPart, text_config, text_part
 
 __all__ = [
     "Json",
@@ -224,7 +225,8 @@ def _take_template(source: Source, tokenizer: Tokenizer) -> None:
 def read_model(source: Source, *, dtype: str = "auto") -> Theirs:
     """The model of these files, every tensor of it from them.
 
-    Look at a folder with `check_folder` first. Raises CheckpointError or UnsupportedTarget.
+    Of a model that also sees or hears, its language model. Look at a folder with `check_folder`
+    first. Raises CheckpointError or UnsupportedTarget.
     """
     options: Json = {
         **source.options,
@@ -234,26 +236,72 @@ def read_model(source: Source, *, dtype: str = "auto") -> Theirs:
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,
     }
+    part: TextPart | None = None
     try:
         from transformers import AutoModelForCausalLM
 
+        part = _text_part(source)
+        if part is not None:
+            options |= {"config": part.config, "key_mapping": part.names}
         with without_bars():
             loaded: Theirs = AutoModelForCausalLM.from_pretrained(source.folder, **options)
     except Exception as error:  # a quantiser's, a reader's, an allocator's
         raise _explained(error, source) from None
 
     model, info = loaded
+    if part is not None:
+        _leave_wrapper(model, part, info)
     _check_whole(source, type(model).__name__, info)
     if source.gguf is not None:
         _check_all_used(source, model)
     return model
 
 
-def read_their_config(source: Source) -> Theirs:
-    """The config of these files as transformers reads it."""
+def _text_part(source: Source) -> TextPart | None:
+    """The language model of a folder whose model also sees or hears; None of other folders."""
+    if source.gguf is not None:
+        return None
+    config = read_config(source.folder)
+    if not _is_wrapper(config):
+        return None
+
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+    names: set[str] = set()
+    for file, promised in _weight_files(source, config).items():
+        names |= promised or set(_header(source, file))
+    part = text_part(AutoConfig.from_pretrained(source.folder, trust_remote_code=False), names)
+    if part is None:
+        got = f"`{source.name}` is a {config['model_type']} model whose language model is not found"
+        raise CheckpointError(got, hint=f"its tensors have names that are not known; {_AGAIN}")
+    part.config.model_type = part.layout
+    return part
+
+
+def _is_wrapper(config: Json) -> bool:
+    """Whether a language model is read out of this folder. A quantised one names its layers as the
+    wrapper does, and is read whole."""
+    return config.get("model_type") in WRAPPERS and _quantisation(config) is None
+
+
+def _leave_wrapper(model: Theirs, part: TextPart, info: Json) -> None:
+    """Let the language model forget that it was part of another one, eyes and ears included."""
+    model.config.model_type = type(part.config).model_type
+    of_text = []
+    for name in info["unexpected_keys"]:
+        if not any(piece in LEFT_OUT for piece in name.split(".")):
+            of_text.append(name)
+    info["unexpected_keys"] = of_text
+
+
+def read_their_config(source: Source) -> Theirs:
+    """The config of these files as transformers reads it; the language model's, where it is part of
+    another one."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+    is_part = source.gguf is None and _is_wrapper(read_config(source.folder))
+    return text_config(config) if is_part else config
 
 
 def check_tokenizer(source: Source, tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -383,9 +431,14 @@ def _check_kind(source: Source, config: Json) -> None:
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    if _is_wrapper(config):
+        return
     if kind in CONFIG_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         got = f"`{name}` is a {kind} model, no language model"
-        raise UnsupportedTarget(got, hint="a causal language model is needed")
+        hint = "a causal language model is needed"
+        if isinstance(config.get("text_config"), dict):
+            hint = f"{hint}, or one inside a wrapper of {', '.join(WRAPPERS)}, not quantised"
+        raise UnsupportedTarget(got, hint=hint)
 
 
 def _architectures(config: Json) -> list[str]:

@@ -16,7 +16,7 @@ LEVELS = {
     for level, names in enumerate(
         (
             "types errors files growing process provenance",
-            "decoding.* hub pretrained diffusion.coupling",
+            "decoding.* hub pretrained wrappers diffusion.coupling",
             "models.*",
             "formats.* methods.*",
             "engine scheduler request",

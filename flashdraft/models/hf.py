@@ -32,6 +32,7 @@ CHECKED = (
     "qwen3",
     "qwen3_moe",
     "gemma3_text",
+    "gemma4_text",
     "phi3",
     "gpt_oss",
     "glm4",
@@ -242,6 +243,16 @@ def _why_unsupported(model: HFModel, config: HFConfig) -> str | None:
 
     if getattr(config, "max_position_embeddings", None) is None:
         return "its config has no max_position_embeddings"
+
+    if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
+        return "its tokens see those behind them (use_bidirectional_attention)"
+
+    shares_keys = getattr(config, "num_kv_shared_layers", 0)
+    if shares_keys and not getattr(config, "hidden_size_per_layer_input", 1):
+        return (
+            "its layers share keys and values without inputs of their own, "
+            "which transformers cannot run"
+        )
 
     rope = getattr(config, "rope_parameters", None) or {}
     by_kind = any(isinstance(own, Mapping) for own in rope.values())
