@@ -289,6 +289,16 @@ def test_load_takes_it_by_name_and_refuses_other_models(tmp_path: Path, traces: 
 
 
 HEAD: dict[str, Any] = {"sequential_head": "swiglu", "head_rank": 8}
+SELECTOR: dict[str, Any] = {"sequential_head": "selector", "head_rank": 8, "tree_nodes": 6}
+MARKOV: dict[str, Any] = {
+    "sequential_head": "markov_rnn",
+    "head_rank": 8,
+    "anchor_first": True,
+    "confidence_head": True,
+    "confidence_with_markov": True,
+}
+DOMINO: dict[str, Any] = {"sequential_head": "domino", "head_rank": 8, "head_states": 8}
+EMBEDDINGS: dict[str, Any] = {"target_layer_ids": (-1, 2)}
 TARGETS: dict[str, Callable[[Any], Target]] = {
     "torch": lambda model: LeanTarget(model, "", kernel="torch"),
     "compiled": lambda model: LeanTarget(model, "", kernel="compiled"),
@@ -301,6 +311,10 @@ TARGETS: dict[str, Callable[[Any], Target]] = {
     [
         ("torch", {"tree_nodes": 6}, 0.0),
         ("torch", HEAD, 0.7),
+        ("torch", SELECTOR, 0.0),
+        ("torch", MARKOV | {"tree_nodes": 6}, 0.0),
+        ("torch", DOMINO | EMBEDDINGS, 0.7),
+        ("compiled", MARKOV, 0.0),
         ("compiled", {}, 0.0),
         ("transformers", {}, 0.7),
     ],

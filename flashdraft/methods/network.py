@@ -347,15 +347,13 @@ class DraftHead:
 
     def of_targets(self, table: Tensor) -> Tensor:
         """A file's rows of target ids, as many as the target has: those that it lacks are zero."""
-        num_missing = max(self.target.vocab_size - len(table), 0)
-        return F.pad(table[: self.target.vocab_size], (0, 0, 0, num_missing))
+        return _of_length(table, self.target.vocab_size)
 
     def of_drafts(self, table: Tensor) -> Tensor:
         """A file's rows of its draft ids: those of the draft ids here."""
         if self._known is not None:
             return table[self._known.to(table.device)]
-        num_missing = max(self.num_drafts - len(table), 0)
-        return F.pad(table[: self.num_drafts], (0, 0, 0, num_missing))
+        return _of_length(table, self.num_drafts)
 
     @property
     def all_ids(self) -> Tensor:
@@ -427,3 +425,11 @@ class DraftHead:
         if self.own_head is None:
             return self.target.head_weight(self.ids(drafts))
         return self.own_head[drafts]
+
+
+def _of_length(table: Tensor, num_rows: int) -> Tensor:
+    """Cut, or with rows of zeros behind it; not copied where it has that length."""
+    num_missing = num_rows - len(table)
+    if num_missing <= 0:
+        return table[:num_rows]
+    return F.pad(table, (0, 0, 0, num_missing))
