@@ -50,6 +50,7 @@ __all__ = [
     "drafters",
     "load",
     "load_target",
+    "load_tokenizer",
     "open_network",
     "shipped",
     "union_parts",
@@ -192,6 +193,14 @@ def load_target(
     loaded = _read(source, device, dtype, kernel)
     shelf.keep(loaded.target, loaded.tokenizer)
     return loaded
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """A target's tokenizer alone."""
+    files = hub.resolve(name)
+    if isinstance(files, hub.GgufFile):
+        return read_tokenizer(Source(name, files.folder, files.filename))
+    return read_tokenizer(Source(name, files))
 
 
 def _read(source: Source, device: str, dtype: str, kernel: str) -> Loaded:

@@ -175,7 +175,7 @@ def check_options(options: DataclassInstance) -> None:
         kind, takes_several = kinds[f.name]
         several = value if takes_several and isinstance(value, tuple) else (value,)
         for one in several:
-            check_option(f.name, one, kind, f.metadata.get("allowed"))
+            check_option(f.name.rstrip("_"), one, kind, f.metadata.get("allowed"))
 
 
 def check_option(name: str, value: Any, kind: type | None, allowed: Allowed | None = None) -> None:

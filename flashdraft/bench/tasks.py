@@ -21,7 +21,15 @@ from flashdraft.train.questions import as_prompt
 from flashdraft.train.rows import json_list, placed_rows, read_jsonl
 from flashdraft.types import COUNTS, check_option
 
-__all__ = ["TASKS", "BenchPrompt", "named", "read_ids", "read_prompts", "write_tasks"]
+__all__ = [
+    "TASKS",
+    "BenchPrompt",
+    "evaluation_texts",
+    "named",
+    "read_ids",
+    "read_prompts",
+    "write_tasks",
+]
 
 Entry = dict[str, Any]  # a JSON object: of a set, of a prompts file, or of TASKS
 Turn = dict[str, str]  # `role` and `content`
@@ -124,6 +132,24 @@ def write_tasks(
     facts = {"data": str(data or "the hub"), "tasks": sorted(tasks), "first": first}
     write_own(real, {real.name: "".join(lines).encode()}, "tasks", facts)
     return len(lines)
+
+
+def evaluation_texts(data: Path) -> Iterator[str]:
+    """What every entry of every set asks, of the sets that lie in this folder.
+
+    Raises DataError where none does.
+    """
+    found = False
+    for task, table in TASKS.items():
+        if not (data / table["file"]).is_file():
+            continue
+        found = True
+        for entry in _entries(task, data):
+            asked = _asked(entry, table.get("prompt"))
+            yield from asked.get("turns") or [asked["prompt"]]
+    if not found:
+        hint = "name the evaluation sets' folder with --data or FLASHDRAFT_DATA"
+        raise DataError(f"`{data}` holds no evaluation set", hint=hint)
 
 
 def _wanted(tasks: Collection[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 A parameter that is a dataclass stands for its fields: every default and help text exists once,
 beside its field. A field without metadata stays at its default; a tuple becomes an option that may
-be given several times.
+be given several times; an underscore at the end keeps a field's name apart from a word of Python.
 """
 
 import dataclasses
@@ -79,6 +79,6 @@ def _fields(group: type[Any]) -> Iterator[inspect.Parameter]:
             item = get_args(hint)[0]
             hint = list[item]  # type: ignore[valid-type]
             default = list(default)
-        name = f"--{field.name.replace('_', '-')}"
+        name = f"--{field.name.rstrip('_').replace('_', '-')}"
         option = typer.Option(name, help=field.metadata["help"])
         yield parameter.replace(default=default, annotation=Annotated[hint, option])

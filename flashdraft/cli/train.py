@@ -12,7 +12,7 @@ from typer import Argument, Exit, Option
 from flashdraft import hub
 from flashdraft.bench.profile import profile_training
 from flashdraft.bench.report import print_table
-from flashdraft.bench.tasks import named, read_prompts
+from flashdraft.bench.tasks import evaluation_texts, named, read_prompts
 from flashdraft.cli.options import (
     DTYPE_HELP,
     TARGET_HELP,
@@ -26,10 +26,18 @@ from flashdraft.diffusion.learned import METHOD as IMAGE_METHOD
 from flashdraft.diffusion.learned import BlockDraftModel, is_image_draft
 from flashdraft.engine import check
 from flashdraft.errors import FlashDraftError, InvalidParameter
+from flashdraft.files import say
 from flashdraft.formats.config import DraftConfig
 from flashdraft.formats.match import check_target
 from flashdraft.generate import Model
-from flashdraft.loading import DTYPES, MOST_NODES, NETWORKS, load, open_network
+from flashdraft.loading import (
+    DTYPES,
+    MOST_NODES,
+    NETWORKS,
+    load,
+    load_tokenizer,
+    open_network,
+)
 from flashdraft.methods.dflash import DFlashDraftModel
 from flashdraft.methods.network import DraftNetwork
 from flashdraft.models.heads import TRAINED_HEADS
@@ -56,6 +64,13 @@ from flashdraft.train.initialise import (
     random_weights,
     taken_from,
 )
+from flashdraft.train.own_prompts import (
+    Asking,
+    LocalWriter,
+    RemoteWriter,
+    Writer,
+    write_own_prompts,
+)
 from flashdraft.train.prompts import write_prompts
 from flashdraft.train.regenerate import Later, Server, mixed
 from flashdraft.train.regenerate import regenerate as answer_prompts
@@ -66,6 +81,7 @@ from flashdraft.types import (
     Allowed,
     SamplingParams,
     Stats,
+    check_option,
     check_options,
     option,
     require,
@@ -247,30 +263,119 @@ def _check_mask(shape: DraftConfig, lm: Model) -> None:
         raise InvalidParameter(got, hint=hint, option="mask_token_id")
 
 
+@dataclass(frozen=True)
+class AskingOptions:
+    """How many prompts the target writes itself, and how."""
+
+    self_: int | None = option(
+        None, "no data: so many prompts that the target writes itself", least=1, most=_MOST
+    )
+
+    turns: int = option(
+        1, "with --self: questions of a talk, at most, each behind an answer", least=1, most=64
+    )
+    temperatures: str = option(
+        "0.7,0.85,1", "with --self: of the questions, comma-separated, in turn"
+    )
+    max_question: int = option(128, "with --self: tokens of a question", least=1, most=_MOST)
+    max_answer: int = option(
+        512, "with --self: tokens of the answers within a talk", least=1, most=_MOST
+    )
+    system: str | None = option(
+        None, "with --self: what the system turn says; by default as the chat template has it"
+    )
+    max_rows: int = option(8, "with --self: prompts written together, at most", least=1, most=_MOST)
+    url: str | None = option(
+        None, "with --self: an OpenAI-compatible server that writes, http://host:port/v1"
+    )
+    model: str | None = option(None, "with --self: the target's name on that server")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def asking(self, seed: int) -> Asking:
+        return Asking(
+            turns=self.turns,
+            temperatures=self._temperatures(),
+            max_question=self.max_question,
+            max_answer=self.max_answer,
+            system=self.system,
+            seed=seed,
+        )
+
+    def _temperatures(self) -> tuple[float, ...]:
+        numbers = []
+        for part in self.temperatures.split(","):
+            try:
+                numbers.append(float(part))
+            except ValueError:
+                require(False, "temperatures", self.temperatures, "numbers, comma-separated")
+        for number in numbers:
+            check_option("temperatures", number, float, Allowed(0))
+        return tuple(numbers)
+
+    def writer(self, target: TargetOptions) -> Writer:
+        """The target here, or its tokenizer alone before a server."""
+        if self.url is None and self.model is None:
+            return LocalWriter(target.load(max_rows=self.max_rows))
+        if self.url is None or self.model is None:
+            raise InvalidParameter("--url and --model go together", hint="give both, or neither")
+        refuse_given(target, "--url writes", "dtype", "device", "kernel")
+        server = Server(self.url, self.model, self.max_rows)
+        return RemoteWriter(server, load_tokenizer(target.target), target.target)
+
+
 def prompts(
     out: Out,
+    asking: AskingOptions,
+    target: TargetOptions,
     files: Annotated[list[str] | None, Argument(metavar="SETS", help=SETS_HELP)] = None,
     data: Annotated[
-        Path | None, Option(help="folder of the known sets; if nothing is named, FLASHDRAFT_DATA")
+        Path | None,
+        Option(
+            help="folder of the known sets; if nothing is named, FLASHDRAFT_DATA; "
+            "with --self: its evaluation sets, whose entries are dropped"
+        ),
     ] = None,
     thinking: Annotated[
         float | None,
         Option(help="share of the prompts that ask the target to think, from 0 to 1"),
         Allowed(0, 1),
     ] = None,
-    seed: Annotated[int, Option(help="seed of the order"), SEEDS] = 0,
+    seed: Annotated[int, Option(help="seed of the order, or of the target's prompts"), SEEDS] = 0,
 ) -> None:
-    """Training 1: prompts of any data sets, shuffled once.
+    """Training 1: prompts of any data sets, or the target's own.
 
     Examples:
-        flashdraft prompts --data data --out prompts.jsonl
+        flashdraft prompts --self 5000 --target Qwen/Qwen3-0.6B --out prompts.jsonl
         flashdraft prompts chats.jsonl tatsu-lab/alpaca:train --out prompts.jsonl --thinking 0.5
     """
-    nothing_is_named = data is None and not files
-    if nothing_is_named and "FLASHDRAFT_DATA" in os.environ:
+    if data is None and not files and "FLASHDRAFT_DATA" in os.environ:
         data = Path(os.environ["FLASHDRAFT_DATA"])
+    if asking.self_ is not None:
+        if files or thinking is not None:
+            got = "--self takes no data sets and no --thinking"
+            raise InvalidParameter(got, hint="write the two into files of their own")
+        _own_prompts(out, asking.self_, data, asking.writer(target), asking.asking(seed))
+        return
+
+    refuse_given(asking, "the target writes nothing without --self")
+    refuse_given(target, "the target writes nothing without --self")
     count = write_prompts(data, out, files=files or (), thinking=thinking, seed=seed)
     print(f"{count} prompts in {out}")
+
+
+def _own_prompts(out: Path, count: int, data: Path | None, writer: Writer, asking: Asking) -> None:
+    evaluation: list[str] = []
+    if data is None:
+        say("no evaluation sets at hand (--data, FLASHDRAFT_DATA): none is compared with")
+    else:
+        evaluation = list(evaluation_texts(data))
+    quiet = not is_terminal(sys.stderr)
+    dropped = write_own_prompts(writer, out, count, asking, evaluation=evaluation, quiet=quiet)
+    reasons = [f"{number} {reason}" for reason, number in dropped.most_common()]
+    told = ", ".join(reasons) or "none"
+    print(f"{count} prompts in {out}; dropped: {told}")
 
 
 @dataclass(frozen=True)

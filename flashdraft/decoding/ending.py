@@ -14,6 +14,7 @@ __all__ = [
     "ends_itself",
     "hidden_tokens",
     "stated_ends",
+    "token_before",
     "turn_end",
 ]
 
@@ -79,7 +80,12 @@ def turn_end(tokenizer: Tokenizer) -> int | None:
     _, found, behind = text.rpartition(_SAID)
     if not found:
         return None
-    return _longest_beginning(behind.lstrip(), _special_tokens(tokenizer))
+    return token_before(behind.lstrip(), tokenizer)
+
+
+def token_before(text: str, tokenizer: Tokenizer) -> int | None:
+    """The special token that a text begins with; None: with none of them."""
+    return _longest_beginning(text, _special_tokens(tokenizer))
 
 
 def _longest_beginning(text: str, tokens: Mapping[int, str]) -> int | None:

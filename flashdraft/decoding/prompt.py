@@ -18,7 +18,7 @@ from flashdraft.decoding.spelling import Marks, Spelling
 from flashdraft.errors import InvalidPrompt, first_line
 from flashdraft.types import as_number
 
-__all__ = ["Asked", "as_asked", "check_text", "content_text", "encoded", "is_one"]
+__all__ = ["Asked", "as_asked", "check_text", "content_text", "encoded", "is_one", "told"]
 
 Turn = dict[str, Any]
 Change = Callable[[str], str]
@@ -256,6 +256,12 @@ def encoded(
     if tokens is not None:
         return tokens
     return tokenizer.encode(told.text, add_special_tokens=False)
+
+
+def told(tokenizer: Tokenizer, name: str, turns: Sequence[Turn], **switches: object) -> str:
+    """The conversation as the chat template tells it, as text. The rest is as in `encoded`."""
+    template = _Template(tokenizer, name, getattr(tokenizer, "chat_template", None), switches)
+    return _rendered(turns, template).text
 
 
 def check_text(text: str) -> None:

@@ -395,12 +395,14 @@ class Server:
             waiting.clear()
 
     def _ask(self, row: Row, params: SamplingParams) -> Row:
-        """The answer's fields.
+        """The answer's fields; of a row with `tokens`, what comes behind these.
 
         Raises InvalidPrompt for a prompt that the server refuses or has no text for.
         """
+        is_raw = "tokens" in row
         body = self._body(row, params)
-        endpoint = f"{self.url.rstrip('/')}/chat/completions"
+        path = "completions" if is_raw else "chat/completions"
+        endpoint = f"{self.url.rstrip('/')}/{path}"
         try:
             got = self.session.post(endpoint, json=body, timeout=_TIMEOUT)
         except requests.RequestException as error:
@@ -412,11 +414,13 @@ class Server:
         if got.status_code != 200:
             raise self._error(row["place"], f"{got.status_code} {got.text}")
         try:
-            return _fields_of(parse_json(got.content))
+            reply = parse_json(got.content)
+            return _raw_fields_of(reply) if is_raw else _fields_of(reply)
         except InvalidPrompt:
             raise
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            raise self._error(row["place"], f"not a chat completion ({error!r})") from None
+            kind = "completion" if is_raw else "chat completion"
+            raise self._error(row["place"], f"not a {kind} ({error!r})") from None
 
     def _body(self, row: Row, params: SamplingParams) -> Row:
         """The request. Raises InvalidParameter for what the API cannot say."""
@@ -442,6 +446,11 @@ class Server:
             body["stop"] = params.stop
         if "thinking" in row:
             body["chat_template_kwargs"] = {"enable_thinking": row["thinking"]}
+        if "tokens" in row:
+            body["prompt"] = row["tokens"]
+            if "stop_token_ids" in row:  # of vLLM and SGLang
+                body["stop_token_ids"] = row["stop_token_ids"]
+            return body
 
         prompt = row["prompt"]
         is_text = isinstance(prompt, str)
@@ -455,6 +464,15 @@ class Server:
             hint=f"see that it serves `{self.model}`, "
             "set OPENAI_API_KEY if it wants one, run again",
         )
+
+
+def _raw_fields_of(reply: Row) -> Row:
+    """The fields of what was written behind raw tokens. Errors as in `_fields_of`."""
+    choice: Row = reply["choices"][0]
+    text: str = choice["text"]
+    if not is_whole(text):
+        raise InvalidPrompt("the server's text holds half a character (a lone surrogate)")
+    return {"response": text, "finish": choice["finish_reason"]}
 
 
 def _fields_of(reply: Row) -> Row:
