@@ -19,7 +19,7 @@ def export(
     out: Folder,
     target: Annotated[str | None, Option(help=f"that it must fit: {TARGET_HELP}")] = None,
 ) -> None:
-    """Write a drafter as another engine reads it, and say how that engine serves it.
+    """Write a drafter as another engine reads it.
 
     Examples:
         flashdraft export run/best --to vllm --out served --target Qwen/Qwen3-8B
