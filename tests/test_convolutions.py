@@ -6,53 +6,55 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
+from conftest import tiny_model
 from test_dflash import attended, features_of, rms, rotated, the_target, what_is_seen
 from torch import Tensor
-from toy_folders import ZLAB, zlab_tensors
+from toy_folders import ZLAB
 
 from flashdraft.formats.config import DraftConfig
-from flashdraft.methods.dflash import DFlashDraftModel
+from flashdraft.methods import dflash, network
+from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDraft
+from flashdraft.models import decoder
 from flashdraft.models.convolution import BlockConvolution, Kernel, convolved
+from flashdraft.models.lean import LeanTarget
 from flashdraft.train.batch import make_batch
 from flashdraft.train.features import Sample
 from flashdraft.train.passes import Pass
+from flashdraft.types import Rows, SamplingParams
 
 BLOCK = 4
 SHAPES = ((2, 16), (3, 8))  # taps, and channels of a group: of 32
 TEXT = (5, 9, 31, 7, 7, 12, 50, 3, 22, 17, 8, 40, 41, 9, 33, 6, 28)
-Rows = list[list[float]]
+Numbers = list[list[float]]
 
 
-def model_with(taps: int, group_size: int, *, seed: int = 0, **changes: Any) -> DFlashDraftModel:
-    """Random weights, of the convolutions too; without taps the same network without those."""
+def model_with(taps: int, group_size: int) -> DFlashDraftModel:
+    """Random weights, of the convolutions too."""
     config = replace(
-        DraftConfig.from_json(ZLAB, "here"),
+        DraftConfig.from_json({**ZLAB, "intermediate_size": 64}, "here"),
         rope_parameters={"rope_theta": 1000.0},
         conv_kernel_size=taps,
         conv_group_size=group_size,
-        **changes,
     )
     model = DFlashDraftModel(config)
-    plain = {name: tensor.float() for name, tensor in zlab_tensors(seed=seed).items()}
-    model.load_state_dict(plain, strict=False)
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "_conv." in name:
-            with torch.no_grad():
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        with torch.no_grad():
+            is_matrix = parameter.ndim == 2
+            parameter.copy_(0.2 * noise if is_matrix else parameter + 0.3 * noise)
     return model.eval()
 
 
-def identity_of(model: DFlashDraftModel) -> DFlashDraftModel:
-    """The same weights, with convolutions that change nothing."""
+def with_plain_weights_of(model: DFlashDraftModel, *, taps: int) -> DFlashDraftModel:
+    """With new convolutions, or without any."""
     state = {name: tensor for name, tensor in model.state_dict().items() if "_conv." not in name}
-    blank = DFlashDraftModel(model.config)
-    blank.load_state_dict(state, strict=False)
-    return blank.eval()
+    other = DFlashDraftModel(replace(model.config, conv_kernel_size=taps))
+    other.load_state_dict(state, strict=False)
+    return other.eval()
 
 
 # The definition. `fault` plants one of the mistakes that implementations make.
@@ -70,7 +72,7 @@ FAULTS = (
 )
 
 
-def by_hand(u: Rows, base: Rows, added: list[Rows], before: Rows, fault: str) -> Tensor:
+def by_hand(u: Numbers, base: Numbers, added: list[Numbers], before: Numbers, fault: str) -> Tensor:
     """One side: u [rows, hidden], base [taps, hidden], added [rows, taps, groups]; before: the rows
     that stand before the block, which only some of the faults read."""
     num_taps, num_groups, hidden = len(base), len(added[0][0]), len(u[0])
@@ -192,10 +194,131 @@ def test_planted_fault_changes_the_states(fault: str) -> None:
 
 def test_new_convolutions_change_no_bit() -> None:
     model = model_with(2, 16)
-    blank = identity_of(model)
-    plain = model_with(0, 0)
+    blank = with_plain_weights_of(model, taps=2)
+    plain = with_plain_weights_of(model, taps=0)
     assert torch.equal(trained_states(blank, TEXT)[0], trained_states(plain, TEXT)[0])
     assert not torch.equal(trained_states(model, TEXT)[0], trained_states(plain, TEXT)[0])
+
+
+# Decoding: a block behind each of several texts, whatever runs the pass.
+
+HISTORIES = (TEXT[:9], TEXT, TEXT[2:5])
+
+
+def drafter_of(
+    model: DFlashDraftModel, kernel: str = "torch", *, size: int = BLOCK
+) -> DFlashDrafter:
+    """Beside a target on a kernel, which the draft follows: torch and compiled in float64."""
+    dtype = torch.float64 if kernel in ("torch", "compiled") else torch.float32
+    target = LeanTarget(tiny_model("llama", dtype=dtype), "llama", kernel=kernel)
+    return DFlashDrafter(PackedDraft(model, target), block_size=size)
+
+
+@torch.inference_mode()
+def decoded_states(
+    drafter: DFlashDrafter, histories: Sequence[Sequence[int]] = HISTORIES
+) -> Tensor:
+    """[rows, size, hidden], in float64."""
+    slots = list(range(len(histories)))
+    rows = Rows(
+        slots, [list(h) for h in histories], [SamplingParams()] * len(slots), [1] * len(slots)
+    )
+    before = [torch.tensor(history[:-1]) for history in histories]
+    like = drafter.network.probe
+    features = [features_of(history)[:-1].to(like) for history in histories]
+    drafter.observe(rows, before, features)
+    return drafter._states(slots, torch.tensor(rows.anchors)).double()
+
+
+def by_definition(model: DFlashDraftModel, size: int) -> Tensor:
+    states = []
+    for history in HISTORIES:
+        states.append(reference(model, features_of(history)[:-1], history[-1], size))
+    return torch.stack(states)
+
+
+@pytest.mark.parametrize("size", [2, BLOCK, 7])
+@pytest.mark.parametrize(("taps", "group_size"), SHAPES)
+def test_decoded_block_is_the_definition(taps: int, group_size: int, size: int) -> None:
+    """A block may be shorter or longer than those that were trained."""
+    model = model_with(taps, group_size)
+    drafter = drafter_of(model, size=size)
+    assert drafter.network.decoder.kernel == "torch"
+    expected = by_definition(model, size)
+    torch.testing.assert_close(decoded_states(drafter), expected, rtol=0, atol=1e-3)
+
+
+def test_taps_that_go_on_from_row_to_row_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def leaking(x: Tensor, kernel: Kernel | None, places: Tensor) -> Tensor:
+        return convolved(x, kernel, torch.arange(len(places)))
+
+    model = model_with(2, 16)
+    expected = by_definition(model, BLOCK)
+    monkeypatch.setattr(decoder, "convolved", leaking)
+    states = decoded_states(drafter_of(model))
+    torch.testing.assert_close(states[0], expected[0], rtol=0, atol=1e-3)
+    assert float((states[1:] - expected[1:]).abs().amax((1, 2)).min()) > 0.05
+
+
+@pytest.mark.parametrize("taps", [1, 2, 3])
+@pytest.mark.parametrize("size", [2, 7])
+def test_kernels_pass_is_the_definition(taps: int, size: int) -> None:
+    assert far_from_definition(taps, size) < 1e-3
+
+
+def far_from_definition(taps: int, size: int) -> float:
+    """By the C++ kernels, from weights that are not rounded."""
+    model = model_with(taps, 16)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (dflash, network):
+            patch.setattr(module, "DRAFT_KERNEL", "float32")
+        drafter = drafter_of(model, "float32", size=size)
+    assert drafter.network.decoder.native
+    return float((decoded_states(drafter) - by_definition(model, size)).abs().max())
+
+
+def test_compiled_pass_is_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its blocks of 7 are padded to 8."""
+    monkeypatch.setattr(torch, "compile", lambda trace, **_: trace)
+    model = model_with(2, 16)
+    drafter = drafter_of(model, "compiled", size=7)
+    assert drafter.network.step is not None
+    torch.testing.assert_close(decoded_states(drafter), by_definition(model, 7), rtol=0, atol=1e-3)
+
+
+def test_groups_that_the_kernels_cannot_take_run_in_torch() -> None:
+    drafter = drafter_of(model_with(2, 8), "float32")
+    assert drafter.network.decoder.kernel == "torch"
+    size = drafter.network.decoder.odd_size()
+    assert size == "its convolutions' group size is 8, which is no multiple of 16"
+
+
+@pytest.mark.parametrize("kernel", ["torch", "int8"])
+def test_new_convolutions_change_no_bit_of_a_decoded_block(kernel: str) -> None:
+    model = model_with(2, 16)
+    drafter = drafter_of(model, kernel)
+    assert drafter.network.decoder.kernel == kernel
+    own = decoded_states(drafter)
+    blank, plain = (
+        decoded_states(drafter_of(with_plain_weights_of(model, taps=taps), kernel))
+        for taps in (2, 0)
+    )
+    assert torch.equal(blank, plain)
+    assert not torch.allclose(own, plain, atol=0.05)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_block_has_its_bits_in_any_company(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        drafter = drafter_of(model_with(3, 16), "int8")
+        together = decoded_states(drafter)
+        for row, history in enumerate(HISTORIES):
+            other = drafter_of(model_with(3, 16), "int8")
+            assert torch.equal(decoded_states(other, [history])[0], together[row])
+    finally:
+        torch.set_num_threads(before)
 
 
 # One side alone: rows of several blocks of different lengths.

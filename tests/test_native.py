@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SHAPE, tiny_model
+from test_convolutions import far_from_definition
 from torch import Tensor
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
@@ -323,6 +324,7 @@ def test_narrower_vectors_give_the_same_numbers(
         check_bits(made("qwen3"))
         check_bits(made("llama", "int8"))
         test_a_sequential_head_goes_from_left_to_right(40)
+        assert far_from_definition(3, 7) < 1e-3
     finally:
         for cached in (native.library, native.fingerprint):
             cached.cache_clear()

@@ -7,12 +7,14 @@ import ctypes
 import mmap
 import sys
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from flashdraft.models.attention import Mask
+from flashdraft.models.convolution import BlockConvolution
 from flashdraft.models.layers import Rotary
 from flashdraft.models.native import NativeLinear
 
@@ -56,8 +58,20 @@ class Block:
             if hasattr(attention, name):
                 self._add_norm(name, getattr(attention, name).weight)
 
+        # Of its convolutions, where it has them: the fixed parts here, what makes the others among
+        # the linears.
+        self.bases: dict[str, Tensor] = {}
+        for name in ("attention_conv", "mlp_conv"):
+            self._add_convolution(name, getattr(block, name, None))
+
     def _add_norm(self, name: str, weight: Tensor) -> None:
         self.norms[name] = weight.detach().to(self.like).contiguous()
+
+    def _add_convolution(self, name: str, convolution: BlockConvolution | None) -> None:
+        if convolution is None:
+            return
+        self.bases[name] = convolution.base_kernel.detach().to(self.like).contiguous()
+        self.parts[name] = (convolution.kernel_projection,)
 
     def shape(self, name: str) -> tuple[int, int]:
         """Outputs and inputs of a fused linear."""
@@ -95,6 +109,7 @@ class PackedBlock(NamedTuple):
     norms: dict[str, Tensor]
     mask: Mask = Mask(None, False)
     rotary: None = None
+    bases: Mapping[str, Tensor] = MappingProxyType({})
 
     def shape(self, name: str) -> tuple[int, int]:
         """Outputs and inputs of a fused linear."""

@@ -60,8 +60,9 @@ class CompiledStep:
         _pin(weights)
         _pin(self._tables())
         _pin([decoder.norm])
-        for norms in decoder.norms:
+        for norms, bases in zip(decoder.norms, decoder.bases, strict=True):
             _pin(norms.values())
+            _pin(bases.values())
         for linear in decoder.all_linears():
             _pin([linear.weight, linear.bias])
 
@@ -137,10 +138,12 @@ class CompiledStep:
         slot = torch.where(real, lengths[:, None] + node, last_slot)
         positions = torch.where(real, lengths[:, None] + depths, 0).flatten()
         row_of_token = row[:, None].expand(rows, width).flatten()
+        node_of_token = node.expand(rows, width).flatten()
         at = Places(row_of_token, node=None, slot=slot.flatten())
         attend = self.decoder.attend_to(kv, lengths, seen, at)
         embedded = self.embed(tokens.flatten())
-        states, features = self.decoder.run(embedded, positions, attend, layers)
+        at_tokens = (positions, node_of_token)
+        states, features = self.decoder.run(embedded, at_tokens, attend, layers)
 
         out = _by_row(self.head(states), real)
         if features is not None:

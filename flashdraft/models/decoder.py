@@ -19,6 +19,7 @@ from flashdraft.models import native
 from flashdraft.models.attention import Places, additive_masks
 from flashdraft.models.blocks import Block, PackedBlock
 from flashdraft.models.cache import SlotCache, round_up
+from flashdraft.models.convolution import Kernels, convolved, kernels_of
 from flashdraft.models.layers import GROWING, CosSin, Linear, Rotary, apply_rotary, pack_as
 from flashdraft.process import INTS
 
@@ -29,6 +30,7 @@ T = TypeVar("T")
 KeysValues = tuple[Tensor, Tensor]  # of one layer: [rows, kv_heads, slots, head_dim]
 # States, and the wanted layers' outputs side by side if there are any.
 Output = tuple[Tensor, Tensor | None]
+AtTokens = tuple[Tensor, Tensor]  # [tokens] each: their positions, and their places in their rows
 # Layer; q, k, v [tokens, heads, head_dim] -> [tokens, heads * head_dim].
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -67,6 +69,7 @@ class Decoder:
         self.eps = eps
         self.hidden_size = len(norm)
         self.norms = [block.norms for block in kept]
+        self.bases = [block.bases for block in kept]
         self.masks = [block.mask for block in kept]
         rotary_of_block = []
         for block in kept:
@@ -82,6 +85,7 @@ class Decoder:
         self.kv_heads = (qkv_size - q_size) // self.head_dim // 2
         self.q_size = self.heads * self.head_dim
         self.kv_size = self.kv_heads * self.head_dim
+        self.taps, self.conv_groups = _convolution_shape(kept[0])
 
         self.native = self._fits_kernels() and kernel not in ("torch", "compiled")
         self.kernel = kernel if self.native or kernel == "compiled" else "torch"
@@ -139,8 +143,8 @@ class Decoder:
         if self._model is not None:
             states, features = self._native_pass(cache, slots, packed, starts, layout, layers)
         else:
-            positions, attend = self._torch_attention(cache, slots, starts, layout, real)
-            states, features = self.run(packed, positions, attend, layers)
+            at_tokens, attend = self._torch_attention(cache, slots, starts, layout, real)
+            states, features = self.run(packed, at_tokens, attend, layers)
 
         if features is not None:
             features = _spread(features, real)
@@ -176,6 +180,8 @@ class Decoder:
             "heads times head size": (self.q_size, 32),
             "intermediate size": (self.inner, 32),
         }
+        if self.taps:
+            sizes["convolutions' group size"] = (self.hidden_size // self.conv_groups, 16)
         for name, (size, step) in sizes.items():
             if size % step:
                 return f"its {name} is {size}, which is no multiple of {step}"
@@ -212,23 +218,28 @@ class Decoder:
 
     # ---- a pass by torch's operations ------------------------------------------------------------
 
-    def run(self, x: Tensor, positions: Tensor, attend: Attend, layers: Sequence[int]) -> Output:
-        """The final normed states and the wanted layers' outputs side by side.
+    def run(self, x: Tensor, at_tokens: AtTokens, attend: Attend, layers: Sequence[int]) -> Output:
+        """The final normed states and the wanted layers' outputs side by side. x: [tokens, hidden].
 
-        x: [tokens, hidden]; positions: [tokens].
+        A row's tokens come one behind the other.
         """
+        positions, places = at_tokens
         angles = [rotary.at(positions) for rotary in self.rotaries]
         wanted: dict[int, Tensor] = {}
         for index, (norms, linears) in enumerate(zip(self.norms, self.linears, strict=True)):
             normed = self._normed(x, norms["input_norm"])
-            qkv = linears["qkv"](normed)
+            before, behind = self._kernels(index, "attention_conv", normed)
+            qkv = linears["qkv"](convolved(normed, before, places))
             q, k, v = self._split_heads(qkv, norms, angles[self.which[index]])
             attended = attend(index, q, k, v)
-            x = x + linears["out"](attended)
+            x = x + convolved(linears["out"](attended), behind, places)
 
             normed = self._normed(x, norms["post_norm"])
-            gate, up = linears["gate_up"](normed).chunk(2, dim=-1)
-            x = x + linears["down"](F.silu(gate) * up)
+            before, behind = self._kernels(index, "mlp_conv", normed)
+            gate_up = linears["gate_up"](convolved(normed, before, places))
+            gate, up = gate_up.chunk(2, dim=-1)
+            down = linears["down"](F.silu(gate) * up)
+            x = x + convolved(down, behind, places)
             if index in layers:
                 wanted[index] = x
 
@@ -241,6 +252,13 @@ class Decoder:
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self.eps)
+
+    def _kernels(self, layer: int, name: str, normed: Tensor) -> Kernels:
+        """Of one of a block's convolutions, or nothing where it has none."""
+        base = self.bases[layer].get(name)
+        if base is None:
+            return None, None
+        return kernels_of(base, self.linears[layer][name], normed)
 
     def _split_heads(
         self, qkv: Tensor, norms: dict[str, Tensor], angles: CosSin
@@ -305,8 +323,8 @@ class Decoder:
         starts: Tensor,
         layout: Layout,
         real: Tensor,
-    ) -> tuple[Tensor, Attend]:
-        """Positions [tokens] without padding, and attention to what the rows hold.
+    ) -> tuple[AtTokens, Attend]:
+        """Where the tokens are, without padding, and attention to what the rows hold.
 
         It reads the cache's rows from the first of `slots` to the last one, whatever lies between.
         """
@@ -332,9 +350,10 @@ class Decoder:
         which, node = real.nonzero(as_tuple=True)
         positions = starts[which] + layout.depths[which, node]
         slot = starts[which] + node
-        at = Places(rows[which].to(device), node.to(device), slot.to(device))
+        node = node.to(device)
+        at = Places(rows[which].to(device), node, slot.to(device))
         attend = self.attend_to(kv, lengths.to(device), seen.to(device), at)
-        return positions.to(device), attend
+        return (positions.to(device), node), attend
 
     # ---- a pass by the C++ kernels ---------------------------------------------------------------
 
@@ -367,8 +386,10 @@ class Decoder:
         qkv = x.new_empty(tokens, self.q_size + 2 * self.kv_size)
         mixed = x.new_empty(tokens, self.q_size)
         inner = x.new_empty(tokens, self.inner)
+        kernels = x.new_empty(tokens, 2 * self.taps * self.conv_groups)
+        behind = x.new_empty(tokens, self.hidden_size if self.taps else 0)
         features = x.new_empty(tokens, len(layers) * self.hidden_size)
-        tensors = (torch.tensor(wanted, **INTS), x, qkv, mixed, inner, features)
+        tensors = (torch.tensor(wanted, **INTS), x, qkv, mixed, inner, kernels, behind, features)
         native.step(self._model, cache.slots, shape, cache.addresses, tensors, self.seconds)
         if not layers:
             return x, None
@@ -399,8 +420,8 @@ class Decoder:
     def _native_model(self) -> native.Model:
         """What the kernels read of this decoder: sizes, and where everything lies."""
         self._layers = (native.Layer * len(self.linears))()
-        for struct, norms, linears in zip(self._layers, self.norms, self.linears, strict=True):
-            self._fill_layer(struct, norms, linears)
+        for index, struct in enumerate(self._layers):
+            self._fill_layer(struct, index)
 
         model = native.Model()
         model.layers = len(self.linears)
@@ -409,30 +430,40 @@ class Decoder:
         model.kv_heads = self.kv_heads
         model.head_dim = self.head_dim
         model.inner = self.inner
+        model.taps = self.taps
+        model.conv_groups = self.conv_groups
         model.eps = self.eps
         model.layer = self._layers
         model.norm = native.pointer(self.norm, "the last norm", self.hidden_size)
         model.cos, model.sin = self._table_pointers()
         return model
 
-    def _fill_layer(
-        self, struct: native.Layer, norms: dict[str, Tensor], linears: dict[str, Linear]
-    ) -> None:
-        for name, norm in norms.items():
+    def _fill_layer(self, struct: native.Layer, index: int) -> None:
+        for name, norm in self.norms[index].items():
             size = self.head_dim if name in ("q_norm", "k_norm") else self.hidden_size
             setattr(struct, name, native.pointer(norm, name, size))
 
+        kernels = (2 * self.taps * self.conv_groups, self.hidden_size)
         shapes = {
             "qkv": (self.q_size + 2 * self.kv_size, self.hidden_size),
             "out": (self.hidden_size, self.q_size),
             "gate_up": (2 * self.inner, self.hidden_size),
             "down": (self.hidden_size, self.inner),
+            "attention_conv": kernels,
+            "mlp_conv": kernels,
         }
-        for name, linear in linears.items():
+        for name, linear in self.linears[index].items():
             assert isinstance(linear, native.NativeLinear)
             shape = (linear.out_features, linear.in_features)
             native.ensure(shape == shapes[name], f"{name} is of another size")
-            setattr(struct, name, linear.struct)
+            base = self.bases[index].get(name)
+            if base is None:
+                setattr(struct, name, linear.struct)
+            else:
+                convolution = getattr(struct, name)
+                convolution.kernels = linear.struct
+                size = 2 * self.taps * self.hidden_size
+                convolution.base = native.pointer(base, name, size)
 
     def _table_pointers(self) -> list[int]:
         """Where cos and sin lie."""
@@ -448,6 +479,16 @@ def _distinct(items: Sequence[T]) -> tuple[list[T], list[int]]:
     distinct = list(dict.fromkeys(items))
     which = [distinct.index(item) for item in items]
     return distinct, which
+
+
+def _convolution_shape(block: Block | PackedBlock) -> tuple[int, int]:
+    """Taps and groups of a block's convolutions; 0 and 0: it has none."""
+    base = block.bases.get("attention_conv")
+    if base is None:
+        return 0, 0
+    taps = base.shape[1]
+    outputs, _ = block.shape("attention_conv")
+    return taps, outputs // (2 * taps)
 
 
 def _interleaved(gate_up: Tensor) -> Tensor:

@@ -98,16 +98,25 @@ class _Linear(Structure):
     ]
 
 
+class Convolution(Structure):
+    _fields_ = [
+        *_fields(c_void_p, "base"),
+        *_fields(_Linear, "kernels"),
+    ]
+
+
 class Layer(Structure):
     _fields_ = [
         *_fields(c_void_p, "input_norm", "post_norm", "q_norm", "k_norm"),
         *_fields(_Linear, "qkv", "out", "gate_up", "down"),
+        *_fields(Convolution, "attention_conv", "mlp_conv"),
     ]
 
 
 class Model(Structure):
     _fields_ = [
         *_fields(c_int64, "layers", "hidden", "heads", "kv_heads", "head_dim", "inner"),
+        *_fields(c_int64, "taps", "conv_groups"),
         *_fields(c_float, "eps"),
         *_fields(POINTER(Layer), "layer"),
         *_fields(c_void_p, "norm", "cos", "sin"),
@@ -118,7 +127,8 @@ class _Step(Structure):
     _fields_ = [
         *_fields(c_int64, "rows", "nodes", "tokens", "slots", "feature_size", "threads"),
         *_fields(c_void_p, "row", "start", "size", "depth", "seen", "keys", "values"),
-        *_fields(c_void_p, "wanted", "x", "qkv", "mixed", "inner", "features", "seconds"),
+        *_fields(c_void_p, "wanted", "x", "qkv", "mixed", "inner", "kernels", "behind"),
+        *_fields(c_void_p, "features", "seconds"),
     ]
 
 
@@ -484,18 +494,20 @@ def step(
     """One pass of csrc/step.cpp.
 
     slots: of a cache row; shape: cache rows, their lengths, sizes, and `depths`, `seen` of trees;
-    kv: `addresses`; tensors: the wanted layers' places, x, which becomes the final state, three to
+    kv: `addresses`; tensors: the wanted layers' places, x, which becomes the final state, five to
     work in, and the features.
     """
     shape = [tensor.contiguous() for tensor in shape]
     row, start, size, depth, seen = shape
-    wanted, x, qkv, mixed, inner, features = tensors
+    wanted, x, qkv, mixed, inner, kernels, behind, features = tensors
     keys, values = kv
     rows, nodes = depth.shape
     tokens = len(x)
     feature_size = features.shape[1]
     mixed_size = model.heads * model.head_dim
     qkv_size = mixed_size + 2 * model.kv_heads * model.head_dim
+    kernels_size = 2 * model.taps * model.conv_groups
+    behind_size = model.hidden if model.taps else 0
 
     given = _Step()
     given.rows = rows
@@ -518,6 +530,8 @@ def step(
     given.qkv = pointer(qkv, "qkv", tokens * qkv_size)
     given.mixed = pointer(mixed, "mixed", tokens * mixed_size)
     given.inner = pointer(inner, "inner", tokens * model.inner)
+    given.kernels = pointer(kernels, "kernels", tokens * kernels_size)
+    given.behind = pointer(behind, "behind", tokens * behind_size)
     given.features = pointer(features, "features", tokens * feature_size)
     if seconds is not None:
         given.seconds = pointer(seconds, "seconds", 3, torch.float64)

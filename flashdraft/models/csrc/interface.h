@@ -16,16 +16,24 @@ struct Linear {
     const float* scale;
 };
 
+// A sublayer's (convolution.h). base: [2, taps, hidden]; kernels: gives [2, taps, conv_groups].
+struct Convolution {
+    const float* base;
+    Linear kernels;
+};
+
 // qkv: the queries', the keys' and the values' heads; gate_up: panels of the gate and of the other
 // half in turn. q_norm, k_norm: null where a model has none.
 struct Layer {
     const float *input_norm, *post_norm, *q_norm, *k_norm;
     Linear qkv, out, gate_up, down;
+    Convolution attention_conv, mlp_conv;
 };
 
-// cos, sin: [positions, head_dim].
+// cos, sin: [positions, head_dim]. taps: 0 where a model has no convolutions.
 struct Model {
     int64_t layers, hidden, heads, kv_heads, head_dim, inner;
+    int64_t taps, conv_groups;
     float eps;
     const Layer* layer;
     const float *norm, *cos, *sin;
@@ -51,6 +59,8 @@ struct Step {
     float* qkv;                 // [tokens, (heads + 2 * kv_heads) * head_dim]: to work in
     float* mixed;               // [tokens, heads * head_dim]: to work in
     float* inner;               // [tokens, inner]: to work in
+    float* kernels;             // [tokens, 2, taps, conv_groups]: to work in
+    float* behind;              // [tokens, hidden], where there are taps: to work in
     float* features;            // [tokens, feature_size]
     double* seconds;            // null, or three sums: linears, attention, the rest
 };

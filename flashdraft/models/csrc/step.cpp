@@ -13,12 +13,18 @@
 //   x --norm--> GATE_UP -> inner;  x += DOWN of inner
 //   features <- KEEP of x, after the layers that a drafter asked for
 //
+// Where a model has convolutions, what is normed makes KERNELS first, and goes through those of the
+// one side before QKV and GATE_UP; OUT and DOWN go through those of the other before x.
+//
 //   qkv of a token: | heads of the queries | heads of the keys | heads of the values |
 
+#include <algorithm>
 #include <cstring>
 #include <vector>
 #include "attention.h"
 #include "cache.h"
+#include "convolution.h"
+#include "formats.h"
 #include "interface.h"
 #include "linear.h"
 #include "norm_rope.h"
@@ -28,7 +34,12 @@ namespace flashdraft {
 namespace {
 
 // The phases of a layer, in their order; the last one is the whole model's.
-enum StepPhase { QKV, PLACE, ATTEND, OUT, GATE_UP, DOWN, KEEP, FINAL_NORM };
+enum StepPhase {
+    ATTENTION_KERNELS, QKV, PLACE, ATTEND, OUT, MLP_KERNELS, GATE_UP, DOWN, KEEP, FINAL_NORM
+};
+
+// Of a convolution: what it does before a sublayer, or behind it.
+enum Side { BEFORE, BEHIND };
 
 // Which of Step::seconds a phase counts for.
 enum Part { LINEARS, ATTENTION, REST };
@@ -43,6 +54,7 @@ struct StepJob : Job {
     const CacheShape cache;
     std::vector<Node> nodes;            // of all rows, in the order of x
     std::vector<int64_t> first_nodes;   // of those that read keys together; then the end
+    std::vector<int64_t> group_of;      // of the convolutions, of each GROUP_STEP channels
 
     StepJob(const Model& m, const Step& s)
         : model(m), step(s), hidden(m.hidden), head_dim(m.head_dim), heads(m.heads),
@@ -51,7 +63,12 @@ struct StepJob : Job {
           cache{m.kv_heads, s.slots, m.head_dim} {
         for (int64_t row = 0; row < step.rows; row++) add_row(row);
         first_nodes.push_back(int64_t(nodes.size()));
+        if (convolves())
+            for (int64_t channel = 0; channel < hidden; channel += GROUP_STEP)
+                group_of.push_back(channel * model.conv_groups / hidden);
     }
+
+    bool convolves() const { return model.taps > 0; }
 
     void add_row(int64_t row) {
         const int64_t size = step.size[row], start = step.start[row];
@@ -73,10 +90,18 @@ struct StepJob : Job {
         std::vector<Phase> list;
         for (int64_t i = 0; i < model.layers; i++) {
             const Layer& layer = model.layer[i];
+            if (convolves()) {
+                const Linear& kernels = layer.attention_conv.kernels;
+                list.push_back({ATTENTION_KERNELS, i, num_pieces(kernels, STORE), LINEARS});
+            }
             list.push_back({QKV, i, num_pieces(layer.qkv, STORE), LINEARS});
             list.push_back({PLACE, i, num_tokens * (heads + kv_heads), ATTENTION});
             list.push_back({ATTEND, i, kv_heads * num_groups(), ATTENTION});
             list.push_back({OUT, i, num_pieces(layer.out, ADD), LINEARS});
+            if (convolves()) {
+                const Linear& kernels = layer.mlp_conv.kernels;
+                list.push_back({MLP_KERNELS, i, num_pieces(kernels, STORE), LINEARS});
+            }
             list.push_back({GATE_UP, i, num_pieces(layer.gate_up, SWIGLU), LINEARS});
             list.push_back({DOWN, i, num_pieces(layer.down, ADD), LINEARS});
             if (step.wanted[i] >= 0) list.push_back({KEEP, i, num_tokens, REST});
@@ -94,8 +119,13 @@ struct StepJob : Job {
         const int64_t at = phase.at;
         const Layer& layer = model.layer[at];
         switch (phase.kind) {
+            case ATTENTION_KERNELS:
+                linear(layer.attention_conv.kernels, normed(layer.input_norm, pieces),
+                       step.kernels, STORE, pieces);
+                break;
             case QKV:
-                linear(layer.qkv, normed(layer.input_norm, pieces), step.qkv, STORE, pieces);
+                linear(layer.qkv, inputs(layer.input_norm, layer.attention_conv, pieces), step.qkv,
+                       STORE, pieces);
                 break;
             case PLACE:
                 for (int64_t piece = pieces.from; piece < pieces.to; piece++)
@@ -104,11 +134,16 @@ struct StepJob : Job {
             case ATTEND:
                 for (int64_t piece = pieces.from; piece < pieces.to; piece++) mix(at, piece);
                 break;
-            case OUT: linear(layer.out, step.mixed, step.x, ADD, pieces); break;
-            case GATE_UP:
-                linear(layer.gate_up, normed(layer.post_norm, pieces), step.inner, SWIGLU, pieces);
+            case OUT: add(layer.out, step.mixed, layer.attention_conv, pieces); break;
+            case MLP_KERNELS:
+                linear(layer.mlp_conv.kernels, normed(layer.post_norm, pieces), step.kernels,
+                       STORE, pieces);
                 break;
-            case DOWN: linear(layer.down, step.inner, step.x, ADD, pieces); break;
+            case GATE_UP:
+                linear(layer.gate_up, inputs(layer.post_norm, layer.mlp_conv, pieces), step.inner,
+                       SWIGLU, pieces);
+                break;
+            case DOWN: add(layer.down, step.inner, layer.mlp_conv, pieces); break;
             case KEEP:
                 for (int64_t t = pieces.from; t < pieces.to; t++) keep(at, t);
         }
@@ -123,12 +158,53 @@ struct StepJob : Job {
 
     // Every thread norms all tokens for itself, once a phase: that costs less than waiting for
     // others to do a part.
-    const float* normed(const float* weight, const Pieces& pieces) const {
+    float* normed(const float* weight, const Pieces& pieces) const {
         own_normed.resize(num_tokens * hidden);
         if (pieces.are_first)
             for (int64_t t = 0; t < num_tokens; t++)
                 rms_norm(state(t), weight, hidden, model.eps, &own_normed[t * hidden]);
         return own_normed.data();
+    }
+
+    // What a sublayer reads: normed, and convolved where the model does that. The last token comes
+    // first, so that the rows before it are still there.
+    const float* inputs(const float* norm, const Convolution& convolution,
+                        const Pieces& pieces) const {
+        float* x = normed(norm, pieces);
+        if (!convolves() || !pieces.are_first) return x;
+
+        for (int64_t t = num_tokens - 1; t >= 0; t--) {
+            const Kernel own = kernel(convolution, BEFORE, t);
+            float* row = x + t * hidden;
+            for (int64_t i = 0; i < hidden; i += LANES)
+                store(row + i, convolved(own, row + i, i, group_of[i / GROUP_STEP]));
+        }
+        return x;
+    }
+
+    // x += what a sublayer gives, convolved where the model does that: a piece is PANEL channels of
+    // all tokens, so that whoever has multiplied them goes on.
+    void add(const Linear& weight, const float* inputs, const Convolution& convolution,
+             const Pieces& pieces) const {
+        if (!convolves()) return linear(weight, inputs, step.x, ADD, pieces);
+
+        linear(weight, inputs, step.behind, STORE, pieces);
+        for (int64_t t = 0; t < num_tokens; t++) {
+            const Kernel own = kernel(convolution, BEHIND, t);
+            const float* row = step.behind + t * hidden;
+            for (int64_t i = pieces.from * PANEL; i < pieces.to * PANEL; i += LANES) {
+                const Floats more = convolved(own, row + i, i, group_of[i / GROUP_STEP]);
+                store(state(t) + i, load<Floats>(state(t) + i) + more);
+            }
+        }
+    }
+
+    Kernel kernel(const Convolution& convolution, Side side, int64_t token) const {
+        const int64_t nodes_up_to_it = nodes[token].slot - nodes[token].start + 1;
+        const int64_t size = model.taps * model.conv_groups;
+        const float* base = convolution.base + side * model.taps * hidden;
+        const float* added = step.kernels + (2 * token + side) * size;
+        return {base, added, std::min(model.taps, nodes_up_to_it), hidden, model.conv_groups};
     }
 
     // A piece is a head of a token: a query stays where it is, a key goes into its slot, and its
