@@ -71,9 +71,9 @@ FOREIGN: dict[str, tuple[dict[str, Any], str]] = {
         "is a Muse Glimmer assistant drafter",
     ),
     "P-EAGLE": ({**EAGLE, "parallel_drafting": True}, "is a P-EAGLE drafter"),
-    "DeepSpec's EAGLE-3": (
-        {"architectures": ["Qwen3Eagle3Model"]},
-        "is a DeepSpec EAGLE-3 drafter",
+    "DeepSpec's EAGLE-3 of Gemma 4": (
+        {"architectures": ["Gemma4Eagle3Model"]},
+        "is a Gemma 4 EAGLE-3 drafter",
     ),
     "EAGLE-1": ({"architectures": ["EagleLlamaForCausalLM"]}, "is an EAGLE-1 or EAGLE-2 drafter"),
     "Medusa as published": ({"medusa_num_heads": 5}, "is a published Medusa drafter"),
@@ -147,11 +147,7 @@ FOREIGN: dict[str, tuple[dict[str, Any], str]] = {
         },
         "names its layers twice and differently",
     ),
-    "EAGLE-3 of one state": (
-        {**EAGLE, "eagle_config": {"use_aux_hidden_state": False}},
-        "has use_aux_hidden_state False",
-    ),
-    "EAGLE-3 with a norm before fc": ({**EAGLE, "norm_before_fc": True}, "has norm_before_fc True"),
+    "EAGLE-3's switches": ({"norm_before_fc": True}, "has norm_before_fc True"),
     "EAGLE-3 with windows": ({**EAGLE, "layer_types": ["sliding_attention"]}, "has sliding layers"),
 }
 

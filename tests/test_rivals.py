@@ -385,7 +385,7 @@ def published(folder: Path, *, pickled: bool = False, **changes: Any) -> Path:
     model.config = replace(model.config, dtype="float32")
     model.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
-    for name in ("flashdraft_config", "eagle_config"):
+    for name in ("flashdraft_config", "eagle_config", "eagle_aux_hidden_state_layer_ids"):
         del config[name]
     (folder / "config.json").write_text(json.dumps(config | changes))
     if pickled:
@@ -526,11 +526,9 @@ def test_our_folder_is_read_back_as_it_was_written(tmp_path: Path, method: str) 
     if method == "eagle3":
         stored = json.loads((tmp_path / "config.json").read_text())
         assert stored["architectures"] == ["LlamaForCausalLMEagle3"]
-        assert stored["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [
-            1,
-            2,
-            3,
-        ]  # inputs of blocks
+        key = "eagle_aux_hidden_state_layer_ids"
+        assert stored["eagle_config"][key] == [0, 1, 2]  # outputs, as SGLang reads them
+        assert stored[key] == [1, 2, 3]  # of hidden_states, as vLLM does
 
 
 def test_folders_that_do_not_fit_are_refused_in_a_line(tmp_path: Path) -> None:

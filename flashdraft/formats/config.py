@@ -1,11 +1,9 @@
 """What a drafter is: the shape of its network, and what it reads from its target.
 
 One description for all published formats; each has a file of its own that reads it (`zlab`,
-`dflash2`, `dspark`, `domino`, `speculators`) and, where we write it, dresses config.json so. The
-format that training writes is the one that the big engines serve. EAGLE-3: SafeAILab's and
-SpecForge's names; their configs say nothing of the target's depth, which ours add. Medusa: heads
-alone. Knows tensors' names and shapes; does not know files (`read`, `write`), nor how a drafter
-runs.
+`dflash2`, `dspark`, `domino`, `speculators`, `eagle3`) and, where we write it, dresses config.json
+so. The format that training writes is the one that the big engines serve. Medusa: heads alone.
+Knows tensors' names and shapes; does not know files (`read`, `write`), nor how a drafter runs.
 """
 
 from collections.abc import Mapping
@@ -14,6 +12,7 @@ from typing import Self
 
 from flashdraft.errors import CheckpointError
 from flashdraft.formats import dflash2, domino, dspark, parse, speculators, zlab
+from flashdraft.formats.eagle3 import eagle3_fields, eagle3_json, eagle3_shapes
 from flashdraft.formats.foreign import Json, refuse_switches
 from flashdraft.formats.parse import KINDS, Fields
 from flashdraft.formats.recognise import TITLES, Format, recognise
@@ -95,9 +94,16 @@ class DraftConfig:
     input_embedding_scale: float = 1.0  # of the block's embeddings
     output_multiplier: float = 1.0  # of the logits
     final_logit_softcapping: float | None = None  # behind the multiplier; None: the target's own
-    norm_before_residual: bool = False  # eagle3: the residual is the normed state
-    norm_output: bool = False  # eagle3: the state that is fed back is normed
-    tied_head: bool = False  # eagle3: its lm_head is its own embedding
+    # EAGLE-3's switches (formats/eagle3.py)
+    norm_before_residual: bool = False  # the residual is the normed state
+    norm_output: bool = False  # the state that is fed back is normed
+    norm_before_fc: bool = False  # one norm over all features side by side
+    fc_norm: bool = False  # one norm each
+    fused: bool = True  # False: the target's last state as it is, without fc
+    qk_norm: bool = False  # queries and keys are normed
+    tied_head: bool = False  # its lm_head is its own embedding
+    target_hidden_size: int | None = None  # of its features; None: its own
+    ids_by_target: bool = False  # what its layer ids count shows beside the target
     attention_bias: bool = False
     draft_vocab_size: int | None = None  # rows of the reduced vocabulary d2t, if there is one
     dtype: str = "bfloat16"
@@ -132,9 +138,12 @@ class DraftConfig:
                 return cls(**_block_fields(config, form, shapes, where))
             flat = config
             if form.publisher == "speculators":
-                flat = speculators.unwrapped(config, shapes, where)
-            refuse_switches(flat, where)
-            return cls(**parse.other_fields(flat, kind, where))
+                flat = speculators.one_rope(speculators.unwrapped(config, shapes, where))
+            refuse_switches(flat, where, kind=kind)
+            fields = parse.other_fields(flat, kind, where)
+            if kind == "eagle3":
+                fields |= eagle3_fields(flat, where, wrapper=speculators.wrapper_of(config))
+            return cls(**fields)
         except KeyError as error:
             hint = (
                 "a drafter's config.json has block_size and dflash_config with mask_token_id "
@@ -170,6 +179,20 @@ class DraftConfig:
     def first_row(self) -> int:
         """The first row of a block that predicts; `block_size` - 1 rows from here on do."""
         return 0 if self.anchor_first else 1
+
+    @property
+    def num_features(self) -> int:
+        """How many of the target's states are read at each position."""
+        if self.method != "eagle3":
+            return len(self.target_layer_ids)
+        if not self.fused:
+            return 1
+        return len(self.target_layer_ids) or 3  # the usual layers: eagle3.fused_layers
+
+    @property
+    def feature_size(self) -> int:
+        """The target's hidden size."""
+        return self.target_hidden_size or self.hidden_size
 
     @property
     def masks(self) -> tuple[Mask, ...]:
@@ -219,10 +242,8 @@ class DraftConfig:
             full = ["full_attention"] * self.num_hidden_layers
             config["layer_types"] = list(self.layer_types) or full
             config["sliding_window"] = self.sliding_window
-        if self.norm_before_residual:
-            config["norm_before_residual"] = True
-        if self.norm_output:
-            config["norm_output"] = True
+        if self.method == "eagle3":
+            config |= eagle3_json(self)
         config["attention_bias"] = self.attention_bias
         if self.draft_vocab_size is not None:
             config["draft_vocab_size"] = self.draft_vocab_size
@@ -242,15 +263,18 @@ class DraftConfig:
             return config
 
         config |= self._scales_json()
-        if self.method == "eagle3":  # the inputs of blocks are the outputs of those before
-            inputs = [layer + 1 for layer in self.target_layer_ids]
-            config["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": inputs}
-        config["flashdraft_config"] = {
+        if self.ids_by_target:  # eagle_config has them
+            del reads["target_layer_ids"]
+        own: Fields = {
             "block_size": self.block_size,
             "num_target_layers": self.num_target_layers,
             **reads,
             "method": self.method,
         }
+        for name in ("qk_norm", "raw_tables"):
+            if getattr(self, name):
+                own[name] = True
+        config["flashdraft_config"] = own
         return config
 
     def _rope_json(self) -> Fields:
@@ -284,21 +308,18 @@ class DraftConfig:
                 shapes[f"heads.{head}.bias"] = (hidden,)
             return shapes
 
+        if self.method == "eagle3":
+            return eagle3_shapes(self)
+
         layer = self._layer_shapes()
-        for place in self._layer_names():
+        for index in range(self.num_hidden_layers):
             for name, shape in layer.items():
-                shapes[f"{place}.{name}"] = shape
+                shapes[f"layers.{index}.{name}"] = shape
         shapes["norm.weight"] = (hidden,)
         if self.method == "draft_model":
             return shapes
 
-        num_features = len(self.target_layer_ids)
-        if num_features == 0 and self.method == "eagle3":
-            num_features = 3  # the usual layers: eagle3.fused_layers
-        shapes["fc.weight"] = (hidden, num_features * hidden)
-        if self.method != "dflash":
-            return shapes
-
+        shapes["fc.weight"] = (hidden, self.num_features * hidden)
         shapes["hidden_norm.weight"] = (hidden,)
         shapes |= self._convolution_shapes()
         shapes |= self._head_shapes()
@@ -354,27 +375,20 @@ class DraftConfig:
             shapes["confidence_head.proj.bias"] = (1,)
         return shapes
 
-    def _layer_names(self) -> list[str]:
-        if self.method == "eagle3":
-            return ["midlayer"]
-        return [f"layers.{index}" for index in range(self.num_hidden_layers)]
-
     def _layer_shapes(self) -> Mapping[str, Shape]:
         """The tensors of one decoder layer."""
-        is_eagle3 = self.method == "eagle3"
         hidden = self.hidden_size
         inner = self.intermediate_size
         queries = self.num_attention_heads * self.head_dim
         keys = self.num_key_value_heads * self.head_dim
-        inputs = 2 * hidden if is_eagle3 else hidden  # eagle3: embedding and state side by side
 
         shapes: dict[str, Shape] = {
-            "self_attn.q_proj.weight": (queries, inputs),
-            "self_attn.k_proj.weight": (keys, inputs),
-            "self_attn.v_proj.weight": (keys, inputs),
+            "self_attn.q_proj.weight": (queries, hidden),
+            "self_attn.k_proj.weight": (keys, hidden),
+            "self_attn.v_proj.weight": (keys, hidden),
             "self_attn.o_proj.weight": (hidden, queries),
         }
-        if self.attention_bias and not is_eagle3:
+        if self.attention_bias:
             shapes["self_attn.q_proj.bias"] = (queries,)
             shapes["self_attn.k_proj.bias"] = (keys,)
             shapes["self_attn.v_proj.bias"] = (keys,)
@@ -384,8 +398,6 @@ class DraftConfig:
         shapes["mlp.down_proj.weight"] = (hidden, inner)
         shapes["input_layernorm.weight"] = (hidden,)
         shapes["post_attention_layernorm.weight"] = (hidden,)
-        if is_eagle3:
-            shapes["hidden_norm.weight"] = (hidden,)
         if self.method == "dflash":
             shapes["self_attn.q_norm.weight"] = (self.head_dim,)
             shapes["self_attn.k_norm.weight"] = (self.head_dim,)

@@ -95,7 +95,7 @@ _FOREIGNERS = (
         ("deepseekv4", "deepseek_v4"),
         ("dspark_config", "dspark_target_layer_ids", "dspark_block_size"),
     ),
-    _Foreigner("DeepSpec EAGLE-3", "DeepSpec's own code runs it", ("qwen3eagle3", "gemma4eagle3")),
+    _Foreigner("Gemma 4 EAGLE-3", "DeepSpec's own code runs it", ("gemma4eagle3",)),
     _Foreigner("published Medusa", _VLLM, (), ("medusa_num_heads",)),
     _Foreigner("MLP speculator", _VLLM, ("mlp_speculator", "mlpspeculator")),
     _Foreigner("MTP", _VLLM, ("mtpspeculator", "mtpdraft")),
@@ -159,6 +159,8 @@ _SWITCHES: dict[str, tuple[bool | int, ...]] = {
     "rope_is_neox_style": (True,),
     "is_neox_style": (True,),
     "rope_interleave": (False,),
+}
+_EAGLE3_SWITCHES: dict[str, tuple[bool | int, ...]] = {  # which other networks do not have
     "norm_before_fc": (False,),
     "use_aux_norm": (False,),
     "fc_norm": (False,),
@@ -206,10 +208,6 @@ def refuse_tensors(names: Iterable[str], where: str) -> None:
             if any(part in name for part in foreigner.tensors):
                 got = f"`{where}` is a {foreigner.name} drafter, which is not supported: it holds"
                 raise CheckpointError(f"{got} {name}", hint=f"{foreigner.runs}; {_READ}")
-        is_of_layers = name.startswith("layers.0.self_attn.")
-        if is_of_layers and "midlayer.self_attn.q_proj.weight" in known:
-            got = f"`{where}` holds {name} beside midlayer, which is not supported"
-            raise CheckpointError(got, hint=_READ)
 
 
 def refuse_files(folder: Path) -> None:
@@ -220,13 +218,18 @@ def refuse_files(folder: Path) -> None:
         raise CheckpointError(got, hint=hint)
 
 
-def refuse_switches(config: Json, where: str) -> None:
+def refuse_switches(config: Json, where: str, *, kind: str = "dflash") -> None:
     """Raises CheckpointError for a switch of a network that is ours in all else. config: flat."""
-    _refuse_switches(config, where)
+    is_eagle3 = kind == "eagle3"
+    _refuse_switches(config, _SWITCHES if is_eagle3 else _SWITCHES | _EAGLE3_SWITCHES, where)
     _refuse_shapes(config, where)
+    if not is_eagle3:
+        _refuse_width(config, where)
 
 
-def _refuse_switches(config: Json, where: str) -> None:
+def _refuse_switches(
+    config: Json, switches: Mapping[str, tuple[bool | int, ...]], where: str
+) -> None:
     family = str(config.get("model_type") or "")
     if family.startswith(_NORM_OFFSETS):
         got = f"`{where}` has model_type {family}, which is not supported in a drafter"
@@ -234,7 +237,7 @@ def _refuse_switches(config: Json, where: str) -> None:
         raise CheckpointError(got, hint=hint)
 
     for place in _places(config):
-        for key, harmless in _SWITCHES.items():
+        for key, harmless in switches.items():
             value = place.get(key)
             if value is None or value in harmless:
                 continue
@@ -253,6 +256,8 @@ def _refuse_shapes(config: Json, where: str) -> None:
             got = f"`{where}`: {key} is {activation!r}"
             raise CheckpointError(got, hint="drafters have silu")
 
+
+def _refuse_width(config: Json, where: str) -> None:
     own = config.get("hidden_size")
     width = config.get("target_hidden_size")
     if width is not None and width != own:

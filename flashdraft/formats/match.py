@@ -28,11 +28,11 @@ def check_target(config: DraftConfig, target: Shape, *, num_embeddings: int | No
     num_embeddings: of a drafter's own.
     """
     num_layers = config.num_target_layers
-    hidden = config.hidden_size
+    width = config.feature_size
     but = f"but `{target.name}` has"
-    hint = f"it was trained for a target with {num_layers or 'other'} layers of size {hidden}"
-    if hidden != target.hidden_size:
-        got = f"the draft has hidden size {hidden}, {but} {target.hidden_size}"
+    hint = f"it was trained for a target with {num_layers or 'other'} layers of size {width}"
+    if width != target.hidden_size:
+        got = f"the draft has hidden size {width}, {but} {target.hidden_size}"
         raise DraftMismatch(got, hint=hint)
 
     last = target.num_layers  # its output is the final normed state, which DFlash does not read

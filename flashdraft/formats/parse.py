@@ -10,7 +10,7 @@ what is understood but cannot be had.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, TypeAlias
 
 from flashdraft.errors import CheckpointError
@@ -50,7 +50,7 @@ _QWEN3 = {  # what Qwen3Config takes where it is not told
     "head_dim": 128,
     "max_position_embeddings": 32768,
 }
-_USUAL = {  # of EAGLE-3 folders, which do not say
+_USUAL = {  # of folders that do not say
     "block_size": 6,
     "mask_token_id": 0,
     "num_target_layers": 0,
@@ -77,7 +77,7 @@ def other_fields(config: Json, method: str, where: str) -> Fields:
     fields |= masks_of(config, method, where)
     kinds = fields["layer_types"] or ("full_attention",)
     fields["rope_parameters"] = rope_of(config, kinds, where)
-    fields |= _other_reads(config, where)
+    fields |= _other_reads(config)
     fields |= scales_of(config, method, where)
     fields["dtype"] = dtype_of(config)
     fields["method"] = method
@@ -307,52 +307,18 @@ def _one_rope(told: Json, config: Json, where: str) -> Fields:
 # --- What is read from the target, and what is done to it
 
 
-def _other_reads(config: Json, where: str) -> Fields:
+def _other_reads(config: Json) -> Fields:
     """What drafters without blocks read, whose own formats have no place for it."""
     own = config.get("flashdraft_config") or {}
-    layers = own.get("target_layer_ids")
-    if layers is None:
-        layers = _eagle_layers(config, where)
     reads: Fields = {}
     for name, usual in _USUAL.items():
         reads[name] = count_of(name, own.get(name, usual), least=0)
-    reads["target_layer_ids"] = layer_ids_of(layers)
+    reads["target_layer_ids"] = layer_ids_of(own.get("target_layer_ids") or ())
     return reads
 
 
-def _eagle_layers(config: Json, where: str) -> Sequence[int]:
-    """The layers whose outputs an EAGLE-3 folder reads, 0-based; empty: the usual ones.
-
-    Ids at the top are those of transformers' hidden_states (vLLM, speculators): i is the output of
-    layer i - 1. Ids in eagle_config are outputs (SpecForge, SGLang); which of them are not shows
-    beside the target (methods/eagle3.py).
-    """
-    name = "eagle_aux_hidden_state_layer_ids"
-    top = config.get(name)
-    nested = (config.get("eagle_config") or {}).get(name)
-    from_states: tuple[int, ...] = ()
-    outputs: tuple[int, ...] = ()
-    if top is not None:
-        from_states = tuple(layer - 1 for layer in layer_ids_of(top))
-    if nested is not None:
-        outputs = layer_ids_of(nested)
-    if from_states and outputs and from_states != outputs:
-        got = f"`{where}` names its layers twice and differently: {top} and {nested}"
-        hint = (
-            "at the top ids count the embeddings as 0, in eagle_config they do not; "
-            "keep the list that it was trained with"
-        )
-        raise CheckpointError(got, hint=hint)
-
-    layers = from_states or outputs
-    if -1 in layers:
-        got = f"`{where}` reads the target's embeddings, which is not supported"
-        raise CheckpointError(got, hint="layers' outputs are read")
-    return layers
-
-
 def scales_of(config: Json, method: str, where: str) -> Fields:
-    """What is done to embeddings and logits around the network, and EAGLE-3's switches."""
+    """What is done to embeddings and logits around the network."""
     multiplier = number_of("output_multiplier", given(config, "output_multiplier", 1.0))
     multiplier *= number_of("logit_scale", given(config, "logit_scale", 1.0))
     scale = number_of("input_embedding_scale", given(config, "input_embedding_scale", 1.0))
@@ -368,16 +334,6 @@ def scales_of(config: Json, method: str, where: str) -> Fields:
         "output_multiplier": multiplier,
         "final_logit_softcapping": cap if cap != 0 else None,
     }
-    if method != "eagle3":
-        return scales
-
-    nested = config.get("eagle_config") or {}
-    for name in ("norm_before_residual", "norm_output"):
-        told = flag_of(config, name)
-        if told is None:
-            told = flag_of(nested, name)
-        scales[name] = bool(told)
-    scales["tied_head"] = bool(flag_of(config, "tie_word_embeddings"))
     return scales
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flashdraft.errors import CheckpointError
 from flashdraft.formats.config import DraftConfig
+from flashdraft.formats.eagle3 import eagle3_completed, eagle3_names
 from flashdraft.formats.foreign import refuse_files
 from flashdraft.formats.parse import KINDS
 from flashdraft.formats.recognise import recognise
@@ -43,6 +44,9 @@ def read_draft(folder: Path) -> tuple[DraftConfig, dict[str, Tensor]]:
         raise CheckpointError(got, hint="a block is the anchor and 1 mask or more")
 
     tensors = read_tensors(folder, pickled=config.method == "eagle3")
+    if config.method == "eagle3":
+        tensors = eagle3_names(tensors, where)
+        config = eagle3_completed(config, tensors)
     if config.tied_head and "lm_head.weight" in tensors:
         config = replace(config, tied_head=False)
     if config.method == "dflash":

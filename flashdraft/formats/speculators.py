@@ -19,7 +19,7 @@ from flashdraft.formats.weights import Shapes, told_by_shapes
 if TYPE_CHECKING:
     from flashdraft.formats.config import DraftConfig
 
-__all__ = ["flat", "unwrapped", "wrapped"]
+__all__ = ["flat", "one_rope", "unwrapped", "wrapped", "wrapper_of"]
 
 _WRAPPER = (
     "speculators_model_type",
@@ -117,7 +117,7 @@ def flat(config: Json, anchor_first: bool, shapes: Shapes, where: str) -> Fields
     anchor_first: how its blocks lie. Raises CheckpointError where it says what cannot be.
     """
     kind = str(wrapped_kind(config))
-    flat = dspark.without_parts(_one_rope(unwrapped(config, shapes, where)))
+    flat = dspark.without_parts(one_rope(unwrapped(config, shapes, where)))
     block_size = count_of("block_size", flat.setdefault("block_size", 8))
     _check_layout(config, block_size, anchor_first, where)
 
@@ -138,7 +138,12 @@ def flat(config: Json, anchor_first: bool, shapes: Shapes, where: str) -> Fields
     return flat
 
 
-def _one_rope(config: Fields) -> Fields:
+def wrapper_of(config: Json) -> Json | None:
+    """What the wrapper says of the drafter's use; None: there is no wrapper."""
+    return None if wrapped_kind(config) is None else part_of(config, "speculators_config")
+
+
+def one_rope(config: Fields) -> Fields:
     """All layers have the rotation of sliding ones where two are told (flatten_rope_parameters)."""
     rope = part_of(config, "rope_parameters")
     sliding = rope.get("sliding_attention")

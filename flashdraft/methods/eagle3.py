@@ -6,6 +6,9 @@ states) for what the target has read, and the layer's own output for what was dr
 q, k and v are made of both, each under its own norm; the residual is g. Its output, normed, goes to
 an lm_head over a reduced vocabulary; un-normed, it is the next g. A dynamic tree (EAGLE-2,
 2406.16858) expands the likeliest paths at every depth and keeps the likeliest nodes of all.
+
+What published drafters do otherwise is told by switches of the config (formats/eagle3.py): norms
+before fc or of q and k, biases, plain layers behind the first one, a width of their own.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from flashdraft.formats.config import DraftConfig
 from flashdraft.methods.network import DraftHead, DraftNetwork, Likely, top
 from flashdraft.models.blocks import Block
 from flashdraft.models.cache import SlotCache
-from flashdraft.models.layers import RMSNorm, apply_rotary
+from flashdraft.models.layers import CosSin, RMSNorm, apply_rotary
 from flashdraft.models.modules import MLP
 from flashdraft.models.target import Target
 from flashdraft.process import BOOLS, FLOATS, INTS, serial, undisturbed
@@ -33,6 +36,11 @@ from flashdraft.types import Drafter, Proposal, Rows
 
 __all__ = ["Eagle3DraftModel", "Eagle3Drafter", "fused_layers"]
 
+# Layer; q, k, v [n, heads, head_dim] -> [n, heads * head_dim].
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor | None]
+
+# Model types of DeepSeek's kin, whose EAGLE-3 drafters name layers in a way of their own.
+_DEEPSEEK = ("deepseek", "kimi", "glm_moe_dsa")
 _BEAM = 8  # paths that a tree expands at every depth, and tokens looked at behind each
 
 
@@ -46,23 +54,34 @@ def fused_layers(num_target_layers: int) -> tuple[int, ...]:
     return tuple(sorted(layers))
 
 
-def _outputs(layers: Sequence[int], num_target_layers: int) -> tuple[int, ...]:
+def _outputs(config: DraftConfig, target: Target) -> tuple[int, ...]:
     """The layers whose outputs a folder means that says nothing of its target's depth.
 
-    An id as high as the target is deep is no output of a layer's: those are ids of hidden_states,
-    one higher (NVIDIA's folders).
+    Ids of eagle_config are outputs, with the exceptions of those who write them (SGLang): an id as
+    high as the target is deep is no output of a layer's, so those are ids of hidden_states, one
+    higher (NVIDIA's folders); so are those of DeepSeek's kin, unless the first is 1.
     """
+    layers = config.target_layer_ids
+    if not config.fused:
+        return (target.num_layers,)  # the final normed state
     if not layers:
-        return fused_layers(num_target_layers)
-    if max(layers) == num_target_layers:
+        return fused_layers(target.num_layers)
+    if not config.ids_by_target:
+        return layers
+
+    is_deepseek = str(target.config.model_type).startswith(_DEEPSEEK)
+    are_states = max(layers) == target.num_layers or (is_deepseek and layers[0] != 1)
+    if are_states:
         return tuple(layer - 1 for layer in layers)
-    return tuple(layers)
+    return layers
 
 
-def _check_layers(layers: Sequence[int], count: int, target: Target) -> None:
+def _check_layers(config: DraftConfig, count: int, target: Target) -> None:
     """Raises DraftMismatch where the target has not the layers whose outputs the drafter reads,
     `count` of them."""
-    if len(layers) == count and min(layers) >= 0:
+    layers = config.target_layer_ids
+    last = target.num_layers - 1 if config.fused else target.num_layers
+    if len(layers) == count and min(layers) >= 0 and max(layers) <= last:
         return
 
     got = (
@@ -77,33 +96,50 @@ def _check_layers(layers: Sequence[int], count: int, target: Target) -> None:
 
 
 class _Attention(nn.Module):
-    """Projections of embedding and state side by side."""
+    """Projections of `inputs` numbers: embedding and state side by side, or a state alone."""
 
-    def __init__(self, config: DraftConfig) -> None:
+    def __init__(self, config: DraftConfig, inputs: int) -> None:
         super().__init__()
         hidden = config.hidden_size
+        bias = config.attention_bias
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(2 * hidden, queries, bias=False, **FLOATS)
-        self.k_proj = nn.Linear(2 * hidden, keys, bias=False, **FLOATS)
-        self.v_proj = nn.Linear(2 * hidden, keys, bias=False, **FLOATS)
-        self.o_proj = nn.Linear(queries, hidden, bias=False, **FLOATS)
+        self.q_proj = nn.Linear(inputs, queries, bias=bias, **FLOATS)
+        self.k_proj = nn.Linear(inputs, keys, bias=bias, **FLOATS)
+        self.v_proj = nn.Linear(inputs, keys, bias=bias, **FLOATS)
+        self.o_proj = nn.Linear(queries, hidden, bias=bias, **FLOATS)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
 
-class _Layer(nn.Module):
-    def __init__(self, config: DraftConfig) -> None:
+class _PlainLayer(nn.Module):
+    """A decoder layer as the target has them, behind the first one."""
+
+    def __init__(self, config: DraftConfig, inputs: int) -> None:
         super().__init__()
         hidden = config.hidden_size
         eps = config.rms_norm_eps
-        self.self_attn = _Attention(config)
+        self.self_attn = _Attention(config, inputs)
         self.mlp = MLP(hidden, config.intermediate_size)
-        self.input_layernorm = RMSNorm(hidden, eps)  # of the embedding
-        self.hidden_norm = RMSNorm(hidden, eps)  # of the state
+        self.input_layernorm = RMSNorm(hidden, eps)  # of the embedding, in the first layer
         self.post_attention_layernorm = RMSNorm(hidden, eps)
 
 
+class _Layer(_PlainLayer):
+    """The first layer, which reads pairs."""
+
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__(config, 2 * config.hidden_size)
+        self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)  # of the state
+
+
 class Eagle3DraftModel(DraftNetwork):
-    """The draft network, under the tensor names of SafeAILab's and SpecForge's folders."""
+    """The draft network, under the tensor names of SafeAILab's and SpecForge's folders.
+
+    Plain layers behind the first one (speculators) are read and run, but not trained: `project` and
+    `finish` are the first layer's.
+    """
 
     method = "eagle3"
 
@@ -111,13 +147,33 @@ class Eagle3DraftModel(DraftNetwork):
     def __init__(self, config: DraftConfig) -> None:
         super().__init__(config)
         hidden = config.hidden_size
-        num_features = len(config.target_layer_ids)
-        if num_features == 0:
-            num_features = 3  # fused_layers
+        eps = config.rms_norm_eps
+        num_features = config.num_features
+        width = config.feature_size
         self.add_rotary()
         self.midlayer = _Layer(config)
-        self.fc = nn.Linear(num_features * hidden, hidden, bias=False, **FLOATS)
-        self.norm = RMSNorm(hidden, config.rms_norm_eps)
+        self.layers = nn.ModuleDict()
+        for index in range(1, config.num_hidden_layers):
+            self.layers[str(index)] = _PlainLayer(config, hidden)
+
+        if config.fused:
+            self.fc = nn.Linear(num_features * width, hidden, bias=False, **FLOATS)
+        if config.norm_before_fc:
+            self.input_norm = RMSNorm(num_features * width, eps)
+        if config.fc_norm:
+            self.fc_norm = nn.ModuleList(RMSNorm(width, eps) for _ in range(num_features))
+        self.norm = RMSNorm(hidden, eps)
+
+    def fuse(self, features: Tensor) -> Tensor:
+        """g [n, hidden] of the target's features [n, features * feature_size]."""
+        config = self.config
+        if config.norm_before_fc:
+            features = self.input_norm(features)
+        if config.fc_norm:
+            parts = features.chunk(config.num_features, dim=-1)
+            normed = [norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)]
+            features = torch.cat(normed, dim=-1)
+        return self.fc(features) if config.fused else features
 
     def project(
         self, embedded: Tensor, states: Tensor, positions: Tensor
@@ -125,13 +181,17 @@ class Eagle3DraftModel(DraftNetwork):
         """q, k, v [n, heads, head_dim] of pairs: embeddings and states [n, hidden] at positions
         [n]."""
         layer = self.midlayer
+        attention = layer.self_attn
         rotary = self.rotary(positions)
         embedding = layer.input_layernorm(embedded)
         state = layer.hidden_norm(states)
         pairs = torch.cat((embedding, state), dim=-1)
-        q = self._heads(layer.self_attn.q_proj(pairs))
-        k = self._heads(layer.self_attn.k_proj(pairs))
-        v = self._heads(layer.self_attn.v_proj(pairs))
+        q = self._heads(attention.q_proj(pairs))
+        k = self._heads(attention.k_proj(pairs))
+        v = self._heads(attention.v_proj(pairs))
+        if self.config.qk_norm:
+            q = attention.q_norm(q)
+            k = attention.k_norm(k)
         return apply_rotary(q, *rotary), apply_rotary(k, *rotary), v
 
     def _heads(self, projected: Tensor) -> Tensor:
@@ -155,64 +215,128 @@ class Eagle3DraftModel(DraftNetwork):
         return functools.partial(Eagle3Drafter, _Packed(self, target))
 
 
-class _Packed(DraftHead):
-    """The same layer on packed linears, beside one target; shared by all drafters made from it."""
+class _PackedLayer:
+    """One layer on packed linears."""
 
-    def __init__(self, model: Eagle3DraftModel, target: Target) -> None:
-        super().__init__(model, target)
-        if not self.config.num_target_layers:
-            layers = _outputs(model.config.target_layer_ids, target.num_layers)
-            _check_layers(layers, model.fc.in_features // self.config.hidden_size, target)
-            self.config = replace(
-                model.config, num_target_layers=target.num_layers, target_layer_ids=layers
-            )
-
-        layer = Block(model.midlayer, self.probe)
-        (self.rotary,) = model.rotaries(self.probe).values()
-        self.fc = self.packed(model.fc.weight)
-        self.linears = {}
-        for name in layer.parts:
-            weight, _ = layer.fused(name)
-            self.linears[name] = self.packed(weight)
-        self.norms = dict(layer.norms)
-        self.norms["states"] = model.midlayer.hidden_norm.weight.detach().to(self.probe)
-        self.norms["final"] = model.norm.weight.detach().to(self.probe)
-        self.nbytes += self.fc.nbytes
-        self.nbytes += sum(linear.nbytes for linear in self.linears.values())
+    def __init__(self, layer: _PlainLayer, head: DraftHead) -> None:
+        block = Block(layer, head.probe)
+        config = head.config
+        self.eps = config.rms_norm_eps
+        self.heads = (config.num_attention_heads, config.num_key_value_heads)
+        self.head_dim = config.head_dim
+        self.norms = dict(block.norms)
+        self.linears = {name: head.packed(*block.fused(name)) for name in block.parts}
+        self.nbytes = sum(linear.nbytes for linear in self.linears.values())
 
     def normed(self, x: Tensor, name: str) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.norms[name], self.config.rms_norm_eps)
+        weight = self.norms[name]
+        return F.rms_norm(x, weight.shape, weight, self.eps)
 
-    def project(
-        self, tokens: Tensor, states: Tensor, positions: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """As Eagle3DraftModel.project, from token ids."""
-        heads = self.config.num_attention_heads
-        kv_heads = self.config.num_key_value_heads
-        embedded = self.normed(self.embed(tokens), "input_norm")
-        pairs = torch.cat((embedded, self.normed(states, "states")), dim=-1)
-        qkv = self.linears["qkv"](pairs).view(len(pairs), -1, self.config.head_dim)
-        qk, v = qkv.split((heads + kv_heads, kv_heads), dim=1)
-        self.rotary.reserve(int(positions.max()) + 1)
-        rotated = apply_rotary(qk, *self.rotary.at(positions))
-        q, k = rotated.split((heads, kv_heads), dim=1)
-        return q, k, v
+    def project(self, inputs: Tensor, angles: CosSin) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v [n, heads, head_dim] of normed inputs; q and k rotated."""
+        num_heads, num_kv_heads = self.heads
+        qkv = self.linears["qkv"](inputs).view(len(inputs), -1, self.head_dim)
+        q, k, v = qkv.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+        if "q_norm" in self.norms:
+            q = self.normed(q, "q_norm")
+            k = self.normed(k, "k_norm")
+        return apply_rotary(q, *angles), apply_rotary(k, *angles), v
 
-    def finish(self, states: Tensor, attended: Tensor) -> Tensor:
-        """As Eagle3DraftModel.finish."""
-        residual = self.normed(states, "states") if self.config.norm_before_residual else states
+    def finish(self, residual: Tensor, attended: Tensor) -> Tensor:
+        """The layer's output, un-normed."""
         x = residual + self.linears["out"](attended)
         normed = self.normed(x, "post_norm")
         gate, up = self.linears["gate_up"](normed).chunk(2, dim=-1)
         return x + self.linears["down"](F.silu(gate) * up)
 
+
+class _Packed(DraftHead):
+    """The same network on packed linears, beside one target; shared by all drafters made from
+    it."""
+
+    def __init__(self, model: Eagle3DraftModel, target: Target) -> None:
+        super().__init__(model, target)
+        self.config = replace(
+            model.config,
+            num_target_layers=target.num_layers,
+            target_layer_ids=_outputs(model.config, target),
+        )
+        _check_layers(self.config, model.config.num_features, target)
+
+        (self.rotary,) = model.rotaries(self.probe).values()
+        first = _PackedLayer(model.midlayer, self)
+        self.layers = [first]
+        for layer in model.layers.values():
+            assert isinstance(layer, _PlainLayer)
+            self.layers.append(_PackedLayer(layer, self))
+        self.fc = self.packed(model.fc.weight) if self.config.fused else None
+
+        first.norms["states"] = self._taken(model.midlayer.hidden_norm.weight)
+        self.norm = self._taken(model.norm.weight)
+        self.norm_of_all: Tensor | None = None
+        if self.config.norm_before_fc:
+            self.norm_of_all = self._taken(model.input_norm.weight)
+        self.norm_of_each: list[Tensor] = []
+        for norm in model.fc_norm if self.config.fc_norm else ():
+            assert isinstance(norm, RMSNorm)
+            self.norm_of_each.append(self._taken(norm.weight))
+
+        self.nbytes += sum(layer.nbytes for layer in self.layers)
+        if self.fc is not None:
+            self.nbytes += self.fc.nbytes
+
+    def _taken(self, weight: Tensor) -> Tensor:
+        return weight.detach().to(self.probe)
+
+    def normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x, weight.shape, weight, self.config.rms_norm_eps)
+
+    def fuse(self, features: Tensor) -> Tensor:
+        """As Eagle3DraftModel.fuse."""
+        if self.norm_of_all is not None:
+            features = self.normed(features, self.norm_of_all)
+        if self.norm_of_each:
+            parts = features.chunk(len(self.norm_of_each), dim=-1)
+            normed = map(self.normed, parts, self.norm_of_each)
+            features = torch.cat(list(normed), dim=-1)
+        return features if self.fc is None else self.fc(features)
+
+    def angles(self, positions: Tensor) -> CosSin:
+        self.rotary.reserve(int(positions.max()) + 1)
+        return self.rotary.at(positions)
+
+    def pairs(self, tokens: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        """What the first layer reads [n, 2 * hidden], and its residual [n, hidden]."""
+        first = self.layers[0]
+        embedded = first.normed(self.embed(tokens), "input_norm")
+        state = first.normed(states, "states")
+        residual = state if self.config.norm_before_residual else states
+        return torch.cat((embedded, state), dim=-1), residual
+
+    def run(self, tokens: Tensor, states: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """The last layer's outputs [n, hidden], un-normed, of pairs [n] and [n, hidden].
+
+        attend: of a layer; where it gives None the run ends, for nobody wants the outputs.
+        """
+        angles = self.angles(positions)
+        inputs, x = self.pairs(tokens, states)
+        for index, layer in enumerate(self.layers):
+            if index > 0:
+                inputs = layer.normed(x, "input_norm")
+            q, k, v = layer.project(inputs, angles)
+            attended = attend(index, q, k, v)
+            if attended is None:
+                break
+            x = layer.finish(x, attended)
+        return x
+
     def fed_back(self, states: Tensor) -> Tensor:
         """As Eagle3DraftModel.fed_back."""
-        return self.normed(states, "final") if self.config.norm_output else states
+        return self.normed(states, self.norm) if self.config.norm_output else states
 
     def likely(self, hidden: Tensor, count: int) -> Likely:
         """Of un-normed states."""
-        return super().likely(self.normed(hidden, "final"), count)
+        return super().likely(self.normed(hidden, self.norm), count)
 
 
 # --- The drafter
@@ -226,6 +350,13 @@ class _Found(NamedTuple):
     parent: int  # its number; -1: the anchor
     token: int
     score: float  # its own log-probability
+
+
+class _KeysValues(NamedTuple):
+    """Of drafted pairs, [kv_heads, n, head_dim] each."""
+
+    keys: Tensor
+    values: Tensor
 
 
 class _Beam(NamedTuple):
@@ -256,7 +387,7 @@ class Eagle3Drafter(Drafter):
         self.tree_nodes = tree_nodes
         self.depth = (config.block_size if block_size is None else block_size) - 1
         self.layers = config.target_layer_ids
-        self.cache = SlotCache(1, 1, 256)
+        self.cache = SlotCache(len(network.layers), 1, 256)
         self.caches: tuple[SlotCache, ...] = (self.cache,)
         self._states: dict[int, Tensor] = {}  # by slot: g of the last position read
 
@@ -269,7 +400,7 @@ class Eagle3Drafter(Drafter):
         assert features is not None
         self.cache.reserve(0, rows=max(rows.slots) + 1)
         for slot, new, seen in zip(rows.slots, tokens, features, strict=True):
-            states = self.network.fc(seen)
+            states = self.network.fuse(seen)
             waiting = self._states.get(slot, states[:0])
             paired = torch.cat((waiting, states))[:-1]
             if len(paired) > 0:
@@ -278,13 +409,23 @@ class Eagle3Drafter(Drafter):
 
     def _read(self, slot: int, tokens: Tensor, states: Tensor) -> None:
         """Write pairs [n] and [n, hidden] behind those that the row holds."""
+        num_pairs = len(states)
         start = self.cache.lengths[slot]
-        end = start + len(states)
-        positions = torch.arange(start, end, **INTS)
-        _, keys, values = self.network.project(tokens, states, positions)
-        self.cache.reserve(end)
-        self.cache.write(0, slot, keys.transpose(0, 1), values.transpose(0, 1))
-        self.cache.keep(slot, range(len(states)))
+        positions = torch.arange(start, start + num_pairs, **INTS)
+        self.cache.reserve(start + num_pairs)
+        last = len(self.network.layers) - 1
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+            own = _behind(None, k, v)
+            attended = None
+            if layer < last:
+                seen = torch.ones(num_pairs, num_pairs, **BOOLS).tril()
+                attended = self._attend(layer, slot, q, own, seen)
+            self.cache.write(layer, slot, *own)
+            return attended
+
+        self.network.run(tokens, states, positions, attend)
+        self.cache.keep(slot, range(num_pairs))
 
     @undisturbed
     @serial(lambda self: self.network.native)
@@ -329,17 +470,19 @@ class Eagle3Drafter(Drafter):
             seen=torch.zeros(1, 0, **BOOLS),
         )
         found: list[_Found] = []
-        keys: Tensor | None = None  # of all beams so far [kv_heads, n, head_dim]
-        values: Tensor | None = None
+        held: list[_KeysValues | None] = [None] * len(network.layers)  # of all beams so far
         for level in range(depth):
             num_paths = len(beam.tokens)
             positions = torch.full_like(beam.tokens, start + level)
-            q, k, v = network.project(beam.tokens, beam.states, positions)
-            keys = _behind(keys, k)
-            values = _behind(values, v)
             seen = torch.cat((beam.seen, torch.eye(num_paths, **BOOLS)), 1)
-            attended = self._attend(slot, q, (keys, values), seen)
-            outputs = network.finish(beam.states.expand(num_paths, -1), attended)
+
+            def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, seen: Tensor = seen) -> Tensor:
+                own = _behind(held[layer], k, v)
+                held[layer] = own
+                return self._attend(layer, slot, q, own, seen)
+
+            states = beam.states.expand(num_paths, -1)
+            outputs = network.run(beam.tokens, states, positions, attend)
 
             likely = network.likely(outputs, width)
             tokens = likely.tokens.cpu()
@@ -359,11 +502,11 @@ class Eagle3Drafter(Drafter):
             )
         return _kept(found, budget)
 
-    def _attend(self, slot: int, q: Tensor, own: tuple[Tensor, Tensor], seen: Tensor) -> Tensor:
-        """q [n, heads, head_dim] over the row's pairs and, of the beams' own keys and values
-        [kv_heads, m, head_dim], those that `seen` [n, m] shows."""
+    def _attend(self, layer: int, slot: int, q: Tensor, own: _KeysValues, seen: Tensor) -> Tensor:
+        """q [n, heads, head_dim] over the row's pairs and those of `own` that `seen` [n, m] shows:
+        [n, heads * head_dim]."""
         own_keys, own_values = own
-        past_keys, past_values = self.cache.layer(0, own_keys)
+        past_keys, past_values = self.cache.layer(layer, own_keys)
         length = self.cache.lengths[slot]
         keys = torch.cat((past_keys[slot, :, :length], own_keys), 1)
         values = torch.cat((past_values[slot, :, :length], own_values), 1)
@@ -376,10 +519,16 @@ class Eagle3Drafter(Drafter):
         return out[0].transpose(0, 1).flatten(1)
 
 
-def _behind(earlier: Tensor | None, new: Tensor) -> Tensor:
-    """[kv_heads, n, head_dim] and [m, kv_heads, head_dim] -> [kv_heads, n + m, head_dim]"""
-    turned = new.transpose(0, 1)
-    return turned if earlier is None else torch.cat((earlier, turned), 1)
+def _behind(earlier: _KeysValues | None, k: Tensor, v: Tensor) -> _KeysValues:
+    """New keys and values [n, kv_heads, head_dim] behind those of earlier pairs."""
+    keys = k.transpose(0, 1)
+    values = v.transpose(0, 1)
+    if earlier is None:
+        return _KeysValues(keys, values)
+    earlier_keys, earlier_values = earlier
+    all_keys = torch.cat((earlier_keys, keys), 1)
+    all_values = torch.cat((earlier_values, values), 1)
+    return _KeysValues(all_keys, all_values)
 
 
 def _looked_at(first: int, parents: list[int], joint: Tensor, likely: Likely) -> list[_Found]:

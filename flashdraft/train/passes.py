@@ -95,7 +95,7 @@ def _eagle3(model: Eagle3DraftModel, embed: Embed, batch: Batch) -> Tensor:
     """
     block_size = model.config.block_size
     before = _before_anchors(batch, block_size)
-    fused = model.fc(batch.features.to(model.norm.weight.dtype))
+    fused = model.fuse(batch.features.to(model.norm.weight.dtype))
     _, *context = model.project(embed(batch.next_tokens), fused, batch.positions.context)
     past = _KeysValues(*context)
     own: list[_KeysValues] = []  # by step: of every block [blocks, kv_heads, head_dim]
