@@ -537,6 +537,24 @@ def test_drafter_of_another_block_layout_is_named(world: World) -> None:
     assert "off by one" in found["labels"].text
 
 
+def test_blocks_of_either_layout_are_healthy_and_read_as_the_other_they_are_named(
+    world: World,
+) -> None:
+    """With a Markov head and a vocabulary of its own, too: what training makes of `--head`."""
+    vocabulary = common_tokens(world.data, 40)[0]
+    config = replace(CONFIG, anchor_first=True)
+    first = trained(world.lm, world.samples, config, vocabulary=vocabulary, head="markov")
+    assert failed(findings(first, world.lm, world.data)) == []
+
+    for model, said in ((first, "anchor-first (row k"), (world.model, "filled in (row k")):
+        right = model.config
+        model.config = replace(right, anchor_first=not right.anchor_first)
+        found = findings(model, world.lm, world.data)
+        model.config = right
+        assert "labels" in failed(found)
+        assert f"or its blocks are {said}" in found["labels"].text
+
+
 def late(sample: Sample) -> Sample:
     return replace(sample, features=sample.features.roll(-1, 0))
 

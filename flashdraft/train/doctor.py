@@ -447,17 +447,17 @@ def _labels(
     shares = {"": own}  # by what the drafts are
     is_first = model.config.anchor_first
     for shift, token, feature in ((-1, "before", "later"), (1, "behind", "earlier")):
-        cause = "the labels were shifted"
+        layout = ""
         if shift == 1 and not is_first:
-            cause = f"{cause}, or its blocks are anchor-first ({_ANCHOR_FIRST}): off by one"
+            layout = f", or its blocks are anchor-first ({_ANCHOR_FIRST}): off by one"
         if shift == -1 and is_first:
-            cause = f"{cause}, or its blocks are filled in ({_FILL_IN}): off by one"
-        shifted = f"those one position {token}: {cause}"
+            layout = f", or its blocks are filled in ({_FILL_IN}): off by one"
+        shifted = f"those one position {token}: the labels were shifted{layout}"
         shares[shifted] = _share(samples, drafts, shift)
 
         rolled = [replace(each, features=each.features.roll(shift, 0)) for each in samples]
         other_features = f"so if the features are those of one token {feature}: they were shifted"
-        shares[other_features] = _share(samples, _drafts(model, network, rolled))
+        shares[f"{other_features}{layout}"] = _share(samples, _drafts(model, network, rolled))
 
     best = max(shares, key=shares.__getitem__)
     text = f"{own:.0%} of the drafts are the tokens at their own positions"
