@@ -7,7 +7,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from flashdraft.cli.options import TARGET_HELP, Folder
-from flashdraft.export.run import ENGINES, export_draft
+from flashdraft.export.run import DTYPES, ENGINES, export_draft
 from flashdraft.types import Allowed
 
 
@@ -18,6 +18,9 @@ def export(
     to: Annotated[str, Option(help=f"the engine: {', '.join(ENGINES)}"), Allowed(choices=ENGINES)],
     out: Folder,
     target: Annotated[str | None, Option(help=f"that it must fit: {TARGET_HELP}")] = None,
+    dtype: Annotated[
+        str, Option(help="of the weights in llamacpp's file"), Allowed(choices=DTYPES)
+    ] = "auto",
 ) -> None:
     """Write a drafter as another engine reads it.
 
@@ -25,7 +28,7 @@ def export(
         flashdraft export run/best --to vllm --out served --target Qwen/Qwen3-8B
         flashdraft export dflash --to zlab --out plain
     """
-    exported = export_draft(draft, to, out, target)
+    exported = export_draft(draft, to, out, target, dtype=dtype)
     for loss in exported.losses:
         print(f"lost: {loss}")
     print(shlex.join(exported.command))

@@ -37,6 +37,7 @@ class Order:
     tensors: Mapping[str, Tensor]  # every one of the folder, under published names, as stored
     target: TargetShape | None  # that it was found to fit
     out: Path  # where the folder will lie; an exporter writes into another one
+    dtype: str  # of the matrices that are written: config.dtype, or "q8_0"
 
     @property
     def target_name(self) -> str:

@@ -7,6 +7,7 @@ Knows folders and which exporters there are. Does not know any engine's keys.
 import hashlib
 import shutil
 import tempfile
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Protocol
@@ -19,9 +20,10 @@ from flashdraft.formats.match import check_target
 from flashdraft.formats.read import read_draft
 from flashdraft.loading import open_network, shipped
 
-__all__ = ["ENGINES", "export_draft"]
+__all__ = ["DTYPES", "ENGINES", "export_draft"]
 
-ENGINES = ("zlab",)  # each has a file here
+ENGINES = ("zlab", "llamacpp")  # each has a file here
+DTYPES = ("auto", "float32", "bfloat16", "float16", "q8_0")
 _MADE_BY = "export"
 _BUILTIN = "smollm2-135m"  # whose drafter a method's name means, where no target is named
 
@@ -36,12 +38,15 @@ class _Exporter(Protocol):
         """
 
 
-def export_draft(draft: str, engine: str, out: Path, target: str | None = None) -> Exported:
+def export_draft(
+    draft: str, engine: str, out: Path, target: str | None = None, *, dtype: str = "auto"
+) -> Exported:
     """Write what `engine` reads into the folder `out`.
 
-    draft, target: as `flashdraft.load` takes them. Raises InvalidParameter where `out` holds
-    anything that no export wrote, and CheckpointError for a drafter that is damaged, does not fit
-    the target, or that the engine cannot have.
+    draft, target: as `flashdraft.load` takes them. dtype: of DTYPES, for llamacpp; "auto": as
+    stored. Raises InvalidParameter where `out` holds anything that no export wrote, and
+    CheckpointError for a drafter that is damaged, does not fit the target, or that the engine
+    cannot have.
     """
     name = shipped(draft, target or _BUILTIN)
     if target is None and name != draft:
@@ -50,7 +55,12 @@ def export_draft(draft: str, engine: str, out: Path, target: str | None = None) 
     out = output_folder(out, inputs=[source] if isinstance(source, Path) else [])
     _check_own(out)
 
+    if dtype != "auto" and engine != "llamacpp":
+        got = f"{engine} reads weights as they are stored, not in another dtype"
+        raise InvalidParameter(got, hint="leave dtype out", option="dtype")
     order = _order(name, out, None if target is None else read_target(target))
+    if dtype != "auto":
+        order = replace(order, dtype=dtype)
     exporter: _Exporter = import_module(f"flashdraft.export.{engine}")
     with locked(out):
         _check_own(out)
@@ -66,7 +76,7 @@ def _order(name: str, out: Path, target: TargetShape | None) -> Order:
         embedding = tensors.get("embed_tokens.weight")
         num_embeddings = None if embedding is None else len(embedding)
         check_target(config, target, num_embeddings=num_embeddings)
-    return Order(name, config, tensors, target, out)
+    return Order(name, config, tensors, target, out, config.dtype)
 
 
 def _written(exporter: _Exporter, order: Order, engine: str) -> Exported:
