@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,9 +19,10 @@ from toy_folders import HIDDEN
 from toy_training import language_model, one_line_and_hint
 
 from flashdraft.decoding.tree import check
-from flashdraft.errors import DraftMismatch
+from flashdraft.errors import DraftMismatch, InvalidParameter
 from flashdraft.generate import Model
 from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDraft
+from flashdraft.train.features import Reader
 from flashdraft.types import Proposal, Rows, SamplingParams
 
 PROMPTS = ((5, 9, 31), tuple(range(3, 40)), (7, 7, 12, 50, 3, 22, 17, 8, 40, 41, 9))
@@ -151,6 +153,12 @@ def test_embeddings_alone_want_no_features_of_the_target() -> None:
     torch.testing.assert_close(states[0], expected, rtol=0, atol=1e-3)
 
 
+def test_a_drafter_that_reads_embeddings_is_not_trained() -> None:
+    with pytest.raises(InvalidParameter) as error:
+        Reader(language_model(), (-1, 2), 64)
+    assert "layer -1" in one_line_and_hint(error)
+
+
 # A mask token's own row.
 
 
@@ -178,6 +186,17 @@ def test_a_mask_row_beside_an_embedding_that_is_scaled_is_refused() -> None:
     with pytest.raises(DraftMismatch) as error:
         PackedDraft(model, gemma)
     assert "the mask token has a row of its own" in one_line_and_hint(error)
+
+
+def test_a_mask_row_is_saved_but_not_in_the_plain_format(tmp_path: Path) -> None:
+    model = the_model()
+    model.extras["mask_embedding"] = torch.linspace(-1, 1, HIDDEN)
+    model.save_pretrained(tmp_path / "whole")
+    read = DFlashDraftModel.from_pretrained(tmp_path / "whole").extras["mask_embedding"]
+    torch.testing.assert_close(read.float(), model.extras["mask_embedding"], rtol=0, atol=0.01)
+    with pytest.raises(InvalidParameter) as error:
+        model.save_pretrained(tmp_path / "plain", plain=True)
+    assert "an embedding of its own" in one_line_and_hint(error)
 
 
 # Losslessness.

@@ -512,7 +512,7 @@ def test_drafter_of_shifted_labels_is_named(world: World, by: int, said: str) ->
     found = findings(model, world.lm, world.data)
     assert set(failed(found)) - {"served"} == {"labels"}
     assert f"those {said}: the labels were shifted" in found["labels"].text
-    assert ("or its blocks are anchor-first" in found["labels"].text) == (by == 1)
+    assert "blocks" not in found["labels"].text
 
 
 def anchor_first(batch: Batch) -> Batch:
@@ -540,7 +540,8 @@ def test_drafter_of_another_block_layout_is_named(world: World) -> None:
 def test_blocks_of_either_layout_are_healthy_and_read_as_the_other_they_are_named(
     world: World,
 ) -> None:
-    """With a Markov head and a vocabulary of its own, too: what training makes of `--head`."""
+    """With a Markov head and a vocabulary of its own, too: what training makes of `--head`. Told is
+    how long drafts are accepted, read rightly and as they are."""
     vocabulary = common_tokens(world.data, 40)[0]
     config = replace(CONFIG, anchor_first=True)
     first = trained(world.lm, world.samples, config, vocabulary=vocabulary, head="markov")
@@ -548,11 +549,17 @@ def test_blocks_of_either_layout_are_healthy_and_read_as_the_other_they_are_name
 
     for model, said in ((first, "anchor-first (row k"), (world.model, "filled in (row k")):
         right = model.config
-        model.config = replace(right, anchor_first=not right.anchor_first)
+        is_first = not right.anchor_first
+        nodes = right.block_rows + is_first  # of as many rows
+        model.config = replace(right, anchor_first=is_first, block_size=nodes)
         found = findings(model, world.lm, world.data)
         model.config = right
-        assert "labels" in failed(found)
-        assert f"or its blocks are {said}" in found["labels"].text
+        assert set(failed(found)) - {"served"} == {"labels"}
+        assert f"if its blocks are {said}" in found["labels"].text
+        told = found["labels"].text.split(": off by one, ")[1].split()
+        assert float(told[0]) > 3.0
+        assert float(told[-1]) < 1.4
+        assert "sample_from_anchor" in found["labels"].hint
 
 
 def late(sample: Sample) -> Sample:

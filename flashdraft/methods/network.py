@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flashdraft import hub
-from flashdraft.errors import CheckpointError, DraftMismatch, first_line
+from flashdraft.errors import CheckpointError, DraftMismatch, InvalidParameter, first_line
 from flashdraft.formats.config import OPTIONAL, DraftConfig
 from flashdraft.formats.foreign import Json
 from flashdraft.formats.match import check_target
@@ -124,9 +124,12 @@ class DraftNetwork(nn.Module):
         """Write config.json and model.safetensors, in config.dtype; `readme` is the model card.
 
         plain: without the optional tensors, for engines that know only a method's own
-        (DFlash: 11 a layer and 3 more).
+        (DFlash: 11 a layer and 3 more). Raises InvalidParameter where that is another network.
         """
         config = self.config
+        if plain and "mask_embedding" in self.extras:
+            got = "its mask token has an embedding of its own, which the plain format cannot hold"
+            raise InvalidParameter(got, hint="save it as it is, without `plain`")
         if plain:
             config = config.without_heads()
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashdraft.errors import DataError, FlashDraftError
+from flashdraft.formats.config import DraftConfig
 from flashdraft.generate import Model
 from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDraft
 from flashdraft.process import FLOATS, INTS, undisturbed
@@ -28,8 +29,10 @@ _DRAFTED = 64  # tokens of every answer that are drafted and decoded
 _SEARCHED = 512  # answers in which the mask token is looked for
 _LAW_ROWS = 128  # positions whose laws are alive at a time
 _DRAFT_ROWS = 16  # blocks whose draft laws are alive at a time
-_ANCHOR_FIRST = "row k predicts the token at anchor + k + 1, as in DeepSpec's folders"
-_FILL_IN = "row k predicts the token at anchor + k, as in z-lab's folders"
+_LAYOUTS = {  # of blocks, by whether they are anchor-first
+    True: "anchor-first (row k predicts the token at anchor + k + 1, as in DeepSpec's folders)",
+    False: "filled in (row k predicts the token at anchor + k, as in z-lab's folders)",
+}
 _SAID = "FlashDraftAsks"  # what the user says where the chat template is looked at
 _DATE = re.compile(r"\d{1,2} [A-Z][a-z]+ \d{4}|\d{4}-\d\d-\d\d")  # some templates tell today's
 
@@ -87,7 +90,7 @@ def diagnose(
     yield from _prompts(lm, samples)
     if has_its_layers:
         samples = [_cut(sample, min(sample.num_prompt + _DRAFTED, room)) for sample in samples]
-        drafts = _drafts(model, network, samples)
+        drafts = _drafts(model, network, samples, config)
         yield _labels(model, network, samples, drafts)
         yield _served(lm, network, samples, drafts)
 
@@ -392,20 +395,23 @@ def _longest_fit(text: str, frames: list[_Frame]) -> int:
 
 @undisturbed
 @torch.inference_mode()
-def _drafts(model: DFlashDraftModel, network: PackedDraft, samples: list[Sample]) -> list[Tensor]:
+def _drafts(
+    model: DFlashDraftModel, network: PackedDraft, samples: list[Sample], config: DraftConfig
+) -> list[Tensor]:
     """What is drafted behind every token of every answer but the last, as the network is trained.
 
-    [anchors, block - 1] of every sample.
+    [anchors, block - 1] of every sample. config: the model's, or that of another layout of blocks.
     """
     weight = model.norm.weight
     like = network.hidden_norm
-    num_rows = model.config.block_rows
-    first = model.config.first_row
+    num_rows = config.block_rows
+    first = config.first_row
+    end = first + config.block_size - 1
     blocks = Pass(model, lambda tokens: network.embed(tokens).to(weight))
     drafts = []
     for sample in samples:
-        batch = make_batch([(0, sample)], model.config, len(sample.tokens), 0).to(weight.device)
-        states = blocks(batch).unflatten(0, (-1, num_rows))[:, first:].to(like)
+        batch = make_batch([(0, sample)], config, len(sample.tokens), 0).to(weight.device)
+        states = blocks(batch).unflatten(0, (-1, num_rows))[:, first:end].to(like)
         anchors = batch.block_tokens[::num_rows].to(like.device)
         drafted = []
         for rows, own in zip(states.split(_DRAFT_ROWS), anchors.split(_DRAFT_ROWS), strict=True):
@@ -441,44 +447,53 @@ def _labels(
     """Whether the drafts are the tokens at their own positions, or those of a shift.
 
     Shifted labels and shifted features look alike to a network that knows positions by their
-    distance: the best one tells.
+    distance, and blocks of the other layout to both: the best one tells.
     """
+    config = model.config
     own = _share(samples, drafts)
     shares = {"": own}  # by what the drafts are
-    is_first = model.config.anchor_first
+    other = _other_layout(config)
+    if other.block_size > 1:
+        otherwise = _drafts(model, network, samples, other)
+        taus = f"{_tau(samples, otherwise):.2f} tokens a step, not {_tau(samples, drafts):.2f}"
+        blocks = f"so if its blocks are {_LAYOUTS[other.anchor_first]}: off by one, {taus}"
+        shares[blocks] = _share(samples, otherwise)
+
     for shift, token, feature in ((-1, "before", "later"), (1, "behind", "earlier")):
-        layout = ""
-        if shift == 1 and not is_first:
-            layout = f", or its blocks are anchor-first ({_ANCHOR_FIRST}): off by one"
-        if shift == -1 and is_first:
-            layout = f", or its blocks are filled in ({_FILL_IN}): off by one"
-        shifted = f"those one position {token}: the labels were shifted{layout}"
+        shifted = f"those one position {token}: the labels were shifted"
         shares[shifted] = _share(samples, drafts, shift)
 
         rolled = [replace(each, features=each.features.roll(shift, 0)) for each in samples]
         other_features = f"so if the features are those of one token {feature}: they were shifted"
-        shares[f"{other_features}{layout}"] = _share(samples, _drafts(model, network, rolled))
+        shares[other_features] = _share(samples, _drafts(model, network, rolled, config))
 
     best = max(shares, key=shares.__getitem__)
     text = f"{own:.0%} of the drafts are the tokens at their own positions"
     rule = "row k of a block predicts the token AT anchor + k"
-    if is_first:
+    if config.anchor_first:
         rule = "row k of its blocks predicts the token at anchor + k + 1"
     passed = shares[best] <= 1.5 * own + 0.1
     hint = f"{rule}, of the features before the anchor; train again without a shift"
+    if "blocks" in best:
+        hint = "its config.json must say which: sample_from_anchor is true of anchor-first blocks"
     return _finding("labels", passed, text, f", {shares[best]:.0%} {best}", hint)
+
+
+def _other_layout(config: DraftConfig) -> DraftConfig:
+    """The same rows of a block, of which others predict."""
+    is_first = not config.anchor_first
+    block_size = config.block_size
+    if config.sequential_head != "domino":  # it feeds as many rows in both
+        block_size += 1 if is_first else -1
+    return replace(config, anchor_first=is_first, block_size=block_size)
 
 
 def _served(
     lm: Model, network: PackedDraft, samples: list[Sample], drafts: list[Tensor]
 ) -> Finding:
     """tau on the stored answers, by the steps that decoding would take, beside the engine's."""
-    forced = 0.0
+    forced = _tau(samples, drafts)
     num_anchors = [len(drafted) for drafted in drafts]
-    for hits in _hits(samples, drafts).split(num_anchors):
-        accepted = (hits == 1).cumprod(1).sum(1).tolist()
-        forced += len(accepted) / _num_passes(accepted) / len(samples)
-
     drafting = replace(lm, new_drafter=lambda: DFlashDrafter(network))
     prompts = [sample.tokens[: sample.num_prompt].tolist() for sample in samples]
     params = [SamplingParams(max_new_tokens=count + 1) for count in num_anchors]
@@ -492,6 +507,16 @@ def _served(
     is_accepted = tau >= 1.1
     is_as_trained = tau - 1 >= 0.6 * (forced - 1)
     return _finding("served", is_accepted and is_as_trained, text, "", hint)
+
+
+def _tau(samples: list[Sample], drafts: list[Tensor]) -> float:
+    """Tokens a step on the stored answers, by the steps that decoding would take."""
+    num_anchors = [len(drafted) for drafted in drafts]
+    total = 0.0
+    for hits in _hits(samples, drafts).split(num_anchors):
+        accepted = (hits == 1).cumprod(1).sum(1).tolist()
+        total += len(accepted) / _num_passes(accepted)
+    return total / len(samples)
 
 
 def _num_passes(accepted: list[int]) -> int:

@@ -106,10 +106,14 @@ class Reader:
     """The target as a reader of answers.
 
     layers: of which the outputs are taken. max_length: of how many tokens at most. final: whether
-    the final normed state is taken too.
+    the final normed state is taken too. Raises InvalidParameter for a layer that has no output.
     """
 
     def __init__(self, model: Model, layers: Layers, max_length: int, final: bool = False) -> None:
+        if min(layers, default=0) < 0:
+            got = "the drafter reads the target's embeddings, too (layer -1)"
+            raise InvalidParameter(got, hint="such drafters run here, and are not trained")
+
         self.model = model
         self.layers = layers
         self.max_length = max_length
