@@ -6,17 +6,25 @@ import functools
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from toy_training import CONFIG, LAYERS, language_model, one_line_and_hint, write_lines
+from toy_training import (
+    CONFIG,
+    LAYERS,
+    language_model,
+    network,
+    one_line_and_hint,
+    write_lines,
+)
 
 from flashdraft.errors import InvalidParameter
 from flashdraft.generate import Model
 from flashdraft.methods.dflash import DFlashDraftModel
 from flashdraft.train.config import TrainConfig
 from flashdraft.train.features import FeatureSet, write_features
-from flashdraft.train.initialise import random_weights, taken_from
+from flashdraft.train.initialise import draft_only, random_weights, taken_from, with_head
 from flashdraft.train.regenerate import regenerate
 from flashdraft.train.trainer import Trainer
 from flashdraft.types import SamplingParams
@@ -157,3 +165,31 @@ def test_stopped_run_ends_with_the_same_bits(tmp_path: Path, data: FeatureSet, k
     with pytest.raises(InvalidParameter) as error:
         new_trainer(data, tmp_path / "whole", kind, SHORT, rank=RANK + 1)
     assert "was begun with another draft network" in one_line_and_hint(error)
+
+
+def test_head_under_fsdp_is_refused(
+    tmp_path: Path, data: FeatureSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sharding = SimpleNamespace(distributed_type="FSDP")
+    monkeypatch.setattr("flashdraft.train.trainer._accelerator", lambda config, out: sharding)
+    for kind in KINDS:
+        with pytest.raises(InvalidParameter) as error:
+            new_trainer(data, tmp_path, kind, SHORT)
+        assert "a sequential head cannot be trained under FSDP" in one_line_and_hint(error)
+
+
+@pytest.mark.parametrize("layout", [False, True])
+@pytest.mark.parametrize("kind", [None, "swiglu", *KINDS])
+def test_every_head_is_saved_in_either_layout(
+    tmp_path: Path, kind: str | None, layout: bool
+) -> None:
+    model = network(0, anchor_first=layout)
+    if kind is not None:
+        model = with_head(model, (kind, RANK), 0)
+    for name, tokens in (("whole", None), ("reduced", torch.arange(5, 30))):
+        draft_only(model, tokens)
+        model.save_pretrained(tmp_path / name)
+        again = DFlashDraftModel.from_pretrained(tmp_path / name)
+        assert again.config == model.config
+        state = again.state_dict()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())

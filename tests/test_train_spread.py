@@ -186,7 +186,7 @@ def near(first: Path, second: Path) -> None:
 
 
 SPREAD: dict[str, dict[str, Any]] = {
-    "ddp": {"weights": "dpace", "head": ("swiglu", 4)},
+    "ddp": {"weights": "dpace", "head": ("selector", 4)},
     "fsdp2": {"ema": 0.9},
 }
 
