@@ -5,6 +5,7 @@ what the whole does; and Gemma 4's language model after rejected drafts.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from conftest import EOS, MIXED, SHAPE, VOCAB, WINDOW, tiny_model
 from safetensors.torch import load_file, save_file
 from test_target import CLOSE, FAR, Faults, worst_after_all
+from toy_eagle3 import published
 from toy_folders import letter_tokenizer, save_target
 from toy_training import one_line_and_hint
 from transformers import (
@@ -26,11 +28,14 @@ from transformers import (
 )
 
 import flashdraft
+import flashdraft.hub
+import flashdraft.models.packed
 import flashdraft.wrappers
 from flashdraft.errors import FlashDraftError, UnsupportedTarget
 from flashdraft.loading import load_target
 from flashdraft.models.hf import CHECKED, HFTarget
 from flashdraft.models.lean import LeanTarget
+from flashdraft.models.packed import StoredConfig
 from flashdraft.models.target import Target
 from flashdraft.pretrained import Source, read_model, read_their_config
 from flashdraft.wrappers import WRAPPERS
@@ -334,6 +339,52 @@ def test_text_is_written_with_drafts_and_ends_as_the_language_model_says(tmp_pat
         text = plain.generate(prompt, max_new_tokens=20).text
         assert drafted.generate(prompt, max_new_tokens=20).text == text
         assert own.generate(prompt, max_new_tokens=20).text == text
+
+
+def test_a_drafter_made_for_the_wrapper_fits_its_language_model(tmp_path: Path) -> None:
+    folder, _ = saved(tmp_path / "target", "mistral3")
+    verifier = {"architectures": ["Mistral3ForConditionalGeneration"], "name_or_path": "some/model"}
+    draft = published(
+        tmp_path / "draft",
+        "speculators, a Llama's layer",
+        eagle_aux_hidden_state_layer_ids=[1, 2, 4],
+        speculators_config={"algorithm": "eagle3", "verifier": verifier},
+    )
+    plain = flashdraft.load(folder, draft="autoregressive", kernel="torch")
+    drafted = flashdraft.load(folder, draft=draft, kernel="torch")
+    text = plain.generate("Hello there", max_new_tokens=20, ignore_eos=True).text
+    assert drafted.generate("Hello there", max_new_tokens=20, ignore_eos=True).text == text
+
+
+def test_weights_stay_in_the_type_that_the_wrapper_names(tmp_path: Path) -> None:
+    folder, model = saved(tmp_path, "smolvlm")
+    model.bfloat16().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"].pop("dtype", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    assert read(folder).kernel == "transformers bfloat16"
+
+
+def test_a_language_model_that_was_packed_is_read_again_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kernels in flashdraft.hub.cache_dir().glob("step-*.so"):
+        shutil.copy2(kernels, tmp_path / kernels.name)
+    monkeypatch.setenv("FLASHDRAFT_CACHE", str(tmp_path))
+    monkeypatch.setattr(flashdraft.models.packed, "_LEAST", 0)
+    config = CONFIG_MAPPING["llava"](**KINDS["llava"])
+    config.text_config.head_dim = 16  # what the kernels take
+    torch.manual_seed(1)
+    model = AutoModelForImageTextToText.from_config(config).float()
+    folder = save_target(tmp_path / "target", model=model)
+    first, second = (load_target(str(folder), kernel="compact").target for _ in range(2))
+    kept = [isinstance(target.config, StoredConfig) for target in (first, second)]
+    assert kept == [False, True]
+    logits = [
+        target.prefill(target.new_cache(1, 64), 0, torch.tensor(TEXT), ())[0]
+        for target in (first, second)
+    ]
+    assert torch.equal(*logits)
 
 
 def test_the_config_of_a_wrapper_s_folder_is_the_language_model_s(tmp_path: Path) -> None:
