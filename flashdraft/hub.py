@@ -134,9 +134,10 @@ _WANTED = [  # pickles are never opened
     "*.tiktoken",
     "merges.txt",
     "vocab.txt",
-    "mask_embedding.pt",  # that it is there is all that is asked: such a drafter is refused
+    "mask_embedding.pt",  # of a drafter, read as tensors alone
 ]
 _TWICE = ["*/*", "consolidated*"]  # the same weights again in other formats
+_INNER = ("dflash", "model/consolidated")  # where some drafters' repositories have their folder
 _TITLES = {
     "dflash": "DFlash",
     "eagle3": "EAGLE-3",
@@ -263,8 +264,9 @@ def _is_model(path: Path) -> bool:
 
 def _folder(name: str, path: Path) -> Path:
     """A model's folder as it is; of what is none, the message says what it is."""
-    if os.path.isfile(path / "config.json"):
-        return path
+    home = _home(path)
+    if os.path.isfile(home / "config.json"):
+        return home
     try:
         names = [entry.name for entry in path.iterdir()]
     except OSError as error:
@@ -285,6 +287,21 @@ def _folder(name: str, path: Path) -> Path:
     if inner:
         raise ModelNotFound(got, hint=f"did you mean {inner[0]}?")
     raise ModelNotFound(got, hint=_NAMES if names else f"it is empty; {_NAMES}")
+
+
+def _home(path: Path) -> Path:
+    """Where a folder's config.json is: in itself, or in the one that a drafter's files lie in."""
+    for place in ("", *_INNER):
+        if os.path.isfile(path / place / "config.json"):
+            return path / place
+    return path
+
+
+def _inner(files: Collection[str]) -> str | None:
+    """In which folder of these files a drafter lies that does not lie at the top."""
+    if "config.json" in files:
+        return None
+    return next((place for place in _INNER if f"{place}/config.json" in files), None)
 
 
 def _file(name: str, path: Path) -> Path | GgufFile:
@@ -414,11 +431,17 @@ def _from_hub(name: str, wanted: Sequence[str]) -> Path:
     except Exception as error:
         unreachable = error
     is_offline = unreachable is not None
+    inner = _inner(files)
+    allowed = list(wanted)
+    ignored = _TWICE
+    if inner is not None:
+        allowed = [f"{inner}/{pattern}" for pattern in wanted]
+        ignored = [name for name in files if not name.startswith(f"{inner}/")]
     try:
         fetched = huggingface_hub.snapshot_download(
             name,
-            allow_patterns=list(wanted),
-            ignore_patterns=_TWICE,
+            allow_patterns=allowed,
+            ignore_patterns=ignored,
             local_files_only=is_offline,
         )
     except Exception as error:
@@ -426,7 +449,7 @@ def _from_hub(name: str, wanted: Sequence[str]) -> Path:
         got = f"no folder `{name}`, and as a hub id: {advice.cause}"
         raise ModelNotFound(got, hint=advice.hint) from None
 
-    folder = Path(fetched)
+    folder = _home(Path(fetched))
     has_config = (folder / "config.json").is_file()
     has_weights = wanted is not _WANTED or any(folder.glob("*.safetensors"))
     if has_config and has_weights:

@@ -272,9 +272,7 @@ def test_the_hub_is_asked_for_no_pickles(monkeypatch: pytest.MonkeyPatch, tmp_pa
         "chat_template.jinja",
     ]
     wanted += ["tokenizer.model", "merges.txt"]
-    wanted += [
-        "mask_embedding.pt"
-    ]  # never opened: that it is there is why such a drafter is refused
+    wanted += ["mask_embedding.pt"]  # of a drafter, which is opened as tensors alone
     others = [
         "pytorch_model.bin",
         "embedding.pt",
@@ -301,6 +299,33 @@ def test_the_hub_is_asked_for_no_pickles(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(HfApi, "model_info", lambda *_, **__: None)
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert hub.resolve("org/name") == tmp_path
+
+
+@pytest.mark.parametrize("inner", ["dflash", "model/consolidated"])
+def test_drafter_in_a_subfolder_is_fetched_from_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inner: str
+) -> None:
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import filter_repo_objects
+
+    wanted = [f"{inner}/config.json", f"{inner}/model.safetensors", f"{inner}/mask_embedding.pt"]
+    files = [*wanted, "README.md", "optimiser/state.safetensors", "assets/a.json"]
+    for name in wanted:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+
+    def download(*_: str, allow_patterns: list[str], ignore_patterns: list[str], **__: bool) -> str:
+        kept = filter_repo_objects(
+            files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        )
+        assert list(kept) == wanted
+        return str(tmp_path)
+
+    info = SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in files])
+    monkeypatch.setattr(HfApi, "model_info", lambda *_, **__: info)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert hub.resolve("org/name") == tmp_path / inner
+    assert hub.resolve(str(tmp_path)) == tmp_path / inner
 
 
 # Configs, the cache folder, shipped drafters.

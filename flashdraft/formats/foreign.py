@@ -206,8 +206,8 @@ def refuse_tensors(names: Iterable[str], where: str) -> None:
     for name in sorted(known):
         for foreigner in _FOREIGNERS:
             if any(part in name for part in foreigner.tensors):
-                got = f"`{where}` is a {foreigner.name} drafter, which is not supported: it holds"
-                raise CheckpointError(f"{got} {name}", hint=f"{foreigner.runs}; {_READ}")
+                hint = f"it holds {name}; {foreigner.runs}; {_READ}"
+                raise _unsupported(foreigner.name, where, hint)
 
 
 def refuse_files(folder: Path) -> None:
@@ -324,4 +324,11 @@ def wrapped_kind(config: Json) -> str | None:
 
 
 def _unsupported(kind: str, where: str, hint: str) -> CheckpointError:
-    return CheckpointError(f"`{where}` is a {kind} drafter, which is not supported", hint=hint)
+    got = f"`{where}` is {_article(kind)} {kind} drafter, which is not supported"
+    return CheckpointError(got, hint=hint)
+
+
+def _article(name: str) -> str:
+    """As it is said: an xPress drafter, an MTP drafter."""
+    is_spelt = name.startswith(("MTP", "MLP", "LFM", "x"))
+    return "an" if is_spelt or name[0].lower() in "aeio" else "a"

@@ -60,7 +60,8 @@ def read_draft(folder: Path) -> tuple[DraftConfig, dict[str, Tensor]]:
     _check_heads(config, folder)
     _check_vocabulary(config, tensors, folder)
 
-    if recognise(written, shapes, where).publisher == "DeepSpec":
+    is_whole = config.draft_vocab_size is None and not config.raw_tables
+    if is_whole and recognise(written, shapes, where).publisher == "DeepSpec":
         for name in _COPIES:
             tensors.pop(name, None)
     return config, tensors
@@ -111,6 +112,11 @@ def _check_shapes(config: DraftConfig, tensors: Tensors, folder: Path) -> None:
         "t2d": (vocab_size,),
         MASK_ROW: (config.hidden_size,),
     }
+
+    if "d2t" in tensors and config.draft_vocab_size is None:
+        got = f"`{folder}` holds d2t, but its config.json has no draft_vocab_size"
+        hint = f"put draft_vocab_size {len(tensors['d2t'])} into it, or fetch it again"
+        raise CheckpointError(got, hint=hint)
 
     expected = dict(required)
     for name, shape in optional.items():

@@ -17,6 +17,7 @@ from flashdraft.errors import CheckpointError
 from flashdraft.pretrained import foreign_file
 
 __all__ = [
+    "MASK_FILE",
     "MASK_ROW",
     "Shapes",
     "read_mask_row",
@@ -28,7 +29,7 @@ __all__ = [
 Shapes = Mapping[str, tuple[int, ...]]  # of tensors, by their bare names
 MASK_ROW = "mask_embedding"  # a row that stands for the mask token's embedding
 
-_MASK_FILE = "mask_embedding.pt"
+MASK_FILE = "mask_embedding.pt"  # where it lies beside the weights
 _PREFIXES = ("model.", "logit_head.")  # the second of early DSpark and Domino folders
 _CODEBOOKS = (  # saved again by z-lab's class they are called .weight
     "candidate_selector.predecessor_codebook",
@@ -112,7 +113,7 @@ def read_mask_row(folder: Path, mask_token_id: int, hidden_size: int) -> Tensor 
     Published as a pickled tensor, or as a dictionary that has it as `embedding` beside
     `mask_token_id`. Raises CheckpointError for what is neither, and for rows a position.
     """
-    path = folder / _MASK_FILE
+    path = folder / MASK_FILE
     if not path.exists():
         return None
 
@@ -122,7 +123,8 @@ def read_mask_row(folder: Path, mask_token_id: int, hidden_size: int) -> Tensor 
         if told != mask_token_id:
             got = f"`{path}` is of the mask token {told}, its config.json's is {mask_token_id}"
             raise CheckpointError(got, hint="the two do not belong together")
-        if row.get("per_position") not in (None, False):
+        rows = row.get("per_position")
+        if rows is not None and rows is not False:
             got = f"`{path}` has a row a position, which is not supported"
             raise CheckpointError(got, hint="one row for the mask token is read")
         row = row.get("embedding", row.get(MASK_ROW))

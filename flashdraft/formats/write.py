@@ -3,6 +3,7 @@
 Knows files. Does not know what the config's keys mean, nor whose the tensors are.
 """
 
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from flashdraft.errors import CheckpointError, InvalidParameter
 from flashdraft.files import output_folder, write_file, write_tensors
 from flashdraft.formats.config import DraftConfig
+from flashdraft.formats.weights import MASK_FILE, MASK_ROW
 from flashdraft.hub import read_config
 
 __all__ = ["write_draft"]
@@ -36,12 +38,25 @@ def write_draft(
         if tensor.is_floating_point():
             tensor = tensor.to(dtype)
         stored[name] = tensor.contiguous().cpu()
+    row = stored.pop(MASK_ROW, None)
     text = json.dumps(config.to_json(), indent=2) + "\n"
 
     if readme is not None:
         write_file(folder / "README.md", readme.encode())
     write_tensors(folder / "model.safetensors", stored)
+    _write_mask_row(folder / MASK_FILE, row, config.mask_token_id)
     write_file(folder / "config.json", text.encode())
+
+
+def _write_mask_row(path: Path, row: Tensor | None, mask_token_id: int) -> None:
+    """As others read it: a pickled dictionary. The one of a drafter before is removed."""
+    if row is None:
+        path.unlink(missing_ok=True)
+        return
+
+    content = io.BytesIO()
+    torch.save({"mask_token_id": mask_token_id, "embedding": row}, content)
+    write_file(path, content.getvalue())
 
 
 def _check_free(folder: Path, tensors: Mapping[str, Tensor], readme: str | None) -> None:
