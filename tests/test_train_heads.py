@@ -8,7 +8,7 @@ import functools
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -173,50 +173,73 @@ def slow_law_loss(ours: Tensor, label: int, theirs: Tensor, config: TrainConfig)
     return loss + config.tv * (p.exp() - q.exp()).abs().sum() / 2
 
 
+class Row(NamedTuple):
+    """What a slow loss knows of one label."""
+
+    state: Tensor
+    base: Tensor  # logits over the columns
+    theirs: Tensor  # the target's
+    before: Tensor  # the token before the label [1]
+    label: int  # its column
+
+
+def slow_markov(
+    head: MarkovHead, row: Row, columns: list[int], drafted: list[int], config: TrainConfig
+) -> tuple[Tensor, float]:
+    """The loss of a row, and the label's probability; what is not drafted has no correction."""
+    bias = torch.zeros(len(columns), dtype=torch.float64)
+    for place, column in enumerate(columns):
+        if column in drafted:
+            bias[place] = head.bias(row.before, torch.tensor([drafted.index(column)]))[0, 0]
+    ours = row.base + bias
+    chance = ours.softmax(-1)[row.label]
+    return slow_law_loss(ours, row.label, row.theirs, config), float(chance.detach())
+
+
+def slow_selector(
+    head: CandidateSelector, row: Row, columns: list[int], config: TrainConfig
+) -> tuple[Tensor, float]:
+    """Both of its losses, and the label's probability among the candidates."""
+    best = row.base.detach().argsort(descending=True)[:CHOICES].tolist()
+    if row.label not in best:
+        best[-1] = row.label
+    ids = torch.tensor([columns[column] for column in best])
+    ours = row.base[best] + head.bias(row.state[None], row.before, ids)[0]
+    place = best.index(row.label)
+    loss = slow_law_loss(row.base, row.label, row.theirs, config)
+    loss = loss + slow_law_loss(ours, place, row.theirs[best], config)
+    return loss, float(ours.softmax(-1)[place].detach())
+
+
 def slow_loss(model: DFlashDraftModel, states: Tensor, batch: Batch, config: TrainConfig) -> Tensor:
     """From samples and positions alone; the softmax is over the drafted tokens and the labels."""
-    target, samples, shape = the_target(), dict(SAMPLES), model.config
+    samples, shape = dict(SAMPLES), model.config
     drafted = list(KEPT) if "d2t" in model.extras else list(range(VOCAB))
-    labels = [label for label in batch.labels.tolist() if label >= 0]
-    columns = sorted({*drafted, *labels})
-    head = target.head_weight(torch.tensor(columns))
+    columns = sorted({*drafted, *batch.labels[batch.labels >= 0].tolist()})
+    head = the_target().head_weight(torch.tensor(columns))
     total = torch.zeros((), dtype=torch.float64)
     for number, span in zip(batch.numbers, batch.spans, strict=True):
-        sample = samples[number]
-        assert sample.final is not None
+        tokens, final = samples[number].tokens, samples[number].final
+        assert final is not None
         for start in range(span.row_start, span.row_end, shape.block_rows):
-            anchor, reach, rows = int(batch.positions.rows[start]), 1.0, []
-            for k in range(1, BLOCK):
-                if anchor + k >= len(sample.tokens):
-                    break
-                state = states[start + k - (1 if shape.anchor_first else 0)]
-                label = columns.index(int(sample.tokens[anchor + k]))
-                before = sample.tokens[anchor + k - 1 : anchor + k]
-                base = head @ state
-                theirs = head @ sample.final[anchor + k - 1].double()
+            anchor, reach, losses = int(batch.positions.rows[start]), 1.0, []
+            for place in range(anchor + 1, min(anchor + BLOCK, len(tokens))):
+                state = states[start + place - anchor - (1 if shape.anchor_first else 0)]
+                theirs = head @ final[place - 1].double()
+                label = columns.index(int(tokens[place]))
+                row = Row(state, head @ state, theirs, tokens[place - 1 : place], label)
                 if model.markov_head is not None:
-                    known = [column in drafted for column in columns]
-                    ids = torch.tensor([drafted.index(c) for c in columns if c in drafted])
-                    bias = torch.zeros(len(columns), dtype=torch.float64)
-                    bias[torch.tensor(known)] = model.markov_head.bias(before, ids)[0]
-                    ours = base + bias
-                    loss = slow_law_loss(ours, label, theirs, config)
+                    loss, chance = slow_markov(model.markov_head, row, columns, drafted, config)
                 else:
                     assert model.candidate_selector is not None
-                    loss = slow_law_loss(base, label, theirs, config)
-                    best = base.detach().argsort(descending=True)[:CHOICES].tolist()
-                    if label not in best:
-                        best[-1] = label
-                    ids = torch.tensor([columns[column] for column in best])
-                    pairs = model.candidate_selector.bias(state[None], before, ids)[0]
-                    ours, label = base[best] + pairs, best.index(label)
-                    loss = loss + slow_law_loss(ours, label, theirs[best], config)
-                reach *= (1 + math.exp(ours.log_softmax(-1)[label].detach())) / 2
-                rows.append((loss, reach))
-            for k, (loss, _) in enumerate(rows):
-                dpace = sum(reach for _, reach in rows[k:])
-                is_dpace = config.weights == "dpace"
-                total = total + loss * (dpace if is_dpace else math.exp(-k / config.gamma))
+                    loss, chance = slow_selector(model.candidate_selector, row, columns, config)
+                reach *= (1 + chance) / 2
+                losses.append((loss, reach))
+            for k, (loss, _) in enumerate(losses):
+                weight = math.exp(-k / config.gamma)
+                if config.weights == "dpace":
+                    weight = sum(reach for _, reach in losses[k:])
+                total = total + loss * weight
     return total
 
 
@@ -377,7 +400,9 @@ def test_convolutions_need_whole_groups() -> None:
     assert "groups of 16 channels, the drafter 24 channels" in one_line_and_hint(error)
 
 
-def test_head_decides_the_layout_unless_it_is_named(tmp_path: Path) -> None:
+def test_head_decides_the_layout_unless_it_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     target = the_target()
     donor = model_with("markov", True, "reduced")
     donor.config = replace(donor.config, target_layer_ids=(1,))
@@ -398,6 +423,12 @@ def test_head_decides_the_layout_unless_it_is_named(tmp_path: Path) -> None:
 
     brought = DraftOptions(init_from=str(tmp_path / "first"), head="markov")
     assert brought.new_head(donor) is None
+    capsys.readouterr()
+    for is_first, told in ((True, ""), (False, "are anchor-first, those of this run fill-in")):
+        config = replace(donor.config, anchor_first=is_first)
+        brought.network(config, target, [], 0)  # type: ignore[arg-type]
+        err = capsys.readouterr().err
+        assert told in err if told else not err
     assert replace(brought, head_rank=RANK).new_head(donor) is None
     assert replace(brought, head_rank=7).new_head(donor) == ("markov", 7)
     assert replace(brought, head="selector").new_head(donor) == ("selector", 256)

@@ -209,7 +209,13 @@ class DraftOptions:
         target's layers.
         """
         if self.init_from is not None:
-            return taken_from(config, self._first(target), seed)
+            first = self._first(target)
+            if first.config.anchor_first != config.anchor_first:
+                names = {is_first: name for name, is_first in _LAYOUTS.items()}
+                there = f"the blocks of `{self.init_from}` are {names[first.config.anchor_first]}"
+                here = f"those of this run {names[config.anchor_first]}"
+                say(f"{there}, {here}: every row learns another position anew")
+            return taken_from(config, first, seed)
         if self.init == "random":
             return random_weights(config, seed)
         return copied_from_target(config, target.name, data[0], seed)
