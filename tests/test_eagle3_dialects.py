@@ -187,6 +187,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         flat(fc_norm=True, eagle_config={"use_aux_hidden_state": False}),
         "has fc_norm, but no fc",
     ),
+    "two widths and no fc": (
+        flat(target_hidden_size=48, eagle_config={"use_aux_hidden_state": False}),
+        "is of another width than its target",
+    ),
     "embeddings": (flat(**{IDS: [0, 2, 4]}), "reads the target's embeddings"),
     "two lists": (
         flat(**{IDS: [2, 4, 7]}, eagle_config={IDS: [2, 4, 7]}),

@@ -72,6 +72,10 @@ def eagle3_fields(config: Json, where: str, *, wrapper: Json | None = None) -> F
     fields["raw_tables"] = speculators or bool(flag_of(own, "raw_tables"))
     if config.get("target_hidden_size") not in (None, config.get("hidden_size")):
         fields["target_hidden_size"] = count_of("target_hidden_size", config["target_hidden_size"])
+        if not fields["fused"]:
+            got = f"`{where}` is of another width than its target, and has no fc between the two"
+            hint = "say whether use_aux_hidden_state or target_hidden_size is wrong"
+            raise CheckpointError(got, hint=hint)
     _refuse_windows(config, where)
     return fields
 

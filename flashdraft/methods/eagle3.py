@@ -40,7 +40,7 @@ __all__ = ["Eagle3DraftModel", "Eagle3Drafter", "fused_layers"]
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor | None]
 
 # Model types of DeepSeek's kin, whose EAGLE-3 drafters name layers in a way of their own.
-_DEEPSEEK = ("deepseek", "kimi", "glm_moe_dsa")
+_DEEPSEEK = ("deepseek", "kimi_k", "glm_moe_dsa")
 _BEAM = 8  # paths that a tree expands at every depth, and tokens looked at behind each
 
 
