@@ -224,11 +224,15 @@ def texts_of(model: DFlashDraftModel, params: SamplingParams, tree_nodes: int | 
     return drafting.generate(list(TEXTS), params)
 
 
+CONVOLVED: dict[str, Any] = {"conv_kernel_size": 2, "conv_group_size": 16}
+
+
 @pytest.mark.parametrize("tree_nodes", [None, 9])
 @pytest.mark.parametrize("kind", HEADS)
 def test_no_head_changes_a_text(kind: str, tree_nodes: int | None) -> None:
     """Greedy and sampled, with a reduced vocabulary and a confidence head, in both layouts."""
     fields: dict[str, Any] = {"confidence_head": True, "confidence_with_markov": kind in MARKOV}
+    fields |= CONVOLVED if kind == "selector" else {}
     for params, vocabulary in ((GREEDY, "whole"), (SAMPLED, "reduced")):
         model = model_with(kind, vocabulary, anchor_first=vocabulary == "whole", **fields)
         results = texts_of(model, params, tree_nodes)

@@ -116,13 +116,14 @@ class SequentialHead:
             if num_paths == 1:
                 before = tokens[..., 0]
                 continue
-            ways = (reached + laws).max(1)  # to each candidate by the likeliest path
-            likeliest = top(ways.values, num_paths)
+            ways = (reached + laws).amax(1)  # to each candidate by the likeliest path
+            likeliest = top(ways, num_paths)
+            if self.state_size:
+                ends = likeliest.indices[:, None].expand(-1, laws.shape[1], -1)
+                parents = (reached + laws.gather(-1, ends)).argmax(1)[..., None]
+                state = state.gather(1, parents.expand(-1, -1, self.state_size))
             before = ids[:, 0].gather(-1, likeliest.indices)
             reached = likeliest.values[..., None]
-            if self.state_size:
-                parents = ways.indices.gather(-1, likeliest.indices)[..., None]
-                state = state.gather(1, parents.expand(-1, -1, self.state_size))
 
     def _packed(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         linear = self.beside.packed(weight, bias)
