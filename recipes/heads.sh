@@ -4,12 +4,42 @@
 #   [STEPS=600] recipes/heads.sh FEATURES HELD_OUT.jsonl DRAFTER RESULTS_FOLDER
 # Then, on a quiet machine, with prompts of `flashdraft tasks` (recipes/bench.sh says how they are made):
 #   recipes/heads.sh measure SPEED_PROMPTS.jsonl TAU_PROMPTS.jsonl RESULTS_FOLDER
+#   recipes/heads.sh table RESULTS_FOLDER          what the trainings' own logs say
 # Run again to go on: what is finished is not done again. `markov` must learn its anchor-first blocks from a drafter whose blocks are
-# filled in; `markov-fill` is the same head without that.
+# filled in; `markov-fill` is the same head without that. FLOPs leave out what is no matrix product: the convolutions' sums.
 set -euo pipefail
 flashdraft=${FLASHDRAFT:-flashdraft}
 arms="swiglu markov selector none markov-fill"
 
+table() {
+python3 - "$results" $arms << 'PYTHON'
+import json
+import sys
+from pathlib import Path
+
+results, *arms = sys.argv[1:]
+logs = {}
+for arm in arms:
+    path = Path(results) / arm / "metrics.jsonl"
+    if not path.exists():
+        continue
+    lines = path.read_text(encoding="utf-8").splitlines()
+    logs[arm] = [json.loads(line) for line in lines]
+
+common = min(len(log) for log in logs.values())  # steps that all have made: equal positions
+for arm, log in logs.items():
+    equal = sum(row["accepted"] for row in log[common - 40 : common]) / 40
+    last = sum(row["accepted"] for row in log[-40:]) / 40
+    taus = [f"{row['tau']:.3f}" for row in log if "tau" in row]
+    print(f"{arm:12} steps {len(log)}  accepted {equal:.3f} up to step {common}, {last:.3f} at the end  tau {' '.join(taus)}")
+PYTHON
+}
+
+if [ "$1" = table ]; then
+    results=$2
+    table
+    exit
+fi
 if [ "$1" = measure ]; then
     speed=$2 tau=$3 results=$4
     drafters=$(for arm in $arms; do printf ',%s=%s' "$arm" "$results/$arm/best"; done)
@@ -17,7 +47,7 @@ if [ "$1" = measure ]; then
         echo "$arm: $($flashdraft profile --draft "$results/$arm/best" --nodes 6 | grep drafting)"
     done
     [ -e "$results/speed.jsonl" ] || $flashdraft bench --prompts "$speed" --out "$results/speed.jsonl" \
-        --methods "autoregressive:float32$drafters" --max-new-tokens 128 --repeats 3 > "$results/speed.log"
+        --methods "autoregressive$drafters" --max-new-tokens 128 --repeats 3 > "$results/speed.log"
     $flashdraft report "$results/speed.jsonl"
     # texts and tau only: times of this file mean nothing
     [ -e "$results/tau.jsonl" ] || $flashdraft bench --prompts "$tau" --out "$results/tau.jsonl" --methods "autoregressive$drafters" \
@@ -51,22 +81,4 @@ for arm in $arms; do
     steps=$(python3 -c "import sys; print(round(${STEPS:-600} * $whole / float(sys.argv[1])))" "$(flops "$arm")")
     train --out "$results/$arm" ${options[$arm]} --steps "$steps" >> "$results/$arm.log"
 done
-
-python3 - "$results" $arms << 'PYTHON'
-import json
-import sys
-from pathlib import Path
-
-results, *arms = sys.argv[1:]
-logs = {}
-for arm in arms:
-    lines = (Path(results) / arm / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    logs[arm] = [json.loads(line) for line in lines]
-
-common = min(len(log) for log in logs.values())  # steps that all have made: equal positions
-for arm, log in logs.items():
-    equal = sum(row["accepted"] for row in log[common - 40 : common]) / 40
-    last = sum(row["accepted"] for row in log[-40:]) / 40
-    taus = [f"{row['tau']:.3f}" for row in log if "tau" in row]
-    print(f"{arm:12} steps {len(log)}  accepted {equal:.3f} up to step {common}, {last:.3f} at the end  tau {' '.join(taus)}")
-PYTHON
+table

@@ -349,11 +349,19 @@ def test_blocks_beyond_the_draft_positions_are_not_trained(limit: int) -> None:
     assert torch.isfinite(states_of(batch, network(max_position_embeddings=limit))).all()
 
 
+NETWORKS: dict[str, dict[str, Any]] = {
+    "fill-in": {},
+    "anchor-first": {"anchor_first": True},
+    "convolutions": {"conv_kernel_size": 2, "conv_group_size": 16},
+}
+
+
 @pytest.mark.parametrize(
     "shift", [0, -1, 1], ids=["as-it-is", "features-one-late", "features-one-early"]
 )
+@pytest.mark.parametrize("kind", NETWORKS)
 def test_training_computes_what_decoding_computes(
-    shift: int, monkeypatch: pytest.MonkeyPatch
+    kind: str, shift: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else accuracy is high in training and nothing is accepted when served. The planted faults
     shift the features by one.
@@ -362,15 +370,16 @@ def test_training_computes_what_decoding_computes(
     monkeypatch.setattr(
         flashdraft.methods.network, "DRAFT_KERNEL", "float32"
     )  # a draft is rounded to 8 bits otherwise
-    model, target = network(), language_model().target
+    model, target = network(**NETWORKS[kind]), language_model().target
+    num_rows, first = model.config.block_rows, model.config.first_row
     tokens = torch.tensor([1, 9, 17, 30, 4, 22, 41, 8, 15, 33, 27, 5])
     _, features = target.prefill(target.new_cache(1, 64), 0, tokens, LAYERS)
     assert features is not None
     batch = make_batch(
-        [(0, Sample(tokens, features.clone().roll(shift, 0), 4))], CONFIG, 99, seed=0
+        [(0, Sample(tokens, features.clone().roll(shift, 0), 4))], model.config, 99, seed=0
     )
-    states = states_of(batch, model).view(-1, BLOCK, HIDDEN)
-    anchors = batch.positions[1][::BLOCK].tolist()
+    states = states_of(batch, model).view(-1, num_rows, HIDDEN)
+    anchors = batch.positions[1][::num_rows].tolist()
     assert anchors == list(range(4, 11))
     differences = []
     for anchor, trained in zip(anchors, states, strict=True):
@@ -383,5 +392,5 @@ def test_training_computes_what_decoding_computes(
             hidden.topk(1, -1)[::-1],
         )[1]  # type: ignore
         drafter.propose(Rows([0], [history], [ANSWER], [1]), BLOCK)
-        differences.append(float((caught[0] - trained[1:]).abs().max()))
+        differences.append(float((caught[0] - trained[first:]).abs().max()))
     assert max(differences) < 1e-4 if shift == 0 else min(differences) > 0.05
