@@ -130,13 +130,13 @@ def serve(arguments):
         time.sleep(0.1)
 
 
-def server_arguments(path, draft, drafts):
+def server_arguments(path, draft, drafts, kind):
     threads = str(torch.get_num_threads())
     room = str(CONTEXT)
     arguments = ["-m", path, "-c", room, "-b", room, "-np", "1", "-t", threads, "-tb", threads]
     arguments += ["--cache-ram", "0", "--fit", "off", "--log-verbosity", "1"]
     if draft:
-        arguments += ["-md", draft, "--spec-type", "draft-dflash", "--spec-draft-n-max", drafts]
+        arguments += ["-md", draft, "--spec-type", kind, "--spec-draft-n-max", drafts]
         arguments += ["-td", threads, "-tbd", threads]
     return arguments
 
@@ -152,18 +152,20 @@ def steps_of(num_tokens, passes):
 
 
 def llama_server(text, model):
-    """llama.cpp's own server, alone or with its own DFlash.
+    """llama.cpp's own server, alone or with a drafter that `flashdraft export` wrote.
 
-    text: TARGET.gguf[+DRAFT.gguf[+DRAFTS]]. DRAFTS: tokens drafted a step, at most the block less
-    one; 3 is llama.cpp's default. The environment's LLAMA_SERVER names the binary.
+    text: TARGET.gguf[+DRAFT.gguf[+DRAFTS[+KIND]]]. DRAFTS: tokens drafted a step, at most as many
+    as the drafter was trained for; 3 is llama.cpp's default. KIND: draft-dflash or draft-dspark, as
+    the export says. The environment's LLAMA_SERVER names the binary.
     Answer.decode_seconds and the counts are the server's; Answer.seconds is ours, with the
     request's way there and back.
     """
     path, _, rest = text.partition("+")
-    draft, _, drafts = rest.partition("+")
+    draft, _, rest = rest.partition("+")
+    drafts, _, kind = rest.partition("+")
     if draft and not drafts:
         drafts = "3"
-    port = serve(server_arguments(path, draft, drafts))
+    port = serve(server_arguments(path, draft, drafts, kind or "draft-dflash"))
 
     def answer(prompt, params):
         check_length(prompt, params)

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# llama.cpp with its own DFlash and our drafter, beside llama.cpp without it and beside ours, in turn prompt by prompt.
+# llama.cpp with our drafters, exported, beside llama.cpp without them and beside ours, in turn prompt by prompt.
 #   FLASHDRAFT_DATA=<folder with gsm8k/, humaneval/, mt_bench/>  recipes/llama_cpp_dflash.sh [RESULTS_FOLDER]
-# Needs cmake and a C++ compiler. LLAMA_CPP=FOLDER is a source of llama.cpp of June 2026 or later; without it the one inside llama-cpp-python 0.3.36 is fetched.
-# DRAFT=FOLDER measures another drafter than the shipped one; llama.cpp gets it in the plain format, without head and reduced vocabulary.
+# Needs cmake and a C++ compiler, and sentencepiece, which llama.cpp's converter of targets imports. LLAMA_CPP=FOLDER is a source of
+# llama.cpp of October 2026 or later; without it the one inside llama-cpp-python 0.3.36 is fetched.
+# DRAFTS="DRAFT ...": drafters of the built-in target, of DFlash v1, DFlash 2 or DSpark; by default the shipped one, whose head stays here.
+# DTYPE: of their weights in llama.cpp's file, by default as they are stored. WIDTHS: of the target, "f32 q8_0".
 set -euo pipefail
 results=${1:-runs/peers}
 : "${FLASHDRAFT_DATA:?set FLASHDRAFT_DATA to the folder of the evaluation sets}"
@@ -11,31 +13,31 @@ mkdir -p "$results"
 
 . "$here/llama_server.sh"
 
-if [ ! -s "$results/draft.gguf" ]; then # the converter reads our environment's torch and transformers
-    target=$($python - "$results/plain" "${DRAFT:-}" << 'END'
-import sys
-
-from flashdraft import DFlashDraftModel, hub
-
-plain, draft = sys.argv[1:]
-DFlashDraftModel.from_pretrained(draft or hub.builtin_draft("smollm2-135m")).save_pretrained(plain, plain=True)
-print(hub.resolve("smollm2-135m"))
-END
-    )
-    for width in f32 q8_0; do
-        [ -s "$results/$width.gguf" ] || $python "$LLAMA_CPP/convert_hf_to_gguf.py" "$target" --outtype $width --outfile "$results/$width.gguf"
-    done
-    $python "$LLAMA_CPP/convert_hf_to_gguf.py" "$results/plain" --target-model-dir "$target" --outtype "${DRAFT_TYPE:-bf16}" --outfile "$results/draft.gguf"
-fi
-
+target=$($python -c 'from flashdraft import hub; print(hub.resolve("smollm2-135m"))')
+for width in ${WIDTHS:-f32 q8_0}; do # the converter reads our environment's torch and transformers
+    [ -s "$results/$width.gguf" ] || $python "$LLAMA_CPP/convert_hf_to_gguf.py" "$target" --outtype "$width" --outfile "$results/$width.gguf"
+done
 $flashdraft tasks --data "$FLASHDRAFT_DATA" --ids "$here/bench_ids.json" --first "${FIRST:-8}" --out "$results/prompts.jsonl"
-beside() {  # width, our methods, options; llama.cpp's default are 3 drafts a step, the whole block has 5
-    local out=$results/llama_dflash_$1.jsonl name="llama.cpp $1" engine=$here/engines.py:llama_server:$results/$1.gguf
-    local drafting=$engine+$results/draft.gguf
+
+beside() {  # width, our methods, options; of the drafter that is exported. llama.cpp's default are 3 drafts a step
+    local engine=$here/engines.py:llama_server:$results/$1.gguf name="llama.cpp $1" out=$results/llama_${short}_$1.jsonl
+    local drafting=$engine+$results/$short/draft.gguf
     [ -e "$out" ] || $flashdraft bench --prompts "$results/prompts.jsonl" --out "$out" --max-new-tokens 128 --repeats "${REPEATS:-1}" "${@:3}" \
-        ${DRAFT:+--draft "$DRAFT"} --methods "$2,$name=$engine,$name DFlash 3=$drafting+3,$name DFlash 5=$drafting+5" > "$results/llama_dflash_$1.log"
+        --draft "$draft" --methods "$2,$name=$engine,$name drafts 3=$drafting+3+$kind,$name drafts $most=$drafting+$most+$kind" \
+        > "$results/llama_${short}_$1.log"
     $flashdraft report "$out"
     $flashdraft report "$out" --base "$name"
 }
-beside f32 autoregressive,dflash --kernel float32  # without kernels in the names `identical` compares llama.cpp's texts with ours too
-beside q8_0 autoregressive:int8,dflash:int8  # each is a target of its own
+for draft in ${DRAFTS:-dflash}; do
+    short=$(basename "$draft")
+    told=$($flashdraft export "$draft" --to llamacpp --target smollm2-135m --dtype "${DTYPE:-auto}" --out "$results/$short")
+    echo "$told"
+    kind=${told##*--spec-type } most=${told##* } # the command's last words: --spec-type KIND --spec-draft-n-max MOST
+    kind=${kind%% *}
+    for width in ${WIDTHS:-f32 q8_0}; do
+        case $width in
+        f32) beside f32 autoregressive,dflash --kernel float32 ;; # so `identical` compares llama.cpp's texts with ours, too
+        *) beside "$width" autoregressive:int8,dflash:int8 ;;      # a target of its own
+        esac
+    done
+done

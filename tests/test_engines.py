@@ -129,6 +129,12 @@ def test_drafts_count_into_tau(
     )
 
 
+def test_dspark_is_another_kind_of_drafting(start: Start, tmp_path: Path) -> None:
+    start("f32.gguf+draft.gguf+2+draft-dspark")([[1, 20]], [SamplingParams(max_new_tokens=5)])
+    ((_, options, _),) = asked(tmp_path)
+    assert "--spec-type draft-dspark --spec-draft-n-max 2 " in " ".join(options)
+
+
 def test_what_the_server_cannot_answer_is_refused(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
