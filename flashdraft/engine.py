@@ -223,7 +223,7 @@ class Engine:
 
         num_shared = 0
         if source is not None:
-            num_shared = self.drafter.resume(source, row, num_wanted)
+            num_shared = self._resumed(source, row, num_wanted)
         if source is None or num_shared == 0:
             self._clear([row])
         else:
@@ -232,6 +232,15 @@ class Engine:
 
         request.stats.num_cached = num_shared
         self.scheduler.resumed(row, num_shared)
+
+    def _resumed(self, source: int, row: int, num_wanted: int) -> int:
+        """With how many of a row's tokens another can begin in both caches; the drafter's holds
+        them."""
+        while True:
+            num_given = self._cache.can_give(source, num_wanted)
+            num_wanted = self.drafter.resume(source, row, num_given)
+            if num_wanted == num_given:
+                return num_given
 
     @torch.inference_mode()
     def _read_prompts(self) -> list[Chunk]:

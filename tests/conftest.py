@@ -7,23 +7,34 @@ from __future__ import annotations
 import functools
 import os
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoModelForCausalLM,
+    BambaConfig,
+    FalconH1Config,
     Gemma3TextConfig,
     Glm4Config,
     GptOssConfig,
+    GraniteMoeHybridConfig,
+    KimiLinearConfig,
+    Lfm2Config,
+    Lfm2MoeConfig,
     LlamaConfig,
     MistralConfig,
+    OlmoHybridConfig,
     Phi3Config,
     Qwen2Config,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
 )
 
 from flashdraft.decoding.sampling import probabilities, uniforms
@@ -87,6 +98,70 @@ FAMILIES = {
     ),
     "glm4": lambda: Glm4Config(**SHAPE, head_dim=8),
 }
+
+# Families with running states; three layers of four have one, or all.
+GDN: dict[str, Any] = {
+    "head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+SPARSE: dict[str, Any] = {**EXPERTS, "num_experts": 4, "moe_intermediate_size": 32}
+SHARED: dict[str, Any] = {**SPARSE, "shared_expert_intermediate_size": 32}
+MAMBA: dict[str, Any] = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_d_state": 8,
+    "mamba_chunk_size": 8,
+}
+LINEAR: dict[str, Any] = {"layer_types": ["linear_attention"] * 3 + ["full_attention"]}
+CONV: dict[str, Any] = {"layer_types": ["conv", "conv", "full_attention", "conv"]}
+LATENTS: dict[str, Any] = {
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
+HYBRIDS = {
+    "qwen3_next": lambda: Qwen3NextConfig(**SHAPE, **GDN, **SHARED),
+    "qwen3_5": lambda: Qwen3_5TextConfig(**SHAPE, **GDN),
+    "qwen3_5_moe": lambda: Qwen3_5MoeTextConfig(**{**SHAPE, **GDN, **SHARED}),
+    "kimi_linear": lambda: KimiLinearConfig(
+        **{**SHAPE, "num_key_value_heads": 4},
+        **LATENTS,
+        **LINEAR,
+        num_experts_per_tok=2,
+        num_local_experts=4,
+        moe_intermediate_size=32,
+        linear_head_dim=8,
+        linear_num_heads=4,
+    ),
+    "granitemoehybrid": lambda: GraniteMoeHybridConfig(
+        **SHAPE,
+        **EXPERTS,
+        **MAMBA,
+        **LINEAR,
+        num_local_experts=4,
+        shared_intermediate_size=32,
+        logits_scaling=4.0,
+        embedding_multiplier=2.0,
+    ),
+    "falcon_h1": lambda: FalconH1Config(
+        **SHAPE, **MAMBA, mamba_d_ssm=64, lm_head_multiplier=0.5, embedding_multiplier=2.0
+    ),
+    "bamba": lambda: BambaConfig(**SHAPE, **MAMBA, attn_layer_indices=[2]),
+    "olmo_hybrid": lambda: OlmoHybridConfig(
+        **SHAPE,
+        **LINEAR,
+        linear_num_key_heads=4,
+        linear_num_value_heads=4,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+    ),
+    "lfm2": lambda: Lfm2Config(**SHAPE, **CONV, block_auto_adjust_ff_dim=False),
+    "lfm2_moe": lambda: Lfm2MoeConfig(**SHAPE, **CONV, **SPARSE, num_dense_layers=1),
+}
 SLIDING = ("mistral-sliding", "gemma3", "gpt_oss")
 LEAN = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -98,13 +173,43 @@ def tiny_model(
     prompts.
     """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config or FAMILIES[family]())
+    model = AutoModelForCausalLM.from_config(config or (FAMILIES | HYBRIDS)[family]())
     model.set_experts_implementation("eager")  # the grouped one has no float64
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
+        for name, parameter in model.named_parameters():
+            if (
+                parameter.ndim > 1 and "A_log" not in name
+            ):  # kimi's, or its states would last no token
                 parameter.mul_(20.0)
+    if family in HYBRIDS and dtype == torch.float64:
+        decoder = model.get_decoder()
+        decoder.forward = in_float64(decoder.forward)
     return model.to(dtype).eval()
+
+
+def in_float64(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A model's forward without its islands of float32: transformers computes states in it."""
+
+    def widened(*args: Any, **given: Any) -> Any:
+        with _Float64():
+            return forward(*args, **given)
+
+    return widened
+
+
+class _Float64(TorchFunctionMode):
+    """Whatever would be float32 is float64."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        if func is Tensor.float:
+            return args[0].double()
+        widened = [torch.float64 if value is torch.float32 else value for value in args]
+        given = dict(kwargs or {})
+        if given.get("dtype") is torch.float32:
+            given["dtype"] = torch.float64
+        return func(*widened, **given)
 
 
 @functools.cache

@@ -25,6 +25,7 @@ from flashdraft.errors import DraftMismatch, InvalidParameter
 from flashdraft.formats.config import DraftConfig
 from flashdraft.formats.match import check_target
 from flashdraft.methods.network import DRAFT_KERNEL, DraftNetwork, network_shape
+from flashdraft.models.cache import StateCache
 from flashdraft.models.lean import LeanTarget
 from flashdraft.models.target import Target
 from flashdraft.process import BOOLS, FLOATS, INTS, serial, undisturbed
@@ -74,6 +75,11 @@ class DraftModelDrafter(Drafter):
         self.drawn = drawn
         self.vocab_size = network.vocab_size if vocab_size is None else vocab_size
         self.cache = network.new_cache(1, 256)
+        if isinstance(self.cache, StateCache):
+            got = (
+                f"`{network.name}` keeps running states, which cannot be cut to what a text shares"
+            )
+            raise DraftMismatch(got, hint="a draft LM is one whose layers all are attention")
         self.caches = (self.cache,)
         self._read: dict[int, list[int]] = {}  # by slot: the tokens in the cache
         # By slot: how many of them the history is known to begin with.

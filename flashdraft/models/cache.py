@@ -9,6 +9,11 @@ On the CPU large tensors lie in maps of memory: what was never written takes no 
 give its room back. So a server may have slots for the longest text in every row and pay for the
 tokens that there are.
 
+A layer with a running state (a linear attention, a convolution) has nothing that could be cut: its
+state stands behind all that it has read. There the cache keeps a state that stands behind kept
+tokens only, and the layer's own inputs of the tokens behind it, which wait until the state moves on
+over them (`states` says how).
+
 Knows nothing of tokens, models or who proposed what.
 """
 
@@ -16,6 +21,7 @@ import math
 import mmap
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,11 +29,16 @@ from torch import Tensor
 
 from flashdraft.process import INTS
 
-__all__ = ["SLOT_STEP", "SlotCache", "round_up"]
+__all__ = ["SLOT_STEP", "Running", "SlotCache", "StateCache", "States", "round_up"]
 
 SLOT_STEP = 64  # slots come, and are read, in multiples of this
 _BLOCKED_DIMS = 5  # of keys that lie in blocks
 _LARGE = 2**20  # bytes from which on a tensor lies in a map of its own
+_WINDOW = 64  # tokens whose inputs are kept although the state behind them is known
+
+# What a layer with a running state keeps of a row, by kind ("conv", "recurrent") and number. Nobody
+# writes into these tensors: rows that begin alike share them.
+States = dict[tuple[str, int], Tensor]
 
 
 def round_up(slots: int) -> int:
@@ -62,15 +73,18 @@ class SlotCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all slots, written or not."""
-        total = 0
-        for tensor in self._tensors():
-            total += tensor.numel() * tensor.element_size()
-        return total
+        return self._slots_nbytes()
 
     @property
     def slot_nbytes(self) -> int:
         """Bytes of one slot of a row in all layers that were written so far."""
-        return self.nbytes // (self.rows * self.slots)
+        return self._slots_nbytes() // (self.rows * self.slots)
+
+    def _slots_nbytes(self) -> int:
+        total = 0
+        for tensor in self._tensors():
+            total += tensor.numel() * tensor.element_size()
+        return total
 
     def reserve(self, slots: int, rows: int = 0, *, later: int = 0) -> None:
         """Make room for at least `slots` slots a row, and for `rows` rows; what is stored stays.
@@ -141,10 +155,13 @@ class SlotCache:
         self._maps[id(tensor)] = room
         return tensor
 
-    def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    def layer(
+        self, index: int, like: Tensor, values_like: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer.
 
-        Made at the first call, to fit `like` [..., heads, n, head_dim].
+        Made at the first call, to fit `like` [..., heads, n, head_dim]; values_like: the same of
+        values that have a size of their own (latents).
         """
         keys = self.keys[index]
         values = self.values[index]
@@ -153,19 +170,23 @@ class SlotCache:
 
         heads = like.shape[-3]
         head_dim = like.shape[-1]
-        values = self._zeros(like, self.rows, heads, self.slots, head_dim)
         if self.blocked:
             blocks = self.slots // SLOT_STEP
             keys = self._zeros(like, self.rows, heads, blocks, head_dim, SLOT_STEP)
         else:
-            keys = self._zeros(like, *values.shape)
+            keys = self._zeros(like, self.rows, heads, self.slots, head_dim)
+        if values_like is None:
+            values_like = like
+        heads = values_like.shape[-3]
+        head_dim = values_like.shape[-1]
+        values = self._zeros(values_like, self.rows, heads, self.slots, head_dim)
         self.keys[index] = keys
         self.values[index] = values
         return keys, values
 
     def write(self, index: int, row: int, keys: Tensor, values: Tensor) -> None:
         """Store [heads, n, head_dim] behind the row's length, which stays."""
-        all_keys, all_values = self.layer(index, keys)
+        all_keys, all_values = self.layer(index, keys, values)
         slots = self.lengths[row] + torch.arange(keys.shape[1], **INTS)
         all_values[row][:, slots] = values
         if self.blocked:
@@ -202,10 +223,14 @@ class SlotCache:
             else:
                 keys[row][:, target] = keys[row][:, source]
 
+    def can_give(self, source: int, count: int) -> int:
+        """How many of a row's tokens another one can begin with: the first `count`, or fewer."""
+        return min(count, self.lengths[source])
+
     @torch.inference_mode()
     def take(self, row: int, source: int, count: int) -> None:
         """Let `row` begin with the first `count` tokens that row `source`, maybe itself, holds."""
-        assert count <= self.lengths[source], "a row cannot give more than it holds"
+        assert count == self.can_give(source, count), "a row cannot give more than it holds"
         if row != source and count > 0:
             for tensor in self._tensors():
                 held = round_up(count) // SLOT_STEP if tensor.ndim == _BLOCKED_DIMS else count
@@ -215,7 +240,7 @@ class SlotCache:
     def resume(self, row: int, source: int, count: int) -> int:
         """`take` as many of these tokens as the source holds; returns how many."""
         self.reserve(0, rows=max(row, source) + 1)
-        held = min(count, self.lengths[source])
+        held = self.can_give(source, count)
         self.take(row, source, held)
         return held
 
@@ -260,6 +285,118 @@ class SlotCache:
     def _tensors(self) -> list[Tensor]:
         """Every layer's keys, then every layer's values, of the layers that were written."""
         return [tensor for tensor in self.keys + self.values if tensor is not None]
+
+
+@dataclass
+class Running:
+    """What a row holds in one layer with a running state.
+
+    The tokens that were kept are those that `state` stands behind, and those of `waiting`.
+    """
+
+    state: States | None = None  # None: it stands at the text's begin
+    waiting: Tensor | None = None  # the layer's inputs [n, hidden] of the tokens kept since
+    end: States | None = None  # behind those, too, if that is known
+    inputs: Tensor | None = None  # of the last read's nodes [nodes, hidden]
+    inputs_end: States | None = None  # behind `waiting` and all those nodes, if they are a chain
+
+    @property
+    def num_waiting(self) -> int:
+        return 0 if self.waiting is None else len(self.waiting)
+
+    def settle(self) -> None:
+        """Let the state stand behind all tokens that were kept, where that costs nothing."""
+        if self.end is not None:
+            self.moved(self.end)
+
+    def moved(self, state: States) -> None:
+        """Here is the state behind what waits."""
+        self.state = state
+        self.waiting = None
+        self.end = None
+
+    def keep(self, path: Sequence[int]) -> None:
+        """The nodes of this path were kept, and no others of the last read."""
+        assert self.inputs is not None, "a path is kept of what was not read"
+        is_whole = len(path) == len(self.inputs)
+        end = self.inputs_end if is_whole else None
+        if end is not None and len(path) > _WINDOW:
+            self.moved(end)
+        else:
+            own = self.inputs[list(path)]
+            self.waiting = own if self.waiting is None else torch.cat([self.waiting, own])
+            self.end = end
+        self.inputs = None
+        self.inputs_end = None
+
+    def without_last(self, count: int) -> "Running":
+        """The same of a row that ends `count` tokens earlier: no more than wait here."""
+        if count == 0:
+            return Running(self.state, self.waiting, self.end)
+        assert self.waiting is not None, "a state cannot be cut"
+        left = len(self.waiting) - count
+        return Running(self.state, self.waiting[:left] if left > 0 else None)
+
+    @property
+    def nbytes(self) -> int:
+        total = 0
+        for states in (self.state, self.end, self.inputs_end):
+            for tensor in (states or {}).values():
+                total += tensor.numel() * tensor.element_size()
+        for inputs in (self.waiting, self.inputs):
+            if inputs is not None:
+                total += inputs.numel() * inputs.element_size()
+        return total
+
+
+class StateCache(SlotCache):
+    """A slot cache, and beside it the running states of the layers that have one.
+
+    A state stands behind kept tokens only. A read leaves the layer's inputs here, and `keep` says
+    which of them stand: they wait, and the next read lets the state move on over them. As long as
+    they wait a row can be cut behind any of them, and nowhere else.
+    """
+
+    def __init__(self, num_layers: int, rows: int, slots: int) -> None:
+        super().__init__(num_layers, rows, slots)
+        self._running: dict[int, dict[int, Running]] = {}  # by row and layer
+
+    def running(self, row: int, layer: int) -> Running:
+        """Of a layer that a read comes through."""
+        return self._running.setdefault(row, {}).setdefault(layer, Running())
+
+    @property
+    def nbytes(self) -> int:
+        total = self._slots_nbytes()
+        for by_layer in self._running.values():
+            for own in by_layer.values():
+                total += own.nbytes
+        return total
+
+    def keep(self, row: int, path: Sequence[int]) -> None:
+        super().keep(row, path)
+        for own in self._running.get(row, {}).values():
+            own.keep(path)
+
+    def can_give(self, source: int, count: int) -> int:
+        """Nothing, where that would be less than its state stands behind."""
+        count = super().can_give(source, count)
+        by_layer = self._running.get(source, {})
+        num_waiting = min((own.num_waiting for own in by_layer.values()), default=0)
+        return count if count >= self.lengths[source] - num_waiting else 0
+
+    def take(self, row: int, source: int, count: int) -> None:
+        num_lost = self.lengths[source] - count
+        super().take(row, source, count)
+        taken = {}
+        if count > 0:
+            for layer, own in self._running.get(source, {}).items():
+                taken[layer] = own.without_last(num_lost)
+        self._running[row] = taken
+
+    def free(self, row: int) -> None:
+        super().free(row)
+        self._running.pop(row, None)
 
 
 def _map(nbytes: int) -> mmap.mmap:

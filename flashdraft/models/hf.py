@@ -1,8 +1,9 @@
 """A Hugging Face causal LM as a target: its own forward gives logits and features for a proposal.
 
 The model's code is used as it is: it gets a 4-D mask, explicit positions and a cache view that
-writes into our slots. The one table below lists what is known of families; a model outside it must
-first show, by a measurement, that a rejected draft leaves no trace in it.
+writes into our slots; layers with a running state are walked (`states`). The tables below list what
+is known of families; a model outside them must first show, by a measurement, that neither a
+rejected draft nor one that was kept in part leaves a trace in it.
 
 Knows caches, masks and positions. Does not know drafters, verification or text.
 """
@@ -17,14 +18,15 @@ from torch import Tensor, nn
 
 from flashdraft.decoding.tree import ancestors, chain, depths
 from flashdraft.errors import UnsupportedTarget
-from flashdraft.models.cache import SlotCache
+from flashdraft.models.cache import SlotCache, StateCache
+from flashdraft.models.states import MERGED, Walk, mixers_of, walked
 from flashdraft.models.target import HFConfig, HFModel, Indices, Output, Target, context_of
 from flashdraft.process import INTS, new_lock
 
 __all__ = ["HFTarget"]
 
 # Families whose stock forward was checked against plain forwards after rejected drafts
-# (tests/test_target.py).
+# (tests/test_target.py, tests/test_hybrid.py).
 CHECKED = (
     "llama",
     "mistral",
@@ -36,18 +38,49 @@ CHECKED = (
     "phi3",
     "gpt_oss",
     "glm4",
+    "qwen3_next",
+    "qwen3_5_text",
+    "qwen3_5_moe_text",
+    "kimi_linear",
+    "granitemoehybrid",
+    "falcon_h1",
+    "bamba",
+    "olmo_hybrid",
+    "lfm2",
+    "lfm2_moe",
 )
 _STATELESS_LAYERS = {"full_attention", "sliding_attention"}
+_STATE_LAYERS = {"linear_attention", "conv", "hybrid"}  # whose mixers are walked
+_CLAMPS = (
+    "transformers reads several of its tokens with time steps of at least time_step_min, and one "
+    "token without that bound: its text would depend on what is drafted"
+)
+_FORGETS = (
+    "transformers reads several tokens of a Mamba-1 layer as if nothing were before them, so a "
+    "draft behind a text would be misread"
+)
+_REFUSED = {
+    "nemotron_h": _CLAMPS,
+    "zamba2": _CLAMPS,
+    "mamba": _FORGETS,
+    "falcon_mamba": _FORGETS,
+    "jamba": _FORGETS,
+    "zamba": _FORGETS,
+}
 _CLOSE = 1e-2  # normalised logits that differ by less count as the same
+_CLOSE_IN_HALVES = 0.1  # in bfloat16 and float16, where sums of other orders differ by hundredths
 
-AdditiveMasks = Tensor | dict[str, Tensor]  # one, or one by kind of attention layer
+AdditiveMasks = Tensor | dict[str, Tensor | None]  # one, or one by kind of layer
 
 
 class HFTarget(Target):
-    """Any transformers causal LM whose state is a cache of keys and values.
+    """Any transformers causal LM whose state is a cache of keys and values, and running states that
+    stock mixers keep.
 
     Raises UnsupportedTarget for the others.
     """
+
+    merged_tokens = MERGED
 
     def __init__(self, model: HFModel, name: str) -> None:
         self.model = model.eval()
@@ -56,7 +89,9 @@ class HFTarget(Target):
         self.kernel_name = "transformers"
         self.kernel = f"transformers {str(model.dtype).removeprefix('torch.')}"
         self.row_exact = False
-        reason = _why_unsupported(model, self.config)
+        self._decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.model
+        self._mixers = mixers_of(self._decoder)
+        reason = _why_unsupported(model, self.config, bool(self._mixers))
         if reason is not None:
             raise _unsupported(self, reason)
 
@@ -66,8 +101,12 @@ class HFTarget(Target):
         self.context_length = context_of(self.config)
         self.nbytes = sum(p.numel() * p.element_size() for p in model.parameters())
         self._lock = new_lock()
-        self._decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.model
         check_family(self)
+
+    def new_cache(self, rows: int, slots: int) -> SlotCache:
+        if self._mixers:
+            return StateCache(self.num_layers, rows, slots)
+        return super().new_cache(rows, slots)
 
     @torch.no_grad()  # the target is never trained
     def embed(self, tokens: Tensor) -> Tensor:
@@ -87,7 +126,11 @@ class HFTarget(Target):
 
     def uncapped_logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.model.get_output_embeddings()(hidden)
-        return logits
+        divisor = getattr(self.config, "logits_scaling", None)  # Granite
+        if divisor is not None:
+            logits = logits / divisor
+        factor = getattr(self.config, "lm_head_multiplier", None)  # Falcon-H1
+        return logits if factor is None else logits * factor
 
     def head_weight(self, tokens: Tensor) -> Tensor:
         weight: Tensor = self.model.get_output_embeddings().weight.detach()
@@ -111,11 +154,14 @@ class HFTarget(Target):
         positions = lengths[:, None] + depths(parents) * real
 
         seen, held = _slots_seen(lengths, positions, ancestors(parents), num_slots)
+        view = _CacheView(cache, slots, num_slots)
+        if isinstance(cache, StateCache):
+            view.walk = Walk(cache, slots, parents, sizes, self.merged_tokens)
         inputs = {
             "input_ids": tokens.to(device),
             "position_ids": positions.to(device),
             "attention_mask": self._masks(seen.to(device), positions, held),
-            "past_key_values": _CacheView(cache, slots, num_slots),
+            "past_key_values": view,
         }
         outputs = self._outputs_by_layer(inputs, layers)
 
@@ -138,9 +184,10 @@ class HFTarget(Target):
             too_far = positions[:, :, None] - held[:, None] >= window
             near = full.masked_fill(too_far[:, None].to(seen.device), lowest)
 
-        if getattr(self.config, "layer_types", None) is None:
+        if getattr(self.config, "layer_types", None) is None and not self._mixers:
             return near
-        return {"full_attention": full, "sliding_attention": near}
+        by_kind = {"full_attention": full, "sliding_attention": near, "hybrid": full}
+        return by_kind | dict.fromkeys(("linear_attention", "conv"))
 
     def _outputs_by_layer(self, inputs: Mapping[str, object], layers: Indices) -> dict[int, Tensor]:
         """One forward: what the wanted layers give, and behind them the final normed state."""
@@ -151,6 +198,8 @@ class HFTarget(Target):
             for index in set(layers) - {self.num_layers}:
                 capture = partial(_capture, outputs, index)
                 hooks.enter_context(blocks[index].register_forward_hook(capture))
+            if self._mixers:
+                hooks.enter_context(walked(self._mixers))
             final = self._decoder(**inputs, use_cache=True)
         outputs[self.num_layers] = final.last_hidden_state
         return outputs
@@ -168,6 +217,7 @@ class _CacheView:
     is_compileable = False
 
     def __init__(self, cache: SlotCache, slots: Sequence[int], num_slots: int) -> None:
+        self.walk: Walk | None = None
         self.cache = cache
         self.rows = list(slots)
         self.num_slots = num_slots
@@ -177,7 +227,7 @@ class _CacheView:
     ) -> tuple[Tensor, Tensor]:
         for i, row in enumerate(self.rows):
             self.cache.write(layer_idx, row, keys[i], values[i])
-        all_keys, all_values = self.cache.layer(layer_idx, keys)
+        all_keys, all_values = self.cache.layer(layer_idx, keys, values)
         read_keys = all_keys[self.rows, :, : self.num_slots]
         read_values = all_values[self.rows, :, : self.num_slots]
         return read_keys, read_values
@@ -222,14 +272,20 @@ def _capture(
 def _unsupported(target: HFTarget, reason: str) -> UnsupportedTarget:
     message = f"`{target.name}` is a `{target.config.model_type}` model: {reason}"
     known = ", ".join(CHECKED)
-    hint = f"families known to work, with keys and values as their only state: {known}"
+    hint = f"families known to work: {known}"
     return UnsupportedTarget(message, hint=hint)
 
 
-def _why_unsupported(model: HFModel, config: HFConfig) -> str | None:
+def _why_unsupported(model: HFModel, config: HFConfig, has_mixers: bool) -> str | None:
     """What the model's class and config already show, in words, or None."""
+    if config.model_type in _REFUSED:
+        return _REFUSED[config.model_type]
+
     stateful_layers = set(getattr(config, "layer_types", None) or ()) - _STATELESS_LAYERS
-    if getattr(model, "_is_stateful", False) or stateful_layers:
+    if has_mixers:
+        stateful_layers -= _STATE_LAYERS
+    is_told = getattr(config, "layer_types", None) is not None
+    if stateful_layers or (getattr(model, "_is_stateful", False) and not (has_mixers or is_told)):
         kinds = ", ".join(sorted(stateful_layers)) or "recurrent"
         return (
             f"its layers keep a running state ({kinds}), "
@@ -278,44 +334,69 @@ def check_family(target: HFTarget) -> None:
             target, f"its forward does not take our cache: {type(error).__name__}: {error}"
         ) from error
 
-    plain = differences.plain
-    if not plain < _CLOSE:
-        raise _unsupported(target, f"our pass does not give its own logits (off by {plain:.2g})")
-    rejected = differences.after_rejected
-    if not rejected < _CLOSE:
-        raise _unsupported(
-            target, f"a rejected draft left a trace in its state (logits off by {rejected:.2g})"
-        )
+    is_narrow = target.model.dtype.itemsize <= 2
+    close = _CLOSE_IN_HALVES if is_narrow else _CLOSE
+    if not differences.plain < close:
+        off_by = f"off by {differences.plain:.2g}"
+        raise _unsupported(target, f"our pass does not give its own logits ({off_by})")
+    if not differences.behind_drafts < close:
+        off_by = f"logits off by {differences.behind_drafts:.2g}"
+        raise _unsupported(target, f"a rejected draft left a trace in its state ({off_by})")
+    if not differences.one_by_one < close:
+        off_by = f"logits off by {differences.one_by_one:.2g}"
+        raise _unsupported(target, f"its tokens read one at a time give another text ({off_by})")
 
 
 class _Differences(NamedTuple):
-    """The largest differences of normalised logits."""
+    """The largest differences of normalised logits from the model's own without a cache."""
 
-    plain: float  # between our pass and the model's own
-    after_rejected: float  # between our pass behind a rejected draft and our pass without one
+    plain: float  # of our pass over a proposal
+    behind_drafts: float  # behind drafts that were rejected, and kept in part
+    one_by_one: float  # of a token a pass
 
 
 @torch.inference_mode()
 def _differences(target: HFTarget) -> _Differences:
-    """Measured on eight tokens: four as a prompt, four as a proposal behind it."""
-    tokens = torch.arange(8, **INTS) % target.vocab_size
-    prompt = tokens[:4]
-    proposal = tokens[None, 4:]
-    rejected_draft = tokens[4:].flip(0)[None]
-    parents = chain(4)[None]
-    sizes = torch.tensor([4], **INTS)
+    """Measured on twelve tokens: four as a prompt, and proposals of at most four behind it."""
+    tokens = torch.arange(12, **INTS) % target.vocab_size
+    wrong = tokens.flip(0)
 
-    clean = target.new_cache(1, 16)
-    cut_back = target.new_cache(1, 16)
-    target.prefill(clean, 0, prompt, (0,))
-    target.prefill(cut_back, 0, prompt, (0,))
-    target.forward(cut_back, [0], rejected_draft, parents, sizes, ())
-    expected, _ = target.forward(clean, [0], proposal, parents, sizes, ())
-    got, _ = target.forward(cut_back, [0], proposal, parents, sizes, ())
+    plain = _Trial(target, tokens)
+    plain.read(tokens[4:8], 4)
 
-    inputs = tokens[None].to(target.model.device)
-    own = target.model(input_ids=inputs, use_cache=False).logits[:, 4:]
-    scale = float(own.std()) or 1.0
-    plain = float((own - expected).abs().max()) / scale
-    after_rejected = float((expected - got).abs().max()) / scale
-    return _Differences(plain, after_rejected)
+    drafted = _Trial(target, tokens)
+    drafted.read(wrong[:4], 0)
+    drafted.read(torch.cat([tokens[4:6], wrong[:2]]), 2)
+    drafted.read(torch.cat([tokens[6:7], wrong[:3]]), 1)
+    drafted.read(tokens[7:11], 4)
+
+    one_by_one = _Trial(target, tokens)
+    for token in tokens[4:]:
+        one_by_one.read(token[None], 1)
+    return _Differences(plain.worst, drafted.worst, one_by_one.worst)
+
+
+class _Trial:
+    """Our passes over a text behind its first four tokens, held against the model's own."""
+
+    def __init__(self, target: HFTarget, tokens: Tensor) -> None:
+        inputs = tokens[None].to(target.model.device)
+        self.own = target.model(input_ids=inputs, use_cache=False).logits[0]
+        self.scale = float(self.own.std()) or 1.0
+        self.target = target
+        self.cache = target.new_cache(1, 16)
+        self.worst = 0.0  # difference of normalised logits
+        target.prefill(self.cache, 0, tokens[:4], ())
+
+    def read(self, proposal: Tensor, num_right: int) -> None:
+        """Read a chain whose first tokens are the text's; the others are rejected."""
+        size = len(proposal)
+        parents = chain(size)[None]
+        sizes = torch.tensor([size], **INTS)
+        logits, _ = self.target.forward(self.cache, [0], proposal[None], parents, sizes, ())
+        if num_right == 0:
+            return
+        start = self.cache.lengths[0]
+        off_by = (logits[0, :num_right] - self.own[start : start + num_right]).abs().max()
+        self.worst = max(self.worst, float(off_by) / self.scale)
+        self.cache.keep(0, range(num_right))
