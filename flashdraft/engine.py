@@ -124,6 +124,11 @@ class Engine:
         return sum(cache.slot_nbytes for cache in self._caches)
 
     @property
+    def row_nbytes(self) -> int:
+        """Bytes that a row may take whatever its length: running states, of rows that were used."""
+        return sum(cache.row_nbytes for cache in self._caches)
+
+    @property
     def _caches(self) -> tuple[SlotCache, ...]:
         return (self._cache, *self.drafter.caches)
 

@@ -391,11 +391,16 @@ def _network_drafters(
     if is_draft(_config_of(draft)):
         return open_network(draft).drafters(target)
 
-    from flashdraft.methods.draft_model import DraftModelDrafter, check_tokenizers
+    from flashdraft.methods.draft_model import (
+        DraftModelDrafter,
+        check_cut_back,
+        check_tokenizers,
+    )
 
     dtype = "auto" if target.kernel_name == "transformers" else "float32"
     small = load_target(draft, dtype=dtype)  # a causal LM
     check_tokenizers(tokenizer or small.tokenizer, small.tokenizer, target, small.target)
+    check_cut_back(small.target)
     return partial(DraftModelDrafter, small.target, vocab_size=target.vocab_size)
 
 

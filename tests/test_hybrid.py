@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import (
+    EOS,
     GDN,
     HYBRIDS,
     SHAPE,
@@ -29,6 +30,7 @@ from test_target import LAYERS, own_model, plain, worst_after_all
 from torch import Tensor
 from toy_arrivals import request_of
 from toy_engine import METHODS, PROMPTS, SAMPLED, generate, made, run
+from toy_folders import letter_tokenizer
 from transformers import (
     AutoModelForImageTextToText,
     FalconMambaConfig,
@@ -41,15 +43,19 @@ from transformers import (
 
 import flashdraft.models.target
 from flashdraft.engine import Engine
-from flashdraft.errors import DraftMismatch, UnsupportedTarget
+from flashdraft.errors import DraftMismatch, InvalidParameter, UnsupportedTarget
+from flashdraft.generate import Model
+from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.methods.draft_model import DraftModelDrafter
 from flashdraft.models.cache import Running, StateCache, States
 from flashdraft.models.hf import HFTarget
 from flashdraft.models.states import MERGED, _MixerCache
 from flashdraft.models.target import Target
+from flashdraft.serve import room
 from flashdraft.types import SamplingParams
 
 EXACT, FAR = 1e-9, 0.1  # in standard deviations of what is right
+LONG = tuple(3 + 7 * i % 50 for i in range(47))  # a prompt that is longer than what is merged
 KINDS = ("qwen3_next", "granitemoehybrid", "lfm2")  # of states: delta rule, Mamba-2, convolution
 
 
@@ -260,13 +266,21 @@ def test_a_talk_goes_on_as_if_it_were_read_anew(name: str, method: str) -> None:
     turns(Pair(name, method))
 
 
+@pytest.mark.parametrize("name", ["qwen3_5", "lfm2"])
+def test_samples_of_a_long_prompt_read_it_once(name: str) -> None:
+    pair = Pair(name, "dflash", max_rows=3, chunk=64)
+    params = SamplingParams(max_new_tokens=4, temperature=0.9)
+    requests = [request_of(LONG, replace(params, seed=seed), seed) for seed in range(3)]
+    results = pair.run(*requests)
+    assert [result.stats.num_cached for result in results] == [0, len(LONG) - 1, len(LONG) - 1]
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_a_text_that_shares_less_than_a_state_stands_behind_is_read_anew(name: str) -> None:
     pair = Pair(name, "dflash")
     short = replace(GREEDY, max_new_tokens=4)
-    prompt = tuple(range(3, 30))
-    pair.run(request_of(prompt, short))
-    (other,) = pair.run(request_of([*prompt[:19], *QUESTION], short, 1))
+    pair.run(request_of(LONG[:27], short))
+    (other,) = pair.run(request_of([*LONG[:9], *QUESTION], short, 1))
     assert other.stats.num_cached == 0
 
 
@@ -320,6 +334,16 @@ def test_bytes_of_states_and_inputs_are_counted_and_go_with_their_row() -> None:
     assert own[0].nbytes > state.numel() * state.element_size()
     cache.free(0)
     assert cache.nbytes == of_slots
+
+
+def test_a_server_counts_the_states_of_its_rows() -> None:
+    lm = Model(made("lfm2"), letter_tokenizer(), Autoregressive, eos=frozenset({EOS}), max_rows=8)
+    engine = room.new_engine(lm, 2, 1_000_000)
+    assert engine.row_nbytes > 0
+    left = 1_000_000 - engine.row_nbytes * engine.scheduler.num_rows
+    assert engine.scheduler.max_tokens == left // engine.token_nbytes
+    with pytest.raises(InvalidParameter, match="running states"):
+        room.new_engine(lm, 2, 1000)
 
 
 # ---- the model stays as it is --------------------------------------------------------------------

@@ -31,7 +31,7 @@ from flashdraft.models.target import Target
 from flashdraft.process import BOOLS, FLOATS, INTS, serial, undisturbed
 from flashdraft.types import Drafter, Proposal, Rows, SamplingParams, require
 
-__all__ = ["CutDraftModel", "DraftModelDrafter", "check_tokenizers"]
+__all__ = ["CutDraftModel", "DraftModelDrafter", "check_cut_back", "check_tokenizers"]
 
 Size = int | None
 
@@ -70,16 +70,12 @@ class DraftModelDrafter(Drafter):
         require(
             tree_nodes is None, "tree_nodes", tree_nodes, "left out: a draft model drafts chains"
         )
+        check_cut_back(network)
         self.network = network
         self.block_size = 5 if block_size is None else block_size
         self.drawn = drawn
         self.vocab_size = network.vocab_size if vocab_size is None else vocab_size
         self.cache = network.new_cache(1, 256)
-        if isinstance(self.cache, StateCache):
-            got = (
-                f"`{network.name}` keeps running states, which cannot be cut to what a text shares"
-            )
-            raise DraftMismatch(got, hint="a draft LM is one whose layers all are attention")
         self.caches = (self.cache,)
         self._read: dict[int, list[int]] = {}  # by slot: the tokens in the cache
         # By slot: how many of them the history is known to begin with.
@@ -238,6 +234,13 @@ class DraftModelDrafter(Drafter):
                 self.cache.free(slot)
                 del self._read[slot]
                 self._shared.pop(slot, None)
+
+
+def check_cut_back(network: Target) -> None:
+    """Raises DraftMismatch for a network that a text's drafts could not be taken back from."""
+    if isinstance(network.new_cache(1, 1), StateCache):
+        got = f"`{network.name}` keeps running states, which are not cut to what a new text shares"
+        raise DraftMismatch(got, hint="a draft LM is one whose layers all are attention")
 
 
 # --- A draft model cut from its target

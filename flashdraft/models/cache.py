@@ -29,12 +29,12 @@ from torch import Tensor
 
 from flashdraft.process import INTS
 
-__all__ = ["SLOT_STEP", "Running", "SlotCache", "StateCache", "States", "round_up"]
+__all__ = ["SLOT_STEP", "TAIL", "Running", "SlotCache", "StateCache", "States", "round_up"]
 
 SLOT_STEP = 64  # slots come, and are read, in multiples of this
 _BLOCKED_DIMS = 5  # of keys that lie in blocks
 _LARGE = 2**20  # bytes from which on a tensor lies in a map of its own
-_WINDOW = 64  # tokens whose inputs are kept although the state behind them is known
+TAIL = 8  # tokens of a long text whose inputs are kept although the state behind them is known
 
 # What a layer with a running state keeps of a row, by kind ("conv", "recurrent") and number. Nobody
 # writes into these tensors: rows that begin alike share them.
@@ -79,6 +79,11 @@ class SlotCache:
     def slot_nbytes(self) -> int:
         """Bytes of one slot of a row in all layers that were written so far."""
         return self._slots_nbytes() // (self.rows * self.slots)
+
+    @property
+    def row_nbytes(self) -> int:
+        """Bytes that a row may take beside its slots, as far as is known."""
+        return 0
 
     def _slots_nbytes(self) -> int:
         total = 0
@@ -299,6 +304,7 @@ class Running:
     end: States | None = None  # behind those, too, if that is known
     inputs: Tensor | None = None  # of the last read's nodes [nodes, hidden]
     inputs_end: States | None = None  # behind `waiting` and all those nodes, if they are a chain
+    inputs_near: States | None = None  # behind all of them but TAIL, if they are a long chain
 
     @property
     def num_waiting(self) -> int:
@@ -315,19 +321,26 @@ class Running:
         self.waiting = None
         self.end = None
 
+    def was_read(self, inputs: Tensor) -> None:
+        """The layer reads these nodes; nothing of what was read before is kept any more."""
+        self.inputs = inputs
+        self.inputs_end = None
+        self.inputs_near = None
+
     def keep(self, path: Sequence[int]) -> None:
         """The nodes of this path were kept, and no others of the last read."""
         assert self.inputs is not None, "a path is kept of what was not read"
         is_whole = len(path) == len(self.inputs)
-        end = self.inputs_end if is_whole else None
-        if end is not None and len(path) > _WINDOW:
-            self.moved(end)
+        if is_whole and self.inputs_near is not None:
+            self.moved(self.inputs_near)
+            self.waiting = self.inputs[-TAIL:].clone()  # it does not keep the others' room
         else:
             own = self.inputs[list(path)]
             self.waiting = own if self.waiting is None else torch.cat([self.waiting, own])
-            self.end = end
+        self.end = self.inputs_end if is_whole else None
         self.inputs = None
         self.inputs_end = None
+        self.inputs_near = None
 
     def without_last(self, count: int) -> "Running":
         """The same of a row that ends `count` tokens earlier: no more than wait here."""
@@ -340,7 +353,7 @@ class Running:
     @property
     def nbytes(self) -> int:
         total = 0
-        for states in (self.state, self.end, self.inputs_end):
+        for states in (self.state, self.end, self.inputs_end, self.inputs_near):
             for tensor in (states or {}).values():
                 total += tensor.numel() * tensor.element_size()
         for inputs in (self.waiting, self.inputs):
@@ -360,6 +373,7 @@ class StateCache(SlotCache):
     def __init__(self, num_layers: int, rows: int, slots: int) -> None:
         super().__init__(num_layers, rows, slots)
         self._running: dict[int, dict[int, Running]] = {}  # by row and layer
+        self._row_nbytes = 0
 
     def running(self, row: int, layer: int) -> Running:
         """Of a layer that a read comes through."""
@@ -368,10 +382,17 @@ class StateCache(SlotCache):
     @property
     def nbytes(self) -> int:
         total = self._slots_nbytes()
-        for by_layer in self._running.values():
-            for own in by_layer.values():
-                total += own.nbytes
+        for row in self._running:
+            total += self._nbytes_of(row)
         return total
+
+    @property
+    def row_nbytes(self) -> int:
+        return self._row_nbytes
+
+    def _nbytes_of(self, row: int) -> int:
+        """Of the row's states and inputs."""
+        return sum(own.nbytes for own in self._running.get(row, {}).values())
 
     def keep(self, row: int, path: Sequence[int]) -> None:
         super().keep(row, path)
@@ -396,6 +417,7 @@ class StateCache(SlotCache):
 
     def free(self, row: int) -> None:
         super().free(row)
+        self._row_nbytes = max(self._row_nbytes, self._nbytes_of(row))
         self._running.pop(row, None)
 
 

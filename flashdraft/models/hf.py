@@ -8,6 +8,7 @@ rejected draft nor one that was kept in part leaves a trace in it.
 Knows caches, masks and positions. Does not know drafters, verification or text.
 """
 
+import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -90,6 +91,8 @@ class HFTarget(Target):
         self.kernel = f"transformers {str(model.dtype).removeprefix('torch.')}"
         self.row_exact = False
         self._decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.model
+        names = inspect.signature(type(self._decoder).forward).parameters
+        self._cache_name = "cache" if "cache" in names else "past_key_values"  # from 5.24 on
         self._mixers = mixers_of(self._decoder)
         reason = _why_unsupported(model, self.config, bool(self._mixers))
         if reason is not None:
@@ -161,7 +164,7 @@ class HFTarget(Target):
             "input_ids": tokens.to(device),
             "position_ids": positions.to(device),
             "attention_mask": self._masks(seen.to(device), positions, held),
-            "past_key_values": view,
+            self._cache_name: view,
         }
         outputs = self._outputs_by_layer(inputs, layers)
 

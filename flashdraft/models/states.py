@@ -12,13 +12,15 @@ sees each token once.
   last state. So a row's state is only moved over tokens without padding.
 - A few kept tokens may wait longer: while they and the new nodes are at most `MERGED` tokens, one
   call reads both, and the state moves on when that becomes too long.
+- The last tokens of a long text are a call of their own: so the row can be cut behind each of them,
+  as those want it that begin with the same prompt.
 
-Knows caches and the interface of transformers' caches to running states (5.23). Does not know
+Knows caches and the interface of transformers' caches to running states (5.23, 5.24). Does not know
 families, attention, or what is drafted.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
@@ -27,35 +29,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashdraft.models.cache import Running, StateCache, States
+from flashdraft.models.cache import TAIL, Running, StateCache, States
 from flashdraft.process import INTS
 
-__all__ = ["MERGED", "Mixer", "Walk", "mixers_of", "walked"]
+__all__ = ["MERGED", "Walk", "mixers_of", "walked"]
 
-MERGED = 24
+MERGED = 32  # two published blocks; docs/concepts.md has what it saves and costs
+
+_ASKED = "update_conv_state"  # of a cache, by every mixer
 
 _Stock = Callable[[Tensor, "_MixerCache"], Tensor]
 
 
-class Mixer(NamedTuple):
-    """A module that keeps a running state."""
+def mixers_of(model: nn.Module) -> list[nn.Module]:
+    """The modules that keep a running state: their forward asks a cache for it.
 
-    module: nn.Module
-    cache_name: str  # of the forward's argument that is the cache
-
-
-def mixers_of(model: nn.Module) -> list[Mixer]:
-    """Transformers' mixers: they take `cache_params`, lfm2's short convolutions
-    `past_key_values`."""
+    Transformers before 5.20 or so asked in other words; there none is found.
+    """
     mixers = []
     for module in model.modules():
-        if not hasattr(module, "layer_idx"):
-            continue
-        names = inspect.signature(type(module).forward).parameters
-        if "cache_params" in names:
-            mixers.append(Mixer(module, "cache_params"))
-        elif type(module).__name__.endswith("ShortConv"):
-            mixers.append(Mixer(module, "past_key_values"))
+        own = inspect.unwrap(type(module).forward)
+        code = getattr(own, "__code__", None)
+        if hasattr(module, "layer_idx") and code is not None and _ASKED in code.co_names:
+            mixers.append(module)
     return mixers
 
 
@@ -68,6 +64,7 @@ class _Group(NamedTuple):
     places: list[int]  # the row of each path, by its place in the read
     inputs: Tensor  # where those of each lie [paths, width], padded on the right
     whole: dict[int, int]  # by place: the row's only path, where it is as long as the width
+    has_tail: bool  # whether all are, and long
 
 
 class _Plan(NamedTuple):
@@ -116,19 +113,19 @@ class Walk:
                 parts.append(own.waiting)
         inputs = torch.cat([*parts, nodes.flatten(0, 1)])
         plan = self._plan(rows)
+        for place, (own, size) in enumerate(zip(rows, self.sizes, strict=True)):
+            own.was_read(nodes[place, :size])
+
         given = []
-        ends: dict[int, States] = {}  # by place
         for group in plan.groups:
+            reads = inputs[group.inputs.to(inputs.device)]
             states = [rows[place].state for place in group.places]
-            after = _MixerCache(states)
-            outputs = stock(inputs[group.inputs.to(inputs.device)], after)
+            outputs, near, after = _read(stock, reads, states, group.has_tail)
             given.append(outputs.flatten(0, 1))
             for place, path in group.whole.items():
-                ends[place] = after.behind(path)
-
-        for place, (own, size) in enumerate(zip(rows, self.sizes, strict=True)):
-            own.inputs = nodes[place, :size]
-            own.inputs_end = ends.get(place)
+                rows[place].inputs_end = after.behind(path)
+                if group.has_tail:
+                    rows[place].inputs_near = near.behind(path)
         mixed = torch.cat(given)[plan.outputs.to(nodes.device)]
         return mixed.view(*nodes.shape[:2], -1)
 
@@ -202,7 +199,9 @@ class Walk:
             inputs.append(whole + padding)
             if len(self.paths[place]) == 1 and not padding:
                 unpadded[place] = number
-        return _Group(places, torch.tensor(inputs, **INTS), unpadded)
+        is_long = width > max(self.merged, TAIL)
+        has_tail = is_long and len(unpadded) == len(paths)
+        return _Group(places, torch.tensor(inputs, **INTS), unpadded, has_tail)
 
 
 def _paths(parents: Sequence[int]) -> list[list[int]]:
@@ -222,6 +221,21 @@ def _paths(parents: Sequence[int]) -> list[list[int]]:
 
 
 # ---- one call of a mixer -------------------------------------------------------------------------
+
+
+def _read(
+    stock: _Stock, reads: Tensor, states: Sequence[States | None], has_tail: bool
+) -> tuple[Tensor, "_MixerCache", "_MixerCache"]:
+    """The outputs of inputs [paths, n, hidden] behind these states, and the states behind them:
+    behind all but the tail if there is one, and behind all."""
+    near = _MixerCache(states)
+    if not has_tail:
+        return stock(reads, near), near, near
+
+    outputs = stock(reads[:, :-TAIL], near)
+    after = _MixerCache([near.behind(path) for path in range(len(reads))])
+    of_tail = stock(reads[:, -TAIL:], after)
+    return torch.cat([outputs, of_tail], dim=1), near, after
 
 
 class _MixerCache:
@@ -296,34 +310,44 @@ class _MixerCache:
 
 
 @contextmanager
-def walked(mixers: Sequence[Mixer]) -> Iterator[None]:
+def walked(mixers: Sequence[nn.Module]) -> Iterator[None]:
     """While this lasts, a mixer that is given a cache with a `walk` goes that way.
 
     Others' passes through the model are as ever.
     """
     before = []
     for mixer in mixers:
-        own = mixer.module.__dict__
+        own = mixer.__dict__
         before.append(own.get("forward"))  # accelerate puts one there, too
-        own["forward"] = partial(_forward, mixer, mixer.module.forward)
+        own["forward"] = partial(_forward, mixer, mixer.forward)
     try:
         yield
     finally:
         for mixer, forward in zip(mixers, before, strict=True):
-            del mixer.module.__dict__["forward"]
+            del mixer.__dict__["forward"]
             if forward is not None:
-                mixer.module.__dict__["forward"] = forward
+                mixer.__dict__["forward"] = forward
 
 
 def _forward(
-    mixer: Mixer, stock: Callable[..., Tensor], hidden_states: Tensor, **given: object
+    mixer: nn.Module, stock: Callable[..., Tensor], hidden_states: Tensor, **given: object
 ) -> Tensor:
-    walk = getattr(given.get(mixer.cache_name), "walk", None)
-    if not isinstance(walk, Walk):
+    found = _walk_of(given)
+    if found is None:
         return stock(hidden_states=hidden_states, **given)
+    name, walk = found
 
     def own_forward(inputs: Tensor, cache: _MixerCache) -> Tensor:
-        return stock(hidden_states=inputs, **{**given, mixer.cache_name: cache})
+        return stock(hidden_states=inputs, **{**given, name: cache})
 
-    layer: int = mixer.module.layer_idx  # type: ignore[assignment]
+    layer: int = mixer.layer_idx  # type: ignore[assignment]
     return walk.mix(own_forward, layer, hidden_states)
+
+
+def _walk_of(given: Mapping[str, object]) -> tuple[str, Walk] | None:
+    """The walk that a mixer's cache brings, and by which name the mixer calls that: they differ."""
+    for name, cache in given.items():
+        walk = getattr(cache, "walk", None)
+        if isinstance(walk, Walk):
+            return name, walk
+    return None

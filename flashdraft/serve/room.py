@@ -44,10 +44,13 @@ def new_engine(model: Model, max_rows: int, cache_bytes: int | None = None) -> E
     engine.forget_kept()
 
     nbytes = int(free_bytes(model) * _SHARE) if cache_bytes is None else cache_bytes
-    max_tokens = nbytes // engine.token_nbytes
+    of_rows = engine.row_nbytes * engine.scheduler.num_rows
+    max_tokens = (nbytes - of_rows) // engine.token_nbytes
     if max_tokens <= _PROBE:
-        least = engine.token_nbytes * 2 * _PROBE
+        least = of_rows + engine.token_nbytes * 2 * _PROBE
         got = f"cache_bytes is {nbytes}, and a token takes {engine.token_nbytes}"
+        if of_rows > 0:
+            got += f", the rows' running states {of_rows}"
         raise InvalidParameter(got, hint=f"give {least} or more", option="cache_bytes")
 
     context = model.target.context_length
