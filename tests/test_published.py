@@ -29,6 +29,7 @@ from flashdraft.formats.config import DraftConfig
 from flashdraft.formats.match import check_target
 from flashdraft.formats.read import read_draft
 from flashdraft.formats.recognise import describe
+from flashdraft.methods.dflash import PackedDraft
 
 SAYABLE = [  # by the speculators wrapper
     name
@@ -217,6 +218,26 @@ def drafted(folder: Path, tmp_path: Path) -> tuple[list[int], list[int]]:
 def test_texts_of_published_drafters_are_the_targets_own(tmp_path: Path, name: str) -> None:
     plain, text = drafted(save(READ_ROWS[name], tmp_path / "draft"), tmp_path)
     assert text == plain
+
+
+def test_garbled_config_is_one_line_to_whoever_asks_what_it_is(tmp_path: Path) -> None:
+    for name, value in (("dflash_config", [1]), ("sample_from_anchor", "yes")):
+        folder = save(Published(config(**{name: value}), V1), tmp_path)
+        with pytest.raises(CheckpointError) as error:
+            describe(folder)
+        assert name in one_line_and_hint(error)
+
+
+@pytest.mark.parametrize("raw", [True, False], ids=["speculators", "z-lab"])
+def test_speculators_drafts_read_the_targets_table_as_it_lies(raw: bool) -> None:
+    """Gemma scales its embedding, and speculators trains on the rows before that."""
+    target = tiny_target("gemma3")
+    shape = {"hidden_size": target.hidden_size, "vocab_size": target.vocab_size}
+    draft = DFlashDraftModel(DraftConfig(**{**NETWORK, **shape, "raw_tables": raw}))
+    tokens = torch.tensor([3, 9], dtype=torch.int64)
+    embedded = PackedDraft(draft, target).embed(tokens)
+    assert torch.equal(embedded, target.embedding_rows(tokens).to(embedded)) == raw
+    assert torch.equal(embedded, target.embed(tokens)) != raw
 
 
 def test_tensors_keep_their_bits_through_renaming(tmp_path: Path) -> None:

@@ -85,7 +85,13 @@ def describe(folder: Path) -> Format:
 
     Raises CheckpointError for what is not read here, and for signs that contradict each other.
     """
-    return recognise(read_config(folder), shapes_of(folder), str(folder))
+    config = read_config(folder)
+    try:
+        return recognise(config, shapes_of(folder), str(folder))
+    except (AttributeError, TypeError, ValueError) as error:
+        got = f"`{folder}` is no drafter's folder: its config.json garbles {error}"
+        hint = "mend its config.json, or fetch it again"
+        raise CheckpointError(got, hint=hint) from None
 
 
 def recognise(config: Json, shapes: Shapes, where: str) -> Format:
