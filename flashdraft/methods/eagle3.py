@@ -234,13 +234,14 @@ class _PackedLayer:
 
     def project(self, inputs: Tensor, angles: CosSin) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v [n, heads, head_dim] of normed inputs; q and k rotated."""
-        num_heads, num_kv_heads = self.heads
+        num_kv_heads = self.heads[1]
         qkv = self.linears["qkv"](inputs).view(len(inputs), -1, self.head_dim)
-        q, k, v = qkv.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+        qk, v = qkv.split((sum(self.heads), num_kv_heads), dim=1)
         if "q_norm" in self.norms:
-            q = self.normed(q, "q_norm")
-            k = self.normed(k, "k_norm")
-        return apply_rotary(q, *angles), apply_rotary(k, *angles), v
+            q, k = qk.split(self.heads, dim=1)
+            qk = torch.cat((self.normed(q, "q_norm"), self.normed(k, "k_norm")), dim=1)
+        q, k = apply_rotary(qk, *angles).split(self.heads, dim=1)
+        return q, k, v
 
     def finish(self, residual: Tensor, attended: Tensor) -> Tensor:
         """The layer's output, un-normed."""
