@@ -243,9 +243,10 @@ class Engine:
         them."""
         while True:
             num_given = self._cache.can_give(source, num_wanted)
-            num_wanted = self.drafter.resume(source, row, num_given)
-            if num_wanted == num_given:
+            num_taken = self.drafter.resume(source, row, num_given)
+            if num_taken >= num_given:
                 return num_given
+            num_wanted = num_taken
 
     @torch.inference_mode()
     def _read_prompts(self) -> list[Chunk]:
