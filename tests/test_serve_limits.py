@@ -10,7 +10,8 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from flashdraft.errors import FlashDraftError
-from flashdraft.serve.limits import BodyLimit, read_keys
+from flashdraft.serve.keys import read_keys
+from flashdraft.serve.limits import BodyLimit
 
 LIMIT = 4 * 2**20
 

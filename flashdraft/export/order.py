@@ -3,6 +3,7 @@
 Knows the facts of a drafter and of a target's config.json. Does not know any engine.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,22 @@ from torch import Tensor
 
 from flashdraft import hub
 from flashdraft.errors import CheckpointError, ModelNotFound
+from flashdraft.files import write_file, write_tensors
 from flashdraft.formats.config import DraftConfig
+from flashdraft.formats.parse import Fields
 
-__all__ = ["Exported", "Order", "TargetShape", "read_target", "refused"]
+__all__ = [
+    "Converted",
+    "Exported",
+    "Order",
+    "TargetShape",
+    "kind_of",
+    "read_target",
+    "refused",
+    "write_folder",
+]
+
+_MARKOV = ("markov", "markov_gated", "markov_rnn")
 
 
 @dataclass(frozen=True)
@@ -26,6 +40,7 @@ class TargetShape:
     hidden_size: int
     num_layers: int
     vocab_size: int
+    classes: tuple[str, ...]  # `architectures`
 
 
 @dataclass(frozen=True)
@@ -52,6 +67,36 @@ class Exported(NamedTuple):
     losses: tuple[str, ...] = ()  # what of the drafter that engine does not have, a line each
 
 
+class Converted(NamedTuple):
+    """A drafter in an engine's form, not written yet."""
+
+    config: Fields  # config.json
+    tensors: dict[str, Tensor]
+    exported: Exported
+
+
+def kind_of(config: DraftConfig) -> str:
+    """Which published kind of drafter it is: a method's name, or for block drafters dflash,
+    dflash2, dspark or domino; `mixed` for parts that no published kind has together.
+
+    The swiglu head counts as none: it can be left out.
+    """
+    if config.method != "dflash":
+        return config.method
+
+    head = config.sequential_head
+    has_convolutions = bool(config.conv_kernel_size)
+    if head == "selector" and has_convolutions and not config.anchor_first:
+        return "dflash2"
+    if head == "selector" or has_convolutions:
+        return "mixed"
+    if head == "domino":
+        return "domino"
+    if head in _MARKOV or config.anchor_first or config.confidence_head:
+        return "dspark"
+    return "dflash"
+
+
 def read_target(name: str) -> TargetShape:
     """A target by built-in name, hub id or folder, whose weights are not read."""
     files = hub.resolve(name)
@@ -60,6 +105,7 @@ def read_target(name: str) -> TargetShape:
         raise ModelNotFound(got, hint="give the target's Hugging Face folder or hub id")
 
     config: Mapping[str, Any] = hub.read_config(files)
+    classes = tuple(map(str, config.get("architectures") or ()))
     text = config.get("text_config")
     if isinstance(text, Mapping):  # a multimodal wrapper
         config = text
@@ -73,7 +119,18 @@ def read_target(name: str) -> TargetShape:
 
     is_hub_id = not Path(name).expanduser().exists() and name not in hub.BUILTIN
     told = name if is_hub_id else str(files)
-    return TargetShape(told, files, hidden_size, num_layers, vocab_size)
+    return TargetShape(told, files, hidden_size, num_layers, vocab_size, classes)
+
+
+def write_folder(folder: Path, converted: Converted) -> Exported:
+    """A folder of two files. The tensors stay in the dtype that they were stored in."""
+    stored = {}
+    for name, tensor in converted.tensors.items():
+        stored[name] = tensor.contiguous().clone()  # a file holds no memory twice
+    write_tensors(folder / "model.safetensors", stored)
+    text = json.dumps(converted.config, indent=2) + "\n"
+    write_file(folder / "config.json", text.encode())
+    return converted.exported
 
 
 def refused(order: Order, engine: str, why: str, *, hint: str) -> CheckpointError:

@@ -12,17 +12,25 @@ from importlib import import_module
 from pathlib import Path
 from typing import Protocol
 
-from flashdraft import hub
+from flashdraft import __version__, hub
 from flashdraft.errors import InvalidParameter
-from flashdraft.export.order import Exported, Order, TargetShape, read_target
+from flashdraft.export.order import (
+    Converted,
+    Exported,
+    Order,
+    TargetShape,
+    read_target,
+    write_folder,
+)
 from flashdraft.files import appears_whole, locked, output_folder, read_note, write_note
+from flashdraft.formats.config import DraftConfig
 from flashdraft.formats.match import check_target
 from flashdraft.formats.read import read_draft
 from flashdraft.loading import open_network, shipped
 
-__all__ = ["DTYPES", "ENGINES", "export_draft"]
+__all__ = ["DTYPES", "ENGINES", "export_draft", "in_cache"]
 
-ENGINES = ("zlab", "llamacpp")  # each has a file here
+ENGINES = ("zlab", "vllm", "sglang", "llamacpp", "transformers")  # each has a file here
 DTYPES = ("auto", "float32", "bfloat16", "float16", "q8_0")
 _MADE_BY = "export"
 _BUILTIN = "smollm2-135m"  # whose drafter a method's name means, where no target is named
@@ -36,6 +44,12 @@ class _Exporter(Protocol):
 
         Raises CheckpointError for a drafter that the engine cannot have.
         """
+
+
+class _Converter(Protocol):
+    """A file of an engine that reads config.json and safetensors has this one, too."""
+
+    def convert(self, order: Order) -> Converted: ...
 
 
 def export_draft(
@@ -65,6 +79,43 @@ def export_draft(
     with locked(out):
         _check_own(out)
         return _written(exporter, order, engine)
+
+
+def in_cache(draft: str, engine: str, target: str) -> Exported:
+    """A drafter in an engine's form: as it is where that is its form already, else in the cache
+    folder, where it is written once.
+
+    draft: a folder or a hub id. Raises CheckpointError.
+    """
+    made_of = (hub.identity(draft) or draft, hub.identity(target) or target, __version__)
+    known = hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:16]
+    out = hub.cache_dir() / "exports" / f"{engine}-{known}"
+    order = _order(draft, out, read_target(target))
+    converter: _Converter = import_module(f"flashdraft.export.{engine}")
+    converted = converter.convert(order)
+    if _is_its_form(order, converted):
+        return converter.convert(replace(order, out=Path(draft))).exported
+
+    if not out.exists():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with locked(out), appears_whole(out) as made:
+            made.mkdir()
+            write_folder(made, converted)
+    return converted.exported
+
+
+def _is_its_form(order: Order, converted: Converted) -> bool:
+    """Whether a drafter's own folder says the same as its export, tensor by tensor, in published
+    keys."""
+    folder = hub.resolve(order.draft)
+    assert isinstance(folder, Path)
+    written = hub.read_config(folder)
+    if "flashdraft_config" in written or order.tensors.keys() != converted.tensors.keys():
+        return False
+    for name in ("architectures", "speculators_model_type"):
+        if written.get(name) != converted.config.get(name):
+            return False
+    return DraftConfig.from_json(converted.config, order.draft) == order.config
 
 
 def _order(name: str, out: Path, target: TargetShape | None) -> Order:

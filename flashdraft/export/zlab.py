@@ -1,26 +1,31 @@
-"""z-lab's own package, `dflash`: DFlash v1 and DFlash 2.
+"""z-lab's own package, `dflash` 0.1.0: DFlash v1 and DFlash 2.
 
-Reads config.json by z-lab's rules and model.safetensors under its own names, and nothing besides.
+Reads config.json by z-lab's rules and model.safetensors under its own names; drafts by the target's
+embedding and lm_head.
 """
 
-from dataclasses import replace
 from pathlib import Path
 
-from flashdraft.export.order import Exported, Order, refused
-from flashdraft.formats.write import write_draft
+from flashdraft.export.blocks import head_losses, network_of, refuse_parts
+from flashdraft.export.order import Converted, Exported, Order, write_folder
+from flashdraft.export.tables import refuse_tables, without_reduction
 
-__all__ = ["export"]
+__all__ = ["convert", "export"]
+
+_ENGINE = "z-lab's package"
+
+
+def convert(order: Order) -> Converted:
+    """The plain folder. Raises CheckpointError for a drafter that it cannot have."""
+    refuse_parts(order, _ENGINE, ("dflash", "dflash2"))
+    refuse_tables(order, _ENGINE)
+    losses = head_losses(order) + without_reduction(order, _ENGINE)
+    config, tensors = network_of(order)
+    command = ["dflash", "generate", "transformers", "--model", order.target_name]
+    command += ["--draft", str(order.out), "PROMPT"]
+    return Converted(config.to_json(), tensors, Exported(tuple(command), losses))
 
 
 def export(order: Order, folder: Path) -> Exported:
-    """config.json and model.safetensors, plain. Raises CheckpointError."""
-    config = order.config
-    if config.method != "dflash":
-        hint = "it runs DFlash v1 and DFlash 2; `--to vllm` takes EAGLE-3"
-        raise refused(order, "z-lab's package", f"it is a drafter of {config.method}", hint=hint)
-
-    plain = replace(config, draft_vocab_size=None, sequential_head=None)
-    known = plain.shapes()
-    tensors = {name: tensor for name, tensor in order.tensors.items() if name in known}
-    write_draft(folder, plain, tensors)
-    return Exported(("python", "-m", "dflash"))
+    """config.json and model.safetensors."""
+    return write_folder(folder, convert(order))

@@ -238,7 +238,8 @@ def wrapped(draft: DraftConfig, *, target: str, target_classes: list[str]) -> Fi
         "block_size": draft.block_rows,
         "mask_token_id": draft.mask_token_id,
         "aux_hidden_state_layer_ids": [layer + 1 for layer in draft.target_layer_ids],
-        "sliding_window_non_causal": draft.causal is False,
+        # vLLM takes it for the layers without a window, too.
+        "sliding_window_non_causal": not any(mask.causal for mask in draft.masks),
         "sample_from_anchor": draft.anchor_first,
         "tie_word_embeddings": False,
         "dtype": draft.dtype,

@@ -9,13 +9,12 @@ from pathlib import Path
 from flashdraft.generate import Model
 from flashdraft.serve import logs
 from flashdraft.serve.app import Options, make_app
-from flashdraft.serve.limits import read_keys
 from flashdraft.serve.options import ServeOptions
 from flashdraft.serve.server import Server, listen, run, url_of
 from flashdraft.serve.translate import Settings
 from flashdraft.serve.worker import Limits, Worker
 
-__all__ = ["read_keys", "serve"]
+__all__ = ["serve"]
 
 
 def serve(
