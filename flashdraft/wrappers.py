@@ -13,7 +13,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
-__all__ = ["LEFT_OUT", "WRAPPERS", "TextPart", "text_config", "text_part"]
+__all__ = ["LEFT_OUT", "WRAPPERS", "TextPart", "text_config", "text_names", "text_part"]
 
 Theirs = Any  # a config of transformers: their classes differ by family
 Json = Mapping[str, Any]
@@ -90,6 +90,20 @@ def text_part(config: Theirs, tensors: Collection[str]) -> TextPart | None:
     own = text_config(config)
     layout = _LAYOUTS.get(config.model_type, own.model_type)
     return TextPart(own, names, layout)
+
+
+def text_names(tensors: Collection[str]) -> dict[str, str]:
+    """Names in a folder, a wrapper's or a plain one's -> those of the causal LM in it."""
+    patterns = _renamed(tensors) or {}
+    names = {}
+    for name in tensors:
+        own = name
+        for pattern, beginning in patterns.items():
+            if re.match(pattern, name):
+                own = re.sub(pattern, beginning, name)
+                break
+        names[name] = own
+    return names
 
 
 def text_config(config: Theirs) -> Theirs:

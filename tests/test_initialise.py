@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import EOS, MASK, tiny_target
+from test_wrappers import saved
 from toy_folders import letter_tokenizer, save_target
 
 from flashdraft.errors import CheckpointError, InvalidParameter
 from flashdraft.formats.config import DraftConfig
 from flashdraft.generate import Model
+from flashdraft.loading import load_target
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.train.batch import make_batch
 from flashdraft.train.config import TrainConfig
@@ -175,3 +177,26 @@ def test_quantised_layers_are_not_copied_as_they_lie(tmp_path: Path) -> None:
     )
     with pytest.raises(CheckpointError, match="is quantised"):
         copied_from_target(config, str(folder), None, 0)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_vl", "llava"])
+def test_layers_of_a_wrapper_are_those_of_its_language_model(tmp_path: Path, kind: str) -> None:
+    folder, model = saved(tmp_path, kind)
+    target = load_target(str(folder), kernel="transformers").target
+    shape = draft_config(target, method="draft_model", num_layers=2)
+    copied = copied_from_target(shape, str(folder), None, 0).state_dict()
+    decoder = model.get_decoder()
+    theirs = decoder.layers[-1].mlp.down_proj.weight
+    assert torch.equal(copied["layers.1.mlp.down_proj.weight"], theirs)
+    assert torch.equal(copied["norm.weight"], decoder.norm.weight)
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "qwen3_5"])
+def test_layers_under_llamas_names_that_are_none_are_not_copied(tmp_path: Path, kind: str) -> None:
+    """Norms behind sublayers; gates beside queries, and running states."""
+    folder, _ = saved(tmp_path, kind)
+    target = load_target(str(folder), kernel="transformers").target
+    shape = draft_config(target, method="draft_model", num_layers=2)
+    with pytest.raises(CheckpointError, match="no llama-shaped layers") as error:
+        copied_from_target(shape, str(folder), None, 0)
+    assert error.value.hint == "start from --init random"

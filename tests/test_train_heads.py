@@ -25,7 +25,7 @@ from toy_training import (
 
 from flashdraft.cli.train import DraftOptions
 from flashdraft.errors import InvalidParameter
-from flashdraft.methods.dflash import DFlashDraftModel
+from flashdraft.methods.dflash import DFlashDraftModel, PackedDraft
 from flashdraft.models.heads import CandidateSelector, MarkovHead
 from flashdraft.models.target import Target
 from flashdraft.train import objectives as loss_stage
@@ -292,6 +292,44 @@ def test_loss_of_a_head_equals_the_slow_one(
     ):
         mistaken = fast_loss(model, states, replace(batch, **wrong), LOSSES[config])
         assert abs(mistaken.total / float(expected.detach()) - 1) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("final_logit_softcapping", 1.5), ("logits_scaling", 4.0)]
+)
+@pytest.mark.parametrize("kind", ["markov", "swiglu"])
+def test_loss_is_of_the_laws_of_decoding_where_a_family_changes_logits(
+    kind: str, name: str, value: float
+) -> None:
+    """Capped or scaled before a head adds to them; and so is the target's own law."""
+    target = tiny_target.__wrapped__("qwen3")
+    setattr(target.config, name, value)
+    model = with_head(network(0), (kind, RANK), 0).double()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        with torch.no_grad():
+            parameter.normal_(0.0, 0.6, generator=generator)
+    decoding = PackedDraft(model, target).sequential
+    assert decoding is not None
+
+    batch = make_batch(SAMPLES, model.config, 5, 0)
+    states = torch.randn(len(batch.labels), HIDDEN, generator=generator, dtype=torch.float64)
+    losses = {}
+    for kl in (0.0, 1.0):
+        loss = Loss(model, target, torch.arange(VOCAB), TrainConfig(kl=kl), torch.device("cpu"))
+        losses[kl] = loss(states, batch, 0).figures["loss"]
+
+    assert batch.final is not None
+    for place, row in enumerate((batch.labels >= 0).nonzero()[:, 0].tolist()[:9]):
+        walk = decoding.begin(states[row][None, None])
+        step = walk(0, batch.previous[row].view(1, 1), states.new_zeros(1, 1, 0))
+        law = torch.empty(VOCAB, dtype=torch.float64)
+        law[step.candidates[0]] = step.laws[0, 0].detach()
+        theirs = target.lm_head(batch.final[row].double()).detach().log_softmax(-1)
+        of_label = -law[batch.labels[row]]
+        of_law = (theirs.exp() * (theirs - law)).sum()
+        assert float(losses[0.0][place]) == pytest.approx(float(of_label), rel=1e-4, abs=1e-4)
+        assert float(losses[1.0][place]) == pytest.approx(float(of_law), rel=1e-4, abs=1e-4)
 
 
 def test_hit_needs_the_label_among_the_candidates() -> None:

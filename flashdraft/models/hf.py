@@ -129,15 +129,19 @@ class HFTarget(Target):
 
     def uncapped_logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.model.get_output_embeddings()(hidden)
+        return self._scaled(logits)
+
+    def head_weight(self, tokens: Tensor) -> Tensor:
+        weight: Tensor = self.model.get_output_embeddings().weight.detach()
+        return self._scaled(weight[tokens])
+
+    def _scaled(self, logits: Tensor) -> Tensor:
+        """As the family scales logits, or the lm_head's rows that they are made by."""
         divisor = getattr(self.config, "logits_scaling", None)  # Granite
         if divisor is not None:
             logits = logits / divisor
         factor = getattr(self.config, "lm_head_multiplier", None)  # Falcon-H1
         return logits if factor is None else logits * factor
-
-    def head_weight(self, tokens: Tensor) -> Tensor:
-        weight: Tensor = self.model.get_output_embeddings().weight.detach()
-        return weight[tokens]
 
     def _read(
         self,

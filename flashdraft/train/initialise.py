@@ -29,6 +29,7 @@ from flashdraft.process import FLOATS, INTS, undisturbed
 from flashdraft.train.config import Json
 from flashdraft.train.features import Sample
 from flashdraft.types import require
+from flashdraft.wrappers import text_names
 
 __all__ = [
     "HEAD_RANKS",
@@ -55,6 +56,8 @@ _SHAPE = (  # of the target's config, that the draft network takes over
     "head_dim",
     "rms_norm_eps",
 )
+_COPIED = ("proj.weight", "layernorm.weight")  # of a layer
+_SANDWICH = ("pre_feedforward_layernorm.weight", "post_mlp_layernorm.weight")
 Head = tuple[str, int]  # kind and rank of a sequential head
 
 
@@ -369,23 +372,24 @@ def _copy_into_eagle3(model: Eagle3DraftModel, copied: Mapping[str, Tensor]) -> 
 
 
 def _layers_of(target: str, config: DraftConfig, chosen: Sequence[int]) -> dict[str, Tensor]:
-    """These layers of the target in float32 under the draft's names.
+    """These layers of the target in float32 under the draft's names; of a multimodal wrapper those
+    of its language model.
 
-    Raises CheckpointError where shapes differ, and for a quantised target.
+    Raises CheckpointError where they are none of llama's form and of the draft's size, and for a
+    quantised target.
     """
     folder = hub.resolve(target)
     shapes = config.shapes()
-    draft_names = _draft_names(shapes, chosen)
     tensors: dict[str, Tensor] = {}
     if isinstance(folder, Path):
         if hub.read_config(folder).get("quantization_config"):
             got = f"`{folder}` is quantised: its layers cannot be copied as they lie"
             raise CheckpointError(got, hint="start from --init random")
-        for path in sorted(folder.glob("*.safetensors")):
-            tensors |= _read_named(path, draft_names)
+        tensors = _read_layers(folder, _draft_names(shapes, chosen))
 
-    for name in draft_names.values():
-        if name not in tensors or tuple(tensors[name].shape) != shapes[name]:
+    for name, shape in shapes.items():
+        is_copied = name == "norm.weight" or name.endswith(_COPIED)
+        if is_copied and (name not in tensors or tuple(tensors[name].shape) != shape):
             lacking = f"`{folder}` has no llama-shaped layers of the draft's size to copy"
             raise CheckpointError(lacking, hint="start from --init random")
     return tensors
@@ -395,15 +399,26 @@ def _draft_names(shapes: Mapping[str, object], chosen: Sequence[int]) -> dict[st
     """The target's names of the tensors to copy -> the draft's."""
     names = {"model.norm.weight": "norm.weight"}
     for name in shapes:
-        if name.endswith(("proj.weight", "layernorm.weight")):
+        if name.endswith(_COPIED):
             _, n, rest = name.split(".", 2)
             names[f"model.layers.{chosen[int(n)]}.{rest}"] = name
     return names
 
 
-def _read_named(path: Path, draft_names: Mapping[str, str]) -> dict[str, Tensor]:
-    tensors = {}
-    with safe_open(path, framework="pt") as file:
-        for name in draft_names.keys() & set(file.keys()):
-            tensors[draft_names[name]] = file.get_tensor(name).float()
+def _read_layers(folder: Path, draft_names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Empty for layers that have norms behind their sublayers, too (Gemma): the names are llama's,
+    and mean something else."""
+    held: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                held[name] = path
+
+    tensors: dict[str, Tensor] = {}
+    for name, own_name in text_names(held).items():
+        if own_name.startswith("model.layers.") and own_name.endswith(_SANDWICH):
+            return {}
+        if own_name in draft_names:
+            with safe_open(held[name], framework="pt") as file:
+                tensors[draft_names[own_name]] = file.get_tensor(name).float()
     return tensors

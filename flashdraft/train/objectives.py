@@ -156,6 +156,7 @@ class Loss:
         self.config = config
         self.vocabulary = vocabulary.to(device)
         self.head = target.head_weight(torch.arange(target.vocab_size, **INTS)).to(device)
+        self.cap: float | None = getattr(target.config, "final_logit_softcapping", None)
 
     def weight(self, batch: Batch) -> float:
         """What the loss of a micro-batch is divided by.
@@ -184,10 +185,10 @@ class Loss:
             rows = labelled[chunk]
             wanted = labels[chunk]
             hidden = head.states(hidden, chunk)
-            logits = F.linear(hidden, lm_head).float()
+            logits = self._logits(hidden, lm_head)
             target_logits = None
             if final is not None:
-                target_logits = F.linear(final[rows].to(lm_head.dtype), lm_head).float()
+                target_logits = self._logits(final[rows].to(lm_head.dtype), lm_head)
 
             chosen = head.chosen(hidden, logits, wanted, chunk)
             losses = self._head_losses(chosen, target_logits)
@@ -207,6 +208,13 @@ class Loss:
 
         chunks = _chunks(blocks, num_rows)
         return chunked_loss(states[labelled], head.parameters, chunks, part)
+
+    def _logits(self, states: Tensor, lm_head: Tensor) -> Tensor:
+        """As in decoding: capped, where the target's are, before a head adds to them."""
+        logits = F.linear(states, lm_head).float()
+        if not self.cap:
+            return logits
+        return torch.tanh(logits / self.cap) * self.cap
 
     def _head_losses(self, chosen: Chosen, target_logits: Tensor | None) -> Tensor:
         """[n]: of the law by which drafts are chosen; the target's law over the same columns."""
