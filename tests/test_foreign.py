@@ -82,9 +82,8 @@ FOREIGN: dict[str, tuple[dict[str, Any], str]] = {
         {"rope_scaling": {"rope_type": "default", "is_neox_style": False}},
         "has is_neox_style False",
     ),
-    "part of a head rotated": ({"partial_rotary_factor": 0.25}, "has partial_rotary_factor 0.25"),
-    "part of a head, in rope_parameters": (
-        {"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.25}},
+    "part of a head rotated, and scaled": (
+        {"rope_scaling": {"type": "linear", "factor": 2.0}, "partial_rotary_factor": 0.25},
         "has partial_rotary_factor 0.25",
     ),
     "part of a head, by kinds": (
@@ -177,6 +176,10 @@ HARMLESS: dict[str, dict[str, Any]] = {
     "whole heads": {
         "partial_rotary_factor": 1.0,
         "rope_scaling": {"type": "default", "rope_dim": 16},
+    },
+    "part of a head, which z-lab's class passes over": {
+        "partial_rotary_factor": 0.25,
+        "rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.25},
     },
     "sections of a picture's positions": {
         "rope_scaling": {"type": "default", "mrope_section": [2, 3, 3]}

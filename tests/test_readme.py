@@ -5,6 +5,7 @@ of docs/ (test_docs.py).
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -60,3 +61,10 @@ def test_the_targets_that_it_names_are_those_that_the_tests_know() -> None:
 def test_no_line_is_longer_than_an_editor_shows() -> None:
     for line in README.splitlines():
         assert len(line) <= 120 or line.startswith("|")
+
+
+def test_its_tables_are_those_of_the_code() -> None:
+    works_with = runpy.run_path(str(ROOT / "recipes" / "works_with.py"))
+    for page in ("README.md", "docs/formats.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert works_with["with_tables"](page, text) == text, "run python recipes/works_with.py"

@@ -25,6 +25,7 @@ _FILES = {
     "train": "Train",
     "export": "Train",
     "image_train": "Train",
+    "inspect": "Use",
 }
 _TWO_WORDS = "bench_"  # begins the functions whose commands are two words
 

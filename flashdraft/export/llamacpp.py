@@ -27,7 +27,7 @@ from flashdraft.export.order import Exported, Order, TargetShape, refused
 from flashdraft.formats.weights import MASK_ROW
 from flashdraft.process import FLOATS, INTS
 
-__all__ = ["FILE", "export"]
+__all__ = ["FILE", "export", "told"]
 
 FILE = "draft.gguf"
 _DTYPES = {
@@ -63,6 +63,14 @@ _PLAIN = "`flashdraft train` without --head gives one that it runs"
 
 Json = Mapping[str, Any]
 Tensors = dict[str, Tensor]
+
+
+def told(order: Order) -> Exported:
+    """What a user would be told. Raises CheckpointError."""
+    _check_network(order)
+    if order.target is not None:
+        _check_target(order, order.target, _text_config(order.target))
+    return Exported(_command(order), _losses(order))
 
 
 def export(order: Order, folder: Path) -> Exported:

@@ -28,12 +28,12 @@ from flashdraft.formats.match import check_target
 from flashdraft.formats.read import read_draft
 from flashdraft.loading import open_network, shipped
 
-__all__ = ["DTYPES", "ENGINES", "export_draft", "in_cache"]
+__all__ = ["BUILTIN", "DTYPES", "ENGINES", "export_draft", "in_cache", "told"]
 
 ENGINES = ("zlab", "vllm", "sglang", "llamacpp", "transformers")  # each has a file here
 DTYPES = ("auto", "float32", "bfloat16", "float16", "q8_0")
 _MADE_BY = "export"
-_BUILTIN = "smollm2-135m"  # whose drafter a method's name means, where no target is named
+BUILTIN = "smollm2-135m"  # whose drafter a method's name means, where no target is named
 
 
 class _Exporter(Protocol):
@@ -43,6 +43,12 @@ class _Exporter(Protocol):
         """Write the engine's files into `folder`, which is empty.
 
         Raises CheckpointError for a drafter that the engine cannot have.
+        """
+
+    def told(self, order: Order) -> Exported:
+        """What a user would be told, with nothing written; without a target, of any that fits.
+
+        Raises CheckpointError.
         """
 
 
@@ -62,9 +68,9 @@ def export_draft(
     CheckpointError for a drafter that is damaged, does not fit the target, or that the engine
     cannot have.
     """
-    name = shipped(draft, target or _BUILTIN)
+    name = shipped(draft, target or BUILTIN)
     if target is None and name != draft:
-        target = _BUILTIN
+        target = BUILTIN
     source = hub.resolve(name)
     out = output_folder(out, inputs=[source] if isinstance(source, Path) else [])
     _check_own(out)
@@ -79,6 +85,15 @@ def export_draft(
     with locked(out):
         _check_own(out)
         return _written(exporter, order, engine)
+
+
+def told(order: Order, engine: str) -> Exported:
+    """What would be told of an export that is not made.
+
+    Raises CheckpointError for a drafter that the engine cannot have.
+    """
+    exporter: _Exporter = import_module(f"flashdraft.export.{engine}")
+    return exporter.told(order)
 
 
 def in_cache(draft: str, engine: str, target: str) -> Exported:

@@ -20,7 +20,7 @@ from flashdraft.export.tables import (
 )
 from flashdraft.formats.config import DraftConfig
 
-__all__ = ["convert", "export"]
+__all__ = ["convert", "export", "told"]
 
 _ENGINE = "SGLang"
 _EAGLE3_LACKS = {
@@ -54,6 +54,11 @@ def convert(order: Order) -> Converted:
     algorithm = "DSPARK" if kind == "dspark" else "DFLASH"
     exported = Exported(_command(order, config, algorithm), losses)
     return Converted(written, tensors, exported)
+
+
+def told(order: Order) -> Exported:
+    """What a user would be told. Raises CheckpointError."""
+    return convert(order).exported
 
 
 def export(order: Order, folder: Path) -> Exported:

@@ -12,7 +12,7 @@ from flashdraft.export.tables import refuse_tables, without_reduction
 from flashdraft.formats.config import DraftConfig
 from flashdraft.formats.parse import Fields
 
-__all__ = ["convert", "export"]
+__all__ = ["convert", "export", "told"]
 
 _ENGINE = "transformers"
 _NAMES = {
@@ -55,6 +55,11 @@ def convert(order: Order) -> Converted:
     renamed = {_NAMES.get(name, name): tensor for name, tensor in tensors.items()}
     script = _COMMAND.format(target=order.target_name, draft=str(order.out))
     return Converted(_json(config), renamed, Exported(("python", "-c", script), losses))
+
+
+def told(order: Order) -> Exported:
+    """What a user would be told. Raises CheckpointError."""
+    return convert(order).exported
 
 
 def export(order: Order, folder: Path) -> Exported:

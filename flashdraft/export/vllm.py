@@ -18,7 +18,7 @@ from flashdraft.formats import speculators
 from flashdraft.formats.config import DraftConfig
 from flashdraft.formats.parse import Fields
 
-__all__ = ["convert", "export"]
+__all__ = ["convert", "export", "told"]
 
 _ENGINE = "vLLM"
 _KINDS = ("dflash", "dflash2", "dspark", "eagle3")
@@ -61,6 +61,11 @@ def convert(order: Order) -> Converted:
 
 
 _METHODS = {"dflash": "dflash", "dflash2": "dflash", "dspark": "dspark", "eagle3": "eagle3"}
+
+
+def told(order: Order) -> Exported:
+    """What a user would be told. Raises CheckpointError."""
+    return convert(order).exported
 
 
 def export(order: Order, folder: Path) -> Exported:

@@ -10,7 +10,7 @@ from flashdraft.export.blocks import head_losses, network_of, refuse_parts
 from flashdraft.export.order import Converted, Exported, Order, write_folder
 from flashdraft.export.tables import refuse_tables, without_reduction
 
-__all__ = ["convert", "export"]
+__all__ = ["convert", "export", "told"]
 
 _ENGINE = "z-lab's package"
 
@@ -24,6 +24,11 @@ def convert(order: Order) -> Converted:
     command = ["dflash", "generate", "transformers", "--model", order.target_name]
     command += ["--draft", str(order.out), "PROMPT"]
     return Converted(config.to_json(), tensors, Exported(tuple(command), losses))
+
+
+def told(order: Order) -> Exported:
+    """What a user would be told. Raises CheckpointError."""
+    return convert(order).exported
 
 
 def export(order: Order, folder: Path) -> Exported:

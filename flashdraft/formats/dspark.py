@@ -11,18 +11,17 @@ from typing import TYPE_CHECKING
 
 from flashdraft.errors import CheckpointError
 from flashdraft.formats import zlab
-from flashdraft.formats.foreign import Json, part_of
-from flashdraft.formats.parse import Fields, count_of, given
+from flashdraft.formats.foreign import Json
+from flashdraft.formats.parse import Fields, count_of, given, without_parts
 
 if TYPE_CHECKING:
     from flashdraft.formats.config import DraftConfig
 
-__all__ = ["HEAD_TYPES", "dress", "fits", "keys_of", "read", "without_parts"]
+__all__ = ["HEAD_TYPES", "dress", "fits", "keys_of", "read"]
 
 HEAD_TYPES = {"vanilla": "markov", "gated": "markov_gated", "rnn": "markov_rnn"}
 
 _OF_TARGET = ("sliding_window", "use_sliding_window", "max_window_layers")
-_PARTS = ("partial_rotary_factor", "mrope_section", "mrope_interleaved")
 _NUM_ANCHORS = 512  # DeepSpec's class asks for it; only its training reads it
 
 
@@ -67,19 +66,6 @@ def _without_target(config: Json, where: str) -> Fields:
     flat = without_parts(config)
     for name in _OF_TARGET:
         flat.pop(name, None)
-    return flat
-
-
-def without_parts(config: Json) -> Fields:
-    """Without what a target says of rotating parts of heads: a draft's heads are rotated whole
-    where these formats are trained."""
-    flat = dict(config)
-    for name in _PARTS:
-        flat.pop(name, None)
-    for name in ("rope_parameters", "rope_scaling"):
-        rope = part_of(config, name)
-        if rope:
-            flat[name] = {key: value for key, value in rope.items() if key not in _PARTS}
     return flat
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from typing import Any, TypeAlias
 
 from flashdraft.errors import CheckpointError
-from flashdraft.formats.foreign import Json
+from flashdraft.formats.foreign import Json, part_of
 
 __all__ = [
     "KINDS",
@@ -31,6 +31,7 @@ __all__ = [
     "scales_of",
     "sizes_of",
     "spread_layers",
+    "without_parts",
 ]
 
 Fields: TypeAlias = dict[str, Any]  # by name, of a DraftConfig or of a config.json
@@ -55,6 +56,7 @@ _USUAL = {  # of folders that do not say
     "mask_token_id": 0,
     "num_target_layers": 0,
 }
+_PARTS = ("partial_rotary_factor", "mrope_section", "mrope_interleaved")  # of heads, rotated
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _ROPE_POSITIVE = {"rope_theta", "factor", "original_max_position_embeddings"}
 _ROPE_NUMBERS = {
@@ -256,6 +258,19 @@ def rope_of(config: Json, kinds: Iterable[str], where: str) -> Json:
     if all(other == first for other in others):
         return first
     return used
+
+
+def without_parts(config: Json) -> Fields:
+    """Without what a target says of rotating parts of heads: a draft's heads are rotated whole
+    where these formats are trained."""
+    flat = dict(config)
+    for name in _PARTS:
+        flat.pop(name, None)
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = part_of(config, name)
+        if rope:
+            flat[name] = {key: value for key, value in rope.items() if key not in _PARTS}
+    return flat
 
 
 def _contradict(new: Json, old: Json) -> bool:

@@ -25,7 +25,7 @@ from flashdraft.formats.parse import given
 from flashdraft.formats.weights import Shapes, shapes_of
 from flashdraft.hub import read_config
 
-__all__ = ["TITLES", "Format", "describe", "recognise"]
+__all__ = ["PUBLISHERS", "TITLES", "Format", "describe", "recognise"]
 
 TITLES = {
     "dflash": "DFlash",
@@ -35,6 +35,16 @@ TITLES = {
     "eagle3": "EAGLE-3",
     "medusa": "Medusa",
     "draft_model": "draft_model",
+}
+PUBLISHERS = {  # whose folders of each kind are read
+    "dflash": ("z-lab", "speculators", "FlashDraft"),
+    "dflash2": ("z-lab", "speculators", "FlashDraft"),
+    # DeepSpec's plain DFlash is its DSpark without heads.
+    "dspark": ("DeepSpec", "SpecForge", "speculators", "FlashDraft"),
+    "domino": ("SpecForge",),
+    "eagle3": ("SafeAILab", "SpecForge", "speculators", "DeepSpec", "FlashDraft"),
+    "medusa": ("FlashDraft",),
+    "draft_model": ("FlashDraft",),
 }
 _BLOCKS = ("dflash", "dflash2", "dspark", "domino")
 _ANCHOR_FIRST = ("sample_from_anchor", "query_zero_predicts_next")  # two spellings of one flag

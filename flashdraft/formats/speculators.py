@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from flashdraft.errors import CheckpointError
 from flashdraft.formats import dflash2, dspark
 from flashdraft.formats.foreign import Json, part_of, wrapped_kind
-from flashdraft.formats.parse import Fields, count_of, flag_of, layer_ids_of
+from flashdraft.formats.parse import Fields, count_of, flag_of, layer_ids_of, without_parts
 from flashdraft.formats.weights import Shapes, told_by_shapes
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def flat(config: Json, anchor_first: bool, shapes: Shapes, where: str) -> Fields
     anchor_first: how its blocks lie. Raises CheckpointError where it says what cannot be.
     """
     kind = str(wrapped_kind(config))
-    flat = dspark.without_parts(one_rope(unwrapped(config, shapes, where)))
+    flat = without_parts(one_rope(unwrapped(config, shapes, where)))
     block_size = count_of("block_size", flat.setdefault("block_size", 8))
     _check_layout(config, block_size, anchor_first, where)
 

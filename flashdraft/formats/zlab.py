@@ -22,6 +22,7 @@ from flashdraft.formats.parse import (
     scales_of,
     sizes_of,
     spread_layers,
+    without_parts,
 )
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def read(config: Json, where: str, *, anchor_first: bool = False) -> Fields:
     fields = sizes_of(config, "dflash")
     fields |= masks_of(config, "dflash", where)
     kinds = fields["layer_types"] or ("full_attention",)
-    fields["rope_parameters"] = rope_of(config, kinds, where)
+    fields["rope_parameters"] = rope_of(_rotating_whole_heads(config), kinds, where)
     fields |= _reads(config, where)
     fields |= scales_of(config, "dflash", where)
     fields["dtype"] = dtype_of(config)
@@ -54,6 +55,14 @@ def read(config: Json, where: str, *, anchor_first: bool = False) -> Fields:
         fields["anchor_first"] = True
         fields["block_size"] += 1  # published: its rows, each of which is a draft
     return fields | _own(config)
+
+
+def _rotating_whole_heads(config: Json) -> Json:
+    """Without what a target says of rotating parts of heads, where z-lab's class passes over it:
+    Qwen3's own positions, not scaled, rotate whole heads."""
+    rope = {**part_of(config, "rope_scaling"), **part_of(config, "rope_parameters")}
+    is_plain = rope.get("rope_type", rope.get("type", "default")) == "default"
+    return without_parts(config) if is_plain else config
 
 
 def _reads(config: Json, where: str) -> Fields:

@@ -39,6 +39,8 @@ CHECKED = (
     "phi3",
     "gpt_oss",
     "glm4",
+)
+RUNNING = (  # those with running states
     "qwen3_next",
     "qwen3_5_text",
     "qwen3_5_moe_text",
