@@ -91,7 +91,7 @@ def network_of(order: Order) -> tuple[DraftConfig, dict[str, Tensor]]:
         if name in order.tensors:
             tensors[name] = order.tensors[name]
         else:
-            tensors[name] = torch.zeros(shape, dtype=order.tensors["fc.weight"].dtype)
+            tensors[name] = torch.zeros(shape, dtype=order.tensors["fc.weight"].dtype, device="cpu")
     if config.num_target_layers == 0 and order.target is not None:
         config = replace(config, num_target_layers=order.target.num_layers)
     return config, tensors
