@@ -14,8 +14,14 @@ from typing import NamedTuple
 import torch
 
 from flashdraft import hub
-from flashdraft.decoding.ending import end_tokens
-from flashdraft.errors import CheckpointError, InvalidParameter, ModelNotFound, first_line
+from flashdraft.decoding.ending import end_tokens, word_of
+from flashdraft.errors import (
+    CheckpointError,
+    DraftMismatch,
+    InvalidParameter,
+    ModelNotFound,
+    first_line,
+)
 from flashdraft.files import parse_json
 from flashdraft.formats.config import DraftConfig
 from flashdraft.formats.foreign import IMAGE_METHOD, is_draft
@@ -389,7 +395,9 @@ def _network_drafters(
     """
     draft = shipped(draft, target_name)
     if is_draft(_config_of(draft)):
-        return open_network(draft).drafters(target)
+        network = open_network(draft)
+        _check_mask(network.config, tokenizer, target.name)
+        return network.drafters(target)
 
     from flashdraft.methods.draft_model import (
         DraftModelDrafter,
@@ -402,6 +410,21 @@ def _network_drafters(
     check_tokenizers(tokenizer or small.tokenizer, small.tokenizer, target, small.target)
     check_cut_back(small.target)
     return partial(DraftModelDrafter, small.target, vocab_size=target.vocab_size)
+
+
+def _check_mask(config: DraftConfig, tokenizer: Tokenizer | None, target_name: str) -> None:
+    """Raises DraftMismatch where blocks are filled with a word: no drafter was trained so, and a
+    config.json that says it belongs to another tokenizer."""
+    if tokenizer is None or config.method != "dflash":
+        return
+    word = word_of(config.mask_token_id, tokenizer)
+    if word is not None:
+        got = (
+            f"the draft fills its blocks with token {config.mask_token_id}, "
+            f"which is {word!r} to the tokenizer of `{target_name}`"
+        )
+        hint = "its mask token means nothing: it is for another tokenizer, or its config is damaged"
+        raise DraftMismatch(got, hint=hint)
 
 
 def _config_of(name: str) -> Json:

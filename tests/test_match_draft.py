@@ -284,3 +284,22 @@ def test_own_embedding_or_head_is_used(tmp_path: Path, name: str) -> None:
         drafted[kind] = proposals(DFlashDraftModel.from_pretrained(folder), target)
     assert drafted["the target's"] == drafted["none"]
     assert drafted["another"] != drafted["none"]
+
+
+def test_mask_token_that_is_a_word_is_refused(tmp_path: Path) -> None:
+    target = save_target(tmp_path / "target")
+    save_zlab(tmp_path / "word", config=config(dflash_config={"mask_token_id": 10}))
+    with pytest.raises(DraftMismatch) as error:
+        flashdraft.load(target, draft=tmp_path / "word")
+    message = one_line_and_hint(error)
+    assert "fills its blocks with token 10, which is '" in message
+    assert str(target) in message
+
+
+def test_mask_token_that_is_no_word_is_taken(tmp_path: Path) -> None:
+    """Special ones, and those that the tokenizer does not have."""
+    target = save_target(tmp_path / "target")
+    for token in (0, 2, MASK):
+        folder = tmp_path / f"special{token}"
+        save_zlab(folder, config=config(dflash_config={"mask_token_id": token}))
+        flashdraft.load(target, draft=folder)

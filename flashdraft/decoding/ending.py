@@ -16,6 +16,7 @@ __all__ = [
     "stated_ends",
     "token_before",
     "turn_end",
+    "word_of",
 ]
 
 _SAID = "FlashDraftEnds"  # what the assistant says where the chat template is looked at
@@ -97,6 +98,27 @@ def _longest_beginning(text: str, tokens: Mapping[int, str]) -> int | None:
             longest = token
             length = len(content)
     return longest
+
+
+def word_of(token: int, tokenizer: Tokenizer) -> str | None:
+    """The text of a token that is a part of texts.
+
+    None for special, added and reserved ones, for pieces of characters, and for ids that the
+    tokenizer does not have.
+    """
+    if token in _special_tokens(tokenizer):
+        return None
+    try:
+        name = tokenizer.convert_ids_to_tokens(token)
+    except (IndexError, KeyError, OverflowError, ValueError):
+        return None
+    if name is None or str(name).startswith(("<", "[")):
+        return None
+    text = str(
+        tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    )
+    has_letters = any(character.isalnum() for character in text)
+    return text if has_letters else None
 
 
 def hidden_tokens(tokenizer: Tokenizer) -> dict[int, str]:
