@@ -177,6 +177,27 @@ def test_prompts_of_any_lengths_beside_a_running_row_read_as_plain_text(
             assert float(off_by) < EXACT
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_a_row_whose_states_are_no_numbers_spoils_no_padding_of_another(name: str) -> None:
+    """Keys and values of padding would come back through a mask: 0 * NaN is NaN."""
+    target = made(name)
+    text = list(range(20, 31))
+    cache = target.new_cache(2, 64)
+    assert isinstance(cache, StateCache)
+    for row in range(2):
+        target.prefill(cache, row, torch.tensor(text[:9]), ())
+    for own in cache._running[0].values():
+        assert own.end is not None
+        own.end = {kind: torch.full_like(state, torch.nan) for kind, state in own.end.items()}
+
+    tokens = torch.tensor([[5, 6, 7, 8], [text[9], 0, 0, 0]])
+    chains = torch.arange(-1, 3).expand(2, 4)
+    logits, _ = target.forward(cache, [0, 1], tokens, chains, torch.tensor([4, 1]), ())
+    assert not bool(logits[0].isfinite().any())
+    wanted = plain(own_model(name), text[:10])[0][-1]
+    assert float((logits[1, 0] - wanted).abs().max() / wanted.std()) < EXACT
+
+
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_features_come_in_the_order_asked_for(name: str) -> None:
     target, tokens = made(name), torch.arange(10, 19)
@@ -334,6 +355,22 @@ def test_bytes_of_states_and_inputs_are_counted_and_go_with_their_row() -> None:
     assert own[0].nbytes > state.numel() * state.element_size()
     cache.free(0)
     assert cache.nbytes == of_slots
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_a_row_keeps_no_more_memory_than_is_counted(name: str) -> None:
+    """Mamba-2 gives its last state as a view of those behind every chunk of a text."""
+    cache = made(name).new_cache(1, 128)
+    assert isinstance(cache, StateCache)
+    made(name).prefill(cache, 0, torch.tensor(LONG), ())
+    storages = {}
+    for own in cache._running[0].values():
+        tensors = [own.waiting, *(own.state or {}).values(), *(own.end or {}).values()]
+        for tensor in tensors:
+            assert tensor is not None
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    assert sum(storages.values()) == cache._nbytes_of(0)
 
 
 def test_a_server_counts_the_states_of_its_rows() -> None:

@@ -509,6 +509,19 @@ def test_a_family_that_ignores_our_cache_is_refused() -> None:
         HFTarget(model, "tiny")
 
 
+def test_a_family_whose_passes_give_no_numbers_is_refused() -> None:
+    """No maximum shows a NaN behind another number."""
+    model = an_unknown_llama()
+
+    def spoil(_module: Any, given: tuple[Tensor]) -> Tensor | None:
+        (states,) = given
+        return torch.full_like(states, torch.nan) if states.shape[:-1] == (1, 1) else None
+
+    model.lm_head.register_forward_pre_hook(spoil)
+    with pytest.raises(UnsupportedTarget, match="read one at a time give another text"):
+        HFTarget(model, "tiny")
+
+
 @pytest.mark.parametrize("name", ["opt", "gpt2"])
 def test_padding_beside_a_row_at_the_end_of_the_context_reads_no_position_beyond_it(
     name: str,

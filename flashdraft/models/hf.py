@@ -9,6 +9,7 @@ Knows caches, masks and positions. Does not know drafters, verification or text.
 """
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -407,5 +408,8 @@ class _Trial:
             return
         start = self.cache.lengths[0]
         off_by = (logits[0, :num_right] - self.own[start : start + num_right]).abs().max()
-        self.worst = max(self.worst, float(off_by) / self.scale)
+        difference = float(off_by) / self.scale
+        if math.isnan(difference):  # which no maximum would show
+            difference = math.inf
+        self.worst = max(self.worst, difference)
         self.cache.keep(0, range(num_right))

@@ -174,7 +174,7 @@ class Walk:
                 together.setdefault((is_new, length), []).append((place, whole))
 
         groups = []
-        outputs = [0] * (len(facts) * self.width)  # padding's are never read
+        outputs = [0] * (len(facts) * self.width)
         start = 0
         for some in together.values():
             group = self._group(some)
@@ -185,6 +185,12 @@ class Walk:
                         outputs[where - first_node] = start + offset
                 start += width
             groups.append(group)
+
+        for place, size in enumerate(self.sizes):
+            root = place * self.width
+            for padding in range(root + size, root + self.width):
+                # Nobody reads it, but what is no number in another row would come into this one.
+                outputs[padding] = outputs[root]
         return _Plan(groups, torch.tensor(outputs, **INTS))
 
     def _group(self, paths: Sequence[tuple[int, list[int]]]) -> _Group:
@@ -258,9 +264,11 @@ class _MixerCache:
         """A path's own state, as the mixer left it."""
         own = {}
         for kind, states in self._states.items():
-            is_alone = len(states) == 1
-            # A copy does not keep its neighbours' room.
-            own[kind] = states[0] if is_alone else states[path].clone()
+            state = states[path]
+            nbytes = state.numel() * state.element_size()
+            lies_alone = state.untyped_storage().nbytes() == nbytes
+            # A copy keeps no room of its neighbours', nor of the states before it (Mamba-2).
+            own[kind] = state if lies_alone else state.clone()
         return own
 
     # What transformers' mixers call.
