@@ -96,6 +96,24 @@ def test_every_tensor_that_fits_is_taken_and_the_others_are_random() -> None:
     assert taken.config.block_size == 6
 
 
+def test_shape_and_rotation_are_the_drafters_own() -> None:
+    """Not the target's, by which half of its tensors would be random ones."""
+    own = {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 24,
+        "attention_bias": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 77.0},
+        "max_position_embeddings": 99,
+        "causal": True,
+    }
+    donor = random_weights(config(**own), 1)
+    taken = taken_from(config(), donor, 2)
+    assert taken.config == donor.config
+    theirs = donor.state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in taken.state_dict().items())
+
+
 def test_drafter_of_another_width_is_refused() -> None:
     donor = random_weights(
         config(hidden_size=16, num_attention_heads=2, num_key_value_heads=1, intermediate_size=24),

@@ -32,7 +32,13 @@ from flashdraft.train import objectives as loss_stage
 from flashdraft.train.batch import Batch, anchor_bounds, make_batch
 from flashdraft.train.config import TrainConfig, model_card
 from flashdraft.train.heads import step_head
-from flashdraft.train.initialise import draft_only, taken_from, with_head
+from flashdraft.train.initialise import (
+    check_trained,
+    draft_only,
+    left_behind,
+    taken_from,
+    with_head,
+)
 from flashdraft.train.objectives import Loss, LossSum
 from flashdraft.train.passes import Pass
 from flashdraft.train.trainer import _parameter_groups
@@ -422,13 +428,55 @@ def test_heads_that_are_not_trained_are_refused_by_name() -> None:
     for kind, changes in (
         ("markov_rnn", {}),
         ("domino", {"head_states": 4}),
-        ("confidence", {"confidence_head": True}),
     ):
-        if kind != "confidence":
-            changes = {**changes, "sequential_head": kind, "head_rank": RANK}
+        changes = {**changes, "sequential_head": kind, "head_rank": RANK}
         with pytest.raises(InvalidParameter) as error:
             taken_from(shape(False), network(0, **changes), 0)
         assert f"has a {kind} head, which is not trained here" in one_line_and_hint(error)
+
+
+def test_a_confidence_head_stays_behind_and_is_not_trained() -> None:
+    """DeepSpec's folders have one beside their Markov head."""
+    fields = {"sequential_head": "markov", "head_rank": RANK, "anchor_first": True}
+    donor = network(0, **fields, confidence_head=True, confidence_with_markov=True)
+    taken = taken_from(shape(True), donor, 0)
+    assert taken.config.sequential_head == "markov"
+    assert not taken.config.confidence_head
+    theirs = donor.state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in taken.state_dict().items())
+    assert any("confidence head" in line for line in left_behind(donor, taken.config, the_target()))
+    with pytest.raises(InvalidParameter, match="a confidence head, which is not trained here"):
+        check_trained(donor)
+
+
+def test_what_training_would_pass_over_is_refused_by_name() -> None:
+    windows = {"layer_types": ("sliding_attention", "full_attention"), "sliding_window": 8}
+    for changes, told in (
+        (windows, "sliding_attention layers"),
+        ({"input_embedding_scale": 2.0}, "input_embedding_scale 2.0"),
+        ({"output_multiplier": 0.5}, "output_multiplier 0.5"),
+        ({}, "an embedding of its own for the mask token"),
+    ):
+        donor = network(0, **changes)
+        if not changes:
+            donor.extras["mask_embedding"] = torch.ones(HIDDEN)
+        with pytest.raises(InvalidParameter) as error:
+            taken_from(shape(False), donor, 0)
+        assert f"has {told}, which cannot be trained here" in one_line_and_hint(error)
+
+
+def test_what_a_drafter_leaves_behind_is_told() -> None:
+    donor, target = network(0), the_target()
+    rows = target.head_weight(torch.tensor(KEPT)).float()
+    donor.reduce_vocabulary(torch.tensor(KEPT))
+    donor.extras["lm_head.weight"] = rows
+    assert list(left_behind(donor, donor.config, target)) == []
+    donor.extras["lm_head.weight"] = rows + 0.1
+    (line,) = left_behind(donor, donor.config, target)
+    assert line == "the target's lm_head.weight is taken, not that"
+    donor.extras.clear()
+    (line,) = left_behind(donor, replace(donor.config, target_layer_ids=(1, 3)), target)
+    assert line == "layers (1, 3) of the target are read, not the (1, 2)"
 
 
 def test_convolutions_need_whole_groups() -> None:
@@ -446,6 +494,9 @@ def test_head_decides_the_layout_unless_it_is_named(
     donor.config = replace(donor.config, target_layer_ids=(1,))
     donor.fc = torch.nn.Linear(HIDDEN, HIDDEN, bias=False)
     donor.save_pretrained(tmp_path / "first")
+    donor.config = replace(donor.config, anchor_first=False)
+    donor.save_pretrained(tmp_path / "filled")
+    donor.config = replace(donor.config, anchor_first=True)
     common = {"mask_token_id": MASK, "num_features": 1}
     for options, anchor_first in (
         ({}, False),
@@ -455,6 +506,8 @@ def test_head_decides_the_layout_unless_it_is_named(
         ({"layout": "anchor-first"}, True),
         ({"init_from": str(tmp_path / "first")}, True),
         ({"init_from": str(tmp_path / "first"), "layout": "fill-in"}, False),
+        ({"init_from": str(tmp_path / "filled")}, False),
+        ({"init_from": str(tmp_path / "filled"), "head": "markov"}, False),  # no new one
     ):
         given: Any = options if "init_from" in options else common | options
         assert DraftOptions(**given).shape(target).anchor_first is anchor_first

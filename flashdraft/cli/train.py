@@ -61,6 +61,7 @@ from flashdraft.train.initialise import (
     copied_from_target,
     draft_config,
     layers_read,
+    left_behind,
     random_weights,
     taken_from,
 )
@@ -163,10 +164,12 @@ class DraftOptions:
             refuse_given(self, "no head is added without --head", "head_rank")
 
         wanted: dict[str, int] = {}
+        held_head: str | None = None
         anchor_first = False
         if self.init_from is not None:
             refuse_given(self, "--init-from has the first weights", "init")
             first = self._first(target).config
+            held_head = first.sequential_head
             anchor_first = first.anchor_first
             wanted["num_layers"] = first.num_hidden_layers
             wanted["block_size"] = first.block_size
@@ -176,7 +179,7 @@ class DraftOptions:
             given = getattr(self, name)
             if given is not None:
                 wanted[name] = given
-        if self.head is not None:
+        if self.head not in (None, held_head):
             anchor_first = self.head == "markov"
         if self.layout is not None:
             anchor_first = _LAYOUTS[self.layout]
@@ -215,6 +218,8 @@ class DraftOptions:
                 there = f"the blocks of `{self.init_from}` are {names[first.config.anchor_first]}"
                 here = f"those of this run {names[config.anchor_first]}"
                 say(f"{there}, {here}: every row learns another position anew")
+            for lost in left_behind(first, config, target):
+                say(f"{lost} of `{self.init_from}`")
             return taken_from(config, first, seed)
         if self.init == "random":
             return random_weights(config, seed)

@@ -6,7 +6,7 @@ that the target's heads had. A new sequential head changes nothing yet. Does not
 is trained.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from flashdraft import hub
 from flashdraft.errors import CheckpointError, InvalidParameter
 from flashdraft.formats.config import DraftConfig
 from flashdraft.formats.parse import spread_layers
+from flashdraft.formats.weights import MASK_ROW
 from flashdraft.loading import NETWORKS
 from flashdraft.methods.dflash import DFlashDraftModel
 from flashdraft.methods.eagle3 import Eagle3DraftModel
@@ -34,10 +35,12 @@ from flashdraft.wrappers import text_names
 __all__ = [
     "HEAD_RANKS",
     "Head",
+    "check_trained",
     "copied_from_target",
     "draft_config",
     "draft_only",
     "layers_read",
+    "left_behind",
     "random_weights",
     "taken_from",
     "with_head",
@@ -58,6 +61,26 @@ _SHAPE = (  # of the target's config, that the draft network takes over
 )
 _COPIED = ("proj.weight", "layernorm.weight")  # of a layer
 _SANDWICH = ("pre_feedforward_layernorm.weight", "post_mlp_layernorm.weight")
+_SHAPED = (
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "attention_bias",
+    "final_logit_softcapping",
+)
+_TAKEN = {  # fields that a network has from the drafter that it starts from
+    "dflash": (*_SHAPED, "causal", "conv_kernel_size", "conv_group_size"),
+    "eagle3": (
+        *_SHAPED,
+        "norm_before_residual",
+        "norm_output",
+        "norm_before_fc",
+        "fc_norm",
+        "qk_norm",
+    ),
+}
 Head = tuple[str, int]  # kind and rank of a sequential head
 
 
@@ -186,52 +209,97 @@ def random_weights(config: DraftConfig, seed: int) -> DraftNetwork:
 def taken_from(config: DraftConfig, donor: DraftNetwork, seed: int) -> DraftNetwork:
     """A network for one target that starts from another one's drafter.
 
-    Every tensor of the same shape is taken, the others are random. Convolutions come along, and
-    where the vocabulary is the same a sequential head, too. The layout of blocks is the config's.
-    Raises InvalidParameter where no layer fits, or for a head that is not trained here.
+    It has the other one's shape, rotary positions, switches and convolutions, and where the
+    vocabulary is the same its sequential head, but no confidence head; layers, features, and the
+    layout and length of blocks are the config's. Every tensor of the same shape is taken, the
+    others are random. Raises InvalidParameter where the width differs, or for what is not trained
+    here.
     """
     theirs = donor.config
-    config = replace(
-        config,
-        conv_kernel_size=theirs.conv_kernel_size,
-        conv_group_size=theirs.conv_group_size,
-    )
+    if theirs.hidden_size != config.hidden_size:
+        got = f"that drafter's layers are {theirs.hidden_size} wide, these {config.hidden_size}"
+        hint = "start from a drafter of the same hidden size, or with --init target or random"
+        raise InvalidParameter(got, hint=hint)
+    check_trained(donor, confidence=False)
+
+    fields = {name: getattr(theirs, name) for name in _TAKEN.get(config.method, ())}
+    if fields and theirs.rope_parameters != config.rope_parameters:
+        fields["rope_parameters"] = theirs.rope_parameters
+        fields["max_position_embeddings"] = theirs.max_position_embeddings
     if theirs.sequential_head is not None and theirs.vocab_size == config.vocab_size:
-        config = replace(
-            config,
-            draft_vocab_size=theirs.draft_vocab_size,
-            sequential_head=theirs.sequential_head,
-            head_rank=theirs.head_rank,
-            head_choices=theirs.head_choices,
-        )
-    _check_heads(theirs)
+        for name in ("draft_vocab_size", "sequential_head", "head_rank", "head_choices"):
+            fields[name] = getattr(theirs, name)
+    config = replace(config, **fields)
     model = random_weights(config, seed)
     if config.draft_vocab_size is not None:
         model.extras = {name: donor.extras[name] for name in ("d2t", "t2d")}
 
     state = model.state_dict()
-    fitting = {}
     for name, tensor in donor.state_dict().items():
         if name in state and state[name].shape == tensor.shape:
-            fitting[name] = tensor
-    if not any(name.endswith("proj.weight") for name in fitting):
-        got = f"that drafter's layers are {theirs.hidden_size} wide, these {config.hidden_size}"
-        hint = "start from a drafter of the same hidden size, or with --init target or random"
-        raise InvalidParameter(got, hint=hint)
-    for name, tensor in fitting.items():
-        state[name].copy_(tensor)
+            state[name].copy_(tensor)
     return model
 
 
-def _check_heads(config: DraftConfig) -> None:
+def check_trained(model: DraftNetwork, *, confidence: bool = True) -> None:
+    """Raises InvalidParameter for a drafter with parts that training would pass over; confidence:
+    a confidence head is such a part.
+    """
+    config = model.config
     kind = config.sequential_head
-    odd = "" if kind in (None, *TRAINED_HEADS) else kind
-    if config.confidence_head:
-        odd = "confidence"
-    if odd:
-        got = f"that drafter has a {odd} head, which is not trained here"
+    head = "" if kind in (None, *TRAINED_HEADS) else kind
+    if config.confidence_head and confidence:
+        head = "confidence"
+    if head:
+        got = f"that drafter has a {head} head, which is not trained here"
         plain = "DFlashDraftModel.from_pretrained(folder).save_pretrained(other, plain=True)"
         raise InvalidParameter(got, hint=f"start from a copy without heads: {plain}")
+
+    odd = ""
+    if config.method == "eagle3" and (config.num_hidden_layers > 1 or not config.fused):
+        odd = "plain layers behind the first one, or no fc"
+    if any(mask.window is not None for mask in config.masks):
+        odd = "sliding_attention layers"
+    if MASK_ROW in model.extras:
+        odd = "an embedding of its own for the mask token"
+    for name in ("input_embedding_scale", "output_multiplier"):
+        if getattr(config, name) != 1:
+            odd = f"{name} {getattr(config, name)}"
+    if odd:
+        got = f"the drafter has {odd}, which cannot be trained here"
+        raise InvalidParameter(got, hint="start from random weights")
+
+
+def left_behind(donor: DraftNetwork, config: DraftConfig, target: Target) -> Iterator[str]:
+    """What `taken_from` leaves out for this target, a line each."""
+    theirs = donor.config
+    layers = config.target_layer_ids
+    if donor.method == "dflash" and layers != theirs.target_layer_ids:
+        yield f"layers {layers} of the target are read, not the {theirs.target_layer_ids}"
+
+    head = theirs.sequential_head
+    if head is not None and theirs.vocab_size != config.vocab_size:
+        yield f"{config.vocab_size} tokens, not {theirs.vocab_size}: the {head} head is not that"
+
+    if theirs.confidence_head:
+        yield "drafts' laws alone tell what is likely accepted, not the confidence head"
+
+    ids = torch.arange(target.vocab_size, **INTS)
+    tables = {
+        "embed_tokens.weight": target.embedding_rows(ids),
+        "lm_head.weight": target.head_weight(ids),
+    }
+    for name, rows in tables.items():
+        own = donor.extras.get(name)
+        if own is None:
+            continue
+        used = torch.arange(len(own), **INTS)
+        if name == "lm_head.weight" and "d2t" in donor.extras:
+            used = used + donor.extras["d2t"].long()
+        known = used < len(rows)
+        is_copy = torch.allclose(own[known].to(rows), rows[used[known]], rtol=0.01, atol=1e-3)
+        if not is_copy:
+            yield f"the target's {name} is taken, not that"
 
 
 # Sequential heads.

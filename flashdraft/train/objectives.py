@@ -156,7 +156,8 @@ class Loss:
         self.config = config
         self.vocabulary = vocabulary.to(device)
         self.head = target.head_weight(torch.arange(target.vocab_size, **INTS)).to(device)
-        self.cap: float | None = getattr(target.config, "final_logit_softcapping", None)
+        self.target_cap: float | None = getattr(target.config, "final_logit_softcapping", None)
+        self.cap = model.config.final_logit_softcapping or self.target_cap
 
     def weight(self, batch: Batch) -> float:
         """What the loss of a micro-batch is divided by.
@@ -185,10 +186,10 @@ class Loss:
             rows = labelled[chunk]
             wanted = labels[chunk]
             hidden = head.states(hidden, chunk)
-            logits = self._logits(hidden, lm_head)
+            logits = _logits(hidden, lm_head, self.cap)
             target_logits = None
             if final is not None:
-                target_logits = self._logits(final[rows].to(lm_head.dtype), lm_head)
+                target_logits = _logits(final[rows].to(lm_head.dtype), lm_head, self.target_cap)
 
             chosen = head.chosen(hidden, logits, wanted, chunk)
             losses = self._head_losses(chosen, target_logits)
@@ -208,13 +209,6 @@ class Loss:
 
         chunks = _chunks(blocks, num_rows)
         return chunked_loss(states[labelled], head.parameters, chunks, part)
-
-    def _logits(self, states: Tensor, lm_head: Tensor) -> Tensor:
-        """As in decoding: capped, where the target's are, before a head adds to them."""
-        logits = F.linear(states, lm_head).float()
-        if not self.cap:
-            return logits
-        return torch.tanh(logits / self.cap) * self.cap
 
     def _head_losses(self, chosen: Chosen, target_logits: Tensor | None) -> Tensor:
         """[n]: of the law by which drafts are chosen; the target's law over the same columns."""
@@ -248,6 +242,12 @@ class Loss:
         negatives = torch.randint(vocab_size, shape, generator=generator, **INTS)
         candidates = torch.cat((self.vocabulary, negatives.to(labels.device), labels)).unique()
         return candidates, torch.searchsorted(candidates, labels)
+
+
+def _logits(states: Tensor, lm_head: Tensor, cap: float | None) -> Tensor:
+    """As in decoding: capped, if at all, before a head adds to them."""
+    logits = F.linear(states, lm_head).float()
+    return torch.tanh(logits / cap) * cap if cap else logits
 
 
 def _chunks(blocks: Tensor, num_rows: int) -> list[slice]:

@@ -50,7 +50,7 @@ from flashdraft.train.config import (
 from flashdraft.train.facts import target_facts
 from flashdraft.train.features import Data, Sample
 from flashdraft.train.flops import FlopCount
-from flashdraft.train.initialise import Head, draft_only, with_head
+from flashdraft.train.initialise import Head, check_trained, draft_only, with_head
 from flashdraft.train.objectives import Accuracy, Figures, Loss, accuracy, common_tokens
 from flashdraft.train.passes import Pass
 from flashdraft.train.rows import LeftOut
@@ -465,13 +465,11 @@ class Trainer:
             got = f"`{data.name}` holds no final states"
             raise DataError(got, hint="run `flashdraft features` with --soft-labels")
 
-        tables = ("embed_tokens.weight", "lm_head.weight")
-        odd = [name for name in tables if name in self.model.extras]
-        if "sliding_attention" in config.layer_types:
-            odd.append("sliding_attention layers")
-        if odd:
-            got = f"the drafter has {odd[0]}, which cannot be trained here"
-            raise InvalidParameter(got, hint="start from random weights")
+        check_trained(self.model)
+        for name in ("embed_tokens.weight", "lm_head.weight"):
+            if name in self.model.extras:
+                got = f"the drafter has {name}, which cannot be trained here"
+                raise InvalidParameter(got, hint="start from random weights")
 
     def _inputs(self, prompts: Sequence[Prompt]) -> Json:
         """What the run is made of, as run.json holds it."""
