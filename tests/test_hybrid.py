@@ -379,8 +379,9 @@ def test_a_server_counts_the_states_of_its_rows() -> None:
     assert engine.row_nbytes > 0
     left = 1_000_000 - engine.row_nbytes * engine.scheduler.num_rows
     assert engine.scheduler.max_tokens == left // engine.token_nbytes
-    with pytest.raises(InvalidParameter, match="running states"):
+    with pytest.raises(InvalidParameter, match="running states") as raised:
         room.new_engine(lm, 2, 1000)
+    assert "fewer --max-rows" in str(raised.value.hint)
 
 
 # ---- the model stays as it is --------------------------------------------------------------------

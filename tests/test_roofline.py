@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import VOCAB, tiny_model
+from conftest import HYBRIDS, VOCAB, tiny_model
 from toy_folders import save_target
 
 from flashdraft.bench.profile import calibrate
@@ -235,7 +235,10 @@ def test_experts_and_other_shapes_are_refused(tmp_path: Path) -> None:
     configs = {
         "experts": tiny_model("qwen3_moe").config.to_dict(),
         "gpt2": {"n_layer": 12, "n_embd": 768},
+        "told by sizes alone": {**tiny_model("llama").config.to_dict(), "mamba_d_state": 128},
     }
+    for name in HYBRIDS:  # they keep no keys and values in most layers
+        configs[name] = tiny_model(name).config.to_dict()
     for name, config in configs.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config))

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -43,7 +43,13 @@ _BLOCKS = (
     8,
     16,
 )  # that are predicted beside the asked one; a block of 1 is plain decoding
+_ATTENTION = ("attention", "full_attention", "sliding_attention")  # kinds of layers
+# what the keys of the others' sizes begin with
+_OF_STATES = ("mamba_", "linear_attn_", "linear_conv_", "conv_L_", "ssm_", "lru_")
 _WORTH = 1.2  # a smaller speed-up hardly repays the training
+
+
+Json = Mapping[str, Any]
 
 
 class Shape(NamedTuple):
@@ -295,8 +301,10 @@ def shape(name: str) -> Shape:
     )
 
 
-def _is_dense_llama(config: Mapping[str, object]) -> bool:
+def _is_dense_llama(config: Json) -> bool:
     if config.get("num_experts") or config.get("num_local_experts"):
+        return False
+    if _keeps_states(config):
         return False
     needed = (
         "num_hidden_layers",
@@ -306,6 +314,14 @@ def _is_dense_llama(config: Mapping[str, object]) -> bool:
         "vocab_size",
     )
     return all(config.get(key) for key in needed)
+
+
+def _keeps_states(config: Json) -> bool:
+    """Whether some layers keep a running state, where keys and values would be counted."""
+    kinds = config.get("layer_types")
+    if kinds:
+        return not all(kind in _ATTENTION for kind in kinds)
+    return any(key.startswith(_OF_STATES) for key in config)
 
 
 def named(config: RooflineConfig) -> tuple[Device, Device]:

@@ -49,9 +49,11 @@ def new_engine(model: Model, max_rows: int, cache_bytes: int | None = None) -> E
     if max_tokens <= _PROBE:
         least = of_rows + engine.token_nbytes * 2 * _PROBE
         got = f"cache_bytes is {nbytes}, and a token takes {engine.token_nbytes}"
+        hint = f"give {least} or more"
         if of_rows > 0:
             got += f", the rows' running states {of_rows}"
-        raise InvalidParameter(got, hint=f"give {least} or more", option="cache_bytes")
+            hint += ", or fewer --max-rows"
+        raise InvalidParameter(got, hint=hint, option="cache_bytes")
 
     context = model.target.context_length
     num_rows = engine.scheduler.num_rows
