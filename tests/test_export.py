@@ -285,6 +285,55 @@ def test_what_an_engine_would_compute_otherwise_is_refused(
     assert told in capsys.readouterr().err
 
 
+def target_of(folder: Path, **changes: Any) -> str:
+    path = save_target(folder) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("engine", "kind", "target", "changes", "told"),
+    [
+        ("vllm", "dflash", {"model_type": "gemma3_text"}, {}, "whose bare rows"),
+        ("vllm", "eagle3", {"model_type": "gemma3_text"}, {}, "whose bare rows"),
+        ("sglang", "dflash", {"model_type": "gemma3_text"}, {"raw_tables": True}, "bare rows"),
+        ("transformers", "dflash", {"model_type": "gemma3_text"}, {"raw_tables": True}, "bare"),
+        ("vllm", "dspark", {"final_logit_softcapping": 30.0}, {}, "its target caps logits"),
+        ("sglang", "dspark", {"final_logit_softcapping": 30.0}, {}, "its target caps logits"),
+        ("zlab", "dflash2", {"logits_scaling": 8.0}, {}, "scales logits (logits_scaling)"),
+    ],
+)
+def test_what_its_targets_family_does_otherwise_is_refused(
+    engine: str,
+    kind: str,
+    target: dict[str, Any],
+    changes: dict[str, Any],
+    told: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """To the embedding that a drafter reads, or to logits before its head adds to them."""
+    draft = made(tmp_path / "draft", kind, **changes)
+    plain = target_of(tmp_path / "plain")
+    assert exported(draft, engine, tmp_path / "plain-out", "--target", plain) == 0
+    family = target_of(tmp_path / "family", **target)
+    assert exported(draft, engine, tmp_path / "out", "--target", family) == 1
+    assert told in capsys.readouterr().err
+
+
+def test_dflash2_says_what_gemma_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draft = made(tmp_path / "draft", "dflash2")
+    changes = {"model_type": "gemma3_text", "final_logit_softcapping": 30.0}
+    target = target_of(tmp_path / "target", **changes)
+    for engine, scale in (("vllm", HIDDEN**0.5), ("sglang", None), ("zlab", None)):
+        assert exported(draft, engine, tmp_path / engine, "--target", target) == 0
+        special = config_of(tmp_path / engine)["dflash_config"]
+        assert special["final_logit_softcapping"] == 30.0
+        assert special.get("input_embedding_scale") == scale
+        out = capsys.readouterr().out
+        assert ("lost: the scale of its target's embedding" in out) == (engine == "zlab")
+
+
 def test_swiglu_head_is_left_out_and_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,17 +4,32 @@ and what is told of it.
 Knows kinds of drafters. Does not know any engine's limits.
 """
 
+import math
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from flashdraft import hub
 from flashdraft.export.order import Order, kind_of, refused
 from flashdraft.formats.config import DraftConfig
 from flashdraft.formats.parse import Fields
 from flashdraft.formats.weights import MASK_ROW
 
-__all__ = ["SWIGLU_LOSS", "head_losses", "lifted", "network_of", "refuse_parts", "refuse_scales"]
+__all__ = [
+    "SWIGLU_LOSS",
+    "head_losses",
+    "lifted",
+    "network_of",
+    "refuse_logits",
+    "refuse_parts",
+    "refuse_raw",
+    "refuse_scales",
+    "target_cap",
+    "target_scale",
+]
 
 SWIGLU_LOSS = (
     "its sequential head (swiglu), which no other engine has: drafts are those of the plain "
@@ -41,6 +56,7 @@ _HEAD_KEYS = (
     "enable_confidence_head",
     "confidence_head_with_markov",
 )
+_EMBEDDING = "embed_tokens.weight"
 _READS = ("mask_token_id", "target_layer_ids")
 
 
@@ -69,6 +85,53 @@ def refuse_scales(order: Order, engine: str, names: tuple[str, ...]) -> None:
             raise refused(order, engine, why, hint="FlashDraft runs it; `--to zlab` keeps it")
 
 
+def target_scale(order: Order) -> float:
+    """By what the target's family (Gemma) multiplies the embedding that a drafter has from it."""
+    target = order.target
+    if target is None or _EMBEDDING in order.tensors:
+        return 1.0
+    family = str(_text_config(order).get("model_type"))
+    return math.sqrt(target.hidden_size) if family.startswith("gemma") else 1.0
+
+
+def refuse_raw(order: Order, engine: str) -> None:
+    """Raises CheckpointError where a drafter reads bare rows of an embedding that its target
+    scales, for engines that give it what the target reads."""
+    if order.config.raw_tables and target_scale(order) != 1:
+        why = "it reads bare rows of its target's embedding, which that engine scales"
+        raise refused(order, engine, why, hint="`--to vllm` has bare rows")
+
+
+def refuse_logits(order: Order, engine: str) -> None:
+    """Raises CheckpointError where a head adds to logits that the target's family has changed
+    before, which no engine does for a drafter."""
+    if order.target is None or order.config.sequential_head in (None, "swiglu"):
+        return
+    family = _text_config(order)
+    for name in ("logits_scaling", "lm_head_multiplier"):
+        if family.get(name) not in (None, 1):
+            why = f"its target scales logits ({name}), and its head adds to them"
+            raise refused(order, engine, why, hint="FlashDraft runs it")
+    if kind_of(order.config) != "dflash2" and target_cap(order) is not None:
+        why = "its target caps logits, and its head adds to them"
+        raise refused(order, engine, why, hint="FlashDraft runs it")
+
+
+def target_cap(order: Order) -> float | None:
+    """The cap of the target's logits, where the drafter has it, too."""
+    if order.target is None or order.config.raw_tables:
+        return None
+    cap = _text_config(order).get("final_logit_softcapping")
+    return float(cap) if cap else None
+
+
+def _text_config(order: Order) -> Mapping[str, Any]:
+    assert order.target is not None
+    written: Mapping[str, Any] = hub.read_config(order.target.folder)
+    text = written.get("text_config")
+    return text if isinstance(text, Mapping) else written
+
+
 def head_losses(order: Order) -> tuple[str, ...]:
     return (SWIGLU_LOSS,) if order.config.sequential_head == "swiglu" else ()
 
@@ -80,6 +143,8 @@ def network_of(order: Order) -> tuple[DraftConfig, dict[str, Tensor]]:
     engines know the layout by the head.
     """
     config = replace(order.config, draft_vocab_size=None, raw_tables=False)
+    if kind_of(config) == "dflash2" and config.final_logit_softcapping is None:
+        config = replace(config, final_logit_softcapping=target_cap(order))
     if config.sequential_head == "swiglu":
         config = replace(config, sequential_head=None, head_rank=64)
     is_headless = kind_of(config) == "dspark" and config.sequential_head is None

@@ -8,7 +8,15 @@ EAGLE-3, its lm_head.
 from dataclasses import replace
 from pathlib import Path
 
-from flashdraft.export.blocks import head_losses, lifted, network_of, refuse_parts, refuse_scales
+from flashdraft.export.blocks import (
+    head_losses,
+    lifted,
+    network_of,
+    refuse_logits,
+    refuse_parts,
+    refuse_raw,
+    refuse_scales,
+)
 from flashdraft.export.order import Converted, Exported, Order, kind_of, refused, write_folder
 from flashdraft.export.tables import (
     EMBEDDING,
@@ -34,6 +42,8 @@ _KINDS = ("dflash", "dflash2", "dspark", "domino", "eagle3")
 def convert(order: Order) -> Converted:
     """What SGLang reads. Raises CheckpointError for a drafter that it cannot have."""
     refuse_parts(order, _ENGINE, _KINDS)
+    refuse_raw(order, _ENGINE)
+    refuse_logits(order, _ENGINE)
     kind = kind_of(order.config)
     if kind == "eagle3":
         return _eagle3(order)

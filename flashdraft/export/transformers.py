@@ -6,7 +6,13 @@ biases, scales and causal layers.
 
 from pathlib import Path
 
-from flashdraft.export.blocks import head_losses, network_of, refuse_parts, refuse_scales
+from flashdraft.export.blocks import (
+    head_losses,
+    network_of,
+    refuse_parts,
+    refuse_raw,
+    refuse_scales,
+)
 from flashdraft.export.order import Converted, Exported, Order, refused, write_folder
 from flashdraft.export.tables import refuse_tables, without_reduction
 from flashdraft.formats.config import DraftConfig
@@ -45,6 +51,7 @@ def convert(order: Order) -> Converted:
     """What its class reads. Raises CheckpointError for a drafter that it cannot have."""
     refuse_parts(order, _ENGINE, ("dflash",))
     refuse_tables(order, _ENGINE)
+    refuse_raw(order, _ENGINE)
     refuse_scales(order, _ENGINE, ("input_embedding_scale",))
     _check_layers(order)
     losses = head_losses(order) + without_reduction(order, _ENGINE)

@@ -11,7 +11,15 @@ from pathlib import Path
 from torch import Tensor
 
 from flashdraft.errors import CheckpointError
-from flashdraft.export.blocks import head_losses, lifted, network_of, refuse_parts, refuse_scales
+from flashdraft.export.blocks import (
+    head_losses,
+    lifted,
+    network_of,
+    refuse_logits,
+    refuse_parts,
+    refuse_scales,
+    target_scale,
+)
 from flashdraft.export.order import Converted, Exported, Order, kind_of, refused, write_folder
 from flashdraft.export.tables import EMBEDDING, HEAD, own_tables, with_head, without_reduction
 from flashdraft.formats import speculators
@@ -32,6 +40,11 @@ def convert(order: Order) -> Converted:
     """What vLLM reads. Raises CheckpointError for a drafter that it cannot have."""
     refuse_parts(order, _ENGINE, _KINDS)
     kind = kind_of(order.config)
+    refuse_logits(order, _ENGINE)
+    scale = 1.0 if order.config.raw_tables else target_scale(order)
+    if scale != 1 and kind != "dflash2":
+        why = "its target scales its embedding, whose bare rows that engine gives drafters"
+        raise refused(order, _ENGINE, why, hint="`--to llamacpp` scales them, if it has the rest")
     if kind == "eagle3":
         return _eagle3(order)
 
@@ -44,6 +57,8 @@ def convert(order: Order) -> Converted:
         losses += (_SOFTCAP_LOSS,)
 
     config, tensors = network_of(order)
+    if scale != 1:
+        config = replace(config, input_embedding_scale=scale)
     if kind != "dflash2" and _keeps_reduction(order):
         return _reduced(order, config, tensors, losses)
     if kind == "dspark" and order.config.draft_vocab_size is not None:

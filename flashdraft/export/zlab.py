@@ -6,20 +6,37 @@ embedding and lm_head.
 
 from pathlib import Path
 
-from flashdraft.export.blocks import head_losses, network_of, refuse_parts
+from flashdraft.export.blocks import (
+    head_losses,
+    network_of,
+    refuse_logits,
+    refuse_parts,
+    target_scale,
+)
 from flashdraft.export.order import Converted, Exported, Order, write_folder
 from flashdraft.export.tables import refuse_tables, without_reduction
 
 __all__ = ["convert", "export", "told"]
 
 _ENGINE = "z-lab's package"
+_SCALED_LOSS = (
+    "the scale of its target's embedding, but on MLX: elsewhere that package reads bare rows, and "
+    "few drafts are accepted"
+)
+_RAW_LOSS = (
+    "that it reads bare rows of its target's embedding: so does that package but on MLX; other "
+    "readers of this folder scale them"
+)
 
 
 def convert(order: Order) -> Converted:
     """The plain folder. Raises CheckpointError for a drafter that it cannot have."""
     refuse_parts(order, _ENGINE, ("dflash", "dflash2"))
     refuse_tables(order, _ENGINE)
+    refuse_logits(order, _ENGINE)
     losses = head_losses(order) + without_reduction(order, _ENGINE)
+    if target_scale(order) != 1:
+        losses += (_RAW_LOSS if order.config.raw_tables else _SCALED_LOSS,)
     config, tensors = network_of(order)
     command = ["dflash", "generate", "transformers", "--model", order.target_name]
     command += ["--draft", str(order.out), "PROMPT"]
