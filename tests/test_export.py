@@ -334,6 +334,14 @@ def test_dflash2_says_what_gemma_does(tmp_path: Path, capsys: pytest.CaptureFixt
         assert ("lost: the scale of its target's embedding" in out) == (engine == "zlab")
 
 
+def test_sliding_layers_without_a_window_are_full_ones_to_transformers(tmp_path: Path) -> None:
+    """Its class has a window where config.json has none."""
+    changes = {"layer_types": ("sliding_attention",) * 2, "causal": False}
+    draft = made(tmp_path / "draft", "dflash", **changes)
+    assert exported(draft, "transformers", tmp_path / "out") == 0
+    assert config_of(tmp_path / "out")["layer_types"] == ["full_attention"] * 2
+
+
 def test_swiglu_head_is_left_out_and_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

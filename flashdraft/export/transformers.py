@@ -98,8 +98,8 @@ def _json(config: DraftConfig) -> Fields:
     }
     for name in _SIZES:
         written[name] = getattr(config, name)
-    full = ["full_attention"] * config.num_hidden_layers
-    written["layer_types"] = list(config.layer_types) or full
+    # Without a window in any, which a sliding one has by that class's default.
+    written["layer_types"] = ["full_attention"] * config.num_hidden_layers
     written["rope_parameters"] = {"rope_type": "default", **config.rope_parameters}
     written["target_layer_ids"] = list(config.target_layer_ids)
     written["dtype"] = config.dtype
