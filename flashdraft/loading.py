@@ -25,6 +25,7 @@ from flashdraft.errors import (
 from flashdraft.files import parse_json
 from flashdraft.formats.config import DraftConfig
 from flashdraft.formats.foreign import IMAGE_METHOD, is_draft
+from flashdraft.formats.written import config_of
 from flashdraft.generate import Model
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.methods.network import DraftNetwork
@@ -465,7 +466,7 @@ def open_network(draft: str | Path, target_name: str = "") -> DraftNetwork:
     if not is_draft(config):
         got = f"`{name}` is not a DFlash drafter, nor one of {methods}: it is a language model"
         raise CheckpointError(got, hint="give a folder that `flashdraft train` wrote")
-    method = DraftConfig.from_json(config, name).method
+    method = config_of(config, name).method
     if method not in NETWORKS:
         got = f"`{name}` is a drafter of {method!r}"
         raise CheckpointError(got, hint=f"methods are {methods}")

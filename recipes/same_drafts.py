@@ -11,6 +11,7 @@ import flashdraft
 from flashdraft import hub
 from flashdraft.bench.report import print_table
 from flashdraft.formats.read import read_draft
+from flashdraft.formats.shapes import tensor_shapes
 from flashdraft.formats.write import write_draft
 from flashdraft.loading import shipped
 
@@ -33,7 +34,7 @@ def with_random_heads(draft, target, folder, head):
         config = replace(config, conv_kernel_size=2, conv_group_size=16)
     generator = torch.Generator().manual_seed(SEED)
     made = {}
-    for name, shape in config.shapes().items():
+    for name, shape in tensor_shapes(config).items():
         if name in tensors:
             made[name] = tensors[name]
             continue

@@ -24,7 +24,7 @@ import flashdraft
 from flashdraft.cli import app, bench, decode, main
 from flashdraft.cli import options as cli_options
 from flashdraft.cli.table import COMMANDS
-from flashdraft.formats.config import DraftConfig
+from flashdraft.formats.written import config_of
 from flashdraft.generate import Session
 from flashdraft.methods.dflash import DFlashDraftModel
 
@@ -36,7 +36,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     save_target(folder / "target")
     save_zlab(folder / "draft")
-    config = DraftConfig.from_json(ZLAB, "toy")
+    config = config_of(ZLAB, "toy")
     wrong = {
         "wide": replace(config, hidden_size=64),
         "deep": replace(config, target_layer_ids=(1, 9)),

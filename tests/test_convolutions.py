@@ -15,7 +15,7 @@ from test_dflash import attended, features_of, rms, rotated, the_target, what_is
 from torch import Tensor
 from toy_folders import ZLAB
 
-from flashdraft.formats.config import DraftConfig
+from flashdraft.formats.written import config_of
 from flashdraft.methods import dflash, network
 from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDraft
 from flashdraft.models import decoder
@@ -35,7 +35,7 @@ Numbers = list[list[float]]
 def model_with(taps: int, group_size: int) -> DFlashDraftModel:
     """Random weights, of the convolutions too."""
     config = replace(
-        DraftConfig.from_json({**ZLAB, "intermediate_size": 64}, "here"),
+        config_of({**ZLAB, "intermediate_size": 64}, "here"),
         rope_parameters={"rope_theta": 1000.0},
         conv_kernel_size=taps,
         conv_group_size=group_size,

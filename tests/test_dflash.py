@@ -24,6 +24,7 @@ from toy_folders import ZLAB, zlab_tensors
 from flashdraft.decoding.tree import check
 from flashdraft.engine import Engine, Request
 from flashdraft.formats.config import DraftConfig
+from flashdraft.formats.written import config_of, json_of
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.methods.dflash import DFlashDrafter, DFlashDraftModel, PackedDraft
 from flashdraft.models.target import Target
@@ -50,9 +51,7 @@ def the_model(seed: int = 0, **changes: Any) -> DFlashDraftModel:
     """A random network whose drafts depend on everything it reads; `changes` are fields of its
     DraftConfig.
     """
-    config = replace(
-        DraftConfig.from_json(ZLAB, "here"), rope_parameters={"rope_theta": 1000.0}, **changes
-    )
+    config = replace(config_of(ZLAB, "here"), rope_parameters={"rope_theta": 1000.0}, **changes)
     model = DFlashDraftModel(config)
     model.load_state_dict({name: t.float() for name, t in zlab_tensors(seed=seed).items()})
     return model.eval()
@@ -629,9 +628,7 @@ def model_of(changes: dict[str, Any]) -> DFlashDraftModel:
     by key.
     """
     special = {**ZLAB["dflash_config"], **changes.get("dflash_config", {})}
-    config = DraftConfig.from_json(
-        {**ZLAB, "rope_theta": 1000.0, **changes, "dflash_config": special}, "here"
-    )
+    config = config_of({**ZLAB, "rope_theta": 1000.0, **changes, "dflash_config": special}, "here")
     model = DFlashDraftModel(config)
     model.load_state_dict({name: t.float() for name, t in zlab_tensors().items()})
     return model.eval()
@@ -673,9 +670,7 @@ def test_trained_pass_has_the_masks_of_the_folder(case: str) -> None:
 
 def test_window_of_transformers_is_taken_where_none_is_given() -> None:
     written = {name: value for name, value in ZLAB.items() if name != "sliding_window"}
-    config = DraftConfig.from_json(
-        {**written, "use_sliding_window": True, "layer_types": KINDS}, "here"
-    )
+    config = config_of({**written, "use_sliding_window": True, "layer_types": KINDS}, "here")
     assert config.sliding_window == 4096
 
 
@@ -737,8 +732,8 @@ def test_rotary_positions_are_those_that_the_folder_says(case: str) -> None:
     assert far_from(
         states, states_of(model_of({"layer_types": changes.get("layer_types", [FULL] * 2)}))
     )
-    written = model.config.to_json()
-    assert DraftConfig.from_json(written, "here") == model.config
+    written = json_of(model.config)
+    assert config_of(written, "here") == model.config
 
 
 def test_plain_module_has_the_rotary_positions_of_each_layer() -> None:
@@ -802,7 +797,7 @@ def test_scores_are_those_of_the_scaled_and_capped_logits(
         assert torch.allclose(
             scores[..., 0], logits.topk(61).values.log_softmax(-1)[..., 0], atol=1e-6
         )
-    assert DraftConfig.from_json(model.config.to_json(), "here") == model.config
+    assert config_of(json_of(model.config), "here") == model.config
 
 
 def test_second_request_is_drafted_like_a_first() -> None:

@@ -40,9 +40,9 @@ from toy_training import one_line_and_hint
 
 from flashdraft.engine import Engine
 from flashdraft.errors import CheckpointError, DraftMismatch
-from flashdraft.formats.config import DraftConfig
 from flashdraft.formats.foreign import is_draft
 from flashdraft.formats.read import read_draft
+from flashdraft.formats.written import config_of
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.methods.eagle3 import Eagle3DraftModel
 from flashdraft.models.target import Target
@@ -134,7 +134,7 @@ def test_a_folder_written_again_drafts_the_same(tmp_path: Path, name: str) -> No
 def named_layers(target_type: str, depth: int, ids: Sequence[int]) -> tuple[int, ...]:
     """The outputs that are read for ids of eagle_config beside such a target."""
     case = CASES["SpecForge, outputs"]
-    config = DraftConfig.from_json({**case.config, "eagle_config": {IDS: list(ids)}}, "here")
+    config = config_of({**case.config, "eagle_config": {IDS: list(ids)}}, "here")
     model = Eagle3DraftModel(config)
     target: Target = copy.copy(the_target())
     target.num_layers = depth
@@ -220,7 +220,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_what_is_not_read_is_refused_in_a_line(name: str) -> None:
     config, expected = REFUSED[name]
     with pytest.raises(CheckpointError) as error:
-        DraftConfig.from_json(config, "here")
+        config_of(config, "here")
     assert expected in one_line_and_hint(error)
 
 

@@ -19,12 +19,13 @@ from toy_folders import HIDDEN, ZLAB, save_target, save_zlab, zlab_tensors
 
 from flashdraft.cli import main
 from flashdraft.export.run import ENGINES, in_cache
-from flashdraft.formats.config import DraftConfig
 from flashdraft.formats.read import read_draft
+from flashdraft.formats.shapes import tensor_shapes
 from flashdraft.formats.write import write_draft
+from flashdraft.formats.written import config_of
 from flashdraft.methods.dflash import DFlashDraftModel
 
-PLAIN = DraftConfig.from_json(ZLAB, "toy")
+PLAIN = config_of(ZLAB, "toy")
 EAGLE3 = replace(PLAIN, method="eagle3", num_hidden_layers=1, layer_types=())
 KINDS = {
     "dflash": PLAIN,
@@ -51,7 +52,7 @@ def made(folder: Path, kind: str, **changes: Any) -> Path:
     config = replace(KINDS[kind], **changes)
     generator = torch.Generator().manual_seed(1)
     tensors: dict[str, Tensor] = {}
-    for name, shape in config.shapes().items():
+    for name, shape in tensor_shapes(config).items():
         noise = torch.randn(shape, generator=generator)
         tensors[name] = (1 + 0.1 * noise if len(shape) == 1 else 0.3 * noise).bfloat16()
     if config.draft_vocab_size is not None:

@@ -26,6 +26,7 @@ from flashdraft.export.gguf_tokens import Tokens, read_tokens
 from flashdraft.export.order import Exported, Order, TargetShape, read_target
 from flashdraft.export.run import export_draft
 from flashdraft.formats.config import DraftConfig
+from flashdraft.formats.shapes import tensor_shapes
 from flashdraft.methods.network import network_shape
 from flashdraft.models.modules import rotary_frequencies
 
@@ -111,7 +112,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def order_of(config: DraftConfig, folder: Path, out: Path, **tensors: torch.Tensor) -> Order:
     generator = torch.Generator().manual_seed(3)
     made = {
-        name: torch.randn(shape, generator=generator) for name, shape in config.shapes().items()
+        name: torch.randn(shape, generator=generator)
+        for name, shape in tensor_shapes(config).items()
     }
     if config.draft_vocab_size is not None:
         made["d2t"] = torch.tensor(KEPT) - torch.arange(len(KEPT))

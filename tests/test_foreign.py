@@ -17,9 +17,9 @@ from transformers import GPT2Config
 
 import flashdraft
 from flashdraft.errors import CheckpointError
-from flashdraft.formats.config import DraftConfig
 from flashdraft.formats.foreign import is_draft
 from flashdraft.formats.read import read_draft
+from flashdraft.formats.written import config_of
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -157,7 +157,7 @@ def test_foreign_folder_is_refused_by_its_name(case: str) -> None:
     written = changes if "num_hidden_layers" in changes else {**ZLAB, **changes}
     assert is_draft(written)
     with pytest.raises(CheckpointError) as error:
-        DraftConfig.from_json(written, "here")
+        config_of(written, "here")
     assert expected in one_line_and_hint(error)
 
 
@@ -195,7 +195,7 @@ HARMLESS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", HARMLESS)
 def test_keys_that_say_nothing_refuse_nothing(case: str) -> None:
-    assert DraftConfig.from_json({**ZLAB, **HARMLESS[case]}, "here").block_size == 4
+    assert config_of({**ZLAB, **HARMLESS[case]}, "here").block_size == 4
 
 
 @pytest.mark.parametrize(

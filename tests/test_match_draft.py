@@ -19,8 +19,8 @@ from toy_training import one_line_and_hint
 import flashdraft
 from flashdraft import DFlashDraftModel
 from flashdraft.errors import CheckpointError, DraftMismatch
-from flashdraft.formats.config import DraftConfig
 from flashdraft.formats.match import check_target
+from flashdraft.formats.written import config_of
 from flashdraft.methods.dflash import PackedDraft
 
 
@@ -45,7 +45,7 @@ from flashdraft.methods.dflash import PackedDraft
     ],
 )
 def test_drafter_of_another_target_is_refused(changes: dict[str, Any], expected: str) -> None:
-    target, fitting = tiny_target("llama", lean=True), DraftConfig.from_json(ZLAB, "here")
+    target, fitting = tiny_target("llama", lean=True), config_of(ZLAB, "here")
     check_target(fitting, target)
     with pytest.raises(DraftMismatch) as error:
         check_target(replace(fitting, **changes), target)

@@ -23,6 +23,7 @@ from toy_training import BLOCK, CONFIG, HIDDEN, network, one_line_and_hint
 
 from flashdraft.decoding.tree import best_first
 from flashdraft.errors import DraftMismatch
+from flashdraft.formats.shapes import tensor_shapes
 from flashdraft.methods import sequential
 from flashdraft.methods.dflash import DFlashDraftModel, PackedDraft
 from flashdraft.methods.sequential import Domino, RecurrentMarkov, Selector
@@ -89,7 +90,7 @@ def test_modules_are_those_of_the_config(kind: str, confidence: tuple[bool, bool
     head, markov = confidence
     model = model_with(kind, confidence_head=head, confidence_with_markov=markov)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    assert shapes == model.config.shapes()
+    assert shapes == tensor_shapes(model.config)
 
 
 @pytest.mark.parametrize("kind", HEADS)

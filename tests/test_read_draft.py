@@ -22,11 +22,11 @@ import flashdraft
 from flashdraft import DFlashDraftModel
 from flashdraft.errors import CheckpointError
 from flashdraft.formats import zlab
-from flashdraft.formats.config import DraftConfig
 from flashdraft.formats.match import check_target
 from flashdraft.formats.parse import spread_layers
 from flashdraft.formats.read import read_draft
 from flashdraft.formats.write import write_draft
+from flashdraft.formats.written import config_of, json_of
 
 
 @pytest.mark.parametrize("prefix", ["", "model."])
@@ -73,8 +73,8 @@ def test_published_folder_drafts_for_a_target_folder(tmp_path: Path) -> None:
 def test_shipped_folder_is_written_again_as_it_is(method: str) -> None:
     folder = Path(flashdraft.__file__).parent / "assets" / f"smollm2-135m-{method}"
     written = json.loads((folder / "config.json").read_text())
-    read = DraftConfig.from_json(written, "here")
-    assert read.to_json() == written
+    read = config_of(written, "here")
+    assert json_of(read) == written
     assert read.method == method
     assert (
         read.target_layer_ids
@@ -122,7 +122,7 @@ PLACES: dict[str, tuple[dict[str, Any], tuple[int, int, tuple[int, ...]]]] = {
 @pytest.mark.parametrize("case", PLACES)
 def test_keys_are_looked_up_as_their_authors_do(case: str) -> None:
     changes, expected = PLACES[case]
-    read = DraftConfig.from_json(config(**changes), "here")
+    read = config_of(config(**changes), "here")
     assert (read.block_size, read.mask_token_id, read.target_layer_ids) == expected
 
 
@@ -130,7 +130,7 @@ def test_heads_that_are_not_said_are_told_by_the_tensors(tmp_path: Path) -> None
     save_zlab(tmp_path, config=config(head_dim=..., num_key_value_heads=...))
     read, _ = read_draft(tmp_path)
     assert (read.head_dim, read.num_key_value_heads) == (16, 2)  # 32 / 4 and 4 would be llama's
-    bare = DraftConfig.from_json(
+    bare = config_of(
         config(head_dim=..., num_key_value_heads=..., max_position_embeddings=...), "here"
     )
     assert (bare.head_dim, bare.num_key_value_heads, bare.max_position_embeddings) == (
@@ -141,7 +141,7 @@ def test_heads_that_are_not_said_are_told_by_the_tensors(tmp_path: Path) -> None
 
 
 def test_depth_of_the_target_need_not_be_said(tmp_path: Path) -> None:
-    read = DraftConfig.from_json(config(num_target_layers=...), "here")
+    read = config_of(config(num_target_layers=...), "here")
     check_target(read, tiny_target("llama", lean=True))
     assert read.num_target_layers == 0
 

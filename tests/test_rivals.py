@@ -27,6 +27,7 @@ from flashdraft.engine import Engine
 from flashdraft.errors import CheckpointError, DraftMismatch, InvalidParameter
 from flashdraft.formats.config import DraftConfig
 from flashdraft.formats.read import read_draft
+from flashdraft.formats.written import config_of, json_of
 from flashdraft.generate import Model
 from flashdraft.loading import NETWORKS, load
 from flashdraft.methods.autoregressive import Autoregressive
@@ -486,7 +487,7 @@ def test_switches_of_a_published_eagle3_folder_are_read(tmp_path: Path, place: s
         published(tmp_path, **(switches if place == "top" else {place: switches}))
     )
     assert (model.config.norm_before_residual, model.config.norm_output) == (True, True)
-    again = DraftConfig.from_json(model.config.to_json(), "here")
+    again = config_of(json_of(model.config), "here")
     assert (again.norm_before_residual, again.norm_output) == (True, True)
     bare = Eagle3DraftModel.from_pretrained(published(tmp_path / "bare"))
     assert (bare.config.norm_before_residual, bare.config.norm_output) == (False, False)

@@ -22,9 +22,9 @@ from flashdraft import DFlashDraftModel, files
 from flashdraft.errors import CheckpointError
 from flashdraft.files import write_file
 from flashdraft.formats import write
-from flashdraft.formats.config import DraftConfig
 from flashdraft.formats.read import read_draft
 from flashdraft.formats.write import write_draft
+from flashdraft.formats.written import config_of, json_of
 
 # The keys of the public format that a reader may ask for.
 PUBLIC_KEYS = (
@@ -91,7 +91,7 @@ def test_saved_folder_holds_eleven_tensors_a_layer_and_three(
 
 
 def test_saved_files_can_be_read_by_others(tmp_path: Path) -> None:
-    write_draft(tmp_path, DraftConfig.from_json(ZLAB, "here"), zlab_tensors(), readme="")
+    write_draft(tmp_path, config_of(ZLAB, "here"), zlab_tensors(), readme="")
     assert {p.name: oct(p.stat().st_mode & 0o777) for p in tmp_path.iterdir()} == dict.fromkeys(
         ("README.md", "config.json", "model.safetensors"), "0o644"
     )
@@ -128,9 +128,9 @@ def test_saved_files_can_be_read_by_others(tmp_path: Path) -> None:
     ids=lambda changes: "-".join(changes),
 )
 def test_config_survives_a_round_trip(changes: dict[str, Any]) -> None:
-    first = DraftConfig.from_json(config(**changes), "here")
-    assert DraftConfig.from_json(json.loads(json.dumps(first.to_json())), "here") == first
-    assert first != DraftConfig.from_json(ZLAB, "here")
+    first = config_of(config(**changes), "here")
+    assert config_of(json.loads(json.dumps(json_of(first))), "here") == first
+    assert first != config_of(ZLAB, "here")
 
 
 def test_rotary_scaling_is_applied(tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_writing_in_place_is_caught(
 def test_stopped_save_leaves_the_old_drafter_or_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, existing: bool
 ) -> None:
-    shape, folder = DraftConfig.from_json(ZLAB, "here"), tmp_path / "draft"
+    shape, folder = config_of(ZLAB, "here"), tmp_path / "draft"
     if existing:
         write_draft(folder, shape, zlab_tensors(seed=1))
     before = {p.name: p.read_bytes() for p in folder.glob("*")}
@@ -251,7 +251,7 @@ def test_new_folder_without_its_last_file_is_no_drafter(
     with monkeypatch.context() as patch:
         patch.setattr(write, "write_file", unplug)
         with pytest.raises(Unplugged):
-            write_draft(tmp_path, DraftConfig.from_json(ZLAB, "here"), zlab_tensors())
+            write_draft(tmp_path, config_of(ZLAB, "here"), zlab_tensors())
     with pytest.raises(CheckpointError) as error:
         read_draft(tmp_path)
     assert "no config.json" in one_line_and_hint(error)

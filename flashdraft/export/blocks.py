@@ -16,6 +16,7 @@ from flashdraft import hub
 from flashdraft.export.order import Order, kind_of, refused
 from flashdraft.formats.config import DraftConfig
 from flashdraft.formats.parse import Fields
+from flashdraft.formats.shapes import tensor_shapes
 from flashdraft.formats.weights import MASK_ROW
 
 __all__ = [
@@ -152,7 +153,7 @@ def network_of(order: Order) -> tuple[DraftConfig, dict[str, Tensor]]:
         config = replace(config, sequential_head="markov", head_rank=1)
 
     tensors: dict[str, Tensor] = {}
-    for name, shape in config.shapes().items():
+    for name, shape in tensor_shapes(config).items():
         if name in order.tensors:
             tensors[name] = order.tensors[name]
         else:

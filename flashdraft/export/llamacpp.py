@@ -24,6 +24,7 @@ from flashdraft.export.gguf_keys import (
 from flashdraft.export.gguf_tables import embedding_of, head_of
 from flashdraft.export.gguf_tokens import read_tokens
 from flashdraft.export.order import Exported, Order, TargetShape, refused
+from flashdraft.formats.shapes import tensor_shapes
 from flashdraft.formats.weights import MASK_ROW
 from flashdraft.process import FLOATS, INTS
 
@@ -284,7 +285,7 @@ def _network(order: Order) -> Tensors:
     has_markov = config.sequential_head == "markov"
     keeps_confidence = has_markov and config.confidence_with_markov
     tensors = {}
-    for name in config.shapes():
+    for name in tensor_shapes(config):
         is_lost = name.startswith("sequential_head.")
         if name.startswith("confidence_head."):
             is_lost = not keeps_confidence

@@ -23,9 +23,9 @@ from flashdraft.export.order import (
     write_folder,
 )
 from flashdraft.files import appears_whole, locked, output_folder, read_note, write_note
-from flashdraft.formats.config import DraftConfig
 from flashdraft.formats.match import check_target
 from flashdraft.formats.read import read_draft
+from flashdraft.formats.written import config_of
 from flashdraft.loading import open_network, shipped
 
 __all__ = ["BUILTIN", "DTYPES", "ENGINES", "export_draft", "in_cache", "told"]
@@ -130,7 +130,7 @@ def _is_its_form(order: Order, converted: Converted) -> bool:
     for name in ("architectures", "speculators_model_type"):
         if written.get(name) != converted.config.get(name):
             return False
-    return DraftConfig.from_json(converted.config, order.draft) == order.config
+    return config_of(converted.config, order.draft) == order.config
 
 
 def _order(name: str, out: Path, target: TargetShape | None) -> Order:

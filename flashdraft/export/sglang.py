@@ -27,6 +27,8 @@ from flashdraft.export.tables import (
     without_reduction,
 )
 from flashdraft.formats.config import DraftConfig
+from flashdraft.formats.shapes import tensor_shapes
+from flashdraft.formats.written import json_of
 
 __all__ = ["convert", "export", "told"]
 
@@ -56,7 +58,7 @@ def convert(order: Order) -> Converted:
     losses = head_losses(order) + without_reduction(order, _ENGINE)
 
     config, tensors = network_of(order)
-    written = config.to_json()
+    written = json_of(config)
     if not written.get("num_target_layers"):
         written.pop("num_target_layers", None)  # a 0 is refused
     if kind == "dspark":
@@ -114,7 +116,7 @@ def _eagle3(order: Order) -> Converted:
         hint = "`--to vllm` keeps it; if it is a copy of the target's, say --target"
         raise refused(order, _ENGINE, why, hint=hint)
 
-    tensors = {name: order.tensors[name] for name in config.shapes()}
+    tensors = {name: order.tensors[name] for name in tensor_shapes(config)}
     losses: tuple[str, ...] = ()
     has_head = HEAD in order.tensors or order.target is not None
     if config.tied_head:
@@ -128,7 +130,7 @@ def _eagle3(order: Order) -> Converted:
         losses = without_reduction(order, _ENGINE)
         config = replace(config, draft_vocab_size=None)
 
-    written = config.to_json()
+    written = json_of(config)
     for name in ("flashdraft_config", "eagle_aux_hidden_state_layer_ids"):
         written.pop(name, None)
     written["eagle_config"] = {"use_aux_hidden_state": True}

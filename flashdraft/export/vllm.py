@@ -25,6 +25,8 @@ from flashdraft.export.tables import EMBEDDING, HEAD, own_tables, with_head, wit
 from flashdraft.formats import speculators
 from flashdraft.formats.config import DraftConfig
 from flashdraft.formats.parse import Fields
+from flashdraft.formats.shapes import tensor_shapes
+from flashdraft.formats.written import json_of
 
 __all__ = ["convert", "export", "told"]
 
@@ -66,7 +68,7 @@ def convert(order: Order) -> Converted:
         raise refused(order, _ENGINE, "its Markov head is over a reduced vocabulary", hint=hint)
 
     losses += without_reduction(order, _ENGINE)
-    written = config.to_json()
+    written = json_of(config)
     if kind == "dspark":
         written = lifted(written)
     elif kind == "dflash" and config.output_multiplier != 1:
@@ -125,10 +127,10 @@ def _reduced(
     if is_plain:
         written = _wrapped(order, config, classes)
     elif kind_of(config) == "dspark":
-        written = lifted(config.to_json())
+        written = lifted(json_of(config))
     else:
-        written = config.to_json()
-    for name, shape in config.shapes().items():
+        written = json_of(config)
+    for name, shape in tensor_shapes(config).items():
         tensors[name] = tensors[name][: shape[0]]  # of a head that was made for the layout alone
     tensors |= with_head(order)
     if EMBEDDING in own_tables(order):
@@ -157,7 +159,7 @@ def _eagle3(order: Order) -> Converted:
         raise refused(order, _ENGINE, why, hint="FlashDraft runs it")
 
     tensors: dict[str, Tensor] = {}
-    for name in config.shapes():
+    for name in tensor_shapes(config):
         tensors[name.replace("midlayer.", "layers.0.")] = order.tensors[name]
     tensors |= own_tables(order)
     if config.tied_head:

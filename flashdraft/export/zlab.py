@@ -15,6 +15,7 @@ from flashdraft.export.blocks import (
 )
 from flashdraft.export.order import Converted, Exported, Order, write_folder
 from flashdraft.export.tables import refuse_tables, without_reduction
+from flashdraft.formats.written import json_of
 
 __all__ = ["convert", "export", "told"]
 
@@ -40,7 +41,7 @@ def convert(order: Order) -> Converted:
     config, tensors = network_of(order)
     command = ["dflash", "generate", "transformers", "--model", order.target_name]
     command += ["--draft", str(order.out), "PROMPT"]
-    return Converted(config.to_json(), tensors, Exported(tuple(command), losses))
+    return Converted(json_of(config), tensors, Exported(tuple(command), losses))
 
 
 def told(order: Order) -> Exported:

@@ -1,22 +1,15 @@
 """What a drafter is: the shape of its network, and what it reads from its target.
 
-One description for all published formats; each has a file of its own that reads it (`zlab`,
-`dflash2`, `dspark`, `domino`, `speculators`, `eagle3`) and, where we write it, dresses config.json
-so. The format that training writes is the one that the big engines serve. Medusa: heads alone.
-Knows tensors' names and shapes; does not know files (`read`, `write`), nor how a drafter runs.
+One description for all published formats. Knows shapes; does not know config.json (`written`),
+tensors' names (`shapes`), files (`read`, `write`), nor how a drafter runs.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Self
 
-from flashdraft.errors import CheckpointError
-from flashdraft.formats import dflash2, domino, dspark, parse, speculators, zlab
-from flashdraft.formats.eagle3 import eagle3_fields, eagle3_json, eagle3_shapes
-from flashdraft.formats.foreign import Json, refuse_switches
-from flashdraft.formats.parse import KINDS, Fields
-from flashdraft.formats.recognise import TITLES, Format, recognise
-from flashdraft.formats.weights import MASK_ROW, Shapes, told_by_shapes
+from flashdraft.formats.foreign import Json
+from flashdraft.formats.parse import KINDS
+from flashdraft.formats.weights import MASK_ROW
 from flashdraft.models.attention import Mask
 from flashdraft.models.layers import scaled_length
 
@@ -24,47 +17,6 @@ __all__ = ["OPTIONAL", "DraftConfig"]
 
 # Tensors that a folder may hold; the last is a file of its own there.
 OPTIONAL = ("embed_tokens.weight", "lm_head.weight", "d2t", "t2d", MASK_ROW)
-
-Shape = tuple[int, ...]
-
-_READERS = {  # of block drafters: kind -> the fields of its flat config.json
-    "dflash": zlab.read,
-    "dflash2": dflash2.read,
-    "dspark": dspark.read,
-    "domino": domino.read,
-}
-_SILENT = ("num_key_value_heads", "head_dim")  # what z-lab's folders may leave out
-_FIXED = {  # by method: what its config.json always says
-    "dflash": {
-        "architectures": ["DFlashDraftModel"],
-        "model_type": "qwen3",
-        "tie_word_embeddings": True,
-    },
-    "eagle3": {
-        "architectures": ["LlamaForCausalLMEagle3"],
-        "model_type": "llama",
-        "tie_word_embeddings": False,
-    },
-    "medusa": {
-        "architectures": ["MedusaDraftModel"],
-        "model_type": "medusa",
-        "tie_word_embeddings": True,
-    },
-    "draft_model": {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "tie_word_embeddings": True,
-    },
-}
-_SIZES = (  # in the order in which config.json has them
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-)
 
 
 @dataclass(frozen=True)
@@ -122,37 +74,6 @@ class DraftConfig:
     # the cap of its family (Gemma).
     raw_tables: bool = False
     method: str = "dflash"
-
-    @classmethod
-    def from_json(cls, config: Json, where: str, shapes: Shapes | None = None) -> Self:
-        """Read config.json; shapes: of the tensors beside it, which tell what it leaves out.
-
-        Raises CheckpointError naming the missing or foreign key.
-        """
-        kind = "dflash"
-        shapes = shapes or {}
-        try:
-            form = recognise(config, shapes, where)
-            kind = form.kind
-            if kind in _READERS:
-                return cls(**_block_fields(config, form, shapes, where))
-            flat = config
-            if form.publisher == "speculators":
-                flat = speculators.one_rope(speculators.unwrapped(config, shapes, where))
-            refuse_switches(flat, where, kind=kind)
-            fields = parse.other_fields(flat, kind, where)
-            if kind == "eagle3":
-                fields |= eagle3_fields(flat, where, wrapper=speculators.wrapper_of(config))
-            return cls(**fields)
-        except KeyError as error:
-            hint = (
-                "a drafter's config.json has block_size and dflash_config with mask_token_id "
-                "and target_layer_ids"
-            )
-            raise _garbled(kind, error, where, hint=hint) from None
-        except (AttributeError, TypeError, ValueError) as error:
-            hint = "mend its config.json, or fetch it again"
-            raise _garbled(kind, error, where, hint=hint) from None
 
     def without_heads(self) -> Self:
         """The same network without its heads, drafting the whole vocabulary."""
@@ -222,222 +143,3 @@ class DraftConfig:
         """Positions that it was trained on, rotary scaling included; it drafts beyond them, too."""
         limit = self.max_position_embeddings
         return min(scaled_length(limit, rope) for rope in self.ropes.values())
-
-    def to_json(self) -> Fields:
-        """config.json as the method's authors write it; what theirs leaves out stands in
-        `flashdraft_config`. The order of the keys is part of the file."""
-        is_dflash = self.method == "dflash"
-        config: Fields = {**_FIXED[self.method], "hidden_act": "silu"}
-        if self.tied_head:
-            config["tie_word_embeddings"] = True
-
-        for name in _SIZES:
-            config[name] = getattr(self, name)
-        if is_dflash:
-            config["block_size"] = self.block_size
-            config["num_target_layers"] = self.num_target_layers
-        config["rms_norm_eps"] = self.rms_norm_eps
-        config["max_position_embeddings"] = self.max_position_embeddings
-        if is_dflash:
-            full = ["full_attention"] * self.num_hidden_layers
-            config["layer_types"] = list(self.layer_types) or full
-            config["sliding_window"] = self.sliding_window
-        if self.method == "eagle3":
-            config |= eagle3_json(self)
-        config["attention_bias"] = self.attention_bias
-        if self.draft_vocab_size is not None:
-            config["draft_vocab_size"] = self.draft_vocab_size
-        config["dtype"] = self.dtype
-        config |= self._rope_json()
-        if self.causal is not None:
-            config["is_causal"] = self.causal
-
-        reads: Fields = {
-            "mask_token_id": self.mask_token_id,
-            "target_layer_ids": list(self.target_layer_ids),
-        }
-        if is_dflash:
-            config["use_sliding_window"] = self.sliding_window is not None
-            config["dflash_config"] = reads | self._scales_json()
-            _dress(self, config)
-            return config
-
-        config |= self._scales_json()
-        if self.ids_by_target:  # eagle_config has them
-            del reads["target_layer_ids"]
-        own: Fields = {
-            "block_size": self.block_size,
-            "num_target_layers": self.num_target_layers,
-            **reads,
-            "method": self.method,
-        }
-        for name in ("qk_norm", "raw_tables"):
-            if getattr(self, name):
-                own[name] = True
-        config["flashdraft_config"] = own
-        return config
-
-    def _rope_json(self) -> Fields:
-        ropes = self.ropes
-        if len(ropes) > 1:
-            return {"rope_parameters": {kind: dict(rope) for kind, rope in ropes.items()}}
-
-        scaling = dict(self.rope_parameters)
-        theta = scaling.pop("rope_theta")
-        is_scaled = scaling.get("rope_type", "default") != "default"
-        return {"rope_theta": theta, "rope_scaling": scaling if is_scaled else None}
-
-    def _scales_json(self) -> Fields:
-        """What few folders have: written only where it says something."""
-        scales: Fields = {}
-        if self.input_embedding_scale != 1.0:
-            scales["input_embedding_scale"] = self.input_embedding_scale
-        if self.output_multiplier != 1.0:
-            scales["output_multiplier"] = self.output_multiplier
-        if self.final_logit_softcapping is not None:
-            scales["final_logit_softcapping"] = self.final_logit_softcapping
-        return scales
-
-    def shapes(self) -> dict[str, Shape]:
-        """Every tensor that the file must hold, with its shape."""
-        hidden = self.hidden_size
-        shapes: dict[str, Shape] = {}
-        if self.method == "medusa":
-            for head in range(self.block_size - 1):
-                shapes[f"heads.{head}.weight"] = (hidden, hidden)
-                shapes[f"heads.{head}.bias"] = (hidden,)
-            return shapes
-
-        if self.method == "eagle3":
-            return eagle3_shapes(self)
-
-        layer = self._layer_shapes()
-        for index in range(self.num_hidden_layers):
-            for name, shape in layer.items():
-                shapes[f"layers.{index}.{name}"] = shape
-        shapes["norm.weight"] = (hidden,)
-        if self.method == "draft_model":
-            return shapes
-
-        shapes["fc.weight"] = (hidden, self.num_features * hidden)
-        shapes["hidden_norm.weight"] = (hidden,)
-        shapes |= self._convolution_shapes()
-        shapes |= self._head_shapes()
-        return shapes
-
-    def _convolution_shapes(self) -> dict[str, Shape]:
-        """DFlash 2's, two a layer: around the attention and around the MLP."""
-        taps = self.conv_kernel_size
-        if not taps:
-            return {}
-
-        groups = self.hidden_size // self.conv_group_size
-        shapes: dict[str, Shape] = {}
-        for index in range(self.num_hidden_layers):
-            for name in ("attention_conv", "mlp_conv"):
-                place = f"layers.{index}.{name}"
-                shapes[f"{place}.base_kernel"] = (2, taps, self.hidden_size)
-                shapes[f"{place}.kernel_projection.weight"] = (2 * taps * groups, self.hidden_size)
-        return shapes
-
-    def _head_shapes(self) -> dict[str, Shape]:
-        """The sequential head's under the names of its format, and the confidence head's."""
-        kind = self.sequential_head
-        hidden = self.hidden_size
-        rank = self.head_rank
-        vocab_size = self.vocab_size
-        shapes: dict[str, Shape] = {}
-        if kind == "swiglu":
-            shapes["sequential_head.gate_up.weight"] = (2 * rank, 2 * hidden)
-            shapes["sequential_head.down.weight"] = (hidden, rank)
-        elif kind == "selector":
-            shapes["candidate_selector.predecessor_codebook"] = (vocab_size, rank)
-            shapes["candidate_selector.successor_codebook"] = (vocab_size, rank)
-            shapes["candidate_selector.hidden_projection.weight"] = (rank, hidden)
-        elif kind in ("markov", "markov_gated", "markov_rnn"):
-            shapes["markov_head.markov_w1.weight"] = (vocab_size, rank)
-            shapes["markov_head.markov_w2.weight"] = (self.draft_vocab_size or vocab_size, rank)
-        elif kind == "domino":
-            states = self.head_states
-            shapes["prefix_gru.weight_ih_l0"] = (3 * states, hidden)
-            shapes["prefix_gru.weight_hh_l0"] = (3 * states, states)
-            shapes["embed_proj.0.weight"] = (rank, hidden + states)
-            shapes["embed_proj.2.weight"] = (vocab_size, rank)
-        if kind == "markov_gated":
-            shapes["markov_head.gate_proj.weight"] = (rank, hidden + rank)
-            shapes["markov_head.gate_proj.bias"] = (rank,)
-        if kind == "markov_rnn":
-            shapes["markov_head.joint_proj.weight"] = (3 * rank, 2 * rank + hidden)
-            shapes["markov_head.joint_proj.bias"] = (3 * rank,)
-        if self.confidence_head:
-            width = hidden + rank if self.confidence_with_markov else hidden
-            shapes["confidence_head.proj.weight"] = (1, width)
-            shapes["confidence_head.proj.bias"] = (1,)
-        return shapes
-
-    def _layer_shapes(self) -> Mapping[str, Shape]:
-        """The tensors of one decoder layer."""
-        hidden = self.hidden_size
-        inner = self.intermediate_size
-        queries = self.num_attention_heads * self.head_dim
-        keys = self.num_key_value_heads * self.head_dim
-
-        shapes: dict[str, Shape] = {
-            "self_attn.q_proj.weight": (queries, hidden),
-            "self_attn.k_proj.weight": (keys, hidden),
-            "self_attn.v_proj.weight": (keys, hidden),
-            "self_attn.o_proj.weight": (hidden, queries),
-        }
-        if self.attention_bias:
-            shapes["self_attn.q_proj.bias"] = (queries,)
-            shapes["self_attn.k_proj.bias"] = (keys,)
-            shapes["self_attn.v_proj.bias"] = (keys,)
-            shapes["self_attn.o_proj.bias"] = (hidden,)
-        shapes["mlp.gate_proj.weight"] = (inner, hidden)
-        shapes["mlp.up_proj.weight"] = (inner, hidden)
-        shapes["mlp.down_proj.weight"] = (hidden, inner)
-        shapes["input_layernorm.weight"] = (hidden,)
-        shapes["post_attention_layernorm.weight"] = (hidden,)
-        if self.method == "dflash":
-            shapes["self_attn.q_norm.weight"] = (self.head_dim,)
-            shapes["self_attn.k_norm.weight"] = (self.head_dim,)
-        return shapes
-
-
-def _block_fields(config: Json, form: Format, shapes: Shapes, where: str) -> Fields:
-    """Of the config.json of a block drafter."""
-    flat = dict(config)
-    if form.publisher == "speculators":
-        flat = speculators.flat(config, form.anchor_first, shapes, where)
-    told = told_by_shapes(shapes)
-    for name in _SILENT:
-        if flat.get(name) is None and name in told:
-            flat[name] = told[name]
-
-    refuse_switches(flat, where)
-    if form.publisher == "FlashDraft":  # flashdraft_config has the layout
-        return zlab.read(flat, where)
-    return _READERS[form.kind](flat, where, anchor_first=form.anchor_first)
-
-
-def _dress(draft: DraftConfig, config: Fields) -> None:
-    """Make z-lab's config.json, which is of version 1, the one of the drafter's own format; what
-    none of them says stands in `flashdraft_config`."""
-    is_told = True
-    if dflash2.fits(draft):
-        dflash2.dress(draft, config)
-    elif dspark.fits(draft):
-        dspark.dress(draft, config)
-    elif domino.fits(draft):
-        domino.dress(draft, config)
-    else:
-        is_told = False
-    own = zlab.own_json(draft, heads=not is_told)
-    if own:
-        config["flashdraft_config"] = own
-
-
-def _garbled(method: str, error: Exception, where: str, *, hint: str) -> CheckpointError:
-    title = TITLES.get(method, method)
-    got = f"`{where}` is not a {title} drafter: its config lacks or garbles {error}"
-    return CheckpointError(got, hint=hint)

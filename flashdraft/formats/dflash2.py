@@ -4,16 +4,10 @@ the convolutions and of the candidate selector.
 Knows keys; does not know tensors.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 from flashdraft.formats import zlab
+from flashdraft.formats.config import DraftConfig
 from flashdraft.formats.foreign import Json
 from flashdraft.formats.parse import Fields, count_of, given
-
-if TYPE_CHECKING:
-    from flashdraft.formats.config import DraftConfig
 
 __all__ = ["dress", "fits", "keys_of", "read"]
 

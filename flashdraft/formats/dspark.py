@@ -5,17 +5,11 @@ and of parts of heads means nothing. SpecForge has them in `dflash_config`. Bloc
 unless a flag says no (`recognise`). Knows keys; does not know tensors.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 from flashdraft.errors import CheckpointError
 from flashdraft.formats import zlab
+from flashdraft.formats.config import DraftConfig
 from flashdraft.formats.foreign import Json
 from flashdraft.formats.parse import Fields, count_of, given, without_parts
-
-if TYPE_CHECKING:
-    from flashdraft.formats.config import DraftConfig
 
 __all__ = ["HEAD_TYPES", "dress", "fits", "keys_of", "read"]
 

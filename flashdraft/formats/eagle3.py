@@ -8,20 +8,16 @@ What no tensor betrays is asked of the keys: which layers their ids mean, whethe
 normed, what is fed back. Knows keys, names and shapes; does not know files nor how it runs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from flashdraft.errors import CheckpointError
+from flashdraft.formats.config import DraftConfig
 from flashdraft.formats.foreign import Json, part_of
 from flashdraft.formats.parse import Fields, count_of, flag_of, layer_ids_of
-
-if TYPE_CHECKING:
-    from flashdraft.formats.config import DraftConfig
 
 __all__ = ["eagle3_completed", "eagle3_fields", "eagle3_json", "eagle3_names", "eagle3_shapes"]
 

@@ -5,7 +5,7 @@ that are said twice. Knows keys and values; does not know files, tensors, nor fo
 refused as a whole (`foreign`).
 
 The functions raise KeyError naming a key that is missing, AttributeError, TypeError or ValueError
-for one that is garbled (`DraftConfig.from_json` says which folder that is), and CheckpointError for
+for one that is garbled (`written` says which folder that is), and CheckpointError for
 what is understood but cannot be had.
 """
 

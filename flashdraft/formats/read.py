@@ -17,7 +17,9 @@ from flashdraft.formats.eagle3 import eagle3_completed, eagle3_names
 from flashdraft.formats.foreign import refuse_files
 from flashdraft.formats.parse import KINDS
 from flashdraft.formats.recognise import recognise
+from flashdraft.formats.shapes import tensor_shapes
 from flashdraft.formats.weights import MASK_ROW, read_mask_row, read_tensors, shapes_of
+from flashdraft.formats.written import config_of
 from flashdraft.hub import read_config
 from flashdraft.models.heads import HEADS
 from flashdraft.process import INTS
@@ -38,7 +40,7 @@ def read_draft(folder: Path) -> tuple[DraftConfig, dict[str, Tensor]]:
     where = str(folder)
     written = read_config(folder)
     shapes = shapes_of(folder)
-    config = DraftConfig.from_json(written, where, shapes)
+    config = config_of(written, where, shapes)
     if config.block_size < 2:
         got = f"`{folder}` has block_size {config.block_size}"
         raise CheckpointError(got, hint="a block is the anchor and 1 mask or more")
@@ -104,7 +106,7 @@ def _check_shapes(config: DraftConfig, tensors: Tensors, folder: Path) -> None:
     """Every tensor of this config is there with its shape, and no other."""
     vocab_size = config.vocab_size
     rows = config.draft_vocab_size or vocab_size
-    required = config.shapes()
+    required = tensor_shapes(config)
     optional: dict[str, tuple[int, ...]] = {
         "embed_tokens.weight": (vocab_size, config.hidden_size),
         "lm_head.weight": (rows, config.hidden_size),

@@ -6,18 +6,12 @@ are the target's as they lie, without a family's own scale or cap. Pure translat
 dictionaries. Knows keys, and what tensors' shapes say where keys are silent.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 from flashdraft.errors import CheckpointError
 from flashdraft.formats import dflash2, dspark
+from flashdraft.formats.config import DraftConfig
 from flashdraft.formats.foreign import Json, part_of, wrapped_kind
 from flashdraft.formats.parse import Fields, count_of, flag_of, layer_ids_of, without_parts
 from flashdraft.formats.weights import Shapes, told_by_shapes
-
-if TYPE_CHECKING:
-    from flashdraft.formats.config import DraftConfig
 
 __all__ = ["flat", "one_rope", "unwrapped", "wrapped", "wrapper_of"]
 

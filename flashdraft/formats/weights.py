@@ -19,6 +19,7 @@ from flashdraft.pretrained import foreign_file
 __all__ = [
     "MASK_FILE",
     "MASK_ROW",
+    "Shape",
     "Shapes",
     "read_mask_row",
     "read_tensors",
@@ -26,7 +27,8 @@ __all__ = [
     "told_by_shapes",
 ]
 
-Shapes = Mapping[str, tuple[int, ...]]  # of tensors, by their bare names
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]  # of tensors, by their bare names
 MASK_ROW = "mask_embedding"  # a row that stands for the mask token's embedding
 
 MASK_FILE = "mask_embedding.pt"  # where it lies beside the weights

@@ -16,6 +16,7 @@ from flashdraft.errors import CheckpointError, InvalidParameter
 from flashdraft.files import output_folder, write_file, write_tensors
 from flashdraft.formats.config import DraftConfig
 from flashdraft.formats.weights import MASK_FILE, MASK_ROW
+from flashdraft.formats.written import config_of, json_of
 from flashdraft.hub import read_config
 
 __all__ = ["write_draft"]
@@ -39,7 +40,7 @@ def write_draft(
             tensor = tensor.to(dtype)
         stored[name] = tensor.contiguous().cpu()
     row = stored.pop(MASK_ROW, None)
-    text = json.dumps(config.to_json(), indent=2) + "\n"
+    text = json.dumps(json_of(config), indent=2) + "\n"
 
     if readme is not None:
         write_file(folder / "README.md", readme.encode())
@@ -64,7 +65,7 @@ def _check_free(folder: Path, tensors: Mapping[str, Tensor], readme: str | None)
     written = folder / "config.json"
     if written.exists():
         try:
-            DraftConfig.from_json(read_config(folder), str(folder))
+            config_of(read_config(folder), str(folder))
         except CheckpointError:
             raise _taken(written) from None
         return

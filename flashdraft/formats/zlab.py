@@ -4,11 +4,8 @@ A key stands in `dflash_config`, else at the top, else it has its default. Knows
 tensors, nor which folder is of which format (`recognise`).
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 from flashdraft.errors import CheckpointError
+from flashdraft.formats.config import DraftConfig
 from flashdraft.formats.foreign import Json, part_of
 from flashdraft.formats.parse import (
     Fields,
@@ -24,9 +21,6 @@ from flashdraft.formats.parse import (
     spread_layers,
     without_parts,
 )
-
-if TYPE_CHECKING:
-    from flashdraft.formats.config import DraftConfig
 
 __all__ = ["OWN_FIELDS", "own_json", "read"]
 

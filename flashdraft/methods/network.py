@@ -25,6 +25,7 @@ from flashdraft.formats.foreign import Json
 from flashdraft.formats.match import check_target
 from flashdraft.formats.parse import Fields
 from flashdraft.formats.read import read_draft
+from flashdraft.formats.shapes import tensor_shapes
 from flashdraft.formats.weights import MASK_ROW
 from flashdraft.formats.write import write_draft
 from flashdraft.models import native
@@ -134,7 +135,7 @@ class DraftNetwork(nn.Module):
             config = config.without_heads()
 
         tensors = {}
-        known = config.shapes()
+        known = tensor_shapes(config)
         for name, tensor in self.state_dict().items():
             if name in known:
                 tensors[name] = tensor

@@ -18,7 +18,9 @@ from flashdraft import hub
 from flashdraft.errors import CheckpointError, InvalidParameter
 from flashdraft.formats.config import DraftConfig
 from flashdraft.formats.parse import spread_layers
+from flashdraft.formats.shapes import tensor_shapes
 from flashdraft.formats.weights import MASK_ROW
+from flashdraft.formats.written import config_of
 from flashdraft.loading import NETWORKS
 from flashdraft.methods.dflash import DFlashDraftModel
 from flashdraft.methods.eagle3 import Eagle3DraftModel
@@ -130,7 +132,7 @@ def draft_config(
         "max_position_embeddings": min(target.context_length, written_length),
         "rope_parameters": _rope(config),
     }
-    return replace(DraftConfig.from_json(draft, target.name), method=method)
+    return replace(config_of(draft, target.name), method=method)
 
 
 def _mask_token(target: Target, method: str, wanted: int | None) -> int:
@@ -198,7 +200,8 @@ def random_weights(config: DraftConfig, seed: int) -> DraftNetwork:
     if config.method == "medusa":
         return model
     generator = torch.Generator("cpu").manual_seed(seed)
-    drawn = replace(config.without_heads(), conv_kernel_size=0).shapes()
+    plain = replace(config.without_heads(), conv_kernel_size=0)
+    drawn = tensor_shapes(plain)
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1 and name in drawn:
             torch.nn.init.normal_(parameter, 0.0, 0.02, generator=generator)
@@ -447,7 +450,7 @@ def _layers_of(target: str, config: DraftConfig, chosen: Sequence[int]) -> dict[
     quantised target.
     """
     folder = hub.resolve(target)
-    shapes = config.shapes()
+    shapes = tensor_shapes(config)
     tensors: dict[str, Tensor] = {}
     if isinstance(folder, Path):
         if hub.read_config(folder).get("quantization_config"):

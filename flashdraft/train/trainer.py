@@ -32,6 +32,7 @@ from flashdraft.bench.tasks import named
 from flashdraft.engine import check
 from flashdraft.errors import DataError, FlashDraftError, InvalidParameter, first_line
 from flashdraft.files import check_facts, locked, say, write_file, write_tensors
+from flashdraft.formats.written import json_of
 from flashdraft.generate import Model, Prompt
 from flashdraft.methods.network import DraftNetwork
 from flashdraft.process import FLOATS, INTS, signals_told, undisturbed
@@ -548,7 +549,7 @@ class Trainer:
                 "taus": self.taus,
                 "flops": [self.flops, self.flops_a_step],
                 "config": asdict(self.config),
-                "draft": self.model.config.to_json(),
+                "draft": json_of(self.model.config),
             }
             save_checkpoint(self.out / "checkpoints", self.step, groups, state)
         self.acc.wait_for_everyone()
@@ -574,7 +575,7 @@ class Trainer:
                 got = f"`{self.out}` was begun with {name} {begun.get(name)}"
                 hint = "name another folder, or the settings of its run.json"
                 raise InvalidParameter(got, hint=hint)
-        if state["draft"] != self.model.config.to_json():
+        if state["draft"] != json_of(self.model.config):
             got = f"`{self.out}` was begun with another draft network"
             raise InvalidParameter(got, hint="name another folder")
 
