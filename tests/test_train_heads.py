@@ -34,8 +34,10 @@ from flashdraft.train.config import TrainConfig, model_card
 from flashdraft.train.heads import step_head
 from flashdraft.train.initialise import (
     check_trained,
+    draft_config,
     draft_only,
     left_behind,
+    random_weights,
     taken_from,
     with_head,
 )
@@ -336,6 +338,14 @@ def test_loss_is_of_the_laws_of_decoding_where_a_family_changes_logits(
         of_law = (theirs.exp() * (theirs - law)).sum()
         assert float(losses[0.0][place]) == pytest.approx(float(of_label), rel=1e-4, abs=1e-4)
         assert float(losses[1.0][place]) == pytest.approx(float(of_law), rel=1e-4, abs=1e-4)
+
+
+def test_a_draft_model_caps_no_logits() -> None:
+    target = tiny_target.__wrapped__("qwen3")
+    target.config.final_logit_softcapping = 1.5
+    model = random_weights(draft_config(target, method="draft_model", num_layers=1), 0)
+    loss = Loss(model, target, torch.arange(VOCAB), TrainConfig(), torch.device("cpu"))
+    assert (loss.cap, loss.target_cap) == (None, 1.5)
 
 
 def test_hit_needs_the_label_among_the_candidates() -> None:

@@ -158,6 +158,8 @@ class Loss:
         self.head = target.head_weight(torch.arange(target.vocab_size, **INTS)).to(device)
         self.target_cap: float | None = getattr(target.config, "final_logit_softcapping", None)
         self.cap = model.config.final_logit_softcapping or self.target_cap
+        if model.method == "draft_model":  # a llama by itself, with the target's tables
+            self.cap = None
 
     def weight(self, batch: Batch) -> float:
         """What the loss of a micro-batch is divided by.
