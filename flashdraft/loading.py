@@ -25,6 +25,7 @@ from flashdraft.errors import (
 from flashdraft.files import parse_json
 from flashdraft.formats.config import DraftConfig
 from flashdraft.formats.foreign import IMAGE_METHOD, is_draft
+from flashdraft.formats.read import MOST_NODES
 from flashdraft.formats.written import config_of
 from flashdraft.generate import Model
 from flashdraft.methods.autoregressive import Autoregressive
@@ -66,7 +67,6 @@ __all__ = [
 Size = int | None
 KERNELS = ("auto", "compact", "float32", "int8", "torch", "compiled", "transformers")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
-MOST_NODES = 1024  # of a proposal: its masks and states are square in them
 _HOW = ("device", "dtype", "kernel")  # of `load`, for its target
 _NO_DRAFT_NETWORK = ("autoregressive", "prompt_lookup")
 

@@ -171,6 +171,11 @@ def test_ids_at_the_top_are_never_read_in_two_ways(tmp_path: Path) -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "P-EAGLE": (wrapped(speculators_model_type="peagle"), "P-EAGLE"),
     "P-EAGLE by a key": (flat(pard_token=3), "P-EAGLE"),
+    "part of a head of words": (
+        flat(partial_rotary_factor="half"),
+        "is not an EAGLE-3 drafter: its config lacks or garbles 'partial_rotary_factor': 'half'",
+    ),
+    "layers without end": (flat(num_hidden_layers=10**9), "'num_hidden_layers': 1000000000"),
     "another class": (
         flat(architectures=["DeepseekV3ForCausalLMEagle3"]),
         "EAGLE-3 drafter of class DeepseekV3ForCausalLMEagle3",

@@ -139,6 +139,15 @@ def test_sequential_head_comes_along_with_its_vocabulary(kind: str) -> None:
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in taken.state_dict().items())
 
 
+def test_vocabulary_without_its_table_of_known_tokens_comes_along() -> None:
+    """Published folders may lack t2d, and d2t where all tokens are drafted."""
+    donor = random_weights(config(), 1)
+    donor.reduce_vocabulary(torch.arange(5, 45))
+    donor.add_head("markov", 8)
+    del donor.extras["t2d"]
+    assert taken_from(config(), donor, 2).extras.keys() == {"d2t"}
+
+
 def test_start_from_another_targets_drafter_learns_faster(
     tmp_path: Path, folders: dict[str, Path]
 ) -> None:

@@ -136,7 +136,7 @@ def test_vocabulary_that_lies_beyond_the_target_is_refused(tmp_path: Path) -> No
     written = config(vocab_size=200, draft_vocab_size=5)
     extra = {
         "d2t": torch.full((5,), 100, dtype=torch.int64),
-        "t2d": torch.zeros(200, dtype=torch.bool),
+        "t2d": torch.zeros(200, dtype=torch.bool).index_fill(0, torch.arange(100, 105), True),
     }
     folder = save_zlab(tmp_path / "draft", config=written, tensors={**zlab_tensors(), **extra})
     with pytest.raises(DraftMismatch) as error:
@@ -251,6 +251,10 @@ def test_reduced_vocabulary_takes_the_best_of_its_tokens(tmp_path: Path) -> None
         ({"d2t": torch.full((5,), VOCAB)}, "d2t leads to token"),
         ({"d2t": torch.full((5,), -9)}, "d2t leads to token"),
         ({"d2t": torch.zeros(4, dtype=torch.int64)}, "d2t has shape [4]"),
+        ({"d2t": torch.zeros(5)}, "holds d2t as float32, not as whole numbers"),
+        ({"d2t": torch.zeros(5, dtype=torch.bool)}, "holds d2t as bool"),
+        ({"d2t": torch.arange(5)}, "d2t and t2d differ in whether token"),  # ids, not offsets
+        ({"t2d": torch.ones(VOCAB)}, "d2t and t2d differ in whether token 0"),
         ({"lm_head.weight": torch.zeros(6, HIDDEN)}, "lm_head.weight has shape [6, 32]"),
     ],
 )

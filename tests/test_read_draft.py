@@ -205,6 +205,13 @@ GARBLED: dict[str, tuple[dict[str, Any], str]] = {
         {"dflash_config": {"mask_token_id": 3}, "num_target_layers": ...},
         "'target_layer_ids'",
     ),
+    "layers without end": (
+        {"num_hidden_layers": 10**9, "layer_types": ...},
+        "'num_hidden_layers': 1000000000",
+    ),
+    "more digits than a float has": ({"vocab_size": 10**400}, "'vocab_size': 1000"),
+    "a list of a layer's kind": ({"layer_types": [["full_attention"]] * 2}, "'layer_types': ["),
+    "kinds of two types": ({"layer_types": [None, "x"]}, "'layer_types': None"),
     "scaling without its factor": ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
     "scaling of words": ({"rope_scaling": {"rope_type": "linear", "factor": "twice"}}, "twice"),
 }
@@ -219,6 +226,7 @@ def test_garbled_value_is_named(tmp_path: Path, case: str) -> None:
     message = one_line_and_hint(error)
     assert "lacks or garbles" in message
     assert expected in message
+    assert len(message) < 500
 
 
 def test_planted_fault_numbers_that_are_only_cut_are_read_as_others(
@@ -376,6 +384,16 @@ DAMAGED: dict[str, tuple[dict[str, Any], dict[str, Tensor], str]] = {
     ),
     "garbled size": (config(hidden_size="wide"), zlab_tensors(), "is not a DFlash drafter"),
     "a block without masks": (config(block_size=1), zlab_tensors(), "has block_size 1"),
+    "a block that no proposal can be": (
+        config(block_size=1025),
+        zlab_tensors(),
+        "has block_size 1025",
+    ),
+    "a norm that is one number": (
+        config(),
+        {**zlab_tensors(), "norm.weight": torch.tensor(1.0)},
+        "norm.weight has shape []",
+    ),
     "too few layer types": (config(layer_types=["full_attention"]), zlab_tensors(), "layer_types"),
     "unknown layer type": (
         config(layer_types=["full_attention", "linear_attention"]),

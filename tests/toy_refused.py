@@ -332,6 +332,9 @@ CONTRADICTIONS: dict[str, Refused] = {
         V1 | selector(),
         "lacks or garbles 'selector_top_k'",
     ),
+    "anchor-first blocks without a row": Refused(
+        deepspec(block_size=0), FULL_MARKOV, "has block_size 0", "a block is 1 row or more"
+    ),
     "an unknown Markov head": Refused(
         deepspec(markov_head_type="lstm"), FULL_MARKOV, "'markov_head_type': 'lstm'"
     ),

@@ -14,6 +14,7 @@ from flashdraft.errors import CheckpointError
 __all__ = [
     "IMAGE_METHOD",
     "Json",
+    "article_of",
     "is_draft",
     "names_of",
     "part_of",
@@ -324,11 +325,11 @@ def wrapped_kind(config: Json) -> str | None:
 
 
 def _unsupported(kind: str, where: str, hint: str) -> CheckpointError:
-    got = f"`{where}` is {_article(kind)} {kind} drafter, which is not supported"
+    got = f"`{where}` is {article_of(kind)} {kind} drafter, which is not supported"
     return CheckpointError(got, hint=hint)
 
 
-def _article(name: str) -> str:
+def article_of(name: str) -> str:
     """As it is said: an xPress drafter, an MTP drafter."""
     is_spelt = name.startswith(("MTP", "MLP", "LFM", "x"))
     return "an" if is_spelt or name[0].lower() in "aeio" else "a"

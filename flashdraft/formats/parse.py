@@ -57,6 +57,7 @@ _USUAL = {  # of folders that do not say
     "num_target_layers": 0,
 }
 _PARTS = ("partial_rotary_factor", "mrope_section", "mrope_interleaved")  # of heads, rotated
+_MOST_LAYERS = 1000  # more are a slip, and would be counted up one by one
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _ROPE_POSITIVE = {"rope_theta", "factor", "original_max_position_embeddings"}
 _ROPE_NUMBERS = {
@@ -111,7 +112,7 @@ def number_of(name: str, value: Value) -> float:
     wrong = ValueError(f"{name!r}: {value!r}")
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise wrong from None
     if isinstance(value, bool) or not math.isfinite(number):
         raise wrong
@@ -150,6 +151,8 @@ def sizes_of(config: Json, method: str) -> Fields:
     sizes: Fields = {}
     for name in _SIZES:
         sizes[name] = count_of(name, config[name])
+    if sizes["num_hidden_layers"] > _MOST_LAYERS:
+        raise ValueError(f"'num_hidden_layers': {config['num_hidden_layers']!r}")
     for name in ("max_position_embeddings", "draft_vocab_size"):
         if config.get(name) is not None:
             sizes[name] = count_of(name, config[name])
@@ -171,7 +174,7 @@ def sizes_of(config: Json, method: str) -> Fields:
 
 def masks_of(config: Json, method: str, where: str) -> Fields:
     """Which layers have a window, and which are causal inside a block: z-lab's and vLLM's rules."""
-    types = tuple(config.get("layer_types") or ())
+    types = _types_of(config)
     if method != "dflash":
         if "sliding_attention" in types:
             hint = f"in drafters of {method} they are not supported"
@@ -205,6 +208,16 @@ def masks_of(config: Json, method: str, where: str) -> Fields:
     if window is not None:
         window = count_of("sliding_window", window)
     return {"layer_types": types, "sliding_window": window, "causal": causal}
+
+
+def _types_of(config: Json) -> tuple[str, ...]:
+    types = config.get("layer_types") or []
+    if not isinstance(types, list | tuple):
+        raise ValueError(f"'layer_types': {types!r}")
+    for kind in types:
+        if not isinstance(kind, str):
+            raise ValueError(f"'layer_types': {kind!r}")
+    return tuple(types)
 
 
 def _types_by_depth(config: Json, num_layers: int) -> tuple[str, ...]:
@@ -306,7 +319,7 @@ def _one_rope(told: Json, config: Json, where: str) -> Fields:
     rope.setdefault("rope_type", kind or "default")
 
     part = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    if part is not None and float(part) != 1.0:
+    if part is not None and number_of("partial_rotary_factor", part) != 1:
         got = f"`{where}` has partial_rotary_factor {part}, which is not supported"
         hint = (
             "whole heads are rotated here; if it was trained so, as z-lab's class does whatever "

@@ -22,11 +22,13 @@ from flashdraft.formats.weights import MASK_ROW, read_mask_row, read_tensors, sh
 from flashdraft.formats.written import config_of
 from flashdraft.hub import read_config
 from flashdraft.models.heads import HEADS
-from flashdraft.process import INTS
+from flashdraft.process import BOOLS, INTS
 
-__all__ = ["read_draft"]
+__all__ = ["MOST_NODES", "read_draft"]
 
 Tensors = Mapping[str, Tensor]
+
+MOST_NODES = 1024  # of a proposal: its masks and states are square in them
 
 _COPIES = ("embed_tokens.weight", "lm_head.weight")  # of the target's, frozen, in DeepSpec's files
 
@@ -41,9 +43,7 @@ def read_draft(folder: Path) -> tuple[DraftConfig, dict[str, Tensor]]:
     written = read_config(folder)
     shapes = shapes_of(folder)
     config = config_of(written, where, shapes)
-    if config.block_size < 2:
-        got = f"`{folder}` has block_size {config.block_size}"
-        raise CheckpointError(got, hint="a block is the anchor and 1 mask or more")
+    _check_block(config, folder)
 
     tensors = read_tensors(folder, pickled=config.method == "eagle3")
     if config.method == "eagle3":
@@ -70,6 +70,17 @@ def read_draft(folder: Path) -> tuple[DraftConfig, dict[str, Tensor]]:
 
 
 # --- Whether it belongs together
+
+
+def _check_block(config: DraftConfig, folder: Path) -> None:
+    """Raises CheckpointError for blocks without a draft, and for those that no proposal can be."""
+    got = f"`{folder}` has block_size {config.block_rows}"
+    if config.block_size < 2:
+        least = "1 row or more" if config.block_rows == 0 else "the anchor and 1 mask or more"
+        raise CheckpointError(got, hint=f"a block is {least}")
+    if config.block_size > MOST_NODES:
+        hint = f"a proposal has {MOST_NODES} nodes at most: mend its config.json"
+        raise CheckpointError(got, hint=hint)
 
 
 def _check_tied_head(config: DraftConfig, tensors: Tensors, folder: Path) -> None:
@@ -182,13 +193,30 @@ def _check_heads(config: DraftConfig, folder: Path) -> None:
 
 
 def _check_vocabulary(config: DraftConfig, tensors: Tensors, folder: Path) -> None:
-    """Raises CheckpointError where a token of the draft's vocabulary is none of the target's."""
+    """Raises CheckpointError where a token of the draft's vocabulary is none of the target's, and
+    where d2t and t2d tell two vocabularies."""
     offsets = tensors.get("d2t")
     if offsets is None:
         return
+
+    hint = "fetch or write it again"
+    if offsets.is_floating_point() or offsets.is_complex() or offsets.dtype == torch.bool:
+        dtype = str(offsets.dtype).removeprefix("torch.")
+        raise CheckpointError(f"`{folder}` holds d2t as {dtype}, not as whole numbers", hint=hint)
 
     ids = offsets.long() + torch.arange(len(offsets), **INTS)
     beyond = ids[(ids < 0) | (ids >= config.vocab_size)]
     if len(beyond):
         got = f"d2t leads to token {int(beyond[0])} of a vocabulary of {config.vocab_size}"
-        raise CheckpointError(f"`{folder}` is damaged: {got}", hint="fetch or write it again")
+        raise CheckpointError(f"`{folder}` is damaged: {got}", hint=hint)
+
+    known = tensors.get("t2d")
+    if known is None:
+        return
+    told = torch.zeros(config.vocab_size, **BOOLS)
+    told[ids] = True
+    differing = (known != 0) != told
+    if bool(differing.any()):
+        got = f"d2t and t2d differ in whether token {int(differing.int().argmax())} is drafted"
+        hint = "d2t holds ids less the numbers of their rows, t2d says which ids: write both again"
+        raise CheckpointError(f"`{folder}` is damaged: {got}", hint=hint)

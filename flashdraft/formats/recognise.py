@@ -99,7 +99,7 @@ def describe(folder: Path) -> Format:
     try:
         return recognise(config, shapes_of(folder), str(folder))
     except (AttributeError, TypeError, ValueError) as error:
-        got = f"`{folder}` is no drafter's folder: its config.json garbles {error}"
+        got = f"`{folder}` is no drafter's folder: its config.json garbles {error!s:.200}"
         hint = "mend its config.json, or fetch it again"
         raise CheckpointError(got, hint=hint) from None
 
@@ -216,8 +216,9 @@ def _found(shapes: Shapes, config: Json) -> Iterator[tuple[str, str]]:
                 break
 
     queries = "layers.0.self_attn.q_proj.weight"
-    norm = shapes.get("norm.weight", (0,))
-    if queries in shapes and shapes[queries][-1] == 2 * norm[0]:
+    inputs = shapes.get(queries, ())[1:]
+    norm = shapes.get("norm.weight", ())
+    if inputs and norm and inputs[0] == 2 * norm[0]:
         yield "eagle3", queries
 
 

@@ -9,7 +9,7 @@ from flashdraft.errors import CheckpointError
 from flashdraft.formats import dflash2, domino, dspark, parse, speculators, zlab
 from flashdraft.formats.config import DraftConfig
 from flashdraft.formats.eagle3 import eagle3_fields, eagle3_json
-from flashdraft.formats.foreign import Json, refuse_switches
+from flashdraft.formats.foreign import Json, article_of, refuse_switches
 from flashdraft.formats.parse import Fields
 from flashdraft.formats.recognise import TITLES, Format, recognise
 from flashdraft.formats.weights import Shapes, told_by_shapes
@@ -201,5 +201,6 @@ def _dress(draft: DraftConfig, config: Fields) -> None:
 
 def _garbled(method: str, error: Exception, where: str, *, hint: str) -> CheckpointError:
     title = TITLES.get(method, method)
-    got = f"`{where}` is not a {title} drafter: its config lacks or garbles {error}"
+    drafter = f"{article_of(title)} {title} drafter"
+    got = f"`{where}` is not {drafter}: its config lacks or garbles {error!s:.200}"
     return CheckpointError(got, hint=hint)

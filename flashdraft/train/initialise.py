@@ -235,7 +235,8 @@ def taken_from(config: DraftConfig, donor: DraftNetwork, seed: int) -> DraftNetw
     config = replace(config, **fields)
     model = random_weights(config, seed)
     if config.draft_vocab_size is not None:
-        model.extras = {name: donor.extras[name] for name in ("d2t", "t2d")}
+        for name in {"d2t", "t2d"} & donor.extras.keys():
+            model.extras[name] = donor.extras[name]
 
     state = model.state_dict()
     for name, tensor in donor.state_dict().items():
