@@ -80,6 +80,7 @@ class Engine:
         self.control = control
         self.scheduler = scheduler or Scheduler[Request](max_rows)
         self._cache = target.new_cache(self.scheduler.num_rows, 256)
+        self.scheduler.can_give = self._cache.can_give
         self._ended: dict[int, Request] = {}  # by row, those whose rows are kept
         self._unseen: dict[int, list[_Seen]] = {}  # by row, waiting for the drafter
         self._readings: dict[int, Reading] = {}  # by row, of those whose logits are changed

@@ -10,7 +10,7 @@ keys and values are, nor who drafts.
 """
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
@@ -100,7 +100,8 @@ class Scheduler(Generic[R]):
     same of a single row, where every row takes the room of the longest one. chunk: how many tokens
     of prompts are read between two decoding steps. pause: seconds that reading them may take; where
     it is given, `chunk` follows what reading has taken. spare: rows beside those that may be in
-    use, for finished ones.
+    use, for finished ones. can_give: how many of the first tokens, by row and number, another row
+    can begin with; None: all that are read.
     """
 
     max_rows: int = 1
@@ -110,6 +111,7 @@ class Scheduler(Generic[R]):
     pause: float | None = None
     spare: int = 0
     chunk: int = 512
+    can_give: Callable[[int, int], int] | None = None
     waiting: deque[R] = field(default_factory=deque)
     reading: dict[int, _Reading[R]] = field(default_factory=dict)  # by row, as they came
     running: dict[int, R] = field(default_factory=dict)  # by row
@@ -210,7 +212,10 @@ class Scheduler(Generic[R]):
             # One token less than they share: some drafters know a token by the one behind it.
             shared = min(_num_shared(request.prompt, tokens) - 1, most)
             count = min(shared, num_read)
-            best = best._replace(hoped=max(best.hoped, shared))
+            if self.can_give is not None:
+                count = self.can_give(row, count)
+            hoped = shared if num_read < shared else count
+            best = best._replace(hoped=max(best.hoped, hoped))
             if count > best.num_shared:
                 best = best._replace(row=row, num_shared=count)
         return best

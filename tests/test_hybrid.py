@@ -305,6 +305,17 @@ def test_a_text_that_shares_less_than_a_state_stands_behind_is_read_anew(name: s
     assert other.stats.num_cached == 0
 
 
+def test_a_talk_that_shares_less_does_not_cost_another_its_row() -> None:
+    """The other one's end is short enough to be lost, were it not its state that is asked for."""
+    pair = Pair("lfm2", "plain")
+    short = replace(GREEDY, max_new_tokens=4)
+    (first,) = pair.run(request_of(LONG[:27], short))
+    pair.run(request_of([*LONG[:20], *QUESTION], short, 1))
+    talk = [*LONG[:27], *first.tokens, *QUESTION]
+    (second,) = pair.run(request_of(talk, short, 2))
+    assert second.stats.num_cached == 27 + len(first.tokens) - 2
+
+
 def filled(target: Target, count: int) -> StateCache:
     """Row 0 has read so many tokens: all but six at once, then four, then two of four."""
     cache = target.new_cache(3, 64)
