@@ -114,6 +114,19 @@ def test_shape_and_rotation_are_the_drafters_own() -> None:
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in taken.state_dict().items())
 
 
+@pytest.mark.parametrize("method", ["eagle3", "medusa", "draft_model"])
+def test_drafters_of_other_methods_go_on_as_they_are(method: str) -> None:
+    """EAGLE-3 with its switches; Medusa, whose tensors are no projections."""
+    shape = draft_config(language_model().target, method=method, num_layers=2, num_features=1)
+    switches = {"qk_norm": True, "norm_before_residual": True} if method == "eagle3" else {}
+    donor = random_weights(replace(shape, **switches), 1)
+    taken = taken_from(shape, donor, 2)
+    assert taken.config == donor.config
+    theirs, own = donor.state_dict(), taken.state_dict()
+    assert theirs.keys() == own.keys()
+    assert all(torch.equal(own[name], theirs[name]) for name in own)
+
+
 def test_drafter_of_another_width_is_refused() -> None:
     donor = random_weights(
         config(hidden_size=16, num_attention_heads=2, num_key_value_heads=1, intermediate_size=24),
