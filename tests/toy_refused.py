@@ -335,6 +335,9 @@ CONTRADICTIONS: dict[str, Refused] = {
     "anchor-first blocks without a row": Refused(
         deepspec(block_size=0), FULL_MARKOV, "has block_size 0", "a block is 1 row or more"
     ),
+    "blocks without a row": Refused(
+        config(block_size=0), V1, "has block_size 0", "a block is the anchor and 1 mask or more"
+    ),
     "an unknown Markov head": Refused(
         deepspec(markov_head_type="lstm"), FULL_MARKOV, "'markov_head_type': 'lstm'"
     ),

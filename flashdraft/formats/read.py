@@ -76,7 +76,8 @@ def _check_block(config: DraftConfig, folder: Path) -> None:
     """Raises CheckpointError for blocks without a draft, and for those that no proposal can be."""
     got = f"`{folder}` has block_size {config.block_rows}"
     if config.block_size < 2:
-        least = "1 row or more" if config.block_rows == 0 else "the anchor and 1 mask or more"
+        is_shorter = config.block_rows < config.block_size  # all its rows predict
+        least = "1 row or more" if is_shorter else "the anchor and 1 mask or more"
         raise CheckpointError(got, hint=f"a block is {least}")
     if config.block_size > MOST_NODES:
         hint = f"a proposal has {MOST_NODES} nodes at most: mend its config.json"
