@@ -22,7 +22,6 @@ import yaml
 from conftest import tiny_target
 
 from flashdraft import hub
-from flashdraft.formats.read import read_draft
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
@@ -88,30 +87,7 @@ def test_clients_of_the_pages_run(capsys: pytest.CaptureFixture[str]) -> None:
     told = capsys.readouterr().out
     assert "tokens were drafted\n" in told
     assert told.endswith(" tokens\n")
-    assert [name for name, _ in clients()] == ["README.md", "docs/serving.md"]
-
-
-def test_a_drafter_for_other_engines_has_the_plain_tensors_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The built-in one has a head and a vocabulary of its own, which they do not know."""
-    monkeypatch.chdir(tmp_path)
-    ours = hub.builtin_draft("smollm2-135m")
-    blocks = re.findall(r"^```py\n(.*?)^```$", PAGE, re.M | re.S)
-    (code,) = [block for block in blocks if "plain=True" in block]
-    exec(compile(code.replace('"run/best"', repr(str(ours))), "docs/serving.md", "exec"), {})
-
-    config, tensors = read_draft(tmp_path / "drafter")
-    assert len(tensors) == 11 * config.num_hidden_layers + 3
-    assert config.sequential_head is None
-    assert config.draft_vocab_size is None
-
-
-def test_commands_of_other_engines_count_the_block_as_they_do() -> None:
-    vllm = re.findall(r'"num_speculative_tokens": (\d+)', PAGE)
-    sglang = re.findall(r"--speculative-num-draft-tokens (\d+)", PAGE)
-    assert (vllm, sglang) == (["15"], ["16"])
-    assert "`block_size` 16" in PAGE
+    assert [name for name, _ in clients()] == ["docs/serving.md"]
 
 
 # Metrics and options.
