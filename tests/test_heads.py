@@ -475,6 +475,15 @@ DAMAGED: dict[str, tuple[Any, str]] = {
         "lacks or garbles",
     ),
     "no object": ("swiglu", "lacks or garbles"),
+    "key of a newer version": (
+        {"sequential_head": "swiglu", "head_rank": RANK, "head_norm": True},
+        "has 'head_norm' in flashdraft_config, which is not known",
+    ),
+    "key of another method": (
+        {"sequential_head": "swiglu", "head_rank": RANK, "qk_norm": True},
+        "has 'qk_norm' in flashdraft_config",
+    ),
+    "unknown method": ({"method": "dspark"}, "is a drafter of 'dspark' (method in"),
 }
 
 
@@ -490,6 +499,8 @@ def test_damaged_head_is_refused(tmp_path: Path, case: str) -> None:
         with pytest.raises(CheckpointError) as error:
             DFlashDraftModel.from_pretrained(tmp_path)
         assert expected in one_line_and_hint(error)
+    if case.startswith(("unknown", "key of")):
+        assert "was it written by a newer FlashDraft?" in str(error.value)
     if case == "unknown kind":
         assert all(kind in str(error.value) for kind in KINDS)
 

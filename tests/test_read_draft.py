@@ -87,6 +87,26 @@ def test_shipped_folder_is_written_again_as_it_is(method: str) -> None:
     )
 
 
+@pytest.mark.parametrize("method", ["dflash", "eagle3", "medusa", "draft_model"])
+def test_what_a_newer_version_wrote_is_refused_by_name(method: str) -> None:
+    folder = Path(flashdraft.__file__).parent / "assets" / f"smollm2-135m-{method}"
+    written = json.loads((folder / "config.json").read_text())
+    written["flashdraft_config"]["head_norm"] = True
+    with pytest.raises(CheckpointError) as error:
+        config_of(written, "here")
+    assert "has 'head_norm' in flashdraft_config, which is not known" in one_line_and_hint(error)
+    assert "newer FlashDraft" in str(error.value)
+
+
+def test_layouts_that_contradict_in_a_folder_of_ours_are_refused() -> None:
+    own = {"sequential_head": "swiglu", "anchor_first": True}
+    written = config(flashdraft_config=own)
+    assert config_of(written, "here").anchor_first
+    with pytest.raises(CheckpointError) as error:
+        config_of(written | {"sample_from_anchor": False}, "here")
+    assert "says both of how its blocks lie" in one_line_and_hint(error)
+
+
 PLACES: dict[str, tuple[dict[str, Any], tuple[int, int, tuple[int, ...]]]] = {
     "dflash_config before the top": (
         {

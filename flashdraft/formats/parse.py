@@ -18,6 +18,7 @@ from flashdraft.formats.foreign import Json, part_of
 
 __all__ = [
     "KINDS",
+    "OTHER_READS",
     "Fields",
     "count_of",
     "dtype_of",
@@ -56,6 +57,7 @@ _USUAL = {  # of folders that do not say
     "mask_token_id": 0,
     "num_target_layers": 0,
 }
+OTHER_READS = (*_USUAL, "target_layer_ids")  # flashdraft_config's of drafters without blocks
 _PARTS = ("partial_rotary_factor", "mrope_section", "mrope_interleaved")  # of heads, rotated
 _MOST_LAYERS = 1000  # more are a slip, and would be counted up one by one
 _DTYPES = ("float32", "bfloat16", "float16", "float64")

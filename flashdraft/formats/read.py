@@ -111,7 +111,8 @@ def _check_layers(config: DraftConfig, folder: Path) -> None:
 
     if config.sequential_head not in (None, *HEADS):
         got = f"`{folder}` has a sequential head {config.sequential_head!r}, which is not known"
-        raise CheckpointError(got, hint=f"known: {', '.join(HEADS)}")
+        hint = f"was it written by a newer FlashDraft? known here: {', '.join(HEADS)}"
+        raise CheckpointError(got, hint=hint)
 
 
 def _check_shapes(config: DraftConfig, tensors: Tensors, folder: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flashdraft.errors import CheckpointError
+from flashdraft.formats import zlab
 from flashdraft.formats.foreign import (
     Json,
     names_of,
@@ -21,7 +22,7 @@ from flashdraft.formats.foreign import (
     says_any,
     wrapped_kind,
 )
-from flashdraft.formats.parse import given
+from flashdraft.formats.parse import OTHER_READS, given
 from flashdraft.formats.weights import Shapes, shapes_of
 from flashdraft.hub import read_config
 
@@ -59,6 +60,12 @@ _KEYS = {  # that one format alone has
     "dflash2": ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k"),
     "dspark": ("markov_rank", "markov_head_type", "num_anchors", "enable_confidence_head"),
     "domino": ("shift_label", "pure_draft_prefix_len", "gru_hidden_dim"),
+}
+_OWN_KEYS = {  # of flashdraft_config, by its method; of block drafters where it names none
+    "dflash": ("sequential_head", "head_rank", *zlab.OWN_FIELDS),
+    "eagle3": (*OTHER_READS, "qk_norm", "raw_tables"),
+    "medusa": OTHER_READS,
+    "draft_model": OTHER_READS,
 }
 _CLASS_OF = {  # as a format's own folders say it
     "dflash": "DFlashDraftModel in architectures",
@@ -111,9 +118,6 @@ def recognise(config: Json, shapes: Shapes, where: str) -> Format:
     """
     refuse_format(config, where)
     kind, publisher = _said(config, where)
-    if kind not in TITLES:
-        got = f"`{where}` is a drafter of {kind!r}"
-        raise CheckpointError(got, hint=f"known: {', '.join(TITLES)}")
     if publisher != "FlashDraft":
         refuse_tensors(shapes, where)
         _check_tensors(config, kind, shapes, where)
@@ -129,6 +133,7 @@ def recognise(config: Json, shapes: Shapes, where: str) -> Format:
 def _said(config: Json, where: str) -> tuple[str, str]:
     """Kind and publisher, by config.json alone."""
     own = part_of(config, "flashdraft_config")
+    _check_own(own, where)
     if "method" in own:
         return str(own["method"]), "FlashDraft"
     if set(own) - {"raw_tables"}:  # the published keys do not say all
@@ -160,6 +165,21 @@ def _said(config: Json, where: str) -> tuple[str, str]:
         raise _contradiction(where, by_class, f"the key {key}", str(by_keys))
     kind = by_class or by_keys or "dflash"
     return kind, "SpecForge" if kind == "domino" else "z-lab"
+
+
+def _check_own(own: Json, where: str) -> None:
+    """Raises CheckpointError for what no version up to this one wrote into flashdraft_config."""
+    method = str(own.get("method", "dflash"))
+    newer = "was it written by a newer FlashDraft? then that one reads it; known here"
+    if method not in _OWN_KEYS:
+        got = f"`{where}` is a drafter of {method!r} (method in flashdraft_config)"
+        raise CheckpointError(got, hint=f"{newer}: {', '.join(_OWN_KEYS)}")
+
+    known = _OWN_KEYS[method]
+    for key in own:
+        if key != "method" and key not in known:
+            got = f"`{where}` has {key!r:.40} in flashdraft_config, which is not known"
+            raise CheckpointError(got, hint=f"{newer}: {', '.join(known)}")
 
 
 def _by_class(config: Json) -> str | None:
@@ -228,10 +248,10 @@ def _found(shapes: Shapes, config: Json) -> Iterator[tuple[str, str]]:
 def _is_anchor_first(config: Json, kind: str, publisher: str, where: str) -> bool:
     """Whether row k of a block predicts the token behind its own place: a flag says it, or the
     format does."""
-    if publisher == "FlashDraft":
-        return bool(part_of(config, "flashdraft_config").get("anchor_first"))
-
     flags = dict(_flags(config))
+    if publisher == "FlashDraft":
+        own = part_of(config, "flashdraft_config")
+        flags["flashdraft_config.anchor_first"] = bool(own.get("anchor_first"))
     if len(set(flags.values())) > 1:
         got = f"`{where}` says both of how its blocks lie: {', '.join(flags)} differ"
         raise CheckpointError(got, hint="keep the one that it was trained with")
