@@ -269,6 +269,17 @@ def test_damaged_reduced_vocabulary_is_refused(
     assert expected in one_line_and_hint(error)
 
 
+def test_t2d_without_d2t_is_refused(tmp_path: Path) -> None:
+    whole = {**zlab_tensors(), "t2d": torch.ones(VOCAB, dtype=torch.bool)}
+    DFlashDraftModel.from_pretrained(save_zlab(tmp_path / "whole", tensors=whole))
+    part = whole | {"t2d": torch.arange(VOCAB) < 5}
+    for name, size in (("said", VOCAB), ("unsaid", ...)):
+        folder = save_zlab(tmp_path / name, config=config(draft_vocab_size=size), tensors=part)
+        with pytest.raises(CheckpointError) as error:
+            DFlashDraftModel.from_pretrained(folder)
+        assert f"holds t2d with 5 of {VOCAB} tokens, but no d2t" in one_line_and_hint(error)
+
+
 @pytest.mark.parametrize("name", ["lm_head.weight", "embed_tokens.weight"])
 def test_own_embedding_or_head_is_used(tmp_path: Path, name: str) -> None:
     target = target_of(save_target(tmp_path / "target"))

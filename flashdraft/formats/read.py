@@ -199,6 +199,7 @@ def _check_vocabulary(config: DraftConfig, tensors: Tensors, folder: Path) -> No
     where d2t and t2d tell two vocabularies."""
     offsets = tensors.get("d2t")
     if offsets is None:
+        _check_whole(tensors, folder)
         return
 
     hint = "fetch or write it again"
@@ -222,3 +223,17 @@ def _check_vocabulary(config: DraftConfig, tensors: Tensors, folder: Path) -> No
         got = f"d2t and t2d differ in whether token {int(differing.int().argmax())} is drafted"
         hint = "d2t holds ids less the numbers of their rows, t2d says which ids: write both again"
         raise CheckpointError(f"`{folder}` is damaged: {got}", hint=hint)
+
+
+def _check_whole(tensors: Tensors, folder: Path) -> None:
+    """Raises CheckpointError where t2d leaves tokens out, and no d2t says the order of the rest."""
+    known = tensors.get("t2d")
+    if known is None or bool((known != 0).all()):
+        return
+    num_drafted = int((known != 0).sum())
+    got = f"`{folder}` holds t2d with {num_drafted} of {len(known)} tokens, but no d2t"
+    hint = (
+        "which row of its lm_head is which token stands in d2t alone: fetch the whole folder, or "
+        "take t2d out if all tokens are drafted"
+    )
+    raise CheckpointError(got, hint=hint)
