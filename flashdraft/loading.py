@@ -27,6 +27,7 @@ from flashdraft.formats.config import DraftConfig
 from flashdraft.formats.foreign import IMAGE_METHOD, is_draft
 from flashdraft.formats.read import MOST_NODES
 from flashdraft.formats.written import config_of
+from flashdraft.formats.zlab import Vocabulary
 from flashdraft.generate import Model
 from flashdraft.methods.autoregressive import Autoregressive
 from flashdraft.methods.network import DraftNetwork
@@ -62,6 +63,7 @@ __all__ = [
     "open_network",
     "shipped",
     "union_parts",
+    "vocabulary_of",
 ]
 
 Size = int | None
@@ -208,6 +210,14 @@ def load_tokenizer(name: str) -> Tokenizer:
     if isinstance(files, hub.GgufFile):
         return read_tokenizer(Source(name, files.folder, files.filename))
     return read_tokenizer(Source(name, files))
+
+
+def vocabulary_of(target_name: str | None) -> Vocabulary | None:
+    """A target's tokens, read when they are asked for; None where no target is named."""
+    if not target_name:
+        return None
+    name = target_name
+    return lambda: load_tokenizer(name).get_vocab()
 
 
 def _read(source: Source, device: str, dtype: str, kernel: str) -> Loaded:
@@ -396,7 +406,7 @@ def _network_drafters(
     """
     draft = shipped(draft, target_name)
     if is_draft(_config_of(draft)):
-        network = open_network(draft)
+        network = open_network(draft, target_name, tokenizer)
         _check_mask(network.config, tokenizer, target.name)
         return network.drafters(target)
 
@@ -455,10 +465,12 @@ def shipped(draft: str, target_name: str) -> str:
     return str(folder)
 
 
-def open_network(draft: str | Path, target_name: str = "") -> DraftNetwork:
+def open_network(
+    draft: str | Path, target_name: str = "", tokenizer: Tokenizer | None = None
+) -> DraftNetwork:
     """The draft network of a folder, a hub id or a method's name, of whichever method it is.
 
-    Raises CheckpointError.
+    tokenizer: the target's; else it is read, where a drafter asks for it. Raises CheckpointError.
     """
     name = shipped(str(draft), target_name)
     config = _config_of(name)
@@ -466,8 +478,9 @@ def open_network(draft: str | Path, target_name: str = "") -> DraftNetwork:
     if not is_draft(config):
         got = f"`{name}` is not a DFlash drafter, nor one of {methods}: it is a language model"
         raise CheckpointError(got, hint="give a folder that `flashdraft train` wrote")
-    method = config_of(config, name).method
+    vocabulary = vocabulary_of(target_name) if tokenizer is None else tokenizer.get_vocab
+    method = config_of(config, name, vocabulary=vocabulary).method
     if method not in NETWORKS:
         got = f"`{name}` is a drafter of {method!r}"
         raise CheckpointError(got, hint=f"methods are {methods}")
-    return NETWORKS[method].from_pretrained(name)
+    return NETWORKS[method].from_pretrained(name, vocabulary)

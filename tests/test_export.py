@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import VOCAB
+from conftest import MASK, VOCAB
 from torch import Tensor
 from toy_drafts import KEPT, same_bits, tensors_of
 from toy_folders import HIDDEN, ZLAB, save_target, save_zlab, zlab_tensors
@@ -478,6 +478,25 @@ def test_cache_holds_only_what_is_not_in_the_engines_form(
     written = (folder / "config.json").stat().st_mtime_ns
     in_cache(str(tmp_path / "other"), "sglang", target)
     assert (folder / "config.json").stat().st_mtime_ns == written
+
+
+def test_mask_token_by_name_is_exported_by_its_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("flashdraft.hub.cache_dir", lambda: tmp_path / "cache")
+    draft, target = made(tmp_path / "draft", "dflash"), str(save_target(tmp_path / "target"))
+    written = config_of(draft)
+    del written["dflash_config"]["mask_token_id"]
+    written["dflash_config"]["mask_token"] = "<mask>"
+    (draft / "config.json").write_text(json.dumps(written))
+
+    assert exported(draft, "zlab", tmp_path / "none") == 1
+    assert "name the target" in capsys.readouterr().err
+    assert exported(draft, "zlab", tmp_path / "out", "--target", target) == 0
+    assert config_of(tmp_path / "out")["dflash_config"]["mask_token_id"] == MASK
+    assert str(draft) not in in_cache(str(draft), "sglang", target).command  # it wants the id
+    assert main(["inspect", str(draft), "--target", target]) == 0
+    assert f"mask token {MASK}" in capsys.readouterr().out
 
 
 def test_every_engine_has_a_file() -> None:

@@ -13,14 +13,16 @@ import torch
 from conftest import MASK, VOCAB, tiny_target
 from torch import Tensor
 from toy_drafts import KEPT, config, proposals, reduced, target_of
-from toy_folders import HIDDEN, ZLAB, save_target, save_zlab, zlab_tensors
+from toy_folders import HIDDEN, ZLAB, letter_tokenizer, save_target, save_zlab, zlab_tensors
 from toy_training import one_line_and_hint
 
 import flashdraft
 from flashdraft import DFlashDraftModel
 from flashdraft.errors import CheckpointError, DraftMismatch
 from flashdraft.formats.match import check_target
+from flashdraft.formats.read import read_draft
 from flashdraft.formats.written import config_of
+from flashdraft.loading import open_network
 from flashdraft.methods.dflash import PackedDraft
 
 
@@ -318,3 +320,55 @@ def test_mask_token_that_is_no_word_is_taken(tmp_path: Path) -> None:
         folder = tmp_path / f"special{token}"
         save_zlab(folder, config=config(dflash_config={"mask_token_id": token}))
         flashdraft.load(target, draft=folder)
+
+
+# A mask token that config.json calls by its name.
+
+
+def naming(folder: Path, token: str, **more: Any) -> Path:
+    reads = {"target_layer_ids": [1, 2], "mask_token": token, **more}
+    return save_zlab(folder, config=config(dflash_config=reads))
+
+
+def test_mask_token_by_name_is_the_target_tokenizers(tmp_path: Path) -> None:
+    target = save_target(tmp_path / "target")
+    named = naming(tmp_path / "named", "<mask>")
+    assert open_network(named, str(target)).config.mask_token_id == MASK
+    texts = []
+    for draft in (save_zlab(tmp_path / "numbered"), named):
+        model = flashdraft.load(target, draft=draft, dtype="float64", block_size=4)
+        answer = model.generate("hello", max_new_tokens=12)
+        texts.append((answer.tokens, answer.stats.num_accepted, answer.stats.num_drafted))
+    assert texts[0] == texts[1]
+
+    with pytest.raises(CheckpointError) as error:
+        open_network(named)
+    assert "names its mask token '<mask>', but not its id" in one_line_and_hint(error)
+    assert "name the target" in str(error.value)
+
+
+def test_mask_token_that_a_tokenizer_lacks_is_its_next_one(tmp_path: Path) -> None:
+    tokenizer = letter_tokenizer()
+    draft = naming(tmp_path / "draft", "<|MASK|>")
+    read, _ = read_draft(draft, tokenizer.get_vocab)
+    tokenizer.add_special_tokens({"mask_token": "<|MASK|>"})
+    assert read.mask_token_id == tokenizer.mask_token_id == VOCAB
+    with pytest.raises(DraftMismatch) as error:  # this target has no row for it
+        flashdraft.load(save_target(tmp_path / "target"), draft=draft)
+    assert f"the mask token {VOCAB}, but" in one_line_and_hint(error)
+
+
+@pytest.mark.parametrize(
+    ("token", "more", "expected"),
+    [
+        ("<pad>", {"mask_token_id": MASK}, f"mask_token_id {MASK}, but its mask_token '<pad>' is"),
+        ("", {}, "garbles 'mask_token': ''"),
+    ],
+)
+def test_mask_token_by_another_name_is_refused(
+    tmp_path: Path, token: str, more: dict[str, Any], expected: str
+) -> None:
+    draft = naming(tmp_path, token, **more)
+    with pytest.raises(CheckpointError) as error:
+        read_draft(draft, letter_tokenizer().get_vocab)
+    assert expected in one_line_and_hint(error)

@@ -56,7 +56,7 @@ def _dflash_drafter(config: BenchConfig) -> str:
         )
 
     if config.draft != "auto":
-        method = open_network(drafter).method
+        method = open_network(drafter, config.target).method
         if method != "dflash":
             raise InvalidParameter(
                 f"draft is {config.draft!r}, a drafter of {method}",

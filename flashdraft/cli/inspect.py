@@ -19,7 +19,7 @@ from flashdraft.formats.match import check_target
 from flashdraft.formats.read import read_draft
 from flashdraft.formats.recognise import describe
 from flashdraft.formats.sheet import Line, sheet, summary
-from flashdraft.loading import open_network, shipped
+from flashdraft.loading import open_network, shipped, vocabulary_of
 
 _LABEL = 11  # columns, and the text behind them
 _WIDTH = 100
@@ -49,8 +49,8 @@ def inspect(
         raise CheckpointError(got, hint="it may be a --target; name the folder of a drafter")
 
     form = describe(folder)
-    config, tensors = read_draft(folder)
-    open_network(name)  # it loads, or says what is wrong
+    config, tensors = read_draft(folder, vocabulary_of(target))
+    open_network(name, target or "")  # it loads, or says what is wrong
     order = Order(name, config, tensors, None, Path("OUT"), config.dtype)
     shape = None if target is None else replace(read_target(target), name=target)
 

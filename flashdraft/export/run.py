@@ -24,9 +24,10 @@ from flashdraft.export.order import (
 )
 from flashdraft.files import appears_whole, locked, output_folder, read_note, write_note
 from flashdraft.formats.match import check_target
+from flashdraft.formats.parse import given
 from flashdraft.formats.read import read_draft
 from flashdraft.formats.written import config_of
-from flashdraft.loading import open_network, shipped
+from flashdraft.loading import open_network, shipped, vocabulary_of
 
 __all__ = ["BUILTIN", "DTYPES", "ENGINES", "export_draft", "in_cache", "told"]
 
@@ -125,6 +126,8 @@ def _is_its_form(order: Order, converted: Converted) -> bool:
     folder = hub.resolve(order.draft)
     assert isinstance(folder, Path)
     written = hub.read_config(folder)
+    if given(written, "mask_token") is not None:  # engines want its id
+        return False
     if "flashdraft_config" in written or order.tensors.keys() != converted.tensors.keys():
         return False
     for name in ("architectures", "speculators_model_type"):
@@ -134,10 +137,11 @@ def _is_its_form(order: Order, converted: Converted) -> bool:
 
 
 def _order(name: str, out: Path, target: TargetShape | None) -> Order:
-    open_network(name)  # it loads, or says what is wrong
+    target_name = "" if target is None else target.name
+    open_network(name, target_name)  # it loads, or says what is wrong
     folder = hub.resolve(name)
     assert isinstance(folder, Path)  # GGUF files are no drafters: open_network says so
-    config, tensors = read_draft(folder)
+    config, tensors = read_draft(folder, vocabulary_of(target_name))
     if target is not None:
         embedding = tensors.get("embed_tokens.weight")
         num_embeddings = None if embedding is None else len(embedding)

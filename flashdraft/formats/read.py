@@ -20,6 +20,7 @@ from flashdraft.formats.recognise import recognise
 from flashdraft.formats.shapes import tensor_shapes
 from flashdraft.formats.weights import MASK_ROW, read_mask_row, read_tensors, shapes_of
 from flashdraft.formats.written import config_of
+from flashdraft.formats.zlab import Vocabulary
 from flashdraft.hub import read_config
 from flashdraft.models.heads import HEADS
 from flashdraft.process import BOOLS, INTS
@@ -33,16 +34,19 @@ MOST_NODES = 1024  # of a proposal: its masks and states are square in them
 _COPIES = ("embed_tokens.weight", "lm_head.weight")  # of the target's, frozen, in DeepSpec's files
 
 
-def read_draft(folder: Path) -> tuple[DraftConfig, dict[str, Tensor]]:
+def read_draft(
+    folder: Path, vocabulary: Vocabulary | None = None
+) -> tuple[DraftConfig, dict[str, Tensor]]:
     """A drafter's config and tensors.
 
-    Every tensor is there with its shape, or CheckpointError says which is not.
+    vocabulary: the target's, for a drafter that tells its mask token by name. Every tensor is there
+    with its shape, or CheckpointError says which is not.
     """
     refuse_files(folder)
     where = str(folder)
     written = read_config(folder)
     shapes = shapes_of(folder)
-    config = config_of(written, where, shapes)
+    config = config_of(written, where, shapes, vocabulary)
     _check_block(config, folder)
 
     tensors = read_tensors(folder, pickled=config.method == "eagle3")

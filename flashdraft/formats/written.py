@@ -56,10 +56,16 @@ _SIZES = (  # in the order in which config.json has them
 )
 
 
-def config_of(config: Json, where: str, shapes: Shapes | None = None) -> DraftConfig:
+def config_of(
+    config: Json,
+    where: str,
+    shapes: Shapes | None = None,
+    vocabulary: zlab.Vocabulary | None = None,
+) -> DraftConfig:
     """What a config.json describes.
 
-    shapes: of the tensors beside it, which tell what it leaves out. Raises CheckpointError naming
+    shapes: of the tensors beside it, which tell what it leaves out. vocabulary: the target's, which
+    tells the id of a mask token that is named. Raises CheckpointError naming
     the missing or foreign key.
     """
     kind = "dflash"
@@ -68,6 +74,8 @@ def config_of(config: Json, where: str, shapes: Shapes | None = None) -> DraftCo
         form = recognise(config, shapes, where)
         kind = form.kind
         if kind in _READERS:
+            if vocabulary is not None:
+                config = zlab.with_mask_id(config, vocabulary, where)
             return DraftConfig(**_block_fields(config, form, shapes, where))
         flat = config
         if form.publisher == "speculators":

@@ -4,6 +4,9 @@ A key stands in `dflash_config`, else at the top, else it has its default. Knows
 tensors, nor which folder is of which format (`recognise`).
 """
 
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
+
 from flashdraft.errors import CheckpointError
 from flashdraft.formats.config import DraftConfig
 from flashdraft.formats.foreign import Json, part_of
@@ -22,7 +25,9 @@ from flashdraft.formats.parse import (
     without_parts,
 )
 
-__all__ = ["OWN_FIELDS", "own_json", "read"]
+__all__ = ["OWN_FIELDS", "Vocabulary", "own_json", "read", "with_mask_id"]
+
+Vocabulary: TypeAlias = Callable[[], Mapping[str, int]]  # the ids of a target's tokens by name
 
 OWN_FIELDS = {  # of flashdraft_config, with the least that a number may be; None: true or false
     "anchor_first": None,
@@ -51,6 +56,30 @@ def read(config: Json, where: str, *, anchor_first: bool = False) -> Fields:
     return fields | _own(config)
 
 
+def with_mask_id(config: Json, vocabulary: Vocabulary, where: str) -> Json:
+    """With the id of a mask token that is told by its name, as SGLang finds it: the one that the
+    target's tokenizer has, else the one that it would give to a new token.
+
+    Raises CheckpointError where an id is told, too, and is another token's.
+    """
+    token = given(config, "mask_token")
+    if token is None:
+        return config
+    if not isinstance(token, str) or not token:
+        raise ValueError(f"'mask_token': {token!r}")
+
+    ids = vocabulary()
+    found = ids.get(token)
+    told = given(config, "mask_token_id")
+    if told is None:
+        next_id = 1 + max(ids.values())
+        return {**config, "mask_token_id": next_id if found is None else found}
+    if found is not None and found != count_of("mask_token_id", told, least=0):
+        got = f"`{where}` has mask_token_id {told}, but its mask_token {token!r} is {found}"
+        raise CheckpointError(got, hint="it is for another tokenizer, or one of the two is wrong")
+    return config
+
+
 def _rotating_whole_heads(config: Json) -> Json:
     """Without what a target says of rotating parts of heads, where z-lab's class passes over it:
     Qwen3's own positions, not scaled, rotate whole heads."""
@@ -68,7 +97,10 @@ def _reads(config: Json, where: str) -> Fields:
     if mask is None and given(config, "mask_token") is not None:
         token = given(config, "mask_token")
         got = f"`{where}` names its mask token {token!r}, but not its id"
-        hint = "put the token's id into its config.json: mask_token_id in dflash_config"
+        hint = (
+            "the target's tokenizer knows it: name the target, or put the id into its config.json: "
+            "mask_token_id in dflash_config"
+        )
         raise CheckpointError(got, hint=hint)
     if mask is None:
         raise KeyError("mask_token_id")

@@ -28,6 +28,7 @@ from flashdraft.formats.read import read_draft
 from flashdraft.formats.shapes import tensor_shapes
 from flashdraft.formats.weights import MASK_ROW
 from flashdraft.formats.write import write_draft
+from flashdraft.formats.zlab import Vocabulary
 from flashdraft.models import native
 from flashdraft.models.heads import SwigluHead
 from flashdraft.models.layers import (
@@ -96,14 +97,17 @@ class DraftNetwork(nn.Module):
     @classmethod
     @undisturbed
     @torch.random.fork_rng(devices=[])  # new weights are drawn, and then replaced
-    def from_pretrained(cls, name: str | Path) -> Self:
-        """A drafter's folder or hub id, in float32. Raises CheckpointError or ModelNotFound."""
+    def from_pretrained(cls, name: str | Path, vocabulary: Vocabulary | None = None) -> Self:
+        """A drafter's folder or hub id, in float32. Raises CheckpointError or ModelNotFound.
+
+        vocabulary: the target's `get_vocab`, for a drafter that tells its mask token by name.
+        """
         folder = hub.resolve(str(name))
         if not isinstance(folder, Path):
             got = f"`{name}` is a GGUF file, not a drafter's folder"
             raise CheckpointError(got, hint="give the folder it was made from")
 
-        config, tensors = read_draft(folder)
+        config, tensors = read_draft(folder, vocabulary)
         if config.method != cls.method:
             got = f"`{name}` is a drafter of {config.method}, not of {cls.method}"
             hint = (
