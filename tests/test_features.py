@@ -39,6 +39,7 @@ from flashdraft.train.features import (
     write_features,
 )
 from flashdraft.train.initialise import random_weights
+from flashdraft.train.objectives import common_tokens
 from flashdraft.train.prompts import read_jsonl
 from flashdraft.train.regenerate import Server, regenerate
 from flashdraft.train.trainer import Trainer
@@ -96,6 +97,34 @@ def both_kinds(
     return FeatureSet(folder), OnlineFeatures(
         lm, answers, layers=LAYERS, max_length=max_length, final=final
     )
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_the_draft_vocabulary_is_measured_on_every_file_of_answers(tmp_path: Path) -> None:
+    """Of a folder of before, which does not know its files, until `features` runs again."""
+    files = [random_answers(tmp_path / f"{n}.jsonl", 3 + n, 20, seed=n) for n in range(2)]
+    folder = tmp_path / "features"
+    stored, online = both_kinds(folder, files)
+    common = common_tokens(stored, 20)
+    drafted = set(common.tokens.tolist())
+
+    for n, file in enumerate(files):
+        alone = OnlineFeatures(language_model(), [file], layers=LAYERS, max_length=LONG)
+        tokens = [token for i in range(len(alone)) for token in alone.answer_tokens(i)]
+        covered = sum(token in drafted for token in tokens) / len(tokens)
+        assert common.covered_by_file[f"{n}.jsonl"] == covered
+        assert covered < 1
+    assert common_tokens(online, 20).covered_by_file == common.covered_by_file
+    first, second = common.covered_by_file.values()
+    assert min(first, second) < common.covered < max(first, second)
+
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for entry in manifest["shards"].values():
+        del entry["file"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert common_tokens(FeatureSet(folder), 20).covered_by_file == {"": common.covered}
+    again, _ = both_kinds(folder, files)
+    assert common_tokens(again, 20).covered_by_file == common.covered_by_file
 
 
 @pytest.mark.usefixtures("small_shards")

@@ -65,6 +65,7 @@ from flashdraft.train.initialise import (
     random_weights,
     taken_from,
 )
+from flashdraft.train.objectives import CommonTokens
 from flashdraft.train.own_prompts import (
     Asking,
     LocalWriter,
@@ -549,11 +550,19 @@ def train(
         return
 
     is_first = trainer.acc.is_main_process
-    if trainer.coverage is not None and is_first:
-        print(f"the draft vocabulary covers {trainer.coverage:.2%} of the answers' tokens")
+    if trainer.common is not None and is_first:
+        _print_coverage(trainer.common)
     best = trainer.run(held_out, quiet=not is_terminal(sys.stdout))
     if is_first:
         print(f"best tau {best:.3f}; the drafter: {out / 'best'}")
+
+
+def _print_coverage(common: CommonTokens) -> None:
+    """How much of the answers can be drafted, of each file where there are several."""
+    print(f"the draft vocabulary covers {common.covered:.2%} of the answers' tokens")
+    if len(common.covered_by_file) > 1:
+        for file, share in common.covered_by_file.items():
+            print(f"  {share:.2%} of {file or 'files without a note'}")
 
 
 def eval(

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import torch
 from rich.progress import track
@@ -92,6 +92,14 @@ class ShardEntry(TypedDict):
     starts: list[int]  # of every sample: the tokens before its answer
     bytes: int
     sha256: str
+    file: NotRequired[str]  # the name of that of the answers; older folders lack it
+
+
+class _Part(NamedTuple):
+    """What goes into a shard."""
+
+    file: str  # the name of that of the answers
+    answers: list[PlacedRow]
 
 
 class _Place(NamedTuple):
@@ -173,6 +181,7 @@ class ShardWriter(Reader):
         for name, value in _as_manifest(facts).items():
             self.manifest.setdefault(name, value)
         self.known = self._find_shards()
+        self.files: Mapping[str, str] = {}  # of a shard, by its key
 
     def _kind(self) -> Manifest:
         """What of the features a manifest says, as it says it."""
@@ -201,18 +210,26 @@ class ShardWriter(Reader):
                 found[key] = entry
         return found
 
-    def use(self, keys: Sequence[str]) -> list[str]:
+    def use(self, files: Mapping[str, str]) -> list[str]:
         """Make the set these shards; returns those that are not there yet.
 
-        The others stay in the folder, unused.
+        files: the answers' file by a shard's key. The other shards stay in the folder, unused.
         """
-        wanted = set(keys)
-        missing = [key for key in keys if key not in self.known]
-        self.manifest["shards"] = {key: self.known[key] for key in keys if key in self.known}
+        self.files = files
+        missing = []
+        used = {}
+        for key, file in files.items():
+            if key in self.known:
+                self.known[key]["file"] = file
+                used[key] = self.known[key]
+            else:
+                missing.append(key)
+
+        self.manifest["shards"] = used
         self.manifest["unused"] = {
-            key: entry for key, entry in self.known.items() if key not in wanted
+            key: entry for key, entry in self.known.items() if key not in files
         }
-        if self.known or not keys:
+        if self.known or not files:
             self._write_manifest()
         return missing
 
@@ -226,6 +243,8 @@ class ShardWriter(Reader):
             "bytes": path.stat().st_size,
             "sha256": _sha256(path),
         }
+        if key in self.files:
+            entry["file"] = self.files[key]
         self.manifest[place][key] = entry
         self.known[key] = entry
         self._write_manifest()
@@ -342,9 +361,9 @@ def write_features(
         check_origin(path, target_facts(model))
 
     with locked(writer.out):
-        missing = writer.use(list(parts))
+        missing = writer.use({key: part.file for key, part in parts.items()})
         for key in track(missing, description="features", disable=quiet):
-            writer.add(key, _readable(writer, parts[key], left_out))
+            writer.add(key, _readable(writer, parts[key].answers, left_out))
 
     entries: dict[str, ShardEntry] = writer.manifest["shards"]
     num_samples = sum(len(entry["starts"]) for entry in entries.values())
@@ -352,7 +371,7 @@ def write_features(
     return len(parts)
 
 
-def _shards(answers: Sequence[Path], left_out: LeftOut) -> dict[str, list[PlacedRow]]:
+def _shards(answers: Sequence[Path], left_out: LeftOut) -> dict[str, _Part]:
     """The answers with their places, by the key of the shard that they go into."""
     parts = {}
     for path in answers:
@@ -360,7 +379,7 @@ def _shards(answers: Sequence[Path], left_out: LeftOut) -> dict[str, list[Placed
         for start in range(0, len(placed), SHARD):
             part = placed[start : start + SHARD]
             key = shard_key([answer.row for answer in part])
-            parts[key] = part
+            parts[key] = _Part(path.name, part)
     return parts
 
 
@@ -528,6 +547,10 @@ class FeatureSet:
         place = self.index[i]
         return f"sample {place.number} of `{_shard_path(self.folder, place.shard)}`"
 
+    def file_of(self, i: int) -> str:
+        """The name of the file that an answer came from; empty where that is not noted."""
+        return self.shards[self.index[i].shard].get("file", "")
+
     def answer_tokens(self, i: int) -> list[int]:
         tokens = self._read(i, ["tokens"])["tokens"]
         answer: list[int] = tokens[self.index[i].num_prompt :].tolist()
@@ -614,16 +637,17 @@ class OnlineFeatures(Reader):
         self.identity = _identity(parts, max_length)
 
         self.rows: list[Row] = []
+        self._files: list[str] = []
         self._sizes: list[Sizes] = []
         for key in sorted(parts):  # a FeatureSet's order
-            for answer in parts[key]:
-                self._take(answer, left_out)
+            for answer in parts[key].answers:
+                self._take(answer, parts[key].file, left_out)
         _tell_left_out(left_out, len(self.rows))
         if not self.rows:
             hint = "run `flashdraft regenerate` first"
             raise DataError(f"`{self.name}` holds no answers", hint=hint)
 
-    def _take(self, answer: PlacedRow, left_out: LeftOut) -> None:
+    def _take(self, answer: PlacedRow, file: str, left_out: LeftOut) -> None:
         """Make an answer a sample, if the target can read it."""
         try:
             tokens, num_prompt = encode(self.model, answer.row)
@@ -633,6 +657,7 @@ class OnlineFeatures(Reader):
         num_tokens = min(len(tokens), self.max_length)
         num_final = num_tokens if self.final else None
         self.rows.append(answer.row)
+        self._files.append(file)
         self._sizes.append(Sizes(num_prompt, num_tokens, num_final))
 
     def __len__(self) -> int:
@@ -653,6 +678,10 @@ class OnlineFeatures(Reader):
     def sizes(self) -> list[Sizes]:
         """Of all samples, without reading them."""
         return self._sizes
+
+    def file_of(self, i: int) -> str:
+        """The name of the file that an answer came from."""
+        return self._files[i]
 
     def answer_tokens(self, i: int) -> list[int]:
         tokens, num_prompt = encode(self.model, self.rows[i])

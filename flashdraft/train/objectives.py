@@ -23,6 +23,7 @@ from flashdraft.train.heads import Chosen, step_head
 
 __all__ = [
     "Accuracy",
+    "CommonTokens",
     "Loss",
     "LossSum",
     "accuracy",
@@ -268,14 +269,33 @@ def _chunks(blocks: Tensor, num_rows: int) -> list[slice]:
     return chunks
 
 
-def common_tokens(data: Data, count: int) -> tuple[Tensor, float]:
-    """The commonest tokens of all answers, ascending, and the share of the answers they cover."""
-    counts: Counter[int] = Counter()
+class CommonTokens(NamedTuple):
+    """A draft vocabulary."""
+
+    tokens: Tensor  # [count] int64, ascending
+    covered: float  # share of the answers' tokens that are among them
+    covered_by_file: dict[str, float]  # the same of every file of answers
+
+
+def common_tokens(data: Data, count: int) -> CommonTokens:
+    """The commonest tokens of all answers."""
+    by_file: dict[str, Counter[int]] = {}
     for i in range(len(data)):
+        counts = by_file.setdefault(data.file_of(i), Counter())
         counts.update(data.answer_tokens(i))
-    common = sorted(token for token, _ in counts.most_common(count))
-    num_covered = sum(counts[token] for token in common)
-    return torch.tensor(common, **INTS), num_covered / max(1, counts.total())
+    total: Counter[int] = Counter()
+    for counts in by_file.values():
+        total.update(counts)
+
+    common = sorted(token for token, _ in total.most_common(count))
+    shares = {file: _covered(counts, common) for file, counts in by_file.items()}
+    return CommonTokens(torch.tensor(common, **INTS), _covered(total, common), shares)
+
+
+def _covered(counts: Counter[int], tokens: Sequence[int]) -> float:
+    """The share of all that was counted."""
+    num_covered = sum(counts[token] for token in tokens)
+    return num_covered / max(1, counts.total())
 
 
 def accuracy(hits: Tensor, size: int) -> Accuracy:

@@ -52,7 +52,14 @@ from flashdraft.train.facts import target_facts
 from flashdraft.train.features import Data, Sample
 from flashdraft.train.flops import FlopCount
 from flashdraft.train.initialise import Head, check_trained, draft_only, with_head
-from flashdraft.train.objectives import Accuracy, Figures, Loss, accuracy, common_tokens
+from flashdraft.train.objectives import (
+    Accuracy,
+    CommonTokens,
+    Figures,
+    Loss,
+    accuracy,
+    common_tokens,
+)
 from flashdraft.train.passes import Pass
 from flashdraft.train.rows import LeftOut
 from flashdraft.types import SamplingParams
@@ -125,7 +132,7 @@ class Trainer:
 
         self.bf16 = _uses_bf16(config)
         self.acc = _accelerator(config, out)
-        self.coverage: float | None = None  # share of the answers' tokens in the draft vocabulary
+        self.common: CommonTokens | None = None  # the draft vocabulary, if it was chosen here
         self.vocabulary: Tensor | None = None  # where it is new
         vocabulary = self._draft_vocabulary()
         if model.config.sequential_head is not None and self.acc.distributed_type == "FSDP":
@@ -529,7 +536,8 @@ class Trainer:
         if goes_on and path.exists():
             tokens = load_file(path)["tokens"]
         else:
-            tokens, self.coverage = common_tokens(self.data, self.config.vocab)
+            self.common = common_tokens(self.data, self.config.vocab)
+            tokens = self.common.tokens
             self.vocabulary = tokens
         draft_only(self.model, tokens)
         return tokens
