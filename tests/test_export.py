@@ -15,7 +15,7 @@ import torch
 from conftest import MASK, VOCAB
 from torch import Tensor
 from toy_drafts import KEPT, same_bits, tensors_of
-from toy_folders import HIDDEN, ZLAB, save_target, save_zlab, zlab_tensors
+from toy_folders import HIDDEN, NUM_TARGET_LAYERS, ZLAB, save_target, save_zlab, zlab_tensors
 
 from flashdraft.cli import main
 from flashdraft.export.run import ENGINES, in_cache
@@ -286,6 +286,47 @@ def test_what_an_engine_would_compute_otherwise_is_refused(
     assert told in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("engine", ["zlab", "vllm", "sglang", "transformers"])
+def test_drafter_of_the_last_layers_output(
+    engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Engines on transformers' hidden_states have the final normed state in its place, others
+    nothing; vLLM hands it out as it is."""
+    draft = made(tmp_path / "draft", "dflash", target_layer_ids=(1, NUM_TARGET_LAYERS - 1))
+    target = target_of(tmp_path / "target")
+    is_read = engine == "vllm"
+    assert exported(draft, engine, tmp_path / "out", "--target", target) == (not is_read)
+    told = capsys.readouterr()
+    if is_read:
+        assert "note: it reads the last layer's output before the final norm" in told.out
+    else:
+        assert "cannot have" in told.err
+        assert "last layer" in told.err
+
+    below = made(tmp_path / "below", "dflash", target_layer_ids=(1, NUM_TARGET_LAYERS - 2))
+    assert exported(below, engine, tmp_path / "out", "--target", target) == 0
+    assert "last layer" not in capsys.readouterr().out
+
+
+def test_sglang_hands_out_the_last_layer_of_few_families(tmp_path: Path) -> None:
+    draft = made(tmp_path / "draft", "dflash", target_layer_ids=(1, NUM_TARGET_LAYERS - 1))
+    family = target_of(tmp_path / "family", model_type="gpt_oss")
+    assert exported(draft, "sglang", tmp_path / "out", "--target", family) == 0
+
+
+@pytest.mark.parametrize("engine", ["zlab", "vllm"])
+def test_export_without_a_target_says_what_was_not_checked(
+    engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draft = made(tmp_path / "draft", "dflash")
+    assert exported(draft, engine, tmp_path / "out") == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 1
+    assert "scales its embedding" in notes[0]
+    assert exported(draft, engine, tmp_path / "out", "--target", target_of(tmp_path / "t")) == 0
+    assert "note: " not in capsys.readouterr().out
+
+
 def target_of(folder: Path, **changes: Any) -> str:
     path = save_target(folder) / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -354,12 +395,12 @@ def test_swiglu_head_is_left_out_and_said(
 
 
 def test_layers_are_told_by_each_engines_count(tmp_path: Path) -> None:
-    draft = made(tmp_path / "draft", "eagle3", target_layer_ids=(0, 2, 3))
+    draft = made(tmp_path / "draft", "eagle3", target_layer_ids=(0, 1, 2))
     assert exported(draft, "vllm", tmp_path / "vllm") == 0
     assert exported(draft, "sglang", tmp_path / "sglang") == 0
     name = "eagle_aux_hidden_state_layer_ids"
-    assert config_of(tmp_path / "vllm")[name] == [1, 3, 4]
-    assert config_of(tmp_path / "sglang")["eagle_config"][name] == [0, 2, 3]
+    assert config_of(tmp_path / "vllm")[name] == [1, 2, 3]
+    assert config_of(tmp_path / "sglang")["eagle_config"][name] == [0, 1, 2]
 
 
 # --- Tables and targets

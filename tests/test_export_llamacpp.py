@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from flashdraft.cli import main
 from flashdraft.errors import CheckpointError, InvalidParameter
 from flashdraft.export import gguf_keys, llamacpp
+from flashdraft.export.blocks import text_config
 from flashdraft.export.gguf_tokens import Tokens, read_tokens
 from flashdraft.export.order import Exported, Order, TargetShape, read_target
 from flashdraft.export.run import export_draft
@@ -504,7 +505,7 @@ def test_scaled_embedding_of_gemma_and_several_axes_of_positions(tmp_path: Path)
     changes = {"model_type": "gemma4_text", "rope_parameters": {"mrope_section": [4, 2, 2]}}
     order = order_of(CHAIN, target(tmp_path / "target"), tmp_path / "out")
     rewrite_config(tmp_path / "target", changes)
-    of_target = llamacpp._text_config(read_target(str(tmp_path / "target")))
+    of_target = text_config(read_target(str(tmp_path / "target")))
     assert order.target is not None
     keys, _ = llamacpp._written(order, order.target, of_target)
     assert keys["embedding_scale"] == pytest.approx(math.sqrt(HIDDEN))

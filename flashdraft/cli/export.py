@@ -31,4 +31,6 @@ def export(
     exported = export_draft(draft, to, out, target, dtype=dtype)
     for loss in exported.losses:
         print(f"lost: {loss}")
+    for note in exported.notes:
+        print(f"note: {note}")
     print(shlex.join(exported.command))

@@ -105,6 +105,9 @@ def _answer(order: Order, engine: str) -> str:
     except FlashDraftError as error:
         _, _, why = str(error.args[0]).rpartition(f"`{order.draft}`: ")
         return f"no, {why}"
-    if not exported.losses:
-        return "yes, by `flashdraft export`"
-    return f"yes, by `flashdraft export`, but for {'; '.join(exported.losses)}"
+    answer = "yes, by `flashdraft export`"
+    if exported.losses:
+        answer += f", but for {'; '.join(exported.losses)}"
+    for note in exported.notes:
+        answer += f"; {note}"
+    return answer

@@ -7,14 +7,14 @@ Knows kinds of drafters. Does not know any engine's limits.
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashdraft import hub
-from flashdraft.export.order import Order, kind_of, refused
+from flashdraft.export.order import Order, TargetShape, kind_of, refused
 from flashdraft.formats.config import DraftConfig
+from flashdraft.formats.foreign import Json
 from flashdraft.formats.parse import Fields
 from flashdraft.formats.shapes import tensor_shapes
 from flashdraft.formats.weights import MASK_ROW
@@ -25,11 +25,13 @@ __all__ = [
     "lifted",
     "network_of",
     "refuse_logits",
+    "refuse_normed",
     "refuse_parts",
     "refuse_raw",
     "refuse_scales",
     "target_cap",
     "target_scale",
+    "text_config",
 ]
 
 SWIGLU_LOSS = (
@@ -91,7 +93,7 @@ def target_scale(order: Order) -> float:
     target = order.target
     if target is None or _EMBEDDING in order.tensors:
         return 1.0
-    family = str(_text_config(order).get("model_type"))
+    family = str(text_config(target).get("model_type"))
     return math.sqrt(target.hidden_size) if family.startswith("gemma") else 1.0
 
 
@@ -103,12 +105,20 @@ def refuse_raw(order: Order, engine: str) -> None:
         raise refused(order, engine, why, hint="`--to vllm` has bare rows")
 
 
+def refuse_normed(order: Order, engine: str) -> None:
+    """Raises CheckpointError where a feature is the last layer's output, for engines that take
+    transformers' hidden_states[-1] for it, which is that behind the final norm."""
+    if order.reads_last_layer:
+        why = "it reads the last layer's output, which that engine hands out normed"
+        raise refused(order, engine, why, hint="`--to vllm` hands it out as it is")
+
+
 def refuse_logits(order: Order, engine: str) -> None:
     """Raises CheckpointError where a head adds to logits that the target's family has changed
     before, which no engine does for a drafter."""
     if order.target is None or order.config.sequential_head in (None, "swiglu"):
         return
-    family = _text_config(order)
+    family = text_config(order.target)
     for name in ("logits_scaling", "lm_head_multiplier"):
         if family.get(name) not in (None, 1):
             why = f"its target scales logits ({name}), and its head adds to them"
@@ -122,13 +132,13 @@ def target_cap(order: Order) -> float | None:
     """The cap of the target's logits, where the drafter has it, too."""
     if order.target is None or order.config.raw_tables:
         return None
-    cap = _text_config(order).get("final_logit_softcapping")
+    cap = text_config(order.target).get("final_logit_softcapping")
     return float(cap) if cap else None
 
 
-def _text_config(order: Order) -> Mapping[str, Any]:
-    assert order.target is not None
-    written: Mapping[str, Any] = hub.read_config(order.target.folder)
+def text_config(target: TargetShape) -> Json:
+    """A target's config.json, of a multimodal wrapper the part of its language model."""
+    written = hub.read_config(target.folder)
     text = written.get("text_config")
     return text if isinstance(text, Mapping) else written
 

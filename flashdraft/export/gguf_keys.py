@@ -17,9 +17,10 @@ from flashdraft.methods.network import network_shape
 from flashdraft.models.modules import rotary_frequencies
 from flashdraft.process import FLOATS
 
-__all__ = ["Keys", "keys_of", "rope_of", "tensor_name"]
+__all__ = ["Key", "Keys", "keys_of", "rope_of", "tensor_name"]
 
-Keys: TypeAlias = dict[str, bool | int | float | str | list[int] | list[bool]]
+Key: TypeAlias = bool | int | float | str | list[int] | list[bool]
+Keys: TypeAlias = dict[str, Key]
 
 _NAMES = {  # what stands before .weight or .bias, if anything does
     "fc": "fc",

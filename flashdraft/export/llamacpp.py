@@ -5,17 +5,16 @@ Which drafters it cannot run, what it lacks of others, and its server's command 
 """
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import gguf
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 from torch import Tensor
 
-from flashdraft import hub
+from flashdraft.export.blocks import target_cap, text_config
 from flashdraft.export.gguf_keys import (
+    Key,
     Keys,
     keys_of,
     rope_of,
@@ -24,6 +23,7 @@ from flashdraft.export.gguf_keys import (
 from flashdraft.export.gguf_tables import embedding_of, head_of
 from flashdraft.export.gguf_tokens import read_tokens
 from flashdraft.export.order import Exported, Order, TargetShape, refused
+from flashdraft.formats.foreign import Json
 from flashdraft.formats.shapes import tensor_shapes
 from flashdraft.formats.weights import MASK_ROW
 from flashdraft.process import FLOATS, INTS
@@ -62,7 +62,6 @@ _SCALES = (
 )
 _PLAIN = "`flashdraft train` without --head gives one that it runs"
 
-Json = Mapping[str, Any]
 Tensors = dict[str, Tensor]
 
 
@@ -70,7 +69,7 @@ def told(order: Order) -> Exported:
     """What a user would be told. Raises CheckpointError."""
     _check_network(order)
     if order.target is not None:
-        _check_target(order, order.target, _text_config(order.target))
+        _check_target(order, order.target, text_config(order.target))
     return Exported(_command(order), _losses(order))
 
 
@@ -81,7 +80,7 @@ def export(order: Order, folder: Path) -> Exported:
         hint = "--target MODEL: the drafter's file holds its tokens"
         raise refused(order, _ENGINE, "no target is given", hint=hint)
 
-    of_target = _text_config(target)
+    of_target = text_config(target)
     _check_network(order)
     _check_target(order, target, of_target)
     keys, tensors = _written(order, target, of_target)
@@ -143,6 +142,9 @@ def _check_network(order: Order) -> None:
     if config.method != "dflash":
         hint = "for EAGLE-3 use llama.cpp's own convert_hf_to_gguf.py with --target-model-dir"
         raise refused(order, _ENGINE, f"it is a drafter of {config.method}", hint=hint)
+    if order.reads_last_layer:
+        why = "it reads the output of the target's last layer"
+        raise refused(order, _ENGINE, why, hint="there only the inputs of layers are handed out")
 
     head = config.sequential_head
     if head not in _HEADS:
@@ -189,9 +191,6 @@ def _check_target(order: Order, target: TargetShape, of_target: Json) -> None:
     if family in _SILENT_TARGETS:
         why = f"of a target of family {family} it does not hand out what layers put out"
         raise refused(order, _ENGINE, why, hint="a later llama.cpp may: ask for it there")
-    if target.num_layers - 1 in config.target_layer_ids:
-        why = "it reads the output of the target's last layer"
-        raise refused(order, _ENGINE, why, hint="there only the inputs of layers are handed out")
     if config.mask_token_id >= target.vocab_size:
         why = f"its mask token {config.mask_token_id} is none of the target's"
         raise refused(order, _ENGINE, why, hint="take the target whose vocabulary was not cut")
@@ -204,7 +203,7 @@ def _check_target(order: Order, target: TargetShape, of_target: Json) -> None:
     if head in ("selector", "markov") and config.vocab_size != target.vocab_size:
         why = f"its head knows {config.vocab_size} tokens, its target {target.vocab_size}"
         raise refused(order, _ENGINE, why, hint="take the target that it was trained for")
-    if head == "markov" and _target_cap(order, of_target) is not None:
+    if head == "markov" and target_cap(order) is not None:
         why = "its target caps logits, which there happens behind the Markov head"
         raise refused(order, _ENGINE, why, hint="vLLM and SGLang cap before it")
     scales_itself = config.input_embedding_scale != 1 or MASK_ROW in order.tensors
@@ -245,12 +244,6 @@ def _written(order: Order, target: TargetShape, of_target: Json) -> tuple[Keys, 
     return keys, tensors
 
 
-def _text_config(target: TargetShape) -> Json:
-    written: Json = hub.read_config(target.folder)
-    text = written.get("text_config")
-    return text if isinstance(text, Mapping) else written
-
-
 def _target_scale(order: Order, of_target: Json) -> float:
     """What the target's family multiplies its embedding by, where the drafter has it so, too."""
     is_gemma = str(of_target.get("model_type")).startswith("gemma")
@@ -259,21 +252,13 @@ def _target_scale(order: Order, of_target: Json) -> float:
     return math.sqrt(float(of_target["hidden_size"]))
 
 
-def _target_cap(order: Order, of_target: Json) -> float | None:
-    """The target's own cap of logits, where the drafter has it, too."""
-    cap = of_target.get("final_logit_softcapping")
-    if not cap or order.config.raw_tables:
-        return None
-    return float(cap)
-
-
 def _logit_keys(order: Order, of_target: Json) -> Keys:
     """DFlash 2 adds to logits: they are scaled and capped before."""
     keys: Keys = {}
     config = order.config
     if config.output_multiplier != 1:
         keys["logit_scale"] = config.output_multiplier
-    cap = config.final_logit_softcapping or _target_cap(order, of_target)
+    cap = config.final_logit_softcapping or target_cap(order)
     if cap is not None:
         keys["final_logit_softcapping"] = cap
     return keys
@@ -366,7 +351,7 @@ def _of_size(table: Tensor, count: int) -> Tensor:
 # --- The file
 
 
-def _add_key(writer: GGUFWriter, name: str, value: Any) -> None:
+def _add_key(writer: GGUFWriter, name: str, value: Key) -> None:
     if isinstance(value, bool):
         writer.add_bool(name, value)
     elif isinstance(value, int):

@@ -55,6 +55,13 @@ class Order:
     dtype: str  # of the matrices that are written: config.dtype, or "q8_0"
 
     @property
+    def reads_last_layer(self) -> bool:
+        """Whether a feature is the last layer's output, which some engines hand out normed, and
+        some not at all; False where the target's depth is not known."""
+        depth = self.config.num_target_layers if self.target is None else self.target.num_layers
+        return depth > 0 and depth - 1 in self.config.target_layer_ids
+
+    @property
     def target_name(self) -> str:
         """For a command."""
         return "TARGET" if self.target is None else self.target.name
@@ -65,6 +72,7 @@ class Exported(NamedTuple):
 
     command: tuple[str, ...]  # that serves it, word by word
     losses: tuple[str, ...] = ()  # what of the drafter that engine does not have, a line each
+    notes: tuple[str, ...] = ()  # what else is to be known of it, a line each
 
 
 class Converted(NamedTuple):

@@ -36,6 +36,11 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "q8_0")
 _MADE_BY = "export"
 BUILTIN = "smollm2-135m"  # whose drafter a method's name means, where no target is named
 
+_UNCHECKED = (
+    "without --target nothing says whether the target's family scales its embedding or caps its "
+    "logits (Gemma), nor whether the drafter fits it"
+)
+
 
 class _Exporter(Protocol):
     """Every file of an engine has this function."""
@@ -85,7 +90,10 @@ def export_draft(
     exporter: _Exporter = import_module(f"flashdraft.export.{engine}")
     with locked(out):
         _check_own(out)
-        return _written(exporter, order, engine)
+        exported = _written(exporter, order, engine)
+    if target is None:
+        exported = exported._replace(notes=(*exported.notes, _UNCHECKED))
+    return exported
 
 
 def told(order: Order, engine: str) -> Exported:

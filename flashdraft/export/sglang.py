@@ -16,6 +16,7 @@ from flashdraft.export.blocks import (
     refuse_parts,
     refuse_raw,
     refuse_scales,
+    text_config,
 )
 from flashdraft.export.order import Converted, Exported, Order, kind_of, refused, write_folder
 from flashdraft.export.tables import (
@@ -38,6 +39,7 @@ _EAGLE3_LACKS = {
     "qk_norm": "its queries and keys are normed",
     "attention_bias": "its attention has biases",
 }
+_LAST_OUTPUTS = ("gpt_oss", "gemma4")  # families that hand out what their last layer puts out
 _KINDS = ("dflash", "dflash2", "dspark", "domino", "eagle3")
 
 
@@ -46,6 +48,7 @@ def convert(order: Order) -> Converted:
     refuse_parts(order, _ENGINE, _KINDS)
     refuse_raw(order, _ENGINE)
     refuse_logits(order, _ENGINE)
+    _check_layers(order)
     kind = kind_of(order.config)
     if kind == "eagle3":
         return _eagle3(order)
@@ -87,6 +90,16 @@ def _command(order: Order, config: DraftConfig, algorithm: str) -> tuple[str, ..
         command += ["--speculative-eagle-topk", "1"]
     command += ["--speculative-num-draft-tokens", str(config.block_size)]
     return tuple(command)
+
+
+def _check_layers(order: Order) -> None:
+    """Its models hand out the inputs of layers; what comes out of the last one only few do."""
+    if not order.reads_last_layer or order.config.ids_by_target:
+        return
+    family = "" if order.target is None else str(text_config(order.target).get("model_type"))
+    if not family.startswith(_LAST_OUTPUTS):
+        why = "it reads the last layer's output, which that engine does not hand out"
+        raise refused(order, _ENGINE, why, hint="`--to vllm` does, before the final norm")
 
 
 def _check_dspark(order: Order) -> None:

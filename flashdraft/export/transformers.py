@@ -9,6 +9,7 @@ from pathlib import Path
 from flashdraft.export.blocks import (
     head_losses,
     network_of,
+    refuse_normed,
     refuse_parts,
     refuse_raw,
     refuse_scales,
@@ -52,6 +53,7 @@ def convert(order: Order) -> Converted:
     refuse_parts(order, _ENGINE, ("dflash",))
     refuse_tables(order, _ENGINE)
     refuse_raw(order, _ENGINE)
+    refuse_normed(order, _ENGINE)
     refuse_scales(order, _ENGINE, ("input_embedding_scale",))
     _check_layers(order)
     losses = head_losses(order) + without_reduction(order, _ENGINE)

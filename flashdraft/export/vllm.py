@@ -36,6 +36,10 @@ _SOFTCAP_LOSS = (
     "its final_logit_softcapping, which changes no draft that is the likeliest token (by default "
     "all are)"
 )
+_LAST_LAYER_NOTE = (
+    "it reads the last layer's output before the final norm, as that engine hands it out; readers "
+    "of transformers' hidden_states[-1] would give it the normed one"
+)
 
 
 def convert(order: Order) -> Converted:
@@ -74,7 +78,7 @@ def convert(order: Order) -> Converted:
     elif kind == "dflash" and config.output_multiplier != 1:
         written["logit_scale"] = config.output_multiplier
     tensors |= own_tables(order)
-    return Converted(written, tensors, Exported(_command(order, _METHODS[kind]), losses))
+    return Converted(written, tensors, _exported(order, _METHODS[kind], losses))
 
 
 _METHODS = {"dflash": "dflash", "dflash2": "dflash", "dspark": "dspark", "eagle3": "eagle3"}
@@ -90,13 +94,17 @@ def export(order: Order, folder: Path) -> Exported:
     return write_folder(folder, convert(order))
 
 
-def _command(order: Order, method: str) -> tuple[str, ...]:
+def _exported(order: Order, method: str, losses: tuple[str, ...]) -> Exported:
+    """With the command that serves it. method: as the engine calls it."""
     drafter = {
         "method": method,
         "model": str(order.out),
         "num_speculative_tokens": order.config.block_size - 1,
     }
-    return ("vllm", "serve", order.target_name, "--speculative-config", json.dumps(drafter))
+    told = json.dumps(drafter)
+    command = ("vllm", "serve", order.target_name, "--speculative-config", told)
+    notes = (_LAST_LAYER_NOTE,) if order.reads_last_layer else ()
+    return Exported(command, losses, notes)
 
 
 def _check_dspark(order: Order) -> None:
@@ -136,7 +144,7 @@ def _reduced(
     if EMBEDDING in own_tables(order):
         tensors[EMBEDDING] = order.tensors[EMBEDDING]
     method = _METHODS[kind_of(config)]
-    return Converted(written, tensors, Exported(_command(order, method), losses))
+    return Converted(written, tensors, _exported(order, method, losses))
 
 
 def _wrapped(order: Order, config: DraftConfig, classes: list[str]) -> Fields:
@@ -169,7 +177,7 @@ def _eagle3(order: Order) -> Converted:
     elif config.draft_vocab_size is not None:
         losses += without_reduction(order, _ENGINE)
         config = replace(config, draft_vocab_size=None)
-    exported = Exported(_command(order, "eagle3"), losses)
+    exported = _exported(order, "eagle3", losses)
     return Converted(_eagle3_json(order, config), tensors, exported)
 
 

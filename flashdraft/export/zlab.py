@@ -10,6 +10,7 @@ from flashdraft.export.blocks import (
     head_losses,
     network_of,
     refuse_logits,
+    refuse_normed,
     refuse_parts,
     target_scale,
 )
@@ -35,6 +36,7 @@ def convert(order: Order) -> Converted:
     refuse_parts(order, _ENGINE, ("dflash", "dflash2"))
     refuse_tables(order, _ENGINE)
     refuse_logits(order, _ENGINE)
+    refuse_normed(order, _ENGINE)
     losses = head_losses(order) + without_reduction(order, _ENGINE)
     if target_scale(order) != 1:
         losses += (_RAW_LOSS if order.config.raw_tables else _SCALED_LOSS,)

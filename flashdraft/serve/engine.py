@@ -172,6 +172,8 @@ def launch(
         exported = in_cache(draft, engine, target)
         for loss in exported.losses:
             print(f"lost: {loss}", file=sys.stderr)
+        for note in exported.notes:
+            print(f"note: {note}", file=sys.stderr)
         command = list(exported.command)
         if block_size is not None:
             command = _with_block_size(command, block_size)
