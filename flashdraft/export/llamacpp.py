@@ -20,13 +20,14 @@ from flashdraft.export.gguf_keys import (
     rope_of,
     tensor_name,
 )
-from flashdraft.export.gguf_tables import embedding_of, head_of
 from flashdraft.export.gguf_tokens import read_tokens
 from flashdraft.export.order import Exported, Order, TargetShape, refused
+from flashdraft.export.tables import EMBEDDING, HEAD, own_tables, target_ids
+from flashdraft.export.target_tables import embedding_of, head_of
 from flashdraft.formats.foreign import Json
 from flashdraft.formats.shapes import tensor_shapes
 from flashdraft.formats.weights import MASK_ROW
-from flashdraft.process import FLOATS, INTS
+from flashdraft.process import FLOATS
 
 __all__ = ["FILE", "export", "told"]
 
@@ -299,32 +300,28 @@ def _tables(order: Order, target: TargetShape) -> Tensors:
     llama.cpp takes an embedding of the drafter's own for its lm_head, too, unless that is there.
     """
     tables: Tensors = {}
-    embedding = _own_embedding(order, target)
-    head = order.tensors.get("lm_head.weight")
-    offsets = order.tensors.get("d2t")
+    own = own_tables(order)
+    embedding = _own_embedding(order, target, own.get(EMBEDDING))
+    head = own.get(HEAD)
     if embedding is not None:
-        tables["embed_tokens.weight"] = embedding
+        tables[EMBEDDING] = embedding
 
-    if offsets is not None:
-        ids = offsets.long() + torch.arange(len(offsets), **INTS)
+    if "d2t" in order.tensors:
+        ids = target_ids(order)
         if int(ids.max()) >= target.vocab_size:
             why = f"its vocabulary has token {int(ids.max())}, which is none of its target's"
             raise refused(order, _ENGINE, why, hint="take the target whose vocabulary was not cut")
         tables["d2t"] = ids
-        tables["lm_head.weight"] = head_of(target)[ids] if head is None else head
-    elif head is not None and not _is_same(head, head_of(target)):
-        tables["lm_head.weight"] = _of_size(head, target.vocab_size)
+        tables[HEAD] = head_of(target)[ids] if head is None else head
+    elif head is not None:
+        tables[HEAD] = _of_size(head, target.vocab_size)
     elif embedding is not None:
-        tables["lm_head.weight"] = head_of(target)
+        tables[HEAD] = head_of(target)
     return tables
 
 
-def _own_embedding(order: Order, target: TargetShape) -> Tensor | None:
+def _own_embedding(order: Order, target: TargetShape, embedding: Tensor | None) -> Tensor | None:
     """None: the target's serves. A row of the mask token's own makes it another table."""
-    embedding = order.tensors.get("embed_tokens.weight")
-    if embedding is not None and _is_same(embedding, embedding_of(target)):
-        embedding = None
-
     row = order.tensors.get(MASK_ROW)
     if row is None and embedding is None:
         return None
@@ -334,12 +331,6 @@ def _own_embedding(order: Order, target: TargetShape) -> Tensor | None:
         table = table.clone()
         table[order.config.mask_token_id] = row.to(table.dtype)
     return table
-
-
-def _is_same(own: Tensor, theirs: Tensor) -> bool:
-    """Whether a table is a copy of the target's, whose rows may be fewer or more."""
-    count = min(len(own), len(theirs))
-    return torch.equal(own[:count].float(), theirs[:count].float())
 
 
 def _of_size(table: Tensor, count: int) -> Tensor:

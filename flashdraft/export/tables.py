@@ -6,8 +6,8 @@ Knows which of them are the target's own rows. Does not know any engine.
 import torch
 from torch import Tensor
 
-from flashdraft.export.gguf_tables import embedding_of, head_of
 from flashdraft.export.order import Order, TargetShape, refused
+from flashdraft.export.target_tables import embedding_of, head_of
 from flashdraft.process import INTS
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "HEAD",
     "own_tables",
     "refuse_tables",
+    "target_ids",
     "with_head",
     "without_reduction",
 ]
@@ -34,7 +35,7 @@ def own_tables(order: Order) -> dict[str, Tensor]:
         table = order.tensors.get(name)
         if table is None:
             continue
-        ids = _target_ids(order) if name == HEAD else torch.arange(len(table), **INTS)
+        ids = target_ids(order) if name == HEAD else torch.arange(len(table), **INTS)
         if order.target is None or not _is_copy(table, order.target, name, ids):
             found[name] = table
     return found
@@ -73,14 +74,14 @@ def with_head(order: Order) -> dict[str, Tensor]:
     head = order.tensors.get(HEAD)
     if head is None:
         assert order.target is not None  # the caller's to check
-        head = head_of(order.target)[_target_ids(order)]
+        head = head_of(order.target)[target_ids(order)]
         head = head.to(order.tensors["norm.weight"].dtype)
     found = {name: order.tensors[name] for name in _REDUCTION if name in order.tensors}
     found[HEAD] = head
     return found
 
 
-def _target_ids(order: Order) -> Tensor:
+def target_ids(order: Order) -> Tensor:
     """Of the lm_head's rows."""
     offsets = order.tensors.get("d2t")
     if offsets is None:
