@@ -395,6 +395,26 @@ def test_a_server_counts_the_states_of_its_rows() -> None:
     assert "fewer --max-rows" in str(raised.value.hint)
 
 
+@pytest.mark.parametrize("name", ["lfm2", "qwen3_next"])
+def test_a_row_holds_no_more_than_is_counted_for_it(name: str) -> None:
+    """A convolution's inputs that wait are more than its states: a short text has few of them."""
+    counted = made(name).new_cache(1, 128)
+    made(name).prefill(counted, 0, torch.tensor([3, 4, 5]), ())
+    counted.free(0)
+
+    cache = made(name).new_cache(1, 128)
+    assert isinstance(cache, StateCache)
+    made(name).prefill(cache, 0, torch.tensor(LONG), ())
+    most = 0
+    for step in range(40):
+        shape = torch.tensor([[-1, 0, 1, 2]]), torch.tensor([4])
+        made(name).forward(cache, [0], torch.tensor([[7, 8, 9, 10 + step % 3]]), *shape, ())
+        most = max(most, cache._nbytes_of(0))
+        cache.keep(0, [0])
+        most = max(most, cache._nbytes_of(0))
+    assert 0.8 * counted.row_nbytes <= most <= counted.row_nbytes
+
+
 # ---- the model stays as it is --------------------------------------------------------------------
 
 

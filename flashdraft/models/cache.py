@@ -354,12 +354,20 @@ class Running:
     def nbytes(self) -> int:
         total = 0
         for states in (self.state, self.end, self.inputs_end, self.inputs_near):
-            for tensor in (states or {}).values():
-                total += tensor.numel() * tensor.element_size()
+            total += _states_nbytes(states)
         for inputs in (self.waiting, self.inputs):
             if inputs is not None:
-                total += inputs.numel() * inputs.element_size()
+                total += inputs.nbytes
         return total
+
+    def most_nbytes(self, num_tokens: int) -> int:
+        """Bytes that it may come to: the states before and behind what waits, and the inputs of so
+        many tokens that wait or are read. A convolution's are far more than its states."""
+        of_states = max(map(_states_nbytes, (self.state, self.end, self.inputs_end)))
+        inputs = self.inputs if self.waiting is None else self.waiting
+        if inputs is None or len(inputs) == 0:
+            return 2 * of_states
+        return 2 * of_states + max(num_tokens, len(inputs)) * inputs[0].nbytes
 
 
 class StateCache(SlotCache):
@@ -370,8 +378,10 @@ class StateCache(SlotCache):
     they wait a row can be cut behind any of them, and nowhere else.
     """
 
-    def __init__(self, num_layers: int, rows: int, slots: int) -> None:
+    def __init__(self, num_layers: int, rows: int, slots: int, *, most_waiting: int = TAIL) -> None:
+        """most_waiting: tokens of a row that may wait until its states move on over them."""
         super().__init__(num_layers, rows, slots)
+        self.most_waiting = max(most_waiting, TAIL)
         self._running: dict[int, dict[int, Running]] = {}  # by row and layer
         self._row_nbytes = 0
 
@@ -417,8 +427,14 @@ class StateCache(SlotCache):
 
     def free(self, row: int) -> None:
         super().free(row)
-        self._row_nbytes = max(self._row_nbytes, self._nbytes_of(row))
-        self._running.pop(row, None)
+        most = 0
+        for own in self._running.pop(row, {}).values():
+            most += own.most_nbytes(self.most_waiting)
+        self._row_nbytes = max(self._row_nbytes, most)
+
+
+def _states_nbytes(states: States | None) -> int:
+    return sum(tensor.nbytes for tensor in (states or {}).values())
 
 
 def _map(nbytes: int) -> mmap.mmap:

@@ -111,7 +111,7 @@ class HFTarget(Target):
 
     def new_cache(self, rows: int, slots: int) -> SlotCache:
         if self._mixers:
-            return StateCache(self.num_layers, rows, slots)
+            return StateCache(self.num_layers, rows, slots, most_waiting=self.merged_tokens)
         return super().new_cache(rows, slots)
 
     @torch.no_grad()  # the target is never trained
