@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# The six categories of Spec-Bench: tau (20 prompts each, 256 tokens, whole blocks), and tokens a second with default settings beside plain
+# decoding (8 prompts each, 128 tokens, 3 repeats in turn), for every exact and 8-bit kernel. Tables of docs/measured.md.
+#   FLASHDRAFT_DATA=<folder with spec_bench/>  recipes/spec_bench.sh [RESULTS_FOLDER]
+# DRAFT=FOLDER measures another drafter than the shipped one; BEFORE=FOLDER adds an earlier one to the table of tau. Results that exist
+# are shown and not measured again.
+set -euo pipefail
+results=${1:-runs/spec-bench}
+: "${FLASHDRAFT_DATA:?set FLASHDRAFT_DATA to the folder of the evaluation sets}"
+flashdraft=${FLASHDRAFT:-flashdraft}
+ids=$(dirname "$0")/bench_ids.json
+draft=(${DRAFT:+--draft "$DRAFT"})
+mkdir -p "$results"
+
+prompts() { $flashdraft tasks --data "$FLASHDRAFT_DATA" --ids "$ids" --task spec_bench --first "$1" --out "$2"; }
+prompts 20 "$results/tau-prompts.jsonl"
+prompts 8 "$results/speed-prompts.jsonl"
+
+# texts and tau only, so prompts are decoded eight together: times of this file mean nothing
+[ -e "$results/tau.jsonl" ] || $flashdraft bench --prompts "$results/tau-prompts.jsonl" --out "$results/tau.jsonl" \
+    --methods "autoregressive,dflash${BEFORE:+,before=$BEFORE}" --block-size 6 --max-new-tokens 256 --max-rows 8 "${draft[@]}" \
+    > "$results/tau.log"
+$flashdraft report "$results/tau.jsonl"
+
+for kernel in float32 auto int8; do
+    [ -e "$results/$kernel.jsonl" ] || $flashdraft bench --prompts "$results/speed-prompts.jsonl" --out "$results/$kernel.jsonl" \
+        --methods "autoregressive:$kernel,dflash:$kernel" --max-new-tokens 128 --repeats 3 "${draft[@]}" > "$results/$kernel.log"
+    $flashdraft report "$results/$kernel.jsonl"
+done
