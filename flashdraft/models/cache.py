@@ -335,8 +335,10 @@ class Running:
             self.moved(self.inputs_near)
             self.waiting = self.inputs[-TAIL:].clone()  # it does not keep the others' room
         else:
-            own = self.inputs[list(path)]
-            self.waiting = own if self.waiting is None else torch.cat([self.waiting, own])
+            is_first = list(path) == list(range(len(path)))  # a slice asks a GPU for no indices
+            own = self.inputs[: len(path)] if is_first else self.inputs[list(path)]
+            before = [] if self.waiting is None else [self.waiting]
+            self.waiting = torch.cat([*before, own])  # it does not keep the others' room
         self.end = self.inputs_end if is_whole else None
         self.inputs = None
         self.inputs_end = None

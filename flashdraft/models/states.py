@@ -39,6 +39,7 @@ MERGED = 32  # two published blocks; docs/concepts.md has what it saves and cost
 _ASKED = "update_conv_state"  # of a cache, by every mixer
 
 _Stock = Callable[[Tensor, "_MixerCache"], Tensor]
+_Facts = tuple[tuple[int, bool], ...]
 
 
 def mixers_of(model: nn.Module) -> list[nn.Module]:
@@ -73,6 +74,12 @@ class _Plan(NamedTuple):
     groups: list[_Group]
     outputs: Tensor  # where each node's output lies in those of all groups [rows * nodes]
 
+    def to(self, device: torch.device) -> "_Plan":
+        groups = []
+        for group in self.groups:
+            groups.append(group._replace(inputs=group.inputs.to(device)))
+        return _Plan(groups, self.outputs.to(device))
+
 
 class Walk:
     """One read of some rows' trees, layer by layer through the mixers.
@@ -97,7 +104,8 @@ class Walk:
         self.paths: list[list[list[int]]] = []
         for own, size in zip(parents.tolist(), self.sizes, strict=True):
             self.paths.append(_paths(own[:size]))
-        self._plans: dict[tuple[tuple[int, bool], ...], _Plan] = {}  # layers are mostly alike
+        # Layers are mostly alike, and lie on few devices: each gets its indices once a read.
+        self._plans: dict[tuple[_Facts, torch.device], _Plan] = {}
 
     def mix(self, stock: _Stock, layer: int, nodes: Tensor) -> Tensor:
         """What the mixer gives at every node. nodes: its inputs [rows, nodes, hidden].
@@ -112,13 +120,13 @@ class Walk:
             if own.waiting is not None:
                 parts.append(own.waiting)
         inputs = torch.cat([*parts, nodes.flatten(0, 1)])
-        plan = self._plan(rows)
+        plan = self._plan(rows, nodes.device)
         for place, (own, size) in enumerate(zip(rows, self.sizes, strict=True)):
             own.was_read(nodes[place, :size])
 
         given = []
         for group in plan.groups:
-            reads = inputs[group.inputs.to(inputs.device)]
+            reads = inputs[group.inputs]
             states = [rows[place].state for place in group.places]
             outputs, near, after = _read(stock, reads, states, group.has_tail)
             given.append(outputs.flatten(0, 1))
@@ -126,7 +134,7 @@ class Walk:
                 rows[place].inputs_end = after.behind(path)
                 if group.has_tail:
                     rows[place].inputs_near = near.behind(path)
-        mixed = torch.cat(given)[plan.outputs.to(nodes.device)]
+        mixed = torch.cat(given)[plan.outputs]
         return mixed.view(*nodes.shape[:2], -1)
 
     def _move_on(self, stock: _Stock, rows: Sequence[Running]) -> None:
@@ -148,13 +156,14 @@ class Walk:
             for path, own in enumerate(some):
                 own.moved(after.behind(path))
 
-    def _plan(self, rows: Sequence[Running]) -> _Plan:
+    def _plan(self, rows: Sequence[Running], device: torch.device) -> _Plan:
         facts = tuple((own.num_waiting, own.state is None) for own in rows)
-        if facts not in self._plans:
-            self._plans[facts] = self._planned(facts)
-        return self._plans[facts]
+        known = facts, device
+        if known not in self._plans:
+            self._plans[known] = self._planned(facts).to(device)
+        return self._plans[known]
 
-    def _planned(self, facts: Sequence[tuple[int, bool]]) -> _Plan:
+    def _planned(self, facts: _Facts) -> _Plan:
         """facts: how many tokens wait in each row, and whether it has no state.
 
         The inputs lie one after the other: first what waits of every row, then the nodes of every
