@@ -21,7 +21,7 @@ $flashdraft features ${SEED_ANSWERS:+"$SEED_ANSWERS"} "$run/answers.jsonl" --tar
 
 # short blocks first, then longer ones with a sequential head: it corrects each draft token by the one before it
 $flashdraft train "$run/features" --target smollm2-135m --out "$run/train-1" --eval-prompts "$run/held_out.jsonl" --init target \
-    --num-layers 3 --block-size 4 --steps "${STEPS_1:-1800}" --lr 1e-3 --gamma 3
+    --head none --num-layers 3 --block-size 4 --steps "${STEPS_1:-1800}" --lr 1e-3 --gamma 3
 $flashdraft train "$run/features" --target smollm2-135m --out "$run/train-2" --eval-prompts "$run/held_out.jsonl" \
     --init-from "$run/train-1/best" --block-size 6 --head swiglu --head-rank 256 --steps "${STEPS_2:-2400}" --lr 8e-4 --weights dpace
 echo "the drafter: $run/train-2/best"

@@ -683,7 +683,9 @@ def test_prompts_of_every_stage_are_prompts_of_eval_and_regenerate(
 
 
 UNUSED = (  # options that would have no effect are refused by name
-    ("--head-rank 8", "head_rank is 8, but no head is added"),
+    ("--head none --head-rank 8", "head_rank is 8, but head is none"),
+    ("--init-from run/best --head none", "head is none, but `run/best` has a selector head"),
+    ("--init-from run/best --head swiglu", "has a selector head of inner size 256 already"),
     ("--init random --init-from run/best", "init is random, but --init-from"),
     ("--max-length 64", "max_length is 64, but the folder of features"),
     ("--weights dpace --gamma 5", "gamma is 5.0"),
@@ -730,19 +732,23 @@ def test_stages_lead_from_data_to_a_drafter(run: Run, tmp_path: Path) -> None:
     assert re.fullmatch(r"best tau [\d.]+; the drafter: run/best\n", out)
     drafter = DFlashDraftModel.from_pretrained("run/best").config
     assert (drafter.num_hidden_layers, drafter.block_size, drafter.target_layer_ids) == (2, 4, (2,))
-    assert (
-        run(f"{train} --out run2 --init-from run/best --block-size 5 --head swiglu --head-rank 4")[
-            0
-        ]
-        == 0
-    )
+    assert (drafter.sequential_head, drafter.head_rank) == ("selector", 256)
+
+    assert run(f"{train} --out run2 --init-from run/best --block-size 5")[0] == 0
     drafter = DFlashDraftModel.from_pretrained("run2/best").config
-    assert (
-        drafter.num_hidden_layers,
-        drafter.block_size,
-        drafter.sequential_head,
-        drafter.head_rank,
-    ) == (2, 5, "swiglu", 4)
+    assert (drafter.num_hidden_layers, drafter.block_size) == (2, 5)
+    assert (drafter.sequential_head, drafter.head_rank) == ("selector", 256)
+
+    new = "--num-features 1 --mask-token-id 60 --num-layers 1"
+    for head, kind, rank in (
+        ("--head swiglu --head-rank 4", "swiglu", 4),
+        ("--head none", None, 256),
+        ("--layout anchor-first", "markov", 256),
+    ):
+        assert run(f"{train} --out {kind} {new} {head}")[0] == 0
+        drafter = DFlashDraftModel.from_pretrained(f"{kind}/best").config
+        assert drafter.sequential_head == kind
+        assert kind is None or drafter.head_rank == rank
     for wrong, named in (
         ("--init run/best", "init is 'run/best'"),
         ("--num-layers 9", "num_layers is 9"),

@@ -513,6 +513,8 @@ def test_head_decides_the_layout_unless_it_is_named(
         ({"head": "selector"}, False),
         ({"head": "markov"}, True),
         ({"head": "markov", "layout": "fill-in"}, False),
+        ({"head": "none"}, False),
+        ({"head": "none", "layout": "anchor-first"}, True),
         ({"layout": "anchor-first"}, True),
         ({"init_from": str(tmp_path / "first")}, True),
         ({"init_from": str(tmp_path / "first"), "layout": "fill-in"}, False),

@@ -57,6 +57,7 @@ from flashdraft.train.features import (
 )
 from flashdraft.train.initialise import (
     HEAD_RANKS,
+    PLAIN_COPY,
     Head,
     copied_from_target,
     draft_config,
@@ -89,6 +90,7 @@ from flashdraft.types import (
     require,
 )
 
+_NO_HEAD = "none"
 _LAYOUTS = {"fill-in": False, "anchor-first": True}  # by name: whether the anchor's row predicts
 SETS_HELP = ".jsonl and .json files, or hub data sets as name:split or name:config:split"
 _MOST = 2**31 - 1
@@ -134,9 +136,10 @@ class DraftOptions:
     )
     head: str | None = option(
         None,
-        "add a sequential head: selector (DFlash 2, with its convolutions), markov (DSpark) or "
-        "swiglu (ours: no other engine reads it)",
-        choices=TRAINED_HEADS,
+        "its sequential head: selector (DFlash 2, with its convolutions), markov (DSpark), swiglu "
+        "(ours: no other engine reads it) or none; by default selector, with anchor-first blocks "
+        "markov, or what --init-from has",
+        choices=(*TRAINED_HEADS, _NO_HEAD),
     )
     head_rank: int | None = option(
         None, "its inner size; by default 64, selector and markov 256", least=1, most=1 << 16
@@ -144,7 +147,7 @@ class DraftOptions:
     layout: str | None = option(
         None,
         "row k of a block predicts the token at anchor + k (fill-in) or behind it (anchor-first); "
-        "by default what a new --head has, markov anchor-first, or else what --init-from has",
+        "by default what a new head has, markov anchor-first, or else what --init-from has",
         choices=tuple(_LAYOUTS),
     )
 
@@ -161,8 +164,8 @@ class DraftOptions:
             if self.method != "draft_model":
                 fixed.append("num_layers")
             refuse_given(self, f"{self.method} has no such thing", *fixed)
-        if self.head is None:
-            refuse_given(self, "no head is added without --head", "head_rank")
+        if self.head == _NO_HEAD:
+            refuse_given(self, "head is none", "head_rank")
 
         wanted: dict[str, int] = {}
         held_head: str | None = None
@@ -171,6 +174,9 @@ class DraftOptions:
             refuse_given(self, "--init-from has the first weights", "init")
             first = self._first(target).config
             held_head = first.sequential_head
+            if self.head == _NO_HEAD and held_head is not None:
+                got = f"head is none, but `{self.init_from}` has a {held_head} head"
+                raise InvalidParameter(got, hint=f"start from a copy without it: {PLAIN_COPY}")
             anchor_first = first.anchor_first
             wanted["num_layers"] = first.num_hidden_layers
             wanted["block_size"] = first.block_size
@@ -180,8 +186,9 @@ class DraftOptions:
             given = getattr(self, name)
             if given is not None:
                 wanted[name] = given
-        if self.head not in (None, held_head):
-            anchor_first = self.head == "markov"
+        head = self._head(held_head)
+        if head != held_head:
+            anchor_first = head == "markov"
         if self.layout is not None:
             anchor_first = _LAYOUTS[self.layout]
         config = draft_config(target, method=self.method, **wanted)
@@ -189,13 +196,24 @@ class DraftOptions:
 
     def new_head(self, network: DraftNetwork) -> Head | None:
         """The head to add; None where none is wanted, or where --init-from has brought it along."""
-        if self.head is None:
-            return None
         held = network.config
-        is_held = self.head == held.sequential_head
+        head = self._head(held.sequential_head)
+        if head is None:
+            return None
+        is_held = head == held.sequential_head
         if is_held and self.head_rank in (None, held.head_rank):
             return None
-        return self.head, self.head_rank or HEAD_RANKS[self.head]
+        return head, self.head_rank or HEAD_RANKS[head]
+
+    def _head(self, held: str | None) -> str | None:
+        """The network's sequential head; held: that of --init-from."""
+        if self.method != "dflash" or self.head == _NO_HEAD:
+            return None
+        if self.head is not None:
+            return self.head
+        if self.init_from is not None:
+            return held
+        return "markov" if self.layout == "anchor-first" else "selector"
 
     def _first(self, target: Target) -> DraftNetwork:
         """The drafter of --init-from."""

@@ -36,6 +36,7 @@ from flashdraft.wrappers import text_names
 
 __all__ = [
     "HEAD_RANKS",
+    "PLAIN_COPY",
     "Head",
     "check_trained",
     "copied_from_target",
@@ -83,6 +84,7 @@ _TAKEN = {  # fields that a network has from the drafter that it starts from
         "qk_norm",
     ),
 }
+PLAIN_COPY = "DFlashDraftModel.from_pretrained(folder).save_pretrained(other, plain=True)"
 Head = tuple[str, int]  # kind and rank of a sequential head
 
 
@@ -256,8 +258,7 @@ def check_trained(model: DraftNetwork, *, confidence: bool = True) -> None:
         head = "confidence"
     if head:
         got = f"that drafter has a {head} head, which is not trained here"
-        plain = "DFlashDraftModel.from_pretrained(folder).save_pretrained(other, plain=True)"
-        raise InvalidParameter(got, hint=f"start from a copy without heads: {plain}")
+        raise InvalidParameter(got, hint=f"start from a copy without heads: {PLAIN_COPY}")
 
     odd = ""
     if config.method == "eagle3" and (config.num_hidden_layers > 1 or not config.fused):
@@ -321,14 +322,15 @@ def with_head(model: DraftNetwork, head: Head, seed: int) -> DFlashDraftModel:
     held = config.sequential_head
     if held is not None:
         got = f"the drafter has a {held} head of inner size {config.head_rank} already"
-        raise InvalidParameter(got, hint="leave out --head and --head-rank")
+        hint = f"leave out --head and --head-rank, or start from a copy without it: {PLAIN_COPY}"
+        raise InvalidParameter(got, hint=hint)
 
     kind, rank = head
     config = replace(config, sequential_head=kind, head_rank=rank)
     if kind == "selector" and not config.conv_kernel_size:
         if config.hidden_size % _CONV_GROUP:
             got = f"a selector's convolutions have groups of {_CONV_GROUP} channels"
-            hint = "add a markov or a swiglu head"
+            hint = "give --head markov, swiglu or none"
             raise InvalidParameter(f"{got}, the drafter {config.hidden_size} channels", hint=hint)
         config = replace(config, conv_kernel_size=_CONV_TAPS, conv_group_size=_CONV_GROUP)
 

@@ -138,7 +138,7 @@ class Trainer:
         if model.config.sequential_head is not None and self.acc.distributed_type == "FSDP":
             raise InvalidParameter(
                 "a sequential head cannot be trained under FSDP",
-                hint="use recipes/accelerate/ddp.yaml",
+                hint="use recipes/accelerate/ddp.yaml, or --head none",
             )
 
         groups = _parameter_groups(model, config.weight_decay)
