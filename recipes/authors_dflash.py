@@ -52,6 +52,7 @@ def main():
     parser.add_argument("--draft", default="dflash")
     parser.add_argument("--target", default="smollm2-135m")
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--dtype", default="float64", help="of our side")
     parser.add_argument("--random-heads", action="store_true", help="a DFlash 2 drafter")
     options = parser.parse_args()
 
@@ -63,7 +64,7 @@ def main():
     for loss in exported.losses:
         print(f"lost: {loss}")
 
-    prompts, own, eos = ours(options.folder, options.target, options.tokens, dtype="float64")
+    prompts, own, eos = ours(options.folder, options.target, options.tokens, dtype=options.dtype)
     others = theirs(options.folder, options.target, prompts, options.tokens, eos)
     show("theirs", own, others)
 

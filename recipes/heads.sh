@@ -42,8 +42,9 @@ if [ "$1" = table ]; then
 fi
 if [ "$1" = measure ]; then
     speed=$2 tau=$3 results=$4
-    drafters=$(for arm in $arms; do printf ',%s=%s' "$arm" "$results/$arm/best"; done)
-    for arm in $arms; do
+    trained=$(for arm in $arms; do [ ! -d "$results/$arm/best" ] || echo "$arm"; done)
+    drafters=$(for arm in $trained; do printf ',%s=%s' "$arm" "$results/$arm/best"; done)
+    for arm in $trained; do
         echo "$arm: $($flashdraft profile --draft "$results/$arm/best" --nodes 6 | grep drafting)"
     done
     [ -e "$results/speed.jsonl" ] || $flashdraft bench --prompts "$speed" --out "$results/speed.jsonl" \

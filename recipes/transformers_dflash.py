@@ -55,6 +55,7 @@ def main():
     parser.add_argument("--draft", default="dflash")
     parser.add_argument("--target", default="smollm2-135m")
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--dtype", default="float64", help="of our side")
     options = parser.parse_args()
 
     plain = options.folder.with_name(f"{options.folder.name}-plain")
@@ -63,7 +64,7 @@ def main():
     for loss in exported.losses:
         print(f"lost: {loss}")
 
-    prompts, own, eos = ours(plain, options.target, options.tokens, dtype="float64")
+    prompts, own, eos = ours(plain, options.target, options.tokens, dtype=options.dtype)
     others = theirs(options.folder, options.target, prompts, options.tokens, eos)
     show(f"transformers {transformers.__version__}", own, others)
 

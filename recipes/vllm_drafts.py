@@ -98,6 +98,7 @@ def main():
     parser.add_argument("--draft", help="a folder, instead of --kind")
     parser.add_argument("--target", default="smollm2-135m")
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--dtype", default="float64", help="of our side")
     options = parser.parse_args()
 
     draft = options.draft or options.kind
@@ -110,7 +111,7 @@ def main():
     drafter = json.loads(exported.command[exported.command.index("--speculative-config") + 1])
     print(json.dumps(drafter))
 
-    prompts, own, eos = ours(options.folder, options.target, options.tokens, dtype="float64")
+    prompts, own, eos = ours(options.folder, options.target, options.tokens, dtype=options.dtype)
     others = theirs(options.venv, drafter, options.target, prompts, options.tokens, eos)
     show("vLLM", own, others)
 
