@@ -70,7 +70,7 @@ class Model:
         hint = "call flashdraft.load in every process that shall generate"
         raise FlashDraftError(f"{got}: {why}", hint=hint)
 
-    def generate(self, prompts: Prompts, params: Params = None, **options: Any) -> Any:
+    def generate(self, prompts: Prompts, params: Params = None, **options: object) -> Any:
         """The Result of one prompt, or a list of Results in the order of a list of prompts.
 
         params: one for all, or one per prompt; `options` are the fields of SamplingParams, as a
@@ -84,12 +84,12 @@ class Model:
         ordered = [results[index] for index in sorted(results)]
         return ordered[0] if is_one(prompts) else ordered
 
-    def stream(self, prompts: Prompts, params: Params = None, **options: Any) -> Iterator[Chunk]:
+    def stream(self, prompts: Prompts, params: Params = None, **options: object) -> Iterator[Chunk]:
         """One Chunk per prompt and step, as they come; a prompt's last one carries its Result."""
         requests = self.requests(prompts, params, **options)
         return _without_errors(feed(self, requests))
 
-    def requests(self, prompts: Prompts, params: Params = None, **options: Any) -> list[Request]:
+    def requests(self, prompts: Prompts, params: Params = None, **options: object) -> list[Request]:
         """Prompts as the engine takes them, numbered from 0.
 
         Raises InvalidParameter, InvalidPrompt or ContextLengthError.
@@ -164,7 +164,7 @@ class Session:
         self.model = model
         self._engine = model.engine(model.max_rows)
 
-    def stream(self, prompts: Prompts, params: Params = None, **options: Any) -> Iterator[Chunk]:
+    def stream(self, prompts: Prompts, params: Params = None, **options: object) -> Iterator[Chunk]:
         """As Model.stream. A stream that is not read to its end has to be closed."""
         requests = self.model.requests(prompts, params, **options)
         return _without_errors(run(self._engine, requests))

@@ -111,7 +111,7 @@ class Told(NamedTuple):
 class Tokenizer(ending.Tokenizer, Protocol):
     """What is called of transformers' tokenizers anywhere here."""
 
-    chat_template: Any  # text, or texts by name
+    chat_template: object  # text, or texts by name
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
@@ -127,7 +127,7 @@ class Tokenizer(ending.Tokenizer, Protocol):
         self, conversation: Sequence[Mapping[str, object]], *, tokenize: bool, **options: object
     ) -> Any: ...
 
-    def convert_tokens_to_ids(self, tokens: Any) -> Any: ...
+    def convert_tokens_to_ids(self, tokens: object) -> Any: ...
 
     def get_vocab(self) -> dict[str, int]: ...
 
@@ -814,7 +814,7 @@ class _Bars:
     lock = new_lock()
     hiders = 0  # threads inside `without_bars`
     were_on = True  # before the first of them
-    of_gguf: Callable[..., Any]  # what draws those of GGUF files
+    of_gguf: Callable[..., object]  # what draws those of GGUF files
 
 
 @contextmanager

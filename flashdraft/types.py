@@ -118,7 +118,7 @@ _KINDS: dict[type, str] = {int: "an integer", float: "a number", bool: "True or 
 
 
 def option(
-    default: Any,
+    default: object,
     text: str,
     *,
     least: float | None = None,
@@ -204,7 +204,7 @@ def _is_of_kind(value: object, kind: type) -> bool:
     return isinstance(value, kind)
 
 
-def kind_of(hint: Any) -> type | None:
+def kind_of(hint: object) -> type | None:
     """int, float, bool or str, if an annotation asks for one of these; else None.
 
     For several of them in a tuple or a list, and for one or None, it is the same.

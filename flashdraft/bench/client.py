@@ -285,7 +285,7 @@ def _note(reply: Reply, event: Event) -> bool:
     return bool(text)
 
 
-def _message(said: Any) -> str:
+def _message(said: object) -> str:
     """An error in OpenAI's shape, or whatever it is."""
     error = said.get("error", said) if isinstance(said, dict) else said
     if isinstance(error, dict):

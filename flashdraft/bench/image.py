@@ -156,7 +156,7 @@ class _Bench:
         self._check_steps()
         self._draft = self._learned_draft()
         self.names = self._names()
-        self._schedulers: dict[tuple[str, int], Any] = {}
+        self._schedulers: dict[tuple[str, int], object] = {}
         self._fast: dict[tuple[str, int], SpeculativeDiffusion] = {}
         self._sets: Sets = defaultdict(list)
 

@@ -96,7 +96,7 @@ def _scheduler(options: ImageOptions) -> str | None:
 
 
 def _drafted(
-    pipe: Any, options: ImageOptions, mode: str, draft: str | Path | None
+    pipe: object, options: ImageOptions, mode: str, draft: str | Path | None
 ) -> SpeculativeDiffusion:
     usual = "flat" if options.compare else "measured"
     return SpeculativeDiffusion(
@@ -219,7 +219,7 @@ def _print_compared(compared: Sequence[Compared]) -> None:
 # ---- files and bars ------------------------------------------------------------------------------
 
 
-def _write(path: Path, picture: Image, facts: dict[str, Any]) -> None:
+def _write(path: Path, picture: Image, facts: dict[str, object]) -> None:
     content = io.BytesIO()
     picture.save(content, "PNG")
     with locked(path):

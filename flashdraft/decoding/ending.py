@@ -154,7 +154,7 @@ def _special_tokens(tokenizer: Tokenizer) -> dict[int, str]:
 
 def added_tokens(tokenizer: Tokenizer) -> Mapping[int, Any]:
     """Tokens that were added to the vocabulary, with their flags: AddedToken of transformers."""
-    added: Mapping[int, Any] | None = getattr(tokenizer, "added_tokens_decoder", None)
+    added: Mapping[int, object] | None = getattr(tokenizer, "added_tokens_decoder", None)
     return added if added else {}
 
 

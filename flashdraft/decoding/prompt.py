@@ -107,7 +107,7 @@ def _token_ids(parts: Sequence[object]) -> list[int]:
     return ids
 
 
-def _turn(turn: Mapping[str, Any], number: int) -> Turn:
+def _turn(turn: Mapping[str, object], number: int) -> Turn:
     """A turn whose content is text; `number` is its place, from 1."""
     has_content = "content" in turn or "tool_calls" in turn
     if "role" not in turn or not has_content:
@@ -442,7 +442,7 @@ def _texts(value: object) -> Iterator[str]:
             yield from _texts(inner)
 
 
-def _changed(value: Any, of_text: Change, of_name: Change) -> Any:
+def _changed(value: object, of_text: Change, of_name: Change) -> Any:
     """The same with every text in it changed, and every name of a field."""
     if isinstance(value, str):
         return of_text(value)

@@ -32,7 +32,7 @@ def unsupported(got: str) -> InvalidParameter:
 
 
 @functools.lru_cache(maxsize=32)
-def signature_of(function: Callable[..., Any]) -> inspect.Signature:
+def signature_of(function: Callable[..., object]) -> inspect.Signature:
     """Of a function or of a class's method, looked at once: that takes longer than some steps."""
     return inspect.signature(function)
 
@@ -52,7 +52,7 @@ class Call:
         self.conditions = dict(asked)
         for name in ("sample", "timestep", "return_dict"):
             self.conditions.pop(name, None)
-        self._kept: Any = None
+        self._kept: object = None
         for name, value in self.conditions.items():
             if "residual" in name and value is not None:
                 got = f"the pipe gives its UNet `{name}`: those are of one point, not of a block"
@@ -69,7 +69,7 @@ class Call:
         self.time = float(times[0])
 
     @classmethod
-    def bound(cls, own: Callable[..., Any], *args: Any, **kwargs: Any) -> "Call":
+    def bound(cls, own: Callable[..., object], *args: object, **kwargs: object) -> "Call":
         """Of a UNet's arguments as they came. Raises InvalidParameter for unknown ones."""
         from diffusers import UNet2DConditionModel
 
@@ -158,13 +158,13 @@ def _check_attention(options: Any) -> None:
             raise unsupported(got)
 
 
-def _has_tensors(value: Any) -> bool:
+def _has_tensors(value: object) -> bool:
     if isinstance(value, Tensor):
         return True
     return any(_has_tensors(part) for _, part in _parts_of(value))
 
 
-def _parts_of(value: Any) -> list[tuple[Any, Any]]:
+def _parts_of(value: object) -> list[tuple[Any, Any]]:
     """The entries of a dictionary, a list or a tuple, with their keys or places."""
     if isinstance(value, dict):
         return list(value.items())
@@ -173,7 +173,7 @@ def _parts_of(value: Any) -> list[tuple[Any, Any]]:
     return []
 
 
-def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+def _mapped(value: object, function: Callable[[Tensor], Tensor]) -> Any:
     """The same with every tensor in it changed; containers are new."""
     if isinstance(value, Tensor):
         return function(value)
@@ -184,7 +184,7 @@ def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
-def _copied(value: Any) -> Any:
+def _copied(value: object) -> Any:
     return _mapped(value, torch.clone)
 
 
@@ -219,7 +219,7 @@ class Settings:
     """
 
     def __init__(self, unet: Any) -> None:
-        self._seen: list[tuple[Any, Any, Any]] = []  # container, key, value
+        self._seen: list[tuple[Any, object, object]] = []  # container, key, value
         self._sizes: list[tuple[Any, int]] = []
         for module in unet.modules():
             if type(module).__module__.startswith("torch.nn."):
@@ -254,7 +254,7 @@ class Settings:
                 self._look_at(value)
 
 
-def _is_same_number(left: Any, right: Any) -> bool:
+def _is_same_number(left: object, right: object) -> bool:
     """A LoRA's scale is multiplied and divided again in every call, and so rounded."""
     if isinstance(left, float) and isinstance(right, float):
         return math.isclose(left, right, rel_tol=1e-6)

@@ -141,7 +141,7 @@ def check_way(pipe: Any, eta: float | None, *, is_exact: bool) -> None:
         raise InvalidParameter(got, hint="--scheduler ddim with --eta 0 draws none")
 
 
-def unknown_words(pipe: Any, text: str) -> list[str]:
+def unknown_words(pipe: object, text: str) -> list[str]:
     """Those of a text that are none of `known_words`."""
     known = known_words(pipe)
     if not known:
@@ -178,13 +178,15 @@ def draw(way: Way, asked: Asked, seed: int, on_step: Callable[[], None] | None =
 def _options_of(
     way: Way, asked: Asked, seed: int, on_step: Callable[[], None] | None
 ) -> dict[str, Any]:
-    def on_step_end(pipe: Any, step: int, time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    def on_step_end(
+        pipe: object, step: int, time: object, tensors: dict[str, object]
+    ) -> dict[str, Any]:
         del pipe, step, time, tensors
         if on_step is not None:
             on_step()
         return {}
 
-    options: dict[str, Any] = {
+    options: dict[str, object] = {
         "prompt": asked.prompt,
         "num_inference_steps": asked.steps,
         "guidance_scale": asked.guidance,

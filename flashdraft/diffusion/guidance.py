@@ -20,7 +20,7 @@ _CLOSE_NARROW = 2e-2  # of float16 and bfloat16
 class Guidance:
     """That of one loop."""
 
-    def __init__(self, pipe: Any) -> None:
+    def __init__(self, pipe: object) -> None:
         self._pipe = pipe
         self._fitted: float | None = None
 

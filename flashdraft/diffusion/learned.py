@@ -93,7 +93,7 @@ def identity_of(unet: Any) -> Identity:
     return Identity(digest.hexdigest()[:16], some)
 
 
-def feature_channels(unet: Any) -> int:
+def feature_channels(unet: object) -> int:
     """Of what the UNet's last layer reads: the features. Raises InvalidParameter for a UNet whose
     last layer is called something else."""
     last = getattr(unet, "conv_out", None)
@@ -282,7 +282,7 @@ class LearnedDraft:
         """As BlockDraftModel.from_pretrained."""
         return cls(BlockDraftModel.from_pretrained(name))
 
-    def check(self, unet: Any) -> None:
+    def check(self, unet: object) -> None:
         """Raises DraftMismatch where the draft was trained for another UNet, InvalidParameter for
         one without features."""
         feature_channels(unet)

@@ -83,7 +83,7 @@ class Run:
         self._images: list[Image] = []
         self._noises: Noises
         self._eta = 0.0
-        self._generator: Any = None
+        self._generator: object = None
         self._known: list[dict[int, _Known]] = []  # by image and step
         self._call: Call | None = None  # the last that read anything
         self._first_output: Tensor
@@ -549,12 +549,12 @@ def _is_same(left: Tensor, right: Tensor) -> bool:
     return left.shape == right.shape and bool(torch.equal(left, right))
 
 
-def _eta(asked: Mapping[str, Any]) -> float:
+def _eta(asked: Mapping[str, object]) -> float:
     eta = asked.get("eta")
     return 0.0 if eta is None else number(eta, "eta")
 
 
-def _is_generator(one: Any, other: Any) -> bool:
+def _is_generator(one: object, other: object) -> bool:
     if not isinstance(one, list) or not isinstance(other, list):
         return one is other
     if len(one) != len(other):
@@ -562,14 +562,14 @@ def _is_generator(one: Any, other: Any) -> bool:
     return all(left is right for left, right in zip(one, other, strict=True))
 
 
-def _check_step(asked: Mapping[str, Any]) -> None:
+def _check_step(asked: Mapping[str, object]) -> None:
     if asked.get("variance_noise") is not None:
         raise unsupported("it gives `variance_noise` to the scheduler's step")
     if asked.get("use_clipped_model_output"):
         raise unsupported("it gives `use_clipped_model_output` to the scheduler's step")
 
 
-def _check_mode(scheduler: Any, table: Transitions, is_exact: bool) -> None:
+def _check_mode(scheduler: object, table: Transitions, is_exact: bool) -> None:
     if table.num_steps == 1:
         return  # nothing is drafted; DDPM's last step has no noise
     name = type(scheduler).__name__
@@ -594,7 +594,7 @@ def _first_step(scheduler: Any, timestep: Any) -> int:
     return times.index(float(timestep))
 
 
-def _count_step(scheduler: Any, timestep: Any) -> None:
+def _count_step(scheduler: Any, timestep: object) -> None:
     """As the scheduler's own step does."""
     if not hasattr(scheduler, "_step_index"):
         return

@@ -55,7 +55,7 @@ class _Scheduler(NamedTuple):
     """A class of diffusers, and what it is given beside another scheduler's config."""
 
     name: str
-    options: dict[str, Any]
+    options: dict[str, object]
 
 
 SCHEDULERS = {
@@ -135,7 +135,7 @@ def with_scheduler(pipe: Any, scheduler: str) -> Any:
     return pipe
 
 
-def eta_of(scheduler: Any, eta: float | None, *, is_exact: bool = True) -> float | None:
+def eta_of(scheduler: object, eta: float | None, *, is_exact: bool = True) -> float | None:
     """What a pipe is given as `eta`: 1 for DDIM in exact mode and 0 in tolerance mode, unless
     another one is asked for; None for schedulers that have none.
 
@@ -248,7 +248,7 @@ def _options_of(name: str, folder: Path) -> dict[str, Any]:
         raise CheckpointError(got, hint=_HINT)
     index = _check_index(name, path)
     _check_parts(name, folder, index)
-    options: dict[str, Any] = {}
+    options: dict[str, object] = {}
     checker = index.get("safety_checker", [None])
     if checker[0] is not None and not (folder / "safety_checker").is_dir():
         options = {"safety_checker": None, "requires_safety_checker": False}
@@ -281,7 +281,7 @@ def _check_index(name: str, path: Path) -> dict[str, Any]:
     return index
 
 
-def _check_parts(name: str, folder: Path, index: dict[str, Any]) -> None:
+def _check_parts(name: str, folder: Path, index: dict[str, object]) -> None:
     """Raises CheckpointError for a part that the index names and the folder lacks: some readers
     make an empty one of it."""
     for part, held in index.items():

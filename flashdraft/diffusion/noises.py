@@ -32,7 +32,7 @@ class Noises:
         self,
         draws: Sequence[bool],
         like: Tensor,
-        generator: Any,
+        generator: object,
         dtype: torch.dtype | None = None,
     ) -> None:
         self._draws = draws

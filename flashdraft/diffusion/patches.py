@@ -17,7 +17,7 @@ _MARK = "_flashdraft"
 class Patch:
     """function(original, *args, **kwargs) is called in the method's place."""
 
-    def __init__(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
+    def __init__(self, owner: object, name: str, function: Callable[..., object]) -> None:
         self.owner = owner
         self._name = name
         self._had_own = name in owner.__dict__
@@ -25,7 +25,7 @@ class Patch:
         self.original = original
 
         @functools.wraps(original)
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: object, **kwargs: object) -> Any:
             return function(original, *args, **kwargs)
 
         self._call = call
@@ -45,13 +45,13 @@ class Patch:
             del self.owner.__dict__[self._name]
 
 
-def called_name(module: Any) -> str:
+def called_name(module: object) -> str:
     """The name of what torch calls where the module is called."""
     is_compiled = module.__dict__.get("_compiled_call_impl") is not None  # by its `compile`
     return "_compiled_call_impl" if is_compiled else "forward"
 
 
-def is_marked(owner: Any) -> bool:
+def is_marked(owner: object) -> bool:
     """Whether its methods are patched."""
     return _MARK in owner.__dict__
 
@@ -60,7 +60,7 @@ class Mark:
     """Says in an object's `__dict__` that its methods are patched. A copy would call the methods of
     what it was copied from: making one is refused."""
 
-    def __init__(self, owner: Any) -> None:
+    def __init__(self, owner: object) -> None:
         """Raises InvalidParameter where one is already there."""
         if is_marked(owner):
             raise InvalidParameter(
@@ -79,10 +79,10 @@ class Mark:
         if self.is_in_place:
             del self._owner.__dict__[_MARK]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Mark":
+    def __deepcopy__(self, memo: dict[int, object]) -> "Mark":
         raise self._refusal()
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: object) -> Any:
         raise self._refusal()
 
     def _refusal(self) -> InvalidParameter:

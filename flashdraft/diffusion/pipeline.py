@@ -95,7 +95,7 @@ class SpeculativeDiffusion:
         self._reading: int | None = None  # thread in which the UNet's own forward runs
         self._unet: list[Patch | Mark] = []
         self._scheduler: list[Patch | Mark] = []
-        self._patched: tuple[Any, Any] = (None, None)  # UNet and scheduler
+        self._patched: tuple[object, object] = (None, None)  # UNet and scheduler
         self._hidden: Tensor | None = None  # of the UNet's last call, before its last layer
         self._hook: Any = None
         self.watch: Watch | None = None  # of every committed step of blocks of one
@@ -167,7 +167,7 @@ class SpeculativeDiffusion:
         while taken:
             taken.pop().undo()
 
-    def _keep_hidden(self, module: Any, inputs: tuple[Tensor, ...]) -> None:
+    def _keep_hidden(self, module: object, inputs: tuple[Tensor, ...]) -> None:
         del module
         self._hidden = inputs[0]
 
@@ -179,7 +179,7 @@ class SpeculativeDiffusion:
         """The UNet's hidden states [count, ...] of its last call, of the branch with the text."""
         return None if self._hidden is None else self._hidden[-count:]
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         """What the pipe returns."""
         if not self._is_entered:
             with self:
@@ -195,7 +195,7 @@ class SpeculativeDiffusion:
 
     # ---- what the pipe's loop calls --------------------------------------------------------------
 
-    def _set_timesteps(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _set_timesteps(self, own: Callable[..., object], *args: object, **kwargs: object) -> Any:
         result = own(*args, **kwargs)
         if self._is_entered:
             self._start()
@@ -207,14 +207,14 @@ class SpeculativeDiffusion:
         self._run = Run(self, self.last_stats)
 
     def _scale_model_input(
-        self, own: Callable[..., Any], sample: Tensor, *args: Any, **kwargs: Any
+        self, own: Callable[..., Any], sample: Tensor, *args: object, **kwargs: object
     ) -> Any:
         scaled = own(sample, *args, **kwargs)
         if self._run is not None:
             self._run.on_scale(sample, scaled)
         return scaled
 
-    def _forward(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _forward(self, own: Callable[..., object], *args: object, **kwargs: object) -> Any:
         if not self._is_entered or self._reading == threading.get_ident():
             return own(*args, **kwargs)
         if self.pipe.scheduler is not self._patched[1]:
@@ -223,7 +223,7 @@ class SpeculativeDiffusion:
         if self._run is None:
             return own(*args, **kwargs)
 
-        def read(*args: Any, **kwargs: Any) -> Any:
+        def read(*args: object, **kwargs: object) -> Any:
             self._reading = threading.get_ident()  # a patch over this one may call this one
             try:
                 return own(*args, **kwargs)
@@ -238,7 +238,7 @@ class SpeculativeDiffusion:
 
         return UNet2DConditionOutput(sample=output)
 
-    def _step(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _step(self, own: Callable[..., object], *args: object, **kwargs: object) -> Any:
         if self._run is None:
             return own(*args, **kwargs)
         method = type(self.pipe.scheduler).step
@@ -259,7 +259,7 @@ class SpeculativeDiffusion:
 # ---- what is taken -------------------------------------------------------------------------------
 
 
-def _check_pipe(pipe: Any) -> None:
+def _check_pipe(pipe: object) -> None:
     from diffusers import UNet2DConditionModel
 
     name = type(pipe).__name__

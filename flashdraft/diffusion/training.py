@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from rich.progress import Progress
@@ -323,7 +323,7 @@ class DraftTrainer:
         self.measured.append((self.step, Held(learned, frozen)))
         if is_best:
             self.average.save_pretrained(self.out / "best", readme=self._card())
-        line: dict[str, Any] = {"step": self.step, "loss": loss}
+        line: dict[str, object] = {"step": self.step, "loss": loss}
         line |= {"learned": learned, "frozen": frozen}
         if len(by_source) > 1:
             line["by_folder"] = by_source
@@ -345,7 +345,7 @@ class DraftTrainer:
         for name, value in asdict(self.options).items():
             settings.append(f"{name} {value}")
         where = "the mean over the rows above" if len(self.data) > 1 else "at random steps"
-        facts: dict[str, Any] = {
+        facts: dict[str, object] = {
             "pipe": Path(self.data[0].facts["pipe"]["name"]).name,
             "num_weights": sum(weight.numel() for weight in self.model.parameters()),
             "step": self.step,

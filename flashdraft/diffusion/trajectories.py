@@ -99,7 +99,7 @@ def check_recorded(out: Path) -> Path:
     return folder
 
 
-def _check_begun(out: Path, facts: dict[str, Any]) -> None:
+def _check_begun(out: Path, facts: dict[str, object]) -> None:
     if (out / _NOTE).exists():
         hint = "name another folder, or record as it was begun"
         check_facts(out, _noted(out), facts, hint)
@@ -141,7 +141,7 @@ def _recorded(
     generators = []
     for place in range(len(prompts)):
         generators.append(torch.Generator("cpu").manual_seed(options.seed + start + place))
-    asked: dict[str, Any] = {"guidance_scale": options.guidance, "output_type": "latent"}
+    asked: dict[str, object] = {"guidance_scale": options.guidance, "output_type": "latent"}
     eta = eta_of(pipe.scheduler, options.eta)
     if eta is not None:
         asked["eta"] = eta

@@ -152,7 +152,7 @@ class Transitions:
         return entries.view(-1, *[1] * num_further)
 
 
-def transitions(scheduler: Any, *, eta: float = 0.0, first: int = 0) -> Transitions:
+def transitions(scheduler: object, *, eta: float = 0.0, first: int = 0) -> Transitions:
     """The steps that `scheduler.set_timesteps` has set, from the first one that is done (image to
     image begins late). eta: of DDIM, as `scheduler.step` takes it.
 
@@ -175,7 +175,7 @@ def transitions(scheduler: Any, *, eta: float = 0.0, first: int = 0) -> Transiti
     return replace(table, **cut)
 
 
-def check(scheduler: Any) -> None:
+def check(scheduler: object) -> None:
     """Raises InvalidParameter for a scheduler that `transitions` would refuse, before it is set."""
     _reader(scheduler)
 
@@ -183,7 +183,7 @@ def check(scheduler: Any) -> None:
 _Reader = Callable[[Any, float], Transitions]  # of a scheduler and eta
 
 
-def _reader(scheduler: Any) -> _Reader:
+def _reader(scheduler: object) -> _Reader:
     readers: dict[str, _Reader] = {
         "DDPMScheduler": _ddpm,
         "DDIMScheduler": _ddim,

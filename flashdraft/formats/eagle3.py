@@ -10,7 +10,6 @@ normed, what is fed back. Knows keys, names and shapes; does not know files nor 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor
 
@@ -224,7 +223,7 @@ def eagle3_json(config: DraftConfig) -> Fields:
     if config.target_hidden_size is not None:
         written["target_hidden_size"] = config.target_hidden_size
 
-    nested: dict[str, Any] = {}
+    nested: dict[str, object] = {}
     if not config.fused:
         nested["use_aux_hidden_state"] = False
     elif config.ids_by_target:

@@ -74,7 +74,7 @@ def _call(tool: Tool, place: str) -> Json:
     }
 
 
-def _moved(schema: Any, place: str) -> Any:
+def _moved(schema: object, place: str) -> Any:
     """A JSON schema, or a part of one, whose root is now at that place of another.
 
     What has an `$id` stays the root of its own references.

@@ -5,7 +5,6 @@ Knows pydantic's errors. A message may repeat a short value; never what is priva
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -52,7 +51,7 @@ def wrong(param: str, what: str) -> ApiError:
     return ApiError(400, f"`{param}`{space}{what}", param=param, code="invalid_value")
 
 
-def invalid(error: ValidationError, body: Mapping[str, Any]) -> ApiError:
+def invalid(error: ValidationError, body: Mapping[str, object]) -> ApiError:
     """What a client is told of the fault that `_meant` finds among several."""
     fault = _meant(error.errors(include_url=False), body)
     kind = fault["type"]
@@ -77,7 +76,7 @@ def invalid(error: ValidationError, body: Mapping[str, Any]) -> ApiError:
     return wrong(name, told)
 
 
-def _meant(faults: Sequence[ErrorDetails], body: Mapping[str, Any]) -> ErrorDetails:
+def _meant(faults: Sequence[ErrorDetails], body: Mapping[str, object]) -> ErrorDetails:
     """The fault to tell: the one that lies deepest.
 
     pydantic tells one for every type that a field may have; the deepest is of the type that was

@@ -8,7 +8,6 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Callable
-from typing import Any
 
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from starlette.responses import JSONResponse, Response
@@ -190,7 +189,7 @@ def _event(data: Json) -> bytes:
 
 
 async def _before_leaving(
-    work: asyncio.Task[Any], receive: Receive, *others: asyncio.Task[Any]
+    work: asyncio.Task[object], receive: Receive, *others: asyncio.Task[object]
 ) -> bool:
     """Wait for the work, for the client to leave, or for one of the others; whether it is done."""
     gone = asyncio.create_task(_gone(receive))

@@ -49,7 +49,7 @@ def read_object(raw: bytes) -> Json:
     return value
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> Json:
+def _unique(pairs: list[tuple[str, object]]) -> Json:
     made = dict(pairs)
     if len(made) == len(pairs):
         return made
@@ -74,7 +74,7 @@ def _no_json(message: str) -> ApiError:
 class _Inside(NamedTuple):
     """A list or an object in a field, so many others around it."""
 
-    value: list[Any] | Json
+    value: list[object] | Json
     depth: int
 
     @property

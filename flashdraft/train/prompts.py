@@ -190,7 +190,7 @@ def hub_rows(name: str) -> Iterable[Any]:
     *where, split = parts
     try:
         datasets = import_module("datasets")
-        rows: Iterable[Any] = datasets.load_dataset(*where, split=split, trust_remote_code=False)
+        rows: Iterable[object] = datasets.load_dataset(*where, split=split, trust_remote_code=False)
     except ImportError:
         if Path(name).is_dir():
             hint = "name the .jsonl or .json files in it"
