@@ -59,6 +59,7 @@ def test_what_is_shipped_is_told_by_its_name(
     text = "\n".join(lines_of(capsys, method))
     assert f"{TITLES[method]} (FlashDraft)" in text
     assert "FlashDraft: yes" in text
+    assert " 1 drafts" not in text
 
 
 def test_what_is_not_read_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -460,6 +460,16 @@ def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as error:
         DFlashDraftModel.from_pretrained(tmp_path)
     assert "holds no .safetensors file" in one_line_and_hint(error)
+    assert "convert them" in str(error.value.hint)
+
+
+def test_folder_whose_weights_never_came_is_not_called_pickled(tmp_path: Path) -> None:
+    save_zlab(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError) as error:
+        read_draft(tmp_path)
+    assert "holds no .safetensors file" in one_line_and_hint(error)
+    assert "its weights are missing" in str(error.value.hint)
 
 
 def test_pickles_are_read_in_one_place_and_as_tensors_alone() -> None:

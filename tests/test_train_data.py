@@ -410,7 +410,7 @@ def test_answers_in_the_place_of_features_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         FeatureSet(write_lines(tmp_path / "answers.jsonl", []))
     assert "is a file, not a folder of features" in one_line_and_hint(error)
-    assert "--online" in str(error.value.hint)
+    assert "`train --online`" in str(error.value.hint)  # the doctor reads features, too
 
 
 def test_folder_without_samples_is_refused(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from flashdraft import hub
 from flashdraft.errors import CheckpointError, ModelNotFound
 from flashdraft.files import write_file, write_tensors
 from flashdraft.formats.config import DraftConfig
+from flashdraft.formats.foreign import is_draft
 from flashdraft.formats.parse import Fields
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "write_folder",
 ]
 
+_LANGUAGE_MODELS = ("ForCausalLM", "ForConditionalGeneration")  # how their classes end
 _MARKOV = ("markov", "markov_gated", "markov_rnn")
 
 
@@ -114,6 +116,10 @@ def read_target(name: str) -> TargetShape:
 
     config: Mapping[str, Any] = hub.read_config(files)
     classes = tuple(map(str, config.get("architectures") or ()))
+    is_model = any(name.endswith(_LANGUAGE_MODELS) for name in classes)
+    if is_draft(config) and not is_model:
+        hint = "it stands before --to; --target is the language model that it was made for"
+        raise CheckpointError(f"`{name}` is a drafter, not a target", hint=hint)
     text = config.get("text_config")
     if isinstance(text, Mapping):  # a multimodal wrapper
         config = text

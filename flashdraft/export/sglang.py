@@ -108,7 +108,8 @@ def _check_dspark(order: Order) -> None:
     if not config.anchor_first:
         why = "it is a DSpark drafter whose anchor's row predicts nothing"
         raise refused(order, _ENGINE, why, hint="`--to vllm` has both layouts")
-    if config.draft_vocab_size is not None and config.sequential_head is not None:
+    has_markov_head = config.sequential_head not in (None, "swiglu")  # which is left out
+    if config.draft_vocab_size is not None and has_markov_head:
         why = "its Markov head is over a reduced vocabulary"
         raise refused(order, _ENGINE, why, hint="`--to vllm` keeps it")
 

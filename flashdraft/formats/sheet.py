@@ -45,10 +45,11 @@ def sheet(form: Format, config: DraftConfig, tensors: Mapping[str, Tensor]) -> l
 
 
 def _proposal(config: DraftConfig) -> str:
-    drafts = config.block_size - 1
+    count = config.block_size - 1
+    drafts = "1 draft" if count == 1 else f"{count} drafts"
     if config.method != "dflash":
-        return f"{drafts} drafts behind the anchor"
-    return f"{drafts} drafts behind the anchor, by one pass over a block of {config.block_rows}"
+        return f"{drafts} behind the anchor"
+    return f"{drafts} behind the anchor, by one pass over a block of {config.block_rows}"
 
 
 def _network(config: DraftConfig, tensors: Mapping[str, Tensor]) -> str:

@@ -32,6 +32,7 @@ Shapes = Mapping[str, Shape]  # of tensors, by their bare names
 MASK_ROW = "mask_embedding"  # a row that stands for the mask token's embedding
 
 MASK_FILE = "mask_embedding.pt"  # where it lies beside the weights
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _PREFIXES = ("model.", "logit_head.")  # the second of early DSpark and Domino folders
 _CODEBOOKS = (  # saved again by z-lab's class they are called .weight
     "candidate_selector.predecessor_codebook",
@@ -95,7 +96,10 @@ def read_tensors(folder: Path, *, pickled: bool) -> dict[str, Tensor]:
     if not files and pickled:
         files = sorted(folder.glob("pytorch_model*.bin"))
     if not files:
-        hint = "pickled weights are not read; convert them"
+        hint = "its weights are missing: fetch or write it again"
+        pickles = [path for path in folder.iterdir() if path.suffix in _PICKLES]
+        if any(path.name != MASK_FILE for path in pickles):
+            hint = "pickled weights are not read; convert them"
         raise CheckpointError(f"`{folder}` holds no .safetensors file", hint=hint)
 
     tensors: dict[str, Tensor] = {}

@@ -317,7 +317,7 @@ def _read_manifest(folder: Path) -> Manifest:
         hint = "run `flashdraft features` first"
         raise DataError(f"`{folder}` holds no manifest.json", hint=hint) from None
     except NotADirectoryError:
-        hint = "name the folder that `flashdraft features` wrote, or add --online to read answers"
+        hint = "name the folder that `flashdraft features` wrote; `train --online` reads answers"
         raise DataError(f"`{folder}` is a file, not a folder of features", hint=hint) from None
     except (OSError, ValueError) as error:
         hint = "name another folder, or make these features again if they are yours"
