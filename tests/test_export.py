@@ -459,15 +459,6 @@ def test_target_that_does_not_fit_is_refused(
     assert "made for a target with 6 layers" in capsys.readouterr().err
 
 
-def test_drafter_in_the_targets_place_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    draft = made(tmp_path / "draft", "dspark")
-    other = made(tmp_path / "other", "dflash")
-    assert exported(draft, "vllm", tmp_path / "out", "--target", str(other)) == 1
-    assert f"`{other}` is a drafter, not a target" in capsys.readouterr().err
-
-
 def test_sglang_has_an_anchor_first_drafter_without_its_swiglu_head(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

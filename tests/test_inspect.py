@@ -83,6 +83,17 @@ def test_a_language_model_is_told_from_a_drafter(
     assert "--target" in hint
 
 
+def test_a_drafter_in_the_targets_place_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draft = str(save_zlab(tmp_path / "draft"))
+    other = str(save_zlab(tmp_path / "other"))
+    assert main(["inspect", draft, "--target", other]) == 1
+    error, hint = capsys.readouterr().err.splitlines()
+    assert f"`{other}` is a drafter, not a target" in error
+    assert "language model" in hint
+
+
 def test_every_kind_has_its_publishers() -> None:
     assert PUBLISHERS.keys() == TITLES.keys()
     found: dict[str, set[str]] = {}

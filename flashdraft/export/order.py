@@ -118,7 +118,7 @@ def read_target(name: str) -> TargetShape:
     classes = tuple(map(str, config.get("architectures") or ()))
     is_model = any(name.endswith(_LANGUAGE_MODELS) for name in classes)
     if is_draft(config) and not is_model:
-        hint = "it stands before --to; --target is the language model that it was made for"
+        hint = "give the language model that the drafter is for"
         raise CheckpointError(f"`{name}` is a drafter, not a target", hint=hint)
     text = config.get("text_config")
     if isinstance(text, Mapping):  # a multimodal wrapper
