@@ -40,8 +40,12 @@ Row = dict[str, Any]  # a JSON object
 _MADE_BY = "generate"
 _BEGINNING = b'{"number": '  # of every line that is written here
 _OWN = ("id", "prompt", "thinking", "meta")
+_NOTES = ("source", "row", "task")  # what `flashdraft prompts` and `tasks` say of where it is from
 _SAMPLING = tuple(option.name for option in fields(SamplingParams) if option.metadata)
-_FIELDS = f"fields are {', '.join(_OWN)} and {', '.join(_SAMPLING)}; `meta` is copied as it is"
+_FIELDS = (
+    f"fields are {', '.join(_OWN)} and {', '.join(_SAMPLING)}; "
+    f"{', '.join(_NOTES)} and `meta` are copied as they are"
+)
 _ANOTHER = "name another file with --out"
 
 
@@ -135,7 +139,7 @@ def _params_of(line: Row, number: int, params: SamplingParams) -> SamplingParams
     for name, value in line.items():
         if name in _SAMPLING:
             own[name] = value
-        elif name not in _OWN:
+        elif name not in (*_OWN, *_NOTES):
             raise InvalidPrompt(f"unknown field `{name}`", hint=_FIELDS)
 
     if type(line.get("id", "")) not in (str, int):
@@ -286,7 +290,7 @@ class _Answers:
             raise self._damaged(where, "not an answer")
         if type(row["number"]) is not int:
             raise self._damaged(where, "not an answer: its `number` is no whole number")
-        asked = {name: row[name] for name in (*_OWN, *_SAMPLING) if name in row}
+        asked = {name: row[name] for name in (*_OWN, *_NOTES, *_SAMPLING) if name in row}
         self.asked[row["number"]] = _digest(asked)
 
     def _damaged(self, where: str, wrong: str) -> DataError:

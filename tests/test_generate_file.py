@@ -39,6 +39,7 @@ PROMPTS: list[dict[str, Any]] = [
     {"prompt": "a b c", "thinking": True},
     {"prompt": "zebra", "seed": 99},
     {"prompt": "why?", "stop": ["e"], "top_k": 20},
+    {"source": "gsm8k/train", "row": 3, "task": "gsm8k", "prompt": "as `prompts` writes it"},
     {"prompt": "tell me", "max_new_tokens": 3},
 ]
 
@@ -95,9 +96,8 @@ def test_answers_are_the_models_own_with_the_prompts_fields(undisturbed: Path) -
     lm, rows = language_model(), by_number(undisturbed)
     assert sorted(rows) == list(range(len(PROMPTS)))
     for number, line in enumerate(PROMPTS):
-        own = {
-            name: line[name] for name in line if name not in ("prompt", "id", "meta", "thinking")
-        }
+        others = ("prompt", "id", "meta", "thinking", "source", "row", "task")
+        own = {name: line[name] for name in line if name not in others}
         params = replace(SAMPLED.numbered(number), **own)
         tokens = lm.encode(line["prompt"], thinking=line.get("thinking"))
         result = lm.generate(tokens, params)
@@ -234,7 +234,7 @@ def test_half_a_line_that_is_kept_is_caught(
 ) -> None:
     monkeypatch.setattr(growing, "_is_json", lambda text: True)
     undisturbed.write_bytes(undisturbed.read_bytes()[:-40])
-    with pytest.raises(DataError, match=r"line 7: not valid JSON"):
+    with pytest.raises(DataError, match=rf"line {len(PROMPTS)}: not valid JSON"):
         answered(tmp_path, prompts, "whole.jsonl")
 
 
@@ -306,7 +306,7 @@ def test_other_parameters_do_not_go_on_with_it(
         ([{"prompt": "ho"}, *PROMPTS[1:]], "another prompt than"),
         ([{**PROMPTS[0], "max_new_tokens": 29}, *PROMPTS[1:]], "another prompt than"),
         (PROMPTS[1:], "another prompt than"),
-        (PROMPTS[:-1], "answer to prompt number 6, which is not there"),
+        (PROMPTS[:-1], f"answer to prompt number {len(PROMPTS) - 1}, which is not there"),
     ],
 )
 def test_other_prompts_do_not_go_on_with_it(
