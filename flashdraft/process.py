@@ -127,17 +127,37 @@ def _modes_off() -> Iterator[None]:
 
 
 @functools.cache
-def _openmp() -> ctypes.CDLL | None:
-    """The OpenMP library that torch runs on, or None where torch has another kind of threads."""
+def _torch_library() -> ctypes.CDLL | None:
+    """The library that torch's operations are in; None where it is not found."""
     folder = Path(torch.__file__).parent / "lib"
     for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
         try:
-            library = ctypes.CDLL(str(folder / name))
+            return ctypes.CDLL(str(folder / name))
         except OSError:
             continue
-        if hasattr(library, "omp_set_num_threads") and hasattr(library, "omp_get_max_threads"):
-            return library
     return None
+
+
+@functools.cache
+def _openmp() -> ctypes.CDLL | None:
+    """The OpenMP library that torch runs on, or None where torch has another kind of threads."""
+    library = _torch_library()
+    if hasattr(library, "omp_set_num_threads") and hasattr(library, "omp_get_max_threads"):
+        return library
+    return None
+
+
+def _set_mkl_threads(count: int) -> int:
+    """How many threads MKL has in this thread, 0: as many as in the others; returns the number
+    before.
+
+    Behind `torch.set_num_threads` MKL asks OpenMP no more, and `exp` and `logsumexp` are MKL's.
+    """
+    set_own = getattr(_torch_library(), "MKL_Set_Num_Threads_Local", None)
+    if set_own is None:
+        return 0
+    before: int = set_own(count)
+    return before
 
 
 class _Serial(threading.local):
@@ -171,9 +191,11 @@ def serial(wanted: Callable[[Any], bool]) -> Callable[[Callable[P, R]], Callable
                 return method(*args, **kwargs)
             _serial.threads = torch.get_num_threads()
             openmp.omp_set_num_threads(1)
+            before = _set_mkl_threads(1)
             try:
                 return method(*args, **kwargs)
             finally:
+                _set_mkl_threads(before)
                 openmp.omp_set_num_threads(_serial.threads)
                 _serial.threads = None
 

@@ -22,6 +22,7 @@ from test_convolutions import far_from_definition
 from torch import Tensor
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
+from flashdraft import process
 from flashdraft.decoding.tree import ancestors
 from flashdraft.errors import InvalidParameter
 from flashdraft.models import native
@@ -508,6 +509,34 @@ def test_what_a_drafter_changes_of_its_thread_is_undone_after_an_error_and_never
     with pytest.raises(ValueError):  # noqa: PT011
         Fails(wanted=True).propose()
     assert (torch.get_num_threads(), num_threads()) == (2, 2)
+
+
+class Likely(Serial):
+    """Asks for logarithms of sums, as drafters do."""
+
+    @serial(lambda self: self.wanted)
+    def busy(self) -> float:
+        """Cores that are busy meanwhile, where this thread mostly sleeps."""
+        logits = noise(5, 8192)
+        started = time.perf_counter()
+        used = time.process_time()
+        while time.perf_counter() < started + 0.3:
+            logits.logsumexp(-1)
+            time.sleep(0.002)
+        return (time.process_time() - used) / (time.perf_counter() - started)
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch without MKL")
+def test_mkls_team_does_not_spin_behind_a_drafters_logarithms(
+    two_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind `torch.set_num_threads` it did, on a core that our kernels need: the planted fault."""
+    drafter = Likely(wanted=True)
+    rested = drafter.busy()
+    monkeypatch.setattr(process, "_set_mkl_threads", lambda count: 0)
+    spinning = drafter.busy()
+    assert rested < 0.3
+    assert spinning > 2 * rested
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
