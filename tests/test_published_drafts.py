@@ -345,7 +345,7 @@ def changes(fault: Fault, config: DraftConfig, tensors: Tensors) -> bool:
 def plant(fault: Fault, patch: pytest.MonkeyPatch) -> None:
     """Let all networks be read with it."""
 
-    def faulty(folder: Path) -> tuple[DraftConfig, Tensors]:
+    def faulty(folder: Path, vocabulary: object = None) -> tuple[DraftConfig, Tensors]:
         config, tensors = read_draft(folder)
         return fault(config, tensors), tensors
 
