@@ -220,11 +220,14 @@ def test_answers_of_a_server_are_written_as_they_end(tmp_path: Path, api: Api) -
     path, out = prompt_file(tmp_path, "abcd"), tmp_path / "out.jsonl"
     written: list[int] = []
 
+    def lines_written() -> int:
+        return out.read_bytes().count(b"\n") if out.exists() else 0
+
     def reply(body: dict[str, Any]) -> tuple[int, Any]:
         give_up = time.monotonic() + 60
-        while len(written) == 3 and not out.exists() and time.monotonic() < give_up:
+        while len(written) == 3 and not lines_written() and time.monotonic() < give_up:
             time.sleep(0.01)  # the answers before are being written
-        written.append(out.read_bytes().count(b"\n") if out.exists() else 0)
+        written.append(lines_written())
         return completion(body)
 
     api.reply = reply
