@@ -1,14 +1,16 @@
-"""Prompts with long contexts, without a data set: the target's own long answers are the documents.
+"""Prompts with long contexts, without a data set: the target's own answers are the documents.
 
-python recipes/documents.py ANSWERS.jsonl RAW.jsonl [--words 120] [--seed 0]
+python recipes/documents.py ANSWERS.jsonl RAW.jsonl [--words 120] [--kinds summary,question]
 flashdraft prompts RAW.jsonl --out PROMPTS.jsonl
 flashdraft regenerate PROMPTS.jsonl --out LONG.jsonl --max-new-tokens 256
 
-ANSWERS are what `flashdraft regenerate --max-new-tokens 700 --temperature 0.8` wrote for any
-prompts, best for those of `flashdraft prompts --self`; a small model's greedy texts of that length
-repeat themselves. Every answer of `--words` words or more becomes a text to summarise and a text to
-answer from, there among two others, with the prompt that it was written for as the question; one of
-its sentences is to be translated. The answers to these are the target's own again.
+ANSWERS are what `flashdraft regenerate` wrote for any prompts, best for those of `flashdraft
+prompts --self`; for documents of 700 tokens with `--max-new-tokens 700 --temperature 0.8`, as a
+small model's greedy texts of that length repeat themselves. Every answer of `--words` words or more
+becomes a text to summarise and a text to answer from, there among two others, with the prompt that
+it was written for as the question; one of its sentences is to be translated. The answers to these
+are the target's own again. Answers to a translation become prompts to translate back: run it on
+LONG.jsonl once more.
 """
 
 import argparse
@@ -37,26 +39,42 @@ TRANSLATION = "Translate English to {language}: {sentence}"
 SENTENCE = re.compile(r"[A-Z][^.!?\n]{40,200}[.!?]")
 
 
+TRANSLATED = re.compile(r"Translate English to (\w+): ")
+KINDS = ("summary", "question", "translation", "back")
+
+
 class Document(NamedTuple):
     question: str  # what it was written for
     text: str
 
 
-def read_documents(path: Path, words: int) -> list[Document]:
-    """The answers of so many words or more, in the file's order."""
-    documents = []
+class Source(NamedTuple):
+    documents: list[Document]  # answers that are long enough
+    translations: list[Document]
+
+
+def read_answers(path: Path, words: int) -> Source:
+    """The answers that prompts are made of, in the file's order."""
+    source = Source([], [])
     with path.open(encoding="utf-8") as lines:
         for line in lines:
             row = json.loads(line)
-            text = row["response"].strip()
             question = row.get("prompt")
-            is_long = len(text.split()) >= words
-            if is_long and isinstance(question, str):
-                documents.append(Document(question, text))
-    return documents
+            if not isinstance(question, str):
+                continue
+
+            answer = Document(question, row["response"].strip())
+            if TRANSLATED.match(question):
+                source.translations.append(answer)
+            elif len(answer.text.split()) >= words:
+                source.documents.append(answer)
+    return source
 
 
-def prompts_of(place: int, documents: list[Document], draws: random.Random) -> list[str]:
+def prompts_of(
+    place: int, documents: list[Document], languages: list[str], draws: random.Random
+) -> dict[str, str]:
+    """One document's prompts by their kind."""
     document = documents[place]
     summary = draws.choice(SUMMARIES).format(text=document.text)
 
@@ -67,13 +85,21 @@ def prompts_of(place: int, documents: list[Document], draws: random.Random) -> l
     template = draws.choice(QUESTIONS)
     question = template.format(text="\n\n".join(passages), question=document.question)
 
-    prompts = [summary, question]
+    prompts = {"summary": summary, "question": question}
     sentences = SENTENCE.findall(document.text)
     if sentences:
-        language = draws.choice(LANGUAGES)
+        language = draws.choice(languages)
         sentence = draws.choice(sentences)
-        prompts.append(TRANSLATION.format(language=language, sentence=sentence))
+        prompts["translation"] = TRANSLATION.format(language=language, sentence=sentence)
     return prompts
+
+
+def back_translation(answer: Document) -> str:
+    """The prompt that has a translation translated back; of its first lines, one paragraph."""
+    asked = TRANSLATED.match(answer.question)
+    assert asked is not None
+    paragraph = answer.text.split("\n\n")[0]
+    return f"Translate {asked[1]} to English: {paragraph}"
 
 
 def _beginning(text: str, words: int = 80) -> str:
@@ -85,22 +111,39 @@ def main() -> None:
     parser.add_argument("answers", type=Path)
     parser.add_argument("prompts", type=Path)
     parser.add_argument("--words", type=int, default=120, help="of a document, at least")
+    parser.add_argument("--kinds", default=",".join(KINDS), help="of prompts; default: %(default)s")
+    parser.add_argument(
+        "--languages", default=",".join(LANGUAGES), help="one named twice is drawn twice as often"
+    )
+    parser.add_argument("--most", type=int, help="prompts, at most")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    kinds = options.kinds.split(",")
+    unknown = set(kinds) - set(KINDS)
+    if unknown:
+        parser.error(f"--kinds: {', '.join(sorted(unknown))}; there are {', '.join(KINDS)}")
 
-    documents = read_documents(options.answers, options.words)
-    if len(documents) < 3:
+    source = read_answers(options.answers, options.words)
+    documents = source.documents
+    if len(documents) < 3 and not source.translations:
         sys.exit(f"{options.answers}: fewer than three answers of {options.words} words")
     draws = random.Random(options.seed)
+    languages = options.languages.split(",")
     prompts = []
-    for place in range(len(documents)):
-        prompts += prompts_of(place, documents, draws)
+    if len(documents) >= 3:  # a question has two other passages
+        for place in range(len(documents)):
+            made = prompts_of(place, documents, languages, draws)
+            prompts += [made[kind] for kind in kinds if kind in made]
+    if "back" in kinds:
+        prompts += [back_translation(answer) for answer in source.translations]
     draws.shuffle(prompts)
+    prompts = prompts[: options.most]
 
     with options.prompts.open("x", encoding="utf-8") as out:
         for prompt in prompts:
             out.write(json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n")
-    print(f"{len(prompts)} prompts from {len(documents)} documents")
+    number = len(documents) + len(source.translations)
+    print(f"{len(prompts)} prompts from {number} documents and translations")
 
 
 if __name__ == "__main__":

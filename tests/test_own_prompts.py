@@ -244,7 +244,7 @@ def test_a_file_of_others_is_not_touched(tmp_path: Path) -> None:
 def test_a_target_that_asks_nothing_is_told_from_one_that_is_slow(tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         write_own_prompts(Scripted(lambda _: None), tmp_path / "out.jsonl", 5, Asking(), quiet=True)
-    assert "gave a prompt: 512 unfinished" in one_line_and_hint(error)
+    assert "gave a prompt: 516 unfinished" in one_line_and_hint(error)
 
 
 # --- who writes -----------------------------------------------------------------------------------

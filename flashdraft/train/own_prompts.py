@@ -128,7 +128,7 @@ def write_own_prompts(
         with Progress(disable=quiet) as progress:
             shown = progress.add_task("prompts", total=count, completed=len(held.rows))
             while len(held.rows) < count:
-                size = _WINDOW * writer.max_rows
+                size = _window_size(count - len(held.rows), writer.max_rows)
                 numbers = range(held.num_tried, held.num_tried + size)
                 for number, made in _window(writer, numbers, asking, sieve):
                     held.num_tried = number + 1
@@ -140,6 +140,12 @@ def write_own_prompts(
                 progress.update(shown, completed=len(held.rows))
                 _check_yield(held, sieve.counts)
     return sieve.counts
+
+
+def _window_size(num_missing: int, max_rows: int) -> int:
+    """Beginnings: enough to keep the batch full, hardly more than prompts are missing."""
+    likely = num_missing * 5 // 4  # a fifth is left out, or more
+    return min(_WINDOW * max_rows, max(max_rows, likely))
 
 
 def _facts_of(asking: Asking) -> Row:
