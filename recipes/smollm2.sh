@@ -1,27 +1,55 @@
 #!/usr/bin/env bash
-# The built-in drafter of SmolLM2-135M-Instruct, from prompts to a drafter's folder. Run it again to go on where it stopped.
+# The built-in drafter of SmolLM2-135M-Instruct, from nothing to a drafter's folder. Run it again to go on where it stopped.
 #   FLASHDRAFT_DATA=<folder with gsm8k/, gpteacher/, self_instruct/>  recipes/smollm2.sh [RUN_FOLDER]
-# SEED_ANSWERS=FILE.jsonl adds answers that this target wrote earlier (the same fields as `regenerate` writes).
-# NUM_ANSWERS, STEPS_1 and STEPS_2 set how much of it; a core writes about 0.5 answers and trains about 1,000 block positions a second.
+# NUM_SELF, NUM_DATA: prompts that the model writes itself, and of the data sets. STEPS_1 to STEPS_4: optimizer steps of the four runs.
 set -euo pipefail
 run=${1:-runs/smollm2}
 : "${FLASHDRAFT_DATA:?set FLASHDRAFT_DATA to the folder of the training sets}"
 flashdraft=${FLASHDRAFT:-flashdraft}
+recipes=$(dirname "$0")
 mkdir -p "$run"
 
-[ -s "$run/prompts.jsonl" ] || $flashdraft prompts --data "$FLASHDRAFT_DATA" --out "$run/prompts.jsonl"
-# the last prompts of the shuffled file are held out: tau is measured on them while training
-[ -s "$run/held_out.jsonl" ] || tail -n 12 "$run/prompts.jsonl" > "$run/held_out.jsonl"
-[ -s "$run/train_prompts.jsonl" ] || head -n -12 "$run/prompts.jsonl" > "$run/train_prompts.jsonl"
+# 1. prompts: what the model asks itself, and three public sets (maths, code, role-play); the last 12 of each are held out
+[ -s "$run/self.jsonl" ] || $flashdraft prompts --self "${NUM_SELF:-8000}" --kernel int8 --max-rows 96 --out "$run/self.jsonl"
+[ -s "$run/data.jsonl" ] || $flashdraft prompts --data "$FLASHDRAFT_DATA" --out "$run/data.jsonl"
+[ -s "$run/held_out.jsonl" ] || tail -qn 12 "$run/self.jsonl" "$run/data.jsonl" > "$run/held_out.jsonl"
+[ -s "$run/prompts.jsonl" ] || {
+    head -n -12 "$run/self.jsonl"
+    head -n "${NUM_DATA:-7000}" "$run/data.jsonl"
+} > "$run/prompts.jsonl"
 
-# answers in bfloat16, 48 at a time; what the target saw is kept, so that `features` makes only what is missing
-$flashdraft regenerate "$run/train_prompts.jsonl" --target smollm2-135m --out "$run/answers.jsonl" --draft autoregressive \
-    --dtype bfloat16 --max-new-tokens 256 --max-rows 48 --limit "${NUM_ANSWERS:-4000}" --keep-features "$run/features"
-$flashdraft features ${SEED_ANSWERS:+"$SEED_ANSWERS"} "$run/answers.jsonl" --target smollm2-135m --dtype bfloat16 --out "$run/features"
+# 2. its answers by 8-bit weights, 4 a second on two cores; what it saw is kept, 7 kB a token
+answers() {
+    $flashdraft regenerate "$1" --out "$2" --draft autoregressive --kernel int8 --max-rows "$3" --max-new-tokens 256 \
+        --keep-features "$run/features" --soft-labels --max-length 1536
+}
+answers "$run/prompts.jsonl" "$run/answers.jsonl" 96
 
-# short blocks first, then longer ones with a sequential head: it corrects each draft token by the one before it
-$flashdraft train "$run/features" --target smollm2-135m --out "$run/train-1" --eval-prompts "$run/held_out.jsonl" --init target \
-    --head none --num-layers 3 --block-size 4 --steps "${STEPS_1:-1800}" --lr 1e-3 --gamma 3
-$flashdraft train "$run/features" --target smollm2-135m --out "$run/train-2" --eval-prompts "$run/held_out.jsonl" \
-    --init-from "$run/train-1/best" --block-size 6 --head swiglu --head-rank 256 --steps "${STEPS_2:-2400}" --lr 8e-4 --weights dpace
-echo "the drafter: $run/train-2/best"
+# 3. long contexts out of its own answers: talks, texts to summarise and to answer from, translations there and back
+documents() { [ -s "$2" ] || python "$recipes/documents.py" "$1" "$2" "${@:3}"; }
+cleaned() { [ -s "$2" ] || $flashdraft prompts "$1" --out "$2"; }
+[ -s "$run/talks.jsonl" ] || $flashdraft prompts --self 150 --turns 3 --seed 1000000 --kernel int8 --max-rows 64 --out "$run/talks.jsonl"
+answers "$run/talks.jsonl" "$run/talk-answers.jsonl" 48
+[ -s "$run/document-prompts.jsonl" ] || head -n 110 "$run/self.jsonl" > "$run/document-prompts.jsonl"
+$flashdraft regenerate "$run/document-prompts.jsonl" --out "$run/documents.jsonl" --draft autoregressive --kernel int8 --max-rows 96 \
+    --max-new-tokens 700 --temperature 0.8 --top-p 0.95
+documents "$run/documents.jsonl" "$run/long.raw.jsonl" --kinds summary,question --most 190
+documents "$run/answers.jsonl" "$run/texts.raw.jsonl" --kinds summary,question --most 500 --seed 3
+documents "$run/answers.jsonl" "$run/there.raw.jsonl" --kinds translation --languages German,German,French,Spanish,Italian --most 700
+for kind in long texts there; do
+    cleaned "$run/$kind.raw.jsonl" "$run/$kind.jsonl"
+    answers "$run/$kind.jsonl" "$run/$kind-answers.jsonl" 32
+done
+documents "$run/there-answers.jsonl" "$run/back.raw.jsonl" --kinds back
+cleaned "$run/back.raw.jsonl" "$run/back.jsonl"
+answers "$run/back.jsonl" "$run/back-answers.jsonl" 96
+
+# 4. short blocks first, then longer ones with a sequential head, which corrects each draft token by the one before it; then batches of
+#    four micro-batches at a lower rate. About 1,000 block positions a second on one core
+train() {
+    local name=$1
+    shift
+    $flashdraft train "$run/features" --target smollm2-135m --out "$run/$name" --eval-prompts "$run/held_out.jsonl" "$@"
+}
+train train-1 --init target --head none --num-layers 3 --block-size 4 --steps "${STEPS_1:-1800}" --lr 1e-3 --gamma 3
+train train-2 --init-from "$run/train-1/best" --block-size 6 --head swiglu --head-rank 256 --steps "${STEPS_2:-3300}" --lr 8e-4 --weights dpace

@@ -42,8 +42,8 @@ from flashdraft.train.initialise import (
     with_head,
 )
 from flashdraft.train.objectives import Loss, LossSum
+from flashdraft.train.optimizers import new_optimizers
 from flashdraft.train.passes import Pass
-from flashdraft.train.trainer import _parameter_groups
 
 KINDS = ("selector", "markov")
 LAYOUTS = {"fill-in": False, "anchor-first": True}
@@ -373,7 +373,9 @@ def test_tables_and_kernels_do_not_decay() -> None:
         ("markov", ("markov_w1.weight", "markov_w2.weight")),
     ):
         model = model_with(kind, False)
-        decaying = {id(parameter) for parameter in _parameter_groups(model, 0.1)[0]["params"]}
+        groups = new_optimizers(model, TrainConfig())[0].param_groups
+        assert [group["weight_decay"] for group in groups] == [0.01, 0.0]
+        decaying = {id(parameter) for parameter in groups[0]["params"]}
         for name, parameter in model.named_parameters():
             is_matrix = parameter.ndim > 1 and not name.endswith(names)
             assert (id(parameter) in decaying) == is_matrix

@@ -157,7 +157,7 @@ def test_run_resumed_without_its_optimizer_state_is_caught(
 ) -> None:
     stop_at(new_trainer(data, tmp_path), 7)
     resumed = new_trainer(data, tmp_path)
-    resumed.optimizer.optimizer.state.clear()
+    resumed.optimizers[0].optimizer.state.clear()
     resumed.run(PROMPTS[:1], quiet=True)
     assert not equal(weights(resumed), weights(finished))
 

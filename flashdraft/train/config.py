@@ -119,11 +119,16 @@ class TrainConfig:
         least=0,
         most=1,
     )
-    lr: float = option(6e-4, "peak learning rate of AdamW", above=0)
+    optimizer: str = option(
+        "adamw",
+        "adamw, or muon: the matrices' momentum, orthogonalised, and AdamW for the rest",
+        choices=("adamw", "muon"),
+    )
+    lr: float = option(6e-4, "peak learning rate, on AdamW's scale", above=0)
     warmup: float = option(
         0.04, "share of the steps spent warming up, from 0 to 1", least=0, most=1
     )
-    weight_decay: float = option(0.01, "AdamW's weight decay", least=0)
+    weight_decay: float = option(0.01, "weight decay of the matrices", least=0)
     clip: float = option(1.0, "largest norm of the gradient", above=0)
     ema: float = option(
         0.0,

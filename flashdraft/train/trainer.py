@@ -26,6 +26,7 @@ from rich.progress import Progress
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as dcp
+from torch.optim import Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from flashdraft.bench.tasks import named
@@ -60,6 +61,7 @@ from flashdraft.train.objectives import (
     accuracy,
     common_tokens,
 )
+from flashdraft.train.optimizers import new_optimizers
 from flashdraft.train.passes import Pass
 from flashdraft.train.rows import LeftOut
 from flashdraft.types import SamplingParams
@@ -75,7 +77,6 @@ _NOT_OURS = (
     "ACCELERATE_USE_PARALLELISM_CONFIG",
 )
 _FREE = ("steps", "eval_every", "save_every", "tracker")  # what may change when a run goes on
-_TABLES = ("codebook", "markov_w1.weight", "markov_w2.weight", "base_kernel")  # do not decay
 
 
 class StepFigures(Accuracy):
@@ -135,17 +136,14 @@ class Trainer:
         self.common: CommonTokens | None = None  # the draft vocabulary, if it was chosen here
         self.vocabulary: Tensor | None = None  # where it is new
         vocabulary = self._draft_vocabulary()
-        if model.config.sequential_head is not None and self.acc.distributed_type == "FSDP":
-            raise InvalidParameter(
-                "a sequential head cannot be trained under FSDP",
-                hint="use recipes/accelerate/ddp.yaml, or --head none",
-            )
+        if self.acc.distributed_type == "FSDP":
+            _check_sharded(model, config)
 
-        groups = _parameter_groups(model, config.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
+        optimizers = new_optimizers(model, config)
         self.net: nn.Module
-        self.optimizer: AcceleratedOptimizer
-        self.net, self.optimizer = self.acc.prepare(Pass(model, self.target.embed), optimizer)
+        self.optimizers: list[AcceleratedOptimizer]
+        network = Pass(model, self.target.embed)
+        self.net, *self.optimizers = self.acc.prepare(network, *optimizers)
         self.loss = Loss(model, self.target, vocabulary, config, self.acc.device)
         self.average: dict[str, Tensor] = {}  # of the weights, where it is asked for
         if config.ema:
@@ -233,9 +231,11 @@ class Trainer:
         with self._timed("data"):
             batches = self._batches()
             total, positions = self._totals(batches)
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.lr * _schedule(self.step, config.steps, config.warmup)
-        self.optimizer.zero_grad(set_to_none=True)
+        rate = config.lr * _schedule(self.step, config.steps, config.warmup)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.zero_grad(set_to_none=True)
 
         loss = 0.0
         hits = []
@@ -256,7 +256,8 @@ class Trainer:
         with self._timed("optimizer"):
             norm = self.acc.clip_grad_norm_(self.net.parameters(), config.clip)
             self._check_norm(norm, batches)
-            self.optimizer.step()
+            for optimizer in self.optimizers:
+                optimizer.step()
             self._update_average()
         self.step += 1
         self.positions += positions
@@ -546,7 +547,8 @@ class Trainer:
         """A checkpoint; all processes take part."""
         model: Any
         optimizer: Any
-        model, optimizer = dcp.get_state_dict(self.net, self.optimizer.optimizer, options=_WHOLE)
+        optimizers = self._own_optimizers()
+        model, optimizer = dcp.get_state_dict(self.net, optimizers, options=_WHOLE)
         groups = {"model": model, "optimizer": _flattened(optimizer.get("state", {}))}
         if self.average:
             groups["average"] = self._weights()
@@ -577,7 +579,7 @@ class Trainer:
         self.taus = [(step, tau) for step, tau in state["taus"]]
 
     def _check_same_run(self, state: Json) -> None:
-        begun = state["config"]
+        begun = {"optimizer": "adamw"} | state["config"]  # all that there was
         for name, value in asdict(self.config).items():
             if name not in _FREE and begun.get(name) != value:
                 got = f"`{self.out}` was begun with {name} {begun.get(name)}"
@@ -594,16 +596,20 @@ class Trainer:
             dcp.set_model_state_dict(self.net, average, options=_WHOLE)
             self.average = self._copied_parameters()
 
-        optimizer = self.optimizer.optimizer
-        settings = dcp.get_optimizer_state_dict(self.net, optimizer)["param_groups"]
+        optimizers = self._own_optimizers()
+        settings = dcp.get_optimizer_state_dict(self.net, optimizers)["param_groups"]
         state: Any = {"state": _nested(groups["optimizer"]), "param_groups": settings}
         dcp.set_state_dict(
             self.net,
-            optimizer,
+            optimizers,
             model_state_dict=groups["model"],
             optim_state_dict=state,
             options=_WHOLE,
         )
+
+    def _own_optimizers(self) -> list[Optimizer]:
+        """Without accelerate's wrappers."""
+        return [optimizer.optimizer for optimizer in self.optimizers]
 
     def _copied_parameters(self) -> dict[str, Tensor]:
         parameters = self.model.named_parameters()
@@ -635,23 +641,15 @@ class Trainer:
         return int(max(self.acc.gather(own).tolist()))
 
 
-def _parameter_groups(model: DraftNetwork, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's: matrices decay, norms and biases do not.
-
-    Nor do tables with a row a token, which would fade where a token is rare, nor kernels that begin
-    at the identity.
-    """
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.ndim > 1 and not name.endswith(_TABLES):
-            matrices.append(parameter)
-        else:
-            others.append(parameter)
-    return [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
+def _check_sharded(model: DraftNetwork, config: TrainConfig) -> None:
+    """Raises InvalidParameter for what FSDP cannot shard."""
+    hint = "use recipes/accelerate/ddp.yaml, or {}"
+    if model.config.sequential_head is not None:
+        got = "a sequential head cannot be trained under FSDP"
+        raise InvalidParameter(got, hint=hint.format("--head none"))
+    if config.optimizer == "muon":  # it would orthogonalise each shard by itself
+        got = "Muon needs whole matrices, which FSDP shards"
+        raise InvalidParameter(got, hint=hint.format("--optimizer adamw"))
 
 
 def _schedule(step: int, steps: int, warmup: float) -> float:
