@@ -2,8 +2,8 @@
 # The six categories of Spec-Bench: tau (20 prompts each, 256 tokens, whole blocks), and tokens a second with default settings beside plain
 # decoding (8 prompts each, 128 tokens, 3 repeats in turn), for every exact and 8-bit kernel. Tables of docs/measured.md.
 #   FLASHDRAFT_DATA=<folder with spec_bench/>  recipes/spec_bench.sh [RESULTS_FOLDER]
-# DRAFT=FOLDER measures another drafter than the shipped one; BEFORE=FOLDER adds an earlier one to the table of tau. Results that exist
-# are shown and not measured again.
+# DRAFT=FOLDER measures another drafter than the shipped one, BLOCK the size of its blocks; BEFORE=FOLDER and BEFORE_BLOCK add a table
+# of an earlier one's tau. Results that exist are shown and not measured again.
 set -euo pipefail
 results=${1:-runs/spec-bench}
 : "${FLASHDRAFT_DATA:?set FLASHDRAFT_DATA to the folder of the evaluation sets}"
@@ -18,9 +18,12 @@ prompts 8 "$results/speed-prompts.jsonl"
 
 # texts and tau only, so prompts are decoded eight together: times of this file mean nothing
 [ -e "$results/tau.jsonl" ] || $flashdraft bench --prompts "$results/tau-prompts.jsonl" --out "$results/tau.jsonl" \
-    --methods "autoregressive,dflash${BEFORE:+,before=$BEFORE}" --block-size 6 --max-new-tokens 256 --max-rows 8 "${draft[@]}" \
-    > "$results/tau.log"
+    --methods autoregressive,dflash --block-size "${BLOCK:-8}" --max-new-tokens 256 --max-rows 8 "${draft[@]}" > "$results/tau.log"
 $flashdraft report "$results/tau.jsonl"
+[ -z "${BEFORE:-}" ] || [ -e "$results/before.jsonl" ] || $flashdraft bench --prompts "$results/tau-prompts.jsonl" \
+    --out "$results/before.jsonl" --methods dflash --block-size "${BEFORE_BLOCK:-6}" --max-new-tokens 256 --max-rows 8 --draft "$BEFORE" \
+    > "$results/before.log"
+[ -z "${BEFORE:-}" ] || $flashdraft report "$results/before.jsonl"
 
 for kernel in float32 auto int8; do
     [ -e "$results/$kernel.jsonl" ] || $flashdraft bench --prompts "$results/speed-prompts.jsonl" --out "$results/$kernel.jsonl" \
