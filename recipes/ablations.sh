@@ -23,5 +23,7 @@ PYTHON
 mkdir -p "$results"
 run plain
 run kl --kl 1
+run kl-fifth --kl 0.2
+run muon --optimizer muon
 run dpace --weights dpace
 run swiglu --head swiglu --head-rank 256

@@ -3,7 +3,7 @@
 #   FLASHDRAFT_DATA=<folder with gsm8k/, gpteacher/, self_instruct/>  recipes/smollm2.sh [RUN_FOLDER]
 # ANSWERS=recipes/smollm2-answers.jsonl.xz takes 11,717 answers that were written so, and needs no sets.
 # NUM_SELF, NUM_DATA: prompts that the model writes itself, and of the data sets. STEPS_1 to STEPS_5: optimizer steps of the runs.
-# On two cores: 1.5 hours of prompts and answers, 50 GB of features, 5 hours of training.
+# Reckoned from the rates below, on two cores: 1.5 hours of prompts and answers, 50 GB of features, 5 hours of training.
 set -euo pipefail
 run=${1:-runs/smollm2}
 flashdraft=${FLASHDRAFT:-flashdraft}
