@@ -1,8 +1,6 @@
 """What changes the weights: AdamW, or Muon for the matrices and AdamW for the rest.
 
-Muon (Jordan et al., 2024) moves a matrix by its momentum with all singular values set to about one.
-Scaled as in 2502.16982 (section 2.2), it takes AdamW's learning rate and decay. Does not know
-losses, steps or checkpoints.
+Does not know losses, steps or checkpoints.
 """
 
 from typing import Any
@@ -11,9 +9,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from flashdraft.errors import FlashDraftError
 from flashdraft.methods.network import DraftNetwork
 from flashdraft.train.config import TrainConfig
+from flashdraft.train.muon import Muon
 
 __all__ = ["new_optimizers"]
 
@@ -23,10 +21,7 @@ _BETAS = (0.9, 0.95)
 
 
 def new_optimizers(model: DraftNetwork, config: TrainConfig) -> list[Optimizer]:
-    """Those that together move every parameter of the network.
-
-    Raises FlashDraftError where this torch has no Muon.
-    """
+    """Those that together move every parameter of the network."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -41,7 +36,8 @@ def new_optimizers(model: DraftNetwork, config: TrainConfig) -> list[Optimizer]:
     flat = [parameter for parameter in matrices if parameter.ndim == 2]
     deep = [parameter for parameter in matrices if parameter.ndim > 2]  # Muon takes none
     rest = [_group(deep, decay), _group(others, 0.0)]
-    return [_muon(flat, config), _adamw(rest, config)]
+    muon = Muon(flat, lr=config.lr, weight_decay=decay)
+    return [muon, _adamw(rest, config)]
 
 
 def _group(parameters: list[nn.Parameter], decay: float) -> dict[str, Any]:
@@ -52,17 +48,3 @@ def _group(parameters: list[nn.Parameter], decay: float) -> dict[str, Any]:
 def _adamw(groups: list[dict[str, Any]], config: TrainConfig) -> Optimizer:
     filled = [group for group in groups if group["params"]]
     return torch.optim.AdamW(filled, lr=config.lr, betas=_BETAS, fused=True)
-
-
-def _muon(matrices: list[nn.Parameter], config: TrainConfig) -> Optimizer:
-    muon = getattr(torch.optim, "Muon", None)
-    if muon is None:
-        got = f"torch {torch.__version__} has no Muon"
-        raise FlashDraftError(got, hint="install torch 2.9 or later, or --optimizer adamw")
-    optimizer: Optimizer = muon(
-        matrices,
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        adjust_lr_fn="match_rms_adamw",
-    )
-    return optimizer

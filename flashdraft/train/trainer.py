@@ -53,6 +53,7 @@ from flashdraft.train.facts import target_facts
 from flashdraft.train.features import Data, Sample
 from flashdraft.train.flops import FlopCount
 from flashdraft.train.initialise import Head, check_trained, draft_only, with_head
+from flashdraft.train.muon import has_native_bf16
 from flashdraft.train.objectives import (
     Accuracy,
     CommonTokens,
@@ -704,13 +705,8 @@ def _uses_bf16(config: TrainConfig) -> bool:
     launched = _launched_precision(config)
     if config.precision == "bf16" or launched == "bf16":
         return True
-    return config.precision == "auto" and _has_native_bf16()
-
-
-def _has_native_bf16() -> bool:
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported())
-    return bool(torch.cpu._is_avx512_bf16_supported())
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return config.precision == "auto" and has_native_bf16(device)
 
 
 def _launched_precision(config: TrainConfig) -> str:
