@@ -342,10 +342,9 @@ class Engine:
         requests = [self.running[slot] for slot in slots]
         rows = self._rows(slots)
         rows.steering = [self._steering(slot) for slot in slots]
-        drafted = self._drafted(requests)
 
         with self._timed("draft"):
-            proposal = self._propose(rows, requests, drafted)
+            proposal, is_drafted = self._propose(rows, requests)
             self._make_room(slots, proposal.num_nodes)
             check_proposal(proposal)  # a faulty drafter would change the law in silence
         with self._timed("target"):
@@ -361,11 +360,11 @@ class Engine:
             kept = self._keep(slots, paths)
         with self._timed("draft"):
             self._collect(slots, proposal, features, kept)
-            if drafted:
+            if is_drafted:
                 self._observe(slots)
 
         if self.control is not None:
-            draft_seconds = self._part["draft"] if drafted else None
+            draft_seconds = self._part["draft"] if is_drafted else None
             step_seconds = sum(self._part.values())
             self.control.learn(proposal, paths, draft_seconds, step_seconds)
         num_drafted = (proposal.sizes - 1).tolist()
@@ -377,42 +376,62 @@ class Engine:
         self._finish(ended)
         return chunks
 
-    def _drafted(self, requests: Sequence[Request]) -> list[int]:
-        """The places of the rows that are drafted in this step."""
-        places = [place for place, request in enumerate(requests) if request.drafting != "off"]
-        if self.control is None or not places:
-            return places
-        is_asked_for = any(request.drafting == "on" for request in requests)
-        if is_asked_for or self.control.wants_drafts(len(requests)):
-            return places
-        return []
-
-    def _propose(self, rows: Rows, requests: Sequence[Request], drafted: Sequence[int]) -> Proposal:
+    def _propose(self, rows: Rows, requests: Sequence[Request]) -> tuple[Proposal, bool]:
         """What the drafter proposes and what hooks force, cut to what each row has left and to what
-        pays."""
+        pays; and whether drafting took time."""
         limits = torch.tensor([request.num_left for request in requests], **INTS)
-        proposal = alone(rows.anchors)
-        if drafted:
-            most = int(limits[drafted].max())
-            of_some = self._propose_some(rows, drafted, most)
-            proposal = spread(of_some, drafted, rows.anchors)
+        places = [place for place, request in enumerate(requests) if request.drafting != "off"]
+        free, gain = self._propose_free(rows, places, limits)
+        if not self._wants_drafts(requests, places, gain):
+            return _cut(with_forced(free, rows.steering), limits), False
+
+        most = int(limits[places].max())
+        of_some = self._propose_some(rows, places, most)
+        proposal = spread(of_some, places, rows.anchors)
         proposal = _cut(with_forced(proposal, rows.steering), limits)
-        if not drafted or self.control is None:
-            return proposal
+        if self.control is None:
+            return proposal, True
 
         pays = self.control.trim(proposal)
         pays = torch.maximum(pays, num_certain(proposal, rows.steering))
         as_many_as_pay = [request.drafting == "auto" for request in requests]
         is_trimmed = torch.tensor(as_many_as_pay, **BOOLS)
-        return _cut(proposal, torch.where(is_trimmed, pays, proposal.sizes))
+        return _cut(proposal, torch.where(is_trimmed, pays, proposal.sizes)), True
+
+    def _propose_free(
+        self, rows: Rows, places: Sequence[int], limits: Tensor
+    ) -> tuple[Proposal, float]:
+        """What pays of the free part's proposal for the rows in these places, and what the step
+        promises by it, to plain decoding."""
+        nothing = alone(rows.anchors)
+        part = self.drafter.free_part
+        if part is None or self.control is None or not places:
+            return nothing, 1.0
+
+        some = self._some(rows, places)
+        proposal = part.propose(some, int(limits[places].max()))
+        proposal = _cut(spread(proposal, places, rows.anchors), limits)
+        sizes, gain = self.control.trim_free(proposal)
+        return _cut(proposal, sizes), gain
+
+    def _wants_drafts(
+        self, requests: Sequence[Request], places: Sequence[int], gain: float
+    ) -> bool:
+        """Whether this step drafts for the rows in these places, though it takes time."""
+        if self.control is None or not places:
+            return bool(places)
+        is_asked_for = any(request.drafting == "on" for request in requests)
+        return is_asked_for or self.control.wants_drafts(len(requests), gain)
 
     def _propose_some(self, rows: Rows, drafted: Sequence[int], most: int) -> Proposal:
         """The drafter's own for the rows in these places, of at most so many nodes each."""
-        slots = [rows.slots[place] for place in drafted]
-        self._observe(slots)
-        some = self._rows(slots)
-        some.steering = [rows.steering[place] for place in drafted]
-        return self.drafter.propose(some, most)
+        self._observe([rows.slots[place] for place in drafted])
+        return self.drafter.propose(self._some(rows, drafted), most)
+
+    def _some(self, rows: Rows, places: Sequence[int]) -> Rows:
+        some = self._rows([rows.slots[place] for place in places])
+        some.steering = [rows.steering[place] for place in places]
+        return some
 
     def _commit(
         self,

@@ -470,6 +470,10 @@ class Drafter(Protocol):
     # features it wants: id = output of block id; the number of layers = the final normed state
     layers: tuple[int, ...] = ()
     caches: tuple[SlotCache, ...] = ()  # its own caches, counted in the memory report
+    is_free: bool = False  # proposing takes next to no time: it has no network
+    # One of its parts that is free, where others are not: steps whose time the whole would waste
+    # read what that proposes.
+    free_part: Drafter | None = None
 
     def propose(self, rows: Rows, max_nodes: int) -> Proposal:
         """At most `max_nodes` nodes a row, the anchor included.

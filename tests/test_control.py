@@ -157,7 +157,7 @@ def test_a_new_text_is_tried_at_once_and_given_up_at_once() -> None:
     control.begin()
     again = tries(0.3, control, 60)
     assert again[0] == 0
-    assert len(again) <= 2
+    assert len(again) <= 3  # one poor proposal does not speak for the whole text
     assert not control.wants_drafts(4)  # of which nothing is known
 
 

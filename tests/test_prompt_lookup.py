@@ -152,7 +152,7 @@ def test_a_step_does_not_walk_the_whole_text(history: list[int]) -> None:
     for token in (7, 8, 9):
         text.append(token)
         drafter.propose(Rows([0], [text], [SamplingParams()], [5]), 99)
-    assert 0 < Counted.looks < 60
+    assert 0 < Counted.looks < 100  # endings and how far places agree, of 3,000 tokens
 
 
 def test_a_slot_that_is_used_again_knows_nothing_of_the_text_before() -> None:

@@ -95,11 +95,25 @@ def test_steps_that_stay_much_slower_renew_it_once_and_a_few_do_not(times: StepT
     assert times.read() is None
 
 
-def test_sizes_that_the_table_lacks_are_not_judged(times: StepTimes) -> None:
-    times.keep({1: 1.0, 8: 2.0})
+@pytest.mark.parametrize(("count", "known"), [(3, {1: 1.0, 8: 2.0}), (9, {4: 1.0, 8: 2.0})])
+def test_sizes_that_the_table_says_nothing_of_are_not_judged(
+    times: StepTimes, count: int, known: dict[int, float]
+) -> None:
+    times.keep(known)
     for _ in range(100):
-        times.check(3, 0.01, long=False)
-    assert times.read() is not None
+        times.check(count, 0.01, long=False)
+    assert times.path.exists()
+
+
+def test_sizes_between_two_known_ones_are_judged(times: StepTimes) -> None:
+    """Drafts of two and four tokens are what a table of a busy machine would lead to."""
+    times.keep({1: 1.0, 2: 2.0, 4: 4.0})
+    for _ in range(3):
+        times.check(3, 2.5, long=False)
+    assert times.path.exists()
+    for _ in range(3):
+        times.check(3, 2.3, long=False)
+    assert not times.path.exists()
 
 
 def test_decoding_renews_a_table_that_was_made_on_a_busy_machine(

@@ -183,6 +183,16 @@ class _Calibration:
         return min(score * self.accepted / max(self.hoped, 1e-9), 1.0)
 
 
+Calibrations = dict[int, _Calibration]  # by the parent's depth; a new one where none is
+
+
+class _Choice(NamedTuple):
+    sizes: Tensor  # [rows]
+    gain: float  # tokens a second, to plain decoding
+    share: float  # the step's time, in plain ones
+    is_of_any: bool  # whether there was anything to choose
+
+
 class Control:
     """One for a target with its drafter: what it has learned from one text serves the next.
 
@@ -192,7 +202,9 @@ class Control:
     def __init__(self, seconds: Mapping[int, float]) -> None:
         self._lock = new_lock()  # streams of several threads may share it
         self._known = sorted(seconds.items())
-        self._calibrations: dict[int, _Calibration] = defaultdict(_Calibration)  # by parent's depth
+        # by parent's depth; free drafts have their own
+        self._calibrations: Calibrations = defaultdict(_Calibration)
+        self._free_calibrations: Calibrations = defaultdict(_Calibration)
         self._batches: dict[int, _Batch] = {}  # by the least number of their rows
 
     @_one_at_a_time
@@ -201,16 +213,21 @@ class Control:
 
         It says more of a batch, in which texts mix.
         """
-        for calibration in self._calibrations.values():
-            calibration.shrink()
+        for calibrations in (self._calibrations, self._free_calibrations):
+            for calibration in calibrations.values():
+                calibration.shrink()
         for batch in self._batches.values():
             if batch.rows == 1:
                 batch.credit = max(batch.credit, _FIRST_CREDIT[1])
+                # else one poor proposal after a text of poor ones would speak for the whole text
+                batch.spread = max(batch.spread, _SPREAD)
             batch.unsure = max(batch.unsure, _GAIN / batch.rows)
 
     @_one_at_a_time
-    def wants_drafts(self, rows: int) -> bool:
-        """Whether the next step of so many rows should draft at all: it may well gain something.
+    def wants_drafts(self, rows: int, gain: float = 1.0) -> bool:
+        """Whether the next step of so many rows should draft: it may well gain something.
+
+        gain: what the step promises without, to plain decoding; above 1 where drafts are free.
 
         What is not tried grows less sure with every step, and is tried again: soon where little was
         lost, seldom where much was.
@@ -220,18 +237,36 @@ class Control:
         if has_plain_steps_to_do or batch.credit <= 0:
             return False
         hoped_gain = batch.gain + math.sqrt(batch.unsure)
-        return hoped_gain > _WORTH.get(batch.rows, _WORTH_OF_MANY)
+        return hoped_gain > gain * _WORTH.get(batch.rows, _WORTH_OF_MANY)
 
     @_one_at_a_time
     def trim(self, proposal: Proposal) -> Tensor:
         """How many nodes of each row pay: [rows], 1 or more and no more than there are."""
-        chances = self._chances(proposal)
+        batch = self._batch(len(proposal.sizes))
+        choice = self._choice(proposal, batch, is_free=False)
+        if choice.is_of_any:
+            batch.promised(choice.gain, choice.share)
+        return choice.sizes
+
+    @_one_at_a_time
+    def trim_free(self, proposal: Proposal) -> tuple[Tensor, float]:
+        """The same of a proposal that took no time, and what the step promises by it, to plain
+        decoding: 1 or more."""
+        batch = self._batch(len(proposal.sizes))
+        choice = self._choice(proposal, batch, is_free=True)
+        return choice.sizes, choice.gain
+
+    def _choice(self, proposal: Proposal, batch: _Batch, *, is_free: bool) -> _Choice:
+        """The nodes that bring most committed tokens a second."""
+        calibrations = self._free_calibrations if is_free else self._calibrations
+        chances = _chances(proposal, calibrations)
         rows = len(proposal.sizes)
-        batch = self._batch(rows)
         always, when_drafting, a_node = batch.beyond
         step = self.cost(rows)
         plain = self._plain(batch, rows)
-        spent = batch.draft + step * (always + when_drafting)
+        spent = step * always
+        if not is_free:
+            spent += batch.draft + step * when_drafting
 
         anchors = _Chance(float(rows), 0)  # every row commits one token, whatever it drafts
         hope = 0.0
@@ -250,10 +285,9 @@ class Control:
                 # what comes behind a drawn node may not speak for it: it has seen its token
                 break
 
-        if chances:
-            batch.promised(best * plain / rows, share)
         kept_by_row = Counter(chance.row for chance in chances[:kept])
-        return torch.tensor([1 + kept_by_row[row] for row in range(rows)], **INTS)
+        sizes = torch.tensor([1 + kept_by_row[row] for row in range(rows)], **INTS)
+        return _Choice(sizes, best * plain / rows, share, is_of_any=bool(chances))
 
     @_one_at_a_time
     def learn(
@@ -263,9 +297,10 @@ class Control:
         draft_seconds: float | None,
         seconds: float,
     ) -> None:
-        """What became of a proposal that `trim` gave.
+        """What became of a proposal that `trim` gave, or `trim_free`.
 
-        seconds: of the whole step; draft_seconds: of propose and observe, None without drafts.
+        seconds: of the whole step; draft_seconds: of propose and observe, None without drafts or
+        with free ones.
 
         Steps take more or less than the table says, in steps of the table: all of them (a longer
         context, a machine that slows down), drafted ones (several rows' caches) and each drafted
@@ -291,6 +326,7 @@ class Control:
         if draft_seconds is None:
             batch.since = min(batch.since + 1, 0)
             batch.credit = min(batch.credit + _ALLOWED, _CREDIT)
+            _calibrate(proposal, paths, self._free_calibrations)
             return
 
         counted = batch.drafted(draft_seconds, plain=self.cost(rows))
@@ -298,7 +334,7 @@ class Control:
         took = self.cost(nodes) + beyond * self.cost(rows) + counted
         tokens = sum(len(path) for path in paths)
         batch.weighed(tokens / rows, took / plain)
-        self._calibrate(proposal, paths)
+        _calibrate(proposal, paths, self._calibrations)
 
     def _batch(self, rows: int) -> _Batch:
         """What is known of so many rows: two leading bits of their number tell it."""
@@ -323,44 +359,49 @@ class Control:
         high, second = self._known[above]
         return first + (second - first) * (tokens - low) / (high - low)
 
-    def _chances(self, proposal: Proposal) -> list[_Chance]:
-        """All nodes behind the anchors, the likeliest first."""
-        chances = []
-        rows = zip(self._confidence(proposal), proposal.sizes.tolist(), strict=True)
-        for row, (confidence, size) in enumerate(rows):
-            for node in range(1, size):
-                chances.append(_Chance(confidence[node], row))
-        return sorted(chances, key=itemgetter(0), reverse=True)
 
-    def _confidence(self, proposal: Proposal) -> list[list[float]]:
-        """By row and node: the chance that the whole path to it is accepted, as calibrated."""
-        confidence = []
-        for scores, parents in zip(_scores(proposal), proposal.parents.tolist(), strict=True):
-            of_path = [1.0]
-            depths = [0]
-            for node in range(1, proposal.num_nodes):
-                parent = parents[node]
-                calibration = self._calibrations[depths[parent]]
-                of_path.append(of_path[parent] * calibration.chance(scores[node]))
-                depths.append(depths[parent] + 1)
-            confidence.append(of_path)
-        return confidence
+def _chances(proposal: Proposal, calibrations: Calibrations) -> list[_Chance]:
+    """All nodes behind the anchors, the likeliest first."""
+    chances = []
+    rows = zip(_confidence(proposal, calibrations), proposal.sizes.tolist(), strict=True)
+    for row, (confidence, size) in enumerate(rows):
+        for node in range(1, size):
+            chances.append(_Chance(confidence[node], row))
+    return sorted(chances, key=itemgetter(0), reverse=True)
 
-    def _calibrate(self, proposal: Proposal, paths: Sequence[Sequence[int]]) -> None:
-        """Hold the scores of all nodes behind accepted parents against what was accepted."""
-        rows = zip(
-            paths,
-            _scores(proposal),
-            proposal.parents.tolist(),
-            proposal.sizes.tolist(),
-            strict=True,
-        )
-        for path, scores, parents, size in rows:
-            depths = {node: depth for depth, node in enumerate(path)}
-            for node in range(1, size):
-                depth = depths.get(parents[node])
-                if depth is not None:
-                    self._calibrations[depth].observe(node in depths, scores[node])
+
+def _confidence(proposal: Proposal, calibrations: Calibrations) -> list[list[float]]:
+    """By row and node: the chance that the whole path to it is accepted, as calibrated."""
+    confidence = []
+    for scores, parents in zip(_scores(proposal), proposal.parents.tolist(), strict=True):
+        of_path = [1.0]
+        depths = [0]
+        for node in range(1, proposal.num_nodes):
+            parent = parents[node]
+            calibration = calibrations[depths[parent]]
+            of_path.append(of_path[parent] * calibration.chance(scores[node]))
+            depths.append(depths[parent] + 1)
+        confidence.append(of_path)
+    return confidence
+
+
+def _calibrate(
+    proposal: Proposal, paths: Sequence[Sequence[int]], calibrations: Calibrations
+) -> None:
+    """Hold the scores of all nodes behind accepted parents against what was accepted."""
+    rows = zip(
+        paths,
+        _scores(proposal),
+        proposal.parents.tolist(),
+        proposal.sizes.tolist(),
+        strict=True,
+    )
+    for path, scores, parents, size in rows:
+        depths = {node: depth for depth, node in enumerate(path)}
+        for node in range(1, size):
+            depth = depths.get(parents[node])
+            if depth is not None:
+                calibrations[depth].observe(node in depths, scores[node])
 
 
 def _scores(proposal: Proposal) -> list[list[float]]:

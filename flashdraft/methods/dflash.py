@@ -404,7 +404,7 @@ class PackedDraft(DraftHead):
 # --- The drafter
 
 
-class DFlashDrafter:
+class DFlashDrafter(Drafter):
     """Drafts a chain per row, the likeliest token of every masked position, or a tree of them; all
     are chosen, not drawn.
 

@@ -36,6 +36,8 @@ class Union(Drafter):
         self.name = f"{first.name}+{second.name}"
         self.layers = tuple(dict.fromkeys((*first.layers, *second.layers)))
         self.caches = (*first.caches, *second.caches)
+        self.is_free = first.is_free and second.is_free
+        self.free_part = None if self.is_free else _free_part(first, second)
 
     def propose(self, rows: Rows, max_nodes: int) -> Proposal:
         """The likeliest paths of both, likeliest first; the controller calibrates stated and
@@ -103,6 +105,13 @@ def merge(trees: Sequence[Nodes], count: int) -> Nodes:
         merged.parents.append(places[path[:-1]])
         merged.scores.append(scores[path])
     return merged
+
+
+def _free_part(first: Drafter, second: Drafter) -> Drafter | None:
+    for drafter in (first, second):
+        if drafter.is_free:
+            return drafter
+    return first.free_part or second.free_part
 
 
 def _nodes(proposal: Proposal) -> list[Nodes]:

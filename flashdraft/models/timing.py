@@ -87,7 +87,7 @@ class StepTimes:
         """
         if self._held is None:
             self._held = self.read() or {}
-        expected = self._held.get(count)
+        expected = _expected(self._held, count)
         if expected is None:
             return
 
@@ -108,6 +108,24 @@ class StepTimes:
         self._slow = 0
         with suppress(OSError):
             self.path.unlink(missing_ok=True)
+
+
+def _expected(table: Mapping[int, float], count: int) -> float | None:
+    """Seconds of a step of so many tokens, between two that are known on the line through them.
+
+    None beyond the table, and where the two are far apart: steps may grow by jumps between them.
+    """
+    if count in table:
+        return table[count]
+    below = [known for known in table if known < count]
+    above = [known for known in table if known > count]
+    if not below or not above:
+        return None
+    low, high = max(below), min(above)
+    if high > 2 * low:
+        return None
+    share = (count - low) / (high - low)
+    return table[low] + share * (table[high] - table[low])
 
 
 def _read(path: Path, counts: Sequence[int]) -> dict[int, float] | None:
