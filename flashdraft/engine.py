@@ -404,7 +404,7 @@ class Engine:
         """What pays of the free part's proposal for the rows in these places, and what the step
         promises by it, to plain decoding."""
         nothing = alone(rows.anchors)
-        part = self.drafter.free_part
+        part: Drafter | None = getattr(self.drafter, "free_part", None)  # it may not inherit one
         if part is None or self.control is None or not places:
             return nothing, 1.0
 

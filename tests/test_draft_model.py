@@ -508,7 +508,7 @@ class Alone:
     seconds: dict[int, float]
     kind: type[Control] = Control
 
-    def wants_drafts(self, rows: int) -> bool:
+    def wants_drafts(self, rows: int, gain: float = 1.0) -> bool:
         return True
 
     def trim(self, proposal: Proposal) -> Tensor:

@@ -256,6 +256,6 @@ def test_a_controller_that_drops_certain_nodes_is_seen(monkeypatch: pytest.Monke
     monkeypatch.setattr(
         "flashdraft.engine.num_certain", lambda p, steering: torch.ones_like(p.sizes)
     )
-    monkeypatch.setattr(Control, "wants_drafts", lambda self, rows: True)
+    monkeypatch.setattr(Control, "wants_drafts", lambda self, rows, gain: True)
     with pytest.raises(AssertionError):
         test_forced_tokens_are_read_whatever_the_controller_thinks_of_drafts({1: 1, 8: 90}, "auto")

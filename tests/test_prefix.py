@@ -208,7 +208,7 @@ def test_plain_steps_between_drafted_ones_leave_drafts_as_they_are(name: str) ->
 
         def begin(self) -> None: ...
 
-        def wants_drafts(self, rows: int) -> bool:
+        def wants_drafts(self, rows: int, gain: float = 1.0) -> bool:
             return self.says
 
         def trim(self, proposal: Proposal) -> Any:

@@ -388,3 +388,42 @@ def test_an_unknown_confidence_stands_between_the_sure_and_the_unlikely() -> Non
         assert Union(Fixed(score), Fixed(None)).propose(
             rows_of(PROMPTS[:1]), 2
         ).tokens.tolist() == [[7, token]]
+
+
+class Still(Autoregressive):
+    """A part with a network, whose every proposal is counted."""
+
+    is_free = False
+
+    def __init__(self) -> None:
+        self.num_proposals = 0
+
+    def propose(self, rows: Rows, max_nodes: int) -> Proposal:
+        self.num_proposals += 1
+        return super().propose(rows, max_nodes)
+
+
+class NeverPays(Control):
+    def wants_drafts(self, rows: int, gain: float = 1.0) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("has_free_part", [True, False])
+def test_the_free_part_drafts_where_the_network_does_not_pay(has_free_part: bool) -> None:
+    """Texts that repeat themselves: copies are accepted, and nobody asks the network."""
+    still = Still()
+    union = Union(still, PromptLookup())
+    assert union.free_part is union.drafters[1]
+    if not has_free_part:
+        union.free_part = None  # the planted fault
+    target = tiny_target("llama")
+    params = SamplingParams(max_new_tokens=40)
+    found = []
+    for drafter, control in ((union, NeverPays({1: 1.0, 8: 1.01})), (Autoregressive(), None)):
+        engine = Engine(target, drafter, control=control)
+        (request,) = requests_of([[7, 8, 9] * 12], [params])
+        (result,) = run(engine, [request])
+        found.append((list(result.tokens), result.stats.num_accepted))
+    assert found[0][0] == found[1][0]
+    assert still.num_proposals == 0
+    assert (found[0][1] > 0) == has_free_part

@@ -36,7 +36,7 @@ class Union(Drafter):
         self.name = f"{first.name}+{second.name}"
         self.layers = tuple(dict.fromkeys((*first.layers, *second.layers)))
         self.caches = (*first.caches, *second.caches)
-        self.is_free = first.is_free and second.is_free
+        self.is_free = _is_free(first) and _is_free(second)
         self.free_part = None if self.is_free else _free_part(first, second)
 
     def propose(self, rows: Rows, max_nodes: int) -> Proposal:
@@ -107,11 +107,21 @@ def merge(trees: Sequence[Nodes], count: int) -> Nodes:
     return merged
 
 
+def _is_free(drafter: Drafter) -> bool:
+    return getattr(
+        drafter, "is_free", False
+    )  # one that does not inherit from `Drafter` has a network
+
+
 def _free_part(first: Drafter, second: Drafter) -> Drafter | None:
     for drafter in (first, second):
-        if drafter.is_free:
+        if _is_free(drafter):
             return drafter
-    return first.free_part or second.free_part
+    for drafter in (first, second):
+        part: Drafter | None = getattr(drafter, "free_part", None)
+        if part is not None:
+            return part
+    return None
 
 
 def _nodes(proposal: Proposal) -> list[Nodes]:
