@@ -152,7 +152,48 @@ def test_a_step_does_not_walk_the_whole_text(history: list[int]) -> None:
     for token in (7, 8, 9):
         text.append(token)
         drafter.propose(Rows([0], [text], [SamplingParams()], [5]), 99)
-    assert 0 < Counted.looks < 100  # endings and how far places agree, of 3,000 tokens
+    assert 0 < Counted.looks < 60
+
+
+@pytest.mark.parametrize(
+    ("history", "size"),
+    [
+        ([1, 5, 9, 2, 5], 1),
+        ([5, 6, 9, 5, 6], 2),
+        ([3, 4, 5, 6, 7, 8, 3, 4, 5, 6, 7], 5),  # the places agree beyond the three looked up
+        ([*range(20), *range(15)], 8),  # and no more than eight tokens are told apart
+        ([4, 4, 4], 2),
+    ],
+)
+def test_a_match_says_how_far_both_places_agree(history: list[int], size: int) -> None:
+    match = NgramIndex(3, len(history)).match(history)
+    assert match is not None
+    assert match.size == size
+
+
+def test_longer_matches_are_surer_and_every_right_draft_makes_one_longer() -> None:
+    usual = [NgramIndex(3).chance(size) for size in range(1, 12)]
+    assert usual == sorted(usual)
+    assert usual[7:] == [usual[7]] * 4
+    rows = Rows([0], [[5, 6, 7, 8, 9, 5, 6]], [SamplingParams()], [7])
+    proposal = PromptLookup(block_size=4).propose(rows, 99)
+    assert proposal.scores is not None
+    assert proposal.scores[0, 1:].exp().tolist() == pytest.approx(usual[1:4])
+
+
+def test_a_text_teaches_what_its_own_repeats_are_worth() -> None:
+    """The model never goes on as before behind 5; that the prompt did is no sign."""
+    prompt = [5, 1, 9, 5, 1, 8, 5, 1, 7]
+    text = [5, 2, 5, 3, 5, 4, 5, 6]
+    taught = NgramIndex(3, len(prompt))
+    taught.match([*prompt, *text])
+    untaught = NgramIndex(3, len(prompt) + len(text))
+    untaught.match([*prompt, *text])
+    assert taught.chance(1) < 0.8 * untaught.chance(1)
+    by_prompt = NgramIndex(3)  # the planted fault
+    by_prompt.match([*prompt, *text])
+    assert by_prompt.chance(1) > taught.chance(1)
+    assert untaught.chance(1) == NgramIndex(3).chance(1)
 
 
 def test_a_slot_that_is_used_again_knows_nothing_of_the_text_before() -> None:

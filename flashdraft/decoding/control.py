@@ -59,6 +59,7 @@ _POOR = 0.7
 
 # The variance of single proposals around the gain: at first, at least, and what is kept of it.
 _SPREAD = 0.25
+_SPREAD_OF_NEW = 0.2  # at least, when a text begins
 _LEAST = 0.02
 _FADE = 0.9
 
@@ -220,7 +221,7 @@ class Control:
             if batch.rows == 1:
                 batch.credit = max(batch.credit, _FIRST_CREDIT[1])
                 # else one poor proposal after a text of poor ones would speak for the whole text
-                batch.spread = max(batch.spread, _SPREAD)
+                batch.spread = max(batch.spread, _SPREAD_OF_NEW)
             batch.unsure = max(batch.unsure, _GAIN / batch.rows)
 
     @_one_at_a_time

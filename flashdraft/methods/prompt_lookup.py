@@ -97,8 +97,13 @@ class NgramIndex:
 
 def _agreement(history: Sequence[int], end: int, length: int) -> int:
     """How many tokens before `end` are those before `length`."""
+    longest = min(end, len(_USUAL))
+    there = history[end - longest : end]
+    here = history[length - longest : length]
     size = 0
-    while size < min(end, len(_USUAL)) and history[end - 1 - size] == history[length - 1 - size]:
+    for then, now in zip(reversed(there), reversed(here), strict=True):
+        if then != now:
+            break
         size += 1
     return size
 

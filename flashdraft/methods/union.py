@@ -108,9 +108,8 @@ def merge(trees: Sequence[Nodes], count: int) -> Nodes:
 
 
 def _is_free(drafter: Drafter) -> bool:
-    return getattr(
-        drafter, "is_free", False
-    )  # one that does not inherit from `Drafter` has a network
+    """A drafter that does not inherit from `Drafter` says nothing, and may take time."""
+    return getattr(drafter, "is_free", False)
 
 
 def _free_part(first: Drafter, second: Drafter) -> Drafter | None:

@@ -2,8 +2,8 @@
 
 Jordan et al., 2024 (kellerjordan.github.io/posts/muon), scaled as in 2502.16982 (section 2.2), so
 that it takes AdamW's learning rate and decay. `torch.optim.Muon` with these settings takes the same
-steps, but multiplies in bfloat16 everywhere: on a CPU without such products that is 30 times
-slower. Does not know which parameters it should have (`optimizers.py`).
+steps, but multiplies in bfloat16 everywhere: on a CPU without such products that is many times
+slower (docs/log.md). Does not know which parameters it should have (`optimizers.py`).
 """
 
 import math
