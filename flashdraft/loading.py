@@ -122,8 +122,8 @@ def load(
 ) -> Model:
     """A target by built-in name, hub id, folder or GGUF file, with a drafter, ready to generate.
 
-    - draft: "auto" (the drafter shipped for this target, or none), "autoregressive",
-      "prompt_lookup", a drafter's folder or hub id (its config says which method it is of), a
+    - draft: "auto" (the drafter shipped for this target joined with prompt lookup, or none),
+      "autoregressive", "prompt_lookup", a drafter's folder or hub id (its config says which method it is of), a
       smaller causal LM with the same tokenizer, "dflash", "eagle3", "medusa" or "draft_model" for
       the one that is shipped, or two of these joined by +, whose proposals become one tree.
     - block_size: nodes per proposal, the anchor included; by default as many of what the drafter
@@ -348,7 +348,8 @@ def drafters(
     """
     _check_sizes(block_size, tree_nodes)
     if draft == "auto":
-        draft = hub.builtin_draft(name) or "autoregressive"
+        folder = hub.builtin_draft(name)
+        draft = "autoregressive" if folder is None else f"{folder}+prompt_lookup"
 
     first, *others = union_parts(str(draft))
     if others:

@@ -18,6 +18,8 @@ from flashdraft.decoding.verify import verify
 from flashdraft.generate import Model
 from flashdraft.loading import drafters, load_target
 from flashdraft.methods.dflash import DFlashDrafter
+from flashdraft.methods.prompt_lookup import PromptLookup
+from flashdraft.methods.union import Union
 from flashdraft.types import Proposal, Rows
 
 pytestmark = pytest.mark.real_model
@@ -46,7 +48,7 @@ NUM_DRAWS = 200_000
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, Model]:
-    """One target, three drafters."""
+    """One target, four drafters."""
     target, tokenizer, eos = load_target("smollm2-135m")
 
     def model(draft: str) -> Model:
@@ -55,20 +57,25 @@ def models() -> dict[str, Model]:
         )
 
     return {
-        "dflash": model("auto"),
+        "auto": model("auto"),
+        "dflash": model("dflash"),
         "prompt_lookup": model("prompt_lookup"),
         "autoregressive": model("autoregressive"),
     }
 
 
 def test_the_shipped_drafter_is_the_default(models: dict[str, Model]) -> None:
-    assert isinstance(models["dflash"].new_drafter(), DFlashDrafter)
+    drafter = models["auto"].new_drafter()
+    assert isinstance(drafter, Union)
+    network, lookup = drafter.drafters
+    assert isinstance(network, DFlashDrafter)
+    assert isinstance(lookup, PromptLookup)
     assert flashdraft.DFlashDraftModel is not None
 
 
 def test_greedy_text_is_the_plain_text(models: dict[str, Model]) -> None:
     plain = models["autoregressive"].generate(PROMPTS, max_new_tokens=40)
-    for method in ("dflash", "prompt_lookup"):
+    for method in ("auto", "dflash", "prompt_lookup"):
         results = models[method].generate(PROMPTS, max_new_tokens=40)
         assert [result.tokens for result in results] == [result.tokens for result in plain]
     assert (
@@ -89,8 +96,9 @@ def test_seeded_sampled_text_is_the_plain_seeded_text(models: dict[str, Model]) 
         replace(params[3], min_p=0.05),
     ]
     plain = models["autoregressive"].generate(PROMPTS[:4], params)
-    drafted = models["dflash"].generate(PROMPTS[:4], params)
-    assert [result.tokens for result in drafted] == [result.tokens for result in plain]
+    for method in ("auto", "dflash"):
+        drafted = models[method].generate(PROMPTS[:4], params)
+        assert [result.tokens for result in drafted] == [result.tokens for result in plain]
     other = models["dflash"].generate(
         PROMPTS[:4], [replace(one, seed=one.seed + 100) for one in params]
     )

@@ -1,7 +1,7 @@
-// Products of M rows with one panel of a packed weight: a loop for each format of formats.h.
+// Products of some rows with one panel of a packed weight: a loop for each format of formats.h.
 //
-// Every number of the panel is read once and multiplied with all M rows. A row's sums run over the
-// inputs in one fixed order, whatever M is: the rows beside it change no bit.
+// A row's sums run over the inputs in one fixed order, whatever rows lie beside it: these change no
+// bit.
 
 #pragma once
 #include "formats.h"
@@ -14,37 +14,50 @@ namespace {
 
 constexpr int VECTORS = PANEL / LANES;  // of an input's 32 outputs
 
-// Rows that are multiplied at once: as many as the registers hold sums for, beside the weights.
-constexpr int most_rows_at_once() {
-    if (LANES == 16) return 8;  // 8 x 2 of 32 registers
-    if (LANES == 8) return 3;   // 3 x 4 of 16
-    return 2;                   // 2 x 8, of 32 on ARM
+// Vectors of sums that the registers hold, beside the weights, and beside scales, too.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int SUMS = 16, SUMS_AND_SCALES = 16;  // of 32 registers
+#else
+constexpr int SUMS = 12, SUMS_AND_SCALES = 10;  // of 16
+#endif
+
+constexpr bool has_blocks(Format format) { return format == Q8 || format == Q4; }
+
+// Rows that are multiplied at once, while a number of the panel lies in a register.
+constexpr int rows_at_once(Format format) {
+    return has_blocks(format) ? SUMS_AND_SCALES / 2 : SUMS / VECTORS;
 }
 
-// of[m][v]: of row m, the outputs from v * LANES on.
-template <int M> struct Sums {
-    Floats of[M][VECTORS];
+// of[m][v]: of row m, V vectors of a panel's outputs.
+template <int M, int V> struct Sums {
+    Floats of[M][V];
 };
 
 // One input of M rows, which lie row_size apart, times its weights.
-template <int M>
-inline void add_products(Sums<M>& sums, const Floats* weights, const float* x, int64_t row_size) {
+template <int M, int V>
+inline void add_products(Sums<M, V>& sums, Floats* weights, const float* x, int64_t row_size) {
+    for (int v = 0; v < V; v++) hold(weights[v]);
     for (int m = 0; m < M; m++) {
         const Floats input = splat(x[m * row_size]);
-        for (int v = 0; v < VECTORS; v++) sums.of[m][v] += input * weights[v];
+        for (int v = 0; v < V; v++) sums.of[m][v] += input * weights[v];
     }
 }
 
-template <int M> Sums<M> multiply_float32(const Linear& linear, int64_t panel, const float* x) {
+// ---- all inputs of a panel ---------------------------------------------------------------------
+//
+// Each takes V vectors of the panel's outputs, from `first` on.
+
+template <int M, int V>
+Sums<M, V> multiply_float32(const Linear& linear, int64_t panel, int first, const float* x) {
     const int64_t inputs = linear.inputs;
-    const float* numbers = (const float*)linear.weight + panel * inputs * PANEL;
-    Sums<M> sums = {};
-    Floats weights[VECTORS];
+    const float* numbers = (const float*)linear.weight + panel * inputs * PANEL + first * LANES;
+    Sums<M, V> sums = {};
+    Floats weights[V];
 
     for (int64_t k = 0; k < inputs; k++, numbers += PANEL) {
-        fetch_ahead(numbers, PANEL * LANE_BYTES);
-        for (int v = 0; v < VECTORS; v++) weights[v] = load<Floats>(numbers + v * LANES);
-        add_products<M>(sums, weights, x + k, inputs);
+        fetch_ahead(numbers, V * LANES * LANE_BYTES);
+        for (int v = 0; v < V; v++) weights[v] = load<Floats>(numbers + v * LANES);
+        add_products<M, V>(sums, weights, x + k, inputs);
     }
     return sums;
 }
@@ -53,59 +66,67 @@ template <int M> Sums<M> multiply_float32(const Linear& linear, int64_t panel, c
 inline Floats even_input(Ints lanes) { return (Floats)(lanes << 16); }
 inline Floats odd_input(Ints lanes) { return (Floats)(lanes & int32_t(0xffff0000)); }
 
-template <int M> Sums<M> multiply_bfloat16(const Linear& linear, int64_t panel, const float* x) {
+template <int M, int V>
+Sums<M, V> multiply_bfloat16(const Linear& linear, int64_t panel, int first, const float* x) {
     const int64_t inputs = linear.inputs;
     const uint8_t* lanes = (const uint8_t*)linear.weight + panel * inputs * PANEL * 2;
-    Sums<M> sums = {};
-    Floats weights[VECTORS];
+    lanes += first * LANES * LANE_BYTES;
+    Sums<M, V> sums = {};
+    Floats weights[V];
 
     for (int64_t k = 0; k < inputs; k += 2, lanes += PANEL * LANE_BYTES) {
-        fetch_ahead(lanes, PANEL * LANE_BYTES);
-        for (int v = 0; v < VECTORS; v++)
+        fetch_ahead(lanes, V * LANES * LANE_BYTES);
+        for (int v = 0; v < V; v++)
             weights[v] = even_input(load<Ints>(lanes + v * LANES * LANE_BYTES));
-        add_products<M>(sums, weights, x + k, inputs);
+        add_products<M, V>(sums, weights, x + k, inputs);
 
-        for (int v = 0; v < VECTORS; v++)
+        for (int v = 0; v < V; v++)
             weights[v] = odd_input(load<Ints>(lanes + v * LANES * LANE_BYTES));
-        add_products<M>(sums, weights, x + k + 1, inputs);
+        add_products<M, V>(sums, weights, x + k + 1, inputs);
     }
     return sums;
 }
 
-// The numbers of the lanes' input j, of Q8 or Q4.
-template <Format F> inline Floats numbers_of_input(Ints lanes, int j) {
-    if constexpr (F == Q4) return to_floats((lanes >> 4 * j) & 15);
-    else return to_floats((lanes << (24 - 8 * j)) >> 24);  // up and down again: extends the sign
-}
+// Scales, and of Q4 minima, of a block's outputs.
+template <Format F, int V> struct Scales {
+    Floats scale[V], minimum[V];
 
-template <Format F, int M>
-Sums<M> multiply_blocks(const Linear& linear, int64_t panel, const float* x) {
-    const int64_t inputs = linear.inputs;
-    const int64_t panel_bytes = inputs / BLOCK * block_bytes(F);
-    const uint8_t* block = (const uint8_t*)linear.weight + panel * panel_bytes;
-    Sums<M> sums = {};
-    Floats weights[VECTORS];
-
-    for (int64_t k = 0; k < inputs; k += BLOCK, block += block_bytes(F)) {
-        fetch_ahead(block, block_bytes(F));
-        Floats scale[VECTORS], minimum[VECTORS];
-        for (int v = 0; v < VECTORS; v++) {
-            const uint16_t* halves = (const uint16_t*)block + v * LANES;
+    Scales(const uint8_t* block, int first) {
+        for (int v = 0; v < V; v++) {
+            const uint16_t* halves = (const uint16_t*)block + (first + v) * LANES;
             scale[v] = load_halves(halves);
             if constexpr (F == Q4) minimum[v] = load_halves(halves + PANEL);
         }
+    }
 
-        const uint8_t* lanes = block + scale_bytes(F);
-        constexpr int TOGETHER = inputs_of_a_lane(F);
+    // The weights of the lanes' input j, of vector v.
+    Floats weights(Ints lanes, int j, int v) const {
+        if constexpr (F == Q4) return to_floats((lanes >> 4 * j) & 15) * scale[v] + minimum[v];
+        const Ints with_sign = (lanes << (24 - 8 * j)) >> 24;
+        return to_floats(with_sign) * scale[v];
+    }
+};
+
+template <Format F, int M, int V>
+Sums<M, V> multiply_blocks(const Linear& linear, int64_t panel, int first, const float* x) {
+    constexpr int TOGETHER = inputs_of_a_lane(F);
+    const int64_t inputs = linear.inputs;
+    const int64_t panel_bytes = inputs / BLOCK * block_bytes(F);
+    const uint8_t* block = (const uint8_t*)linear.weight + panel * panel_bytes;
+    Sums<M, V> sums = {};
+    Floats weights[V];
+
+    for (int64_t k = 0; k < inputs; k += BLOCK, block += block_bytes(F)) {
+        if (first == 0) fetch_ahead(block, block_bytes(F));
+        const Scales<F, V> scales(block, first);
+        const uint8_t* lanes = block + scale_bytes(F) + first * LANES * LANE_BYTES;
         for (int64_t i = 0; i < BLOCK; i += TOGETHER, lanes += PANEL * LANE_BYTES)
             for (int j = 0; j < TOGETHER; j++) {
-                for (int v = 0; v < VECTORS; v++) {
+                for (int v = 0; v < V; v++) {
                     const Ints packed = load<Ints>(lanes + v * LANES * LANE_BYTES);
-                    const Floats numbers = numbers_of_input<F>(packed, j);
-                    if constexpr (F == Q4) weights[v] = numbers * scale[v] + minimum[v];
-                    else weights[v] = numbers * scale[v];
+                    weights[v] = scales.weights(packed, j, v);
                 }
-                add_products<M>(sums, weights, x + k + i + j, inputs);
+                add_products<M, V>(sums, weights, x + k + i + j, inputs);
             }
     }
     return sums;
@@ -113,11 +134,12 @@ Sums<M> multiply_blocks(const Linear& linear, int64_t panel, const float* x) {
 
 // Rows in 8 bits: exact sums of 32 bits within a block, then the row's scale of this block; at last
 // the scale of each output.
-template <int M> Sums<M> multiply_int8(const Linear& linear, int64_t panel, const Block8* rows) {
+template <int M>
+Sums<M, VECTORS> multiply_int8(const Linear& linear, int64_t panel, const Block8* rows) {
     constexpr int TOGETHER = inputs_of_a_lane(INT8);
     const int64_t blocks = linear.inputs / BLOCK;
     const uint8_t* lanes = (const uint8_t*)linear.weight + panel * linear.inputs * PANEL;
-    Sums<M> sums = {};
+    Sums<M, VECTORS> sums = {};
 
     for (int64_t block = 0; block < blocks; block++) {
         fetch_ahead(lanes, BLOCK * PANEL);
@@ -143,6 +165,64 @@ template <int M> Sums<M> multiply_int8(const Linear& linear, int64_t panel, cons
     for (int m = 0; m < M; m++)
         for (int v = 0; v < VECTORS; v++) sums.of[m][v] *= load<Floats>(scale + v * LANES);
     return sums;
+}
+
+// ---- a chunk of a panel's inputs ---------------------------------------------------------------
+
+constexpr int64_t CHUNK = BLOCK;  // inputs; 4 KiB of weights, once they are unpacked
+
+constexpr int64_t bytes_of_inputs(Format format, int64_t inputs) {
+    if (format == FLOAT32) return inputs * PANEL * LANE_BYTES;
+    if (format == BFLOAT16) return inputs * PANEL * HALF_BYTES;
+    if (format == INT8) return inputs * PANEL;
+    return inputs / BLOCK * block_bytes(format);
+}
+
+inline void unpack_bfloat16(const uint8_t* lanes, int64_t inputs, float* weights) {
+    for (int64_t k = 0; k < inputs; k += 2, weights += 2 * PANEL, lanes += PANEL * LANE_BYTES)
+        for (int v = 0; v < VECTORS; v++) {
+            const Ints packed = load<Ints>(lanes + v * LANES * LANE_BYTES);
+            store(weights + v * LANES, even_input(packed));
+            store(weights + PANEL + v * LANES, odd_input(packed));
+        }
+}
+
+template <Format F> void unpack_block(const uint8_t* block, float* weights) {
+    constexpr int TOGETHER = inputs_of_a_lane(F);
+    const Scales<F, VECTORS> scales(block, 0);
+    const uint8_t* lanes = block + scale_bytes(F);
+    for (int k = 0; k < BLOCK; k += TOGETHER, lanes += PANEL * LANE_BYTES)
+        for (int v = 0; v < VECTORS; v++) {
+            const Ints packed = load<Ints>(lanes + v * LANES * LANE_BYTES);
+            for (int j = 0; j < TOGETHER; j++)
+                store(weights + (k + j) * PANEL + v * LANES, scales.weights(packed, j, v));
+        }
+}
+
+// A chunk's weights as FLOAT32 has them: where they lie, or in `unpacked`.
+template <Format F>
+const float* unpack(const uint8_t* packed, int64_t inputs, float* unpacked) {
+    if constexpr (F == FLOAT32) return (const float*)packed;
+    if constexpr (F == BFLOAT16) unpack_bfloat16(packed, inputs, unpacked);
+    if constexpr (has_blocks(F)) unpack_block<F>(packed, unpacked);
+    return unpacked;
+}
+
+// Adds the products of M rows with a chunk of V vectors to their sums: to[m * PANEL + output].
+template <int M, int V>
+void add_chunk(const float* numbers, int64_t inputs, const float* x, int64_t row_size, float* to) {
+    Sums<M, V> sums;
+    for (int m = 0; m < M; m++)
+        for (int v = 0; v < V; v++) sums.of[m][v] = load<Floats>(to + m * PANEL + v * LANES);
+
+    Floats weights[V];
+    for (int64_t k = 0; k < inputs; k++, numbers += PANEL) {
+        for (int v = 0; v < V; v++) weights[v] = load<Floats>(numbers + v * LANES);
+        add_products<M, V>(sums, weights, x + k, row_size);
+    }
+
+    for (int m = 0; m < M; m++)
+        for (int v = 0; v < V; v++) store(to + m * PANEL + v * LANES, sums.of[m][v]);
 }
 
 }  // namespace

@@ -48,6 +48,16 @@ inline void fetch_ahead(const void* p, int64_t bytes) {
         __builtin_prefetch((const char*)p + FETCH_AHEAD + i, 0, 2);  // 0: to read; 2: second cache
 }
 
+// Keeps in a register what several products share. Else the compiler may load it for each of them
+// again, and loads are what a processor with 16 registers runs out of.
+inline void hold(Floats& v) {
+#if defined(__x86_64__)
+    asm("" : "+v"(v));
+#elif defined(__aarch64__)
+    asm("" : "+w"(v));
+#endif
+}
+
 // ---- conversions -------------------------------------------------------------------------------
 
 inline Floats splat(float x) { return Floats{} + x; }  // x in every lane
