@@ -123,9 +123,10 @@ def load(
     """A target by built-in name, hub id, folder or GGUF file, with a drafter, ready to generate.
 
     - draft: "auto" (the drafter shipped for this target joined with prompt lookup, or none),
-      "autoregressive", "prompt_lookup", a drafter's folder or hub id (its config says which method it is of), a
-      smaller causal LM with the same tokenizer, "dflash", "eagle3", "medusa" or "draft_model" for
-      the one that is shipped, or two of these joined by +, whose proposals become one tree.
+      "autoregressive", "prompt_lookup", a drafter's folder or hub id (its config says which method
+      it is of), a smaller causal LM with the same tokenizer, "dflash", "eagle3", "medusa" or
+      "draft_model" for the one that is shipped, or two of these joined by +, whose proposals become
+      one tree.
     - block_size: nodes per proposal, the anchor included; by default as many of what the drafter
       was trained for as pay.
     - tree_nodes: the draft network proposes a tree of so many nodes; None: a chain.

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The six categories of Spec-Bench: tau (20 prompts each, 256 tokens, whole blocks), and tokens a second with default settings beside plain
-# decoding (8 prompts each, 128 tokens, 3 repeats in turn), for every exact and 8-bit kernel. Tables of docs/measured.md.
+# decoding (8 prompts each, 128 tokens, 3 repeats in turn), for every exact and 8-bit kernel. Tables of docs/measured.md. Default settings
+# join the draft network with prompt lookup; KERNELS=float32 measures that kernel alone.
 #   FLASHDRAFT_DATA=<folder with spec_bench/>  recipes/spec_bench.sh [RESULTS_FOLDER]
 # DRAFT=FOLDER measures another drafter than the shipped one, BLOCK the size of its blocks; BEFORE=FOLDER and BEFORE_BLOCK add a table
 # of an earlier one's tau. Results that exist are shown and not measured again.
@@ -25,8 +26,8 @@ $flashdraft report "$results/tau.jsonl"
     > "$results/before.log"
 [ -z "${BEFORE:-}" ] || $flashdraft report "$results/before.jsonl"
 
-for kernel in float32 auto int8; do
+for kernel in ${KERNELS:-float32 auto int8}; do
     [ -e "$results/$kernel.jsonl" ] || $flashdraft bench --prompts "$results/speed-prompts.jsonl" --out "$results/$kernel.jsonl" \
-        --methods "autoregressive:$kernel,dflash:$kernel" --max-new-tokens 128 --repeats 3 "${draft[@]}" > "$results/$kernel.log"
+        --methods "autoregressive:$kernel,dflash+prompt_lookup:$kernel" --max-new-tokens 128 --repeats 3 "${draft[@]}" > "$results/$kernel.log"
     $flashdraft report "$results/$kernel.jsonl"
 done

@@ -35,7 +35,7 @@ _DRAFT_HELP = (
     "drafter's folder or hub id, or a smaller causal LM's with the same tokenizer; "
     f"a method, whose shipped drafter is taken ({', '.join(NETWORKS)}) "
     "or that has none (prompt_lookup, autoregressive); two of these joined by +; "
-    "or auto: the shipped one, or none"
+    "or auto: the shipped one with prompt_lookup, or none"
 )
 _BLOCK_HELP = (
     "nodes per proposal, the anchor included, from 1 (nothing is drafted) "
