@@ -10,7 +10,8 @@
 namespace flashdraft {
 namespace {
 
-constexpr int64_t TILE = 48;  // rows whose sums are kept beside a chunk
+constexpr int64_t TILE = 48;         // rows whose sums are kept beside a chunk
+constexpr int64_t CHUNKS_AHEAD = 2;  // how far memory is asked for
 
 // Rows of the input, as floats and, for INT8, in 8 bits.
 struct Rows {
@@ -53,19 +54,18 @@ void multiply_few(const Linear& linear, int64_t panel, const Rows& rows, int64_t
     multiply_at_once<F, M>(linear, panel, rows, sums);
 }
 
-// A chunk's weights, and which memory will be needed after it.
+// A chunk's weights, and where they lie packed.
 struct Chunk {
     const float* weights;
     int64_t inputs;
     const uint8_t* packed;
     int64_t bytes;
 
-    // One of several equal shares, so that memory is busy all the time. Inlined: to GCC, a call of
-    // what only fetches ahead has no effect, and is left out.
-    __attribute__((always_inline)) inline void fetch_share(int64_t share, int64_t shares) const {
-        const int64_t lines = (bytes + CACHE_LINE - 1) / CACHE_LINE;
-        const int64_t from = lines * share / shares, to = lines * (share + 1) / shares;
-        if (to > from) fetch_ahead(packed + from * CACHE_LINE, (to - from) * CACHE_LINE);
+    // One of several loops asks for its share of what lies behind, so that memory is always busy.
+    Ahead share_of_next(int64_t share, int64_t shares) const {
+        const int64_t steps = shares * CHUNK;
+        const int64_t step = (bytes + steps - 1) / steps;
+        return {packed + CHUNKS_AHEAD * bytes + share * CHUNK * step, step};
     }
 };
 
@@ -81,8 +81,8 @@ void add_group(const Chunk& chunk, const float* x, int64_t row_size, int64_t cou
     constexpr int TURNS = VECTORS / V;
     for (int turn = 0; turn < TURNS; turn++) {
         const int first = turn * V * LANES;
-        chunk.fetch_share(group * TURNS + turn, groups * TURNS);
-        add_chunk<M, V>(chunk.weights + first, chunk.inputs, x, row_size, sums + first);
+        const Ahead ahead = chunk.share_of_next(group * TURNS + turn, groups * TURNS);
+        add_chunk<M, V>(chunk.weights + first, chunk.inputs, x, row_size, sums + first, ahead);
     }
 }
 
