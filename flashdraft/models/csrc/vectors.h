@@ -97,20 +97,27 @@ inline float sum(Floats v) {
 #endif
 }
 
+// In every lane, the sum of the products of its two 16-bit numbers with those of the other.
+#if defined(__AVX512BW__)
+#define FLASHDRAFT_PAIRS 1
+inline Ints add_pairs(Ints a, Ints b) { return (Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+#define FLASHDRAFT_PAIRS 1
+inline Ints add_pairs(Ints a, Ints b) { return (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
+#endif
+
 // sums + the products of bytes: a lane of w holds four unsigned ones, a lane of x four signed ones.
 inline Ints add_byte_products(Ints sums, Ints w, Ints x) {
 #if defined(__AVX512VNNI__)
     return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)w, (__m512i)x);
-#elif defined(__AVX2__)
+#elif defined(FLASHDRAFT_PAIRS)
     // In 16 bits, the bytes at even and at odd places apart: no sum of two products overflows.
-    const __m256i ws = (__m256i)w, xs = (__m256i)x;
-    const __m256i even_w = _mm256_and_si256(ws, _mm256_set1_epi16(255));
-    const __m256i even_x = _mm256_srai_epi16(_mm256_slli_epi16(xs, 8), 8);
-    const __m256i odd_w = _mm256_srli_epi16(ws, 8);
-    const __m256i odd_x = _mm256_srai_epi16(xs, 8);
-    const __m256i even = _mm256_madd_epi16(even_w, even_x);
-    const __m256i odd = _mm256_madd_epi16(odd_w, odd_x);
-    return sums + (Ints)_mm256_add_epi32(even, odd);
+    typedef int16_t Pairs __attribute__((vector_size(LANES * 4)));
+    constexpr int32_t EVEN_BYTES = 0x00ff00ff;
+    const Pairs even_x = ((Pairs)x << 8) >> 8, odd_x = (Pairs)x >> 8;
+    const Ints even = add_pairs(w & EVEN_BYTES, (Ints)even_x);
+    const Ints odd = add_pairs((w >> 8) & EVEN_BYTES, (Ints)odd_x);
+    return sums + even + odd;
 #else
     for (int bit = 0; bit < 32; bit += 8) {
         const Ints unsigned_byte = (w >> bit) & 255;
